@@ -1,0 +1,88 @@
+"""The frozen records that flow through the house, and the shape legend of the whole project.
+
+    B  prompts on this rank            G  completions a prompt (`num_generations`)
+    N  = B*G sequences, prompt-major: completion g of prompt b is row b*G + g
+    P  prompt tokens                   T  completion tokens, padded
+    S  packed tokens                   V  vocabulary
+    D  hidden size                     R  reward functions
+    K  predicted, M true boxes, padded; their counts are `num_pred`, `num_gt`
+
+Prompts and images repeat with `repeat_interleave(G)`, where they repeat at all. Nothing assigns in
+place into a field of these records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One usable row of a dataset.
+
+    Attributes:
+        index: the row in the dataset as loaded; names the sample in logs and errors.
+        messages: chat turns; content is a string or a list of {"type": "image"} and
+            {"type": "text", "text": ...} parts, images in the order of `images`.
+        images: decoded RGB images, maybe none.
+        solution: the ground truth as the dataset has it, e.g. "<answer>...</answer>".
+        columns: every non-image column of the row, `solution` included; reward functions get these.
+    """
+
+    index: int
+    messages: tuple[dict[str, Any], ...]
+    images: tuple[Image, ...]
+    solution: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample as the model reads it: unpadded tokens and image patches, all on the CPU.
+
+    Attributes:
+        sample: where it comes from.
+        text: the rendered chat, one placeholder an image.
+        input_ids: (P,) int64, image placeholders expanded.
+        mm_token_type_ids: (P,) int64, 1 at image tokens, else 0.
+        pixel_values: (patches of all images, patch size) float32, or None without images.
+        image_grid_thw: (images, 3) int64, or None.
+    """
+
+    sample: Sample
+    text: str
+    input_ids: Tensor
+    mm_token_type_ids: Tensor
+    pixel_values: Tensor | None = None
+    image_grid_thw: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """G sampled completions for each of B prompts.
+
+    Attributes:
+        prompts: B prompts.
+        num_generations: G.
+        completion_ids: (N, T) int64, padded after the end.
+        completion_mask: (N, T) bool, true up to and including EOS.
+        truncated: (N,) bool, true where no EOS came within the length limit.
+        texts: N decoded completions, special tokens dropped.
+    """
+
+    prompts: tuple[Prompt, ...]
+    num_generations: int
+    completion_ids: Tensor
+    completion_mask: Tensor
+    truncated: Tensor
+    texts: tuple[str, ...]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.prompts) * self.num_generations

@@ -1,0 +1,288 @@
+"""The arguments of a training run: small dataclasses, checked as they are made.
+
+Names are those of TRL and Visual-RFT, so that a launch line of theirs starts this program; the
+defaults are the ones Visual-RFT's paper ran with (lr 1e-6, beta 0.04, 256 tokens, 8 completions).
+Parsing lives in `virft_fast.train`; nothing below the algorithms sees these objects.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+TASKS = ("auto", "detection", "classification", "grounding")
+DTYPES = ("auto", "float32", "bfloat16")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo")
+
+
+def arg(default: Any, help: str, *aliases: str) -> Any:
+    """A dataclass field with a help text and other spellings of its flag."""
+    metadata: dict[str, Any] = {"help": help}
+    if aliases:
+        metadata["aliases"] = [f"--{alias}" for alias in aliases]
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _require(ok: bool, flag: str, expected: str, got: Any) -> None:
+    if not ok:
+        raise ValueError(f"--{flag}: expected {expected}, got {got!r}")
+
+
+@dataclass
+class ModelConfig:
+    """Which model is trained, and which part of it."""
+
+    model_name_or_path: str = arg(
+        "tiny", "A checkpoint folder, a hub id, or `tiny` for the embedded model."
+    )
+    model_revision: str | None = arg(None, "Revision of a hub id.")
+    dtype: str = arg("auto", "auto (bfloat16 with --bf16, else float32), ...", "torch_dtype")
+    attn_implementation: str = arg("sdpa", "sdpa, eager or flash_attention_2 (needs flash-attn).")
+    freeze_vision_tower: bool = arg(
+        False, "Train the language model only.", "freeze_vision_modules"
+    )
+    gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass.")
+    use_liger_kernel: bool = arg(False, "Patch the model with liger-kernel (CUDA).", "use_liger")
+    min_pixels: int | None = arg(None, "Images are scaled up to at least this many pixels.")
+    max_pixels: int | None = arg(None, "Images are scaled down to at most this many pixels.")
+    use_peft: bool = arg(False, "Train a LoRA adapter; the reference is the model without it.")
+    lora_r: int = arg(16, "Rank of the LoRA adapter.")
+    lora_alpha: int = arg(32, "LoRA's alpha: the adapter is scaled by alpha / r.")
+    lora_dropout: float = arg(0.0, "Must be 0: GRPO compares log-probs of two passes.")
+    lora_target_modules: list[str] = arg(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "Names of the linear layers that get an adapter.",
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.dtype in DTYPES, "dtype", f"one of {DTYPES}", self.dtype)
+        for name in ("min_pixels", "max_pixels"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, "a positive number of pixels", value)
+        if self.min_pixels and self.max_pixels:
+            _require(
+                self.min_pixels <= self.max_pixels,
+                "min_pixels",
+                f"at most --max_pixels ({self.max_pixels})",
+                self.min_pixels,
+            )
+        _require(self.lora_r > 0, "lora_r", "a positive rank", self.lora_r)
+        _require(self.lora_dropout == 0, "lora_dropout", "0", self.lora_dropout)
+        bad = [name for name in self.lora_target_modules if name in ("lm_head", "embed_tokens")]
+        _require(not bad, "lora_target_modules", "no lm_head and no embed_tokens", bad)
+
+
+@dataclass
+class DataConfig:
+    """Where the samples come from, and how many broken ones are put up with."""
+
+    dataset_name: str = arg(
+        "shapes_detection",
+        "A save_to_disk folder, JSON, JSONL or parquet file, hub id, or a demo data set: "
+        "shapes_detection, digits_classification.",
+    )
+    dataset_config: str | None = arg(None, "Configuration name of a hub data set.")
+    dataset_train_split: str = arg("train", "Split to train on.")
+    dataset_test_split: str = arg("test", "Split for --eval_samples.")
+    task: str = arg("auto", "detection, classification, grounding, or auto: read off the data.")
+    max_prompt_length: int | None = arg(
+        None, "A longer prompt, in tokens with its images, is skipped and counted, never cut."
+    )
+    max_bad_rows: int = arg(100, "Stop when more rows than this can't be used.")
+
+    def __post_init__(self) -> None:
+        _require(self.task in TASKS, "task", f"one of {TASKS}", self.task)
+        _require(self.max_bad_rows >= 0, "max_bad_rows", "0 or more", self.max_bad_rows)
+        length = self.max_prompt_length
+        _require(length is None or length > 0, "max_prompt_length", "a positive number", length)
+
+
+@dataclass
+class GRPOConfig:
+    """Rollout, rewards and loss. Definitions are those of TRL 1.16's GRPOConfig."""
+
+    reward_funcs: list[str] = arg(
+        [], "Names or path/to/file.py:function; empty: the task's default rewards."
+    )
+    reward_weights: list[float] = arg([], "One weight a reward function; empty: all 1.")
+    num_generations: int = arg(8, "Completions a prompt (G).")
+    max_completion_length: int = arg(256, "Longest completion in tokens.")
+    temperature: float = arg(1.0, "Sampling temperature; the loss uses the same.")
+    top_p: float = arg(1.0, "Nucleus sampling; 1 is off. Not replayed in the loss.")
+    top_k: int = arg(0, "Sample among the k likeliest tokens; 0 is off. Not replayed in the loss.")
+    beta: float = arg(0.04, "Weight of the KL to the reference model; 0 loads none.")
+    epsilon_low: float = arg(0.2, "The ratio is kept above 1 - epsilon_low.", "epsilon")
+    epsilon_high: float | None = arg(None, "... and below 1 + epsilon_high; None: epsilon_low.")
+    delta: float | None = arg(None, "Upper bound of the unclipped ratio (two-sided clipping).")
+    num_iterations: int = arg(1, "Optimizer passes over one batch of rollouts (mu).")
+    loss_type: str = arg("grpo", f"One of {', '.join(LOSS_TYPES)}.")
+    scale_rewards: str = arg("group", "group, batch or none: what divides the centred rewards.")
+    importance_sampling_level: str = arg("token", "token or sequence.")
+    mask_truncated_completions: bool = arg(False, "Leave completions without EOS out of the loss.")
+
+    def __post_init__(self) -> None:
+        self.scale_rewards = {"true": "group", "false": "none"}.get(
+            str(self.scale_rewards).lower(), str(self.scale_rewards)
+        )
+        _require(
+            self.num_generations >= 2,
+            "num_generations",
+            "at least 2 (an advantage compares the completions of one prompt)",
+            self.num_generations,
+        )
+        if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"--reward_weights: expected one weight for each of --reward_funcs "
+                f"{self.reward_funcs}, got {self.reward_weights}"
+            )
+        _require(
+            self.max_completion_length > 0,
+            "max_completion_length",
+            "a positive number",
+            self.max_completion_length,
+        )
+        _require(self.temperature > 0, "temperature", "a number above 0", self.temperature)
+        _require(0 < self.top_p <= 1, "top_p", "a number in (0, 1]", self.top_p)
+        _require(self.top_k >= 0, "top_k", "0 (off) or more", self.top_k)
+        _require(self.beta >= 0, "beta", "0 or more", self.beta)
+        _require(0 <= self.epsilon_low < 1, "epsilon_low", "a number in [0, 1)", self.epsilon_low)
+        high = self.epsilon_high
+        _require(high is None or high >= 0, "epsilon_high", "0 or more", high)
+        _require(self.delta is None or self.delta > 1, "delta", "a ratio above 1", self.delta)
+        _require(self.num_iterations >= 1, "num_iterations", "at least 1", self.num_iterations)
+        _require(self.loss_type in LOSS_TYPES, "loss_type", f"one of {LOSS_TYPES}", self.loss_type)
+        levels = ("token", "sequence")
+        level = self.importance_sampling_level
+        _require(level in levels, "importance_sampling_level", f"one of {levels}", level)
+        scales = ("group", "batch", "none")
+        _require(
+            self.scale_rewards in scales, "scale_rewards", f"one of {scales}", self.scale_rewards
+        )
+
+
+@dataclass
+class TrainConfig:
+    """The run: optimizer, length, logs, checkpoints."""
+
+    output_dir: str = arg("runs/grpo", "Where everything of this run is written.")
+    overwrite_output_dir: bool = arg(False, "Delete what an earlier run left in --output_dir.")
+    run_name: str | None = arg(None, "Name of the run in the trackers; default: output_dir's.")
+    config: str | None = arg(None, "A YAML file of flags; flags on the command line win.")
+    dry_run: bool = arg(False, "Print and check what would run, then stop.")
+    seed: int = arg(42, "Seed of the data order and of the sampling.")
+    per_device_train_batch_size: int = arg(
+        1, "Prompts in one microbatch; each gets num_generations completions."
+    )
+    gradient_accumulation_steps: int = arg(1, "Microbatches a step on each process.")
+    num_train_epochs: float = arg(1.0, "Passes over the data.")
+    max_steps: int = arg(-1, "Number of steps; wins over num_train_epochs when positive.")
+    learning_rate: float = arg(1e-6, "Peak learning rate of AdamW.")
+    weight_decay: float = arg(0.0, "AdamW's decoupled weight decay.")
+    adam_beta1: float = arg(0.9, "AdamW's first beta.")
+    adam_beta2: float = arg(0.999, "AdamW's second beta.")
+    adam_epsilon: float = arg(1e-8, "AdamW's epsilon.")
+    lr_scheduler_type: str = arg("linear", "Any schedule name of transformers.")
+    warmup_steps: float = arg(0.0, "Steps of linear warm-up; below 1 a share of all steps.")
+    warmup_ratio: float = arg(0.0, "Share of all steps for warm-up, if warmup_steps is 0.")
+    max_grad_norm: float = arg(1.0, "Gradients are scaled down to this norm; 0 is off.")
+    bf16: bool = arg(False, "Compute in bfloat16; optimizer state stays float32.")
+    deepspeed: str | None = arg(None, "DeepSpeed JSON; 'auto' values are filled in.")
+    logging_steps: int = arg(1, "Steps between two records of metrics.jsonl.")
+    report_to: list[str] = arg(["none"], "tensorboard, wandb, trackio, ..., all or none.")
+    log_completions_steps: int = arg(0, "Steps between two tables of samples; 0: never.")
+    save_steps: int = arg(100, "Steps between two checkpoints; 0: only at the end.")
+    save_only_model: bool = arg(False, "Checkpoints without engine state can't be resumed.")
+    save_total_limit: int | None = arg(None, "Keep only this many latest checkpoints.")
+    resume_from_checkpoint: str | None = arg(None, "A checkpoint folder, or latest.")
+    max_bad_steps: int = arg(10, "Stop after this many non-finite steps in a row.")
+    eval_samples: int = arg(0, "Held-out samples scored greedily before and after training.")
+    eval_batch_size: int = arg(32, "Prompts in one batch of that evaluation.")
+    local_rank: int = arg(-1, "Set by the deepspeed launcher; the environment is what counts.")
+
+    def __post_init__(self) -> None:
+        for name in (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "max_bad_steps",
+            "eval_batch_size",
+        ):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "save_steps",
+                     "log_completions_steps", "eval_samples", "warmup_steps"):  # fmt: skip
+            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", "a share in [0, 1]",
+                 self.warmup_ratio)  # fmt: skip
+        limit = self.save_total_limit
+        _require(limit is None or limit >= 1, "save_total_limit", "at least 1", limit)
+        if self.max_steps <= 0:
+            _require(
+                self.num_train_epochs > 0, "num_train_epochs", "above 0", self.num_train_epochs
+            )
+
+
+@dataclass
+class RunConfig:
+    """All of a training run's arguments, grouped."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def flat(self) -> dict[str, Any]:
+        """Every flag with its value, as in a --config file."""
+        groups = (self.model, self.data, self.grpo, self.train)
+        return {name: value for group in groups for name, value in asdict(group).items()}
+
+
+@dataclass
+class EvalConfig:
+    """Arguments of `python -m virft_fast.evaluate`."""
+
+    model_name_or_path: str = arg("tiny", "A checkpoint folder, a hub id, or `tiny`.")
+    dataset_name: str = arg("shapes_detection", "As in training.")
+    dataset_config: str | None = arg(None, "Configuration name of a hub data set.")
+    split: str = arg("test", "Split to evaluate.", "dataset_test_split")
+    task: str = arg("auto", "detection, classification, grounding or auto.")
+    reward_funcs: list[str] = arg([], "As in training; empty: the task's default rewards.")
+    max_samples: int = arg(0, "Evaluate the first so many rows; 0: all.")
+    batch_size: int = arg(16, "Prompts in one batch.", "per_device_eval_batch_size")
+    max_completion_length: int = arg(256, "Longest completion in tokens.")
+    max_prompt_length: int | None = arg(None, "A longer prompt is skipped and counted.")
+    max_bad_rows: int = arg(100, "Stop when more rows than this can't be used.")
+    dtype: str = arg("auto", "auto: bfloat16 on a GPU, else float32.", "torch_dtype")
+    attn_implementation: str = arg("sdpa", "sdpa, eager or flash_attention_2.")
+    min_pixels: int | None = arg(None, "As in training; both budgets should agree.")
+    max_pixels: int | None = arg(None, "As in training; both budgets should agree.")
+    output: str | None = arg(None, "Per-sample JSONL; default: beside the model or in runs/eval.")
+    local_rank: int = arg(-1, "Set by the deepspeed launcher; the environment is what counts.")
+
+    def __post_init__(self) -> None:
+        _require(self.task in TASKS, "task", f"one of {TASKS}", self.task)
+        _require(self.dtype in DTYPES, "dtype", f"one of {DTYPES}", self.dtype)
+        _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        _require(self.max_samples >= 0, "max_samples", "0 or more", self.max_samples)
+
+
+TRAIN_GROUPS = (ModelConfig, DataConfig, GRPOConfig, TrainConfig)
+
+
+def known_flags(groups: tuple[type, ...]) -> list[str]:
+    """Flag names, aliases included, without dashes."""
+    names = []
+    for group in groups:
+        for entry in fields(group):
+            names.append(entry.name)
+            names += [alias.lstrip("-") for alias in entry.metadata.get("aliases", [])]
+    return names
+
+
+def unknown_flag_message(flag: str, known: list[str]) -> str:
+    """Error text for a flag nobody knows, with the closest ones that exist."""
+    close = difflib.get_close_matches(flag.lstrip("-"), known, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join('--' + name for name in close)}?" if close else ""
+    return f"unknown flag --{flag.lstrip('-')}{hint}"

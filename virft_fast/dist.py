@@ -1,0 +1,82 @@
+"""Rank, world and the few collectives the house needs; all of it works with one process.
+
+A process group is made by `init` only when a launcher (torchrun, deepspeed, srun through torchrun)
+has set WORLD_SIZE above 1.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+
+def init(timeout_minutes: float = 60.0) -> torch.device:
+    """Join the process group, if there is one to join, and return this process's device."""
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch_dist.is_initialized():
+        torch_dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+        )
+    return device
+
+
+def local_device() -> torch.device:
+    """cuda:LOCAL_RANK where CUDA works, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def shutdown() -> None:
+    """Leave the process group, if one was joined."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def rank() -> int:
+    return torch_dist.get_rank() if torch_dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        torch_dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over ranks, in place; returns the tensor."""
+    if world_size() > 1:
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """True on every rank if `flag` is true on one of them."""
+    if world_size() == 1:
+        return flag
+    count = torch.tensor([float(flag)], device=device)
+    return bool(all_reduce_sum(count).item() > 0)
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """Every rank's value, in the order of the ranks. Only for our own small, plain objects."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch_dist.all_gather_object(values, value)
+    return values
