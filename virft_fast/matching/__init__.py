@@ -1,0 +1,23 @@
+"""Boxes: formats and coordinate spaces, pairwise IoU, and one-to-one matching of many problems."""
+
+from virft_fast.matching.assign import match_boxes
+from virft_fast.matching.boxes import (
+    cxcywh_to_xyxy,
+    pad_boxes,
+    pairwise_iou,
+    rescale_boxes,
+    xywh_to_xyxy,
+    xyxy_to_cxcywh,
+    xyxy_to_xywh,
+)
+
+__all__ = [
+    "cxcywh_to_xyxy",
+    "match_boxes",
+    "pad_boxes",
+    "pairwise_iou",
+    "rescale_boxes",
+    "xywh_to_xyxy",
+    "xyxy_to_cxcywh",
+    "xyxy_to_xywh",
+]

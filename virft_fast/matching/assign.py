@@ -1,0 +1,123 @@
+"""One-to-one assignment of predicted to true boxes, many small problems at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from virft_fast.matching.boxes import check_problem, pairwise_iou
+
+METHODS = ("hungarian", "greedy")
+
+
+def match_boxes(
+    pred: Tensor,
+    gt: Tensor,
+    num_pred: Tensor,
+    num_gt: Tensor,
+    *,
+    method: str = "hungarian",
+    scores: Tensor | None = None,
+    min_iou: float = 0.5,
+) -> tuple[Tensor, Tensor]:
+    """Assign predicted to true boxes one to one, separately in each of N problems.
+
+    A pair counts when its IoU > `min_iou`, strictly, both rounded to the boxes' dtype. Pairs that
+    do not count are worth 0 already during the assignment: none displaces a pair that counts.
+
+    Args:
+        pred: (N, K, 4) float32 xyxy, any one unit; rows past `num_pred` may hold anything.
+        gt: (N, M, 4), same dtype, unit and device; rows past `num_gt` may hold anything.
+        num_pred, num_gt: (N,) int64, 0 allowed.
+        method: "hungarian" makes the summed IoU of the pairs that count largest. "greedy" is
+            Visual-RFT's: predictions by descending score, stable, each takes the free true box with
+            the best IoU (the first of equals), if that pair counts.
+        scores: (N, K) floating point, read by "greedy" alone; a NaN sorts last. None keeps the
+            order given.
+        min_iou: in [0, 1].
+    Returns:
+        matches: (N, K) int64, index into M, or -1 where none.
+        ious: (N, K), the dtype of `pred`, IoU of the matched pair, 0 where none.
+    Raises:
+        ValueError: shapes, dtypes, devices, counts, `method` or `min_iou`; says what was expected
+            and what came.
+    Degenerate boxes (inverted, without area, not finite) match nothing. Not differentiable. Ties of
+    "hungarian" as in scipy.optimize.linear_sum_assignment (Crouse 2016,
+    doi:10.1109/TAES.2016.140952).
+    """
+    check_problem(pred, gt, num_pred, num_gt)
+    _check_options(pred, method, scores, min_iou)
+    ious = pairwise_iou(pred, gt, num_pred, num_gt)
+    worth = torch.where(ious > min_iou, ious, 0.0)  # (N, K, M)
+    order = _greedy_order(pred, scores) if method == "greedy" else None
+    matches = _assign(worth, num_pred, num_gt, order).to(pred.device)
+    if gt.shape[1] == 0:
+        return matches, torch.zeros_like(matches, dtype=pred.dtype)
+    matched_iou = worth.gather(2, matches.clamp(min=0)[..., None])[..., 0]
+    return matches, matched_iou.masked_fill(matches < 0, 0.0)
+
+
+def _check_options(pred: Tensor, method: str, scores: Tensor | None, min_iou: float) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+    if not 0.0 <= min_iou <= 1.0:
+        raise ValueError(f"min_iou: expected a number in [0, 1], got {min_iou}")
+    if scores is None:
+        return
+    if scores.shape != pred.shape[:2] or not scores.is_floating_point():
+        raise ValueError(
+            f"scores: expected {tuple(pred.shape[:2])} floating point, got {tuple(scores.shape)} "
+            f"{scores.dtype}; one score a predicted box, padded like pred"
+        )
+    if scores.device != pred.device:
+        raise ValueError(f"scores: expected on {pred.device} like pred, got {scores.device}")
+
+
+def _greedy_order(pred: Tensor, scores: Tensor | None) -> np.ndarray:
+    """(N, K) positions by descending score, equal scores in the order given."""
+    if scores is None:
+        scores = pred.new_zeros(pred.shape[:2])
+    descending = -np.nan_to_num(
+        scores.detach().double().cpu().numpy(), nan=-np.inf, posinf=np.inf, neginf=-np.inf
+    )
+    return np.argsort(descending, axis=1, kind="stable")
+
+
+def _assign(worth: Tensor, num_pred: Tensor, num_gt: Tensor, order: np.ndarray | None) -> Tensor:
+    """(N, K) int64 matches on the CPU: the reference, one problem after the other."""
+    matches = np.full(worth.shape[:2], -1, dtype=np.int64)
+    worth_np = worth.double().cpu().numpy()
+    for i, (k, m) in enumerate(zip(num_pred.tolist(), num_gt.tolist(), strict=True)):
+        problem = worth_np[i, :k, :m]
+        if not problem.any():
+            continue
+        if order is None:
+            matches[i, :k] = _hungarian(problem)
+        else:
+            matches[i, :k] = _greedy(problem, order[i][order[i] < k])
+    return torch.from_numpy(matches)
+
+
+def _hungarian(worth: np.ndarray) -> np.ndarray:
+    """(k, m) worth -> (k,) matches; the solver also pairs worthless ones, which are dropped."""
+    from scipy.optimize import linear_sum_assignment  # lazily: it takes 0.1 s to import
+
+    matches = np.full(worth.shape[0], -1, dtype=np.int64)
+    rows, columns = linear_sum_assignment(worth, maximize=True)
+    counts = worth[rows, columns] > 0
+    matches[rows[counts]] = columns[counts]
+    return matches
+
+
+def _greedy(worth: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """(k, m) worth, (k,) visiting order -> (k,) matches."""
+    matches = np.full(worth.shape[0], -1, dtype=np.int64)
+    free = np.ones(worth.shape[1], dtype=bool)
+    for row in order:
+        candidates = np.where(free, worth[row], 0.0)
+        best = int(candidates.argmax())
+        if candidates[best] > 0:
+            matches[row] = best
+            free[best] = False
+    return matches

@@ -1,0 +1,185 @@
+"""Box formats, coordinate spaces and the reference IoU.
+
+A box is xyxy (two corners, x1 < x2 and y1 < y2) unless a name says otherwise. Box geometry is
+continuous: a box from 0 to 10 is 10 wide, not 11. A box without positive width and height, or with
+a coordinate that is not finite, is *degenerate*: data that a model produced, never an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IOU_KINDS = ("iou", "giou")
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """(..., 4) centre and size -> (..., 4) corners."""
+    cx, cy, w, h = boxes.unbind(-1)
+    return torch.stack((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), dim=-1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """(..., 4) corners -> (..., 4) centre and size."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack(((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1), dim=-1)
+
+
+def xywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """(..., 4) first corner and size, as COCO stores boxes -> (..., 4) corners."""
+    x, y, w, h = boxes.unbind(-1)
+    return torch.stack((x, y, x + w, y + h), dim=-1)
+
+
+def xyxy_to_xywh(boxes: Tensor) -> Tensor:
+    """(..., 4) corners -> (..., 4) first corner and size, as COCO stores boxes."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack((x1, y1, x2 - x1, y2 - y1), dim=-1)
+
+
+def rescale_boxes(
+    boxes: Tensor, *, from_size: tuple[float, float], to_size: tuple[float, float]
+) -> Tensor:
+    """Move boxes between coordinate spaces: pixels of an image, 0-1000, 0-1.
+
+    Args:
+        boxes: (..., 4) floating point, any of the formats of this module.
+        from_size, to_size: (width, height) that a box over the whole image has in each space: the
+            image's size in pixels, (1000, 1000), or (1, 1).
+    Returns:
+        (..., 4), the dtype of `boxes`. Neither rounded nor clipped.
+    Raises:
+        ValueError: a size is not positive.
+    """
+    if min(*from_size, *to_size) <= 0:
+        raise ValueError(
+            f"sizes: expected positive (width, height), got from_size={from_size}, "
+            f"to_size={to_size}; give the image's size in pixels, (1000, 1000) or (1, 1)"
+        )
+    scale_x, scale_y = to_size[0] / from_size[0], to_size[1] / from_size[1]
+    return boxes * boxes.new_tensor((scale_x, scale_y, scale_x, scale_y))
+
+
+def pad_boxes(boxes: Sequence[Any], *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Stack the boxes of N problems into the padded layout of `pairwise_iou` and `match_boxes`.
+
+    Args:
+        boxes: N problems, each an (n, 4) tensor, array or nested list; an empty one may have any
+            shape, [] included.
+        dtype: of the result; float64 for an oracle.
+    Returns:
+        (N, K, 4) boxes with K the largest n, padded with zeros; (N,) int64 counts.
+    Raises:
+        ValueError: a problem is not (n, 4).
+    """
+    tensors = [torch.as_tensor(problem, dtype=dtype) for problem in boxes]
+    tensors = [t if t.numel() else t.new_zeros((0, 4)) for t in tensors]
+    for i, t in enumerate(tensors):
+        if t.ndim != 2 or t.shape[1] != 4:
+            raise ValueError(
+                f"boxes[{i}]: expected (n, 4), got {tuple(t.shape)}; "
+                "one box alone is [[x1, y1, x2, y2]]"
+            )
+    counts = torch.tensor([len(t) for t in tensors], dtype=torch.int64)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    widest = max((len(t) for t in tensors), default=0)
+    padded = torch.zeros((len(tensors), widest, 4), dtype=dtype, device=device)
+    for row, t in zip(padded, tensors, strict=True):
+        row[: len(t)] = t
+    return padded, counts.to(device)
+
+
+def pairwise_iou(
+    pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor, *, kind: str = "iou"
+) -> Tensor:
+    """Intersection over union of every predicted with every true box of each problem.
+
+    Args:
+        pred: (N, K, 4) float32 xyxy, any one unit; rows past `num_pred` may hold anything.
+        gt: (N, M, 4), same dtype, unit and device; rows past `num_gt` may hold anything.
+        num_pred, num_gt: (N,) int64, 0 allowed.
+        kind: "iou", in [0, 1]; or "giou", in (-1, 1]: IoU less the share of the smallest enclosing
+            box that the union leaves empty.
+    Returns:
+        (N, K, M), the dtype of `pred`; exactly 0, for both kinds, where either box is degenerate
+        (inverted, without area, not finite) or past its count. float64 is accepted for oracles.
+    Raises:
+        ValueError: shapes, dtypes, devices, counts or `kind`; says what was expected and what came.
+    Not differentiable: boxes are parsed text. Source of giou: Rezatofighi et al. 2019,
+    arXiv:1902.09630, algorithm 1.
+    """
+    check_problem(pred, gt, num_pred, num_gt)
+    if kind not in IOU_KINDS:
+        raise ValueError(f"kind: expected one of {IOU_KINDS}, got {kind!r}")
+    # float64 inside: products of float32 extents can neither overflow nor underflow.
+    pred_valid = _valid_boxes(pred, num_pred)
+    gt_valid = _valid_boxes(gt, num_gt)
+    p = pred.detach().double().masked_fill(~pred_valid[..., None], 0.0)[:, :, None]  # (N, K, 1, 4)
+    g = gt.detach().double().masked_fill(~gt_valid[..., None], 0.0)[:, None]  # (N, 1, M, 4)
+
+    inter = _area(torch.maximum(p[..., :2], g[..., :2]), torch.minimum(p[..., 2:], g[..., 2:]))
+    union = _area(p[..., :2], p[..., 2:]) + _area(g[..., :2], g[..., 2:]) - inter
+    out = inter / union  # (N, K, M)
+    if kind == "giou":
+        hull = _area(torch.minimum(p[..., :2], g[..., :2]), torch.maximum(p[..., 2:], g[..., 2:]))
+        out = out - (hull - union) / hull
+    both_valid = pred_valid[:, :, None] & gt_valid[:, None]
+    # The second condition is for float64 input whose areas leave float64's range.
+    out = torch.where(both_valid & out.isfinite(), out, 0.0)
+    return out.to(pred.dtype)
+
+
+def check_problem(pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor) -> None:
+    """The input checks that every matching function shares.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or a count is negative or past the padding.
+    """
+    for name, boxes in (("pred", pred), ("gt", gt)):
+        if boxes.ndim != 3 or boxes.shape[-1] != 4:
+            raise ValueError(
+                f"{name}: expected (N, boxes, 4) xyxy boxes, got {tuple(boxes.shape)}; "
+                "add a batch axis for one problem, or use pad_boxes"
+            )
+        if boxes.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name}: expected float32, got {boxes.dtype}; convert with .float()")
+    if pred.shape[0] != gt.shape[0] or pred.dtype != gt.dtype or pred.device != gt.device:
+        raise ValueError(
+            f"gt: expected {pred.shape[0]} problems of {pred.dtype} on {pred.device} as in pred, "
+            f"got {gt.shape[0]} of {gt.dtype} on {gt.device}; convert one to match the other"
+        )
+    for name, counts, boxes in (("num_pred", num_pred, pred), ("num_gt", num_gt, gt)):
+        _check_counts(name, counts, boxes)
+
+
+def _check_counts(name: str, counts: Tensor, boxes: Tensor) -> None:
+    if counts.shape != boxes.shape[:1] or counts.dtype != torch.int64:
+        raise ValueError(
+            f"{name}: expected ({boxes.shape[0]},) int64, got {tuple(counts.shape)} "
+            f"{counts.dtype}; one count a problem"
+        )
+    if counts.device != boxes.device:
+        raise ValueError(
+            f"{name}: expected on {boxes.device} like its boxes, got {counts.device}; move it"
+        )
+    # Reading the values synchronises a GPU; the assignment needs them on the host anyway.
+    if bool(((counts < 0) | (counts > boxes.shape[1])).any()):
+        raise ValueError(
+            f"{name}: expected counts in 0..{boxes.shape[1]}, got {counts.tolist()}; "
+            "a count can not exceed the padded number of boxes"
+        )
+
+
+def _valid_boxes(boxes: Tensor, counts: Tensor) -> Tensor:
+    """(N, K) bool: inside its count, all coordinates finite, positive width and height."""
+    inside = torch.arange(boxes.shape[1], device=boxes.device) < counts[:, None]
+    has_area = (boxes[..., 2:] > boxes[..., :2]).all(-1)
+    return inside & has_area & boxes.isfinite().all(-1)
+
+
+def _area(top_left: Tensor, bottom_right: Tensor) -> Tensor:
+    size = (bottom_right - top_left).clamp(min=0)
+    return size[..., 0] * size[..., 1]
