@@ -1,0 +1,530 @@
+"""Everything that owns parameters, gradients and optimizer state: all of DeepSpeed, and the plain
+one-process or replicated engine that needs none of it.
+
+Both engines have the same methods: `forward`, `backward`, `step`, `gathered`, `model_state`,
+`save_state`, `load_state`. A step whose gradient is not finite is skipped on every rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from virft_fast import dist
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and clipping; learning rates are set step by step."""
+
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did: the gradient's norm before clipping, and whether it was applied."""
+
+    grad_norm: float
+    applied: bool
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that leaves parameters and state alone when `guard()` says so.
+
+    The skip sits here, below DeepSpeed, so that all ranks go through the same collectives whether
+    a step counts or not.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.guard = lambda: True
+
+    def step(self, closure: Any = None) -> None:
+        if self.guard():
+            super().step(closure)
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices decay, biases and norm weights don't."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    # Under ZeRO-3 a partitioned parameter keeps its true shape in ds_shape.
+    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
+    others = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class PlainEngine:
+    """One process, or replicas that average their gradients at the step.
+
+    Weights stay in the dtype they came in; with `bf16` the passes run under autocast.
+    """
+
+    zero_stage = 0
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        settings: OptimizerSettings,
+        *,
+        device: torch.device,
+        bf16: bool = False,
+    ) -> None:
+        self.module = policy.to(device)
+        self.device = device
+        self.bf16 = bf16
+        self.settings = settings
+        self.optimizer = GuardedAdamW(
+            decay_groups(policy, settings.weight_decay),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.epsilon,
+        )
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with self._autocast():
+            return self.module(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, learning_rate: float) -> StepResult:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._average_gradients(parameters)
+        max_norm = self.settings.max_grad_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
+        applied = math.isfinite(norm)
+        if applied:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(norm, applied)
+
+    @staticmethod
+    def _average_gradients(parameters: list[nn.Parameter]) -> None:
+        if dist.world_size() == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce_sum(parameter.grad).div_(dist.world_size())
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Whole weights, free to be used outside `forward`."""
+        with self._autocast():
+            yield
+
+    def model_state(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor] | None:
+        """Weights of `model` on the CPU, on the main process; None elsewhere."""
+        if not dist.is_main():
+            return None
+        return {
+            name: parameter.detach().to("cpu", dtype, copy=True)
+            for name, parameter in _stored_parameters(model)
+        }
+
+    def save_state(self, folder: Path) -> None:
+        """Weights in full precision and optimizer state, for `load_state`."""
+        if dist.is_main():
+            state = {
+                "module": self.module.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            }
+            torch.save(state, folder / "state.pt")
+
+    def load_state(self, folder: Path) -> None:
+        path = folder / "state.pt"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; was it saved with --deepspeed?")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class DeepSpeedEngine:
+    """The policy under DeepSpeed, any ZeRO stage.
+
+    Args:
+        config: resolved DeepSpeed configuration, see `resolve_deepspeed_config`.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        settings: OptimizerSettings,
+        *,
+        config: dict[str, Any],
+        device: torch.device,
+    ) -> None:
+        deepspeed = import_deepspeed()
+        self.device = device
+        self.settings = settings
+        self.zero_stage = zero_stage(config)
+        self.optimizer = GuardedAdamW(
+            decay_groups(policy, settings.weight_decay),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.epsilon,
+        )
+        config = json.loads(json.dumps(config))
+        # Without ZeRO and bf16 DeepSpeed clips but keeps the norm to itself, so we clip there.
+        self._clips_here = self.zero_stage == 0 and not config.get("bf16", {}).get("enabled")
+        if self._clips_here:
+            config["gradient_clipping"] = 0.0
+        self.optimizer.guard = self._guard
+        self._norm = 0.0
+        self.engine, *_ = deepspeed.initialize(
+            model=policy, optimizer=self.optimizer, config=config
+        )
+        self.engine.checkpoint_engine = _plain_checkpoint_engine()
+        self.module = policy
+
+    def _guard(self) -> bool:
+        """Called before each inner update; the gradient's global norm is known by then."""
+        if self._clips_here:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            max_norm = self.settings.max_grad_norm or math.inf
+            self._norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
+        else:
+            self._norm = self._global_norm()
+        return math.isfinite(self._norm)
+
+    def _global_norm(self) -> float:
+        norm = getattr(self.engine.optimizer, "_global_grad_norm", None)
+        return 0.0 if norm is None else float(norm)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        # The loss is normalised over all microbatches already.
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Call after `backward` of the last microbatch."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        overflow = bool(getattr(self.engine.optimizer, "overflow", False))
+        norm = math.inf if overflow else self._norm
+        return StepResult(norm, not overflow and math.isfinite(norm))
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Whole weights, free to be used outside `forward`; one gather under ZeRO-3.
+
+        The hooks that gather and free single layers are off meanwhile, so ranks may make different
+        numbers of module calls.
+        """
+        if self.zero_stage < 3:
+            yield
+            return
+        deepspeed = import_deepspeed()
+        offload = self.engine.optimizer.parameter_offload
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+            _remove_zero3_hooks(offload)
+            try:
+                yield
+            finally:
+                _add_zero3_hooks(offload)
+
+    def model_state(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor] | None:
+        """Weights of `model` on the CPU, on the main process; None elsewhere. All ranks call."""
+        deepspeed = import_deepspeed()
+        state: dict[str, Tensor] | None = {} if dist.is_main() else None
+        for name, parameter in _stored_parameters(model):
+            partitioned = self.zero_stage == 3
+            with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
+                if state is not None:
+                    state[name] = parameter.detach().to("cpu", dtype, copy=True)
+        return state
+
+    def save_state(self, folder: Path) -> None:
+        writer = self.engine.checkpoint_engine
+        writer.error = None
+        self.engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+        if writer.error is not None:
+            raise writer.error
+
+    def load_state(self, folder: Path) -> None:
+        if not (folder / "state").is_dir():
+            raise FileNotFoundError(
+                f"{folder / 'state'}: no DeepSpeed state; was it saved without?"
+            )
+        path, _ = self.engine.load_checkpoint(str(folder), tag="state")
+        if path is None:
+            raise ValueError(
+                f"{folder}: expected engine state of {dist.world_size()} processes at ZeRO stage "
+                f"{self.zero_stage}; it was saved with other numbers"
+            )
+
+
+def make_reference(policy: nn.Module, engine: PlainEngine | DeepSpeedEngine, config: Any) -> Any:
+    """Put a frozen copy of the policy where it can be called: partitioned under ZeRO-3, else on
+    this process's device. Returns a callable like the module."""
+    for parameter in policy.parameters():
+        parameter.requires_grad_(False)
+    policy.eval()
+    if isinstance(engine, PlainEngine):
+        policy.to(engine.device)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with engine._autocast():
+                return policy(*args, **kwargs)
+
+        return call
+    if engine.zero_stage < 3:
+        return policy.to(engine.device, engine_dtype(config))
+    deepspeed = import_deepspeed()
+    kept = {
+        key: value
+        for key, value in config.items()
+        if key not in ("optimizer", "scheduler", "gradient_clipping")
+    }
+    reference, *_ = deepspeed.initialize(model=policy, config=kept)
+    reference.eval()
+    return reference
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, told to use the CPU where there is no GPU; a clear error where it is missing."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(
+            "--deepspeed: expected the package deepspeed (>= 0.19); pip install deepspeed"
+        ) from error
+    return deepspeed
+
+
+def prepare_deepspeed(config: dict[str, Any], device: torch.device) -> Any:
+    """Make DeepSpeed ready before a model is loaded. Keep what this returns alive while loading:
+    under ZeRO-3 it makes `from_pretrained` partition the weights as they arrive."""
+    deepspeed = import_deepspeed()
+    if not torch.distributed.is_initialized():
+        # One process without a launcher: a group of one, in this process's memory.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    deepspeed.init_distributed(verbose=False)
+    if zero_stage(config) < 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(config)
+
+
+def load_deepspeed_config(path: str) -> dict[str, Any]:
+    """Read a DeepSpeed JSON.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or no JSON object in it.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"--deepspeed: expected a JSON file, got {path!r}: no such file")
+    try:
+        config = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--deepspeed {path}: expected JSON, got {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"--deepspeed {path}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def resolve_deepspeed_config(
+    config: dict[str, Any],
+    *,
+    settings: OptimizerSettings,
+    micro_batch_size: int,
+    gradient_accumulation_steps: int,
+    bf16: bool,
+    hidden_size: int,
+    world_size: int,
+) -> tuple[dict[str, Any], OptimizerSettings]:
+    """Fill in HF's "auto" values.
+
+    Args:
+        config: as in the user's file; left unchanged.
+    Returns:
+        The configuration with every "auto" replaced and without its optimizer and scheduler
+        blocks, and the optimizer's settings, updated by an optimizer block.
+    Raises:
+        ValueError: an "auto" nobody can fill, a batch size that contradicts the flags, fp16, or an
+            optimizer other than Adam(W).
+    """
+    config = json.loads(json.dumps(config))
+    settings = _take_optimizer_block(config, settings)
+    scheduler = config.pop("scheduler", None)
+    if scheduler is not None:
+        logger.warning("the scheduler block of the DeepSpeed file is ignored: the learning rate "
+                       "follows --lr_scheduler_type")  # fmt: skip
+    batch = micro_batch_size * gradient_accumulation_steps * world_size
+    known = {
+        ("train_micro_batch_size_per_gpu",): micro_batch_size,
+        ("gradient_accumulation_steps",): gradient_accumulation_steps,
+        ("train_batch_size",): batch,
+        ("gradient_clipping",): settings.max_grad_norm,
+        ("bf16", "enabled"): bf16,
+        ("fp16", "enabled"): False,
+        ("zero_optimization", "reduce_bucket_size"): hidden_size * hidden_size,
+        ("zero_optimization", "stage3_prefetch_bucket_size"): int(0.9 * hidden_size**2),
+        ("zero_optimization", "stage3_param_persistence_threshold"): 10 * hidden_size,
+        ("zero_optimization", "stage3_gather_16bit_weights_on_model_save"): True,
+    }
+    for path, value in known.items():
+        _fill(config, path, value)
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+                "train_batch_size"):  # fmt: skip
+        if config.setdefault(key, known[(key,)]) != known[(key,)]:
+            raise ValueError(
+                f"--deepspeed: {key} is {config[key]} in the file, but the flags make it "
+                f'{known[(key,)]}; write "auto" there'
+            )
+    fp16 = config.get("fp16", {})
+    if fp16.get("enabled") is True:
+        raise ValueError("--deepspeed: fp16 is not supported; use bf16 (--bf16) or float32")
+    for knob in ("loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
+                 "min_loss_scale"):  # fmt: skip
+        if fp16.get(knob) == "auto":
+            fp16.pop(knob)
+    if config.get("bf16", {}).get("enabled", False) != bf16:
+        config["bf16"] = {**config.get("bf16", {}), "enabled": bf16}
+    if bf16:
+        config["bf16"].setdefault("check_grad_overflow", True)
+    config.setdefault("gradient_clipping", settings.max_grad_norm)
+    config["zero_allow_untested_optimizer"] = True
+    config["zero_force_ds_cpu_optimizer"] = False
+    left = _autos(config)
+    if left:
+        raise ValueError(f'--deepspeed: no value is known for "auto" at {", ".join(left)}')
+    return config, settings
+
+
+def _take_optimizer_block(config: dict[str, Any], settings: OptimizerSettings) -> OptimizerSettings:
+    block = config.pop("optimizer", None)
+    if block is None:
+        return settings
+    if block.get("type") not in ("Adam", "AdamW"):
+        raise ValueError(
+            f"--deepspeed: expected optimizer AdamW or no optimizer block, got {block.get('type')!r}"
+        )
+    given = {k: v for k, v in block.get("params", {}).items() if v != "auto"}
+    return OptimizerSettings(
+        learning_rate=float(given.get("lr", settings.learning_rate)),
+        betas=tuple(given.get("betas", settings.betas)),
+        epsilon=float(given.get("eps", settings.epsilon)),
+        weight_decay=float(given.get("weight_decay", settings.weight_decay)),
+        max_grad_norm=settings.max_grad_norm,
+    )
+
+
+def _fill(config: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    *parents, last = path
+    for key in parents:
+        config = config.get(key, {})
+    if config.get(last) == "auto":
+        config[last] = value
+
+
+def _autos(config: Any, prefix: str = "") -> list[str]:
+    if isinstance(config, dict):
+        found = [
+            _autos(value, f"{prefix}.{key}" if prefix else key) for key, value in config.items()
+        ]
+        return [name for names in found for name in names]
+    return [prefix] if config == "auto" else []
+
+
+def zero_stage(config: dict[str, Any] | None) -> int:
+    return int((config or {}).get("zero_optimization", {}).get("stage", 0))
+
+
+def engine_dtype(config: dict[str, Any]) -> torch.dtype:
+    """The dtype DeepSpeed keeps the module in."""
+    return torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+
+
+def _stored_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters under `model`'s own names, a tied one once; of an adapter only its own."""
+    adapter = hasattr(model, "peft_config")
+    for name, parameter in model.named_parameters():
+        if not adapter or parameter.requires_grad:
+            yield name, parameter
+
+
+def _remove_zero3_hooks(offload: Any) -> None:
+    for parameter in offload.module.parameters():
+        parameter.ds_active_sub_modules.clear()
+    for hook in (*offload.forward_hooks, *offload.backward_hooks):
+        hook.remove()
+    offload.forward_hooks, offload.backward_hooks = [], []
+
+
+def _add_zero3_hooks(offload: Any) -> None:
+    coordinator = getattr(offload, "param_coordinator", None)
+    # The recorded order of module calls no longer holds after free calls.
+    if coordinator is not None and not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+    offload._register_deepspeed_module(offload.module)
+
+
+def _plain_checkpoint_engine() -> Any:
+    """DeepSpeed's checkpoint files, read without unpickling arbitrary objects.
+
+    A write that fails (a full disk) is kept in `error` instead of raised: raising on one rank
+    would leave the others waiting at DeepSpeed's next barrier.
+    """
+    import_deepspeed()
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    allowed = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+    class PlainCheckpointEngine(TorchCheckpointEngine):
+        error: Exception | None = None
+
+        def create(self, info: Any) -> None:
+            pass
+
+        def save(self, state_dict: Any, path: str) -> None:
+            try:
+                torch.save(state_dict, path)
+            except (OSError, RuntimeError) as error:
+                self.error = error
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            with torch.serialization.safe_globals(allowed):
+                return torch.load(path, map_location=map_location, weights_only=True)
+
+    return PlainCheckpointEngine(None)

@@ -1,0 +1,387 @@
+"""The one adapter between Qwen's vision-language models and the rest of the house.
+
+`load_model` gives a plain transformers model; `Policy` wraps it so that one module call yields the
+hidden states of the completion tokens and what the kernels make of them. The vision tower runs once
+per prompt image and its output is repeated for the G completions.
+
+Shapes: B prompts, G completions each, N = B*G rows, P prompt tokens (padded left), T completion
+tokens (padded right), L = P + T, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from virft_fast.models.tiny import resolve_model_path
+
+from virft_fast.batch import Prompt, Sample
+from virft_fast.kernels import GRPOLoss, linear_grpo_loss, linear_logps
+
+logger = logging.getLogger(__name__)
+
+# What differs between the families. Qwen3-VL feeds vision features into several layers and is not
+# here yet.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"liger": "apply_liger_kernel_to_qwen2_vl"},
+    "qwen2_5_vl": {"liger": "apply_liger_kernel_to_qwen2_5_vl"},
+}
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """B prompts and their N completions as the model reads them, on the model's device.
+
+    Attributes:
+        input_ids: (N, L) int64.
+        attention_mask: (N, L) int64, 0 at padding.
+        position_ids: (3, N, L) int64, multimodal rotary positions.
+        image_mask: (N, L) bool, true at image tokens; never true in a completion.
+        pixel_values, image_grid_thw: the images of the B prompts, each once; None without images.
+        tokens_per_prompt: image tokens of each prompt, B ints.
+        num_generations: G.
+        prompt_length: P.
+        completion_ids, completion_mask: (N, T).
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    image_mask: Tensor
+    pixel_values: Tensor | None
+    image_grid_thw: Tensor | None
+    tokens_per_prompt: tuple[int, ...]
+    num_generations: int
+    prompt_length: int
+    completion_ids: Tensor
+    completion_mask: Tensor
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+) -> nn.Module:
+    """A Qwen-VL model from a folder, a hub id or `tiny`, in `dtype`, on the CPU (or partitioned,
+    when DeepSpeed's ZeRO-3 configuration is alive).
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: something is there, but no Qwen-VL model.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+
+    path = resolve_model_path(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"--model_name_or_path: expected a folder with config.json, a hub id or `tiny`, got "
+            f"{name_or_path!r}: {str(error).splitlines()[0]}"
+        ) from error
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"--model_name_or_path {name_or_path!r}: expected one of the families "
+            f"{', '.join(FAMILIES)}, got model_type {config.model_type!r}"
+        )
+    model = AutoModelForImageTextToText.from_pretrained(
+        path,
+        revision=revision,
+        dtype=dtype,
+        attn_implementation=usable_attention(attn_implementation),
+    )
+    # A checkpoint's sampling defaults (Qwen ships a near-greedy temperature) must never steer a
+    # rollout, so they are set aside; they go back into what we save.
+    model.shipped_generation_config = model.generation_config
+    model.generation_config = GenerationConfig()
+    return model
+
+
+def usable_attention(name: str) -> str:
+    """`name`, or sdpa with a warning where flash_attention_2 is asked for and can't run."""
+    if name != "flash_attention_2":
+        return name
+    from transformers.utils import is_flash_attn_2_available
+
+    if is_flash_attn_2_available():
+        return name
+    warnings.warn(
+        "flash_attention_2 needs the flash-attn package and a CUDA device; using sdpa instead",
+        stacklevel=2,
+    )
+    return "sdpa"
+
+
+def apply_liger(model: nn.Module, device: torch.device) -> None:
+    """Patch RMSNorm, SwiGLU and rotary embedding with liger-kernel's; no effect off CUDA."""
+    if device.type != "cuda":
+        warnings.warn("--use_liger_kernel has no effect without CUDA", stacklevel=2)
+        return
+    try:
+        import liger_kernel.transformers as liger
+    except ImportError as error:
+        raise ValueError(
+            "--use_liger_kernel: expected the package liger-kernel; pip install 'virft_fast[gpu]'"
+        ) from error
+    patch = getattr(liger, FAMILIES[model.config.model_type]["liger"])
+    # The loss is ours, so liger's fused cross entropy stays out.
+    patch(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def freeze_vision_tower(model: nn.Module) -> None:
+    for parameter in core(model).visual.parameters():
+        parameter.requires_grad_(False)
+
+
+def add_lora(
+    model: nn.Module, *, r: int, alpha: int, target_modules: Sequence[str], dropout: float = 0.0
+) -> nn.Module:
+    """The model with a LoRA adapter of peft on its language part; everything else is frozen."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError(
+            "--use_peft: expected the package peft; pip install 'virft_fast[peft]'"
+        ) from error
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, target_modules=list(target_modules), lora_dropout=dropout
+    )
+    return get_peft_model(model, config)
+
+
+def base(model: nn.Module) -> nn.Module:
+    """The transformers model inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def core(model: nn.Module) -> nn.Module:
+    """The part that holds `visual` and `language_model`."""
+    return base(model).model
+
+
+def encode_prompt(processor: Any, sample: Sample) -> Prompt:
+    """Render and tokenize a sample; image placeholders grow to the number of image tokens.
+
+    Raises:
+        ValueError: the text itself holds image tokens, or the images can't be processed.
+    """
+    text = processor.apply_chat_template(
+        list(sample.messages), tokenize=False, add_generation_prompt=True
+    )
+    image_token = processor.image_token
+    if text.count(image_token) != len(sample.images):
+        raise ValueError(
+            f"expected {len(sample.images)} image placeholders in the prompt, got "
+            f"{text.count(image_token)}; the text must not hold {image_token} itself"
+        )
+    images = list(sample.images) or None
+    encoded = processor(text=[text], images=images, return_tensors="pt")
+    input_ids = encoded["input_ids"][0]
+    is_image = input_ids == processor.tokenizer.convert_tokens_to_ids(image_token)
+    return Prompt(
+        sample=sample,
+        text=text,
+        input_ids=input_ids,
+        mm_token_type_ids=is_image.long(),
+        pixel_values=encoded["pixel_values"] if images else None,
+        image_grid_thw=encoded["image_grid_thw"] if images else None,
+    )
+
+
+def banned_token_ids(tokenizer: Any, vocab_size: int) -> list[int]:
+    """Tokens that must never be sampled: special ones but EOS, and rows that name no token.
+
+    A sampled image placeholder would be counted as an image by the next forward pass.
+    """
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    special.discard(tokenizer.eos_token_id)
+    unused = range(len(tokenizer), vocab_size)
+    return sorted(i for i in special | set(unused) if i < vocab_size)
+
+
+class Policy(nn.Module):
+    """A Qwen-VL model with the calls that training makes, each of them one module call.
+
+    DeepSpeed wraps this module. The head owns the (maybe tied) lm_head weight, so that ZeRO-3
+    gathers it for the fused loss as it does for any layer.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.head = Head(base(model).lm_head)
+        visual = core(model).visual
+        self.vision_frozen = not any(p.requires_grad for p in visual.parameters())
+
+    @property
+    def config(self) -> Any:
+        return base(self.model).config
+
+    def forward(
+        self,
+        inputs: ModelInputs,
+        *,
+        temperature: float = 1.0,
+        image_features: Tensor | None = None,
+        loss: dict[str, Any] | None = None,
+        only_images: bool = False,
+    ) -> GRPOLoss | tuple[Tensor, Tensor] | Tensor:
+        """Log-probs and entropy (N, T) of the completions; with `loss` (keyword arguments of
+        `linear_grpo_loss`) the loss instead; with `only_images` the images' features.
+        """
+        if image_features is None:
+            image_features = self._image_features(inputs)
+        if only_images:
+            return image_features
+        hidden = self._completion_hidden(inputs, image_features)
+        return self.head(hidden, inputs, temperature, loss)
+
+    def _completion_hidden(self, inputs: ModelInputs, image_features: Tensor) -> Tensor:
+        embeds = self.embed(inputs, image_features)
+        outputs = core(self.model).language_model(
+            input_ids=None,
+            inputs_embeds=embeds,
+            attention_mask=inputs.attention_mask,
+            position_ids=inputs.position_ids,
+            use_cache=False,
+        )
+        # The state at the last prompt token predicts the first completion token.
+        return outputs.last_hidden_state[:, inputs.prompt_length - 1 : -1]  # (N, T, D)
+
+    def embed(self, inputs: ModelInputs, image_features: Tensor) -> Tensor:
+        """(N, L, D) token embeddings with the images' features in their places."""
+        embeds = core(self.model).get_input_embeddings()(inputs.input_ids)
+        image_features = image_features.to(embeds.dtype)
+        if inputs.pixel_values is None:
+            # The tower ran on a blank image so that all ranks make the same module calls; with a
+            # weight of zero its parameters get zero gradients instead of none.
+            return embeds + 0.0 * image_features.sum()
+        per_prompt = image_features.split(list(inputs.tokens_per_prompt))
+        repeated = torch.cat([part for part in per_prompt for _ in range(inputs.num_generations)])
+        return embeds.masked_scatter(inputs.image_mask[..., None], repeated)
+
+    def _image_features(self, inputs: ModelInputs) -> Tensor:
+        """(image tokens of the B prompts, D); of one blank image when there is none."""
+        pixel_values, grid = inputs.pixel_values, inputs.image_grid_thw
+        if pixel_values is None:
+            pixel_values, grid = self._blank_image(inputs.input_ids.device)
+        context = torch.no_grad() if self.vision_frozen else contextlib.nullcontext()
+        with context:
+            features = core(self.model).get_image_features(pixel_values, grid)
+        features = getattr(features, "pooler_output", features)
+        return features if isinstance(features, Tensor) else torch.cat(list(features))
+
+    def _blank_image(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        vision = self.config.vision_config
+        merge = vision.spatial_merge_size
+        channels = getattr(vision, "in_channels", getattr(vision, "in_chans", 3))
+        patch = channels * vision.temporal_patch_size * vision.patch_size**2
+        pixels = torch.zeros(merge * merge, patch, device=device)
+        return pixels, torch.tensor([[1, merge, merge]], device=device)
+
+    def collate(
+        self,
+        prompts: Sequence[Prompt],
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        *,
+        num_generations: int,
+        pad_token_id: int,
+        device: torch.device,
+    ) -> ModelInputs:
+        """Pad and stack B prompts with their N completions, (N, T) ids and mask on any device."""
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        rows = [self._pad_prompt(prompt, longest, pad_token_id) for prompt in prompts]
+        ids, attention, positions, image_mask = (torch.stack(part) for part in zip(*rows, strict=True))
+        ids, attention, positions, image_mask = (
+            part.repeat_interleave(num_generations, 0).to(device)
+            for part in (ids, attention, positions, image_mask)
+        )  # (N, P), (N, P), (N, 3, P), (N, P)
+        completion_ids, completion_mask = completion_ids.to(device), completion_mask.to(device)
+        steps = torch.arange(1, completion_ids.shape[1] + 1, device=device)
+        # Text after the images goes on from the largest position on all three axes.
+        following = positions.amax((1, 2))[:, None, None] + steps.expand(1, 3, -1)
+        with_images = [p for p in prompts if p.pixel_values is not None]
+        pixels = torch.cat([p.pixel_values for p in with_images]) if with_images else None
+        grid = torch.cat([p.image_grid_thw for p in with_images]) if with_images else None
+        return ModelInputs(
+            input_ids=torch.cat([ids, completion_ids], 1),
+            attention_mask=torch.cat([attention, completion_mask.long()], 1),
+            position_ids=torch.cat([positions, following], 2).transpose(0, 1).contiguous(),
+            image_mask=torch.cat([image_mask, torch.zeros_like(completion_mask)], 1),
+            pixel_values=None if pixels is None else pixels.to(device),
+            image_grid_thw=None if grid is None else grid.to(device),
+            tokens_per_prompt=tuple(int(p.mm_token_type_ids.sum()) for p in prompts),
+            num_generations=num_generations,
+            prompt_length=longest,
+            completion_ids=completion_ids,
+            completion_mask=completion_mask,
+        )
+
+    def _pad_prompt(
+        self, prompt: Prompt, length: int, pad_token_id: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        missing = length - len(prompt.input_ids)
+        positions, _ = core(self.model).get_rope_index(
+            prompt.input_ids[None],
+            mm_token_type_ids=prompt.mm_token_type_ids[None],
+            image_grid_thw=prompt.image_grid_thw,
+        )
+        pad = (missing, 0)
+        return (
+            nn.functional.pad(prompt.input_ids, pad, value=pad_token_id),
+            nn.functional.pad(torch.ones_like(prompt.input_ids), pad),
+            nn.functional.pad(positions[:, 0], pad),
+            nn.functional.pad(prompt.mm_token_type_ids.bool(), pad),
+        )
+
+
+class Head(nn.Module):
+    """The lm_head's weight with the fused calls on it; logits never exist as a whole."""
+
+    def __init__(self, lm_head: nn.Linear) -> None:
+        super().__init__()
+        self.weight = lm_head.weight
+
+    def forward(
+        self, hidden: Tensor, inputs: ModelInputs, temperature: float, loss: dict[str, Any] | None
+    ) -> GRPOLoss | tuple[Tensor, Tensor]:
+        hidden = hidden.to(self.weight.dtype)
+        if loss is None:
+            return linear_logps(hidden, self.weight, inputs.completion_ids, temperature=temperature)
+        return linear_grpo_loss(
+            hidden,
+            self.weight,
+            inputs.completion_ids,
+            inputs.completion_mask,
+            temperature=temperature,
+            **loss,
+        )
+
+
+def save_model(
+    model: nn.Module, state_dict: dict[str, Tensor], processor: Any, folder: Path
+) -> None:
+    """Write a folder that plain `from_pretrained` loads: weights, config, processor.
+
+    Args:
+        state_dict: the gathered weights under the names of `model`, already in the dtype to store.
+    """
+    inner = base(model)
+    current = inner.generation_config
+    inner.generation_config = getattr(inner, "shipped_generation_config", current)
+    try:
+        model.save_pretrained(folder, state_dict=state_dict)
+    finally:
+        inner.generation_config = current
+    processor.save_pretrained(folder)
