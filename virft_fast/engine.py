@@ -110,14 +110,15 @@ class PlainEngine:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, learning_rate: float) -> StepResult:
+    def step(self, learning_rate: float, *, veto: bool = False) -> StepResult:
+        """Update the weights, unless `veto` (the same on all ranks) or the gradient forbids it."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._average_gradients(parameters)
         max_norm = self.settings.max_grad_norm or math.inf
         norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
-        applied = math.isfinite(norm)
+        applied = math.isfinite(norm) and not veto
         if applied:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -197,6 +198,7 @@ class DeepSpeedEngine:
             config["gradient_clipping"] = 0.0
         self.optimizer.guard = self._guard
         self._norm = 0.0
+        self._veto = False
         self.engine, *_ = deepspeed.initialize(
             model=policy, optimizer=self.optimizer, config=config
         )
@@ -211,7 +213,7 @@ class DeepSpeedEngine:
             self._norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
         else:
             self._norm = self._global_norm()
-        return math.isfinite(self._norm)
+        return math.isfinite(self._norm) and not self._veto
 
     def _global_norm(self) -> float:
         norm = getattr(self.engine.optimizer, "_global_grad_norm", None)
@@ -226,14 +228,15 @@ class DeepSpeedEngine:
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
-    def step(self, learning_rate: float) -> StepResult:
-        """Call after `backward` of the last microbatch."""
+    def step(self, learning_rate: float, *, veto: bool = False) -> StepResult:
+        """As `PlainEngine.step`; call it after `backward` of the last microbatch."""
+        self._veto = veto
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
         overflow = bool(getattr(self.engine.optimizer, "overflow", False))
         norm = math.inf if overflow else self._norm
-        return StepResult(norm, not overflow and math.isfinite(norm))
+        return StepResult(norm, not overflow and math.isfinite(norm) and not veto)
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
@@ -435,7 +438,8 @@ def _take_optimizer_block(config: dict[str, Any], settings: OptimizerSettings) -
         return settings
     if block.get("type") not in ("Adam", "AdamW"):
         raise ValueError(
-            f"--deepspeed: expected optimizer AdamW or no optimizer block, got {block.get('type')!r}"
+            f"--deepspeed: expected optimizer AdamW or no optimizer block, got "
+            f"{block.get('type')!r}"
         )
     given = {k: v for k, v in block.get("params", {}).items() if v != "auto"}
     return OptimizerSettings(

@@ -302,7 +302,9 @@ class Policy(nn.Module):
         """Pad and stack B prompts with their N completions, (N, T) ids and mask on any device."""
         longest = max(len(prompt.input_ids) for prompt in prompts)
         rows = [self._pad_prompt(prompt, longest, pad_token_id) for prompt in prompts]
-        ids, attention, positions, image_mask = (torch.stack(part) for part in zip(*rows, strict=True))
+        ids, attention, positions, image_mask = (
+            torch.stack(part) for part in zip(*rows, strict=True)
+        )
         ids, attention, positions, image_mask = (
             part.repeat_interleave(num_generations, 0).to(device)
             for part in (ids, attention, positions, image_mask)
