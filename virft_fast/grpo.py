@@ -279,7 +279,7 @@ def _update(
         loss = out.loss * weight["scale"]
         finite &= bool(torch.isfinite(loss.detach()))
         state.engine.backward(loss)
-        _loss_stats(stats, out, mb, float(loss.detach()))
+        _loss_stats(stats, out, mb, float(loss.detach()) / cfg.num_iterations)
     veto = dist.any_rank(not finite, state.engine.device)
     result = state.engine.step(learning_rate, veto=veto)
     stats.add("grad_norm", result.grad_norm)

@@ -236,8 +236,9 @@ class Policy(nn.Module):
         loss: dict[str, Any] | None = None,
         only_images: bool = False,
     ) -> GRPOLoss | tuple[Tensor, Tensor] | Tensor:
-        """Log-probs and entropy (N, T) of the completions; with `loss` (keyword arguments of
-        `linear_grpo_loss`) the loss instead; with `only_images` the images' features.
+        """Log-probs and entropy (N, T) of the completions; with `loss` (`loss_mask` (N, T) and
+        keyword arguments of `linear_grpo_loss`) the loss instead; with `only_images` the images'
+        features.
         """
         if image_features is None:
             image_features = self._image_features(inputs)
@@ -361,13 +362,15 @@ class Head(nn.Module):
         hidden = hidden.to(self.weight.dtype)
         if loss is None:
             return linear_logps(hidden, self.weight, inputs.completion_ids, temperature=temperature)
+        arguments = {**loss}
+        loss_mask = arguments.pop("loss_mask")
         return linear_grpo_loss(
             hidden,
             self.weight,
             inputs.completion_ids,
-            inputs.completion_mask,
+            loss_mask,
             temperature=temperature,
-            **loss,
+            **arguments,
         )
 
 

@@ -1,0 +1,47 @@
+"""From a row to a prompt the model can read, or to the reason why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from virft_fast.batch import Prompt
+from virft_fast.data.loading import BadRow, SampleDataset
+from virft_fast.models.qwen_vl import encode_prompt
+
+
+class PromptSource:
+    """Encodes the samples of a dataset; a row that can't be used comes back as `BadRow`.
+
+    Args:
+        samples: rows as samples.
+        processor: of the model.
+        max_prompt_length: in tokens, images included; a longer prompt is a bad row, because cutting
+            it would cut through its image.
+    """
+
+    def __init__(
+        self, samples: SampleDataset, processor: Any, *, max_prompt_length: int | None = None
+    ) -> None:
+        self.samples = samples
+        self.processor = processor
+        self.max_prompt_length = max_prompt_length
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def load(self, index: int) -> Prompt | BadRow:
+        sample = self.samples.get(index)
+        if isinstance(sample, BadRow):
+            return sample
+        try:
+            prompt = encode_prompt(self.processor, sample)
+        except ValueError as error:
+            return BadRow(index, str(error))
+        limit = self.max_prompt_length
+        if limit is not None and len(prompt.input_ids) > limit:
+            return BadRow(
+                index,
+                f"the prompt has {len(prompt.input_ids)} tokens with its images, more than "
+                f"--max_prompt_length {limit}; raise it or lower --max_pixels",
+            )
+        return prompt

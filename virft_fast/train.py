@@ -1,0 +1,804 @@
+"""`python -m virft_fast.train`: GRPO on a vision-language model, from one process or torchrun.
+
+Flags are flat and named as in TRL and Visual-RFT; `--config run.yaml` gives them from a file, flags
+on the command line win.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from virft_fast import checkpoint as checkpoints
+from virft_fast import dist, tasks
+from virft_fast.config import (
+    TRAIN_GROUPS,
+    ModelConfig,
+    RunConfig,
+    known_flags,
+    unknown_flag_message,
+)
+from virft_fast.data import BadRow, BadRows, PromptSampler, SampleDataset, TooManyBadRows, load_rows
+from virft_fast.data.prompts import PromptSource
+from virft_fast.engine import (
+    DeepSpeedEngine,
+    OptimizerSettings,
+    PlainEngine,
+    load_deepspeed_config,
+    make_reference,
+    prepare_deepspeed,
+    resolve_deepspeed_config,
+    zero_stage,
+)
+from virft_fast.evaluation.scoring import Evaluation, evaluate_rewards
+from virft_fast.grpo import TooManyBadSteps, TrainState, train_step
+from virft_fast.metrics import MetricsWriter
+from virft_fast.models.processing import load_processor
+from virft_fast.models.qwen_vl import (
+    Policy,
+    add_lora,
+    apply_liger,
+    freeze_vision_tower,
+    load_model,
+)
+from virft_fast.models.tiny import resolve_model_path
+from virft_fast.report import format_table, write_report, write_summary
+from virft_fast.rollout.hf import HFRollout
+
+logger = logging.getLogger("virft_fast")
+
+SUMMARY_FILE, REPORT_FILE, METRICS_FILE = "summary.json", "report.png", "metrics.jsonl"
+NUM_CHECKED_ROWS = 200
+NUM_REPORT_EXAMPLES = 5
+
+
+class UsageError(ValueError):
+    """The arguments don't name a run that can start."""
+
+
+@dataclass
+class Data:
+    """The training rows, the held-out rows, and how they are scored."""
+
+    train: PromptSource
+    test: PromptSource | None
+    task: str
+    reward_funcs: list[tuple[str, Callable[..., Any]]]
+    reward_weights: list[float]
+    bad_rows: BadRows
+
+
+def parse_args(argv: list[str]) -> RunConfig:
+    """Flags and --config file -> configuration.
+
+    Raises:
+        UsageError: an unknown or misspelt flag or key, or a value out of range.
+    """
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(list(TRAIN_GROUPS), prog="python -m virft_fast.train")
+    parser.allow_abbrev = False
+    known = known_flags(TRAIN_GROUPS)
+    config_path = _config_path(argv)
+    if config_path is not None:
+        parser.set_defaults(**_read_yaml(config_path, known))
+    *groups, unknown = _parse(parser, argv)
+    if unknown:
+        raise UsageError("; ".join(_explain(flag, known) for flag in unknown))
+    return RunConfig(*groups)
+
+
+def _parse(parser: Any, argv: list[str]) -> tuple[Any, ...]:
+    try:
+        return parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _explain(flag: str, known: list[str]) -> str:
+    if not flag.startswith("-"):
+        return f"expected a flag, got {flag!r}"
+    return unknown_flag_message(flag.split("=")[0], known)
+
+
+def _config_path(argv: list[str]) -> str | None:
+    for position, word in enumerate(argv):
+        if word.startswith("--config="):
+            return word.split("=", 1)[1]
+        if word == "--config" and position + 1 < len(argv):
+            return argv[position + 1]
+    return None
+
+
+def _read_yaml(path: str, known: list[str]) -> dict[str, Any]:
+    import yaml
+
+    if not Path(path).is_file():
+        raise UsageError(f"--config: expected a YAML file, got {path!r}: no such file")
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {path}: expected YAML, got {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path}: expected a mapping of flags to values")
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise UsageError("; ".join(unknown_flag_message(key, known) for key in unknown))
+    # The parser converts the default of a flag only if it is a string.
+    return {
+        key: str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v
+        for key, v in values.items()
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit status: 0 done or stopped by a signal, 2 can't start, 1 had to stop."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    _quiet_libraries()
+    try:
+        config = parse_args(sys.argv[1:] if argv is None else argv)
+        device = dist.init()
+        # A warning is said once, by the main process; errors by whoever has them.
+        logger.setLevel(logging.INFO if dist.is_main() else logging.ERROR)
+        return run(config, device)
+    except (UsageError, FileNotFoundError, FileExistsError, ValueError) as error:
+        if isinstance(error, ValueError) and not _is_usage(error):
+            raise
+        print(f"virft_fast.train: error: {error}", file=sys.stderr)
+        return 2
+    except (TooManyBadRows, TooManyBadSteps) as error:
+        print(f"virft_fast.train: stopped: {error}", file=sys.stderr)
+        return 1
+    finally:
+        dist.shutdown()
+
+
+def _is_usage(error: ValueError) -> bool:
+    return isinstance(error, UsageError)
+
+
+@contextlib.contextmanager
+def _usage() -> Iterator[None]:
+    """Errors in here are the user's to mend: said without a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def run(config: RunConfig, device: torch.device) -> int:
+    """Set up, train, save, report."""
+    output_dir = Path(config.train.output_dir)
+    with _usage():
+        resume = prepare_output_dir(config)
+        processor = load_processor(
+            resolve_model_path(config.model.model_name_or_path),
+            min_pixels=config.model.min_pixels,
+            max_pixels=config.model.max_pixels,
+        )
+        data = prepare_data(config, processor)
+    if config.train.dry_run:
+        return dry_run(config, data, processor)
+    with _usage():
+        state = prepare_training(config, processor, data, device)
+    sampler = PromptSampler(
+        len(data.train),
+        state.prompts_per_step,
+        seed=config.train.seed,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+    )
+    total_steps = num_steps(config, len(data.train))
+    saved = _resume(resume, state, sampler, data, config) if resume else {}
+    writer = MetricsWriter(
+        output_dir,
+        total_steps=total_steps,
+        report_to=config.train.report_to,
+        run_name=config.train.run_name or output_dir.name,
+        config=config.flat(),
+        logging_steps=config.train.logging_steps,
+        log_completions_steps=config.train.log_completions_steps,
+        is_main=dist.is_main(),
+        start_step=state.step,
+    )
+    if saved:
+        writer.truncate_to(state.step)
+        writer.load_state_dict(saved["writer"])
+    before = saved.get("before") or _evaluate(config, state, data)
+    started = time.perf_counter()
+    stop = StopSignal()
+    finished = train(config, state, sampler, data, writer, total_steps, processor, before, stop)
+    train_seconds = time.perf_counter() - started
+    writer.close()
+    if not finished:
+        _say(f"stopped by a signal after step {state.step} of {total_steps}; resume with "
+             f"--resume_from_checkpoint latest")  # fmt: skip
+        return 0
+    after = _evaluate(config, state, data)
+    checkpoints.write_final_model(
+        output_dir, model=state.policy.model, processor=processor, engine=state.engine
+    )
+    if dist.is_main():
+        conclude(config, data, state, before, after, train_seconds)
+    dist.barrier()
+    return 0
+
+
+def prepare_output_dir(config: RunConfig) -> Path | None:
+    """Check that --output_dir is free to be written; returns the checkpoint to resume, if any."""
+    output_dir = Path(config.train.output_dir)
+    if config.train.resume_from_checkpoint:
+        return checkpoints.find_checkpoint(output_dir, config.train.resume_from_checkpoint)
+    if config.train.dry_run:
+        return None
+    holds_run = (output_dir / METRICS_FILE).exists() or checkpoints.list_checkpoints(output_dir)
+    occupied = dist.any_rank(bool(holds_run), dist.local_device())
+    dist.barrier()
+    if occupied and not config.train.overwrite_output_dir:
+        raise UsageError(
+            f"--output_dir {output_dir} already holds a run; pass --resume_from_checkpoint latest "
+            f"to go on with it, --overwrite_output_dir to delete it, or another folder"
+        )
+    if dist.is_main():
+        if occupied:
+            _delete_run(output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    return None
+
+
+def _delete_run(output_dir: Path) -> None:
+    """Delete what a run writes and nothing else."""
+    for path in output_dir.glob("checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for name in (METRICS_FILE, "completions.jsonl", SUMMARY_FILE, REPORT_FILE):
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def prepare_data(config: RunConfig, processor: Any) -> Data:
+    """Load the rows and find out how they are scored."""
+    rows = load_rows(
+        config.data.dataset_name,
+        config.data.dataset_train_split,
+        dataset_config=config.data.dataset_config,
+    )
+    samples = SampleDataset(rows)
+    task = config.data.task
+    if task == "auto":
+        task = tasks.detect_task(_first_solutions(samples))
+    check = lambda solution: tasks.check_solution(task, solution)  # noqa: E731
+    train = PromptSource(
+        SampleDataset(rows, check_solution=check),
+        processor,
+        max_prompt_length=config.data.max_prompt_length,
+    )
+    test = None
+    if config.train.eval_samples:
+        test_rows = load_rows(
+            config.data.dataset_name,
+            config.data.dataset_test_split,
+            dataset_config=config.data.dataset_config,
+        )
+        test = replace_rows(train, SampleDataset(test_rows, check_solution=check))
+    names = config.grpo.reward_funcs or tasks.DEFAULT_REWARDS[task]
+    return Data(
+        train=train,
+        test=test,
+        task=task,
+        reward_funcs=tasks.load_reward_funcs(names),
+        reward_weights=config.grpo.reward_weights or [1.0] * len(names),
+        bad_rows=BadRows(config.data.max_bad_rows),
+    )
+
+
+def replace_rows(source: PromptSource, samples: SampleDataset) -> PromptSource:
+    return PromptSource(samples, source.processor, max_prompt_length=source.max_prompt_length)
+
+
+def _first_solutions(samples: SampleDataset, most: int = 50) -> list[str]:
+    found = []
+    for index in range(min(len(samples), most)):
+        sample = samples.get(index)
+        if not isinstance(sample, BadRow):
+            found.append(sample.solution)
+    return found
+
+
+def num_steps(config: RunConfig, num_rows: int) -> int:
+    """Steps of the whole run."""
+    if config.train.max_steps > 0:
+        return config.train.max_steps
+    return max(1, math.ceil(num_rows * config.train.num_train_epochs / prompts_per_step(config)))
+
+
+def prompts_per_step(config: RunConfig) -> int:
+    """Prompts of one step over all ranks."""
+    train = config.train
+    return train.per_device_train_batch_size * train.gradient_accumulation_steps * dist.world_size()
+
+
+def prepare_training(
+    config: RunConfig, processor: Any, data: Data, device: torch.device
+) -> TrainState:
+    """Load the model, wrap it in its engine and put the parts of a step together."""
+    train, grpo = config.train, config.grpo
+    settings = OptimizerSettings(
+        learning_rate=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        epsilon=train.adam_epsilon,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+    )
+    ds_config, settings = _deepspeed(config, settings)
+    partitioning = prepare_deepspeed(ds_config, device) if ds_config else None
+    dtype = training_dtype(config.model, bf16=train.bf16, deepspeed=ds_config is not None)
+    policy = build_policy(config.model, dtype, device)
+    reference = None
+    if grpo.beta > 0 and not config.model.use_peft:
+        reference = build_policy(replace(config.model, gradient_checkpointing=False), dtype, device)
+    del partitioning
+    engine: PlainEngine | DeepSpeedEngine
+    if ds_config is None:
+        engine = PlainEngine(policy, settings, device=device, bf16=train.bf16)
+    else:
+        engine = DeepSpeedEngine(policy, settings, config=ds_config, device=device)
+    call_reference = engine.forward if grpo.beta > 0 else None
+    if reference is not None:
+        call_reference = make_reference(reference, engine, ds_config)
+    rates = learning_rates(config, num_steps(config, len(data.train)))
+    return TrainState(
+        config=grpo,
+        policy=policy,
+        engine=engine,
+        reference=call_reference,
+        rollout=HFRollout(policy, processor.tokenizer, device=device, gathered=engine.gathered),
+        pad_token_id=processor.tokenizer.pad_token_id,
+        reward_funcs=data.reward_funcs,
+        reward_weights=data.reward_weights,
+        learning_rate=lambda step: rates[min(step, len(rates) - 1)],
+        prompts_per_microbatch=train.per_device_train_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        seed=train.seed,
+        max_bad_steps=train.max_bad_steps,
+    )
+
+
+def _deepspeed(
+    config: RunConfig, settings: OptimizerSettings
+) -> tuple[dict[str, Any] | None, OptimizerSettings]:
+    if config.train.deepspeed is None:
+        return None, settings
+    from transformers import AutoConfig
+
+    model_config = AutoConfig.from_pretrained(
+        resolve_model_path(config.model.model_name_or_path), revision=config.model.model_revision
+    )
+    return resolve_deepspeed_config(
+        load_deepspeed_config(config.train.deepspeed),
+        settings=settings,
+        micro_batch_size=config.train.per_device_train_batch_size,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        bf16=config.train.bf16,
+        hidden_size=model_config.get_text_config().hidden_size,
+        world_size=dist.world_size(),
+    )
+
+
+def training_dtype(model: ModelConfig, *, bf16: bool, deepspeed: bool) -> torch.dtype:
+    """The dtype weights are loaded in. With bf16 DeepSpeed keeps float32 masters of bf16 weights;
+    without DeepSpeed the weights themselves are the masters and only the passes are in bf16."""
+    if model.dtype != "auto":
+        return getattr(torch, model.dtype)
+    return torch.bfloat16 if bf16 and deepspeed else torch.float32
+
+
+def build_policy(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Policy:
+    """The model as the flags want it trained."""
+    loaded = load_model(
+        model.model_name_or_path,
+        revision=model.model_revision,
+        dtype=dtype,
+        attn_implementation=model.attn_implementation,
+    )
+    if model.use_liger_kernel:
+        apply_liger(loaded, device)
+    if model.freeze_vision_tower:
+        freeze_vision_tower(loaded)
+    if model.use_peft:
+        loaded = add_lora(
+            loaded,
+            r=model.lora_r,
+            alpha=model.lora_alpha,
+            target_modules=model.lora_target_modules,
+            dropout=model.lora_dropout,
+        )
+    if model.gradient_checkpointing:
+        loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Policy(loaded.train())
+
+
+def learning_rates(config: RunConfig, total_steps: int) -> list[float]:
+    """The rate of each step, by transformers' schedules."""
+    from transformers import get_scheduler
+
+    train = config.train
+    warmup = train.warmup_steps or train.warmup_ratio
+    warmup_steps = math.ceil(warmup * total_steps) if warmup < 1 else int(warmup)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=train.learning_rate)
+    try:
+        schedule = get_scheduler(
+            train.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=warmup_steps,
+            num_training_steps=total_steps,
+        )
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--lr_scheduler_type {train.lr_scheduler_type}: {error}") from error
+    rates = []
+    for _ in range(total_steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGUSR1 until the step is done."""
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            # Only the main thread may set handlers; a run started from another goes without.
+            with contextlib.suppress(ValueError):
+                signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = True
+
+
+def train(
+    config: RunConfig,
+    state: TrainState,
+    sampler: PromptSampler,
+    data: Data,
+    writer: MetricsWriter,
+    total_steps: int,
+    processor: Any,
+    before: dict[str, Any] | None,
+    stop: StopSignal,
+) -> bool:
+    """The loop. Returns whether all steps are done; False after a stop signal."""
+    output_dir, cfg = Path(config.train.output_dir), config.train
+
+    def save() -> None:
+        checkpoints.save_checkpoint(
+            output_dir,
+            state.step,
+            model=state.policy.model,
+            processor=processor,
+            engine=state.engine,
+            state=_state_dict(config, state, sampler, data, writer, before),
+            only_model=cfg.save_only_model,
+            total_limit=cfg.save_total_limit,
+        )
+
+    while state.step < total_steps:
+        prompts = sampler.next_batch(data.train.load, dist.all_gather_object, data.bad_rows.add)
+        metrics, records = train_step(state, prompts)
+        metrics["epoch"] = state.step * prompts_per_step(config) / len(data.train)
+        metrics["bad_rows"] = float(len(data.bad_rows))
+        parts = dist.all_gather_object(records)
+        writer.step(state.step, metrics)
+        writer.completions(state.step, [record for part in parts for record in part])
+        stopped = dist.any_rank(stop.received, state.engine.device)
+        if stopped or (cfg.save_steps and state.step % cfg.save_steps == 0):
+            save()
+        if stopped and state.step < total_steps:
+            return False
+    return True
+
+
+def _state_dict(
+    config: RunConfig,
+    state: TrainState,
+    sampler: PromptSampler,
+    data: Data,
+    writer: MetricsWriter,
+    before: dict[str, Any] | None,
+) -> dict[str, Any]:
+    return {
+        "step": state.step,
+        "bad_steps": state.bad_steps,
+        "skipped_steps": state.skipped_steps,
+        "num_tokens": state.num_tokens,
+        "world_size": dist.world_size(),
+        "sampler": sampler.state_dict(),
+        "bad_rows": data.bad_rows.state_dict(),
+        "writer": writer.state_dict(),
+        "before": before,
+        "config": config.flat(),
+    }
+
+
+# What must not change between a run and its continuation; anything else may.
+SAME_ON_RESUME = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_generations",
+    "seed",
+    "dataset_name",
+    "use_peft",
+)
+
+
+def _resume(
+    folder: Path, state: TrainState, sampler: PromptSampler, data: Data, config: RunConfig
+) -> dict[str, Any]:
+    with _usage():
+        saved = checkpoints.read_state(folder)
+        now = config.flat()
+        changed = [k for k in SAME_ON_RESUME if saved["config"].get(k) != now[k]]
+        if changed or saved["world_size"] != dist.world_size():
+            was = {k: saved["config"].get(k) for k in changed}
+            raise UsageError(
+                f"--resume_from_checkpoint {folder}: it was saved by {saved['world_size']} "
+                f"processes with {was or 'the same flags'}, this is {dist.world_size()} with "
+                f"{ {k: now[k] for k in changed} or 'the same flags' }"
+            )
+        state.engine.load_state(folder / "engine")
+    state.step, state.bad_steps = saved["step"], saved["bad_steps"]
+    state.skipped_steps, state.num_tokens = saved["skipped_steps"], saved["num_tokens"]
+    sampler.load_state_dict(saved["sampler"])
+    data.bad_rows.load_state_dict(saved["bad_rows"])
+    _say(f"resumed {folder} at step {state.step}")
+    return saved
+
+
+def _evaluate(config: RunConfig, state: TrainState, data: Data) -> dict[str, Any] | None:
+    """Means on the held-out rows and the answers to show; None without --eval_samples."""
+    if data.test is None:
+        return None
+    result: Evaluation = evaluate_rewards(
+        state.rollout,
+        data.test.load,
+        range(min(config.train.eval_samples, len(data.test))),
+        reward_funcs=data.reward_funcs,
+        bad_rows=BadRows(config.data.max_bad_rows),
+        task=data.task,
+        batch_size=config.train.eval_batch_size,
+        max_completion_length=config.grpo.max_completion_length,
+    )
+    answers = {str(r["index"]): r["completion"] for r in result.records[:NUM_REPORT_EXAMPLES]}
+    return {"means": result.means, "answers": answers, "num_samples": len(result.records)}
+
+
+def conclude(
+    config: RunConfig,
+    data: Data,
+    state: TrainState,
+    before: dict[str, Any] | None,
+    after: dict[str, Any] | None,
+    train_seconds: float,
+) -> None:
+    """Tell where things are and what changed; write summary.json and report.png."""
+    output_dir = Path(config.train.output_dir)
+    curve = _read_curve(output_dir / METRICS_FILE)
+    names = [name for name, _ in data.reward_funcs]
+    if before is None or after is None:
+        tenth = max(1, len(curve) // 10)
+        keys = ["reward", *(f"rewards/{name}" for name in names)]
+        first, last = (
+            {k: _mean(part, k) for k in keys} for part in (curve[:tenth], curve[-tenth:])
+        )
+        title = f"training reward, first and last {tenth} records"
+        examples = []
+    else:
+        first, last = before["means"], after["means"]
+        title = f"held-out rewards, greedy, {after['num_samples']} samples"
+        examples = _examples(data, before["answers"], after["answers"])
+    write_summary(
+        output_dir / SUMMARY_FILE,
+        before=first,
+        after=last,
+        train_seconds=train_seconds,
+        peak_rss_mib=peak_rss_mib(),
+        steps=state.step,
+        skipped_steps=state.skipped_steps,
+        bad_rows=len(data.bad_rows),
+        measured=title,
+        seed=config.train.seed,
+    )
+    write_report(
+        output_dir / REPORT_FILE,
+        curve=curve,
+        before=first,
+        after=last,
+        examples=examples,
+        parse_boxes=_boxes_with_confidence,
+    )
+    print(f"\n{title}\n{format_table(first, last)}\n")
+    print(f"model and processor  {output_dir}")
+    print(f"metrics              {output_dir / METRICS_FILE}")
+    print(f"completions          {output_dir / 'completions.jsonl'}")
+    print(f"report               {output_dir / REPORT_FILE}, {output_dir / SUMMARY_FILE}")
+    print(f"trained {state.step} steps in {train_seconds:.0f} s; peak memory of this process "
+          f"{peak_rss_mib():.0f} MiB")  # fmt: skip
+    if state.skipped_steps or len(data.bad_rows):
+        print(f"skipped: {state.skipped_steps} non-finite steps, {len(data.bad_rows)} bad rows")
+
+
+def _read_curve(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _mean(records: list[dict[str, Any]], key: str) -> float:
+    values = [r[key] for r in records if r.get(key) is not None]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _examples(data: Data, before: dict[str, str], after: dict[str, str]) -> list[dict[str, Any]]:
+    examples = []
+    for index, text in before.items():
+        prompt = data.test.load(int(index)) if index in after and data.test else None
+        if prompt is None or isinstance(prompt, BadRow) or not prompt.sample.images:
+            continue
+        sample = prompt.sample
+        examples.append(
+            {
+                "image": sample.images[0],
+                "problem": str(sample.columns.get("problem", "")),
+                "solution": sample.solution,
+                "before": text,
+                "after": after[index],
+            }
+        )
+    return examples
+
+
+def _boxes_with_confidence(text: str) -> list[tuple[list[float], float | None]]:
+    detection = tasks.parse_detection(text)
+    if detection is None:
+        return []
+    pairs = zip(detection.boxes, detection.confidences, strict=True)
+    return [(list(box), confidence) for box, confidence in pairs]
+
+
+def peak_rss_mib() -> float:
+    """Peak resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def dry_run(config: RunConfig, data: Data, processor: Any) -> int:
+    """Print what would run and check the data's solutions; trains nothing, writes nothing.
+
+    Returns:
+        0, or 1 if the solution of a row does not score the maximum against itself.
+    """
+    if not dist.is_main():
+        return 0
+    import yaml
+
+    print("# configuration")
+    print(yaml.safe_dump(config.flat(), sort_keys=False))
+    print(f"task: {data.task}; rewards: {', '.join(name for name, _ in data.reward_funcs)}")
+    print(f"rows: {len(data.train)}; steps: {num_steps(config, len(data.train))}; prompts a step: "
+          f"{prompts_per_step(config)}; completions a step: "
+          f"{prompts_per_step(config) * config.grpo.num_generations}")  # fmt: skip
+    policy = build_policy(config.model, torch.float32, torch.device("cpu"))
+    _print_model(config, policy)
+    print("\n# one prompt as the model reads it")
+    sample = next((p for p in map(data.train.load, range(len(data.train)))
+                   if not isinstance(p, BadRow)), None)  # fmt: skip
+    if sample is None:
+        raise UsageError("expected at least one usable row, got none")
+    print(sample.text)
+    images = [f"{image.width}x{image.height}" for image in sample.sample.images]
+    print(f"solution: {sample.sample.solution}")
+    print(f"prompt tokens: {len(sample.input_ids)}; images: {', '.join(images) or 'none'}")
+    return _check_solutions(data)
+
+
+def _print_model(config: RunConfig, policy: Policy) -> None:
+    groups: dict[str, list[int]] = {}
+    for name, parameter in policy.model.named_parameters():
+        part = "vision tower" if "visual" in name else "language model"
+        part = "LoRA adapter" if "lora_" in name else part
+        counts = groups.setdefault(part, [0, 0])
+        counts[0] += parameter.numel()
+        counts[1] += parameter.numel() if parameter.requires_grad else 0
+    print("\n# parameters")
+    for part, (count, trainable) in groups.items():
+        print(f"{part:16} {count:>15,}   trainable {trainable:>15,}")
+    total = sum(c for c, _ in groups.values())
+    trainable = sum(t for _, t in groups.values())
+    ds_config = load_deepspeed_config(config.train.deepspeed) if config.train.deepspeed else None
+    for line in memory_estimate(config, total, trainable, policy, zero_stage(ds_config)):
+        print(line)
+
+
+def memory_estimate(
+    config: RunConfig, total: int, trainable: int, policy: Policy, stage: int
+) -> list[str]:
+    """Bytes per process by formula: weights, gradients and optimizer state as ZeRO divides them,
+    the KV cache of one rollout. Activations depend on the images and are left out."""
+    world = dist.world_size()
+    low = 2 if config.train.bf16 and config.train.deepspeed else 4
+    masters = 4 if low == 2 else 0
+    copies = 2 if config.grpo.beta > 0 and not config.model.use_peft else 1
+    weights = copies * total * low / (world if stage == 3 else 1)
+    gradients = trainable * low / (world if stage >= 2 else 1)
+    optimizer = trainable * (8 + masters) / (world if stage >= 1 else 1)
+    gathered = total * low if stage == 3 else 0
+    text = policy.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    width = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
+    length = (config.data.max_prompt_length or 1024) + config.grpo.max_completion_length
+    rows = prompts_per_step(config) // world * config.grpo.num_generations
+    cache = rows * length * width * (2 if config.train.bf16 else 4)
+    parts = {
+        "weights" + (" (with the reference)" if copies == 2 else ""): weights,
+        "gradients": gradients,
+        "optimizer state": optimizer,
+        "weights gathered for a rollout": gathered,
+        f"KV cache of a rollout, {rows} rows of {length} tokens": cache,
+    }
+    lines = [f"\n# memory of one process, by formula (ZeRO stage {stage}, {world} processes)"]
+    lines += [f"{size / 2**20:>12,.1f} MiB  {name}" for name, size in parts.items() if size]
+    return [*lines, f"{sum(parts.values()) / 2**20:>12,.1f} MiB  in all, without activations"]
+
+
+def _check_solutions(data: Data) -> int:
+    """Do the accuracy rewards of (solution, solution) reach their maximum?"""
+    checked = [(n, f) for n, f in data.reward_funcs if n in tasks.ACCURACY_REWARDS]
+    num_rows = min(NUM_CHECKED_ROWS, len(data.train))
+    wrong = []
+    for index in range(num_rows):
+        sample = data.train.samples.get(index)
+        if isinstance(sample, BadRow):
+            wrong.append(f"row {index}: {sample.reason}")
+            continue
+        columns = {name: [value] for name, value in sample.columns.items()}
+        for name, function in checked:
+            completion = [[{"role": "assistant", "content": sample.solution}]]
+            value = function([list(sample.messages)], completion, **columns)[0]
+            best = tasks.ACCURACY_REWARDS[name]
+            if value is None or abs(value - best) > 1e-6:
+                wrong.append(f"row {index}: {name} of the solution itself is {value}, not {best}")
+    print(f"\n# solutions: {num_rows} rows checked, {len(wrong)} problems")
+    for line in wrong[:50]:
+        print(line)
+    return 1 if wrong else 0
+
+
+def _say(text: str) -> None:
+    if dist.is_main():
+        print(text, file=sys.stderr)
+
+
+def _quiet_libraries() -> None:
+    """One progress bar is enough: ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
