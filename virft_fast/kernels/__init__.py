@@ -1,0 +1,20 @@
+"""The numeric core of GRPO: log-probs, advantages and the loss, on plain tensors.
+
+Every function here is a torch reference that runs on any device; float32 inside, float64 when the
+inputs are float64.
+"""
+
+from virft_fast.kernels.advantages import group_advantages
+from virft_fast.kernels.grpo_loss import GRPOLoss, grpo_loss
+from virft_fast.kernels.linear import linear_grpo_loss, linear_logps
+from virft_fast.kernels.logprobs import logps_and_entropy, selective_log_softmax
+
+__all__ = [
+    "GRPOLoss",
+    "group_advantages",
+    "grpo_loss",
+    "linear_grpo_loss",
+    "linear_logps",
+    "logps_and_entropy",
+    "selective_log_softmax",
+]

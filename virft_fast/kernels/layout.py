@@ -1,0 +1,131 @@
+"""Which token belongs to which sequence: the padded and the packed layout behind one view."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """R token positions, flat, of N sequences: R = N*T padded, R = S packed.
+
+    Attributes:
+        shape: (N, T) or (S,), the shape that results are given back in.
+        num_sequences: N.
+        mask: (R,) bool, the tokens that count.
+        sequence: (R,) int64, row of the token's sequence.
+        lengths: (N,) int64, tokens that count in each sequence.
+    """
+
+    shape: tuple[int, ...]
+    num_sequences: int
+    mask: Tensor
+    sequence: Tensor
+    lengths: Tensor
+
+    def sequence_sum(self, values: Tensor) -> Tensor:
+        """(R,) -> (N,)."""
+        if len(self.shape) == 2:
+            return values.view(self.shape).sum(1)
+        return values.new_zeros(self.num_sequences).index_add(0, self.sequence, values)
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """(N,) -> (R,)."""
+        return values[self.sequence]
+
+
+def make_layout(
+    completion_ids: Tensor, completion_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Layout:
+    """Check and flatten either layout.
+
+    Args:
+        completion_ids: (N, T) padded or (S,) packed, int64.
+        completion_mask: same shape, bool; packed it may be None, all tokens then count. An int32
+            (N+1,) in its place is taken for `cu_seqlens`.
+        cu_seqlens: (N+1,) int32 for the packed layout: sequence i is cu_seqlens[i]:cu_seqlens[i+1].
+    Raises:
+        ValueError: shapes, dtypes or devices; offsets that are not 0..S ascending (checked on the
+            CPU only: reading them would synchronise a GPU).
+    """
+    if completion_ids.dtype != torch.int64 or completion_ids.ndim not in (1, 2):
+        raise ValueError(
+            f"completion_ids: expected (N, T) int64, or (S,) with cu_seqlens, got "
+            f"{tuple(completion_ids.shape)} {completion_ids.dtype}"
+        )
+    if completion_ids.ndim == 1:
+        takes_offsets = completion_mask is not None and completion_mask.dtype == torch.int32
+        if cu_seqlens is None and takes_offsets:
+            completion_mask, cu_seqlens = None, completion_mask
+        return _packed(completion_ids, completion_mask, cu_seqlens)
+    if cu_seqlens is not None:
+        raise ValueError(
+            f"cu_seqlens: expected None for padded (N, T) completion_ids, got "
+            f"{tuple(cu_seqlens.shape)}; packed ids are (S,)"
+        )
+    if completion_mask is None:
+        raise ValueError(
+            "completion_mask: expected (N, T) bool, got None; pass the mask, or pack the "
+            "sequences and pass cu_seqlens"
+        )
+    return _padded(completion_ids, completion_mask)
+
+
+def _padded(completion_ids: Tensor, completion_mask: Tensor) -> Layout:
+    _check_mask(completion_ids, completion_mask)
+    n, t = completion_ids.shape
+    sequence = torch.arange(n, device=completion_ids.device)[:, None].expand(n, t).reshape(-1)
+    return Layout((n, t), n, completion_mask.reshape(-1), sequence, completion_mask.sum(1))
+
+
+def _packed(ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Layout:
+    _check_offsets(ids, cu_seqlens)
+    positions = torch.arange(ids.shape[0], device=ids.device)
+    n = cu_seqlens.shape[0] - 1
+    offsets = cu_seqlens.long()
+    if mask is None:
+        mask = torch.ones_like(ids, dtype=torch.bool)
+    _check_mask(ids, mask)
+    if n == 0:
+        mask = torch.zeros_like(mask)
+        return Layout(tuple(ids.shape), 0, mask, torch.zeros_like(ids), offsets[:0])
+    # right=True steps over empty sequences; tokens behind the last offset belong to none.
+    sequence = torch.searchsorted(offsets[1:].contiguous(), positions, right=True)
+    mask = mask & (sequence < n)
+    sequence = sequence.clamp(max=n - 1)
+    lengths = torch.zeros(n, dtype=torch.int64, device=ids.device)
+    return Layout(tuple(ids.shape), n, mask, sequence, lengths.index_add(0, sequence, mask.long()))
+
+
+def _check_mask(ids: Tensor, mask: Tensor) -> None:
+    if mask.shape != ids.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"completion_mask: expected {tuple(ids.shape)} bool like completion_ids, got "
+            f"{tuple(mask.shape)} {mask.dtype}; convert a 0/1 mask with .bool()"
+        )
+    if mask.device != ids.device:
+        raise ValueError(f"completion_mask: expected on {ids.device}, got {mask.device}; move it")
+
+
+def _check_offsets(ids: Tensor, cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is None or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        got = None if cu_seqlens is None else tuple(cu_seqlens.shape)
+        raise ValueError(
+            f"cu_seqlens: expected (N+1,) int32 for packed (S,) completion_ids, got {got}; "
+            "padded ids are (N, T)"
+        )
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.device != ids.device:
+        raise ValueError(
+            f"cu_seqlens: expected int32 on {ids.device}, got {cu_seqlens.dtype} on "
+            f"{cu_seqlens.device}"
+        )
+    if cu_seqlens.device.type != "cpu":
+        return
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != ids.shape[0] or offsets != sorted(offsets):
+        raise ValueError(
+            f"cu_seqlens: expected ascending offsets from 0 to {ids.shape[0]}, got {offsets}"
+        )
