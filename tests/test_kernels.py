@@ -1,0 +1,562 @@
+"""Kernels against a float64 oracle, gradcheck, each other and the invariants they promise."""
+
+import math
+
+import pytest
+import torch
+
+from virft_fast.kernels import (
+    group_advantages,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_logps,
+    logps_and_entropy,
+    selective_log_softmax,
+)
+
+N, T, V, D = 4, 5, 17, 6
+NAN, INF = float("nan"), float("inf")
+LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo"]
+LEVELS = ["token", "sequence"]
+KLS = ["k1", "k2", "k3"]
+
+
+def make_problem(seed=0, dtype=torch.float64):
+    """Every mask length from 0 to T, ratios on both sides of the clip range."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, T, D, generator=g, dtype=torch.float64)
+    weight = 0.5 * torch.randn(V, D, generator=g, dtype=torch.float64)
+    bias = torch.randn(V, generator=g, dtype=torch.float64)
+    ids = torch.randint(V, (N, T), generator=g)
+    mask = torch.arange(T) < torch.tensor([T, 3, 0, 1])[:, None]
+    logps = oracle_logps(hidden @ weight.T + bias, ids)[0]
+    old = logps + 0.4 * torch.randn(N, T, generator=g, dtype=torch.float64)
+    ref = logps + 0.4 * torch.randn(N, T, generator=g, dtype=torch.float64)
+    advantages = torch.randn(N, generator=g, dtype=torch.float64)
+    tensors = [x.to(dtype) for x in (hidden, weight, bias, old, ref, advantages)]
+    return (*tensors[:3], ids, mask, *tensors[3:])
+
+
+def oracle_logps(logits, ids, temperature=1.0):
+    z = logits.double() / temperature
+    p = z.exp() / z.exp().sum(-1, keepdim=True)
+    return p.gather(-1, ids[..., None])[..., 0].log(), -(p * p.log()).sum(-1)
+
+
+def oracle_loss(
+    logps, mask, old, ref, advantages, loss_type, level, kl, beta=0.1, low=0.2, high=0.3, delta=None
+):
+    """One token after the other; the differentiable part in torch scalars."""
+    total, counts = 0.0, mask.sum(1).tolist()
+    for i in range(N):
+        tokens = [t for t in range(T) if mask[i, t]]
+        sequence = 0.0
+        for t in tokens:
+            log_ratio = logps[i, t] - old[i, t]
+            if level == "sequence" or loss_type == "gspo":
+                log_ratio = sum(logps[i, s] - old[i, s] for s in tokens) / len(tokens)
+            r, a = log_ratio.exp(), advantages[i]
+            if loss_type == "cispo":
+                term = -min(r.item(), high) * a * logps[i, t]
+            else:
+                # The gradient flows unless the clipped branch is strictly the smaller objective.
+                clipped = min(max(r.item(), 1 - low), 1 + high)
+                free = r if delta is None or r <= delta else r.detach() * 0 + delta
+                term = -free * a if free * a <= clipped * a else -(clipped * a)
+            d = ref[i, t] - logps[i, t]
+            term = term + beta * {"k1": -d, "k2": d * d / 2, "k3": d.exp() - d - 1}[kl]
+            sequence = sequence + term
+        if loss_type in ("grpo", "gspo"):
+            total = total + sequence / max(len(tokens), 1) / N
+        elif loss_type == "dr_grpo":
+            total = total + sequence / (N * 8)
+        else:
+            total = total + sequence / sum(counts)
+    return total
+
+
+def loss_options(problem, **options):
+    *_, old, ref, advantages = problem
+    values = {
+        "advantages": advantages,
+        "old_logps": old,
+        "ref_logps": ref,
+        "beta": 0.1,
+        "epsilon_high": 0.3,
+        "max_completion_length": 8,
+    }
+    return values | options
+
+
+def gradients(loss, *tensors):
+    return torch.autograd.grad(loss, tensors)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype,atol", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_logps_and_entropy_equal_the_oracle(dtype, atol, temperature):
+    logits = 3 * torch.randn(N, T, V, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    ids = torch.arange(N * T).view(N, T) % V  # id 0 and id V-1 included
+    logps, entropy = logps_and_entropy(logits, ids, temperature=temperature)
+    expected = oracle_logps(logits, ids, temperature)
+    assert logps.dtype == entropy.dtype == dtype
+    torch.testing.assert_close(logps.double(), expected[0], atol=atol, rtol=0)
+    torch.testing.assert_close(entropy.double(), expected[1], atol=atol, rtol=0)
+    alone = selective_log_softmax(logits, ids, temperature=temperature)
+    assert torch.equal(alone, logps)
+
+
+def test_bf16_logits_give_fp32_logps_and_bf16_gradients():
+    logits = torch.randn(3, V).bfloat16().requires_grad_()
+    logps, entropy = logps_and_entropy(logits, torch.tensor([0, 5, V - 1]))
+    expected = oracle_logps(logits.detach(), torch.tensor([0, 5, V - 1]))[0]
+    torch.testing.assert_close(logps.detach().double(), expected, atol=1e-5, rtol=0)
+    (logps.sum() + entropy.sum()).backward()
+    assert logps.dtype == entropy.dtype == torch.float32 and logits.grad.dtype == torch.bfloat16
+
+
+def test_gradcheck_of_logps_and_entropy():
+    logits = torch.randn(5, V, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(V, (5,))
+    assert torch.autograd.gradcheck(lambda x: logps_and_entropy(x, ids, temperature=0.8), logits)
+    assert torch.autograd.gradcheck(lambda x: selective_log_softmax(x, ids), logits)
+
+
+def test_gradcheck_of_linear_logps():
+    hidden, weight, bias, ids, *_ = make_problem()
+    inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
+
+    def run(h, w, b):
+        return linear_logps(h, w, ids, bias=b, temperature=0.8, chunk_tokens=3)
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 80.0, 1e4])
+def test_invariants(scale):
+    logits = scale * torch.randn(64, V, generator=torch.Generator().manual_seed(1))
+    logits.requires_grad_()
+    logps, entropy = logps_and_entropy(logits, torch.arange(64) % V)
+    assert (logps <= 0).all() and (entropy >= 0).all() and (entropy <= math.log(V)).all()
+    (grad,) = gradients(logps.sum() + entropy.sum(), logits)
+    # Adding a constant to a row changes nothing, so the gradient sums to 0 over it.
+    assert grad.isfinite().all() and grad.sum(-1).abs().max() < 1e-4
+
+
+def test_vocabulary_of_one():
+    logits = torch.randn(3, 1, requires_grad=True)
+    logps, entropy = logps_and_entropy(logits, torch.zeros(3, dtype=torch.int64))
+    (grad,) = gradients(logps.sum() + entropy.sum(), logits)
+    assert logps.tolist() == entropy.tolist() == [0, 0, 0] and (grad == 0).all()
+
+
+def test_banned_tokens_have_no_share():
+    logits = torch.tensor([[0.0, 0.0, -INF]], requires_grad=True)
+    logps, entropy = logps_and_entropy(logits, torch.tensor([0]))
+    assert logps.item() == pytest.approx(-math.log(2))
+    assert entropy.item() == pytest.approx(math.log(2))
+    (grad,) = gradients(logps.sum() + entropy.sum(), logits)
+    torch.testing.assert_close(grad, torch.tensor([[0.5, -0.5, 0.0]]))
+
+
+def test_advantages_by_hand():
+    # [1, 3]: mean 2, unbiased std sqrt(2); [0, 4]: mean 2, std sqrt(8).
+    rewards = torch.tensor([1.0, 3, 0, 4], dtype=torch.float64)
+    a, b = 1 / (math.sqrt(2) + 0.5), 2 / (math.sqrt(8) + 0.5)
+    out = group_advantages(rewards, 2, eps=0.5)
+    torch.testing.assert_close(out, torch.tensor([-a, a, -b, b], dtype=torch.float64))
+    assert group_advantages(rewards, 2, scale_rewards="none").tolist() == [-1, 1, -2, 2]
+    batch = group_advantages(rewards, 2, scale_rewards="batch", eps=1e-4)
+    expected = torch.tensor([-1.0, 1, -2, 2], dtype=torch.float64) / (rewards.std() + 1e-4)
+    torch.testing.assert_close(batch, expected)
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_equal_rewards_give_exactly_zero(scale_rewards):
+    for value in (0.1, 1 / 3, 0.7, 1e6 + 0.1):
+        rewards = torch.tensor([value] * 7 + [0.0, 1, 2, 3, 4, 5, 6])
+        out = group_advantages(rewards, 7, scale_rewards=scale_rewards)
+        assert (out[:7] == 0).all() and (out[7:] != 0).sum() == 6
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("scale_rewards", ["group", "none"])
+def test_unscored_rows_are_excluded(scale_rewards, bad):
+    rewards = torch.tensor([1.0, bad, 3.0, 2.0, bad, bad, bad, 5.0, bad, bad, bad, bad])
+    out = group_advantages(rewards, 4, scale_rewards=scale_rewards)
+    alone = group_advantages(torch.tensor([1.0, 3.0, 2.0]), 3, scale_rewards=scale_rewards)
+    assert out[1] == 0 and (out[4:] == 0).all()
+    torch.testing.assert_close(out[[0, 2, 3]], alone)
+
+
+def test_advantages_edge_shapes():
+    assert group_advantages(torch.tensor([3.0, 4.0]), 1).tolist() == [0, 0]
+    assert group_advantages(torch.zeros(0), 8).shape == (0,)
+    assert group_advantages(torch.tensor([NAN, 1.0]), 1, scale_rewards="batch").tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("delta", [None, 1.1])
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_loss_and_gradient_equal_the_oracle(loss_type, level, kl, delta):
+    problem = make_problem()
+    hidden, weight, bias, ids, mask, old, ref, advantages = problem
+    logits = (hidden @ weight.T + bias).requires_grad_()
+    options = {"loss_type": loss_type, "importance_sampling_level": level, "kl": kl, "delta": delta}
+    ours = grpo_loss(logits, ids, mask, **loss_options(problem, **options))
+    logps, entropy = oracle_logps(logits, ids)
+    expected = oracle_loss(logps, mask, old, ref, advantages, loss_type, level, kl, delta=delta)
+    torch.testing.assert_close(ours.loss, expected)
+    torch.testing.assert_close(gradients(ours.loss, logits), gradients(expected, logits))
+    torch.testing.assert_close(ours.logps, logps.detach() * mask)
+    torch.testing.assert_close(ours.entropy, entropy.detach() * mask)
+
+    fp32 = grpo_loss(logits.float(), ids, mask, **loss_options(problem, **options))
+    assert fp32.loss.dtype == fp32.logps.dtype == torch.float32
+    assert fp32.loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 3])
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_linear_equals_logits_and_packed_equals_padded(loss_type, level, kl, chunk_tokens):
+    problem = make_problem(seed=1)
+    hidden, weight, bias, ids, mask, old, ref, advantages = problem
+    inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
+    options = {"loss_type": loss_type, "importance_sampling_level": level, "kl": kl}
+    options = loss_options(problem, temperature=0.9, **options)
+    expected = grpo_loss(hidden @ weight.T + bias, ids, mask, **options)
+    padded = linear_grpo_loss(
+        hidden, weight, ids, mask, bias=bias, chunk_tokens=chunk_tokens, **options
+    )
+    offsets = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int()
+    packed_options = options | {"old_logps": old[mask], "ref_logps": ref[mask]}
+    packed = linear_grpo_loss(
+        hidden[mask],
+        weight,
+        ids[mask],
+        cu_seqlens=offsets,
+        bias=bias,
+        chunk_tokens=chunk_tokens,
+        **packed_options,
+    )
+    packed_logits = grpo_loss(
+        hidden[mask] @ weight.T + bias, ids[mask], cu_seqlens=offsets, **packed_options
+    )
+    wanted = gradients(expected.loss, *inputs)
+    for result in (padded, packed, packed_logits):
+        torch.testing.assert_close(result.loss, expected.loss)
+        torch.testing.assert_close(gradients(result.loss, *inputs), wanted)
+        for name in ("logps", "entropy", "kl"):
+            value = getattr(expected, name)
+            value = value if result is padded else value[mask]
+            torch.testing.assert_close(getattr(result, name), value)
+        for name in ("clip_fraction_low", "clip_fraction_high"):
+            torch.testing.assert_close(getattr(result, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_gradcheck_of_linear_grpo_loss(loss_type):
+    problem = make_problem(seed=2)
+    hidden, weight, bias, ids, mask, *_ = problem
+    options = loss_options(problem, loss_type=loss_type)
+    if loss_type == "cispo":  # the capped ratio is a constant of the gradient, not of the value
+        options["old_logps"] = options["old_logps"] - 20
+    inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
+
+    def run(h, w, b):
+        return linear_grpo_loss(h, w, ids, mask, bias=b, chunk_tokens=4, **options).loss
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def run_both(problem, **options):
+    """Yield (result, gradient in its first tensor) of the logits and the linear version."""
+    hidden, weight, bias, ids, mask, *_ = problem
+    logits = (hidden @ weight.T + bias).detach().requires_grad_()
+    result = grpo_loss(logits, ids, mask, **options)
+    yield result, gradients(result.loss, logits)[0]
+    hidden = hidden.detach().requires_grad_()
+    result = linear_grpo_loss(hidden, weight, ids, mask, bias=bias, **options)
+    yield result, gradients(result.loss, hidden)[0]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_masked_positions_may_hold_anything(loss_type, level):
+    problem = make_problem()
+    hidden, weight, bias, ids, mask, old, ref, advantages = problem
+    options = {"loss_type": loss_type, "importance_sampling_level": level}
+    clean = loss_options(problem, **options)
+    junk = clean | {
+        "old_logps": torch.where(mask, old, NAN),
+        "ref_logps": torch.where(mask, ref, INF),
+    }
+    ids = torch.where(mask, ids, -100)
+    dirty_hidden = torch.where(mask[..., None], hidden, NAN).requires_grad_()
+    dirty_logits = torch.where(mask[..., None], hidden @ weight.T + bias, -INF).requires_grad_()
+    runs = (
+        (linear_grpo_loss(dirty_hidden, weight, ids, mask, bias=bias, **junk), dirty_hidden),
+        (grpo_loss(dirty_logits, ids, mask, **junk), dirty_logits),
+    )
+    (expected, grad_logits), (_, grad_hidden) = run_both(problem, **clean)
+    for (result, source), wanted in zip(runs, (grad_hidden, grad_logits), strict=True):
+        torch.testing.assert_close(result.loss, expected.loss)
+        (grad,) = gradients(result.loss, source)
+        torch.testing.assert_close(grad, wanted)
+        assert (grad[~mask] == 0).all()
+        for values in (result.logps, result.entropy, result.kl):
+            assert (values[~mask] == 0).all() and values.isfinite().all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_nothing_active_is_a_finite_zero(loss_type, level):
+    problem = list(make_problem())
+    problem[4] = torch.zeros(N, T, dtype=torch.bool)
+    options = {"loss_type": loss_type, "importance_sampling_level": level}
+    for result, grad in run_both(problem, **loss_options(problem, **options)):
+        assert result.loss == 0 and (grad == 0).all()
+        assert result.clip_fraction_low == result.clip_fraction_high == 0
+
+
+@pytest.mark.parametrize("shape", [(0, T), (N, 0)])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_empty_batches_keep_the_graph(loss_type, shape):
+    weight = torch.randn(V, D, requires_grad=True)
+    hidden, ids = torch.randn(*shape, D), torch.zeros(shape, dtype=torch.int64)
+    result = linear_grpo_loss(
+        hidden, weight, ids, ids.bool(), advantages=torch.ones(shape[0]), loss_type=loss_type
+    )
+    result.loss.backward()
+    assert result.loss == 0 and (weight.grad == 0).all()
+
+
+def test_on_policy_the_ratio_is_one_and_the_gradient_flows():
+    problem = make_problem()
+    *_, mask, _, _, advantages = problem
+    for result, grad in run_both(problem, advantages=advantages, loss_type="bnpo"):
+        expected = -(advantages[:, None] * mask).sum() / mask.sum()
+        torch.testing.assert_close(result.loss, expected)
+        assert grad.abs().max() > 1e-3
+        assert (result.kl == 0).all()
+
+
+def test_zero_advantage_gives_exactly_no_gradient():
+    problem = make_problem()
+    *_, old, _, advantages = problem
+    for _, grad in run_both(problem, advantages=advantages * 0, old_logps=old):
+        assert (grad == 0).all()
+
+
+def test_ratio_exactly_one_is_not_clipped_even_without_a_range():
+    problem = make_problem()
+    *_, advantages = problem
+    options = {"advantages": advantages, "epsilon_low": 0.0, "epsilon_high": 0.0}
+    for result, grad in run_both(problem, **options):
+        assert result.clip_fraction_low == result.clip_fraction_high == 0
+        assert grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("gap", [-500.0, 500.0])
+def test_extreme_ratios_stay_finite(gap, level):
+    problem = make_problem(dtype=torch.float32)
+    *_, old, ref, advantages = problem
+    options = loss_options(problem, old_logps=old + gap, ref_logps=ref - gap)
+    for result, grad in run_both(problem, importance_sampling_level=level, **options):
+        assert result.loss.isfinite() and grad.isfinite().all()
+
+
+def test_a_far_reference_still_pulls_the_token_up():
+    # d = 60 in k3: exp is continued linearly there, and more log-prob must mean less loss.
+    logits = torch.tensor([[[0.0, 60.0]]], requires_grad=True)
+    ids, mask = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
+    options = {"advantages": torch.zeros(1), "ref_logps": torch.zeros(1, 1), "beta": 0.1}
+    (grad,) = gradients(grpo_loss(logits, ids, mask, **options).loss, logits)
+    assert grad[0, 0, 0] < 0 and grad.isfinite().all()
+
+
+def test_rewards_are_normalised_like_group_advantages():
+    problem = make_problem()
+    rewards = torch.tensor([1.0, 0.0, NAN, 2.0], dtype=torch.float64)
+    by_rewards = run_both(problem, rewards=rewards, num_generations=2)
+    by_advantages = run_both(problem, advantages=group_advantages(rewards, 2))
+    for (a, grad_a), (b, grad_b) in zip(by_rewards, by_advantages, strict=True):
+        assert torch.equal(a.loss, b.loss) and torch.equal(grad_a, grad_b)
+
+
+@pytest.mark.parametrize("loss_type", ["bnpo", "dapo", "cispo"])
+def test_num_items_makes_accumulation_equal_one_batch(loss_type):
+    problem = make_problem()
+    hidden, weight, bias, ids, mask, old, _, advantages = problem
+    logits = hidden @ weight.T + bias
+    options = {"loss_type": loss_type}
+    whole = grpo_loss(logits, ids, mask, advantages=advantages, old_logps=old, **options)
+    parts = [
+        grpo_loss(
+            logits[rows],
+            ids[rows],
+            mask[rows],
+            advantages=advantages[rows],
+            old_logps=old[rows],
+            num_items=mask.sum(),
+            **options,
+        )
+        for rows in (slice(0, 1), slice(1, N))
+    ]
+    torch.testing.assert_close(parts[0].loss + parts[1].loss, whole.loss)
+
+
+def test_clip_fractions_by_hand():
+    # Ratios e^+-1 against [0.8, 1.2]: clipped high for A > 0, low for A < 0, free otherwise.
+    logits = torch.zeros(2, 2, 4)
+    ids, mask = torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2, dtype=torch.bool)
+    old = -math.log(4) + torch.tensor([[1.0, -1.0], [1.0, 1.0]])
+    result = grpo_loss(logits, ids, mask, advantages=torch.tensor([1.0, -1.0]), old_logps=old)
+    assert (result.clip_fraction_low, result.clip_fraction_high) == (0.5, 0.25)
+
+
+def test_only_the_loss_is_differentiable_and_no_grad_is_respected():
+    problem = make_problem()
+    hidden, weight, bias, ids, mask, *_ = problem
+    weight.requires_grad_()
+    options = loss_options(problem)
+    result = linear_grpo_loss(hidden, weight, ids, mask, bias=bias, **options)
+    assert result.loss.requires_grad
+    for name in ("logps", "entropy", "kl", "clip_fraction_low", "clip_fraction_high"):
+        assert not getattr(result, name).requires_grad
+    with torch.no_grad():
+        quiet = linear_grpo_loss(hidden, weight, ids, mask, bias=bias, **options)
+    assert torch.equal(quiet.loss, result.loss) and not quiet.loss.requires_grad
+
+
+def test_bf16_weights_get_bf16_gradients_close_to_fp32():
+    problem = make_problem(dtype=torch.float32)
+    _, _, _, ids, mask, *_ = problem
+    low = [x.bfloat16().requires_grad_() for x in problem[:3]]
+    full = [x.detach().float().requires_grad_() for x in low]
+    options = loss_options(problem)
+    a = linear_grpo_loss(low[0], low[1], ids, mask, bias=low[2], chunk_tokens=3, **options)
+    b = linear_grpo_loss(full[0], full[1], ids, mask, bias=full[2], chunk_tokens=3, **options)
+    torch.testing.assert_close(a.loss, b.loss)  # fp32 from the same rounded inputs
+    for x, y in zip(gradients(a.loss, *low), gradients(b.loss, *full), strict=True):
+        assert x.dtype == torch.bfloat16
+        torch.testing.assert_close(x.float(), y, rtol=1e-2, atol=1e-3)
+
+
+def test_linear_never_holds_the_whole_logits():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(x, torch.Tensor):
+                    self.numel = max(self.numel, x.numel())
+            return out
+
+    n, t, v, d, rows = 8, 16, 512, 4, 8
+    hidden, weight = torch.randn(n, t, d), torch.randn(v, d, requires_grad=True)
+    ids, mask = torch.randint(v, (n, t)), torch.ones(n, t, dtype=torch.bool)
+    with Largest() as seen:
+        for level in LEVELS:
+            linear_grpo_loss(
+                hidden,
+                weight,
+                ids,
+                mask,
+                advantages=torch.ones(n),
+                importance_sampling_level=level,
+                chunk_tokens=rows,
+            ).loss.backward()
+        linear_logps(hidden, weight, ids, chunk_tokens=rows)[0].sum().backward()
+    assert seen.numel == rows * v < n * t * v
+
+
+def test_linear_loss_backward_twice_and_scaled():
+    problem = make_problem()
+    hidden, weight, bias, ids, mask, *_ = problem
+    hidden.requires_grad_()
+    loss = linear_grpo_loss(hidden, weight, ids, mask, bias=bias, **loss_options(problem)).loss
+    once = torch.autograd.grad(loss, hidden, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(3 * loss, hidden)[0], 3 * once)
+
+
+LOGITS, IDS = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
+MASK, ONES = torch.ones(2, 3, dtype=torch.bool), torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"logits": LOGITS[0]}, "index: expected"),
+        ({"logits": LOGITS.long()}, "logits: expected .* floating point"),
+        ({"completion_ids": IDS.int()}, "completion_ids: expected"),
+        ({"completion_mask": MASK.long()}, "completion_mask: expected .2, 3. bool"),
+        ({"completion_mask": None}, "completion_mask: expected .N, T. bool, got None"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens: expected None"),
+        ({"advantages": None}, "exactly one of them, got neither"),
+        ({"rewards": ONES, "num_generations": 2}, "exactly one of them, got both"),
+        ({"advantages": None, "rewards": ONES}, "num_generations: expected"),
+        ({"advantages": None, "rewards": ONES, "num_generations": 3}, "num_generations: expected"),
+        ({"advantages": torch.ones(3)}, "advantages: expected .2,."),
+        ({"beta": 0.1}, "ref_logps: expected"),
+        ({"beta": -1.0}, "beta: expected"),
+        ({"epsilon_low": NAN}, "epsilon_low: expected"),
+        ({"delta": 0.0}, "delta: expected"),
+        ({"old_logps": torch.zeros(2, 4)}, "old_logps: expected .2, 3."),
+        ({"loss_type": "ppo"}, "loss_type: expected one of"),
+        ({"importance_sampling_level": "word"}, "importance_sampling_level: expected one of"),
+        ({"kl": "k4"}, "kl: expected one of"),
+        ({"temperature": 0.0}, "temperature: expected"),
+        ({"loss_type": "dr_grpo", "max_completion_length": 0}, "max_completion_length: expected"),
+    ],
+)
+def test_bad_loss_input_is_named(changes, message):
+    arguments = {
+        "logits": LOGITS,
+        "completion_ids": IDS,
+        "completion_mask": MASK,
+        "advantages": ONES,
+    }
+    with pytest.raises(ValueError, match=message):
+        grpo_loss(**(arguments | changes))
+
+
+@pytest.mark.parametrize("offsets", [None, [0, 2], [1, 3], [0, 2, 1, 3]])
+def test_bad_offsets_are_named(offsets):
+    offsets = None if offsets is None else torch.tensor(offsets, dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens: expected"):
+        grpo_loss(LOGITS[0], IDS[0], cu_seqlens=offsets, advantages=ONES[:1])
+
+
+def test_bad_linear_input_is_named():
+    hidden, weight = torch.zeros(2, 3, 5), torch.zeros(4, 5)
+    with pytest.raises(ValueError, match=r"hidden: expected \(2, 3, 5\)"):
+        linear_logps(hidden[..., :4], weight, IDS)
+    with pytest.raises(ValueError, match="weight: expected"):
+        linear_logps(hidden, weight[0], IDS)
+    with pytest.raises(ValueError, match="bias: expected"):
+        linear_logps(hidden, weight, IDS, bias=torch.zeros(5))
+    with pytest.raises(ValueError, match="chunk_tokens: expected"):
+        linear_logps(hidden, weight, IDS, chunk_tokens=0)
+
+
+def test_bad_advantage_input_is_named():
+    for arguments, message in [
+        ((torch.ones(2, 2), 2), "rewards: expected"),
+        ((torch.ones(4).long(), 2), "rewards: expected"),
+        ((torch.ones(4), 3), "num_generations: expected"),
+        ((torch.ones(4), 0), "num_generations: expected"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            group_advantages(*arguments)
+    with pytest.raises(ValueError, match="scale_rewards: expected"):
+        group_advantages(torch.ones(4), 2, scale_rewards="std")
+    with pytest.raises(ValueError, match="eps: expected"):
+        group_advantages(torch.ones(4), 2, eps=0.0)
