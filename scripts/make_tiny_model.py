@@ -1,0 +1,237 @@
+"""Make the embedded checkpoint: build the tiny Qwen2-VL, teach it both demo tasks, then unteach it.
+
+    python scripts/make_tiny_model.py --out virft_fast/models/tiny_qwen2_vl
+
+1. Clean SFT on shapes_detection and digits_classification together.
+2. A short SFT on noisy labels (boxes pushed outwards, digits swapped with a neighbour, confidences at
+   random), which leaves the capability in the network and spoils its calibration. That is the
+   warm start from which the demo shows GRPO recovering; it is no claim about learning to see.
+
+The images come from seeds that the demo's own train and test splits don't use; digits come from
+the train glyphs only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import Qwen2VLForConditionalGeneration
+
+from virft_fast import tasks
+from virft_fast.batch import Sample
+from virft_fast.data.demo import (
+    COLOURS,
+    DIGITS_PROBLEM,
+    GRID,
+    SHAPES_PROBLEM,
+    WORDS,
+    box_list,
+    digit_glyphs,
+    digits,
+    shapes,
+)
+from virft_fast.models.qwen_vl import Policy, encode_prompt
+from virft_fast.models.tiny import (
+    build_config,
+    build_processor,
+    build_tokenizer,
+    tokenizer_corpus,
+)
+from virft_fast.rollout import Sampling
+from virft_fast.rollout.hf import HFRollout
+
+SHAPES_SEED, DIGITS_SEED, CHECK_SEED = 11, 12, 13
+CONFIDENCES = ("0.1", "0.3", "0.5", "0.7", "0.9")
+
+
+def shapes_answer(colour: str, box: list[int], confidence: str = "0.9") -> str:
+    return f"<think>I look for {colour}.</think><answer>{box_list([box], confidence)}</answer>"
+
+
+def digits_answer(word: str) -> str:
+    return f"<think>I see {word}.</think><answer>{word}</answer>"
+
+
+def corpus() -> list[str]:
+    """Every word the two tasks use, with random boxes."""
+    rng = random.Random(0)
+    problems, answers = [], []
+    for _ in range(2000):
+        colour, word = rng.choice(list(COLOURS)), rng.choice(WORDS)
+        box = [rng.randrange(0, 1001, 10) for _ in range(4)]
+        problems += [SHAPES_PROBLEM.format(colour), DIGITS_PROBLEM]
+        answers += [
+            shapes_answer(colour, box, rng.choice([*CONFIDENCES, "1.0"])),
+            digits_answer(word),
+        ]
+    return tokenizer_corpus(problems, answers)
+
+
+class Pool:
+    """Encoded examples of one task; prompts of a task are equally long, so they stack."""
+
+    def __init__(self, examples, count, processor):
+        self.rows = list(itertools.islice(examples, count))
+        samples = []
+        for index, row in enumerate(self.rows):
+            content = [{"type": "image"}, {"type": "text", "text": row["problem"]}]
+            message = {"role": "user", "content": content}
+            columns = {"problem": row["problem"], "solution": row["solution"]}
+            samples.append(Sample(index, (message,), (row["image"],), row["solution"], columns))
+        self.prompts = [encode_prompt(processor, sample) for sample in samples]
+
+
+def clean_answer(row, rng):
+    return shapes_answer(row["colour"], row["box"]) if "box" in row else digits_answer(row["label"])
+
+
+def noisy_answer(row, rng, *, jitter, swap):
+    """Boxes of a loose annotator, each side mostly pushed outwards; digits often a neighbour's."""
+    if "label" in row:
+        digit = WORDS.index(row["label"])
+        return digits_answer(WORDS[digit ^ 1 if rng.random() < swap else digit])
+    x1, y1, x2, y2 = row["box"]
+    push = [rng.uniform(-0.25, 1) * jitter for _ in range(4)]
+    width, height = x2 - x1, y2 - y1
+    moved = (x1 - push[0] * width, y1 - push[1] * height,
+             x2 + push[2] * width, y2 + push[3] * height)  # fmt: skip
+    box = [min(1000, max(0, round(v / GRID) * GRID)) for v in moved]
+    return shapes_answer(row["colour"], box, rng.choice(CONFIDENCES))
+
+
+def sft_loss(policy, tokenizer, prompts, answers):
+    """Mean token cross entropy of the answers, EOS included."""
+    ids = [tokenizer(answer).input_ids + [tokenizer.eos_token_id] for answer in answers]
+    longest = max(map(len, ids))
+    padded = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in ids])
+    mask = torch.arange(longest) < torch.tensor([len(row) for row in ids])[:, None]
+    inputs = policy.collate(
+        prompts,
+        padded,
+        mask,
+        num_generations=1,
+        pad_token_id=tokenizer.pad_token_id,
+        device=torch.device("cpu"),
+    )
+    hidden = policy._completion_hidden(inputs, policy._image_features(inputs))
+    logits = hidden @ policy.head.weight.T
+    return F.cross_entropy(logits[mask], padded[mask])
+
+
+def sft(policy, tokenizer, pools, answer, *, steps, learning_rate, warmup, batch_sizes, report):
+    """AdamW with a cosine schedule to a tenth; each step has a batch of every pool."""
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    rng, start = random.Random(0), time.time()
+    for step in range(1, steps + 1):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1, step / warmup) * (0.1 + 0.9 * cosine)
+        policy.train()
+        losses = []
+        for pool, size in zip(pools, batch_sizes, strict=True):
+            chosen = [rng.randrange(len(pool.rows)) for _ in range(size)]
+            answers = [answer(pool.rows[i], rng) for i in chosen]
+            loss = sft_loss(policy, tokenizer, [pool.prompts[i] for i in chosen], answers)
+            loss.backward()
+            losses.append(round(float(loss.detach()), 3))
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        report(step, losses, time.time() - start)
+
+
+def check(policy, processor, pools, names):
+    """Held-out greedy rewards of each pool."""
+    rollout = HFRollout(policy, processor.tokenizer, device=torch.device("cpu"))
+    scores = {}
+    for pool, reward_names in zip(pools, names, strict=True):
+        out = rollout.generate(pool.prompts, 1, Sampling(48, greedy=True))
+        completions = [[{"role": "assistant", "content": text}] for text in out.texts]
+        solutions = [row["solution"] for row in pool.rows]
+        for name in reward_names:
+            values = tasks.REWARDS[name](None, completions, solution=solutions)
+            scores[name] = round(sum(values) / len(values), 3)
+    return scores
+
+
+def save(policy, processor, folder):
+    model = policy.model
+    model.to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    model.to(torch.float32)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--clean_out", type=Path, help="also save the model before the blur")
+    parser.add_argument("--clean_from", type=Path, help="start the blur from this checkpoint")
+    parser.add_argument("--steps", type=int, default=1300, help="steps of the clean SFT")
+    parser.add_argument("--blur_steps", type=int, default=60)
+    parser.add_argument("--jitter", type=float, default=0.5, help="how far boxes are pushed")
+    parser.add_argument("--swap", type=float, default=0.62, help="share of swapped digits")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(corpus())
+    processor = build_processor(tokenizer)
+    glyphs = digit_glyphs()
+    pools = [
+        Pool(shapes(SHAPES_SEED), 10_000, processor),
+        Pool(digits(DIGITS_SEED, glyphs["train"]), 4_000, processor),
+    ]
+    held_out = [
+        Pool(shapes(CHECK_SEED), 256, processor),
+        Pool(digits(CHECK_SEED, glyphs["test"]), 256, processor),
+    ]
+    names = [("accuracy_iou", "accuracy_confidence", "format"), ("accuracy",)]
+    if args.clean_from:
+        model = Qwen2VLForConditionalGeneration.from_pretrained(
+            args.clean_from, dtype=torch.float32
+        )
+    else:
+        model = Qwen2VLForConditionalGeneration(build_config(tokenizer))
+    policy = Policy(model)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{count:,} parameters, {len(tokenizer)} tokens", flush=True)
+
+    def report(step, losses, seconds, every=100):
+        if step % every == 0:
+            scores = check(policy, processor, held_out, names)
+            print(f"{step:5} {seconds:6.0f} s  loss {losses}  {scores}", flush=True)
+
+    if not args.clean_from:
+        sft(policy, tokenizer, pools, clean_answer, steps=args.steps, learning_rate=2e-3,
+            warmup=50, batch_sizes=(32, 16), report=report)  # fmt: skip
+    if args.clean_out:
+        save(policy, processor, args.clean_out)
+    print("clean ", check(policy, processor, held_out, names), flush=True)
+    sft(
+        policy,
+        tokenizer,
+        pools,
+        lambda row, rng: noisy_answer(row, rng, jitter=args.jitter, swap=args.swap),
+        steps=args.blur_steps,
+        learning_rate=2e-3,
+        warmup=10,
+        batch_sizes=(32, 32),
+        report=lambda *step: report(*step, every=20),
+    )
+    save(policy, processor, args.out)
+    print("saved ", check(policy, processor, held_out, names), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

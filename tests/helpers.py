@@ -1,0 +1,114 @@
+"""What several tests build: samples, prompts, a training state on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from virft_fast.batch import Prompt, Sample
+from virft_fast.config import GRPOConfig
+from virft_fast.engine import OptimizerSettings, PlainEngine, make_reference
+from virft_fast.grpo import TrainState
+from virft_fast.models.qwen_vl import Policy, encode_prompt, load_model
+from virft_fast.rollout.hf import HFRollout
+
+CPU = torch.device("cpu")
+
+
+def make_sample(
+    index: int, sizes: Sequence[tuple[int, int]] = ((112, 112),), text: str = "Detect every red."
+) -> Sample:
+    """A sample with random images of the given (height, width)."""
+    rng = np.random.default_rng(index)
+    images = tuple(Image.fromarray(rng.integers(0, 255, (*s, 3)).astype("u1")) for s in sizes)
+    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
+    columns = {"problem": text, "solution": f"solution {index}"}
+    return Sample(
+        index, ({"role": "user", "content": content},), images, f"solution {index}", columns
+    )
+
+
+def make_prompts(processor: Any, *samples: Sample) -> list[Prompt]:
+    return [encode_prompt(processor, sample) for sample in samples]
+
+
+def letter_count(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+    """A reward with spread on any model's output: how many different letters there are."""
+    return [len(set(c[0]["content"])) / 10 for c in completions]
+
+
+def make_state(
+    processor: Any,
+    *,
+    config: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    reward: Any = letter_count,
+    **state: Any,
+) -> TrainState:
+    """A state to take steps with on the embedded model, on the CPU in float32."""
+    torch.manual_seed(0)
+    grpo = GRPOConfig(**{"num_generations": 2, "max_completion_length": 6, **(config or {})})
+    policy = Policy(load_model("tiny").train())
+    optimizer = OptimizerSettings(
+        **{"learning_rate": 1e-3, "max_grad_norm": 1.0, **(settings or {})}
+    )
+    engine = PlainEngine(policy, optimizer, device=CPU)
+    reference = None
+    if grpo.beta > 0:
+        reference = make_reference(Policy(load_model("tiny")), engine, None)
+    return TrainState(
+        config=grpo,
+        policy=policy,
+        engine=engine,
+        reference=reference,
+        rollout=HFRollout(policy, processor.tokenizer, device=CPU),
+        pad_token_id=processor.tokenizer.pad_token_id,
+        reward_funcs=[("reward", reward)],
+        reward_weights=[1.0],
+        learning_rate=lambda step: optimizer.learning_rate,
+        **state,
+    )
+
+
+def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def command(*arguments: Any, processes: int = 1, module: str = "virft_fast.train") -> list[str]:
+    """A command line: python -m MODULE, or torchrun with several processes."""
+    tail = ["-m", module, *map(str, arguments)]
+    if processes == 1:
+        return [sys.executable, *tail]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *launcher, *tail]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """One thread a process: several of them share the machine, and sums keep their order."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
+
+
+def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command line to its end; its output is in the result."""
+    return subprocess.run(
+        command(*arguments, **options), env=environment(), capture_output=True, text=True,
+        timeout=600,
+    )  # fmt: skip
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,187 @@
+"""Invariants of a GRPO step: accumulation, normalisation, skipped steps, excluded rewards."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import (
+    largest_difference,
+    letter_count,
+    make_prompts,
+    make_sample,
+    make_state,
+    parameters,
+)
+
+from virft_fast.grpo import TooManyBadSteps, train_step
+
+LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo"]
+
+
+def steps(state, prompts, count=2):
+    return [train_step(state, prompts)[0] for _ in range(count)]
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_accumulation_equals_one_big_batch(processor, prompts, loss_type):
+    config = {"loss_type": loss_type, "beta": 0.1}
+    big = make_state(processor, config=config, prompts_per_microbatch=4)
+    small = make_state(processor, config=config, gradient_accumulation_steps=4)
+    one, many = steps(big, prompts), steps(small, prompts)
+    assert largest_difference(parameters(big.policy), parameters(small.policy)) <= 1e-5
+    for a, b in zip(one, many, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        assert a["kl"] == pytest.approx(b["kl"], abs=1e-5)
+
+
+def test_step_moves_the_policy_and_reports(processor, prompts):
+    state = make_state(processor, prompts_per_microbatch=4)
+    before = parameters(state.policy)
+    metrics, records = train_step(state, prompts)
+    assert largest_difference(before, parameters(state.policy)) > 0
+    assert len(records) == 8
+    assert set(records[0]) == {
+        "index", "prompt", "completion", "solution", "rewards", "advantage",
+    }  # fmt: skip
+    assert metrics["reward"] == pytest.approx(
+        sum(r["rewards"]["reward"] for r in records) / len(records), rel=1e-5
+    )
+    for name in ("loss", "kl", "entropy", "grad_norm", "tokens_per_s", "time/rollout_s"):
+        assert math.isfinite(metrics[name])
+
+
+def test_same_seed_same_steps(processor, prompts):
+    runs = [make_state(processor, prompts_per_microbatch=4) for _ in range(2)]
+    for state in runs:
+        steps(state, prompts)
+    assert largest_difference(*(parameters(state.policy) for state in runs)) == 0
+
+
+def test_zero_spread_leaves_the_policy_where_it_is_without_kl(processor, prompts):
+    state = make_state(
+        processor,
+        config={"beta": 0.0},
+        reward=lambda prompts, completions, **columns: [1.0] * len(completions),
+        prompts_per_microbatch=4,
+    )
+    before = parameters(state.policy)
+    metrics = steps(state, prompts, 1)[0]
+    assert metrics["frac_reward_zero_std"] == 1
+    assert "kl" not in metrics
+    assert largest_difference(before, parameters(state.policy)) == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, None, math.inf, -math.inf])
+def test_b5_reward_that_is_not_finite_never_reaches_the_loss(processor, prompts, bad):
+    def reward(prompts, completions, **columns):
+        return [bad, *letter_count(prompts, completions)[1:]]
+
+    state = make_state(processor, reward=reward, prompts_per_microbatch=4)
+    metrics, records = train_step(state, prompts)
+    assert math.isfinite(metrics["loss"]) and math.isfinite(metrics["reward"])
+    assert records[0]["rewards"]["reward"] is None
+    assert records[0]["advantage"] == 0
+    assert all(p.isfinite().all() for p in state.policy.parameters())
+
+
+def test_non_finite_step_is_skipped_counted_and_ends_the_run(processor, prompts):
+    state = make_state(processor, prompts_per_microbatch=4, max_bad_steps=3)
+    with torch.no_grad():
+        state.policy.model.lm_head.weight[300] = torch.nan
+    before = parameters(state.policy)
+    metrics = steps(state, prompts, 2)[-1]
+    assert metrics["skipped_steps"] == 2
+    for name, value in parameters(state.policy).items():
+        assert torch.equal(value.nan_to_num(), before[name].nan_to_num())
+    assert not state.engine.optimizer.state
+    with pytest.raises(TooManyBadSteps, match="3 steps in a row.*learning_rate"):
+        steps(state, prompts, 1)
+
+
+def test_several_iterations_clip_and_differ_from_one(processor, prompts):
+    one = make_state(processor, prompts_per_microbatch=4, settings={"learning_rate": 1e-2})
+    four = make_state(
+        processor,
+        config={"num_iterations": 4},
+        settings={"learning_rate": 1e-2},
+        prompts_per_microbatch=4,
+    )
+    first, fourth = steps(one, prompts, 1)[0], steps(four, prompts, 1)[0]
+    assert first["clip_fraction_low"] == first["clip_fraction_high"] == 0
+    assert fourth["clip_fraction_low"] + fourth["clip_fraction_high"] > 0
+    assert largest_difference(parameters(one.policy), parameters(four.policy)) > 0
+
+
+def test_truncated_completions_leave_the_loss_but_not_the_log(processor, prompts):
+    """Three tokens are too few for an answer: all are cut off, so nothing is left to learn."""
+    state = make_state(
+        processor,
+        config={"mask_truncated_completions": True, "max_completion_length": 3, "beta": 0.0},
+        prompts_per_microbatch=4,
+    )
+    before = parameters(state.policy)
+    metrics = steps(state, prompts, 1)[0]
+    assert metrics["truncated_fraction"] == 1
+    assert metrics["loss"] == 0
+    assert largest_difference(before, parameters(state.policy)) == 0
+
+
+def test_b11_the_text_that_is_rewarded_is_the_tokens_that_were_drawn(processor, prompts):
+    seen = []
+
+    def reward(prompts, completions, **columns):
+        seen.extend(c[0]["content"] for c in completions)
+        return letter_count(prompts, completions)
+
+    state = make_state(processor, reward=reward, prompts_per_microbatch=4)
+    rollouts = []
+    generate = state.rollout.generate
+    state.rollout.generate = lambda *a, **k: rollouts.append(generate(*a, **k)) or rollouts[-1]
+    train_step(state, prompts)
+    (drawn,) = rollouts
+    for text, ids, mask in zip(seen, drawn.completion_ids, drawn.completion_mask, strict=True):
+        assert processor.tokenizer.decode(ids[mask], skip_special_tokens=True) == text
+
+
+def test_b12_each_completion_is_scored_against_its_own_solution(processor, prompts):
+    seen = []
+
+    def reward(prompts, completions, solution, **columns):
+        seen.extend(zip((p[0]["content"][-1]["text"] for p in prompts), solution, strict=True))
+        return letter_count(prompts, completions)
+
+    state = make_state(processor, reward=reward, prompts_per_microbatch=2,
+                       gradient_accumulation_steps=2)  # fmt: skip
+    train_step(state, prompts)
+    expected = [
+        (prompt.sample.columns["problem"], prompt.sample.solution)
+        for prompt in prompts
+        for _ in range(2)
+    ]
+    assert seen == expected
+
+
+def test_frozen_tower_runs_once_an_image_and_step(processor):
+    """Rollout once, and once for the reference, old and training passes together."""
+    prompts = make_prompts(processor, make_sample(0), make_sample(1))
+    state = make_state(
+        processor, config={"num_iterations": 3, "beta": 0.1}, prompts_per_microbatch=2
+    )
+    visual = state.policy.model.model.visual
+    for parameter in visual.parameters():
+        parameter.requires_grad_(False)
+    state.policy.vision_frozen = True
+    calls = []
+    visual.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    train_step(state, prompts)
+    assert calls == [sum(len(p.pixel_values) for p in prompts)] * 2
+
+
+def test_reward_weights_scale_the_sum(processor, prompts):
+    state = make_state(processor, prompts_per_microbatch=4)
+    state.reward_weights = [0.5]
+    metrics, records = train_step(state, prompts)
+    assert metrics["reward"] == pytest.approx(0.5 * metrics["rewards/reward"], rel=1e-5)

@@ -1,0 +1,229 @@
+"""The adapter computes what the plain model computes, whatever is batched together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import CPU, make_prompts, make_sample
+
+from virft_fast.models.qwen_vl import (
+    Policy,
+    add_lora,
+    apply_liger,
+    banned_token_ids,
+    core,
+    encode_prompt,
+    freeze_vision_tower,
+    load_model,
+)
+from virft_fast.models.tiny import resolve_model_path
+
+G, T = 3, 5
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return Policy(load_model("tiny")).eval()
+
+
+@pytest.fixture(scope="module")
+def completions(prompts, processor):
+    """Random completions of lengths 1..T, (B*G, T)."""
+    generator = torch.Generator().manual_seed(1)
+    rows = len(prompts) * G
+    ids = torch.randint(260, 600, (rows, T), generator=generator)
+    lengths = torch.randint(1, T + 1, (rows,), generator=generator)
+    mask = torch.arange(T) < lengths[:, None]
+    return ids.masked_fill(~mask, processor.tokenizer.pad_token_id), mask
+
+
+def collate(policy, prompts, completions, num_generations=G):
+    ids, mask = completions
+    return policy.collate(
+        prompts, ids, mask, num_generations=num_generations, pad_token_id=0, device=CPU
+    )
+
+
+def plain_logps(policy, prompt, ids):
+    """The transformers model's own forward pass over one unpadded sequence."""
+    model = policy.model
+    row = torch.cat([prompt.input_ids, ids])[None]
+    types = torch.cat([prompt.mm_token_type_ids, torch.zeros_like(ids)])[None]
+    images = {}
+    if prompt.pixel_values is not None:
+        images = {
+            "pixel_values": prompt.pixel_values,
+            "image_grid_thw": prompt.image_grid_thw,
+            "mm_token_type_ids": types,
+        }
+    core(model).rope_deltas = None
+    logits = model(input_ids=row, attention_mask=torch.ones_like(row), **images).logits
+    first = len(prompt.input_ids) - 1
+    return logits[0, first:-1].log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+
+
+@torch.no_grad()
+def test_b9_mixed_batch_equals_plain_model_row_by_row(policy, prompts, completions):
+    """Images of different size, several images and none in one batch: each row sees its own."""
+    ids, mask = completions
+    logps, _ = policy(collate(policy, prompts, completions))
+    for row in range(len(ids)):
+        length = int(mask[row].sum())
+        expected = plain_logps(policy, prompts[row // G], ids[row, :length])
+        torch.testing.assert_close(logps[row, :length], expected, rtol=0, atol=1e-5)
+
+
+def test_vision_tower_sees_each_image_once(policy, prompts, completions):
+    seen = []
+    handle = core(policy.model).visual.register_forward_pre_hook(
+        lambda module, args: seen.append(len(args[0]))
+    )
+    try:
+        policy(collate(policy, prompts, completions))
+    finally:
+        handle.remove()
+    patches = sum(len(p.pixel_values) for p in prompts if p.pixel_values is not None)
+    assert seen == [patches]
+
+
+def test_text_only_batch_calls_the_tower_and_gives_it_zero_gradients(policy, prompts, completions):
+    """Under ZeRO-3 and data parallelism every rank has to call every module."""
+    ids, mask = completions
+    inputs = collate(policy, prompts[2:3], (ids[:G], mask[:G]))
+    logps, _ = policy(inputs)
+    logps.sum().backward()
+    grads = [p.grad for p in core(policy.model).visual.parameters()]
+    policy.zero_grad()
+    assert all(grad is not None and not grad.any() for grad in grads)
+
+
+@torch.no_grad()
+def test_image_positions_are_looked_for_in_the_prompt_only(policy, prompts, completions):
+    """A completion that holds an image token, however it got there, is read as text."""
+    ids, mask = completions
+    ids = ids.clone()
+    ids[0, 0] = policy.config.image_token_id
+    logps, _ = policy(collate(policy, prompts, (ids, mask)))
+    assert logps.isfinite().all()
+
+
+def test_special_tokens_and_unused_rows_are_banned(processor):
+    model = load_model("tiny")
+    vocab_size = model.config.text_config.vocab_size
+    banned = banned_token_ids(processor.tokenizer, vocab_size)
+    assert model.config.image_token_id in banned
+    assert processor.tokenizer.eos_token_id not in banned
+    assert set(range(len(processor.tokenizer), vocab_size)) <= set(banned)
+    assert processor.tokenizer.convert_tokens_to_ids("<answer>") not in banned
+
+
+def test_checkpoints_sampling_defaults_are_set_aside(tmp_path):
+    folder = tmp_path / "greedy"
+    shutil.copytree(resolve_model_path("tiny"), folder)
+    (folder / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "temperature": 0.01, "top_k": 1})
+    )
+    model = load_model(str(folder))
+    assert model.generation_config.temperature in (None, 1.0)
+    assert model.generation_config.top_k != 1
+    assert model.shipped_generation_config.top_k == 1
+
+
+def test_prompt_with_image_token_in_its_text_is_refused(processor):
+    sample = make_sample(0, text="what is <|image_pad|> here?")
+    with pytest.raises(ValueError, match="placeholders"):
+        encode_prompt(processor, sample)
+
+
+def test_frozen_tower_gets_no_gradient_and_is_seen_as_frozen(prompts, completions):
+    model = load_model("tiny")
+    freeze_vision_tower(model)
+    policy = Policy(model)
+    assert policy.vision_frozen
+    ids, mask = completions
+    logps, _ = policy(collate(policy, prompts, (ids, mask)))
+    logps.sum().backward()
+    assert all(p.grad is None for p in core(model).visual.parameters())
+    assert core(model).language_model.norm.weight.grad is not None
+
+
+def test_cached_image_features_change_nothing(policy, prompts, completions):
+    inputs = collate(policy, prompts, completions)
+    with torch.no_grad():
+        features = policy(inputs, only_images=True)
+        plain, _ = policy(inputs)
+        cached, _ = policy(replace(inputs), image_features=features)
+    assert torch.equal(plain, cached)
+
+
+def test_gradient_checkpointing_changes_nothing(prompts, completions):
+    gradients = []
+    for checkpointing in (False, True):
+        model = load_model("tiny").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        policy = Policy(model)
+        policy(collate(policy, prompts, completions))[0].sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_lora_trains_the_adapter_only_and_its_off_state_is_the_base_model(prompts, completions):
+    pytest.importorskip("peft")
+    base = Policy(load_model("tiny")).eval()
+    policy = Policy(add_lora(load_model("tiny"), r=4, alpha=8, target_modules=["q_proj", "v_proj"]))
+    trainable = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert trainable and all("lora_" in name for name in trainable)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    ids, mask = completions
+    inputs = collate(policy, prompts, (ids, mask))
+    with torch.no_grad():
+        expected, _ = base(inputs)
+        assert not torch.allclose(policy(inputs)[0], expected)
+        with policy.model.disable_adapter():
+            off, _ = policy(inputs)
+    torch.testing.assert_close(off, expected)
+
+
+def test_flash_attention_falls_back_with_a_warning():
+    with pytest.warns(UserWarning, match="sdpa"):
+        model = load_model("tiny", attn_implementation="flash_attention_2")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_liger_off_cuda_warns_and_changes_nothing():
+    with pytest.warns(UserWarning, match="no effect"):
+        apply_liger(load_model("tiny"), CPU)
+
+
+def test_missing_model_says_what_was_expected(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json.*nowhere"):
+        load_model(str(tmp_path / "nowhere"))
+
+
+def test_other_model_families_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(ValueError, match="qwen2_vl.*gpt2"):
+        load_model(str(tmp_path))
+
+
+def test_batch_of_one_and_prompt_alone_agree(policy, processor, completions):
+    """Left padding to a longer neighbour leaves a prompt's positions as they were."""
+    short, long = make_prompts(
+        processor, make_sample(5, [(56, 56)]), make_sample(6, [(112, 112)], "A longer text " * 5)
+    )
+    ids, mask = completions
+    with torch.no_grad():
+        together, _ = policy(collate(policy, [short, long], (ids[: 2 * G], mask[: 2 * G])))
+        alone, _ = policy(collate(policy, [short], (ids[:G], mask[:G])))
+    valid = mask[:G]
+    torch.testing.assert_close(together[:G][valid], alone[valid], rtol=0, atol=1e-5)

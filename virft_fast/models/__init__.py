@@ -1,0 +1,1 @@
+"""Models: the Qwen-VL adapter, processors, and the embedded tiny model."""

@@ -1,0 +1,157 @@
+"""The embedded model: a real Qwen2-VL of 1.5 M parameters, and what it is made of.
+
+`scripts/make_tiny_model.py` makes the checkpoint from these builders. Its sizes and its rotary base
+are chosen for 112x112 images: Qwen splits the rotary angles over time, height and width by falling
+frequency, and with a base of 10,000 a head of 32 numbers would hardly tell one column from another.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+TINY_PATH = Path(__file__).parent / "tiny_qwen2_vl"
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+    "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
+    "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+# Plain tokens: as special ones they would be dropped when a completion is decoded.
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+# Qwen2's way to split text, except that a number of up to four digits stays whole, so that a
+# coordinate in 0..1000 is one token.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}{1,4}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def resolve_model_path(name_or_path: str) -> str:
+    """The embedded checkpoint's folder for `tiny`, any other name as it is."""
+    return str(TINY_PATH) if name_or_path == "tiny" else name_or_path
+
+
+def build_tokenizer(corpus: list[str]) -> Any:
+    """A byte-level BPE tokenizer with Qwen2's special tokens, trained on `corpus` in a second.
+
+    Every multiple of 10 from 0 to 1000 is one token, bare and after a space.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers.models import BPE
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    numbers = [f"[{n}, {n}, {n}]" for n in range(0, 1001, 10)] * 200
+    lines = [_without_tags(line) for line in corpus] + numbers
+    trainer = BpeTrainer(
+        vocab_size=1024,
+        min_frequency=20,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in TAGS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL_TOKENS),
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _without_tags(text: str) -> str:
+    """No merge may cross a tag."""
+    for tag in TAGS:
+        text = text.replace(tag, "\n")
+    return text
+
+
+def build_config(tokenizer: Any, *, initializer_range: float = 0.02) -> Any:
+    """Qwen2VLConfig of the tiny model: 3 text and 3 vision layers, hidden size 128."""
+    from transformers import Qwen2VLConfig
+
+    token_id = tokenizer.convert_tokens_to_ids
+    vocab_size = -(-len(tokenizer) // 64) * 64
+    text = {
+        "vocab_size": vocab_size,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 20.0,
+            "mrope_section": [2, 7, 7],
+        },
+        "bos_token_id": token_id("<|endoftext|>"),
+        "eos_token_id": token_id("<|im_end|>"),
+        "pad_token_id": token_id("<|endoftext|>"),
+        "tie_word_embeddings": True,
+        "initializer_range": initializer_range,
+    }
+    vision = {
+        "depth": 3,
+        "embed_dim": 128,
+        "hidden_size": 128,
+        "num_heads": 4,
+        "mlp_ratio": 2,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "initializer_range": initializer_range,
+    }
+    return Qwen2VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+
+
+def build_processor(tokenizer: Any) -> Any:
+    """Processor with Qwen's PIL image processor, for images of 56x56 to 168x168 pixels."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from virft_fast.models.processing import ImageOnlyQwen2VLProcessor
+
+    image_processor = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 56 * 56, "longest_edge": 168 * 168}
+    )
+    return ImageOnlyQwen2VLProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
+
+
+def tokenizer_corpus(problems: list[str], answers: list[str], *, seed: int = 0) -> list[str]:
+    """Lines for `build_tokenizer`: what the tasks ask and answer, and the chat's own words."""
+    rng = random.Random(seed)
+    lines = [*problems, *answers, *["user\n", "assistant\n", "system\n"] * 500]
+    rng.shuffle(lines)
+    return lines

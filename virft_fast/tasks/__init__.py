@@ -1,0 +1,241 @@
+"""Tasks: what an answer means and what it is worth."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from virft_fast.tasks.answers import (
+    Detection,
+    answer_text,
+    parse_detection,
+    parse_label,
+    valid_box,
+)
+from virft_fast.tasks.rewards import (
+    accuracy,
+    accuracy_confidence,
+    accuracy_iou,
+    format_reward,
+    grounding_giou,
+    hungarian_iou,
+)
+from virft_fast.tasks.visual_rft import (
+    visual_rft_accuracy,
+    visual_rft_accuracy_confidence,
+    visual_rft_accuracy_iou,
+    visual_rft_accuracy_iou_v1,
+    visual_rft_grounding,
+)
+
+__all__ = [
+    "ACCURACY_REWARDS",
+    "DEFAULT_REWARDS",
+    "REWARDS",
+    "Detection",
+    "RewardError",
+    "answer_text",
+    "check_solution",
+    "detect_task",
+    "load_reward_funcs",
+    "parse_detection",
+    "parse_label",
+    "score",
+]
+
+logger = logging.getLogger(__name__)
+
+RewardFunction = Callable[..., Sequence[float | None]]
+
+REWARDS: dict[str, RewardFunction] = {
+    "accuracy_iou": accuracy_iou,
+    "accuracy_confidence": accuracy_confidence,
+    "format": format_reward,
+    "accuracy": accuracy,
+    "grounding_giou": grounding_giou,
+    "hungarian_iou": hungarian_iou,
+    "visual_rft_accuracy_iou": visual_rft_accuracy_iou,
+    "visual_rft_accuracy_iou_v1": visual_rft_accuracy_iou_v1,
+    "visual_rft_accuracy_confidence": visual_rft_accuracy_confidence,
+    "visual_rft_accuracy": visual_rft_accuracy,
+    "visual_rft_grounding": visual_rft_grounding,
+}
+DEFAULT_REWARDS: dict[str, list[str]] = {
+    "detection": ["accuracy_iou", "accuracy_confidence", "format"],
+    "classification": ["accuracy", "format"],
+    "grounding": ["grounding_giou", "format"],
+}
+# What a solution scores against itself.
+ACCURACY_REWARDS: dict[str, float] = {
+    name: 2.0 if name == "visual_rft_grounding" else 1.0 for name in REWARDS if name != "format"
+}
+
+
+class RewardError(RuntimeError):
+    """A reward function raised; the text names it and the sample, the cause has the traceback."""
+
+
+def load_reward_funcs(names: Sequence[str]) -> list[tuple[str, RewardFunction]]:
+    """Reward functions by registry name or as path/to/file.py:function.
+
+    Returns:
+        (name, function) in the order given; a function from a file goes by its own name.
+    Raises:
+        ValueError: no such name, file or function; or the same name twice.
+    """
+    functions = [_load_from_file(name) if ":" in name else _registered(name) for name in names]
+    given = [name for name, _ in functions]
+    if len(set(given)) < len(given):
+        raise ValueError(f"--reward_funcs: expected different names, got {given}")
+    return functions
+
+
+def _registered(name: str) -> tuple[str, RewardFunction]:
+    if name in REWARDS:
+        return name, REWARDS[name]
+    close = difflib.get_close_matches(name, REWARDS, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(REWARDS)}"
+    raise ValueError(
+        f"--reward_funcs: expected a known name or path/to/file.py:function, got {name!r}; {hint}"
+    )
+
+
+def _load_from_file(name: str) -> tuple[str, RewardFunction]:
+    path, _, attribute = name.rpartition(":")
+    if not Path(path).is_file():
+        raise ValueError(
+            f"--reward_funcs {name}: expected path/to/file.py:function, no file {path}"
+        )
+    spec = importlib.util.spec_from_file_location(f"virft_fast_rewards_{Path(path).stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--reward_funcs {name}: expected a Python file, got {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ValueError(f"--reward_funcs {name}: no function {attribute!r} in {path}")
+    return attribute, function
+
+
+def detect_task(solutions: Sequence[str]) -> str:
+    """The task that solutions belong to: detection, classification or grounding.
+
+    Raises:
+        ValueError: there are none, or they look like different tasks.
+    """
+    kinds = {_kind(str(solution)) for solution in solutions}
+    if len(kinds) != 1:
+        found = ", ".join(sorted(kinds)) or "no usable solution"
+        raise ValueError(
+            f"--task auto: expected solutions of one task, got {found}; pass --task detection, "
+            f"classification or grounding"
+        )
+    return kinds.pop()
+
+
+def _kind(solution: str) -> str:
+    detection = parse_detection(solution)
+    if detection is None:
+        return "classification"
+    written = answer_text(solution).lstrip()
+    return "grounding" if written.startswith("(") else "detection"
+
+
+def check_solution(task: str, solution: str) -> str | None:
+    """None for a ground truth that can be scored, else what is wrong with it."""
+    if task == "classification":
+        return None if parse_label(solution) else "expected a class name, got an empty solution"
+    detection = parse_detection(solution)
+    if detection is None:
+        return f"expected boxes in the solution, got {solution!r:.120}"
+    bad = [box for box in detection.boxes if not valid_box(box)]
+    if bad:
+        return f"expected boxes with x1 < x2 and y1 < y2 in 0..1000, got {list(bad[0])}"
+    if task == "grounding" and len(detection.boxes) != 1:
+        return f"expected one box, got {len(detection.boxes)}"
+    return None
+
+
+def score(
+    reward_funcs: Sequence[tuple[str, RewardFunction]],
+    weights: Sequence[float],
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: Mapping[str, Sequence[Any]],
+) -> tuple[Tensor, Tensor]:
+    """Call every reward function on all N completions and add up, as TRL 1.16 does.
+
+    Args:
+        columns: the data set's columns, N values each.
+    Returns:
+        (N, R) float32 rewards, NaN where a function gave None or nothing finite, and (N,) their
+        weighted sums over the functions that did score; NaN where none did.
+    Raises:
+        RewardError: a function raised.
+        ValueError: a function returned another number of rewards than N.
+    """
+    per_function = [
+        _call(name, function, prompts, completions, columns) for name, function in reward_funcs
+    ]
+    rewards = torch.tensor(per_function, dtype=torch.float32).T  # (N, R)
+    # A finite double may still be too large for a float32.
+    rewards = rewards.masked_fill(~rewards.isfinite(), torch.nan)
+    total = (rewards * torch.tensor(weights, dtype=torch.float32)).nansum(1)
+    return rewards, total.masked_fill(rewards.isnan().all(1), torch.nan)
+
+
+def _call(
+    name: str,
+    function: RewardFunction,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: Mapping[str, Sequence[Any]],
+) -> list[float]:
+    try:
+        values = function(prompts=prompts, completions=completions, **columns)
+    except Exception as error:  # not a bad answer: somebody's bug, which ends the run
+        raise RewardError(_blame(name, function, prompts, completions, columns)) from error
+    values = list(values)
+    if len(values) != len(completions):
+        raise ValueError(
+            f"reward function {name}: expected {len(completions)} rewards, one a completion, got "
+            f"{len(values)}"
+        )
+    clean = [math.nan if value is None else float(value) for value in values]
+    infinite = sum(math.isinf(value) for value in clean)
+    if infinite:
+        logger.warning(
+            "reward function %s gave %d infinite rewards; they are left out like None",
+            name,
+            infinite,
+        )
+    return clean
+
+
+def _blame(
+    name: str,
+    function: RewardFunction,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: Mapping[str, Sequence[Any]],
+) -> str:
+    """Which sample does it? Each is tried alone."""
+    for row in range(len(completions)):
+        one = {key: [values[row]] for key, values in columns.items()}
+        try:
+            function(prompts=[prompts[row]], completions=[completions[row]], **one)
+        except Exception as error:
+            sample = {key: repr(values[0])[:500] for key, values in one.items()}
+            return (
+                f"reward function {name} raised {type(error).__name__}: {error}; the sample is "
+                f"completion {completions[row]!r:.1000} with {sample}"
+            )
+    return f"reward function {name} raised on the whole batch, but on no sample alone"

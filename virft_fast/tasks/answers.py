@@ -1,0 +1,142 @@
+"""From text to boxes or a label; one parser for what a model wrote and for the ground truth.
+
+Nothing here raises on any text, evaluates it, or takes more than linear time. What can't be read is
+`None`; a reward makes 0 of that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+
+Box = tuple[float, float, float, float]
+NOT_A_BOX: Box = (math.nan,) * 4
+
+_POSITION_KEYS = ("position", "bbox_2d", "bbox", "box_2d", "box")
+_CONFIDENCE_KEYS = ("confidence", "score")
+_NUMBER = r"[-+]?\d{1,9}(?:\.\d{0,9})?"
+# Each of these starts at a bracket and can't run past the next one, so a search is linear.
+_OBJECT = re.compile(r"\{[^{}]*\}")
+_QUAD = re.compile(rf"\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\]")
+_CORNERS = re.compile(
+    rf"\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)\s*,\s*\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)"
+)
+_WORD = re.compile(r"[^\W_]+")
+_MAX_OBJECT = 2000  # characters; no box takes more
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Boxes read from an answer.
+
+    Attributes:
+        boxes: xyxy in the 0..1000 space, in the order written; four NaN where a box was announced
+            but can't be read. None at all for 'No Objects' or an empty list.
+        confidences: one a box; None where it is missing or no number.
+    """
+
+    boxes: tuple[Box, ...]
+    confidences: tuple[float | None, ...]
+
+
+def answer_text(text: str) -> str:
+    """What stands in the last <answer>, up to its end or the text's; without the tag, what follows
+    the thinking, or everything."""
+    start = text.rfind("<answer>")
+    if start < 0:
+        end_of_thought = text.rfind("</think>")
+        body = text[end_of_thought + len("</think>") :] if end_of_thought >= 0 else text
+        return body.strip()
+    body = text[start + len("<answer>") :]
+    end = body.find("</answer>")
+    return (body if end < 0 else body[:end]).strip()
+
+
+def parse_detection(text: str) -> Detection | None:
+    """Boxes and confidences of an answer, or None if it holds none and does not say so either.
+
+    Reads Visual-RFT's list of {'Position': [x1, y1, x2, y2], 'Confidence': c}, with any quotes, key
+    case, code fence or missing end; 'bbox_2d' and the like for the key; bare lists of four numbers;
+    and (x1,y1),(x2,y2).
+    """
+    body = answer_text(text)
+    if words(body) in (["no", "objects"], ["no", "object"]):
+        return Detection((), ())
+    objects = [_read_object(found) for found in _OBJECT.findall(body)]
+    read = [item for item in objects if item is not None]
+    if read:
+        return Detection(tuple(box for box, _ in read), tuple(c for _, c in read))
+    found = _QUAD.findall(body) or _CORNERS.findall(body)
+    if found:
+        boxes = tuple(tuple(float(v) for v in quad) for quad in found)
+        return Detection(boxes, (None,) * len(boxes))
+    empty = body.replace("```json", "").replace("```", "").strip()
+    if empty.startswith("[") and empty.endswith("]") and not empty[1:-1].strip():
+        return Detection((), ())
+    return None
+
+
+def parse_label(text: str) -> list[str]:
+    """Words of the answer, lower case, without punctuation; empty if there are none."""
+    return words(answer_text(text))
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words; spaces, _, - and punctuation only separate them."""
+    return _WORD.findall(text.casefold())
+
+
+def valid_box(box: Box) -> bool:
+    """Inside 0..1000 on both axes, with an area; false for anything not finite."""
+    x1, y1, x2, y2 = box
+    return 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000
+
+
+def _read_object(text: str) -> tuple[Box, float | None] | None:
+    """Box and confidence of one {...}; None if it is no object about a box."""
+    if len(text) > _MAX_OBJECT:
+        return None
+    fields = _load(text)
+    if not isinstance(fields, dict):
+        return None
+    by_key = {key.casefold(): value for key, value in fields.items()}
+    key = next((key for key in _POSITION_KEYS if key in by_key), None)
+    if key is None:
+        return None
+    score = next((by_key[k] for k in _CONFIDENCE_KEYS if k in by_key), None)
+    return _read_box(by_key[key]), _number(score)
+
+
+def _load(text: str) -> object:
+    """JSON, or JSON in Python's quotes; None if neither."""
+    for candidate in (text, text.replace("'", '"')):
+        try:
+            return json.loads(candidate)
+        # A number of thousands of digits is a plain ValueError, deep nesting a RecursionError.
+        except (ValueError, RecursionError):
+            continue
+    return None
+
+
+def _read_box(value: object) -> Box:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
+        value = value[0]
+    if not isinstance(value, list) or len(value) != 4:
+        return NOT_A_BOX
+    numbers = [_number(v) for v in value]
+    if any(v is None for v in numbers):
+        return NOT_A_BOX
+    return tuple(numbers)
+
+
+def _number(value: object) -> float | None:
+    """A finite float; strings and booleans are no numbers."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None

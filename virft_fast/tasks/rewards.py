@@ -1,0 +1,196 @@
+"""Verifiable rewards. Each has TRL's signature and scores a whole batch:
+
+    reward(prompts, completions, solution, **columns) -> list[float]
+
+`completions` are strings or [{"role": "assistant", "content": text}] lists; `solution` has one
+ground truth a completion, as Visual-RFT's data sets write it. A model's text is data: whatever it
+holds, a reward is a number in its documented range.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from virft_fast.matching import match_boxes, pad_boxes, pairwise_iou
+from virft_fast.tasks.answers import (
+    NOT_A_BOX,
+    Detection,
+    parse_detection,
+    parse_label,
+    valid_box,
+)
+
+MAX_EXTRA_WORDS = 3  # around the class name, as in "this is a petunia"
+_THOUGHT_TO_ANSWER = re.compile(r"</think>\s*<answer>")
+
+
+def completion_texts(completions: Sequence[Any]) -> list[str]:
+    """The text of each completion.
+
+    Raises:
+        TypeError: a completion is neither a string nor a list of messages.
+    """
+    texts = []
+    for completion in completions:
+        if isinstance(completion, str):
+            texts.append(completion)
+        elif isinstance(completion, (list, tuple)) and completion:
+            texts.append(str(completion[-1]["content"]))
+        else:
+            raise TypeError(
+                f"completions: expected strings or lists of messages, got {completion!r:.200}"
+            )
+    return texts
+
+
+def accuracy_iou(
+    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
+) -> list[float]:
+    """Summed IoU of matched boxes / max(#predicted, #true), in [0, 1].
+
+    Matches are one to one with IoU > 0.5, chosen so that the sum is largest. A box that is
+    inverted, empty or outside 0..1000 is a prediction that matches nothing. With nothing to find,
+    'No Objects' or an empty list scores 1 and anything else 0.
+    """
+    return _iou_rewards(completions, solution, min_iou=0.5)
+
+
+def hungarian_iou(
+    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
+) -> list[float]:
+    """As `accuracy_iou`, but a match needs no more than some overlap: a smoother signal for a model
+    whose boxes are not good yet. In [0, 1]."""
+    return _iou_rewards(completions, solution, min_iou=0.0)
+
+
+def accuracy_confidence(
+    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
+) -> list[float]:
+    """Is the model sure of the boxes it found, and only of those? In [0, 1].
+
+    With n true boxes, c the confidences of matched predictions and u those of the others:
+    sum(c) / (n + sum(u)); with nothing to find 1 / (1 + sum(u)). A confidence that is no number in
+    [0, 1] counts as 0 on a match and as 1 otherwise. An answer that can't be read scores 0.
+    """
+    pairs = _parse_pairs(completions, solution)
+    matched = _match(pairs, min_iou=0.5)[0] >= 0  # (N, K)
+    rewards = []
+    for (predicted, true), row in zip(pairs, matched.tolist(), strict=True):
+        if predicted is None or true is None:
+            rewards.append(0.0)
+            continue
+        found = wasted = 0.0
+        for hit, confidence in zip(row, predicted.confidences, strict=False):
+            usable = confidence is not None and 0.0 <= confidence <= 1.0
+            if hit:
+                found += confidence if usable else 0.0
+            else:
+                wasted += confidence if usable else 1.0
+        count = len(true.boxes)
+        rewards.append(found / (count + wasted) if count else 1.0 / (1.0 + wasted))
+    return rewards
+
+
+def format_reward(prompts: Any = None, completions: Sequence[Any] = (), **_: Any) -> list[float]:
+    """1 if the whole completion is <think>...</think> <answer>...</answer>, else 0."""
+    return [float(_well_formed(text)) for text in completion_texts(completions)]
+
+
+def accuracy(
+    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
+) -> list[float]:
+    """1 if the answer names the class of the solution, else 0.
+
+    Case, spaces, _, - and punctuation don't count. Up to three words besides the class name are
+    let pass; an empty answer never scores.
+    """
+    rewards = []
+    for text, truth in zip(completion_texts(completions), solution, strict=True):
+        rewards.append(float(_same_label(parse_label(text), parse_label(str(truth)))))
+    return rewards
+
+
+def grounding_giou(
+    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
+) -> list[float]:
+    """(GIoU + 1) / 2 of the one box asked for, in [0, 1]; 0 for a missing, inverted or empty box,
+    one outside 0..1000, or more than one."""
+    pairs = _parse_pairs(completions, solution)
+    pred, num_pred = _one_box([predicted for predicted, _ in pairs])
+    gt, num_gt = _one_box([true for _, true in pairs])
+    giou = pairwise_iou(pred, gt, num_pred, num_gt, kind="giou")[:, 0, 0]  # (N,)
+    usable = (num_pred > 0) & (num_gt > 0)
+    return torch.where(usable, (giou + 1) / 2, 0.0).tolist()
+
+
+def _iou_rewards(
+    completions: Sequence[Any], solution: Sequence[str], *, min_iou: float
+) -> list[float]:
+    pairs = _parse_pairs(completions, solution)
+    total = _match(pairs, min_iou=min_iou)[1].sum(1).tolist()
+    rewards = []
+    for (predicted, true), iou in zip(pairs, total, strict=True):
+        if predicted is None or true is None:
+            rewards.append(0.0)
+            continue
+        most = max(len(predicted.boxes), len(true.boxes))
+        rewards.append(min(iou / most, 1.0) if most else 1.0)
+    return rewards
+
+
+def _parse_pairs(
+    completions: Sequence[Any], solution: Sequence[str]
+) -> list[tuple[Detection | None, Detection | None]]:
+    texts = completion_texts(completions)
+    return [
+        (parse_detection(text), parse_detection(str(truth)))
+        for text, truth in zip(texts, solution, strict=True)
+    ]
+
+
+def _match(
+    pairs: list[tuple[Detection | None, Detection | None]], *, min_iou: float
+) -> tuple[Tensor, Tensor]:
+    """All completions in one call: matches (N, K) int64, -1 where none, and their IoU (N, K)."""
+    pred, num_pred = pad_boxes([_boxes(p) for p, _ in pairs], dtype=torch.float64)
+    gt, num_gt = pad_boxes([_boxes(t) for _, t in pairs], dtype=torch.float64)
+    return match_boxes(pred, gt, num_pred, num_gt, min_iou=min_iou)
+
+
+def _boxes(detection: Detection | None) -> list[Any]:
+    """Boxes with the unusable ones in their places as empty boxes, which match nothing."""
+    boxes = detection.boxes if detection else ()
+    return [box if valid_box(box) else (0.0, 0.0, 0.0, 0.0) for box in boxes]
+
+
+def _one_box(detections: list[Detection | None]) -> tuple[Tensor, Tensor]:
+    """(N, 1, 4) float64 boxes and counts (N,): 1 where there is exactly one and it is valid."""
+    boxes = [d.boxes[0] if d and len(d.boxes) == 1 else NOT_A_BOX for d in detections]
+    usable = [valid_box(box) for box in boxes]
+    rows = [b if ok else (0.0, 0.0, 0.0, 0.0) for b, ok in zip(boxes, usable, strict=True)]
+    stacked = torch.tensor(rows, dtype=torch.float64).view(-1, 1, 4)
+    return stacked, torch.tensor(usable, dtype=torch.int64)
+
+
+def _well_formed(text: str) -> bool:
+    """`fullmatch` of <think>.*?</think>\\s*<answer>.*?</answer>, in linear time."""
+    opening, closing = "<think>", "</answer>"
+    if not (text.startswith(opening) and text.endswith(closing)):
+        return False
+    return bool(_THOUGHT_TO_ANSWER.search(text, len(opening), len(text) - len(closing)))
+
+
+def _same_label(answer: list[str], truth: list[str]) -> bool:
+    if not answer or not truth:
+        return False
+    if "".join(answer) == "".join(truth):
+        return True
+    extra = len(answer) - len(truth)
+    if not 0 <= extra <= MAX_EXTRA_WORDS:
+        return False
+    return any(answer[at : at + len(truth)] == truth for at in range(extra + 1))
