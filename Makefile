@@ -1,0 +1,53 @@
+# make demo   set up and train the embedded model, with a report at the end
+# make test   set up and run the tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_ARGS ?=
+TEST_ARGS ?=
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# A new stamp whenever what the set-up depends on changes.
+STAMP := $(VENV)/.setup-$(shell cat pyproject.toml setup.py constraints.txt Makefile | cksum | cut -d' ' -f1)
+
+.PHONY: setup demo test lint format coverage tiny-model demo-curves clean
+.DEFAULT_GOAL := setup
+
+setup: $(STAMP)
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "expected python >= 3.10, got $$($(PYTHON) --version 2>&1); set PYTHON=..."; exit 1; }
+	@echo "setting up $(VENV) (a few minutes, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.setup-*
+	$(PIP) torch setuptools wheel ninja packaging
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m virft_fast.train --config configs/demo.yaml $(DEMO_ARGS)
+
+# One thread a process: the tests run two at a time, and some start two processes of their own.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal $(TEST_ARGS)
+
+coverage: $(STAMP)
+	$(MAKE) test TEST_ARGS="--cov --cov-report=term --cov-fail-under=85 $(TEST_ARGS)"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+tiny-model: $(STAMP)
+	$(BIN)/python scripts/make_tiny_model.py --out virft_fast/models/tiny_qwen2_vl
+
+demo-curves: $(STAMP)
+	$(BIN)/python scripts/demo_curves.py --out docs
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage*
