@@ -3,9 +3,10 @@
     python scripts/make_tiny_model.py --out virft_fast/models/tiny_qwen2_vl
 
 1. Clean SFT on shapes_detection and digits_classification together.
-2. A short SFT on noisy labels (boxes pushed outwards, digits swapped with a neighbour, confidences at
-   random), which leaves the capability in the network and spoils its calibration. That is the
-   warm start from which the demo shows GRPO recovering; it is no claim about learning to see.
+2. A short SFT on noisy labels (boxes pushed outwards, digits swapped with a neighbour,
+   confidences at random), which leaves the capability in the network and spoils its
+   calibration. That is the warm start from which the demo shows GRPO recovering; it is no claim
+   about learning to see.
 
 The images come from seeds that the demo's own train and test splits don't use; digits come from
 the train glyphs only.

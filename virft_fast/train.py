@@ -793,6 +793,9 @@ def _say(text: str) -> None:
 def _quiet_libraries() -> None:
     """One progress bar is enough: ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not torch.cuda.is_available():
+        # transformers imports DeepSpeed when it saves; without this it warns that there is no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     import transformers
 

@@ -1,7 +1,7 @@
 """The demo data sets, made from a seed in Visual-RFT's schema: `image`, `problem`, `solution`.
 
-`shapes_detection`: 112x112 images with one or two coloured shapes; find the one of a colour. Corners
-lie on multiples of 40 in the 0..1000 space, an even grid in pixels.
+`shapes_detection`: 112x112 images with one or two coloured shapes; find the one of a colour.
+Corners lie on multiples of 40 in the 0..1000 space, an even grid in pixels.
 `digits_classification`: scikit-learn's handwritten digits, drawn at random places and colours on
 56x56; the glyphs of train and test are different ones.
 """

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from virft_fast.models.tiny import resolve_model_path
 
 from virft_fast.batch import Prompt, Sample
 from virft_fast.kernels import GRPOLoss, linear_grpo_loss, linear_logps
+from virft_fast.models.tiny import resolve_model_path
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,712 @@
+"""Rows of a data set, the samples made of them, and the order in which training takes them.
+
+Three steps, each of which can be used alone: `load_rows` finds the data set, `SampleDataset` makes
+a `Sample` of a row or says why it can't (`BadRow`), `PromptSampler` hands out batches in which bad
+rows are replaced. Nothing that comes out of a data set is evaluated, unpickled or run.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from virft_fast.batch import Sample
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+IMAGE_COLUMNS = ("image", "images", "image_path")
+PROBLEM_COLUMNS = ("problem", "prompt", "conversations")
+ACCEPTED = (
+    "a demo ({demos}), a folder written by save_to_disk, a .json, .jsonl or .parquet file, a "
+    "folder of .parquet files, or a hub id such as laolao77/ViRFT_COCO_base65"
+)
+# Left out on purpose: formats that PIL hands to another program (EPS runs Ghostscript).
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "MPO", "BMP", "GIF", "TIFF", "PPM")
+IMAGE_TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)
+USER_NAMES, ASSISTANT_NAMES = ("user", "human"), ("assistant", "gpt")
+SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
+SHARD_NAME = re.compile(r"(?P<split>\w+)-\d+-of-\d+")
+MAX_LISTED = 10
+
+Row = Mapping[str, Any]
+
+
+# --- Loading ---------------------------------------------------------------------------------
+
+
+def load_rows(
+    dataset_name: str, split: str, *, dataset_config: str | None = None
+) -> datasets.Dataset:
+    """Load one split of a data set.
+
+    Args:
+        dataset_name: a demo's name, a `save_to_disk` folder, a .json/.jsonl/.parquet file, a folder
+            of parquet files, or a hub id. A set without splits is its own "train".
+        split: to load.
+        dataset_config: configuration name, for a hub id only.
+    Returns:
+        The rows, images still encoded. Relative image paths of a JSON file are made absolute; they
+        start at its folder.
+    Raises:
+        FileNotFoundError: there is no such data set.
+        ValueError: it can't be read, or lacks the split, a needed column or any row.
+    """
+    rows = _find_rows(dataset_name, split, dataset_config)
+    if not len(rows):
+        raise ValueError(f"--dataset_name {dataset_name}: split {split!r} has no rows")
+    check_columns(rows.column_names, f"--dataset_name {dataset_name}")
+    return rows
+
+
+def check_columns(names: Sequence[str], where: str) -> None:
+    """Raise ValueError if a data set with these columns can't be made into samples."""
+    if not set(names) & set(PROBLEM_COLUMNS):
+        missing = f"one of the columns {', '.join(PROBLEM_COLUMNS)}"
+    elif "solution" not in names and "conversations" not in names:
+        missing = "the column solution (or conversations that end with the assistant's answer)"
+    else:
+        return
+    raise ValueError(
+        f"{where}: expected {missing}, and maybe one of {', '.join(IMAGE_COLUMNS)}; "
+        f"got the columns {', '.join(names) or 'none'}"
+    )
+
+
+def _find_rows(name: str, split: str, config: str | None) -> datasets.Dataset:
+    from virft_fast.data.demo import DEMO_DATASETS, demo_dataset
+
+    if name in DEMO_DATASETS:
+        return _pick_split(demo_dataset(name), split, name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _load_folder(path, split)
+    if path.is_file():
+        return _load_file(path, split)
+    if _looks_like_path(name):
+        raise FileNotFoundError(f"--dataset_name {name}: no such file or folder; {_accepted()}")
+    return _load_hub(name, split, config)
+
+
+def _accepted() -> str:
+    from virft_fast.data.demo import DEMO_DATASETS
+
+    return "expected " + ACCEPTED.format(demos=", ".join(DEMO_DATASETS))
+
+
+def _looks_like_path(name: str) -> bool:
+    """Whether `name` can't be a hub id, which is "name" or "owner/name"."""
+    if name.endswith((".json", ".jsonl", ".parquet")):
+        return True
+    return not re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", name)
+
+
+def _pick_split(data: Any, split: str, name: str | Path) -> datasets.Dataset:
+    """The split of a DatasetDict, or a Dataset itself, which is its own "train"."""
+    import datasets
+
+    splits = data if isinstance(data, datasets.DatasetDict) else {"train": data}
+    _check_split(split, list(splits), name)
+    return splits[split]
+
+
+def _check_split(split: str, splits: Sequence[str], name: str | Path) -> None:
+    if split not in splits:
+        raise ValueError(
+            f"--dataset_name {name}: no split {split!r}, it has {', '.join(splits) or 'none'}; "
+            f"choose with --dataset_train_split and --dataset_test_split"
+        )
+
+
+def _load_folder(path: Path, split: str) -> datasets.Dataset:
+    import datasets
+
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        try:
+            data = datasets.load_from_disk(str(path))
+        except Exception as error:  # whatever a damaged folder makes arrow or json raise
+            raise ValueError(f"--dataset_name {path}: can't be read: {_line(error)}") from error
+        return _pick_split(data, split, path)
+    files = sorted(path.rglob("*.parquet"))
+    if not files:
+        raise FileNotFoundError(
+            f"--dataset_name {path}: the folder holds neither dataset_dict.json or state.json "
+            f"(written by save_to_disk) nor .parquet files; {_accepted()}"
+        )
+    return _load_parquet(files, split, path)
+
+
+def _load_file(path: Path, split: str) -> datasets.Dataset:
+    if path.suffix == ".parquet":
+        return _load_parquet([path], split, path)
+    if path.suffix not in (".json", ".jsonl"):
+        raise ValueError(f"--dataset_name {path}: unknown kind of file; {_accepted()}")
+    _check_split(split, ["train"], path)
+    return _json_rows(_read_json(path), path)
+
+
+def _load_parquet(files: Sequence[Path], split: str, where: Path) -> datasets.Dataset:
+    import datasets
+
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        splits.setdefault(_parquet_split(file, where), []).append(str(file))
+    _check_split(split, list(splits), where)
+    try:
+        return datasets.Dataset.from_parquet(splits[split])
+    except Exception as error:  # `datasets` wraps arrow's errors in its own, none of them public
+        raise ValueError(
+            f"--dataset_name {where}: can't be read: {_line(error.__cause__ or error)}"
+        ) from error
+
+
+def _parquet_split(file: Path, where: Path) -> str:
+    """train-00000-of-00002.parquet, train.parquet and train/0000.parquet are of "train", as is a
+    file that names no split."""
+    shard = SHARD_NAME.fullmatch(file.stem)
+    if shard:
+        return shard["split"]
+    first = re.split(r"[-_.]", file.stem)[0]
+    if first in SPLIT_NAMES:
+        return first
+    return file.parent.name if file.parent != where and file.parent.name in SPLIT_NAMES else "train"
+
+
+def _load_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # network, hub, configuration and builder errors share no base
+        unknown = re.match(r"Unknown split .* Should be one of (\[.*\])", str(error))
+        if unknown:
+            _check_split(split, re.findall(r"'([^']*)'", unknown[1]), name)
+        kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
+        raise kind(
+            f"--dataset_name {name}: no such file, folder or demo, and the hub says: "
+            f"{_line(error)}; {_accepted()}"
+        ) from error
+
+
+def _line(error: BaseException, most: int = 300) -> str:
+    """What went wrong, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:most]
+
+
+# --- JSON ------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON list or of JSON lines, told apart by content."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--dataset_name {path}: expected UTF-8 text: {error}") from error
+    records = _parse_json(text, path)
+    for number, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"--dataset_name {path}: expected every record to be an object such as "
+                f'{{"image_path", "problem", "solution"}}, got {record!r:.80} at {number}'
+            )
+    return records
+
+
+def _parse_json(text: str, path: Path) -> list[Any]:
+    try:
+        value = json.loads(text)
+        return value if isinstance(value, list) else [value]
+    except (json.JSONDecodeError, RecursionError) as error:
+        if text.lstrip().startswith("["):
+            raise ValueError(f"--dataset_name {path}: not valid JSON: {error}") from error
+    records = []
+    # Not splitlines(): that also splits at characters which may stand inside a JSON string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            records += [json.loads(line)] if line.strip() else []
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(
+                f"--dataset_name {path}: line {number} is not valid JSON: {error}"
+            ) from error
+    return records
+
+
+def _json_rows(records: list[dict[str, Any]], path: Path) -> datasets.Dataset:
+    import datasets
+
+    folder = path.resolve().parent
+    names = dict.fromkeys(key for record in records for key in record)
+    columns = {}
+    for name in names:
+        values = [record.get(name) for record in records]
+        if name in IMAGE_COLUMNS:
+            values = [_absolute_paths(value, folder) for value in values]
+        elif name == "conversations":
+            values = [_absolute_tags(value, folder) for value in values]
+        columns[name] = _column(values)
+    return datasets.Dataset.from_dict(columns)
+
+
+def _absolute_paths(value: Any, folder: Path) -> Any:
+    """One path or a list of them as a list of absolute ones: rows of both kinds fit one column."""
+    if value is None:
+        return None
+    paths = value if isinstance(value, list) else [value]
+    return [str(folder / item) if isinstance(item, str) and item else "" for item in paths]
+
+
+def _absolute_tags(turns: Any, folder: Path) -> Any:
+    """Conversations with the path in <img>PATH</img> made absolute."""
+    if not isinstance(turns, list):
+        return None
+    return [
+        {
+            **turn,
+            "value": IMAGE_TAG.sub(
+                lambda tag: f"<img>{folder / tag[1].strip()}</img>", str(turn.get("value", ""))
+            ),
+        }
+        for turn in turns
+        if isinstance(turn, dict)
+    ]
+
+
+def _column(values: list[Any]) -> Any:
+    """An arrow array; where the kinds of value differ between rows, of texts (JSON for the others).
+
+    One odd row must not make the whole file unreadable.
+    """
+    import pyarrow as pa
+
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError, ValueError, TypeError):
+        texts = (v if v is None or isinstance(v, str) else json.dumps(v) for v in values)
+        # A lone surrogate, "\ud800", is legal in JSON and in no UTF-8 text.
+        return pa.array([t if t is None else t.encode("utf-8", "replace").decode() for t in texts])
+
+
+# --- Samples ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that can't be used, and why."""
+
+    index: int
+    reason: str
+
+
+class _Unusable(Exception):
+    """Why the row at hand is a bad one; never leaves this file."""
+
+
+class SampleDataset:
+    """The rows of a data set as samples, made on access.
+
+    Args:
+        rows: what `load_rows` returns, or any sequence of mappings.
+        check_solution: solution -> what is wrong with it, or None.
+    Raises:
+        ValueError: no column holds the problem, or none the solution.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset | Sequence[Row],
+        *,
+        check_solution: Callable[[str], str | None] | None = None,
+    ) -> None:
+        names = _column_names(rows)
+        check_columns(names, "data set")
+        # In arrow format images (and sound, and video) come as they are stored: nothing is decoded
+        # that is not asked for, and a corrupt image raises where it can be caught.
+        self._rows = rows.with_format("arrow") if hasattr(rows, "with_format") else rows
+        self._problem_column = next(name for name in PROBLEM_COLUMNS if name in names)
+        self._image_columns = _image_columns(rows)
+        self._check_solution = check_solution
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def get(self, index: int) -> Sample | BadRow:
+        """Row `index` as a sample, or why it can't be one; no content of a row raises."""
+        index = int(index)
+        try:
+            return self._sample(index, self._row(index))
+        except _Unusable as error:
+            return BadRow(index, str(error))
+
+    def _row(self, index: int) -> dict[str, Any]:
+        row = self._rows[index]
+        return row.to_pylist()[0] if hasattr(row, "to_pylist") else dict(row)
+
+    def _sample(self, index: int, row: dict[str, Any]) -> Sample:
+        stored = next((row[c] for c in IMAGE_COLUMNS if row.get(c) is not None), None)
+        sources = _as_list(stored)
+        value, solution = row.get(self._problem_column), row.get("solution")
+        if self._problem_column == "conversations":
+            problem, paths, answer = _read_conversation(value)
+            sources = paths or sources
+            solution = answer if solution is None else solution
+            messages = _user_turn(problem, len(sources))
+        elif isinstance(value, list):
+            messages = _read_chat(value, len(sources))
+            problem = _last_text(messages)
+        else:
+            problem = _non_empty(value, self._problem_column)
+            messages = _user_turn(problem, len(sources))
+        solution = self._checked(solution)
+        columns = {k: v for k, v in row.items() if k not in self._image_columns}
+        return Sample(
+            index=index,
+            messages=tuple(messages),
+            images=tuple(_open_image(source) for source in sources),
+            solution=solution,
+            columns=columns | {"problem": problem, "solution": solution},
+        )
+
+    def _checked(self, solution: Any) -> str:
+        solution = _non_empty(solution, "solution")
+        wrong = self._check_solution(solution) if self._check_solution else None
+        if wrong:
+            raise _Unusable(f"solution: {wrong}")
+        return solution
+
+
+def _column_names(rows: Any) -> list[str]:
+    if hasattr(rows, "column_names"):
+        return list(rows.column_names)
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _image_columns(rows: Any) -> set[str]:
+    """Columns that hold images, whether or not they go into the prompt (a mask does not)."""
+    features = getattr(rows, "features", None) or {}
+    return {*IMAGE_COLUMNS, *(name for name, feature in features.items() if _has_image(feature))}
+
+
+def _has_image(feature: Any) -> bool:
+    import datasets
+
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    return isinstance(feature, datasets.Image) or (inner is not None and _has_image(inner))
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _non_empty(value: Any, name: str) -> str:
+    if value is None:
+        raise _Unusable(f"{name}: missing")
+    if not isinstance(value, str):
+        raise _Unusable(f"{name}: expected text, got {type(value).__name__} {value!r:.80}")
+    if not value.strip():
+        raise _Unusable(f"{name}: empty")
+    return value
+
+
+def _user_turn(problem: str, num_images: int) -> list[dict[str, Any]]:
+    content = [{"type": "image"} for _ in range(num_images)]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": problem}]}]
+
+
+def _read_conversation(turns: Any) -> tuple[str, list[str], str | None]:
+    """LISA's form: (the user's text, image paths in it, the assistant's answer in its tags)."""
+    turns = [turn for turn in _as_list(turns) if isinstance(turn, Mapping)]
+    asked = next((t.get("value") for t in turns if t.get("from") in USER_NAMES), None)
+    said = next((t.get("value") for t in turns if t.get("from") in ASSISTANT_NAMES), None)
+    asked = _non_empty(asked, "conversations: user's value")
+    problem = _non_empty(IMAGE_TAG.sub("", asked).strip(), "conversations: user's text")
+    paths = [path.strip() for path in IMAGE_TAG.findall(asked)]
+    if isinstance(said, str) and said.strip() and "<answer>" not in said:
+        said = f"<answer> {said.strip()} </answer>"
+    return problem, paths, said
+
+
+def _read_chat(turns: list[Any], num_images: int) -> list[dict[str, Any]]:
+    """A prompt that is a chat already. Images without a place go before the first user's text."""
+    if not turns:
+        raise _Unusable("prompt: empty")
+    messages = [_read_turn(turn) for turn in turns]
+    if messages[-1]["role"] != "user":
+        raise _Unusable(f"prompt: expected the last turn to be the user's, got {turns[-1]!r:.80}")
+    parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
+    places = sum(part["type"] == "image" for part in parts)
+    if places == 0 and num_images:
+        first = next(m for m in messages if m["role"] == "user")
+        content = first["content"]
+        texts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        first["content"] = [{"type": "image"} for _ in range(num_images)] + texts
+    elif places != num_images:
+        raise _Unusable(f"prompt: expected {num_images} image parts, as images, got {places}")
+    _non_empty(_last_text(messages), "prompt")
+    return messages
+
+
+def _read_turn(turn: Any) -> dict[str, Any]:
+    role = turn.get("role") if isinstance(turn, Mapping) else None
+    content = turn.get("content") if isinstance(turn, Mapping) else None
+    if role not in ("system", "user", "assistant") or not isinstance(content, (str, list)):
+        raise _Unusable(f"prompt: expected turns of role and content, got {turn!r:.80}")
+    if isinstance(content, list):
+        content = [_read_part(part) for part in content]
+    return {"role": role, "content": content}
+
+
+def _read_part(part: Any) -> dict[str, Any]:
+    """A part without the nulls that arrow adds for keys of other parts."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "image":
+        return {"type": "image"}
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    raise _Unusable(f"prompt: expected image and text parts, got {part!r:.80}")
+
+
+def _last_text(messages: Sequence[Row]) -> str:
+    content = messages[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part["type"] == "text")
+
+
+def _open_image(source: Any) -> Image.Image:
+    """Decode a path, encoded bytes, {"bytes", "path"} or an image to RGB."""
+    name = "bytes"
+    if isinstance(source, Mapping):
+        name = source.get("path") or name
+        data = source.get("bytes")
+        source = data if data is not None else source.get("path")
+    try:
+        if isinstance(source, Image.Image):
+            return _to_rgb(source)
+        if isinstance(source, (bytes, bytearray)):
+            return _decode(io.BytesIO(source))
+        if isinstance(source, (str, Path)) and str(source):
+            name = str(source)
+            return _decode(Path(source).expanduser())
+    except Exception as error:  # PIL's decoders raise nearly anything on damaged input
+        raise _Unusable(f"image {name}: {_line(error)}") from error
+    raise _Unusable(f"image: expected a path, bytes or an image, got {source!r:.80}")
+
+
+def _decode(file: Path | io.BytesIO) -> Image.Image:
+    with Image.open(file, formats=IMAGE_FORMATS) as image:
+        limit = Image.MAX_IMAGE_PIXELS
+        # PIL itself only warns up to twice this limit.
+        if limit is not None and image.width * image.height > limit:
+            raise ValueError(f"{image.width}x{image.height} is more than {limit} pixels")
+        # As `datasets` does on decoding, so that boxes fit the image whoever opens it.
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB in memory; what is transparent becomes white."""
+    if image.mode.startswith("I;16"):  # convert() would clip instead of scale
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+# --- Bad rows --------------------------------------------------------------------------------
+
+
+class TooManyBadRows(RuntimeError):
+    """More rows than allowed can't be used; the text lists some."""
+
+
+class BadRows:
+    """Counts the distinct rows that could not be used and stops the run when there are too many.
+
+    Args:
+        max_bad_rows: allowed before `add` raises.
+    """
+
+    def __init__(self, max_bad_rows: int) -> None:
+        self.max_bad_rows = max_bad_rows
+        self._reasons: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    def add(self, index: int, reason: str) -> None:
+        """Count row `index`, once, and log it.
+
+        Raises:
+            TooManyBadRows: this one is one too many.
+        """
+        if index in self._reasons:
+            return
+        self._reasons[index] = reason
+        logger.warning("skipped row %d: %s", index, reason)
+        if len(self) > self.max_bad_rows:
+            raise TooManyBadRows(
+                f"{len(self)} rows can't be used, allowed are {self.max_bad_rows} "
+                f"(--max_bad_rows); mend the data or raise it:\n{self._listing()}"
+            )
+
+    def _listing(self) -> str:
+        lines = [f"  row {i}: {reason}" for i, reason in list(self._reasons.items())[:MAX_LISTED]]
+        left = len(self) - len(lines)
+        return "\n".join([*lines, f"  and {left} more"] if left else lines)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows so far, in JSON's types."""
+        return {"rows": [[index, reason] for index, reason in self._reasons.items()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self._reasons = {int(index): str(reason) for index, reason in state["rows"]}
+
+
+# --- Order -----------------------------------------------------------------------------------
+
+
+class PromptSampler:
+    """Hands out the rows of a data set, epoch after epoch, to any number of ranks.
+
+    A global batch is the next `world_size * batch_size` usable rows of the epoch's permutation;
+    rank r gets its r-th part. So it does not depend on the number of ranks which rows make up a
+    global batch of a given size, nor which bad ones are met on the way.
+
+    Args:
+        num_rows: rows of the data set.
+        batch_size: rows this rank gets at a time.
+        seed: of the permutations; each epoch has its own.
+        shuffle: False takes the rows as they come.
+    Raises:
+        ValueError: no rows, or no batch.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+    ) -> None:
+        if num_rows < 1 or batch_size < 1:
+            raise ValueError(f"expected rows and a batch, got {num_rows=}, {batch_size=}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"expected 0 <= rank < world_size, got {rank=}, {world_size=}")
+        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
+        self.rank, self.world_size, self.shuffle = rank, world_size, shuffle
+        self._epoch = self._position = 0
+        self._order = self._permutation()
+        self._bad: dict[int, str] = {}
+
+    def next_batch(
+        self,
+        load: Callable[[int], Any],
+        gather: Callable[[Any], list[Any]],
+        add_bad: Callable[[int, str], None],
+    ) -> list[Any]:
+        """This rank's next `batch_size` usable rows, loaded.
+
+        Every rank has to call it, with the same data; `gather` is called equally often on all.
+
+        Args:
+            load: row -> what to return for it, or a `BadRow`. Not called again for a bad row.
+            gather: value -> the values of all ranks, in their order.
+            add_bad: told of each bad row (index, reason), on all ranks in the same order.
+        Raises:
+            ValueError: no row is usable.
+        """
+        batch: list[int] = []
+        loaded: dict[int, Any] = {}
+        while True:
+            self._fill(batch)
+            mine = batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+            bad = self._load_missing(mine, loaded, load)
+            # A row that moves to another rank because one before it is bad is loaded there too:
+            # the round after checks it, so no rank ever finds out alone.
+            found = dict(row for part in gather(bad) for row in part)
+            if not found:
+                return [loaded[index] for index in mine]
+            self._bad.update(found)
+            for index, reason in found.items():
+                add_bad(index, reason)
+            batch = [index for index in batch if index not in found]
+
+    def _fill(self, batch: list[int]) -> None:
+        """Append the next rows not known to be bad until the global batch is full."""
+        while len(batch) < self.world_size * self.batch_size:
+            if len(self._bad) == self.num_rows:
+                raise ValueError(
+                    f"expected at least one usable row, but none of the {self.num_rows} rows is; "
+                    f"the last: {list(self._bad.items())[-1][1]}"
+                )
+            if self._position == self.num_rows:
+                self._epoch, self._position = self._epoch + 1, 0
+                self._order = self._permutation()
+            index = int(self._order[self._position])
+            self._position += 1
+            if index not in self._bad:
+                batch.append(index)
+
+    def _load_missing(
+        self, indices: Sequence[int], loaded: dict[int, Any], load: Callable[[int], Any]
+    ) -> list[tuple[int, str]]:
+        """Load what is not yet in `loaded`; returns the bad ones, in the order of `indices`."""
+        bad: dict[int, str] = {}
+        for index in indices:
+            if index in loaded or index in bad:
+                continue
+            item = load(index)
+            if isinstance(item, BadRow):
+                bad[index] = item.reason
+            else:
+                loaded[index] = item
+        return list(bad.items())
+
+    def _permutation(self) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.num_rows)
+        return np.random.default_rng((self.seed, self._epoch)).permutation(self.num_rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch starts, in JSON's types; the same on all ranks."""
+        return {
+            "num_rows": self.num_rows,
+            "seed": self.seed,
+            "epoch": self._epoch,
+            "position": self._position,
+            "bad": [[index, reason] for index, reason in self._bad.items()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`, on any number of ranks.
+
+        Raises:
+            ValueError: it is the state of another data set or seed.
+        """
+        for key in ("num_rows", "seed"):
+            if state[key] != getattr(self, key):
+                raise ValueError(
+                    f"{key}: expected {state[key]}, as saved, got {getattr(self, key)}; go on "
+                    f"with the same data set and seed"
+                )
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._order = self._permutation()
+        self._bad = {int(index): str(reason) for index, reason in state["bad"]}

@@ -1,0 +1,263 @@
+"""What a person sees of a run: one reduction a step, a progress bar or lines, JSONL, trackers.
+
+Losing a record is better than losing a run: a full disk or a tracker that fails is warned about
+once and the run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE, COMPLETIONS_FILE = "metrics.jsonl", "completions.jsonl"
+SHOWN_SAMPLES = 4
+
+
+def reduce_metrics(
+    values: dict[str, tuple[float, float]], all_reduce_sum: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """Means over all ranks in one reduction.
+
+    Args:
+        values: name -> (sum, count) on this rank; the same names on all ranks.
+        all_reduce_sum: sums a float64 tensor over the ranks.
+    Returns:
+        name -> sum / count, NaN where nothing was counted.
+    """
+    names = sorted(values)
+    flat = torch.tensor([values[name] for name in names], dtype=torch.float64)  # (names, 2)
+    flat = all_reduce_sum(flat)
+    return {
+        name: total / count if count else math.nan
+        for name, (total, count) in zip(names, flat.tolist(), strict=True)
+    }
+
+
+class MetricsWriter:
+    """Writes a run's records; on ranks other than the main one everything does nothing.
+
+    Args:
+        output_dir: where metrics.jsonl and completions.jsonl go.
+        total_steps: of the whole run.
+        report_to: names of accelerate's trackers, or none or all.
+        config: what the trackers show as the run's settings.
+        logging_steps: steps between two records; each has the means of the steps since the last.
+        log_completions_steps: steps between two tables of samples; 0 is never.
+        start_step: steps done before, in a resumed run.
+        stream: where bar, lines and tables go; standard error by default.
+    Raises:
+        ValueError: a tracker is not known or not installed.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        total_steps: int,
+        report_to: list[str],
+        run_name: str,
+        config: dict[str, Any],
+        logging_steps: int = 1,
+        log_completions_steps: int = 0,
+        is_main: bool = True,
+        start_step: int = 0,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.total_steps = total_steps
+        self.logging_steps = logging_steps
+        self.log_completions_steps = log_completions_steps
+        self.is_main = is_main
+        self.stream = stream or sys.stderr
+        self.window: dict[str, tuple[float, int]] = {}
+        self._warned: set[str] = set()
+        self._started, self._start_step = time.monotonic(), start_step
+        names = _tracker_names(report_to)
+        self.trackers = _make_trackers(names, run_name, self.output_dir, config) if is_main else []
+        self.bar = self._make_bar(start_step) if is_main else None
+
+    def _make_bar(self, start_step: int) -> Any:
+        if not self.stream.isatty():
+            return None
+        from tqdm import tqdm
+
+        return tqdm(total=self.total_steps, initial=start_step, file=self.stream, unit="step")
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Take the metrics of a step, counted from 1."""
+        if not self.is_main:
+            return
+        for name, value in metrics.items():
+            total, count = self.window.get(name, (0.0, 0))
+            self.window[name] = (total + value, count + 1)
+        if self.bar is not None:
+            self.bar.set_postfix_str(_headline(metrics), refresh=False)
+            self.bar.update(step - self.bar.n)
+        if step % self.logging_steps == 0 or step == self.total_steps:
+            self._record(step)
+
+    def _record(self, step: int) -> None:
+        means = {name: total / count for name, (total, count) in self.window.items()}
+        self.window = {}
+        clean = {name: v if math.isfinite(v) else None for name, v in means.items()}
+        self._append(METRICS_FILE, [{"step": step, **clean}])
+        if self.bar is None:
+            elapsed = (time.monotonic() - self._started) / max(step - self._start_step, 1)
+            eta = _clock((self.total_steps - step) * elapsed)
+            self._say(f"step {step}/{self.total_steps}  {_headline(means)}  ETA {eta}\n")
+        for tracker in self.trackers:
+            finite = {name: v for name, v in clean.items() if v is not None}
+            self._guarded("tracker", lambda t=tracker, f=finite: t.log(f, step=step))
+
+    def completions(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Append records of completions; every log_completions_steps also show some."""
+        if not self.is_main:
+            return
+        self._append(COMPLETIONS_FILE, [{"step": step, **row} for row in rows])
+        if self.log_completions_steps and step % self.log_completions_steps == 0:
+            width = shutil.get_terminal_size((120, 40)).columns
+            self._say(sample_table(step, rows[:SHOWN_SAMPLES], width) + "\n")
+
+    def _say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text.rstrip("\n"), file=self.stream)
+        else:
+            self.stream.write(text)
+            self.stream.flush()
+
+    def _append(self, name: str, records: list[dict[str, Any]]) -> None:
+        def write() -> None:
+            with (self.output_dir / name).open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+
+        self._guarded(name, write)
+
+    def _guarded(self, what: str, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        # A tracker's client may raise anything; none of it is worth the run.
+        except Exception as error:
+            if what not in self._warned:
+                self._warned.add(what)
+                logger.error("COULD NOT WRITE %s: %s. The run goes on without.", what, error)
+
+    def truncate_to(self, step: int) -> None:
+        """Drop what a killed run wrote after its last checkpoint, at `step`."""
+        if self.is_main:
+            for name in (METRICS_FILE, COMPLETIONS_FILE):
+                path = self.output_dir / name
+                if path.is_file():
+                    self._guarded(name, lambda path=path: _keep_up_to(path, step))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The unfinished window's sums, as plain data."""
+        return {"window": {name: list(pair) for name, pair in self.window.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.window = {name: (total, count) for name, (total, count) in state["window"].items()}
+
+    def close(self) -> None:
+        """End the bar and the trackers."""
+        if self.bar is not None:
+            self.bar.close()
+        for tracker in self.trackers:
+            self._guarded("tracker", tracker.finish)
+
+
+def sample_table(step: int, rows: list[dict[str, Any]], width: int) -> str:
+    """A few completions as plain text, no line longer than `width`."""
+    lines = [f"completions of step {step}"]
+    for row in rows:
+        rewards = "  ".join(
+            f"{name} {'-' if value is None else format(value, '.2f')}"
+            for name, value in row["rewards"].items()
+        )
+        lines.append(f"  row {row['index']}  advantage {row['advantage']:+.2f}  {rewards}")
+        lines.append("    " + " ".join(row["completion"].split()))
+        lines.append("    solution " + " ".join(row["solution"].split()))
+    return "\n".join(line if len(line) <= width else line[: width - 3] + "..." for line in lines)
+
+
+def _headline(metrics: dict[str, float]) -> str:
+    shown = {"reward": metrics.get("reward", math.nan)}
+    shown |= {
+        name.split("/", 1)[1]: value
+        for name, value in metrics.items()
+        if name.startswith("rewards/")
+    }
+    text = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
+    return f"{text}  {metrics.get('tokens_per_s', math.nan):,.0f} tok/s"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _keep_up_to(path: Path, step: int) -> None:
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # the last line of a killed run may be cut
+            continue
+        if record["step"] <= step:
+            kept.append(line)
+    aside = path.with_suffix(".writing")
+    aside.write_text("".join(line + "\n" for line in kept))
+    os.replace(aside, path)
+
+
+def _tracker_names(report_to: list[str]) -> list[str]:
+    names = [name for entry in report_to for name in entry.split(",") if name]
+    return [] if names in ([], ["none"]) else names
+
+
+def _make_trackers(
+    names: list[str], run_name: str, output_dir: Path, config: dict[str, Any]
+) -> list[Any]:
+    if not names:
+        return []
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    PartialState()  # the trackers ask it which process is the main one
+    available = [str(tracker.value) for tracker in get_available_trackers()]
+    if names == ["all"]:
+        names = available
+    trackers = []
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join([*LOGGER_TYPE_TO_CLASS, "all", "none"])
+            raise ValueError(f"--report_to: expected one of {known}, got {name!r}")
+        if name not in available:
+            raise ValueError(
+                f"--report_to {name}: its package is not installed; pip install "
+                f"'virft_fast[loggers]' or pip install {name}"
+            )
+        trackers.append(_start_tracker(LOGGER_TYPE_TO_CLASS[name], run_name, output_dir, config))
+    return trackers
+
+
+def _start_tracker(cls: Any, run_name: str, output_dir: Path, config: dict[str, Any]) -> Any:
+    folder = {"logging_dir": str(output_dir)} if cls.requires_logging_directory else {}
+    tracker = cls(run_name, **folder)
+    if hasattr(tracker, "start"):
+        tracker.start()
+    plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}
+    tracker.store_init_configuration(plain)
+    return tracker
