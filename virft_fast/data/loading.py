@@ -33,7 +33,7 @@ ACCEPTED = (
     "folder of .parquet files, or a hub id such as laolao77/ViRFT_COCO_base65"
 )
 # Left out on purpose: formats that PIL hands to another program (EPS runs Ghostscript).
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "MPO", "BMP", "GIF", "TIFF", "PPM")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 IMAGE_TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 USER_NAMES, ASSISTANT_NAMES = ("user", "human"), ("assistant", "gpt")
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
@@ -335,6 +335,7 @@ class SampleDataset:
         self._rows = rows.with_format("arrow") if hasattr(rows, "with_format") else rows
         self._problem_column = next(name for name in PROBLEM_COLUMNS if name in names)
         self._image_columns = _image_columns(rows)
+        self._json_columns = _json_columns(rows)
         self._check_solution = check_solution
 
     def __len__(self) -> int:
@@ -350,7 +351,12 @@ class SampleDataset:
 
     def _row(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
-        return row.to_pylist()[0] if hasattr(row, "to_pylist") else dict(row)
+        if not hasattr(row, "to_pylist"):
+            return dict(row)
+        plain = row.to_pylist()[0]
+        for name in self._json_columns:
+            plain[name] = None if plain[name] is None else json.loads(plain[name])
+        return plain
 
     def _sample(self, index: int, row: dict[str, Any]) -> Sample:
         stored = next((row[c] for c in IMAGE_COLUMNS if row.get(c) is not None), None)
@@ -395,6 +401,12 @@ def _image_columns(rows: Any) -> set[str]:
     """Columns that hold images, whether or not they go into the prompt (a mask does not)."""
     features = getattr(rows, "features", None) or {}
     return {*IMAGE_COLUMNS, *(name for name, feature in features.items() if _has_image(feature))}
+
+
+def _json_columns(rows: Any) -> list[str]:
+    """Columns that `datasets` stores as JSON texts because the kinds of value differ in them."""
+    features = getattr(rows, "features", None) or {}
+    return [name for name, feature in features.items() if type(feature).__name__ == "Json"]
 
 
 def _has_image(feature: Any) -> bool:

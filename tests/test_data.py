@@ -1,0 +1,595 @@
+"""Data sets in every accepted form, rows that can't be used, and the order of training."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from virft_fast.batch import Sample
+from virft_fast.data import (
+    BadRow,
+    BadRows,
+    PromptSampler,
+    SampleDataset,
+    TooManyBadRows,
+    load_rows,
+)
+
+SOLUTION = "<answer>cat</answer>"
+RED = (255, 0, 0)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def red(size=(4, 3)) -> Image.Image:
+    return Image.new("RGB", size, RED)
+
+
+def one(row: dict, **options) -> Sample | BadRow:
+    return SampleDataset([row], **options).get(0)
+
+
+def one_image(source) -> Image.Image:
+    (image,) = one({"image": source, "problem": "p", "solution": SOLUTION}).images
+    assert image.mode == "RGB"
+    return image
+
+
+def reason(row: dict, **options) -> str:
+    bad = one({"problem": "p", "solution": SOLUTION} | row, **options)
+    assert isinstance(bad, BadRow) and bad.index == 0
+    assert "\n" not in bad.reason
+    return bad.reason
+
+
+def rows_of(num: int = 3, name: str = "") -> datasets.Dataset:
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "problem": datasets.Value("string"),
+            "solution": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["cat", "dog"]),
+        }
+    )
+    columns = {
+        "image": [red((4 + i, 3)) for i in range(num)],
+        "problem": [f"{name}{i}?" for i in range(num)],
+        "solution": [SOLUTION] * num,
+        "label": [i % 2 for i in range(num)],
+    }
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    """Parquet files pass through the cache of `datasets`."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf_cache")
+
+
+# --- Loading ---------------------------------------------------------------------------------
+
+
+def test_demo(tmp_path, monkeypatch):
+    from virft_fast.data import demo
+
+    monkeypatch.setattr(
+        demo,
+        "demo_dataset",
+        lambda name: demo.build_demo(name, tmp_path / name, num_train=4, num_test=1),
+    )
+    samples = SampleDataset(load_rows("shapes_detection", "train"))
+    sample = samples.get(3)
+    assert len(samples) == 4 and sample.index == 3
+    assert sample.images[0].size == (112, 112)
+    assert sample.columns == {
+        "problem": sample.messages[0]["content"][1]["text"],
+        "solution": sample.solution,
+    }
+
+
+def test_saved_to_disk(tmp_path):
+    both = datasets.DatasetDict(train=rows_of(2, "train"), test=rows_of(3, "test"))
+    both.save_to_disk(tmp_path / "both")
+    rows_of(5).save_to_disk(tmp_path / "single")
+    test = SampleDataset(load_rows(str(tmp_path / "both"), "test"))
+    assert len(test) == 3
+    assert test.get(1).columns == {"problem": "test1?", "solution": SOLUTION, "label": 1}
+    assert test.get(1).images[0].size == (5, 3)
+    assert len(load_rows(str(tmp_path / "single"), "train")) == 5
+    with pytest.raises(ValueError, match=r"no split 'val', it has train, test"):
+        load_rows(str(tmp_path / "both"), "val")
+    with pytest.raises(ValueError, match=r"no split 'test', it has train"):
+        load_rows(str(tmp_path / "single"), "test")
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"], "train test"),
+        (["data/train", "data/validation"], "train validation"),
+        (["train/0000", "test/0000"], "train test"),
+        (["coco"], "train"),
+    ],
+)
+def test_parquet_folder(tmp_path, names, splits):
+    folder = tmp_path / "set"
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        rows_of(2, name).to_parquet(folder / f"{name}.parquet")
+    for split in splits.split():
+        rows = load_rows(str(folder), split)
+        assert len(rows) == 2 * max(1, sum(name.startswith(split + "-") for name in names))
+        sample = SampleDataset(rows).get(0)
+        assert sample.images[0].getpixel((0, 0)) == RED
+        assert split in sample.columns["problem"] or names == ["coco"]
+    with pytest.raises(ValueError, match="no split 'other'"):
+        load_rows(str(folder), "other")
+
+
+def test_parquet_file_without_metadata(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    image = {"bytes": encoded(red()), "path": None}
+    table = pa.table({"image": [image], "problem": ["p"], "solution": [SOLUTION]})
+    pq.write_table(table, tmp_path / "test.parquet")
+    sample = SampleDataset(load_rows(str(tmp_path / "test.parquet"), "test")).get(0)
+    assert sample.images[0].size == (4, 3)
+
+
+@pytest.mark.parametrize("form", ["list", "lines", "lines in .json"])
+def test_json(tmp_path, form, monkeypatch):
+    (tmp_path / "images").mkdir()
+    red().save(tmp_path / "images" / "a.png")
+    red((9, 9)).save(tmp_path / "b.png")
+    records = [
+        {"image_path": "images/a.png", "problem": "a", "solution": SOLUTION, "extra": 1},
+        {"image_path": str(tmp_path / "b.png"), "problem": "b", "solution": SOLUTION},
+        {"image_path": ["b.png", "images/a.png"], "problem": "c\u2028", "solution": SOLUTION},
+        {"problem": "d", "solution": [1, 2], "extra": "text"},
+        {"image_path": 7, "problem": "e", "solution": SOLUTION},
+    ]
+    path = tmp_path / ("d.jsonl" if form == "lines" else "d.json")
+    lines = "\n\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    path.write_text(json.dumps(records) if form == "list" else lines, encoding="utf-8")
+    monkeypatch.chdir("/")
+    samples = SampleDataset(load_rows(str(path), "train"))
+    sizes = [[image.size for image in samples.get(i).images] for i in range(4)]
+    assert sizes == [[(4, 3)], [(9, 9)], [(9, 9), (4, 3)], []]
+    assert [samples.get(i).columns["extra"] for i in range(3)] == ["1", None, None]
+    assert samples.get(2).columns["problem"] == "c\u2028"
+    assert samples.get(3).solution == "[1, 2]"
+    assert "image" in samples.get(4).reason
+    with pytest.raises(ValueError, match="no split 'test', it has train"):
+        load_rows(str(path), "test")
+
+
+def test_json_with_lone_surrogate(tmp_path):
+    (tmp_path / "d.json").write_text(
+        '[{"problem": "\\ud800 what?", "solution": "<answer>a</answer>"}]'
+    )
+    assert (
+        SampleDataset(load_rows(str(tmp_path / "d.json"), "train"))
+        .get(0)
+        .columns["problem"]
+        .endswith("what?")
+    )
+
+
+LISA = [
+    {"from": "user", "value": "<img>images/a.png</img>\n Output the bounding box of the cat."},
+    {"from": "assistant", "value": "(1,2),(300,400)"},
+]
+
+
+def test_lisa(tmp_path):
+    (tmp_path / "images").mkdir()
+    red().save(tmp_path / "images" / "a.png")
+    (tmp_path / "lisa.json").write_text(json.dumps([{"id": "1", "conversations": LISA}]))
+    sample = SampleDataset(load_rows(str(tmp_path / "lisa.json"), "train")).get(0)
+    assert sample.solution == "<answer> (1,2),(300,400) </answer>"
+    assert sample.images[0].size == (4, 3)
+    text = {"type": "text", "text": "Output the bounding box of the cat."}
+    assert sample.messages == ({"role": "user", "content": [{"type": "image"}, text]},)
+    assert sample.columns["problem"] == text["text"] and sample.columns["id"] == "1"
+    assert sample.columns["solution"] == sample.solution
+
+
+@pytest.mark.parametrize(
+    ("turns", "match"),
+    [
+        (None, "user's value: missing"),
+        ([], "user's value: missing"),
+        (LISA[1:], "user's value: missing"),
+        (LISA[:1], "solution: missing"),
+        ([{"from": "user", "value": "<img>a</img>"}, LISA[1]], "user's text: empty"),
+        (LISA, "image images/a.png: FileNotFoundError"),
+    ],
+)
+def test_bad_conversation(turns, match):
+    bad = one({"conversations": turns})
+    assert isinstance(bad, BadRow) and match in bad.reason
+
+
+def test_hub(monkeypatch):
+    calls = []
+
+    def load_dataset(name, config, split):
+        calls.append((name, config, split))
+        if split == "val":
+            raise ValueError("Unknown split \"val\". Should be one of ['train', 'test'].")
+        return rows_of()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(load_rows("owner/name", "train", dataset_config="small")) == 3
+    assert calls == [("owner/name", "small", "train")]
+    with pytest.raises(ValueError, match="no split 'val', it has train, test"):
+        load_rows("owner/name", "val")
+
+
+def test_hub_error_is_chained():
+    with pytest.raises(FileNotFoundError, match="the hub says: .*expected a demo") as caught:
+        load_rows("nobody/virft-no-such-set", "train")  # conftest.py says offline
+    assert caught.value.__cause__ is not None and "\n" not in str(caught.value)
+
+
+BAD_SETS = {
+    "none.json": ("[]", "has no rows"),
+    "broken.json": ('[{"problem": ', "not valid JSON"),
+    "broken.jsonl": ('{"problem": 1}\n{"problem"\n', "line 2 is not valid JSON"),
+    "records.json": ("[1, 2]", "record to be an object"),
+    "latin.json": ("[\xff".encode("latin-1"), "UTF-8"),
+    "columns.json": ('[{"question": "?", "solution": "a"}]', "problem, prompt.*question, solution"),
+    "solution.json": ('[{"problem": "?", "answer": "a"}]', "column solution.*problem, answer"),
+    "set.csv": ("a,b", "unknown kind of file; expected a demo"),
+    "broken.parquet": ("PAR1", "can't be read"),
+    "damaged/dataset_dict.json": ("{", "can't be read"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETS)
+def test_bad_set(tmp_path, name):
+    content, match = BAD_SETS[name]
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    path = path.parent if "/" in name else path
+    with pytest.raises(ValueError, match=match) as caught:
+        load_rows(str(path), "train")
+    assert str(path) in str(caught.value)
+
+
+def test_nothing_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, match in [
+        ("missing.json", "no such file or folder; expected a demo .shapes_detection, "),
+        ("missing/folder/deep", "no such file or folder"),
+        ("empty", "holds neither dataset_dict.json"),
+    ]:
+        with pytest.raises(FileNotFoundError, match=match):
+            load_rows(str(tmp_path / name), "train")
+
+
+# --- Samples ---------------------------------------------------------------------------------
+
+
+def test_one_user_turn_without_system_message():
+    row = {"images": [red(), red((2, 2))], "problem": "Which?", "solution": SOLUTION, "n": 2}
+    sample = one(row)
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which?"}]
+    assert sample.messages == ({"role": "user", "content": parts},)
+    assert [image.size for image in sample.images] == [(4, 3), (2, 2)]
+    assert sample.columns == {"problem": "Which?", "solution": SOLUTION, "n": 2}
+
+
+@pytest.mark.parametrize("images", [{}, {"image": None}, {"images": []}])
+def test_text_only(images):
+    sample = one({"problem": "2+2?", "solution": "<answer>4</answer>"} | images)
+    assert sample.images == ()
+    assert sample.messages[0]["content"] == [{"type": "text", "text": "2+2?"}]
+
+
+def test_image_sources(tmp_path):
+    path = tmp_path / "a.png"
+    red().save(path)
+    sources = [str(path), {"bytes": None, "path": str(path)}, red(), path.read_bytes()]
+    sources += [{"bytes": path.read_bytes(), "path": "elsewhere.png"}, [str(path)]]
+    for source in sources:
+        image = one_image(source)
+        assert image.size == (4, 3) and image.getpixel((3, 2)) == RED
+
+
+def test_image_modes():
+    clear, half = (9, 9, 9, 0), (255, 0, 0, 128)
+    rgba = Image.new("RGBA", (2, 1), clear)
+    rgba.putpixel((1, 0), half)
+    image = one_image(encoded(rgba))
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+    assert image.getpixel((1, 0)) == (255, 127, 127)
+    assert one_image(encoded(Image.new("L", (1, 1), 7))).getpixel((0, 0)) == (7, 7, 7)
+    assert one_image(encoded(Image.new("LA", (1, 1), (7, 0)))).getpixel((0, 0)) == (255,) * 3
+    palette = Image.new("P", (1, 1), 0)
+    palette.putpalette([0, 0, 255, *[0] * 765])
+    assert one_image(encoded(palette)).getpixel((0, 0)) == (0, 0, 255)
+    assert one_image(encoded(palette, transparency=0)).getpixel((0, 0)) == (255,) * 3
+    sixteen = Image.fromarray(np.full((1, 1), 0x8000, np.uint16))
+    assert one_image(encoded(sixteen)).getpixel((0, 0)) == (128,) * 3
+    assert one_image(encoded(Image.new("CMYK", (1, 1)), "JPEG")).size == (1, 1)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
+def test_image_formats(kind):
+    assert one_image(encoded(red((16, 8)), kind)).size == (16, 8)
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    assert one_image(encoded(red((8, 4)), "JPEG", exif=exif)).size == (4, 8)
+
+
+def test_bad_images(tmp_path, monkeypatch):
+    whole = encoded(Image.effect_noise((64, 64), 50))
+    (tmp_path / "text.png").write_text("no image")
+    assert "image bytes: " in reason({"image": whole[: len(whole) // 2]})
+    assert "UnidentifiedImageError" in reason({"image": b"no image"})
+    assert "UnidentifiedImageError" in reason({"image": encoded(red(), "EPS")})
+    assert "a.png: FileNotFoundError" in reason({"image": {"bytes": None, "path": "a.png"}})
+    assert "text.png: Unidentified" in reason({"image_path": str(tmp_path / "text.png")})
+    for source in ({"bytes": None, "path": None}, "", 7, [None], {}):
+        assert "expected a path, bytes or an image" in reason({"image": source})
+    assert "IsADirectoryError" in reason({"image": str(tmp_path)})
+    assert isinstance(one_image(whole), Image.Image)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)  # PIL itself would warn only
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert "64x64 is more than 4095 pixels" in reason({"image": whole})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert "DecompressionBombError" in reason({"image": whole})
+
+
+def test_one_corrupt_image_in_a_saved_set(tmp_path):
+    rows = rows_of().cast_column("image", datasets.Image(decode=False))
+    images = rows["image"][:]
+    images[1] = {"bytes": b"damaged", "path": "b.png"}
+    rows = rows.remove_columns("image").add_column("image", images)
+    rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "set")
+    samples = SampleDataset(load_rows(str(tmp_path / "set"), "train"))
+    assert samples.get(0).images and samples.get(2).images
+    assert samples.get(1) == BadRow(1, samples.get(1).reason)
+    assert "image b.png: UnidentifiedImageError" in samples.get(1).reason
+
+
+def test_bad_texts():
+    assert reason({"problem": None}) == "problem: missing"
+    assert reason({"problem": " \n"}) == "problem: empty"
+    assert reason({"problem": 3}) == "problem: expected text, got int 3"
+    assert reason({"solution": None}) == "solution: missing"
+    assert reason({"solution": ""}) == "solution: empty"
+    assert reason({"solution": 1.5}) == "solution: expected text, got float 1.5"
+    bad = reason({}, check_solution=lambda s: f"expected boxes, got {s!r}")
+    assert bad == f"solution: expected boxes, got {SOLUTION!r}"
+    assert isinstance(one({"problem": "p", "solution": "s"}, check_solution=lambda s: None), Sample)
+
+
+def test_chat_prompt():
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which?"}]
+    sample = one({"prompt": chat, "image": red(), "solution": SOLUTION})
+    assert sample.messages[0] == chat[0]
+    text = {"type": "text", "text": "Which?"}
+    assert sample.messages[1]["content"] == [{"type": "image"}, text]
+    assert sample.columns["problem"] == "Which?" and sample.columns["prompt"] == chat
+    assert chat[1]["content"] == "Which?"  # the row itself is left alone
+
+
+@pytest.mark.parametrize("kind", ["plain", "json"])
+def test_chat_prompt_with_parts_from_arrow(kind):
+    chat = [{"role": "user", "content": [{"type": "text", "text": "See"}, {"type": "image"}]}]
+    columns = {"prompt": [chat], "image": [red()], "solution": [SOLUTION]}
+    rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    if kind == "json":
+        rows = datasets.Dataset.from_dict(
+            columns,
+            features=datasets.Features(rows.features | {"prompt": datasets.Json()}),
+        )
+    sample = SampleDataset(rows).get(0)
+    assert list(sample.messages) == chat and sample.columns["problem"] == "See"
+
+
+@pytest.mark.parametrize(
+    ("chat", "match"),
+    [
+        ([], "prompt: empty"),
+        (["text"], "turns of role and content"),
+        ([{"role": "robot", "content": "a"}], "turns of role and content"),
+        ([{"role": "assistant", "content": "a"}], "last turn to be the user's"),
+        ([{"role": "user", "content": " "}], "prompt: empty"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "image and text parts"),
+        (
+            [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}],
+            "expected 1 image parts, as images, got 2",
+        ),
+    ],
+)
+def test_bad_chat_prompt(chat, match):
+    bad = one({"prompt": chat, "image": red(), "solution": SOLUTION})
+    assert isinstance(bad, BadRow) and match in bad.reason
+
+
+def test_missing_columns_of_other_rows():
+    with pytest.raises(ValueError, match="problem, prompt, conversations.*got the columns text"):
+        SampleDataset([{"text": "a"}])
+
+
+# --- Bad rows --------------------------------------------------------------------------------
+
+
+def test_bad_rows_are_counted_and_named_once(caplog):
+    bad_rows = BadRows(2)
+    with caplog.at_level(logging.WARNING):
+        for index in (7, 7, 3, 7):
+            bad_rows.add(index, f"reason {index}")
+    assert len(bad_rows) == 2
+    assert [record.message for record in caplog.records] == [
+        "skipped row 7: reason 7",
+        "skipped row 3: reason 3",
+    ]
+    again = BadRows(2)
+    again.load_state_dict(json.loads(json.dumps(bad_rows.state_dict())))
+    again.add(3, "known")
+    assert len(again) == 2
+    with pytest.raises(TooManyBadRows, match=r"3 rows .*are 2 .*--max_bad_rows") as caught:
+        again.add(5, "reason 5")
+    assert "row 7: reason 7\n  row 3: reason 3\n  row 5: reason 5" in str(caught.value)
+
+
+def test_long_listing_is_cut():
+    bad_rows = BadRows(20)
+    with pytest.raises(TooManyBadRows, match="and 11 more$"):
+        for index in range(99):
+            bad_rows.add(index, "r")
+
+
+# --- Order -----------------------------------------------------------------------------------
+
+
+def take(sampler, batches, bad=(), add_bad=lambda index, why: None, gather=lambda v: [v]):
+    load = lambda index: BadRow(index, "bad") if index in bad else index  # noqa: E731
+    return [sampler.next_batch(load, gather, add_bad) for _ in range(batches)]
+
+
+def on_ranks(world_size, batch_size, batches, bad, num_rows=20, states=None, load=None):
+    """[rank] -> (batches, bad rows told, calls of gather, state); ranks are threads."""
+    barrier, slots = threading.Barrier(world_size, timeout=10), [None] * world_size
+
+    def work(rank):
+        sampler = PromptSampler(num_rows, batch_size, seed=1, rank=rank, world_size=world_size)
+        told, calls = [], []
+        if states:
+            sampler.load_state_dict(states[rank])
+
+        def gather(value):
+            calls.append(value)
+            slots[rank] = value
+            barrier.wait()
+            values = list(slots)
+            barrier.wait()
+            return values
+
+        def default(index):
+            return BadRow(index, "bad") if index in bad else index
+
+        loader = (lambda index: load(rank, index)) if load else default
+        out = []
+        for _ in range(batches):
+            out.append(sampler.next_batch(loader, gather, lambda i, why: told.append(i)))
+        return out, told, len(calls), sampler.state_dict()
+
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(work, range(world_size)))
+
+
+def test_an_epoch_is_a_permutation():
+    first, second = (
+        [i for batch in take(PromptSampler(12, 3, seed=s), 8) for i in batch] for s in (0, 1)
+    )
+    assert sorted(first[:12]) == sorted(first[12:]) == list(range(12))
+    assert first[:12] != first[12:] and first != second
+    plain = take(PromptSampler(5, 2, seed=0, shuffle=False), 4)
+    assert plain == [[0, 1], [2, 3], [4, 0], [1, 2]]
+
+
+@pytest.mark.parametrize("bad", [(), (3,), (0, 1, 2, 3, 4, 5, 11, 19), tuple(range(1, 20))])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_together_take_what_one_takes(world_size, bad):
+    ((alone, told, _, state),) = on_ranks(1, 2 * world_size, 9, bad)
+    ranks = on_ranks(world_size, 2, 9, bad)
+    assert [sum(parts, []) for parts in zip(*(r[0] for r in ranks), strict=True)] == alone
+    assert all(r[1] == told and r[3] == state for r in ranks)
+    assert len({r[2] for r in ranks}) == 1
+    assert sorted(told) == sorted(bad) if len(bad) < 19 else len(set(told)) == len(told)
+    assert not set(sum(alone, [])) & set(bad)
+
+
+def test_bad_rows_are_replaced_by_the_next_and_not_loaded_again():
+    sampler, loads = PromptSampler(6, 2, seed=0, shuffle=False), []
+
+    def load(index):
+        loads.append(index)
+        return BadRow(index, "bad") if index in (1, 2) else index
+
+    told = []
+    batches = [
+        sampler.next_batch(load, lambda v: [v], lambda i, why: told.append((i, why)))
+        for _ in range(4)
+    ]
+    assert batches == [[0, 3], [4, 5], [0, 3], [4, 5]]
+    assert told == [(1, "bad"), (2, "bad")]
+    assert loads.count(1) == loads.count(2) == 1
+    # Nothing is loaded twice for one batch.
+    assert len(loads) == 2 + 8
+
+
+def test_a_row_that_fails_only_elsewhere_is_replaced_on_all_ranks():
+    order = take(PromptSampler(20, 4, seed=1), 1)[0]
+    flaky = order[2]  # moves from rank 1 to rank 0 when the first is bad
+
+    def load(rank, index):
+        return BadRow(index, "bad") if index == order[0] or (index, rank) == (flaky, 0) else index
+
+    ranks = on_ranks(2, 2, 2, (), load=load)
+    assert ranks[0][1] == ranks[1][1] == [order[0], flaky]
+    assert ranks[0][2] == ranks[1][2] and ranks[0][3] == ranks[1][3]
+    assert flaky not in sum(ranks[0][0] + ranks[1][0], [])
+
+
+def test_batch_larger_than_the_set():
+    (batch,) = take(PromptSampler(3, 8, seed=0), 1, bad=(1,))
+    assert sorted(batch) == [0] * 4 + [2] * 4
+
+
+def test_no_usable_row():
+    told = []
+    with pytest.raises(ValueError, match="none of the 5 rows is; the last: bad"):
+        take(PromptSampler(5, 2, seed=0), 1, range(5), lambda index, why: told.append(index))
+    assert sorted(told) == list(range(5))
+    with pytest.raises(ValueError, match="num_rows=0"):
+        PromptSampler(0, 1, seed=0)
+
+
+def test_too_many_bad_rows_stops_a_batch():
+    bad_rows = BadRows(3)
+    with pytest.raises(TooManyBadRows, match="4 rows"):
+        take(PromptSampler(9, 2, seed=0), 9, range(1, 9), bad_rows.add)
+
+
+@pytest.mark.parametrize("at", [1, 3, 7])
+def test_resume_mid_epoch(at):
+    bad = (2, 9, 17)
+    whole = on_ranks(2, 3, 10, bad)
+    first = on_ranks(2, 3, at, bad)
+    states = [json.loads(json.dumps(r[3])) for r in first]
+    rest = on_ranks(2, 3, 10 - at, bad, states=states)
+    for rank in range(2):
+        assert first[rank][0] + rest[rank][0] == whole[rank][0]
+        assert first[rank][1] + rest[rank][1] == whole[rank][1]
+        assert rest[rank][3] == whole[rank][3]
+
+
+def test_resume_of_another_set():
+    state = PromptSampler(5, 2, seed=0).state_dict()
+    with pytest.raises(ValueError, match="num_rows: expected 5, as saved, got 6"):
+        PromptSampler(6, 2, seed=0).load_state_dict(state)
+    with pytest.raises(ValueError, match="seed: expected 0"):
+        PromptSampler(5, 2, seed=1).load_state_dict(state)
