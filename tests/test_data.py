@@ -274,12 +274,19 @@ def test_bad_set(tmp_path, name):
 def test_nothing_there(tmp_path):
     (tmp_path / "empty").mkdir()
     for name, match in [
-        ("missing.json", "no such file or folder; expected a demo .shapes_detection, "),
-        ("missing/folder/deep", "no such file or folder"),
+        ("missing.json", "no such file, folder or demo; expected a demo .shapes_detection, "),
+        ("missing/folder/deep", "no such file, folder or demo"),
         ("empty", "holds neither dataset_dict.json"),
     ]:
         with pytest.raises(FileNotFoundError, match=match):
             load_rows(str(tmp_path / name), "train")
+
+
+@pytest.mark.parametrize("name", ["shape_detection", "pandas", "a/b/c", "../x"])
+def test_only_owner_and_name_go_to_the_hub(name, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: pytest.fail("called"))
+    with pytest.raises(FileNotFoundError, match="expected a demo"):
+        load_rows(name, "train")
 
 
 # --- Samples ---------------------------------------------------------------------------------

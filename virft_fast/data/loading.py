@@ -95,7 +95,9 @@ def _find_rows(name: str, split: str, config: str | None) -> datasets.Dataset:
     if path.is_file():
         return _load_file(path, split)
     if _looks_like_path(name):
-        raise FileNotFoundError(f"--dataset_name {name}: no such file or folder; {_accepted()}")
+        raise FileNotFoundError(
+            f"--dataset_name {name}: no such file, folder or demo; {_accepted()}"
+        )
     return _load_hub(name, split, config)
 
 
@@ -106,10 +108,14 @@ def _accepted() -> str:
 
 
 def _looks_like_path(name: str) -> bool:
-    """Whether `name` can't be a hub id, which is "name" or "owner/name"."""
+    """Whether `name` can't be a hub id, "owner/name".
+
+    A name alone never goes to `datasets`: to it "json" or "pandas" mean the files of this folder,
+    pickles included. It would also make a mistyped demo wait for the network.
+    """
     if name.endswith((".json", ".jsonl", ".parquet")):
         return True
-    return not re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", name)
+    return not re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", name)
 
 
 def _pick_split(data: Any, split: str, name: str | Path) -> datasets.Dataset:
