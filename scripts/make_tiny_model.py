@@ -127,12 +127,14 @@ def sft_loss(policy, tokenizer, prompts, answers):
     return F.cross_entropy(logits[mask], padded[mask])
 
 
-def sft(policy, tokenizer, pools, answer, *, steps, learning_rate, warmup, batch_sizes, report):
+def sft(
+    policy, tokenizer, pools, answer, *, steps, learning_rate, warmup, batch_sizes, report, seed=0
+):
     """AdamW with a cosine schedule to a tenth; each step has a batch of every pool."""
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
-    rng, start = random.Random(0), time.time()
+    rng, start = random.Random(seed), time.time()
     for step in range(1, steps + 1):
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
@@ -178,6 +180,7 @@ def main() -> int:
     parser.add_argument("--clean_out", type=Path, help="also save the model before the blur")
     parser.add_argument("--clean_from", type=Path, help="start the blur from this checkpoint")
     parser.add_argument("--steps", type=int, default=1300, help="steps of the clean SFT")
+    parser.add_argument("--more_steps", type=int, default=700, help="again, at a lower rate")
     parser.add_argument("--blur_steps", type=int, default=60)
     parser.add_argument("--jitter", type=float, default=0.5, help="how far boxes are pushed")
     parser.add_argument("--swap", type=float, default=0.62, help="share of swapped digits")
@@ -215,6 +218,9 @@ def main() -> int:
     if not args.clean_from:
         sft(policy, tokenizer, pools, clean_answer, steps=args.steps, learning_rate=2e-3,
             warmup=50, batch_sizes=(32, 16), report=report)  # fmt: skip
+    if args.more_steps:
+        sft(policy, tokenizer, pools, clean_answer, steps=args.more_steps, learning_rate=1.5e-3,
+            warmup=50, batch_sizes=(32, 8), report=report, seed=1)  # fmt: skip
     if args.clean_out:
         save(policy, processor, args.clean_out)
     print("clean ", check(policy, processor, held_out, names), flush=True)

@@ -23,7 +23,7 @@ from virft_fast import dist
 from virft_fast.batch import Prompt, Rollouts
 from virft_fast.config import GRPOConfig
 from virft_fast.engine import DeepSpeedEngine, PlainEngine
-from virft_fast.kernels import group_advantages
+from virft_fast.kernels import GRPOLoss, group_advantages
 from virft_fast.metrics import reduce_metrics
 from virft_fast.models.qwen_vl import ModelInputs, Policy
 from virft_fast.rollout import Rollout, Sampling
@@ -257,7 +257,7 @@ def _update(
     cfg, finite = state.config, True
     for mb, weight in zip(microbatches, weights, strict=True):
         inputs = mb.inputs
-        out = state.engine.forward(
+        fields = state.engine.forward(
             inputs,
             temperature=cfg.temperature,
             image_features=mb.image_features,
@@ -276,6 +276,7 @@ def _update(
                 "num_items": weight["num_items"],
             },
         )
+        out = GRPOLoss(*fields)
         loss = out.loss * weight["scale"]
         finite &= bool(torch.isfinite(loss.detach()))
         state.engine.backward(loss)

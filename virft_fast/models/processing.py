@@ -15,6 +15,10 @@ from transformers import AutoProcessor, AutoTokenizer, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
+from virft_fast.models.tiny import resolve_model_path
+
+IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
+
 
 class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
     """`Qwen2VLProcessor` for images and text. What it saves, a machine with torchvision loads as
@@ -25,7 +29,7 @@ class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
     def __init__(
         self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None
     ) -> None:
-        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token, self.video_token = IMAGE_TOKEN, VIDEO_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
@@ -45,19 +49,23 @@ def load_processor(
 ) -> Any:
     """The processor of a Qwen2-VL checkpoint, its tokenizer padding on the left.
 
+    With torchvision it is the stock `AutoProcessor`'s, otherwise an `ImageOnlyQwen2VLProcessor`.
+
     Args:
-        name_or_path: a checkpoint folder or a hub id.
-        min_pixels, max_pixels: bounds of an image's size after resizing; None keeps the
+        name_or_path: a checkpoint folder, a hub id or `tiny`.
+        min_pixels, max_pixels: bounds of an image's size after resizing, in pixels; None keeps the
             checkpoint's.
     Raises:
-        FileNotFoundError: there is no processor.
+        FileNotFoundError: there is no tokenizer or no image processor.
+        ValueError: the bounds leave no size, or the tokenizer has no image token.
     """
     try:
-        processor = _load(name_or_path)
-    except (OSError, ValueError) as error:
+        processor = _load(resolve_model_path(str(name_or_path)))
+    except OSError as error:
         raise FileNotFoundError(
             f"--model_name_or_path: expected a folder or hub id with a tokenizer and an image "
-            f"processor, got {name_or_path!r}: {str(error).splitlines()[0]}"
+            f"processor, got {str(name_or_path)!r}: {str(error).splitlines()[0]}; check the "
+            f"spelling, or copy tokenizer and preprocessor files beside the weights"
         ) from error
     processor.tokenizer.padding_side = "left"
     size = dict(processor.image_processor.size)
@@ -65,6 +73,11 @@ def load_processor(
         size["shortest_edge"] = min_pixels
     if max_pixels is not None:
         size["longest_edge"] = max_pixels
+    if not 0 < size["shortest_edge"] <= size["longest_edge"]:
+        raise ValueError(
+            f"expected 0 < min_pixels <= max_pixels, got {size['shortest_edge']} and "
+            f"{size['longest_edge']}; pass both --min_pixels and --max_pixels, or neither"
+        )
     processor.image_processor.size = size
     return processor
 
@@ -73,6 +86,11 @@ def _load(name_or_path: str) -> Any:
     if importlib.util.find_spec("torchvision") is not None:
         return AutoProcessor.from_pretrained(name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        raise ValueError(
+            f"--model_name_or_path {name_or_path!r}: expected a Qwen-VL tokenizer, got one without "
+            f"{IMAGE_TOKEN}; is it a text-only model?"
+        )
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(name_or_path)
     template = tokenizer.chat_template or _chat_template_file(name_or_path)
     return ImageOnlyQwen2VLProcessor(image_processor, tokenizer, chat_template=template)

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -235,10 +235,10 @@ class Policy(nn.Module):
         image_features: Tensor | None = None,
         loss: dict[str, Any] | None = None,
         only_images: bool = False,
-    ) -> GRPOLoss | tuple[Tensor, Tensor] | Tensor:
+    ) -> tuple[Tensor, ...] | Tensor:
         """Log-probs and entropy (N, T) of the completions; with `loss` (`loss_mask` (N, T) and
-        keyword arguments of `linear_grpo_loss`) the loss instead; with `only_images` the images'
-        features.
+        keyword arguments of `linear_grpo_loss`) the fields of a GRPOLoss instead, as a tuple; with
+        `only_images` the images' features.
         """
         if image_features is None:
             image_features = self._image_features(inputs)
@@ -358,13 +358,13 @@ class Head(nn.Module):
 
     def forward(
         self, hidden: Tensor, inputs: ModelInputs, temperature: float, loss: dict[str, Any] | None
-    ) -> GRPOLoss | tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         hidden = hidden.to(self.weight.dtype)
         if loss is None:
             return linear_logps(hidden, self.weight, inputs.completion_ids, temperature=temperature)
         arguments = {**loss}
         loss_mask = arguments.pop("loss_mask")
-        return linear_grpo_loss(
+        out = linear_grpo_loss(
             hidden,
             self.weight,
             inputs.completion_ids,
@@ -372,6 +372,8 @@ class Head(nn.Module):
             temperature=temperature,
             **arguments,
         )
+        # ZeRO-3's hooks find tensors in tuples, but not in a dataclass.
+        return tuple(getattr(out, field.name) for field in fields(GRPOLoss))
 
 
 def save_model(
