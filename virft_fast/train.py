@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -791,7 +792,8 @@ def _say(text: str) -> None:
 
 
 def _quiet_libraries() -> None:
-    """One progress bar is enough: ours."""
+    """One progress bar is enough: ours. DeepSpeed calls torch functions that warn every time."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not torch.cuda.is_available():
         # transformers imports DeepSpeed when it saves; without this it warns that there is no GPU.

@@ -59,14 +59,22 @@ def load_processor(
         FileNotFoundError: there is no tokenizer or no image processor.
         ValueError: the bounds leave no size, or the tokenizer has no image token.
     """
+    name = str(name_or_path)
     try:
-        processor = _load(resolve_model_path(str(name_or_path)))
-    except OSError as error:
+        processor = _load(resolve_model_path(name))
+    except (OSError, ValueError) as error:
+        is_folder = Path(resolve_model_path(name)).is_dir()
+        found = "a folder without them" if is_folder else "neither a folder nor a reachable hub id"
         raise FileNotFoundError(
-            f"--model_name_or_path: expected a folder or hub id with a tokenizer and an image "
-            f"processor, got {str(name_or_path)!r}: {str(error).splitlines()[0]}; check the "
-            f"spelling, or copy tokenizer and preprocessor files beside the weights"
+            f"--model_name_or_path {name!r}: expected a folder or hub id with a tokenizer and an "
+            f"image processor, got {found} ({str(error).splitlines()[0]}); check the spelling, or "
+            "copy the tokenizer and (pre)processor files of the original model into the folder"
         ) from error
+    if IMAGE_TOKEN not in getattr(processor, "tokenizer", processor).get_vocab():
+        raise ValueError(
+            f"--model_name_or_path {name!r}: expected a Qwen-VL tokenizer, got one without "
+            f"{IMAGE_TOKEN}; is it a text-only model?"
+        )
     processor.tokenizer.padding_side = "left"
     size = dict(processor.image_processor.size)
     if min_pixels is not None:
@@ -86,11 +94,6 @@ def _load(name_or_path: str) -> Any:
     if importlib.util.find_spec("torchvision") is not None:
         return AutoProcessor.from_pretrained(name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        raise ValueError(
-            f"--model_name_or_path {name_or_path!r}: expected a Qwen-VL tokenizer, got one without "
-            f"{IMAGE_TOKEN}; is it a text-only model?"
-        )
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(name_or_path)
     template = tokenizer.chat_template or _chat_template_file(name_or_path)
     return ImageOnlyQwen2VLProcessor(image_processor, tokenizer, chat_template=template)
