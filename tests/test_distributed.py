@@ -35,7 +35,7 @@ def one_rank(tmp_path_factory):
     return steps(tmp_path_factory.mktemp("one"), stage=-1, processes=1, batch=8)
 
 
-@pytest.mark.parametrize("stage", [-1, 0, 2, 3])
+@pytest.mark.parametrize("stage", [-1, 0, 3])
 def test_two_ranks_equal_one_rank_with_twice_the_batch(tmp_path, one_rank, stage):
     start, end, metrics = steps(tmp_path, stage=stage, processes=2, batch=4)
     _, expected, expected_metrics = one_rank
@@ -46,13 +46,13 @@ def test_two_ranks_equal_one_rank_with_twice_the_batch(tmp_path, one_rank, stage
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [3])
 def test_a_rank_without_images_hangs_nobody(tmp_path, stage):
     start, end, _ = steps(tmp_path, stage=stage, processes=2, batch=4, kind="mixed")
     assert largest_difference(start, end) > 0
 
 
-@pytest.mark.parametrize("stage", [-1, 0, 3])
+@pytest.mark.parametrize("stage", [0, 3])
 def test_non_finite_loss_on_one_rank_skips_the_step_on_all(tmp_path, stage):
     start, end, metrics = steps(tmp_path, stage=stage, processes=2, batch=4, kind="nan")
     assert largest_difference(start, end) == 0
