@@ -2,7 +2,7 @@
 
     python scripts/make_tiny_model.py --out virft_fast/models/tiny_qwen2_vl
 
-1. Clean SFT on shapes_detection and digits_classification together, then some more on new images.
+1. Clean SFT on shapes_detection and digits_classification together, twice: again at a lower rate.
 2. A short SFT on noisy labels (boxes pushed outwards, digits swapped with a neighbour,
    confidences at random), which leaves the capability in the network and spoils its
    calibration. That is the warm start from which the demo shows GRPO recovering; it is no claim
@@ -20,7 +20,6 @@ import math
 import random
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,7 +49,7 @@ from virft_fast.models.tiny import (
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.hf import HFRollout
 
-CHECK_SEED = 13  # the stages take 11, 12 and 14 to 17
+SHAPES_SEED, DIGITS_SEED, CHECK_SEED = 11, 12, 13
 CONFIDENCES = ("0.1", "0.3", "0.5", "0.7", "0.9")
 
 
@@ -128,9 +127,10 @@ def sft_loss(policy, tokenizer, prompts, answers):
     return F.cross_entropy(logits[mask], padded[mask])
 
 
-def sft(policy, tokenizer, pools, answer, *, steps, learning_rate, batch_sizes, report, seed=0,
-        every=(1, 1), warmup=50):  # fmt: skip
-    """AdamW with a cosine schedule to a tenth; a batch of pool i in every `every[i]`-th step."""
+def sft(
+    policy, tokenizer, pools, answer, *, steps, learning_rate, warmup, batch_sizes, report, seed=0
+):
+    """AdamW with a cosine schedule to a tenth; each step has a batch of every pool."""
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
@@ -141,9 +141,7 @@ def sft(policy, tokenizer, pools, answer, *, steps, learning_rate, batch_sizes, 
             group["lr"] = learning_rate * min(1, step / warmup) * (0.1 + 0.9 * cosine)
         policy.train()
         losses = []
-        for pool, size, period in zip(pools, batch_sizes, every, strict=True):
-            if step % period:
-                continue
+        for pool, size in zip(pools, batch_sizes, strict=True):
             chosen = [rng.randrange(len(pool.rows)) for _ in range(size)]
             answers = [answer(pool.rows[i], rng) for i in chosen]
             loss = sft_loss(policy, tokenizer, [pool.prompts[i] for i in chosen], answers)
@@ -182,66 +180,66 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--clean_out", type=Path, help="also save the model before the blur")
-    parser.add_argument("--start_from", type=Path, help="a checkpoint to go on from")
-    parser.add_argument("--steps", type=int, default=1300, help="steps of the first clean SFT")
-    parser.add_argument("--more_steps", type=int, default=400, help="of the second, on new images")
+    parser.add_argument("--clean_from", type=Path, help="start the blur from this checkpoint")
+    parser.add_argument("--steps", type=int, default=1300, help="steps of the clean SFT")
+    parser.add_argument("--more_steps", type=int, default=700, help="again, at a lower rate")
     parser.add_argument("--blur_steps", type=int, default=60)
-    parser.add_argument("--jitter", type=float, default=0.6, help="how far boxes are pushed")
-    parser.add_argument("--swap", type=float, default=0.75, help="share of swapped digits")
+    parser.add_argument("--jitter", type=float, default=0.5, help="how far boxes are pushed")
+    parser.add_argument("--swap", type=float, default=0.62, help="share of swapped digits")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     tokenizer = build_tokenizer(corpus())
     processor = build_processor(tokenizer)
-    policy = Policy(start_model(args.start_from, tokenizer))
-    count = sum(p.numel() for p in policy.parameters())
-    print(f"{count:,} parameters, {len(tokenizer)} tokens", flush=True)
-
     glyphs = digit_glyphs()
+    pools = [
+        Pool(shapes(SHAPES_SEED), 10_000, processor),
+        Pool(digits(DIGITS_SEED, glyphs["train"]), 4_000, processor),
+    ]
     held_out = [
         Pool(shapes(CHECK_SEED), 256, processor),
         Pool(digits(CHECK_SEED, glyphs["test"]), 256, processor),
     ]
     names = [("accuracy_iou", "accuracy_confidence", "format"), ("accuracy",)]
+    if args.clean_from:
+        model = Qwen2VLForConditionalGeneration.from_pretrained(
+            args.clean_from, dtype=torch.float32
+        )
+    else:
+        model = Qwen2VLForConditionalGeneration(build_config(tokenizer))
+    policy = Policy(model)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{count:,} parameters, {len(tokenizer)} tokens", flush=True)
 
-    def stage(title, seeds, counts, answer, *, steps, every_report, **options):
-        if steps == 0:
-            return
-        pools = [
-            Pool(shapes(seeds[0]), counts[0], processor),
-            Pool(digits(seeds[1], glyphs["train"]), counts[1], processor),
-        ]
-        print(f"{title}, {steps} steps", flush=True)
+    def report(step, losses, seconds, every=100):
+        if step % every == 0:
+            scores = check(policy, processor, held_out, names)
+            print(f"{step:5} {seconds:6.0f} s  loss {losses}  {scores}", flush=True)
 
-        def report(step, losses, seconds):
-            if step % every_report == 0 or step == steps:
-                scores = check(policy, processor, held_out, names)
-                print(f"{step:5} {seconds:6.0f} s  loss {losses}  {scores}", flush=True)
-
-        sft(policy, tokenizer, pools, answer, steps=steps, report=report, **options)
-
-    stage("clean", (11, 12), (10_000, 4_000), clean_answer, steps=args.steps, every_report=100,
-          learning_rate=2e-3, batch_sizes=(32, 16))  # fmt: skip
-    # By now the model fits its pool better than the world; new images are worth more than steps.
-    stage("clean, new images", (14, 15), (8_000, 1_000), clean_answer, steps=args.more_steps,
-          every_report=100, learning_rate=1.2e-3, batch_sizes=(32, 16), every=(1, 4),
-          seed=1)  # fmt: skip
+    if not args.clean_from:
+        sft(policy, tokenizer, pools, clean_answer, steps=args.steps, learning_rate=2e-3,
+            warmup=50, batch_sizes=(32, 16), report=report)  # fmt: skip
+    if args.more_steps:
+        sft(policy, tokenizer, pools, clean_answer, steps=args.more_steps, learning_rate=1.5e-3,
+            warmup=50, batch_sizes=(32, 8), report=report, seed=1)  # fmt: skip
     if args.clean_out:
         save(policy, processor, args.clean_out)
-    # Gently: the warm-up lasts nearly as long as the stage. A blur at 2e-3 from the tenth step on
-    # hurts the features, and GRPO regains half as much from it.
-    stage("blur", (16, 17), (1_000, 1_000), partial(noisy_answer, jitter=args.jitter,
-          swap=args.swap), steps=args.blur_steps, every_report=20, learning_rate=1.5e-3,
-          batch_sizes=(32, 32), seed=2)  # fmt: skip
+    print("clean ", check(policy, processor, held_out, names), flush=True)
+    sft(
+        policy,
+        tokenizer,
+        pools,
+        lambda row, rng: noisy_answer(row, rng, jitter=args.jitter, swap=args.swap),
+        steps=args.blur_steps,
+        learning_rate=2e-3,
+        warmup=10,
+        batch_sizes=(32, 32),
+        report=lambda *step: report(*step, every=20),
+    )
     save(policy, processor, args.out)
+    print("saved ", check(policy, processor, held_out, names), flush=True)
     return 0
-
-
-def start_model(folder, tokenizer):
-    if folder is None:
-        return Qwen2VLForConditionalGeneration(build_config(tokenizer))
-    return Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
 
 
 if __name__ == "__main__":
