@@ -205,17 +205,18 @@ def run(config: RunConfig, device: torch.device) -> int:
     )
     total_steps = num_steps(config, len(data.train))
     saved = _resume(resume, state, sampler, data, config) if resume else {}
-    writer = MetricsWriter(
-        output_dir,
-        total_steps=total_steps,
-        report_to=config.train.report_to,
-        run_name=config.train.run_name or output_dir.name,
-        config=config.flat(),
-        logging_steps=config.train.logging_steps,
-        log_completions_steps=config.train.log_completions_steps,
-        is_main=dist.is_main(),
-        start_step=state.step,
-    )
+    with _usage():
+        writer = MetricsWriter(
+            output_dir,
+            total_steps=total_steps,
+            report_to=config.train.report_to,
+            run_name=config.train.run_name or output_dir.name,
+            config=config.flat(),
+            logging_steps=config.train.logging_steps,
+            log_completions_steps=config.train.log_completions_steps,
+            is_main=dist.is_main(),
+            start_step=state.step,
+        )
     if saved:
         writer.truncate_to(state.step)
         writer.load_state_dict(saved["writer"])
