@@ -87,7 +87,7 @@ def test_visual_rft_launch_line_on_two_ranks_with_zero3(shapes, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed_run_equals_the_uninterrupted_one(shapes, tmp_path, processes):
     """kill -9 in the middle, resume from the last checkpoint: same records, same weights."""
-    more = ["--max_steps", 6, "--save_steps", 2, "--logging_steps", 3, "--eval_samples", 4]
+    more = ["--max_steps", 8, "--save_steps", 2, "--logging_steps", 3, "--eval_samples", 4]
     if processes == 2:
         more += ["--deepspeed", ROOT / "configs/zero3.json"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -116,11 +116,11 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(shapes, tmp_path, p
     assert "resumed" in done.stderr
     for name in ("metrics.jsonl", "completions.jsonl"):
         assert comparable(whole / name) == comparable(broken / name)
-    for name in ("model.safetensors", "checkpoint-6/model.safetensors"):
+    for name in ("model.safetensors", "checkpoint-8/model.safetensors"):
         a, b = load_file(whole / name), load_file(broken / name)
         assert all(torch.equal(a[key], b[key]) for key in a)
     if processes == 1:
-        a, b = (torch.load(p / "checkpoint-6/engine/state.pt", weights_only=True)
+        a, b = (torch.load(p / "checkpoint-8/engine/state.pt", weights_only=True)
                 for p in (whole, broken))  # fmt: skip
         assert all(torch.equal(a["module"][key], b["module"][key]) for key in a["module"])
     summaries = [json.loads((p / "summary.json").read_text()) for p in (whole, broken)]
