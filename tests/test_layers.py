@@ -129,8 +129,8 @@ def violations(root: Path) -> list[str]:
         for where, here, target in on_import
         if target in loads_triton and here not in loads_triton
     ]
-    found += [f"{names} import each other" for names in cycles(edges) - KNOWN_CYCLES]
-    return found + [f"{names} import each other" for names in cycles(rooms)]
+    found += [f"{sorted(names)} import each other" for names in cycles(edges) - KNOWN_CYCLES]
+    return found + [f"{sorted(names)} import each other" for names in cycles(rooms)]
 
 
 def cycles(edges: dict[str, set[str]]) -> set[frozenset[str]]:
