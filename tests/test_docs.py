@@ -3,35 +3,110 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
 from virft_fast.config import TRAIN_GROUPS, EvalConfig, known_flags
+from virft_fast.tasks import REWARDS
+from virft_fast.train import parse_args
 
 ROOT = Path(__file__).parent.parent
-DOCS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-DOCS += sorted((ROOT / "docs").glob("*.md"))
-KNOWN = {*known_flags(TRAIN_GROUPS), *known_flags((EvalConfig,)), "nproc_per_node", "nnodes",
-         "node_rank", "master_addr", "master_port"}  # fmt: skip
+CONFIGS = ROOT / "configs"
+DOCS = sorted(
+    path
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("csrc/**/*.md")]
+    if path.is_file()
+)
+SCRIPTS = sorted([*CONFIGS.glob("*.sh"), *CONFIGS.glob("*.sbatch")])
+YAMLS = sorted(CONFIGS.glob("*.yaml"))
+TORCHRUN = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"}
+SLURM = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time",
+         "signal", "requeue"}  # fmt: skip
+KNOWN = {*known_flags(TRAIN_GROUPS), *known_flags((EvalConfig,)), *TORCHRUN, *SLURM}
+# The flags of src/scripts/2B_base65cate_6k.sh in Visual-RFT, as in its README.
+VISUAL_RFT_FLAGS = {
+    "output_dir", "model_name_or_path", "dataset_name", "deepspeed", "max_prompt_length",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "bf16",
+    "report_to", "gradient_checkpointing", "attn_implementation", "max_pixels",
+    "num_train_epochs", "run_name", "save_steps", "save_only_model", "num_generations",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("path", [*DOCS, *(ROOT / "configs").glob("*.sh")], ids=lambda p: p.name)
+def by_name(path):
+    return path.name
+
+
+def launch_words(text):
+    """Words of the torchrun line, with values put in for the shell's variables."""
+    line = re.search(r"^torchrun (?:.*\\\n)*.*", text, re.MULTILINE).group(0)
+    line = re.sub(r"\$\{(\w+):-([^}]*)\}", r"\2", line.replace("\\\n", " ").replace('"$@"', ""))
+    line = re.sub(r"\$\{NNODES:\?\}|\$\{NODE_RANK:\?\}", "1", line)
+    return shlex.split(re.sub(r"\$\{\w+(?::\?)?\}", "somewhere", line))
+
+
+@pytest.mark.parametrize("path", [*DOCS, *SCRIPTS], ids=by_name)
 def test_flags_exist(path):
-    named = set(re.findall(r"(?<![\w-])--([a-z]\w+)", path.read_text()))
+    named = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", path.read_text()))
     assert named <= KNOWN
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
-def test_config_keys_exist(path):
-    assert set(yaml.safe_load(path.read_text())) <= set(known_flags(TRAIN_GROUPS))
+@pytest.mark.parametrize("path", YAMLS, ids=by_name)
+def test_configs_are_accepted(path):
+    config = parse_args(["--config", str(path)]).flat()
+    for name, value in yaml.safe_load(path.read_text()).items():
+        assert config[name] == value, name
+    assert set(config["reward_funcs"]) <= set(REWARDS)
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+@pytest.mark.parametrize("size, num_generations", [("2b", 8), ("7b", 4)])
+def test_the_papers_settings_stay(size, num_generations):
+    config = parse_args(["--config", str(CONFIGS / f"visual_rft_{size}.yaml")]).flat()
+    frozen = {
+        "num_generations": num_generations, "beta": 0.04, "max_completion_length": 256,
+        "learning_rate": 1e-6, "lr_scheduler_type": "linear", "warmup_steps": 0,
+        "weight_decay": 0, "max_grad_norm": 1, "temperature": 1, "num_iterations": 1,
+        "loss_type": "grpo", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2,
+        "max_prompt_length": 1024, "min_pixels": 3136, "max_pixels": 401408, "bf16": True,
+        "attn_implementation": "flash_attention_2", "gradient_checkpointing": False,
+        "save_steps": 100, "save_only_model": True,
+        "reward_funcs": ["visual_rft_accuracy_iou", "visual_rft_accuracy_confidence", "format"],
+    }  # fmt: skip
+    assert {name: config[name] for name in frozen} == frozen
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", CONFIGS / "launch_8gpu.sh"], ids=by_name)
+def test_visual_rfts_launch_line_is_accepted(path):
+    words = launch_words(path.read_text())
+    start = words.index("virft_fast.train")
+    assert words[start - 1] == "-m"
+    flags = words[start + 1 :]
+    assert {word[2:] for word in flags if word.startswith("--")} == VISUAL_RFT_FLAGS
+    config = parse_args(flags).flat()
+    assert (config["bf16"], config["gradient_checkpointing"]) == (True, False)
+    assert (ROOT / config["deepspeed"]).is_file()
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=by_name)
+def test_scripts_parse_and_name_files_that_exist(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    for name in re.findall(r"configs/[\w.]+\w", path.read_text()):
+        assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize("path", DOCS, ids=by_name)
 def test_relative_links_lead_somewhere(path):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+    for target in re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", DOCS, ids=by_name)
+def test_make_targets_exist(path):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`make ([a-z-]+)", path.read_text())) <= targets
 
 
 def test_readme_begins_with_the_two_commands():
@@ -42,7 +117,29 @@ def test_readme_begins_with_the_two_commands():
     ]
 
 
-def test_architecture_names_every_file():
-    text = (ROOT / "docs/ARCHITECTURE.md").read_text()
-    names = {path.name for path in (ROOT / "virft_fast").rglob("*.py")}
-    assert [name for name in sorted(names) if name not in text] == []
+def test_readme_lists_every_reward():
+    named = set(re.findall(r"^\| `(\w+)`", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert named == {name for name in REWARDS if not name.startswith("visual_rft_")}
+
+
+def drawn_tree(text):
+    """Paths of the indented tree in ARCHITECTURE.md, folders with a slash at their end."""
+    block = re.search(r"```\n(virft_fast/\n.*?)```", text, re.DOTALL).group(1)
+    paths, folders = set(), {}
+    for line in block.splitlines():
+        indent = len(line) - len(line.lstrip())
+        name = line.split()[0] if line.strip() else "--"
+        if name == "--" or indent >= 10:  # a layer's heading, or a description that goes on
+            continue
+        path = folders.get(indent - 2, "") + name
+        paths.add(path)
+        if name.endswith("/"):
+            folders[indent] = path
+    return paths
+
+
+def test_architecture_draws_the_house_as_it_is():
+    drawn = drawn_tree((ROOT / "docs/ARCHITECTURE.md").read_text())
+    built = {str(path.relative_to(ROOT)) for path in (ROOT / "virft_fast").rglob("*.py")}
+    assert built - drawn == set()
+    assert {path for path in drawn if not (ROOT / path).exists()} == set()
