@@ -25,8 +25,9 @@ SCRIPTS = sorted([*CONFIGS.glob("*.sh"), *CONFIGS.glob("*.sbatch")])
 YAMLS = sorted(CONFIGS.glob("*.yaml"))
 TORCHRUN = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"}
 SLURM = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time",
-         "signal", "requeue"}  # fmt: skip
-KNOWN = {*known_flags(TRAIN_GROUPS), *known_flags((EvalConfig,)), *TORCHRUN, *SLURM}
+         "signal", "requeue", "kill-on-bad-exit"}  # fmt: skip
+OTHERS = {*TORCHRUN, *SLURM, "no-build-isolation"}
+KNOWN = {*known_flags(TRAIN_GROUPS), *known_flags((EvalConfig,)), *OTHERS}
 # The flags of src/scripts/2B_base65cate_6k.sh in Visual-RFT, as in its README.
 VISUAL_RFT_FLAGS = {
     "output_dir", "model_name_or_path", "dataset_name", "deepspeed", "max_prompt_length",
