@@ -22,7 +22,7 @@ LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo"]
 
 # Adam divides a gradient by its own size, so with the usual epsilon of 1e-8 rounding noise in a
 # gradient near zero moves a parameter as far as a real one would. Equality needs a larger epsilon.
-SMOOTH = {"epsilon": 1e-3, "learning_rate": 1e-2}
+SMOOTH = {"epsilon": 1e-3, "learning_rate": 2e-3}
 
 
 def steps(state, prompts, count=3):
@@ -36,7 +36,7 @@ def test_accumulation_equals_one_big_batch(processor, prompts, loss_type):
     small = make_state(processor, config=config, settings=SMOOTH, gradient_accumulation_steps=4)
     start = parameters(big.policy)
     one, many = steps(big, prompts), steps(small, prompts)
-    assert largest_difference(parameters(big.policy), start) > 1e-3
+    assert largest_difference(parameters(big.policy), start) > 1e-4
     assert largest_difference(parameters(big.policy), parameters(small.policy)) <= 1e-5
     for a, b in zip(one, many, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)

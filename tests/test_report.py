@@ -42,7 +42,7 @@ def test_summary_has_null_for_nan_and_leaves_nothing_aside(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("examples", [[], [example("box"), example("<answer>seven</answer>")]])
+@pytest.mark.parametrize("examples", [[], [example("box"), example("<answer>$\\frac$</answer>")]])
 def test_report_is_a_picture(tmp_path, examples):
     path = tmp_path / "report.png"
     write_report(path, curve=CURVE, before=BEFORE, after=AFTER, examples=examples,

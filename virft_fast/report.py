@@ -194,11 +194,12 @@ def _draw_example(
     for box, confidence in predicted:
         _draw_box(axis, image, box, PREDICTED_COLOUR, "--", confidence)
     title = textwrap.shorten(example["problem"], 34, placeholder="...")
-    axis.set_title(f"{when}: {title}", fontsize=9)
+    # Text of a model or a data set may hold $; it is no formula.
+    axis.set_title(f"{when}: {title}", fontsize=9, parse_math=False)
     if not true:
         answer = example[when].rpartition("<answer>")[2].partition("</answer>")[0]
         label = f"answer: {textwrap.shorten(answer, 24)}\n{_plain(example['solution'])}"
-        axis.set_xlabel(label, fontsize=9)
+        axis.set_xlabel(label, fontsize=9, parse_math=False)
 
 
 def _plain(solution: str) -> str:
