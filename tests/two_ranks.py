@@ -57,7 +57,7 @@ torch.set_num_threads(1)
 dist.init()
 processor = load_processor(resolve_model_path("tiny"))
 # A large epsilon: see test_grpo.SMOOTH.
-settings = OptimizerSettings(learning_rate=1e-2, epsilon=1e-3, max_grad_norm=0.05)
+settings = OptimizerSettings(learning_rate=2e-3, epsilon=1e-3, max_grad_norm=0.05)
 CONFIG, settings = resolve_deepspeed_config(
     {"zero_optimization": {"stage": max(stage, 0), "stage3_param_persistence_threshold": 0}},
     settings=settings,
