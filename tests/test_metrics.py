@@ -52,6 +52,44 @@ def test_what_is_not_finite_becomes_null(tmp_path):
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "reward": None, "loss": None}]
 
 
+def test_a_step_without_a_loss_does_not_blank_the_record(tmp_path):
+    out = writer(tmp_path, logging_steps=2)
+    out.step(1, {"loss": math.nan})
+    out.step(2, {"loss": 3.0})
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 2, "loss": 3.0}]
+
+
+def test_completions_hold_no_nan(tmp_path):
+    rewards = {"format": math.nan, "other": 1.0}
+    writer(tmp_path).completions(1, [ROW | {"rewards": rewards, "advantage": -math.inf}])
+    text = (tmp_path / "completions.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    record = json.loads(text)
+    assert record["rewards"] == {"format": None, "other": 1.0} and record["advantage"] is None
+
+
+@pytest.mark.parametrize("names", [["all", "none"], ["none,tensorboard"]])
+def test_all_and_none_go_alone(tmp_path, names):
+    with pytest.raises(ValueError, match="expected all or none alone"):
+        writer(tmp_path, report_to=names)
+
+
+def test_trackers_are_warned_about_one_by_one(tmp_path, caplog):
+    class Failing:
+        def __init__(self, name):
+            self.name = name
+
+        def log(self, values, step):
+            raise RuntimeError(self.name)
+
+    out = writer(tmp_path)
+    out.trackers = [Failing("first"), Failing("second")]
+    with caplog.at_level(logging.ERROR):
+        out.step(1, {"reward": 1.0})
+        out.step(2, {"reward": 1.0})
+    assert [r.args[0] for r in caplog.records] == ["to first", "to second"]
+
+
 def test_resumed_writer_goes_on_where_the_state_was_saved(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -133,6 +171,30 @@ def test_failing_tracker_warns_once(tmp_path, caplog):
         out.close()
     assert caplog.text.count("no network") == 1
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_terminal_that_is_a_full_disk_does_not_end_the_run(tmp_path, caplog):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    out = writer(tmp_path, stream=Full())
+    with caplog.at_level(logging.ERROR):
+        out.step(1, {"reward": 1.0})
+    assert "No space left" in caplog.text
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_tracker_that_can_not_start_is_left_out(tmp_path, monkeypatch, caplog):
+    from accelerate.tracking import TensorBoardTracker
+
+    def offline(self):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(TensorBoardTracker, "start", offline)
+    with caplog.at_level(logging.ERROR):
+        out = writer(tmp_path, report_to=["tensorboard"])
+    assert out.trackers == [] and "offline" in caplog.text
 
 
 def test_unknown_tracker_is_refused(tmp_path):

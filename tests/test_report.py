@@ -68,3 +68,13 @@ def test_disk_that_is_full_does_not_end_a_finished_run(tmp_path, caplog):
     with caplog.at_level(logging.ERROR):
         write_summary(path, before={}, after={}, train_seconds=0, peak_rss_mib=0)
     assert "COULD NOT WRITE" in caplog.text
+
+
+def test_report_that_can_not_be_drawn_does_not_end_a_finished_run(tmp_path, caplog):
+    def broken(text):
+        raise RuntimeError("no boxes today")
+
+    with caplog.at_level(logging.ERROR):
+        write_report(tmp_path / "r.png", curve=CURVE, before=BEFORE, after=AFTER,
+                     examples=[example("box")], parse_boxes=broken)  # fmt: skip
+    assert "no boxes today" in caplog.text and not (tmp_path / "r.png").exists()

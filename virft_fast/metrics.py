@@ -102,25 +102,32 @@ class MetricsWriter:
             return
         for name, value in metrics.items():
             total, count = self.window.get(name, (0.0, 0))
-            self.window[name] = (total + value, count + 1)
+            if math.isfinite(value):  # one skipped step does not blank the others
+                total, count = total + value, count + 1
+            self.window[name] = (total, count)
         if self.bar is not None:
-            self.bar.set_postfix_str(_headline(metrics), refresh=False)
-            self.bar.update(step - self.bar.n)
+            self._guarded("the progress bar", lambda: self._advance(step, metrics))
         if step % self.logging_steps == 0 or step == self.total_steps:
             self._record(step)
 
+    def _advance(self, step: int, metrics: dict[str, float]) -> None:
+        self.bar.set_postfix_str(_headline(metrics), refresh=False)
+        self.bar.update(step - self.bar.n)
+
     def _record(self, step: int) -> None:
-        means = {name: total / count for name, (total, count) in self.window.items()}
+        means = {
+            name: total / count if count else math.nan
+            for name, (total, count) in self.window.items()
+        }
         self.window = {}
-        clean = {name: v if math.isfinite(v) else None for name, v in means.items()}
-        self._append(METRICS_FILE, [{"step": step, **clean}])
+        self._append(METRICS_FILE, [{"step": step, **means}])
         if self.bar is None:
             elapsed = (time.monotonic() - self._started) / max(step - self._start_step, 1)
             eta = _clock((self.total_steps - step) * elapsed)
             self._say(f"step {step}/{self.total_steps}  {_headline(means)}  ETA {eta}\n")
+        finite = {name: v for name, v in means.items() if math.isfinite(v)}
         for tracker in self.trackers:
-            finite = {name: v for name, v in clean.items() if v is not None}
-            self._guarded("tracker", lambda t=tracker, f=finite: t.log(f, step=step))
+            self._guarded(_label(tracker), lambda t=tracker, f=finite: t.log(f, step=step))
 
     def completions(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Append records of completions; every log_completions_steps also show some."""
@@ -132,16 +139,19 @@ class MetricsWriter:
             self._say(sample_table(step, rows[:SHOWN_SAMPLES], width) + "\n")
 
     def _say(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.write(text.rstrip("\n"), file=self.stream)
-        else:
-            self.stream.write(text)
-            self.stream.flush()
+        def write() -> None:
+            if self.bar is not None:
+                self.bar.write(text.rstrip("\n"), file=self.stream)
+            else:
+                self.stream.write(text)
+                self.stream.flush()
+
+        self._guarded("to the terminal", write)  # it may be a file on a full disk
 
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
         def write() -> None:
             with (self.output_dir / name).open("a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+                file.writelines(json.dumps(null_for_nan(record)) + "\n" for record in records)
 
         self._guarded(name, write)
 
@@ -174,7 +184,16 @@ class MetricsWriter:
         if self.bar is not None:
             self.bar.close()
         for tracker in self.trackers:
-            self._guarded("tracker", tracker.finish)
+            self._guarded(_label(tracker), tracker.finish)
+
+
+def null_for_nan(value: Any) -> Any:
+    """`value` with None for each number that is not finite, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: null_for_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [null_for_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sample_table(step: int, rows: list[dict[str, Any]], width: int) -> str:
@@ -186,9 +205,19 @@ def sample_table(step: int, rows: list[dict[str, Any]], width: int) -> str:
             for name, value in row["rewards"].items()
         )
         lines.append(f"  row {row['index']}  advantage {row['advantage']:+.2f}  {rewards}")
-        lines.append("    " + " ".join(row["completion"].split()))
-        lines.append("    solution " + " ".join(row["solution"].split()))
+        prompt = _one_line(row["prompt"])
+        room = max(width - len("    prompt     ..."), 0)  # a prompt's end says what was asked
+        lines.append(
+            "    prompt     " + (prompt if len(prompt) <= room else f"...{prompt[-room:]}")
+        )
+        lines.append("    completion " + _one_line(row["completion"]))
+        if row.get("solution") is not None:
+            lines.append("    solution   " + _one_line(row["solution"]))
     return "\n".join(line if len(line) <= width else line[: width - 3] + "..." for line in lines)
+
+
+def _one_line(text: Any) -> str:
+    return " ".join(str(text).split())
 
 
 def _headline(metrics: dict[str, float]) -> str:
@@ -223,8 +252,11 @@ def _keep_up_to(path: Path, step: int) -> None:
 
 
 def _tracker_names(report_to: list[str]) -> list[str]:
-    names = [name for entry in report_to for name in entry.split(",") if name]
-    return [] if names in ([], ["none"]) else names
+    entries = [name.strip() for entry in report_to for name in entry.split(",")]
+    names = list(dict.fromkeys(name for name in entries if name))
+    if len(names) > 1 and not {"all", "none"}.isdisjoint(names):
+        raise ValueError(f"--report_to: expected all or none alone, got {' '.join(names)}")
+    return [] if names == ["none"] else names
 
 
 def _make_trackers(
@@ -249,8 +281,17 @@ def _make_trackers(
                 f"--report_to {name}: its package is not installed; pip install "
                 f"'virft_fast[loggers]' or pip install {name}"
             )
-        trackers.append(_start_tracker(LOGGER_TYPE_TO_CLASS[name], run_name, output_dir, config))
+        try:
+            cls = LOGGER_TYPE_TO_CLASS[name]
+            trackers.append(_start_tracker(cls, run_name, output_dir, config))
+        # Its client may raise anything, offline for one; metrics.jsonl has it all anyway.
+        except Exception as error:
+            logger.error("COULD NOT START %s: %s. The run goes on without.", name, error)
     return trackers
+
+
+def _label(tracker: Any) -> str:
+    return f"to {getattr(tracker, 'name', type(tracker).__name__)}"
 
 
 def _start_tracker(cls: Any, run_name: str, output_dir: Path, config: dict[str, Any]) -> Any:

@@ -6,10 +6,13 @@ import json
 import logging
 import math
 import os
+import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from virft_fast.metrics import null_for_nan
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +45,8 @@ def write_summary(
 ) -> None:
     """The figures as JSON, NaN as null; written aside, then renamed."""
     summary = {
-        "before": _finite(before),
-        "after": _finite(after),
+        "before": before,
+        "after": after,
         "train_seconds": round(train_seconds, 2),
         "peak_rss_mib": round(peak_rss_mib, 1),
         **more,
@@ -51,7 +54,7 @@ def write_summary(
 
     def write() -> None:
         aside = path.with_suffix(".writing")
-        aside.write_text(json.dumps(summary, indent=1) + "\n")
+        aside.write_text(json.dumps(null_for_nan(summary), indent=1) + "\n")
         os.replace(aside, path)
 
     _or_warn(path, write)
@@ -75,6 +78,17 @@ def write_report(
             `after`.
         parse_boxes: text -> [([x1, y1, x2, y2] in 0..1000, confidence or None), ...].
     """
+    _or_warn(path, lambda: _report(path, curve, before, after, examples, parse_boxes))
+
+
+def _report(
+    path: Path,
+    curve: list[dict[str, Any]],
+    before: dict[str, float],
+    after: dict[str, float],
+    examples: list[dict[str, Any]],
+    parse_boxes: Callable[[str], ParsedBoxes],
+) -> None:
     plt = _pyplot()
     columns = max(len(examples), 1)
     figure = plt.figure(figsize=(14, 10 if examples else 4.8), dpi=100, layout="constrained")
@@ -94,7 +108,7 @@ def write_report(
         for row, when in zip(axes, ("before", "after"), strict=True):
             for axis, example in zip(row, examples, strict=True):
                 _draw_example(axis, example, when, parse_boxes)
-    _or_warn(path, lambda: figure.savefig(path))
+    figure.savefig(path)
     plt.close(figure)
 
 
@@ -120,16 +134,12 @@ def _pyplot() -> Any:
     return plt
 
 
-def _finite(means: dict[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in means.items()}
-
-
 def _or_warn(path: Path, write: Callable[[], Any]) -> None:
-    """A finished run is not lost to a full disk."""
+    """A finished run is not lost to a full disk, nor to a picture that can't be drawn."""
     try:
         write()
-    except OSError as error:
-        logger.error("COULD NOT WRITE %s: %s", path, error)
+    except Exception as error:
+        logger.error("COULD NOT WRITE %s: %s: %s", path, type(error).__name__, error)
 
 
 def _cycle(count: int) -> list[str]:
@@ -138,7 +148,7 @@ def _cycle(count: int) -> list[str]:
 
 def _draw_curve(axis: Any, curve: list[dict[str, Any]]) -> None:
     names = sorted({key for record in curve for key in record if key.startswith("rewards/")})
-    keys = names if len(names) > 1 else ["reward"]
+    keys = ["reward", *names] if len(names) > 1 else ["reward"]
     for key, colour in zip(keys, _cycle(len(keys)), strict=True):
         _draw_line(axis, curve, key, key.removeprefix("rewards/"), colour)
     axis.set(xlabel="step", ylabel="mean over sampled completions")
@@ -193,7 +203,10 @@ def _draw_example(
         _draw_box(axis, image, box, TRUE_COLOUR, "-", None)
     for box, confidence in predicted:
         _draw_box(axis, image, box, PREDICTED_COLOUR, "--", confidence)
-    title = textwrap.shorten(example["problem"], 34, placeholder="...")
+    quoted = re.search(r"'([^']+)'", example["problem"])  # Visual-RFT's prompts quote the category
+    title = textwrap.shorten(
+        quoted.group(1) if quoted else example["problem"], 34, placeholder="..."
+    )
     # Text of a model or a data set may hold $; it is no formula.
     axis.set_title(f"{when}: {title}", fontsize=9, parse_math=False)
     if not true:
@@ -210,6 +223,7 @@ def _plain(solution: str) -> str:
 def _draw_box(
     axis: Any, image: Any, box: list[float], colour: str, style: str, confidence: float | None
 ) -> None:
+    from matplotlib import patheffects
     from matplotlib.patches import Rectangle
 
     if not all(math.isfinite(v) for v in box):
@@ -217,9 +231,14 @@ def _draw_box(
     x1, y1, x2, y2 = (
         v / 1000 * size - 0.5 for v, size in zip(box, 2 * image.size, strict=True)
     )  # pixel centres are at whole numbers
+    # A dark rim keeps a white box visible on a white shape.
+    rim = [patheffects.withStroke(linewidth=4, foreground="black")] if style == "-" else []
     axis.add_patch(
-        Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, lw=2, linestyle=style)
-    )
+        Rectangle(
+            (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, lw=2, linestyle=style,
+            path_effects=rim,
+        )
+    )  # fmt: skip
     if confidence is not None:
         y = min(max(y1, 0.07 * image.height), image.height)
         axis.text(

@@ -624,6 +624,7 @@ def conclude(
         measured=title,
         seed=config.train.seed,
     )
+    print(f"\n{title}\n{format_table(first, last)}\n")
     write_report(
         output_dir / REPORT_FILE,
         curve=curve,
@@ -632,7 +633,6 @@ def conclude(
         examples=examples,
         parse_boxes=_boxes_with_confidence,
     )
-    print(f"\n{title}\n{format_table(first, last)}\n")
     print(f"model and processor  {output_dir}")
     print(f"metrics              {output_dir / METRICS_FILE}")
     print(f"completions          {output_dir / 'completions.jsonl'}")
