@@ -185,10 +185,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--clean_out", type=Path, help="also save the model before the blur")
     parser.add_argument("--clean_from", type=Path, help="start the blur from this checkpoint")
-    parser.add_argument("--steps", type=int, default=1200, help="steps of the clean SFT")
-    parser.add_argument("--more_steps", type=int, default=600, help="again, at a lower rate")
+    parser.add_argument("--steps", type=int, default=1100, help="steps of the clean SFT")
+    parser.add_argument("--more_steps", type=int, default=500, help="again, at a lower rate")
     parser.add_argument("--blur_steps", type=int, default=60)
-    parser.add_argument("--jitter", type=float, default=0.5, help="how far boxes are pushed")
+    parser.add_argument("--jitter", type=float, default=0.6, help="how far boxes are pushed")
     parser.add_argument("--swap", type=float, default=0.62, help="share of swapped digits")
     parser.add_argument("--threads", type=int, default=1, help="more are hardly faster")
     args = parser.parse_args()
@@ -215,7 +215,7 @@ def main() -> int:
     count = sum(p.numel() for p in model.parameters())
     print(f"{count:,} parameters, {len(tokenizer)} tokens", flush=True)
 
-    def report(step, losses, seconds, every=100):
+    def report(step, losses, seconds, every=250):
         if step % every == 0:
             scores = check(policy, processor, held_out, names)
             print(f"{step:5} {seconds:6.0f} s  loss {losses}  {scores}", flush=True)

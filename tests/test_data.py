@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from virft_fast.batch import Sample
@@ -22,6 +23,7 @@ from virft_fast.data import (
     TooManyBadRows,
     load_rows,
 )
+from virft_fast.data.prompts import PromptSource
 
 SOLUTION = "<answer>cat</answer>"
 RED = (255, 0, 0)
@@ -600,3 +602,20 @@ def test_resume_of_another_set():
         PromptSampler(6, 2, seed=0).load_state_dict(state)
     with pytest.raises(ValueError, match="seed: expected 0"):
         PromptSampler(5, 2, seed=1).load_state_dict(state)
+
+
+def test_b10_overlong_prompt_is_skipped_never_cut(processor):
+    """Its image tokens count; one token less room and the row is gone, whole."""
+    image = Image.new("RGB", (112, 112))
+    row = {"image": image, "problem": "Detect every red.", "solution": "<answer>a</answer>"}
+    samples = SampleDataset(datasets.Dataset.from_list([row]))
+    whole = PromptSource(samples, processor).load(0)
+    length = len(whole.input_ids)
+    num_image_tokens = int((whole.input_ids == processor.image_token_id).sum())
+    assert num_image_tokens == int(whole.image_grid_thw.prod()) // 4 == 16
+    kept = PromptSource(samples, processor, max_prompt_length=length).load(0)
+    assert torch.equal(kept.input_ids, whole.input_ids)
+    skipped = PromptSource(samples, processor, max_prompt_length=length - 1).load(0)
+    assert isinstance(skipped, BadRow)
+    assert f"{length} tokens" in skipped.reason
+    assert f"--max_prompt_length {length - 1}" in skipped.reason

@@ -46,6 +46,18 @@ def test_two_ranks_equal_one_rank_with_twice_the_batch(tmp_path, one_rank, stage
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
+def test_lora_under_zero3_equals_one_plain_rank(tmp_path):
+    """With gradient checkpointing, and the model without its adapter as the reference."""
+    one = steps(tmp_path, stage=-1, processes=1, batch=8, kind="lora")
+    two = steps(tmp_path, stage=3, processes=2, batch=4, kind="lora")
+    assert one[0].keys() == two[0].keys() and largest_difference(one[0], two[0]) == 0
+    assert largest_difference(one[0], one[1]) > 1e-4
+    assert largest_difference(one[1], two[1]) <= 1e-5
+    for ours, theirs in zip(two[2], one[2], strict=True):
+        for name in ("loss", "reward", "kl", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
+
+
 @pytest.mark.parametrize("stage", [3])
 def test_a_rank_without_images_hangs_nobody(tmp_path, stage):
     start, end, _ = steps(tmp_path, stage=stage, processes=2, batch=4, kind="mixed")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from virft_fast.config import TRAIN_GROUPS, EvalConfig, known_flags
 from virft_fast.tasks import REWARDS
@@ -92,7 +94,7 @@ def test_visual_rfts_launch_line_is_accepted(path):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=by_name)
-def test_scripts_parse_and_name_files_that_exist(path):
+def test_b16_scripts_parse_and_name_files_that_exist(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
     for name in re.findall(r"configs/[\w.]+\w", path.read_text()):
         assert (ROOT / name).is_file(), name
@@ -144,3 +146,24 @@ def test_architecture_draws_the_house_as_it_is():
     built = {str(path.relative_to(ROOT)) for path in (ROOT / "virft_fast").rglob("*.py")}
     assert built - drawn == set()
     assert {path for path in drawn if not (ROOT / path).exists()} == set()
+
+
+def test_b15_releases_are_required_and_the_tested_ones_are_among_them():
+    """No commit of another project is pinned; any release in the range will do."""
+    required = {}
+    for line in metadata.requires("virft_fast"):
+        if "extra ==" in line:
+            continue
+        requirement = Requirement(line)
+        assert requirement.url is None and requirement.specifier
+        assert all(part.operator == ">=" for part in requirement.specifier), line
+        required[requirement.name] = requirement.specifier
+    pinned = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            assert requirement.url is None
+            (part,) = requirement.specifier
+            pinned[requirement.name] = part.version
+    for name in ("torch", "transformers", "deepspeed", "datasets", "accelerate"):
+        assert pinned[name] in required[name]

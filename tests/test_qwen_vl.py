@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import CPU, make_prompts, make_sample
 
+from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import (
     Policy,
     add_lora,
@@ -121,7 +122,7 @@ def test_special_tokens_and_unused_rows_are_banned(processor):
     assert processor.tokenizer.convert_tokens_to_ids("<answer>") not in banned
 
 
-def test_checkpoints_sampling_defaults_are_set_aside(tmp_path):
+def test_b13_checkpoints_sampling_defaults_are_set_aside(tmp_path):
     folder = tmp_path / "greedy"
     shutil.copytree(resolve_model_path("tiny"), folder)
     (folder / "generation_config.json").write_text(
@@ -227,3 +228,14 @@ def test_batch_of_one_and_prompt_alone_agree(policy, processor, completions):
         alone, _ = policy(collate(policy, [short], (ids[:G], mask[:G])))
     valid = mask[:G]
     torch.testing.assert_close(together[:G][valid], alone[valid], rtol=0, atol=1e-5)
+
+
+def test_b17_evaluation_sees_images_as_training_did(tmp_path):
+    """The image size of training is saved with the model, and evaluation takes it from there."""
+    load_processor("tiny", min_pixels=56 * 56, max_pixels=56 * 84).save_pretrained(tmp_path)
+    sample = make_sample(0, [(300, 200)])
+    trained = encode_prompt(load_processor("tiny", max_pixels=56 * 84), sample)
+    evaluated = encode_prompt(load_processor(str(tmp_path)), sample)
+    assert torch.equal(trained.pixel_values, evaluated.pixel_values)
+    assert torch.equal(trained.input_ids, evaluated.input_ids)
+    assert int(evaluated.image_grid_thw.prod()) * 14 * 14 <= 56 * 84

@@ -88,7 +88,7 @@ def test_no_banned_token_is_drawn_even_when_the_model_wants_it(processor, prompt
     assert image_token not in out.completion_ids
 
 
-def test_draws_follow_the_softmax():
+def test_b13_draws_follow_the_softmax():
     """20,000 draws of one row: each share within 5 standard errors of its probability."""
     scores = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]])
     draw = _RowGumbel(seed=0, first_row=0, num_rows=1, device=CPU)

@@ -19,22 +19,25 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from virft_fast.data.demo import build_demo
 from virft_fast.models.processing import load_processor
+from virft_fast.models.tiny import TINY_PATH
 from virft_fast.train import main, parse_args
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--max_completion_length", "12", "--num_generations", "2", "--learning_rate", "1e-3"]
+TINY_WEIGHTS = TINY_PATH / "model.safetensors"
+# Answers to digits have ten tokens, and four of them seldom agree: there is a gradient.
+SMALL = ["--max_completion_length", "12", "--num_generations", "4", "--learning_rate", "1e-3"]
 
 
 @pytest.fixture(scope="session")
-def shapes(tmp_path_factory):
+def digits(tmp_path_factory):
     """A small demo data set on disk."""
-    path = tmp_path_factory.mktemp("data") / "shapes"
-    build_demo("shapes_detection", path, num_train=24, num_test=8)
+    path = tmp_path_factory.mktemp("data") / "digits"
+    build_demo("digits_classification", path, num_train=24, num_test=8)
     return path
 
 
-def arguments(shapes, output_dir, *more):
-    return ["--dataset_name", shapes, "--output_dir", output_dir, *SMALL, *map(str, more)]
+def arguments(digits, output_dir, *more):
+    return ["--dataset_name", digits, "--output_dir", output_dir, *SMALL, *map(str, more)]
 
 
 def fails(capsys, *argv):
@@ -51,13 +54,13 @@ def comparable(path):
     ]
 
 
-def test_visual_rft_launch_line_on_two_ranks_with_zero3(shapes, tmp_path):
+def test_visual_rft_launch_line_on_two_ranks_with_zero3(digits, tmp_path):
     """Visual-RFT's own flags, only the program replaced; on the CPU, so without bf16 kernels."""
     out = tmp_path / "run"
     done = run(
         "--output_dir", out,
         "--model_name_or_path", "tiny",
-        "--dataset_name", shapes,
+        "--dataset_name", digits,
         "--deepspeed", ROOT / "configs/zero3.json",
         "--max_prompt_length", 1024,
         "--per_device_train_batch_size", 1,
@@ -79,22 +82,29 @@ def test_visual_rft_launch_line_on_two_ranks_with_zero3(shapes, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "using sdpa instead" in done.stderr
     assert len(read_jsonl(out / "metrics.jsonl")) == 6  # 24 rows, 4 prompts a step
-    model = Qwen2VLForConditionalGeneration.from_pretrained(out, dtype=torch.float32)
+    model, loading = Qwen2VLForConditionalGeneration.from_pretrained(
+        out, dtype=torch.float32, output_loading_info=True
+    )
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
     assert all(p.isfinite().all() for p in model.parameters())
-    assert load_processor(str(out)).tokenizer.padding_side == "left"
+    # The names of Qwen's own checkpoints, which other programs expect.
+    assert load_file(out / "model.safetensors").keys() == load_file(TINY_WEIGHTS).keys()
+    processor = load_processor(str(out))
+    assert processor.tokenizer.padding_side == "left"
+    assert processor.image_processor.size["longest_edge"] == 401408
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_and_resumed_run_equals_the_uninterrupted_one(shapes, tmp_path, processes):
+def test_b14_killed_and_resumed_run_equals_the_uninterrupted_one(digits, tmp_path, processes):
     """kill -9 in the middle, resume from the last checkpoint: same records, same weights."""
     more = ["--max_steps", 8, "--save_steps", 2, "--logging_steps", 3, "--eval_samples", 4]
     if processes == 2:
         more += ["--deepspeed", ROOT / "configs/zero3.json"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = run(*arguments(shapes, whole, *more), processes=processes)
+    done = run(*arguments(digits, whole, *more), processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
     child = subprocess.Popen(
-        command(*arguments(shapes, broken, *more), processes=processes),
+        command(*arguments(digits, broken, *more), processes=processes),
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -109,7 +119,7 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(shapes, tmp_path, p
     child.wait()
     assert not (broken / "summary.json").exists()
     done = run(
-        *arguments(shapes, broken, *more, "--resume_from_checkpoint", "latest"),
+        *arguments(digits, broken, *more, "--resume_from_checkpoint", "latest"),
         processes=processes,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -119,6 +129,9 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(shapes, tmp_path, p
     for name in ("model.safetensors", "checkpoint-8/model.safetensors"):
         a, b = load_file(whole / name), load_file(broken / name)
         assert all(torch.equal(a[key], b[key]) for key in a)
+    start = load_file(TINY_WEIGHTS)
+    assert a.keys() == start.keys()
+    assert not all(torch.equal(a[key], start[key]) for key in a)  # there was something to repeat
     if processes == 1:
         a, b = (torch.load(p / "checkpoint-8/engine/state.pt", weights_only=True)
                 for p in (whole, broken))  # fmt: skip
@@ -129,10 +142,10 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(shapes, tmp_path, p
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signal_finishes_the_step_saves_and_exits_0(shapes, tmp_path, number):
+def test_signal_finishes_the_step_saves_and_exits_0(digits, tmp_path, number):
     out = tmp_path / "run"
     child = subprocess.Popen(
-        command(*arguments(shapes, out, "--max_steps", 10000, "--save_steps", 0)),
+        command(*arguments(digits, out, "--max_steps", 10000, "--save_steps", 0)),
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
@@ -151,7 +164,7 @@ def test_signal_finishes_the_step_saves_and_exits_0(shapes, tmp_path, number):
     assert (saved / "engine/state.pt").is_file()
 
 
-def test_lora_with_tensorboard_and_custom_reward(shapes, tmp_path, capsys):
+def test_lora_with_tensorboard_and_custom_reward(digits, tmp_path, capsys):
     reward = tmp_path / "mine.py"
     reward.write_text(
         "def short(prompts, completions, solution, **columns):\n"
@@ -160,7 +173,7 @@ def test_lora_with_tensorboard_and_custom_reward(shapes, tmp_path, capsys):
     )
     out = tmp_path / "run"
     argv = arguments(
-        shapes, out, "--max_steps", 2, "--use_peft", "--report_to", "tensorboard",
+        digits, out, "--max_steps", 2, "--use_peft", "--report_to", "tensorboard",
         "--reward_funcs", "format", f"{reward}:short", "--reward_weights", 1, 0.5,
         "--log_completions_steps", 1, "--freeze_vision_tower",
     )  # fmt: skip
@@ -177,19 +190,50 @@ def test_lora_with_tensorboard_and_custom_reward(shapes, tmp_path, capsys):
     assert Qwen2VLForConditionalGeneration.from_pretrained(out) is not None
 
 
-def test_reward_that_raises_stops_the_run_with_its_traceback(shapes, tmp_path):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--bf16"],
+        ["--bf16", "--use_peft", "--gradient_checkpointing", "--deepspeed", "configs/zero2.json"],
+        ["--freeze_vision_tower", "--gradient_checkpointing", "--loss_type", "dr_grpo", "--beta",
+         "0", "--num_iterations", "2", "--deepspeed", "configs/zero3.json"],
+    ],
+    ids=["bf16", "bf16-lora-zero2", "frozen-tower-zero3"],
+)  # fmt: skip
+def test_combinations_train(digits, tmp_path, flags):
+    out = tmp_path / "run"
+    flags = [ROOT / flag if flag.startswith("configs/") else flag for flag in flags]
+    more = ["--max_steps", 2, "--per_device_train_batch_size", 4, "--report_to", "tensorboard"]
+    done = run(*arguments(digits, out, *more, *flags))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(out.rglob("events.out.tfevents.*"))
+    records = read_jsonl(out / "metrics.jsonl")
+    assert len(records) == 2 and records[-1]["skipped_steps"] == 0
+    assert all(record["loss"] is not None and record["grad_norm"] > 0 for record in records)
+    if "--use_peft" in flags:
+        adapter = load_file(out / "adapter_model.safetensors")
+        assert all(b.any() for name, b in adapter.items() if "lora_B" in name)  # they start at 0
+        return
+    trained, start = load_file(out / "model.safetensors"), load_file(TINY_WEIGHTS)
+    moved = {name for name in start if not torch.equal(start[name], trained[name])}
+    assert "model.embed_tokens.weight" in moved
+    if "--freeze_vision_tower" in flags:
+        assert not any("visual" in name for name in moved)
+
+
+def test_reward_that_raises_stops_the_run_with_its_traceback(digits, tmp_path):
     reward = tmp_path / "mine.py"
     reward.write_text("def broken(completions, **columns):\n    return [1 / 0]\n")
-    argv = arguments(shapes, tmp_path / "run", "--max_steps", 1)
+    argv = arguments(digits, tmp_path / "run", "--max_steps", 1)
     done = run(*argv, "--reward_funcs", f"{reward}:broken")
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr and "return [1 / 0]" in done.stderr
     assert "the sample is" in done.stderr
 
 
-def test_dry_run_prints_and_writes_nothing(shapes, tmp_path, capsys):
+def test_dry_run_prints_and_writes_nothing(digits, tmp_path, capsys):
     out = tmp_path / "run"
-    assert main([str(a) for a in arguments(shapes, out, "--dry_run")]) == 0
+    assert main([str(a) for a in arguments(digits, out, "--dry_run")]) == 0
     shown = capsys.readouterr().out
     for text in ("learning_rate", "vision tower", "MiB", "<|im_start|>user", "0 problems"):
         assert text in shown
@@ -240,8 +284,8 @@ def test_fewer_than_two_generations(capsys):
     assert "at least 2" in fails(capsys, "--num_generations", 1)
 
 
-def test_missing_model(shapes, tmp_path, capsys):
-    argv = arguments(shapes, tmp_path / "o", "--model_name_or_path", tmp_path / "nothing")
+def test_missing_model(digits, tmp_path, capsys):
+    argv = arguments(digits, tmp_path / "o", "--model_name_or_path", tmp_path / "nothing")
     text = fails(capsys, *argv)
     assert "--model_name_or_path" in text and "expected" in text
 
@@ -261,8 +305,8 @@ def test_missing_column_and_empty_dataset(tmp_path, capsys):
     )
 
 
-def test_output_dir_with_a_run_is_refused_then_overwritten(shapes, tmp_path, capsys):
-    argv = arguments(shapes, tmp_path / "run", "--max_steps", 1)
+def test_output_dir_with_a_run_is_refused_then_overwritten(digits, tmp_path, capsys):
+    argv = arguments(digits, tmp_path / "run", "--max_steps", 1)
     kept = tmp_path / "run" / "notes.txt"
     assert main([str(a) for a in argv]) == 0
     kept.write_text("mine")
@@ -275,13 +319,13 @@ def test_output_dir_with_a_run_is_refused_then_overwritten(shapes, tmp_path, cap
     assert kept.read_text() == "mine"
 
 
-def test_nothing_to_resume(shapes, tmp_path, capsys):
-    argv = arguments(shapes, tmp_path / "o", "--resume_from_checkpoint", "latest")
+def test_nothing_to_resume(digits, tmp_path, capsys):
+    argv = arguments(digits, tmp_path / "o", "--resume_from_checkpoint", "latest")
     assert "got none" in fails(capsys, *argv)
 
 
-def test_resume_with_other_flags_is_refused(shapes, tmp_path, capsys):
-    argv = arguments(shapes, tmp_path / "run", "--max_steps", 1, "--save_steps", 1)
+def test_resume_with_other_flags_is_refused(digits, tmp_path, capsys):
+    argv = arguments(digits, tmp_path / "run", "--max_steps", 1, "--save_steps", 1)
     assert main([str(a) for a in argv]) == 0
     capsys.readouterr()
     more = ["--resume_from_checkpoint", "latest", "--per_device_train_batch_size", 2]

@@ -3,7 +3,8 @@
     torchrun --nproc_per_node W two_ranks.py OUT STAGE BATCH KIND
 
 STAGE is a ZeRO stage, or -1 for the plain engine; BATCH is this rank's number of prompts; KIND is
-`images`, `mixed` (rank 1 has text only) or `nan` (rank 1 alone gets a loss that is not finite).
+`images`, `mixed` (rank 1 has text only), `nan` (rank 1 alone gets a loss that is not finite) or
+`lora` (an adapter is trained, with gradient checkpointing and the adapter off as the reference).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from virft_fast.engine import (
 )
 from virft_fast.grpo import TrainState, train_step
 from virft_fast.models.processing import load_processor
-from virft_fast.models.qwen_vl import Policy, load_model
+from virft_fast.models.qwen_vl import Policy, add_lora, load_model
 from virft_fast.models.tiny import resolve_model_path
 from virft_fast.rollout.hf import HFRollout
 
@@ -52,6 +53,16 @@ def reward(prompts, completions, **columns):
     return letter_count(prompts, completions)
 
 
+def make_policy(kind):
+    model = load_model("tiny").train()
+    if kind == "lora":
+        torch.manual_seed(0)  # of the adapter
+        model = add_lora(model, r=4, alpha=8, target_modules=["q_proj", "down_proj"])
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+    return Policy(model)
+
+
 out, stage, batch, kind = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 torch.set_num_threads(1)
 dist.init()
@@ -68,7 +79,8 @@ CONFIG, settings = resolve_deepspeed_config(
     world_size=dist.world_size(),
 )
 alive = prepare_deepspeed(CONFIG, CPU) if stage >= 0 else None
-policy, reference = Policy(load_model("tiny").train()), Policy(load_model("tiny"))
+policy = make_policy(kind)
+reference = None if kind == "lora" else Policy(load_model("tiny"))
 del alive
 engine, config = make_engine(stage, policy, settings)
 grpo = GRPOConfig(num_generations=2, max_completion_length=6, beta=0.1, loss_type="dapo")
@@ -76,7 +88,7 @@ state = TrainState(
     config=grpo,
     policy=policy,
     engine=engine,
-    reference=make_reference(reference, engine, config),
+    reference=make_reference(reference, engine, config) if reference else engine.forward,
     rollout=HFRollout(policy, processor.tokenizer, device=CPU, gathered=engine.gathered),
     pad_token_id=processor.tokenizer.pad_token_id,
     reward_funcs=[("letters", reward)],

@@ -337,6 +337,9 @@ def prepare_deepspeed(config: dict[str, Any], device: torch.device) -> Any:
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        # What a launcher would have set; DeepSpeed reads it without asking whether it is there.
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+            os.environ.setdefault(name, value)
     deepspeed.init_distributed(verbose=False)
     if zero_stage(config) < 3:
         return None

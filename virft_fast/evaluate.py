@@ -20,6 +20,7 @@ from virft_fast.config import EvalConfig, known_flags, unknown_flag_message
 from virft_fast.data import BadRow, BadRows, SampleDataset, TooManyBadRows, load_rows
 from virft_fast.data.prompts import PromptSource
 from virft_fast.evaluation.scoring import Evaluation, evaluate_rewards
+from virft_fast.metrics import null_for_nan
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import Policy, load_model
 from virft_fast.models.tiny import resolve_model_path
@@ -100,7 +101,7 @@ def write(config: EvalConfig, result: Evaluation, task: str, num_bad_rows: int) 
     path = output_path(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in result.records)
+        file.writelines(json.dumps(null_for_nan(record)) + "\n" for record in result.records)
     summary = {
         "means": result.means,
         "task": task,
@@ -109,7 +110,7 @@ def write(config: EvalConfig, result: Evaluation, task: str, num_bad_rows: int) 
         "config": asdict(config),
     }
     summary_path = path.with_suffix(".summary.json")
-    summary_path.write_text(json.dumps(summary, indent=1) + "\n")
+    summary_path.write_text(json.dumps(null_for_nan(summary), indent=1) + "\n")
     print(f"{task}, {len(result.records)} samples of {config.dataset_name} ({config.split})")
     width = max(map(len, result.means), default=0)
     for name, value in result.means.items():

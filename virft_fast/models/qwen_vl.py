@@ -99,6 +99,9 @@ def load_model(
         dtype=dtype,
         attn_implementation=usable_attention(attn_implementation),
     )
+    # Loaded under ZeRO-3 a model remembers every renaming that could have been needed, and would be
+    # saved under names with a prefix too many; without the memory it is saved as Qwen names it.
+    vars(model).pop("_weight_conversions", None)
     # A checkpoint's sampling defaults (Qwen ships a near-greedy temperature) must never steer a
     # rollout, so they are set aside; they go back into what we save.
     model.shipped_generation_config = model.generation_config
