@@ -1,0 +1,177 @@
+// One-to-one assignment of rows to columns that makes the summed worth largest, for host and device.
+// No torch.
+//
+// Worth is >= 0, and a pair worth 0 is no pair: each row may as well stay alone. That makes the
+// problem sparse wherever boxes don't overlap, and lets a search end early.
+//
+// Shortest augmenting paths with a greedy start: Jonker and Volgenant 1987; the bookkeeping follows
+// Crouse 2016, doi:10.1109/TAES.2016.140952. Dual prices u (rows) and v (columns) are >= 0 and keep
+// every reduced cost u[r] + v[c] - worth[r][c] >= 0. Of equal columns the first is taken.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "box_iou.h"
+
+namespace virft_fast {
+
+// Scratch for one problem: `rows` <= `cols`, both padded as `width` says.
+template <typename T>
+struct Workspace {
+  T* worth;          // (rows, width), padding 0
+  T* u;              // (rows)
+  T* v;              // (width)
+  T* key;            // (width) distance of a column that the search has not reached, else inf
+  T* price;          // (width) v, or inf for a column that the search has passed
+  int32_t* from;     // (width) the row before it on the shortest path
+  int32_t* row_of;   // (width) -1 where free
+  int32_t* col_of;   // (rows) -1 where alone
+  int32_t* passed;   // (rows) columns in the order the search passed them
+  T* passed_at;      // (rows) their distances
+};
+
+// Elements of T and of int32 that a Workspace points into.
+constexpr int64_t workspace_reals(int64_t rows, int64_t width) {
+  return rows * width + 2 * rows + 3 * width;
+}
+constexpr int64_t workspace_ints(int64_t rows, int64_t width) { return 2 * width + 2 * rows; }
+
+template <typename T>
+VIRFT_HOST_DEVICE Workspace<T> make_workspace(T* reals, int32_t* ints, int64_t rows,
+                                              int64_t width) {
+  Workspace<T> w;
+  w.worth = reals;
+  w.v = w.worth + rows * width;
+  w.key = w.v + width;
+  w.price = w.key + width;
+  w.u = w.price + width;
+  w.passed_at = w.u + rows;
+  w.from = ints;
+  w.row_of = w.from + width;
+  w.col_of = w.row_of + width;
+  w.passed = w.col_of + rows;
+  return w;
+}
+
+// Puts `start` into the matching along the cheapest path; a row on the path, `start` itself maybe,
+// is left alone if that costs less than any free column.
+template <typename T, int kWidth>
+VIRFT_HOST_DEVICE void augment(const Workspace<T>& w, int start, int width_given) {
+  const int width = kWidth ? kWidth : width_given;
+  const T inf = std::numeric_limits<T>::infinity();
+  for (int c = 0; c < width; ++c) {
+    w.key[c] = inf;
+    w.price[c] = w.v[c];
+  }
+  T alone_at = inf;  // distance of the cheapest row to leave alone
+  int alone = start, row = start, num_passed = 0, sink = -1;
+  T reached = 0, lowest = 0;
+  while (true) {
+    const T base = reached + w.u[row];
+    if (base < alone_at) {
+      alone_at = base;
+      alone = row;
+    }
+    const T* worth = w.worth + int64_t(row) * width;
+    lowest = inf;
+#pragma omp simd reduction(min : lowest)
+    for (int c = 0; c < width; ++c) {
+      const T distance = base + w.price[c] - worth[c];
+      const bool better = distance < w.key[c];
+      const T key = better ? distance : w.key[c];
+      w.key[c] = key;
+      w.from[c] = better ? row : w.from[c];
+      lowest = key < lowest ? key : lowest;
+    }
+    if (!(lowest < alone_at)) break;
+    int column = 0;
+    while (w.key[column] != lowest) ++column;
+    if (w.row_of[column] < 0) {
+      sink = column;
+      break;
+    }
+    w.passed[num_passed] = column;
+    w.passed_at[num_passed++] = lowest;
+    w.key[column] = w.price[column] = inf;
+    reached = lowest;
+    row = w.row_of[column];
+  }
+  const T total = sink < 0 ? alone_at : lowest;
+  w.u[start] -= total;
+  for (int i = 0; i < num_passed; ++i) {
+    const int column = w.passed[i];
+    const T gain = total - w.passed_at[i];
+    w.v[column] += gain;
+    w.u[w.row_of[column]] -= gain;
+  }
+  int column = sink;
+  if (sink < 0) {
+    column = w.col_of[alone];
+    w.col_of[alone] = -1;
+    if (alone == start) return;
+  }
+  while (true) {  // shift the pairs along the path back to its start
+    const int r = w.from[column];
+    const int before = w.col_of[r];
+    w.col_of[r] = column;
+    w.row_of[column] = r;
+    if (r == start) return;
+    column = before;
+  }
+}
+
+// Maximum-worth assignment; the answer is in col_of and row_of. kWidth: a compile-time width, or 0.
+template <typename T, int kWidth>
+VIRFT_HOST_DEVICE void assign_rows(const Workspace<T>& w, int rows, int width_given) {
+  const int width = kWidth ? kWidth : width_given;
+  for (int c = 0; c < width; ++c) {
+    w.v[c] = 0;
+    w.row_of[c] = -1;
+  }
+  bool waiting = false;
+  for (int r = 0; r < rows; ++r) {  // greedy start: each row its best column, if that is free
+    const T* worth = w.worth + int64_t(r) * width;
+    T best = 0;
+#pragma omp simd reduction(max : best)
+    for (int c = 0; c < width; ++c) best = worth[c] > best ? worth[c] : best;
+    w.u[r] = best;
+    w.col_of[r] = -1;
+    if (!(best > 0)) continue;
+    int column = 0;
+    while (column < width && (worth[column] != best || w.row_of[column] >= 0)) ++column;
+    if (column < width) {
+      w.row_of[column] = r;
+      w.col_of[r] = column;
+    } else {
+      waiting = true;
+    }
+  }
+  if (!waiting) return;
+  for (int r = 0; r < rows; ++r)
+    if (w.col_of[r] < 0 && w.u[r] > 0) augment<T, kWidth>(w, r, width);
+}
+
+// Rows in `order` take their best free column, the first of equals, if it is worth anything.
+template <typename T>
+VIRFT_HOST_DEVICE void greedy_rows(const T* worth, int rows, int cols, int64_t row_stride,
+                                   int64_t col_stride, const int32_t* order, int32_t* row_of,
+                                   int32_t* col_of) {
+  for (int c = 0; c < cols; ++c) row_of[c] = -1;
+  for (int i = 0; i < rows; ++i) {
+    const int r = order ? order[i] : i;
+    T best = 0;
+    int column = -1;
+    for (int c = 0; c < cols; ++c) {
+      const T value = worth[r * row_stride + c * col_stride];
+      if (row_of[c] < 0 && value > best) {
+        best = value;
+        column = c;
+      }
+    }
+    col_of[r] = column;
+    if (column >= 0) row_of[column] = r;
+  }
+}
+
+}  // namespace virft_fast
