@@ -121,6 +121,46 @@ VIRFT_HOST_DEVICE void augment(const Workspace<T>& w, int start, int width_given
   }
 }
 
+// Rows still waiting bid for their best column, at a price that leaves it no better than their
+// second best, and put out who had it (the augmenting row reduction of Jonker and Volgenant). Cheaper
+// than a search, which then has few rows left to place.
+template <typename T, int kWidth>
+VIRFT_HOST_DEVICE void bid(const Workspace<T>& w, int rows, int width_given) {
+  const int width = kWidth ? kWidth : width_given;
+  for (int first = 0, turns = 4 * rows; first < rows; ++first) {
+    int row = first;
+    while (row >= 0 && w.col_of[row] < 0 && w.u[row] > 0 && turns-- > 0) {
+      const T* worth = w.worth + int64_t(row) * width;
+      T best = 0;
+#pragma omp simd reduction(max : best)
+      for (int c = 0; c < width; ++c) {
+        const T gain = worth[c] - w.v[c];
+        w.key[c] = gain;
+        best = gain > best ? gain : best;
+      }
+      if (!(best > 0)) {
+        w.u[row] = 0;
+        break;
+      }
+      int column = 0;
+      while (w.key[column] != best) ++column;
+      w.key[column] = 0;
+      T second = 0;
+#pragma omp simd reduction(max : second)
+      for (int c = 0; c < width; ++c) second = w.key[c] > second ? w.key[c] : second;
+      const int other = w.row_of[column];
+      w.u[row] = second;
+      if (other >= 0 && !(second < best)) break;  // a tie: the search decides
+      w.v[column] += best - second;
+      w.row_of[column] = row;
+      w.col_of[row] = column;
+      if (other < 0) break;
+      w.col_of[other] = -1;
+      row = other;
+    }
+  }
+}
+
 // Maximum-worth assignment; the answer is in col_of and row_of. kWidth: a compile-time width, or 0.
 template <typename T, int kWidth>
 VIRFT_HOST_DEVICE void assign_rows(const Workspace<T>& w, int rows, int width_given) {
@@ -148,6 +188,7 @@ VIRFT_HOST_DEVICE void assign_rows(const Workspace<T>& w, int rows, int width_gi
     }
   }
   if (!waiting) return;
+  bid<T, kWidth>(w, rows, width);
   for (int r = 0; r < rows; ++r)
     if (w.col_of[r] < 0 && w.u[r] > 0) augment<T, kWidth>(w, r, width);
 }
