@@ -40,10 +40,10 @@ from virft_fast.data.demo import (
     digits,
     shapes,
 )
+from virft_fast.models.processing import build_tiny_processor
 from virft_fast.models.qwen_vl import Policy, encode_prompt
 from virft_fast.models.tiny import (
     build_config,
-    build_processor,
     build_tokenizer,
     tokenizer_corpus,
 )
@@ -195,7 +195,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     tokenizer = build_tokenizer(corpus())
-    processor = build_processor(tokenizer)
+    processor = build_tiny_processor(tokenizer)
     glyphs = digit_glyphs()
     shape_examples = shapes(SHAPES_SEED)
     digit_pool = Pool(digits(DIGITS_SEED, glyphs["train"]), 6_000, processor)

@@ -28,8 +28,6 @@ ONLY_IN = {
     "transformers.HfArgumentParser": {room for room, layer in LAYERS.items() if layer == 4},
     f"{PACKAGE}._C": {"matching.assign"},
 }
-# `build_processor`, which only the maker of the embedded model calls, imports its own importer.
-KNOWN_CYCLES = {frozenset({"models.processing", "models.tiny"})}
 
 
 class Import(NamedTuple):
@@ -129,7 +127,7 @@ def violations(root: Path) -> list[str]:
         for where, here, target in on_import
         if target in loads_triton and here not in loads_triton
     ]
-    found += [f"{sorted(names)} import each other" for names in cycles(edges) - KNOWN_CYCLES]
+    found += [f"{sorted(names)} import each other" for names in cycles(edges)]
     return found + [f"{sorted(names)} import each other" for names in cycles(rooms)]
 
 

@@ -208,5 +208,5 @@ def test_the_warm_start_is_miscalibrated_but_not_ignorant(processor):
     boxes = list(itertools.islice(shapes(21), 32))
     assert 0.12 < greedy_reward(processor, boxes, "accuracy_iou") < 0.5
     assert greedy_reward(processor, boxes, "format") > 0.9
-    words = list(itertools.islice(digits(21, digit_glyphs()["test"]), 32))
-    assert 0.1 < greedy_reward(processor, words, "accuracy") < 0.65
+    words = list(itertools.islice(digits(21, digit_glyphs()["test"]), 128))
+    assert 0.3 < greedy_reward(processor, words, "accuracy") < 0.8  # clean: 0.94

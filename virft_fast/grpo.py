@@ -9,7 +9,6 @@ that a microbatch counts prompts, so that a group is never split.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -24,7 +23,7 @@ from virft_fast.batch import Prompt, Rollouts
 from virft_fast.config import GRPOConfig
 from virft_fast.engine import DeepSpeedEngine, PlainEngine
 from virft_fast.kernels import GRPOLoss, group_advantages
-from virft_fast.metrics import reduce_metrics
+from virft_fast.metrics import null_for_nan, reduce_metrics
 from virft_fast.models.qwen_vl import ModelInputs, Policy
 from virft_fast.rollout import Rollout, Sampling
 from virft_fast.tasks import score
@@ -137,7 +136,11 @@ def train_step(
     _rollout_stats(stats, state, rollouts, rewards_per_func, rewards)
     state.step += 1
     metrics = _finish(state, stats, rollouts, learning_rate, applied, start)
-    return metrics, _records(state, rollouts, rewards_per_func, advantages)
+    names = [name for name, _ in state.reward_funcs]
+    records = completion_records(rollouts, names, rewards_per_func)
+    for record, advantage in zip(records, advantages.tolist(), strict=True):
+        record["advantage"] = advantage
+    return metrics, records
 
 
 def score_rollouts(state: TrainState, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
@@ -361,26 +364,20 @@ def _finish(
     return metrics
 
 
-def _records(
-    state: TrainState, rollouts: Rollouts, rewards_per_func: Tensor, advantages: Tensor
+def completion_records(
+    rollouts: Rollouts, names: Sequence[str], rewards: Tensor
 ) -> list[dict[str, Any]]:
-    """One line of completions.jsonl for each of the N completions."""
-    names = [name for name, _ in state.reward_funcs]
+    """What is written down of each of the N completions; `rewards` (N, len(names)), NaN as None."""
     records = []
-    for row, text in enumerate(rollouts.texts):
+    for row, (text, values) in enumerate(zip(rollouts.texts, rewards.tolist(), strict=True)):
         prompt = rollouts.prompts[row // rollouts.num_generations]
-        values = rewards_per_func[row].tolist()
         records.append(
             {
                 "index": prompt.sample.index,
                 "prompt": prompt.text,
                 "completion": text,
                 "solution": prompt.sample.solution,
-                "rewards": {
-                    name: None if math.isnan(value) else value
-                    for name, value in zip(names, values, strict=True)
-                },
-                "advantage": float(advantages[row]),
+                "rewards": null_for_nan(dict(zip(names, values, strict=True))),
             }
         )
     return records

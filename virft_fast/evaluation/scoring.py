@@ -16,7 +16,7 @@ import torch
 from virft_fast import dist
 from virft_fast.batch import Prompt
 from virft_fast.data import BadRow, BadRows
-from virft_fast.grpo import reward_arguments
+from virft_fast.grpo import completion_records, reward_arguments
 from virft_fast.matching import match_boxes, pad_boxes
 from virft_fast.rollout import Rollout, Sampling
 from virft_fast.tasks import parse_detection, score
@@ -54,6 +54,7 @@ def evaluate_rewards(
     mine = list(indices[dist.rank() :: dist.world_size()])
     calls = math.ceil(len(indices) / dist.world_size() / batch_size)
     sampling = Sampling(max_completion_length=max_completion_length, greedy=True)
+    names = [name for name, _ in reward_funcs]
     records, bad = [], []
     spare: Prompt | None = None
     for call in range(calls):
@@ -64,14 +65,15 @@ def evaluate_rewards(
         spare = prompts[0] if prompts else spare or _first_usable(load, indices)
         rollouts = rollout.generate(prompts or [spare], 1, sampling)
         if prompts:
-            records += _records(rollouts, reward_funcs)
+            rewards, _ = score(reward_funcs, [1.0] * len(names), *reward_arguments(rollouts))
+            records += completion_records(rollouts, names, rewards)
         progress(min((call + 1) * batch_size, len(mine)))
     for part in dist.all_gather_object(bad):
         for row in part:
             bad_rows.add(row.index, row.reason)
     parts = dist.all_gather_object(records)
     records = sorted((r for part in parts for r in part), key=lambda record: record["index"])
-    means = _means(records, [name for name, _ in reward_funcs])
+    means = _means(records, names)
     return Evaluation(means | task_measures(task, records), records)
 
 
@@ -81,26 +83,6 @@ def _first_usable(load: Callable[[int], Prompt | BadRow], indices: Sequence[int]
         if not isinstance(prompt, BadRow):
             return prompt
     raise ValueError("expected at least one usable row to evaluate, got none")
-
-
-def _records(rollouts: Any, reward_funcs: list[Any]) -> list[dict[str, Any]]:
-    weights = [1.0] * len(reward_funcs)
-    rewards, _ = score(reward_funcs, weights, *reward_arguments(rollouts))  # (N, R)
-    return [
-        {
-            "index": prompt.sample.index,
-            "prompt": prompt.text,
-            "completion": text,
-            "solution": prompt.sample.solution,
-            "rewards": {
-                name: None if math.isnan(value) else value
-                for (name, _), value in zip(reward_funcs, row, strict=True)
-            },
-        }
-        for prompt, text, row in zip(
-            rollouts.prompts, rollouts.texts, rewards.tolist(), strict=True
-        )
-    ]
 
 
 def _means(records: list[dict[str, Any]], names: list[str]) -> dict[str, float]:

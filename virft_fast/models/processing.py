@@ -15,7 +15,7 @@ from transformers import AutoProcessor, AutoTokenizer, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
-from virft_fast.models.tiny import resolve_model_path
+from virft_fast.models.tiny import CHAT_TEMPLATE, resolve_model_path
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 
@@ -88,6 +88,15 @@ def load_processor(
         )
     processor.image_processor.size = size
     return processor
+
+
+def build_tiny_processor(tokenizer: Any) -> Any:
+    """The embedded model's, with Qwen's PIL image processor, for images of 56x56 to 168x168
+    pixels."""
+    image_processor = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 56 * 56, "longest_edge": 168 * 168}
+    )
+    return ImageOnlyQwen2VLProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
 def _load(name_or_path: str) -> Any:

@@ -138,18 +138,6 @@ def build_config(tokenizer: Any, *, initializer_range: float = 0.02) -> Any:
     )
 
 
-def build_processor(tokenizer: Any) -> Any:
-    """Processor with Qwen's PIL image processor, for images of 56x56 to 168x168 pixels."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    from virft_fast.models.processing import ImageOnlyQwen2VLProcessor
-
-    image_processor = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 56 * 56, "longest_edge": 168 * 168}
-    )
-    return ImageOnlyQwen2VLProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
-
-
 def tokenizer_corpus(problems: list[str], answers: list[str], *, seed: int = 0) -> list[str]:
     """Lines for `build_tokenizer`: what the tasks ask and answer, and the chat's own words."""
     rng = random.Random(seed)
