@@ -1,16 +1,20 @@
 #include "batch.h"
 
 #include <algorithm>
+#include <limits>
 #include <memory>
 #include <numeric>
 
 #include "assignment.h"
 
 // One binary for all x86-64 machines: the loader picks the version for the CPU it runs on.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__) && \
-    !defined(VIRFT_NO_MULTIVERSIONING)
+// Not under sanitizers: the choice runs before their start-up code.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define VIRFT_MULTIVERSIONED 1
 #define VIRFT_MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
+#define VIRFT_MULTIVERSIONED 0
 #define VIRFT_MULTIVERSION
 #endif
 #define VIRFT_INLINE inline __attribute__((always_inline))
@@ -80,13 +84,14 @@ struct HeapScratch {
         ints(new int32_t[workspace_ints(rows, width)]) {}
 };
 
-// Positions of `count` scores, descending, equal ones in the order given, NaN last.
+// Positions of `count` scores, descending, equal ones in the order given, NaN as the lowest.
 void sort_descending(const double* scores, int64_t count, int32_t* order) {
+  const auto key = [scores](int32_t i) {
+    return scores[i] == scores[i] ? scores[i] : -std::numeric_limits<double>::infinity();
+  };
   std::iota(order, order + count, 0);
-  std::stable_sort(order, order + count, [scores](int32_t a, int32_t b) {
-    const bool a_is_nan = scores[a] != scores[a], b_is_nan = scores[b] != scores[b];
-    return a_is_nan || b_is_nan ? b_is_nan && !a_is_nan : scores[a] > scores[b];
-  });
+  std::stable_sort(order, order + count,
+                   [key](int32_t a, int32_t b) { return key(a) > key(b); });
 }
 
 template <typename T, int kWidth>
@@ -230,6 +235,14 @@ template <>
 void match_batch(const Problems<double>& p, const MatchOptions& options, int64_t* matches,
                  double* ious, int64_t begin, int64_t end) {
   match_double(p, options, matches, ious, begin, end);
+}
+
+const char* instructions() {
+#if VIRFT_MULTIVERSIONED
+  if (__builtin_cpu_supports("avx512f")) return "avx512f";
+  if (__builtin_cpu_supports("avx2")) return "avx2";
+#endif
+  return "baseline";
 }
 
 }  // namespace virft_fast

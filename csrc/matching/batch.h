@@ -34,4 +34,7 @@ template <typename T>
 void match_batch(const Problems<T>& problems, const MatchOptions& options, int64_t* matches,
                  T* ious, int64_t begin, int64_t end);
 
+// Which version of the code this machine runs: "avx512f", "avx2" or "baseline".
+const char* instructions();
+
 }  // namespace virft_fast

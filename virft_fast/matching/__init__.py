@@ -1,10 +1,9 @@
 """Boxes: formats and coordinate spaces, pairwise IoU, and one-to-one matching of many problems."""
 
-from virft_fast.matching.assign import match_boxes
+from virft_fast.matching.assign import is_native, match_boxes, pairwise_iou
 from virft_fast.matching.boxes import (
     cxcywh_to_xyxy,
     pad_boxes,
-    pairwise_iou,
     rescale_boxes,
     xywh_to_xyxy,
     xyxy_to_cxcywh,
@@ -13,6 +12,7 @@ from virft_fast.matching.boxes import (
 
 __all__ = [
     "cxcywh_to_xyxy",
+    "is_native",
     "match_boxes",
     "pad_boxes",
     "pairwise_iou",

@@ -1,14 +1,63 @@
-"""One-to-one assignment of predicted to true boxes, many small problems at a time."""
+"""Pairwise IoU and one-to-one assignment of many small problems, natively or by the reference.
+
+The native operators are in csrc/ and serve CPU and, where they were built with it, CUDA tensors.
+Without them the Python reference below gives the same answers, many times slower, and says so once.
+"""
 
 from __future__ import annotations
+
+import functools
+import warnings
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from virft_fast.matching.boxes import check_problem, pairwise_iou
+from virft_fast.matching.boxes import IOU_KINDS, check_counts, check_problem, iou_reference
 
 METHODS = ("hungarian", "greedy")
+
+try:
+    from virft_fast import _C
+except ImportError as error:  # not built, or built for another torch
+    _C, _WHY_NOT = None, str(error)
+
+
+def is_native(device: torch.device | str = "cpu") -> bool:
+    """Whether tensors on `device` are matched by the native operators there."""
+    if _C is None:
+        return False
+    return torch.device(device).type == "cpu" or _C.build_info()["cuda_archs"] != "none"
+
+
+def pairwise_iou(
+    pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor, *, kind: str = "iou"
+) -> Tensor:
+    """Intersection over union of every predicted with every true box of each problem.
+
+    Args:
+        pred: (N, K, 4) float32 xyxy, any one unit; rows past `num_pred` may hold anything.
+        gt: (N, M, 4), same dtype, unit and device; rows past `num_gt` may hold anything.
+        num_pred, num_gt: (N,) int64, 0 allowed.
+        kind: "iou", in [0, 1]; or "giou", in (-1, 1]: IoU less the share of the smallest enclosing
+            box that the union leaves empty.
+    Returns:
+        (N, K, M), the dtype of `pred`; exactly 0, for both kinds, where either box is degenerate
+        (inverted, without area, not finite) or past its count. float64 is accepted for oracles.
+    Raises:
+        ValueError: shapes, dtypes, devices, counts or `kind`; says what was expected and what came.
+    Not differentiable: boxes are parsed text. Source of giou: Rezatofighi et al. 2019,
+    arXiv:1902.09630, algorithm 1.
+    """
+    check_problem(pred, gt, num_pred, num_gt)
+    if kind not in IOU_KINDS:
+        raise ValueError(f"kind: expected one of {IOU_KINDS}, got {kind!r}")
+    if _C is None:
+        _say_once()
+        _check_all_counts(pred, gt, num_pred, num_gt)
+        return iou_reference(pred, gt, num_pred, num_gt, kind=kind)
+    problem = _prepared(pred, gt, num_pred, num_gt)
+    return torch.ops.virft_fast.pairwise_iou(*problem, kind == "giou").to(pred.device)
 
 
 def match_boxes(
@@ -48,14 +97,41 @@ def match_boxes(
     """
     check_problem(pred, gt, num_pred, num_gt)
     _check_options(pred, method, scores, min_iou)
-    ious = pairwise_iou(pred, gt, num_pred, num_gt)
-    worth = torch.where(ious > min_iou, ious, 0.0)  # (N, K, M)
-    order = _greedy_order(pred, scores) if method == "greedy" else None
-    matches = _assign(worth, num_pred, num_gt, order).to(pred.device)
-    if gt.shape[1] == 0:
-        return matches, torch.zeros_like(matches, dtype=pred.dtype)
-    matched_iou = worth.gather(2, matches.clamp(min=0)[..., None])[..., 0]
-    return matches, matched_iou.masked_fill(matches < 0, 0.0)
+    if _C is None:
+        _say_once()
+        _check_all_counts(pred, gt, num_pred, num_gt)
+        return match_reference(pred, gt, num_pred, num_gt, method, scores, min_iou)
+    problem = _prepared(pred, gt, num_pred, num_gt)
+    if scores is not None:
+        scores = scores.detach().to(problem[0].device, torch.float64).contiguous()
+    matches, ious = torch.ops.virft_fast.match_boxes(
+        *problem, scores, method == "greedy", float(min_iou)
+    )
+    return matches.to(pred.device), ious.to(pred.device)
+
+
+def _prepared(*problem: Tensor) -> list[Tensor]:
+    """Contiguous, and on the CPU where the operators were built without CUDA."""
+    device = problem[0].device
+    if device.type != "cpu":
+        _check_all_counts(*problem)  # the CPU's operators do it themselves
+    if not is_native(device):
+        device = torch.device("cpu")
+    return [tensor.detach().to(device).contiguous() for tensor in problem]
+
+
+def _check_all_counts(pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor) -> None:
+    check_counts("num_pred", num_pred, pred.shape[1])
+    check_counts("num_gt", num_gt, gt.shape[1])
+
+
+@functools.cache
+def _say_once() -> None:
+    warnings.warn(
+        "virft_fast: the native matcher is not there, the Python reference matches instead (same "
+        f"answers, many times slower): {_WHY_NOT}",
+        stacklevel=3,
+    )
 
 
 def _check_options(pred: Tensor, method: str, scores: Tensor | None, min_iou: float) -> None:
@@ -72,6 +148,26 @@ def _check_options(pred: Tensor, method: str, scores: Tensor | None, min_iou: fl
         )
     if scores.device != pred.device:
         raise ValueError(f"scores: expected on {pred.device} like pred, got {scores.device}")
+
+
+def match_reference(
+    pred: Tensor,
+    gt: Tensor,
+    num_pred: Tensor,
+    num_gt: Tensor,
+    method: str,
+    scores: Tensor | None,
+    min_iou: float,
+) -> tuple[Tensor, Tensor]:
+    """`match_boxes` with scipy, one problem after the other."""
+    ious = iou_reference(pred, gt, num_pred, num_gt)
+    worth = torch.where(ious > min_iou, ious, 0.0)  # (N, K, M)
+    order = _greedy_order(pred, scores) if method == "greedy" else None
+    matches = _assign(worth, num_pred, num_gt, order).to(pred.device)
+    if gt.shape[1] == 0:
+        return matches, torch.zeros_like(matches, dtype=pred.dtype)
+    matched_iou = worth.gather(2, matches.clamp(min=0)[..., None])[..., 0]
+    return matches, matched_iou.masked_fill(matches < 0, 0.0)
 
 
 def _greedy_order(pred: Tensor, scores: Tensor | None) -> np.ndarray:
@@ -121,3 +217,22 @@ def _greedy(worth: np.ndarray, order: np.ndarray) -> np.ndarray:
             matches[row] = best
             free[best] = False
     return matches
+
+
+if _C is not None:
+
+    @torch.library.register_fake("virft_fast::pairwise_iou")
+    def _(pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor, giou: bool) -> Tensor:
+        return pred.new_empty((pred.shape[0], pred.shape[1], gt.shape[1]))
+
+    @torch.library.register_fake("virft_fast::match_boxes")
+    def _(
+        pred: Tensor,
+        gt: Tensor,
+        num_pred: Tensor,
+        num_gt: Tensor,
+        scores: Tensor | None,
+        greedy: bool,
+        min_iou: float,
+    ) -> tuple[Tensor, Tensor]:
+        return num_pred.new_empty(pred.shape[:2]), pred.new_empty(pred.shape[:2])

@@ -92,28 +92,10 @@ def pad_boxes(boxes: Sequence[Any], *, dtype: torch.dtype = torch.float32) -> tu
     return padded, counts.to(device)
 
 
-def pairwise_iou(
+def iou_reference(
     pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor, *, kind: str = "iou"
 ) -> Tensor:
-    """Intersection over union of every predicted with every true box of each problem.
-
-    Args:
-        pred: (N, K, 4) float32 xyxy, any one unit; rows past `num_pred` may hold anything.
-        gt: (N, M, 4), same dtype, unit and device; rows past `num_gt` may hold anything.
-        num_pred, num_gt: (N,) int64, 0 allowed.
-        kind: "iou", in [0, 1]; or "giou", in (-1, 1]: IoU less the share of the smallest enclosing
-            box that the union leaves empty.
-    Returns:
-        (N, K, M), the dtype of `pred`; exactly 0, for both kinds, where either box is degenerate
-        (inverted, without area, not finite) or past its count. float64 is accepted for oracles.
-    Raises:
-        ValueError: shapes, dtypes, devices, counts or `kind`; says what was expected and what came.
-    Not differentiable: boxes are parsed text. Source of giou: Rezatofighi et al. 2019,
-    arXiv:1902.09630, algorithm 1.
-    """
-    check_problem(pred, gt, num_pred, num_gt)
-    if kind not in IOU_KINDS:
-        raise ValueError(f"kind: expected one of {IOU_KINDS}, got {kind!r}")
+    """`virft_fast.matching.pairwise_iou` in plain torch, for any device."""
     # float64 inside: products of float32 extents can neither overflow nor underflow.
     pred_valid = _valid_boxes(pred, num_pred)
     gt_valid = _valid_boxes(gt, num_gt)
@@ -133,10 +115,10 @@ def pairwise_iou(
 
 
 def check_problem(pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor) -> None:
-    """The input checks that every matching function shares.
+    """The input checks that every matching function shares, except `check_counts`.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, or a count is negative or past the padding.
+        ValueError: shapes, dtypes or devices disagree.
     """
     for name, boxes in (("pred", pred), ("gt", gt)):
         if boxes.ndim != 3 or boxes.shape[-1] != 4:
@@ -152,10 +134,20 @@ def check_problem(pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor) ->
             f"got {gt.shape[0]} of {gt.dtype} on {gt.device}; convert one to match the other"
         )
     for name, counts, boxes in (("num_pred", num_pred, pred), ("num_gt", num_gt, gt)):
-        _check_counts(name, counts, boxes)
+        _check_shape_of_counts(name, counts, boxes)
 
 
-def _check_counts(name: str, counts: Tensor, boxes: Tensor) -> None:
+def check_counts(name: str, counts: Tensor, most: int) -> None:
+    """Raises ValueError if a count is negative or past the padding; reads them, which a GPU waits
+    for."""
+    if bool(((counts < 0) | (counts > most)).any()):
+        raise ValueError(
+            f"{name}: expected counts in 0..{most}, got {counts.tolist()}; "
+            "a count can not exceed the padded number of boxes"
+        )
+
+
+def _check_shape_of_counts(name: str, counts: Tensor, boxes: Tensor) -> None:
     if counts.shape != boxes.shape[:1] or counts.dtype != torch.int64:
         raise ValueError(
             f"{name}: expected ({boxes.shape[0]},) int64, got {tuple(counts.shape)} "
@@ -164,12 +156,6 @@ def _check_counts(name: str, counts: Tensor, boxes: Tensor) -> None:
     if counts.device != boxes.device:
         raise ValueError(
             f"{name}: expected on {boxes.device} like its boxes, got {counts.device}; move it"
-        )
-    # Reading the values synchronises a GPU; the assignment needs them on the host anyway.
-    if bool(((counts < 0) | (counts > boxes.shape[1])).any()):
-        raise ValueError(
-            f"{name}: expected counts in 0..{boxes.shape[1]}, got {counts.tolist()}; "
-            "a count can not exceed the padded number of boxes"
         )
 
 
