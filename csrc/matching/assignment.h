@@ -59,12 +59,11 @@ VIRFT_HOST_DEVICE Workspace<T> make_workspace(T* reals, int32_t* ints, int64_t r
 template <typename T, int kWidth>
 VIRFT_HOST_DEVICE void augment(const Workspace<T>& w, int start, int width_given) {
   const int width = kWidth ? kWidth : width_given;
-  const T inf = std::numeric_limits<T>::infinity();
   for (int c = 0; c < width; ++c) {
-    w.key[c] = inf;
+    w.key[c] = kInfinity<T>;
     w.price[c] = w.v[c];
   }
-  T alone_at = inf;  // distance of the cheapest row to leave alone
+  T alone_at = kInfinity<T>;  // distance of the cheapest row to leave alone
   int alone = start, row = start, num_passed = 0, sink = -1;
   T reached = 0, lowest = 0;
   while (true) {
@@ -74,7 +73,7 @@ VIRFT_HOST_DEVICE void augment(const Workspace<T>& w, int start, int width_given
       alone = row;
     }
     const T* worth = w.worth + int64_t(row) * width;
-    lowest = inf;
+    lowest = kInfinity<T>;
 #pragma omp simd reduction(min : lowest)
     for (int c = 0; c < width; ++c) {
       const T distance = base + w.price[c] - worth[c];
@@ -93,7 +92,7 @@ VIRFT_HOST_DEVICE void augment(const Workspace<T>& w, int start, int width_given
     }
     w.passed[num_passed] = column;
     w.passed_at[num_passed++] = lowest;
-    w.key[column] = w.price[column] = inf;
+    w.key[column] = w.price[column] = kInfinity<T>;
     reached = lowest;
     row = w.row_of[column];
   }

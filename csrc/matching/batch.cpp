@@ -1,7 +1,6 @@
 #include "batch.h"
 
 #include <algorithm>
-#include <limits>
 #include <memory>
 #include <numeric>
 
@@ -87,7 +86,7 @@ struct HeapScratch {
 // Positions of `count` scores, descending, equal ones in the order given, NaN as the lowest.
 void sort_descending(const double* scores, int64_t count, int32_t* order) {
   const auto key = [scores](int32_t i) {
-    return scores[i] == scores[i] ? scores[i] : -std::numeric_limits<double>::infinity();
+    return scores[i] == scores[i] ? scores[i] : -kInfinity<double>;
   };
   std::iota(order, order + count, 0);
   std::stable_sort(order, order + count,

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #if defined(__CUDACC__)
 #define VIRFT_HOST_DEVICE __host__ __device__ __forceinline__
@@ -19,6 +20,9 @@
 #endif
 
 namespace virft_fast {
+
+template <typename T>
+inline constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 enum class IouKind : int { kIou = 0, kGiou = 1 };
 
