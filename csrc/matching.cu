@@ -154,7 +154,7 @@ __device__ void augment(const Table<T>& table, const State<T>& s, int start) {
   for (int c = Group::lane(); c < cols; c += kThreads) {
     s.key[c] = kInfinity<T>;
     s.price[c] = s.v[c];
-    s.passed_at[c] = -1;
+    s.passed_at[c] = kInfinity<T>;
   }
   Group::sync();
   T alone_at = kInfinity<T>, reached = 0, total = 0;
@@ -192,8 +192,8 @@ __device__ void augment(const Table<T>& table, const State<T>& s, int start) {
   }
   Group::sync();
   for (int c = Group::lane(); c < cols; c += kThreads) {
-    if (s.passed_at[c] >= 0) {
-      const T gain = total - s.passed_at[c];
+    if (s.passed_at[c] < kInfinity<T>) {
+      const T gain = total > s.passed_at[c] ? total - s.passed_at[c] : T(0);
       s.v[c] += gain;
       s.u[s.row_of[c]] -= gain;
     }

@@ -100,7 +100,8 @@ VIRFT_HOST_DEVICE void augment(const Workspace<T>& w, int start, int width_given
   w.u[start] -= total;
   for (int i = 0; i < num_passed; ++i) {
     const int column = w.passed[i];
-    const T gain = total - w.passed_at[i];
+    // Never below 0, not even by rounding: a price under 0 would make a pair of worth 0 attractive.
+    const T gain = total > w.passed_at[i] ? total - w.passed_at[i] : T(0);
     w.v[column] += gain;
     w.u[w.row_of[column]] -= gain;
   }

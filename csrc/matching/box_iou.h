@@ -37,7 +37,7 @@ VIRFT_HOST_DEVICE double greater(double a, double b) { return a > b ? a : b; }
 VIRFT_HOST_DEVICE bool is_finite(double x) { return x - x == 0.0; }
 
 VIRFT_HOST_DEVICE bool is_valid(const Box& b) {
-  return (b.x2 > b.x1) & (b.y2 > b.y1) & is_finite(b.x1) & is_finite(b.y1) & is_finite(b.x2) &
+  return b.x2 > b.x1 && b.y2 > b.y1 && is_finite(b.x1) && is_finite(b.y1) && is_finite(b.x2) &&
          is_finite(b.y2);
 }
 
