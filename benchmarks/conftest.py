@@ -1,0 +1,94 @@
+"""What the benchmarks share: contenders timed in turns in one run, and a table of ratios.
+
+    pytest benchmarks/ --save-results    also writes benchmarks/results/SUITE-MACHINE.json
+
+A contender's answer is checked before anything is timed. Contenders take turns, so that a machine
+that slows down slows all of them down; the figure of each is its best time.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+SECONDS = 1.5  # a case, about
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--save-results", action="store_true", help="write benchmarks/results/*.json")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.ratios = {}
+
+
+@pytest.fixture
+def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[str, float]]:
+    """race(case, {name: function}, ours=name) times the contenders in turns and notes the ratios.
+
+    pytest-benchmark reports `ours`; returns the best time of each in milliseconds.
+    """
+
+    def run(case: str, contenders: dict[str, Callable[[], Any]], ours: str) -> dict[str, float]:
+        best = {}
+        for name, function in contenders.items():  # warms up, and tells how many turns there are
+            start = time.perf_counter()
+            function()
+            best[name] = time.perf_counter() - start
+        for _ in range(max(3, min(50, int(SECONDS / sum(best.values()))))):
+            for name, function in contenders.items():
+                start = time.perf_counter()
+                function()
+                best[name] = min(best[name], time.perf_counter() - start)
+        benchmark.pedantic(contenders[ours], rounds=3)
+        ms = {name: 1e3 * seconds for name, seconds in best.items()}
+        suite = request.path.stem.removeprefix("test_bench_")
+        request.config.ratios.setdefault(suite, {})[case] = {"ours": ours, "ms": ms}
+        return ms
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for suite, cases in config.ratios.items():
+        terminalreporter.section(f"{suite}: best time in ms, and how many times ours is faster")
+        for case, result in cases.items():
+            ours = result["ms"][result["ours"]]
+            terminalreporter.write_line(case)
+            for name, ms in result["ms"].items():
+                terminalreporter.write_line(f"  {name:34} {ms:10.3f}   {ms / ours:7.1f}x")
+        if config.getoption("--save-results"):
+            terminalreporter.write_line(f"written: {save(suite, cases)}")
+
+
+def save(suite: str, cases: dict[str, Any]) -> Path:
+    """Figures with the machine they were measured on."""
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine = {
+        "cpu": processor(),
+        "threads": torch.get_num_threads(),
+        "cuda_device": cuda,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    label = (cuda or f"cpu-{torch.get_num_threads()}-threads").replace(" ", "-").lower()
+    path = RESULTS / f"{suite}-{label}.json"
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"machine": machine, "cases": cases}, indent=1) + "\n")
+    return path
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

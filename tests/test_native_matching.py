@@ -1,0 +1,268 @@
+"""The native matcher against scipy and its Python reference, on problems of every kind."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from helpers import environment
+from scipy.optimize import linear_sum_assignment
+
+from virft_fast.matching import is_native, match_boxes, pad_boxes, pairwise_iou
+from virft_fast.matching.assign import match_reference
+from virft_fast.matching.boxes import iou_reference
+
+pytestmark = pytest.mark.skipif(not is_native(), reason="the native matcher is not built")
+
+STRANGE = (float("nan"), float("inf"), -float("inf"), 0.0, -5.0, 1e30, 1e-30)
+
+
+def boxes(rng, count, *, whole=False, strange=0.0, size=100.0):
+    """(count, 4) corners; a share `strange` of the coordinates is what models also write."""
+    corner, extent = rng.uniform(0, size, (count, 2)), rng.uniform(1, size, (count, 2))
+    out = np.concatenate([corner, corner + extent], 1)
+    out = np.floor(out) if whole else out
+    bad = rng.random(out.shape) < strange
+    out[bad] = rng.choice(STRANGE, bad.sum())
+    return out
+
+
+def problems(seed, count, most, *, dtype=torch.float64, **kind):
+    """Padded problems of 0..most boxes a side; every fifth repeats some of its boxes."""
+    rng = np.random.default_rng(seed)
+    sides = []
+    for _ in range(2):
+        side = [boxes(rng, rng.integers(0, most + 1), **kind) for _ in range(count)]
+        for rows in side[::5]:
+            rows[len(rows) // 2 :] = rows[: len(rows) - len(rows) // 2]
+        sides.append(pad_boxes(side, dtype=dtype))
+    (pred, num_pred), (gt, num_gt) = sides
+    return pred, gt, num_pred, num_gt
+
+
+KINDS = [
+    {"most": 6, "whole": True},
+    {"most": 8, "strange": 0.1},
+    {"most": 32},
+    {"most": 40, "strange": 0.02},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_iou_equals_the_reference_to_the_bit(kind, dtype):
+    problem = problems(1, 300, dtype=dtype, **kind)
+    for name in ("iou", "giou"):
+        ours, expected = pairwise_iou(*problem, kind=name), iou_reference(*problem, kind=name)
+        assert ours.dtype == dtype and torch.equal(ours, expected)
+        assert ours.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_total_equals_scipys_on_ten_thousand_problems(kind, dtype):
+    """1,250 problems a case, at both thresholds: 10,000 of each dtype."""
+    problem = problems(2, 1250, dtype=dtype, **kind)
+    table = iou_reference(*problem)
+    for min_iou in (0.0, 0.5):
+        worth = torch.where(table > min_iou, table, 0.0).double().numpy()
+        matches, ious = match_boxes(*problem, min_iou=min_iou)
+        totals = ious.double().sum(1)
+        for n, (k, m) in enumerate(zip(problem[2].tolist(), problem[3].tolist(), strict=True)):
+            rows, columns = linear_sum_assignment(worth[n, :k, :m], maximize=True)
+            assert totals[n] == pytest.approx(worth[n][rows, columns].sum(), abs=1e-5)
+            pairs = [(r, c) for r, c in enumerate(matches[n].tolist()) if c >= 0]
+            assert len({c for _, c in pairs}) == len(pairs)
+            for r, c in pairs:
+                assert r < k and c < m and 0 < ious[n, r] == worth[n, r, c]
+
+
+@pytest.mark.parametrize("method", ["hungarian", "greedy"])
+def test_indices_equal_the_references_where_there_is_no_tie(method):
+    """Boxes with random corners have no two equal IoUs but 0, and worthless pairs are no pairs."""
+    problem = problems(3, 1000, 24)
+    pred, gt, num_pred, num_gt = problem
+    gt += torch.rand(gt.shape, generator=torch.Generator().manual_seed(0), dtype=gt.dtype) / 10
+    pred += torch.rand(pred.shape, generator=torch.Generator().manual_seed(1), dtype=gt.dtype) / 10
+    scores = torch.rand(pred.shape[:2], generator=torch.Generator().manual_seed(2))
+    for min_iou in (0.0, 0.3, 0.5):
+        ours = match_boxes(*problem, method=method, scores=scores, min_iou=min_iou)
+        expected = match_reference(*problem, method, scores, min_iou)
+        assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
+
+
+def test_greedy_equals_the_reference_with_ties_and_nan():
+    problem = problems(4, 1500, 12, whole=True, strange=0.05, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 4, problem[0].shape[:2], generator=generator) / 3
+    scores[torch.rand(scores.shape, generator=generator) < 0.1] = float("nan")
+    for given in (scores, None):
+        ours = match_boxes(*problem, method="greedy", scores=given, min_iou=0.2)
+        expected = match_reference(*problem, "greedy", given, 0.2)
+        assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
+
+
+@pytest.mark.parametrize(("most_pred", "most_gt"), [(300, 20), (20, 300), (100, 100), (129, 65)])
+def test_large_problems(most_pred, most_gt):
+    rng = np.random.default_rng(5)
+    pred, num_pred = pad_boxes([boxes(rng, most_pred, size=300.0) for _ in range(4)])
+    gt, num_gt = pad_boxes([boxes(rng, most_gt, size=300.0) for _ in range(4)])
+    worth = iou_reference(pred, gt, num_pred, num_gt).double().numpy()
+    totals = match_boxes(pred, gt, num_pred, num_gt, min_iou=0.0)[1].double().sum(1)
+    for n in range(4):
+        rows, columns = linear_sum_assignment(worth[n], maximize=True)
+        assert totals[n] == pytest.approx(worth[n][rows, columns].sum(), abs=1e-4)
+
+
+def test_permuting_either_side_permutes_the_answer():
+    pred, gt, num_pred, num_gt = problems(6, 200, 10)
+    k, m = pred.shape[1], gt.shape[1]
+    num_pred, num_gt = torch.full_like(num_pred, k), torch.full_like(num_gt, m)
+    noise = torch.Generator().manual_seed(0)
+    pred = (
+        torch.rand(pred.shape, generator=noise, dtype=pred.dtype).sort(-1).values[..., [0, 1, 2, 3]]
+    )
+    gt = torch.rand(gt.shape, generator=noise, dtype=gt.dtype).sort(-1).values
+    order, other = torch.randperm(k, generator=noise), torch.randperm(m, generator=noise)
+    matches, ious = match_boxes(pred, gt, num_pred, num_gt, min_iou=0.0)
+    moved, moved_ious = match_boxes(pred[:, order], gt[:, other], num_pred, num_gt, min_iou=0.0)
+    back = torch.where(moved >= 0, other[moved.clamp(min=0)], -1)
+    assert torch.equal(back, matches[:, order]) and torch.equal(moved_ious, ious[:, order])
+    assert (matches >= 0).any()
+
+
+def test_layout_of_the_tensors_does_not_matter():
+    pred, gt, num_pred, num_gt = problems(7, 50, 6, dtype=torch.float32)
+    expected = match_boxes(pred, gt, num_pred, num_gt, min_iou=0.1)
+    strided = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (pred, gt)]
+    counts = [torch.stack([c, c], 1)[:, 0] for c in (num_pred, num_gt)]
+    assert not strided[0].is_contiguous() and not counts[0].is_contiguous()
+    ours = match_boxes(*strided, *counts, min_iou=0.1)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert torch.equal(pairwise_iou(*strided, *counts), pairwise_iou(pred, gt, num_pred, num_gt))
+
+
+def test_threads_change_nothing():
+    problem = problems(8, 3000, 12, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        answers = []
+        for count in (1, 4):
+            torch.set_num_threads(count)
+            answers.append(match_boxes(*problem, min_iou=0.0))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
+
+
+def operator_arguments():
+    pred, gt, num_pred, num_gt = problems(9, 3, 4, dtype=torch.float32)
+    return pred, gt, num_pred, num_gt
+
+
+def test_operators_pass_opcheck():
+    problem = operator_arguments()
+    torch.library.opcheck(torch.ops.virft_fast.pairwise_iou.default, (*problem, True))
+    scores = torch.rand(problem[0].shape[:2], dtype=torch.float64)
+    for arguments in ((None, False, 0.5), (scores, True, 0.1)):
+        torch.library.opcheck(torch.ops.virft_fast.match_boxes.default, (*problem, *arguments))
+
+
+def test_compiles_without_a_graph_break():
+    def both(pred, gt, num_pred, num_gt):
+        matches, ious = match_boxes(pred, gt, num_pred, num_gt, min_iou=0.1)
+        return matches + 1, ious * 2, pairwise_iou(pred, gt, num_pred, num_gt, kind="giou")
+
+    problem = operator_arguments()
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for ours, expected in zip(compiled(*problem), both(*problem), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda p, g, n, m: (p[:, :, :3], g, n, m), "pred: expected contiguous"),
+        (lambda p, g, n, m: (p, g.double(), n, m), "gt: expected contiguous"),
+        (lambda p, g, n, m: (p, g[:2], n, m), "gt: expected contiguous"),
+        (lambda p, g, n, m: (p, g, n.int(), m), "num_pred: expected"),
+        (lambda p, g, n, m: (p, g, n, m[:2]), "num_gt: expected"),
+        (lambda p, g, n, m: (p, g, n + 100, m), "num_pred: expected counts in 0..4, got 10"),
+        (lambda p, g, n, m: (p, g, n, m - 100), "num_gt: expected counts in 0..3, got -"),
+    ],
+)
+def test_direct_calls_can_not_read_past_a_tensor(spoil, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        torch.ops.virft_fast.match_boxes(*spoil(*operator_arguments()), None, False, 0.5)
+
+
+def test_build_info():
+    from virft_fast import __version__
+    from virft_fast._C import build_info
+
+    info = build_info()
+    assert info["version"] == __version__ and info["torch"] == torch.__version__
+    assert set(info) == {"version", "torch", "compiler", "cuda_archs", "threads", "instructions"}
+
+
+def test_without_the_native_module_the_reference_matches_and_says_so_once(tmp_path):
+    code = """
+import sys, warnings
+sys.modules["virft_fast._C"] = None  # as if it had never been built
+import torch
+from virft_fast.matching import is_native, match_boxes, pad_boxes, pairwise_iou
+pred, n = pad_boxes([[[0.0, 0, 10, 10], [20, 20, 30, 30]]])
+gt, m = pad_boxes([[[20.0, 20, 30, 31]]])
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        matches, ious = match_boxes(pred, gt, n, m)
+        assert matches.tolist() == [[-1, 0]] and ious[0, 1] > 0.9
+        assert pairwise_iou(pred, gt, n, m)[0, 1, 0] == ious[0, 1]
+assert not is_native()
+(warning,) = [w for w in seen if "native matcher" in str(w.message)]
+try:
+    match_boxes(pred, gt, n + 5, m)
+except ValueError as error:
+    assert "num_pred: expected counts in 0..2, got [7]" in str(error)
+else:
+    raise AssertionError
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [*KINDS, {"most": 100}, {"most": 1500, "size": 3000.0}], ids=str)
+def test_cuda_equals_cpu(kind, dtype):
+    if not torch.cuda.is_available() or not is_native("cuda"):
+        pytest.skip("needs a CUDA device and a CUDA build")
+    problem = problems(10, 40 if kind["most"] > 40 else 1000, dtype=dtype, **kind)
+    on_gpu = [tensor.cuda() for tensor in problem]
+    for name in ("iou", "giou"):
+        ours = pairwise_iou(*on_gpu, kind=name).cpu()
+        assert torch.equal(ours, pairwise_iou(*problem, kind=name))
+    scores = torch.rand(problem[0].shape[:2])
+    for min_iou in (0.0, 0.5):
+        matches, ious = match_boxes(*on_gpu, min_iou=min_iou)
+        expected = match_boxes(*problem, min_iou=min_iou)
+        assert matches.is_cuda and matches.shape == expected[0].shape
+        totals, best = ious.cpu().double().sum(1), expected[1].double().sum(1)
+        torch.testing.assert_close(totals, best, atol=1e-4, rtol=1e-5)
+        greedy = match_boxes(*on_gpu, method="greedy", scores=scores.cuda(), min_iou=min_iou)
+        expected = match_boxes(*problem, method="greedy", scores=scores, min_iou=min_iou)
+        assert torch.equal(greedy[0].cpu(), expected[0])
+        assert torch.equal(greedy[1].cpu(), expected[1])
+
+
+def test_no_warning_where_the_module_is_there():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        match_boxes(*operator_arguments())
