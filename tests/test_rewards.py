@@ -368,6 +368,15 @@ def test_reward_that_raises_names_function_and_sample():
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
+@pytest.mark.parametrize("value", ["good", [1.0, 2.0], {}])
+def test_reward_that_is_no_number_names_function_and_sample(value):
+    def words(prompts, completions, **columns):
+        return [1.0, value, 1.0]
+
+    with pytest.raises(RewardError, match="words.*a number or None.*'t1'"):
+        score([("words", words)], [1.0], ["p"] * 3, ["t0", "t1", "t2"], {"solution": ["s"] * 3})
+
+
 def test_wrong_number_of_rewards_is_an_error():
     with pytest.raises(ValueError, match="expected 3 rewards.*got 2"):
         run_score(fixed(1, 2))

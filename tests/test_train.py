@@ -284,6 +284,13 @@ def test_fewer_than_two_generations(capsys):
     assert "at least 2" in fails(capsys, "--num_generations", 1)
 
 
+@pytest.mark.parametrize("funcs", [[], ["--reward_funcs", "accuracy", "format"]])
+def test_weights_that_do_not_match_the_reward_functions(digits, tmp_path, capsys, funcs):
+    argv = arguments(digits, tmp_path / "o", *funcs, "--reward_weights", 1, 2, 3)
+    text = fails(capsys, *argv)
+    assert "--reward_weights: expected 2 weights" in text and "'accuracy'" in text
+
+
 def test_missing_model(digits, tmp_path, capsys):
     argv = arguments(digits, tmp_path / "o", "--model_name_or_path", tmp_path / "nothing")
     text = fails(capsys, *argv)

@@ -133,11 +133,8 @@ class GRPOConfig:
             "at least 2 (an advantage compares the completions of one prompt)",
             self.num_generations,
         )
-        if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
-            raise ValueError(
-                f"--reward_weights: expected one weight for each of --reward_funcs "
-                f"{self.reward_funcs}, got {self.reward_weights}"
-            )
+        if self.reward_funcs:  # else the task names them, once the data set is read
+            self.weights_of(self.reward_funcs)
         _require(
             self.max_completion_length > 0,
             "max_completion_length",
@@ -161,6 +158,15 @@ class GRPOConfig:
         _require(
             self.scale_rewards in scales, "scale_rewards", f"one of {scales}", self.scale_rewards
         )
+
+    def weights_of(self, reward_funcs: list[str]) -> list[float]:
+        """One weight for each of these reward functions, or a ValueError."""
+        if self.reward_weights and len(self.reward_weights) != len(reward_funcs):
+            raise ValueError(
+                f"--reward_weights: expected {len(reward_funcs)} weights, one for each reward "
+                f"function {reward_funcs}, got {self.reward_weights}"
+            )
+        return self.reward_weights or [1.0] * len(reward_funcs)
 
 
 @dataclass

@@ -302,7 +302,7 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
         test=test,
         task=task,
         reward_funcs=tasks.load_reward_funcs(names),
-        reward_weights=config.grpo.reward_weights or [1.0] * len(names),
+        reward_weights=config.grpo.weights_of(names),
         bad_rows=BadRows(config.data.max_bad_rows),
     )
 

@@ -80,7 +80,7 @@ ACCURACY_REWARDS: dict[str, float] = {
 
 
 class RewardError(RuntimeError):
-    """A reward function raised; the text names it and the sample, the cause has the traceback."""
+    """A reward function raised or gave no number; names it and the sample, __cause__ says why."""
 
 
 def load_reward_funcs(names: Sequence[str]) -> list[tuple[str, RewardFunction]]:
@@ -179,7 +179,7 @@ def score(
         (N, R) float32 rewards, NaN where a function gave None or nothing finite, and (N,) their
         weighted sums over the functions that did score; NaN where none did.
     Raises:
-        RewardError: a function raised.
+        RewardError: a function raised, or gave something that is neither a number nor None.
         ValueError: a function returned another number of rewards than N.
     """
     per_function = [
@@ -209,7 +209,15 @@ def _call(
             f"reward function {name}: expected {len(completions)} rewards, one a completion, got "
             f"{len(values)}"
         )
-    clean = [math.nan if value is None else float(value) for value in values]
+    clean = []
+    for row, value in enumerate(values):
+        try:
+            clean.append(math.nan if value is None else float(value))
+        except (TypeError, ValueError) as error:
+            raise RewardError(
+                f"reward function {name}: expected a number or None for each completion, got "
+                f"{value!r:.200} for completion {completions[row]!r:.1000}"
+            ) from error
     infinite = sum(math.isinf(value) for value in clean)
     if infinite:
         logger.warning(
