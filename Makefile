@@ -6,10 +6,12 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 TEST_ARGS ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.txt csrc/matching/*)
 # A new stamp whenever what the set-up depends on changes.
-STAMP := $(VENV)/.setup-$(shell cat pyproject.toml setup.py constraints.txt Makefile | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.setup-$(shell cat pyproject.toml setup.py constraints.txt Makefile $(NATIVE) | cksum | cut -d' ' -f1)
+FUZZ_SECONDS ?= 60
 
-.PHONY: setup demo test lint format coverage tiny-model demo-curves clean
+.PHONY: setup demo test lint format coverage test-core fuzz check-cuda bench tiny-model demo-curves clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -42,6 +44,27 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The matcher's C++ tests, under the address and undefined-behaviour sanitizers; needs cmake.
+test-core:
+	cmake -S . -B build/core -DVIRFT_SANITIZE=ON >/dev/null
+	cmake --build build/core --parallel 2
+	ctest --test-dir build/core --output-on-failure
+
+# Any bytes as boxes and options, under the same sanitizers; needs clang and its libFuzzer.
+fuzz:
+	cmake -S . -B build/fuzz -DVIRFT_FUZZ=ON -DVIRFT_TESTS=OFF -DCMAKE_CXX_COMPILER=clang++ >/dev/null
+	cmake --build build/fuzz --parallel 2
+	@mkdir -p build/fuzz/corpus
+	build/fuzz/fuzz_matching -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -print_final_stats=1 \
+		-artifact_prefix=build/fuzz/ build/fuzz/corpus
+
+# Compiles every .cu for all architectures, without a GPU; needs nvcc.
+check-cuda: $(STAMP)
+	$(BIN)/python scripts/check_cuda.py
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest -q benchmarks $(BENCH_ARGS)
 
 tiny-model: $(STAMP)
 	$(BIN)/python scripts/make_tiny_model.py --out virft_fast/models/tiny_qwen2_vl
