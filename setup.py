@@ -66,6 +66,8 @@ def extension() -> dict:
         "include_dirs": [str(ROOT / "csrc")],
         "define_macros": macros,
         "extra_compile_args": {"cxx": CXX_FLAGS},
+        # Loads also before torch was imported, from site-packages and from a checkout.
+        "runtime_library_dirs": ["$ORIGIN/../torch/lib", f"{Path(torch.__file__).parent}/lib"],
     }
     make = cpp_extension.CppExtension
     if with_cuda:

@@ -28,7 +28,8 @@ YAMLS = sorted(CONFIGS.glob("*.yaml"))
 TORCHRUN = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"}
 SLURM = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time",
          "signal", "requeue", "kill-on-bad-exit"}  # fmt: skip
-OTHERS = {*TORCHRUN, *SLURM, "no-build-isolation"}
+TOOLS = {"no-build-isolation", "build", "install", "prefix", "save-results"}  # pip, cmake, pytest
+OTHERS = {*TORCHRUN, *SLURM, *TOOLS}
 KNOWN = {*known_flags(TRAIN_GROUPS), *known_flags((EvalConfig,)), *OTHERS}
 # The flags of src/scripts/2B_base65cate_6k.sh in Visual-RFT, as in its README.
 VISUAL_RFT_FLAGS = {

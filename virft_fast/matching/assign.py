@@ -129,7 +129,8 @@ def _check_all_counts(pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor
 def _say_once() -> None:
     warnings.warn(
         "virft_fast: the native matcher is not there, the Python reference matches instead (same "
-        f"answers, many times slower): {_WHY_NOT}",
+        "answers, many times slower); `pip install --no-build-isolation` with a C++ compiler and "
+        f"this torch builds it: {_WHY_NOT}",
         stacklevel=3,
     )
 
