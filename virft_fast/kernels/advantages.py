@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 SCALES = ("group", "batch", "none")
+ADVANTAGE_EPS = 1e-4  # TRL 1.16's
 
 
 def group_advantages(
-    rewards: Tensor, num_generations: int, *, scale_rewards: str = "group", eps: float = 1e-4
+    rewards: Tensor,
+    num_generations: int,
+    *,
+    scale_rewards: str = "group",
+    eps: float = ADVANTAGE_EPS,
 ) -> Tensor:
     """Rewards centred in their group and divided by a standard deviation.
 
@@ -28,7 +33,11 @@ def group_advantages(
     NaN as in TRL 1.16; an infinite reward is excluded as well, where TRL drops its whole group.
     Source: Shao et al. 2024, arXiv:2402.03300, section 4.1.
     """
-    _check(rewards, num_generations, scale_rewards, eps)
+    check_rewards(rewards, num_generations)
+    if scale_rewards not in SCALES:
+        raise ValueError(f"scale_rewards: expected one of {SCALES}, got {scale_rewards!r}")
+    if not eps > 0:
+        raise ValueError(f"eps: expected > 0, got {eps}; it keeps the division finite")
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     groups = rewards.detach().to(dtype).view(-1, num_generations)  # (B, G)
     scored = groups.isfinite()
@@ -56,7 +65,8 @@ def _std(values: Tensor, valid: Tensor) -> Tensor:
     return (squares / (count - 1).clamp(min=1)).sqrt()
 
 
-def _check(rewards: Tensor, num_generations: int, scale_rewards: str, eps: float) -> None:
+def check_rewards(rewards: Tensor, num_generations: int) -> None:
+    """Raises ValueError unless they are (N,) floating point in groups of `num_generations`."""
     if rewards.ndim != 1 or not rewards.is_floating_point():
         raise ValueError(
             f"rewards: expected (N,) floating point, got {tuple(rewards.shape)} {rewards.dtype}; "
@@ -67,7 +77,3 @@ def _check(rewards: Tensor, num_generations: int, scale_rewards: str, eps: float
             f"num_generations: expected a divisor of the {rewards.shape[0]} rewards, got "
             f"{num_generations}; every prompt needs as many completions"
         )
-    if scale_rewards not in SCALES:
-        raise ValueError(f"scale_rewards: expected one of {SCALES}, got {scale_rewards!r}")
-    if not eps > 0:
-        raise ValueError(f"eps: expected > 0, got {eps}; it keeps the division finite")

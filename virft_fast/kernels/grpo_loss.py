@@ -8,18 +8,29 @@ tests/test_trl_parity.py compares.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from virft_fast.kernels.advantages import group_advantages
+from virft_fast.kernels.advantages import ADVANTAGE_EPS, check_rewards, group_advantages
+from virft_fast.kernels.backend import triton_for
 from virft_fast.kernels.layout import Layout, make_layout
-from virft_fast.kernels.logprobs import check_rows, compute_dtype, logps_and_entropy
+from virft_fast.kernels.logprobs import (
+    check_ids,
+    check_rows,
+    compute_dtype,
+    gradient_buffer,
+    rows_backward,
+    rows_forward,
+)
+from virft_fast.kernels.token_loss import KL_KINDS, token_loss
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo")
 LEVELS = ("token", "sequence")
-KL_KINDS = ("k1", "k2", "k3")
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ def grpo_loss(
     max_completion_length: int | None = None,
     num_items: int | float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    inplace: bool = False,
 ) -> GRPOLoss:
     """Policy-gradient loss of N sampled completions.
 
@@ -100,10 +112,12 @@ def grpo_loss(
             world size, if gradients are averaged) to make accumulation equal one big batch.
         cu_seqlens: packed layout: (N+1,) int32 offsets, with logits (S, V), ids, old and reference
             log-probs (S,); `completion_mask` may then be None.
+        inplace: the backward pass writes the gradient over `logits`; nothing may need them after.
     Returns:
         GRPOLoss. With no active token the loss is a finite 0 with a zero gradient.
     Raises:
         ValueError: shapes, dtypes, devices, names or numbers; says what was expected and what came.
+            An id outside V as well on the CPU; on the GPU it makes the loss NaN.
     Log-ratios beyond +20 continue exp linearly, so that nothing overflows. Differentiable once, in
     `logits`. Sources: GRPO arXiv:2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783, GSPO 2507.18071,
     CISPO (MiniMax-M1) 2506.13585, two-sided clipping (INTELLECT-2) 2505.07291, KL estimators:
@@ -111,9 +125,8 @@ def grpo_loss(
     """
     layout = make_layout(completion_ids, completion_mask, cu_seqlens)
     check_rows(logits, completion_ids, temperature)
-    # (R, V) and (R,); the rows that do not count become harmless, and their gradient exactly 0.
-    rows = logits.flatten(0, -2).masked_fill(~layout.mask[:, None], 0.0)
-    index = completion_ids.reshape(-1).masked_fill(~layout.mask, 0)
+    ids = completion_ids.reshape(-1).masked_fill(~layout.mask, 0)
+    check_ids("completion_ids", ids, logits.shape[-1])
     terms = make_terms(
         layout,
         dtype=compute_dtype(logits),
@@ -132,23 +145,40 @@ def grpo_loss(
         max_completion_length=max_completion_length,
         num_items=num_items,
     )
-    logps, entropy = logps_and_entropy(rows, index, temperature=temperature)
-    return terms.result(terms.loss(logps), logps, entropy)
+    return make_result(terms, *_GRPOFromLogits.apply(logits, ids, 1 / temperature, inplace, terms))
+
+
+def make_result(
+    terms: LossTerms, loss: Tensor, logps: Tensor, entropy: Tensor, kl: Tensor, clipped: Tensor
+) -> GRPOLoss:
+    """(R,) vectors, 0 where masked, in the caller's shape."""
+    shape = terms.layout.shape
+    low, high = terms.clip_fractions(clipped)
+    return GRPOLoss(
+        loss=loss,
+        logps=logps.view(shape),
+        entropy=entropy.view(shape),
+        kl=kl.view(shape),
+        clip_fraction_low=low,
+        clip_fraction_high=high,
+    )
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """All that the loss needs beside the log-probs; every vector flat over R tokens.
+    """All that the loss needs beside the log-probs; every vector flat over the layout's R tokens.
 
     Attributes:
-        advantages, weights: (R,); a weight is 0 where masked.
+        given: (N,) rewards if `num_generations` is set, else advantages.
+        weights: (R,), 0 where masked.
         old_logps, ref_logps: (R,), 0 where masked, or None.
         by_sequence: ratios of sequences; the loss then needs all tokens of a sequence at once.
         capped: cispo's policy term.
     """
 
     layout: Layout
-    advantages: Tensor
+    given: Tensor
+    num_generations: int | None
     weights: Tensor
     old_logps: Tensor | None
     ref_logps: Tensor | None
@@ -160,73 +190,152 @@ class LossTerms:
     capped: bool
     kl: str
 
-    def loss(self, logps: Tensor, rows: slice = slice(None)) -> Tensor:
-        """0-d share of the tokens `rows` in the loss; `logps` holds those tokens alone."""
-        logps = torch.where(self.layout.mask[rows], logps, 0.0)
-        per_token = self._policy_term(logps, rows)
-        if self.beta > 0:
-            per_token = per_token + self.beta * self._kl_term(logps, rows)
-        return (per_token * self.weights[rows]).sum()
+    @cached_property
+    def advantages(self) -> Tensor:
+        """(N,)."""
+        if self.num_generations is None:
+            return self.given
+        return group_advantages(self.given, self.num_generations)
 
-    @torch.no_grad()
-    def result(self, loss: Tensor, logps: Tensor, entropy: Tensor) -> GRPOLoss:
-        """Attach the detached statistics to the loss; `logps` and `entropy` are (R,)."""
-        mask, shape = self.layout.mask, self.layout.shape
-        logps = torch.where(mask, logps.detach(), 0.0)
-        kl = torch.zeros_like(logps) if self.ref_logps is None else self._kl_term(logps)
-        low, high = self._clip_fractions(logps)
-        return GRPOLoss(
-            loss=loss,
-            logps=logps.view(shape),
-            entropy=torch.where(mask, entropy.detach(), 0.0).view(shape),
-            kl=kl.view(shape),
-            clip_fraction_low=low,
-            clip_fraction_high=high,
+    def normalised(self) -> LossTerms:
+        """The same with the advantages computed."""
+        return replace(self, given=self.advantages, num_generations=None)
+
+    def take(self, rows: Tensor) -> LossTerms:
+        """Of the tokens `rows` alone, (R',) int64 ascending; for advantages, not rewards."""
+        return self._with(self.layout.take(rows), rows)
+
+    def tile(self, rows: slice) -> LossTerms:
+        """Of a slice of the tokens; not for ratios of sequences."""
+        layout = self.layout
+        layout = replace(layout, mask=layout.mask[rows], sequence=layout.sequence[rows])
+        return self._with(layout, rows)
+
+    def part(self, first: int, last: int, rows: slice) -> LossTerms:
+        """Of the whole sequences first:last, whose tokens are `rows`; packed."""
+        part = self._with(self.layout.part(first, last, rows), rows)
+        return replace(part, given=self.advantages[first:last], num_generations=None)
+
+    def _with(self, layout: Layout, rows: Tensor | slice) -> LossTerms:
+        pick = lambda vector: None if vector is None else vector[rows]  # noqa: E731
+        return replace(
+            self,
+            layout=layout,
+            weights=self.weights[rows],
+            old_logps=pick(self.old_logps),
+            ref_logps=pick(self.ref_logps),
         )
 
-    def _log_ratio(self, logps: Tensor, rows: slice) -> Tensor:
-        old = logps.detach() if self.old_logps is None else self.old_logps[rows]
-        log_ratio = logps - old
-        if not self.by_sequence:
-            return log_ratio
-        mean = self.layout.sequence_sum(log_ratio) / self.layout.lengths.clamp(min=1)
-        return self.layout.per_token(mean)
-
-    def _policy_term(self, logps: Tensor, rows: slice) -> Tensor:
-        ratio = _exp(self._log_ratio(logps, rows))
-        advantages = self.advantages[rows]
-        if self.capped:
-            return -ratio.clamp(max=self.epsilon_high).detach() * advantages * logps
-        clipped = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
-        if self.delta is not None:
-            ratio = ratio.clamp(max=self.delta)
-        return -torch.minimum(ratio * advantages, clipped * advantages)
-
-    def _kl_term(self, logps: Tensor, rows: slice = slice(None)) -> Tensor:
-        d = self.ref_logps[rows] - logps
-        if self.kl == "k1":
-            return -d
-        if self.kl == "k2":
-            return 0.5 * d.square()
-        return _exp(d) - d - 1
-
-    def _clip_fractions(self, logps: Tensor) -> tuple[Tensor, Tensor]:
-        ratio = _exp(self._log_ratio(logps, slice(None)))
-        if self.capped:
-            low = torch.zeros_like(self.layout.mask)
-            high = (ratio > self.epsilon_high) & (self.advantages > 0)
+    def evaluate(self, logps: Tensor) -> Evaluated:
+        """Loss and its gradient in the log-probs, (R,) detached; the torch reference."""
+        layout = self.layout
+        logps = torch.where(layout.mask, logps.detach(), 0.0)
+        if self.old_logps is None:
+            log_ratio = torch.zeros_like(logps)
         else:
-            if self.delta is not None:
-                ratio = ratio.clamp(max=self.delta)
-            low = (ratio < 1 - self.epsilon_low) & (self.advantages < 0)
-            high = (ratio > 1 + self.epsilon_high) & (self.advantages > 0)
-        return self._fraction(low, logps.dtype), self._fraction(high, logps.dtype)
+            log_ratio = logps - self.old_logps
+        if self.by_sequence:
+            lengths = layout.lengths.clamp(min=1)
+            log_ratio = layout.per_token(layout.sequence_sum(log_ratio) / lengths)
+        token = token_loss(
+            logps,
+            log_ratio,
+            self.ref_logps,
+            layout.per_token(self.advantages),
+            beta=self.beta,
+            epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+            delta=self.delta,
+            capped=self.capped,
+            kl=self.kl,
+        )
+        d_log_ratio = token.d_log_ratio * self.weights
+        if self.by_sequence:
+            # Each token's log-prob moves the ratio of all tokens of its sequence.
+            d_log_ratio = layout.per_token(layout.sequence_sum(d_log_ratio) / lengths)
+            d_log_ratio = torch.where(layout.mask, d_log_ratio, 0.0)
+        return Evaluated(
+            loss=(token.loss * self.weights).sum(),
+            logps=logps,
+            d_logps=d_log_ratio + token.d_logp * self.weights,
+            kl=torch.where(layout.mask, token.kl, 0.0),
+            clipped=(token.clipped_high.to(logps) - token.clipped_low.to(logps)) * layout.mask,
+        )
+
+    def clip_fractions(self, clipped: Tensor) -> tuple[Tensor, Tensor]:
+        """Of (R,) -1, 0 and 1: the shares below and above, 0-d."""
+        return self._fraction(clipped < 0, clipped.dtype), self._fraction(
+            clipped > 0, clipped.dtype
+        )
 
     def _fraction(self, clipped: Tensor, dtype: torch.dtype) -> Tensor:
-        per_sequence = self.layout.sequence_sum((clipped & self.layout.mask).to(dtype))
         if self.by_sequence:  # every active token of a clipped sequence is clipped
+            per_sequence = self.layout.sequence_sum(clipped.to(dtype))
             return (per_sequence > 0).to(dtype).sum() / max(self.layout.num_sequences, 1)
-        return per_sequence.sum() / self.layout.lengths.sum().clamp(min=1)
+        return clipped.sum().to(dtype) / self.layout.lengths.sum().clamp(min=1)
+
+
+class Evaluated(NamedTuple):
+    """`LossTerms.evaluate`: all (R,) but the 0-d loss; the gradient carries the tokens' weights."""
+
+    loss: Tensor
+    logps: Tensor
+    d_logps: Tensor
+    kl: Tensor
+    clipped: Tensor
+
+
+def evaluate_rows(
+    logits: Tensor, ids: Tensor, inv_temp: float, terms: LossTerms
+) -> tuple[Evaluated, Tensor, Tensor]:
+    """From logits to the loss and its gradient in the log-probs; besides, lse and entropy, (R,).
+
+    One launch on the GPU; two and some vector arithmetic for ratios of sequences.
+    """
+    triton_rows = triton_for(logits)
+    if triton_rows is None or terms.by_sequence:
+        logps, lse, entropy = rows_forward(logits, ids, inv_temp)
+        return terms.evaluate(logps), lse, torch.where(terms.layout.mask, entropy, 0.0)
+    out = triton_rows.grpo_forward(
+        logits,
+        ids,
+        terms.layout.mask,
+        terms.layout.sequence,
+        terms.given,
+        terms.weights,
+        terms.old_logps,
+        terms.ref_logps,
+        inv_temp=inv_temp,
+        num_generations=terms.num_generations,
+        eps=ADVANTAGE_EPS,
+        beta=terms.beta,
+        epsilon_low=terms.epsilon_low,
+        epsilon_high=terms.epsilon_high,
+        delta=terms.delta,
+        capped=terms.capped,
+        kl=terms.kl,
+    )
+    evaluated = Evaluated(out.loss.sum(), out.logps, out.d_logps, out.kl, out.clipped)
+    return evaluated, out.lse, out.entropy
+
+
+class _GRPOFromLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, ids, inv_temp, inplace, terms):
+        evaluated, lse, entropy = evaluate_rows(logits, ids, inv_temp, terms)
+        ctx.save_for_backward(logits, ids, lse, evaluated.d_logps)
+        ctx.inv_temp, ctx.inplace = inv_temp, inplace
+        rest = (evaluated.logps, entropy, evaluated.kl, evaluated.clipped)
+        ctx.mark_non_differentiable(*rest)
+        return (evaluated.loss, *rest)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, *_):
+        logits, ids, lse, d_logps = ctx.saved_tensors
+        out = gradient_buffer(logits, ctx.inplace)
+        rows_backward(logits, ids, lse, None, d_logps, None, ctx.inv_temp, out, grad_loss)
+        return out, None, None, None, None
 
 
 def make_terms(
@@ -264,10 +373,11 @@ def make_terms(
             f"ref_logps: expected {layout.shape} log-probs of the reference model because "
             f"beta={beta}, got None; pass them, or beta=0"
         )
-    per_sequence = _advantages(layout, dtype, rewards, advantages, num_generations)
+    given = _rewards_or_advantages(layout, dtype, rewards, advantages, num_generations)
     return LossTerms(
         layout=layout,
-        advantages=layout.per_token(per_sequence),
+        given=given,
+        num_generations=num_generations if advantages is None else None,
         weights=_token_weights(layout, dtype, loss_type, max_completion_length, num_items),
         old_logps=_flat_logps("old_logps", old_logps, layout, dtype),
         ref_logps=_flat_logps("ref_logps", ref_logps, layout, dtype),
@@ -281,14 +391,14 @@ def make_terms(
     )
 
 
-def _advantages(
+def _rewards_or_advantages(
     layout: Layout,
     dtype: torch.dtype,
     rewards: Tensor | None,
     advantages: Tensor | None,
     num_generations: int | None,
 ) -> Tensor:
-    """(N,) advantages, whichever way they were given."""
+    """(N,), whichever of the two was given."""
     if (rewards is None) == (advantages is None):
         got = "neither" if rewards is None else "both"
         raise ValueError(f"rewards, advantages: expected exactly one of them, got {got}")
@@ -298,11 +408,12 @@ def _advantages(
             f"{name}: expected ({layout.num_sequences},) on {layout.mask.device}, one a sequence, "
             f"got {tuple(given.shape)} on {given.device}"
         )
-    if advantages is not None:
-        return advantages.detach().to(dtype)
-    if num_generations is None:
-        raise ValueError("num_generations: expected the group size with rewards, got None")
-    return group_advantages(rewards.to(dtype), num_generations)
+    given = given.detach().to(dtype).contiguous()
+    if advantages is None:
+        if num_generations is None:
+            raise ValueError("num_generations: expected the group size with rewards, got None")
+        check_rewards(given, num_generations)
+    return given
 
 
 def _token_weights(
@@ -344,12 +455,6 @@ def _flat_logps(
             f"got {tuple(logps.shape)} on {logps.device}"
         )
     return torch.where(layout.mask, logps.detach().reshape(-1).to(dtype), 0.0)
-
-
-def _exp(x: Tensor) -> Tensor:
-    """exp, continued by its tangent beyond 20: finite, and the gradient keeps size and sign."""
-    bounded = x.clamp(max=20.0)
-    return bounded.exp() * (1 + (x - bounded))
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -18,6 +18,7 @@ class Layout:
         mask: (R,) bool, the tokens that count.
         sequence: (R,) int64, row of the token's sequence.
         lengths: (N,) int64, tokens that count in each sequence.
+        offsets: (N+1,) int64, sequence i is offsets[i]:offsets[i+1] of the R positions.
     """
 
     shape: tuple[int, ...]
@@ -25,16 +26,46 @@ class Layout:
     mask: Tensor
     sequence: Tensor
     lengths: Tensor
+    offsets: Tensor
 
     def sequence_sum(self, values: Tensor) -> Tensor:
-        """(R,) -> (N,)."""
+        """(R,) -> (N,), in one order always: no atomics."""
         if len(self.shape) == 2:
             return values.view(self.shape).sum(1)
-        return values.new_zeros(self.num_sequences).index_add(0, self.sequence, values)
+        if not self.num_sequences:
+            return values.new_zeros(0)
+        return torch.segment_reduce(values, "sum", offsets=self.offsets, initial=0.0, unsafe=True)
 
     def per_token(self, values: Tensor) -> Tensor:
         """(N,) -> (R,)."""
+        if not self.num_sequences:
+            return values.new_zeros(self.sequence.shape)
         return values[self.sequence]
+
+    def take(self, rows: Tensor) -> Layout:
+        """Packed, of these positions alone: (R',) int64, ascending. All of them count."""
+        lengths = torch.zeros_like(self.lengths)
+        lengths.index_add_(0, self.sequence[rows], torch.ones_like(rows))
+        return Layout(
+            shape=tuple(rows.shape),
+            num_sequences=self.num_sequences,
+            mask=self.mask[rows],
+            sequence=self.sequence[rows],
+            lengths=lengths,
+            offsets=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+        )
+
+    def part(self, first: int, last: int, rows: slice) -> Layout:
+        """Packed, of the sequences first:last, which are the positions `rows`."""
+        offsets = self.offsets[first : last + 1]
+        return Layout(
+            shape=tuple(self.mask[rows].shape),
+            num_sequences=last - first,
+            mask=self.mask[rows],
+            sequence=self.sequence[rows] - first,
+            lengths=self.lengths[first:last],
+            offsets=offsets - offsets[0],
+        )
 
 
 def make_layout(
@@ -78,7 +109,9 @@ def _padded(completion_ids: Tensor, completion_mask: Tensor) -> Layout:
     _check_mask(completion_ids, completion_mask)
     n, t = completion_ids.shape
     sequence = torch.arange(n, device=completion_ids.device)[:, None].expand(n, t).reshape(-1)
-    return Layout((n, t), n, completion_mask.reshape(-1), sequence, completion_mask.sum(1))
+    offsets = torch.arange(n + 1, device=completion_ids.device) * t
+    mask = completion_mask.reshape(-1)
+    return Layout((n, t), n, mask, sequence, completion_mask.sum(1), offsets)
 
 
 def _packed(ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Layout:
@@ -91,13 +124,14 @@ def _packed(ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Layo
     _check_mask(ids, mask)
     if n == 0:
         mask = torch.zeros_like(mask)
-        return Layout(tuple(ids.shape), 0, mask, torch.zeros_like(ids), offsets[:0])
+        return Layout(tuple(ids.shape), 0, mask, torch.zeros_like(ids), offsets[:0], offsets)
     # right=True steps over empty sequences; tokens behind the last offset belong to none.
     sequence = torch.searchsorted(offsets[1:].contiguous(), positions, right=True)
     mask = mask & (sequence < n)
     sequence = sequence.clamp(max=n - 1)
     lengths = torch.zeros(n, dtype=torch.int64, device=ids.device)
-    return Layout(tuple(ids.shape), n, mask, sequence, lengths.index_add(0, sequence, mask.long()))
+    lengths.index_add_(0, sequence, mask.long())
+    return Layout(tuple(ids.shape), n, mask, sequence, lengths, offsets)
 
 
 def _check_mask(ids: Tensor, mask: Tensor) -> None:

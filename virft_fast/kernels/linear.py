@@ -11,18 +11,27 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from virft_fast.kernels.grpo_loss import GRPOLoss, LossTerms, make_terms
-from virft_fast.kernels.layout import make_layout
+from virft_fast.kernels.backend import triton_for
+from virft_fast.kernels.grpo_loss import (
+    Evaluated,
+    GRPOLoss,
+    LossTerms,
+    evaluate_rows,
+    make_result,
+    make_terms,
+)
+from virft_fast.kernels.layout import Layout, make_layout
 from virft_fast.kernels.logprobs import (
+    check_ids,
     check_temperature,
     compute_dtype,
-    row_backward,
-    row_forward,
+    rows_backward,
+    rows_forward,
 )
 
-# Elements of one tile of logits: 64 MiB of float32 on a CPU; on a GPU 1 GiB, which at V = 152k is
-# about the 2,048 rows that keep its matrix units busy. Estimates, not tuned.
-TILE_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
+# Elements of one tile of logits: 32 MiB of float32 on a CPU; on a GPU 1.2 GiB, which at V = 152k is
+# the 2,048 rows that keep its matrix units busy. The second is an estimate, not tuned.
+TILE_ELEMENTS = {"cpu": 2**23, "cuda": 5 * 2**26}
 MAX_TILE_ROWS = 2048
 
 
@@ -51,9 +60,10 @@ def linear_logps(
         ValueError: shapes, dtypes or numbers; says what was expected and what came.
     """
     _check(hidden, weight, index, bias, temperature, chunk_tokens)
+    check_ids("index", index, weight.shape[0])
     rows = chunk_tokens or _tile_rows(weight)
     logps, entropy = _LinearLogps.apply(
-        hidden.flatten(0, -2), weight, bias, index.reshape(-1), temperature, rows
+        hidden.flatten(0, -2), weight, bias, index.reshape(-1), 1 / temperature, rows
     )
     return logps.view(index.shape), entropy.view(index.shape)
 
@@ -121,78 +131,120 @@ def linear_grpo_loss(
         max_completion_length=max_completion_length,
         num_items=num_items,
     )
-    loss, logps, entropy = _LinearGRPO.apply(
-        hidden.flatten(0, -2).masked_fill(~layout.mask[:, None], 0.0),
+    ids = completion_ids.reshape(-1).masked_fill(~layout.mask, 0)
+    check_ids("completion_ids", ids, weight.shape[0])
+    values = _LinearGRPO.apply(
+        hidden.flatten(0, -2),
         weight,
         bias,
-        completion_ids.reshape(-1).masked_fill(~layout.mask, 0),
-        temperature,
+        ids,
+        1 / temperature,
         chunk_tokens or _tile_rows(weight),
         terms,
         torch.is_grad_enabled(),
     )
-    return terms.result(loss, logps, entropy)
+    return make_result(terms, *values)
 
 
 class _Head:
-    """Tiles of scaled logits of one (R, D) hidden, and the gradients back through them."""
+    """Tiles of logits of (R, D) hidden states, and the gradients back through them.
 
-    def __init__(self, hidden, weight, bias, temperature, needs_grad):
-        self.dtype = compute_dtype(hidden, weight)
-        self.hidden = hidden.detach()
-        self.weight = weight.detach().to(self.dtype)
+    16-bit products are formed in float32 on a GPU, on the CPU in float32 from the start; a gradient
+    tile is rounded to the inputs' 16 bits before its two products. grad_weight is one float32
+    accumulator over the tiles in their order: no atomics, the same bits in every run.
+    """
+
+    def __init__(self, weight, bias, hidden_dtype, tile_rows, wants_weight, wants_bias):
+        self.dtype = torch.promote_types(compute_dtype(weight), hidden_dtype)
+        narrow = [t for t in (hidden_dtype, weight.dtype) if t in (torch.bfloat16, torch.float16)]
+        self.factor_dtype = self.dtype
+        if weight.is_cuda and narrow and self.dtype != torch.float64:
+            self.factor_dtype = narrow[0]
+        self.weight = weight.detach().to(self.factor_dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
-        self.temperature = temperature
-        wants = needs_grad
-        self.grad_hidden = torch.zeros_like(self.hidden) if wants[0] else None
-        # In float32 across the tiles, whatever the weight's own dtype.
-        self.grad_weight = torch.zeros_like(self.weight) if wants[1] else None
-        self.grad_bias = torch.zeros_like(self.bias) if wants[2] and bias is not None else None
+        vocab = weight.shape[0]
+        self.buffer = torch.empty((tile_rows, vocab), dtype=self.dtype, device=weight.device)
+        zeros = lambda wanted, like: (  # noqa: E731
+            torch.zeros(like.shape, dtype=self.dtype, device=like.device) if wanted else None
+        )
+        self.grad_weight = zeros(wants_weight, weight)
+        self.grad_bias = zeros(wants_bias and bias is not None, self.bias)
 
-    def scaled_logits(self, rows: slice) -> Tensor:
-        logits = self.hidden[rows].to(self.dtype) @ self.weight.T  # (tile, V)
-        if self.bias is not None:
-            logits += self.bias
-        return logits.div_(self.temperature)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, D) -> (n, V), valid until the next tile is asked for."""
+        tile = self.buffer[: len(hidden)]
+        hidden = hidden.to(self.factor_dtype)
+        if self.factor_dtype == self.dtype:
+            torch.mm(hidden, self.weight.T, out=tile)
+        else:
+            torch.mm(hidden, self.weight.T, out_dtype=self.dtype, out=tile)
+        return tile if self.bias is None else tile.add_(self.bias)
 
-    def add_gradient(self, rows: slice, grad_scaled: Tensor) -> None:
-        grad = grad_scaled.div_(self.temperature)  # (tile, V), in the logits
-        if self.grad_hidden is not None:
-            self.grad_hidden[rows] = (grad @ self.weight).to(self.grad_hidden.dtype)
+    def backward(self, tile: Tensor, hidden: Tensor, *gradient, grad_hidden: Tensor | None) -> None:
+        """Through the tile, which it overwrites; `gradient` as `rows_backward` takes it.
+
+        grad_hidden: (n, D), filled here, or None where nobody asks for it.
+        """
+        grad = self._grad_logits(tile, *gradient)
+        hidden = hidden.to(self.factor_dtype)
+        if grad_hidden is not None:
+            grad_hidden.copy_(grad @ self.weight)
         if self.grad_weight is not None:
-            self.grad_weight.addmm_(grad.T, self.hidden[rows].to(self.dtype))
+            if self.factor_dtype == self.dtype:
+                self.grad_weight.addmm_(grad.T, hidden)
+            else:
+                torch.addmm(
+                    self.grad_weight, grad.T, hidden, out_dtype=self.dtype, out=self.grad_weight
+                )
         if self.grad_bias is not None:
-            self.grad_bias += grad.sum(0)
+            self.grad_bias += grad.sum(0, dtype=self.dtype)
+
+    def _grad_logits(self, tile, ids, lse, entropy, grad_logps, grad_entropy, inv_temp) -> Tensor:
+        triton_rows = triton_for(tile)
+        if triton_rows is not None and self.factor_dtype != self.dtype:
+            return triton_rows.tile_backward(
+                tile, ids, lse, entropy, grad_logps, grad_entropy, inv_temp, self.factor_dtype
+            )
+        rows_backward(tile, ids, lse, entropy, grad_logps, grad_entropy, inv_temp, tile)
+        return tile.to(self.factor_dtype)
 
 
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, index, temperature, tile_rows):
-        ctx.save_for_backward(hidden, weight, bias, index)
-        ctx.temperature, ctx.tile_rows = temperature, tile_rows
+    def forward(ctx, hidden, weight, bias, index, inv_temp, tile_rows):
+        ctx.inv_temp, ctx.tile_rows = inv_temp, tile_rows
         ctx.set_materialize_grads(False)
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(hidden, weight, bias, temperature, (False, False, False))
-            return _all_logps(head, index, tile_rows)
+            head = _Head(weight, bias, hidden.dtype, min(tile_rows, len(index)), False, False)
+            logps, lse, entropy = _all_logps(head, hidden.detach(), index, inv_temp)
+        ctx.save_for_backward(hidden, weight, bias, index, lse, entropy)
+        return logps, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps, grad_entropy):
-        hidden, weight, bias, index = ctx.saved_tensors
+        hidden, weight, bias, index, lse, entropy = ctx.saved_tensors
         if grad_logps is None and grad_entropy is None:
             return (None,) * 6
+        wants_hidden, *wants = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(hidden, weight, bias, ctx.temperature, ctx.needs_input_grad[:3])
+            head = _Head(weight, bias, hidden.dtype, min(ctx.tile_rows, len(index)), *wants)
+            grad_hidden = torch.empty_like(hidden) if wants_hidden else None
             for rows in _tiles(len(index), ctx.tile_rows):
-                grad = row_backward(
-                    head.scaled_logits(rows),
+                part = hidden.detach()[rows]
+                head.backward(
+                    head.logits(part),
+                    part,
                     index[rows],
-                    None if grad_logps is None else grad_logps[rows],
-                    None if grad_entropy is None else grad_entropy[rows],
+                    lse[rows],
+                    entropy[rows],
+                    None if grad_logps is None else grad_logps[rows].contiguous(),
+                    None if grad_entropy is None else grad_entropy[rows].contiguous(),
+                    ctx.inv_temp,
+                    grad_hidden=None if grad_hidden is None else grad_hidden[rows],
                 )
-                head.add_gradient(rows, grad)
         return (
-            head.grad_hidden,
+            grad_hidden,
             _as(head.grad_weight, weight),
             _as(head.grad_bias, bias),
             None,
@@ -202,72 +254,149 @@ class _LinearLogps(torch.autograd.Function):
 
 
 class _LinearGRPO(torch.autograd.Function):
+    """Loss, statistics and, where anybody asks for them, the gradients, all in the forward pass."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, bias, index, temperature, tile_rows, terms, grad_enabled):
-        wants = tuple(grad_enabled and need for need in ctx.needs_input_grad[:3])
+    def forward(ctx, hidden, weight, bias, ids, inv_temp, tile_rows, terms, grad_enabled):
+        wants = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(hidden, weight, bias, temperature, wants)
-            run = _two_passes if terms.by_sequence else _one_pass
-            loss, logps, entropy = run(head, index, tile_rows, terms, any(wants))
+            run = _GRPORun(hidden.detach(), weight, bias, ids, inv_temp, tile_rows, terms, wants)
+            run.all()
+        head = run.head
         ctx.save_for_backward(
-            head.grad_hidden, _as(head.grad_weight, weight), _as(head.grad_bias, bias)
+            run.grad_hidden, _as(head.grad_weight, weight), _as(head.grad_bias, bias)
         )
-        ctx.mark_non_differentiable(logps, entropy)
-        return loss, logps, entropy
+        rest = (run.logps, run.entropy, run.kl, run.clipped)
+        ctx.mark_non_differentiable(*rest)
+        return (run.loss, *rest)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, _grad_logps, _grad_entropy):
+    def backward(ctx, grad_loss, *_):
         # Out of place, so that retain_graph works; and no test against 1, which would synchronise.
         grads = [None if g is None else (g * grad_loss).to(g.dtype) for g in ctx.saved_tensors]
         return (*grads, None, None, None, None, None)
 
 
-def _one_pass(
-    head: _Head, index: Tensor, tile_rows: int, terms: LossTerms, with_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss is a sum over tokens: each tile of logits yields its share and its gradient."""
-    loss = torch.zeros((), dtype=head.dtype, device=index.device)
-    logps = torch.zeros(index.shape, dtype=head.dtype, device=index.device)
-    entropy = torch.zeros_like(logps)
-    for rows in _tiles(len(index), tile_rows):
-        scaled = head.scaled_logits(rows)
-        logps[rows], entropy[rows] = row_forward(scaled, index[rows], True)
-        share, grad_logps = _loss_and_gradient(terms, logps[rows], rows)
-        loss += share
+class _GRPORun:
+    """One call of `linear_grpo_loss`: the tokens that count, tile by tile."""
+
+    def __init__(self, hidden, weight, bias, ids, inv_temp, tile_rows, terms, wants):
+        self.hidden, self.ids, self.inv_temp = hidden, ids, inv_temp
+        self.tile_rows = max(1, min(tile_rows, len(ids)))
+        self.terms = terms.normalised()
+        self.with_gradient = any(wants)
+        self.head = _Head(weight, bias, hidden.dtype, self.tile_rows, *wants[1:])
+        self.grad_hidden = torch.zeros_like(hidden) if wants[0] else None
+        vector = lambda: torch.zeros(len(ids), dtype=self.head.dtype, device=ids.device)  # noqa: E731
+        self.logps, self.entropy, self.kl, self.clipped = vector(), vector(), vector(), vector()
+        self.loss = torch.zeros((), dtype=self.head.dtype, device=ids.device)
+
+    def all(self) -> None:
+        """Masked tokens go through nothing, those that can have no gradient not backward."""
+        mask = self.terms.layout.mask
+        silent = torch.zeros_like(mask)
+        if self.terms.beta == 0 and self.with_gradient:
+            silent = self.terms.layout.per_token(self.terms.advantages) == 0
+        for tokens, with_gradient in ((mask & ~silent, self.with_gradient), (mask & silent, False)):
+            rows = tokens.nonzero()[:, 0]
+            if len(rows):
+                self._some(rows, self.terms.take(rows), with_gradient)
+
+    def _some(self, rows: Tensor, terms: LossTerms, with_gradient: bool) -> None:
+        """The tokens `rows`, (n,) ascending, with their own terms."""
+        if not terms.by_sequence:
+            for part in _tiles(len(rows), self.tile_rows):
+                self._tile(rows[part], terms.tile(part), with_gradient)
+            return
+        for first, last, part in _whole_sequences(terms.layout, self.tile_rows):
+            of_part = terms.part(first, last, part)
+            if part.stop - part.start <= self.tile_rows:
+                self._tile(rows[part], of_part, with_gradient)
+            else:
+                self._long_sequence(rows[part], of_part, with_gradient)
+
+    def _tile(self, rows: Tensor, terms: LossTerms, with_gradient: bool) -> None:
+        hidden, ids = self.hidden[rows], self.ids[rows]
+        tile = self.head.logits(hidden)
+        evaluated, lse, entropy = evaluate_rows(tile, ids, self.inv_temp, terms)
+        self._note(rows, evaluated, entropy)
         if with_gradient:
-            head.add_gradient(rows, row_backward(scaled, index[rows], grad_logps, None))
-    return loss, logps, entropy
+            self._backward(tile, hidden, rows, ids, lse, evaluated.d_logps)
+
+    def _long_sequence(self, rows: Tensor, terms: LossTerms, with_gradient: bool) -> None:
+        """Longer than a tile: all its log-probs first, then its logits a second time."""
+        ids = self.ids[rows]
+        logps, lse, entropy = _all_logps(self.head, self.hidden[rows], ids, self.inv_temp)
+        evaluated = terms.evaluate(logps)
+        self._note(rows, evaluated, entropy)
+        if not with_gradient:
+            return
+        for part in _tiles(len(rows), self.tile_rows):
+            hidden = self.hidden[rows[part]]
+            tile = self.head.logits(hidden)
+            d_logps = evaluated.d_logps[part]
+            self._backward(tile, hidden, rows[part], ids[part], lse[part], d_logps)
+
+    def _note(self, rows: Tensor, evaluated: Evaluated, entropy: Tensor) -> None:
+        self.loss += evaluated.loss
+        self.logps[rows] = evaluated.logps
+        self.entropy[rows] = entropy
+        self.kl[rows] = evaluated.kl
+        self.clipped[rows] = evaluated.clipped
+
+    def _backward(self, tile, hidden, rows, ids, lse, d_logps) -> None:
+        """Gradients of a tile, without the tokens whose own is 0: clipped, or without advantage."""
+        if self.terms.beta == 0:
+            keep = d_logps.nonzero()[:, 0]
+            if not len(keep):
+                return
+            if len(keep) < len(rows):
+                tile = _compacted(tile, keep)
+                hidden, rows = hidden[keep], rows[keep]
+                ids, lse, d_logps = ids[keep], lse[keep], d_logps[keep]
+        grad_hidden = None
+        if self.grad_hidden is not None:
+            grad_hidden = torch.empty_like(hidden)
+        self.head.backward(
+            tile, hidden, ids, lse, None, d_logps, None, self.inv_temp, grad_hidden=grad_hidden
+        )
+        if grad_hidden is not None:
+            self.grad_hidden[rows] = grad_hidden
 
 
-def _two_passes(
-    head: _Head, index: Tensor, tile_rows: int, terms: LossTerms, with_gradient: bool
+def _compacted(tile: Tensor, keep: Tensor) -> Tensor:
+    """Rows `keep`, ascending, at the top of the tile; each is read before it is overwritten."""
+    in_place = keep == torch.arange(len(keep), device=keep.device)
+    size = max(1, len(tile) // 8)
+    for start in range(int(in_place.sum()), len(keep), size):
+        some = keep[start : start + size]
+        tile[start : start + len(some)] = tile[some]
+    return tile[: len(keep)]
+
+
+def _whole_sequences(layout: Layout, tile_rows: int) -> Iterator[tuple[int, int, slice]]:
+    """(first, last, positions) of runs of sequences that fill a tile; a longer one stands alone."""
+    offsets = layout.offsets.tolist()
+    first = 0
+    for last in range(1, len(offsets)):
+        full = last == len(offsets) - 1 or offsets[last + 1] - offsets[first] > tile_rows
+        if full and offsets[last] > offsets[first]:
+            yield first, last, slice(offsets[first], offsets[last])
+        if full:
+            first = last
+
+
+def _all_logps(
+    head: _Head, hidden: Tensor, ids: Tensor, inv_temp: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A sequence's ratio depends on all its tokens: every log-prob first, then the gradient."""
-    logps, entropy = _all_logps(head, index, tile_rows)
-    loss, grad_logps = _loss_and_gradient(terms, logps, slice(None))
-    if with_gradient:
-        for rows in _tiles(len(index), tile_rows):
-            scaled = head.scaled_logits(rows)
-            head.add_gradient(rows, row_backward(scaled, index[rows], grad_logps[rows], None))
-    return loss, logps, entropy
-
-
-def _all_logps(head: _Head, index: Tensor, tile_rows: int) -> tuple[Tensor, Tensor]:
-    logps = torch.zeros(index.shape, dtype=head.dtype, device=index.device)
-    entropy = torch.zeros_like(logps)
-    for rows in _tiles(len(index), tile_rows):
-        logps[rows], entropy[rows] = row_forward(head.scaled_logits(rows), index[rows], True)
-    return logps, entropy
-
-
-def _loss_and_gradient(terms: LossTerms, logps: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """Loss of `rows` and its gradient in their log-probs, by autograd on the vectors alone."""
-    with torch.enable_grad():
-        leaf = logps.detach().clone().requires_grad_()
-        loss = terms.loss(leaf, rows)
-        (grad,) = torch.autograd.grad(loss, leaf)
-    return loss.detach(), grad
+    """Log-prob, log-sum-exp and entropy, (R,)."""
+    out = [torch.empty(len(ids), dtype=head.dtype, device=ids.device) for _ in range(3)]
+    for rows in _tiles(len(ids), len(head.buffer)):
+        values = rows_forward(head.logits(hidden[rows]), ids[rows], inv_temp)
+        for whole, part in zip(out, values, strict=True):
+            whole[rows] = part
+    return tuple(out)
 
 
 def _tiles(num_rows: int, tile_rows: int) -> Iterator[slice]:

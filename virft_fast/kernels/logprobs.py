@@ -1,51 +1,69 @@
-"""Log-prob of the sampled token and entropy of the distribution, from logits."""
+"""Log-prob of the sampled token and entropy of the distribution, from logits.
+
+On the GPU both come from one pass over a row, and the gradient from one more (`triton_rows`). The
+torch reference below works on a few rows at a time, so that what it holds besides is small.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from virft_fast.kernels.backend import triton_for
 
-def selective_log_softmax(logits: Tensor, index: Tensor, *, temperature: float = 1.0) -> Tensor:
+# Elements that the reference works on at a time: stays in a core's cache. Measured on 2 cores.
+BLOCK_ELEMENTS = 2**18
+
+
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, *, temperature: float = 1.0, inplace: bool = False
+) -> Tensor:
     """Log-probability of one token a row.
 
     Args:
-        logits: (..., V) floating point; -inf bans a token.
+        logits: (..., V) floating point, any strides; -inf bans a token.
         index: (...) int64, in [0, V).
         temperature: > 0, divides the logits.
+        inplace: the backward pass writes the gradient over `logits`; nothing may need them after.
     Returns:
         (...) float32 (float64 for float64 logits), <= 0. Differentiable once, in `logits`.
     Raises:
-        ValueError: shapes, index dtype or temperature; says what was expected and what came.
+        ValueError: shapes, index dtype or temperature; says what was expected and what came. An id
+            outside V as well on the CPU; on the GPU, where looking would synchronise, its log-prob
+            is NaN.
     """
-    check_rows(logits, index, temperature)
-    return _LogpsAndEntropy.apply(logits, index, temperature, False)[0]
+    return logps_and_entropy(logits, index, temperature=temperature, inplace=inplace)[0]
 
 
 def logps_and_entropy(
-    logits: Tensor, index: Tensor, *, temperature: float = 1.0
+    logits: Tensor, index: Tensor, *, temperature: float = 1.0, inplace: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of one token a row, and the entropy of the row's distribution in nats.
 
     Args:
-        logits: (..., V) floating point; -inf bans a token.
+        logits: (..., V) floating point, any strides; -inf bans a token.
         index: (...) int64, in [0, V).
         temperature: > 0, divides the logits.
+        inplace: the backward pass writes the gradient over `logits`; nothing may need them after.
+            Autograd raises where something it knows of does.
     Returns:
         logps: (...) float32 (float64 for float64 logits), <= 0.
         entropy: (...), same dtype, in [0, log V]. Both differentiable once, in `logits`.
     Raises:
-        ValueError: shapes, index dtype or temperature; says what was expected and what came.
+        ValueError: as `selective_log_softmax`.
     """
     check_rows(logits, index, temperature)
-    return _LogpsAndEntropy.apply(logits, index, temperature, True)
+    check_ids("index", index, logits.shape[-1])
+    logps, entropy = _LogpsAndEntropy.apply(logits, index.reshape(-1), 1 / temperature, inplace)
+    return logps.view(index.shape), entropy.view(index.shape)
 
 
 def check_rows(logits: Tensor, index: Tensor, temperature: float) -> None:
-    """The input checks of both functions above. Values of `index` are not read: that would sync."""
+    """The checks of both functions above that read no values."""
     if logits.ndim < 1 or logits.shape[-1] < 1 or not logits.is_floating_point():
         raise ValueError(
             f"logits: expected (..., V) floating point with V >= 1, got {tuple(logits.shape)} "
@@ -56,6 +74,8 @@ def check_rows(logits: Tensor, index: Tensor, temperature: float) -> None:
             f"index: expected {tuple(logits.shape[:-1])} int64, got {tuple(index.shape)} "
             f"{index.dtype}; one token id a row of logits"
         )
+    if index.device != logits.device:
+        raise ValueError(f"index: expected on {logits.device}, got {index.device}; move it")
     check_temperature(temperature)
 
 
@@ -68,67 +88,158 @@ def check_temperature(temperature: float) -> None:
         )
 
 
+def check_ids(name: str, ids: Tensor, vocab: int) -> None:
+    """Raises ValueError for an id outside the vocabulary; on the CPU only, a GPU would wait."""
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= vocab:
+        raise ValueError(
+            f"{name}: expected token ids in [0, {vocab}), got {low if low < 0 else high}; mask "
+            "what is no token, and see whether the tokenizer belongs to the model"
+        )
+
+
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any of the tensors is, else float32."""
     double = any(t is not None and t.dtype == torch.float64 for t in tensors)
     return torch.float64 if double else torch.float32
 
 
-def row_forward(scaled: Tensor, index: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """Values of both quantities from logits already divided by the temperature.
+def rows_forward(logits: Tensor, ids: Tensor, inv_temp: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob of `ids`, log-sum-exp and entropy of each row, of the logits * inv_temp.
 
-    `scaled` is (R, V) float32 or float64, `index` (R,); returns (R,) and (R,) or None.
+    (..., V) logits with R rows and (R,) ids give (R,) float32, or float64 for float64.
     """
-    log_p = scaled.log_softmax(-1)
-    logps = log_p.gather(-1, index[..., None])[..., 0]
-    if not with_entropy:
-        return logps, None
-    return logps, _entropy(log_p, log_p.exp())
+    triton_rows = triton_for(logits)
+    if triton_rows is not None:
+        return triton_rows.rows_forward(logits, ids, inv_temp)
+    return rows_forward_reference(logits, ids, inv_temp)
 
 
-def row_backward(
-    scaled: Tensor, index: Tensor, grad_logps: Tensor | None, grad_entropy: Tensor | None
-) -> Tensor:
-    """Gradient in `scaled`, (R, V), of sum(grad_logps * logps) + sum(grad_entropy * entropy).
-
-    d logps / d z_j = 1[j = index] - p_j and d entropy / d z_j = -p_j (log p_j + entropy).
-    """
-    log_p = scaled.log_softmax(-1)
-    p = log_p.exp()
-    grad = torch.zeros_like(p)
-    if grad_entropy is not None:
-        surprise = torch.where(p > 0, log_p, 0.0) + _entropy(log_p, p)[..., None]
-        grad -= grad_entropy[..., None] * p * surprise
-    if grad_logps is not None:
-        grad -= grad_logps[..., None] * p
-        grad.scatter_add_(-1, index[..., None], grad_logps[..., None].to(grad.dtype))
-    return grad
-
-
-def _entropy(log_p: Tensor, p: Tensor) -> Tensor:
-    # A banned token has p = 0 and log p = -inf, whose product would be NaN and has the limit 0.
-    entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
+def rows_forward_reference(
+    logits: Tensor, ids: Tensor, inv_temp: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = logits.reshape(-1, logits.shape[-1])
+    dtype = compute_dtype(logits)
+    logps, lse, entropy = torch.empty((3, len(ids)), dtype=dtype, device=ids.device).unbind()
+    for rows in _blocks(logits):
+        z = logits[rows].to(dtype) * inv_temp
+        highest = z.amax(-1, keepdim=True)
+        picked = z.gather(-1, ids[rows, None]) - highest
+        # exp of the lowest is 0 in either dtype; a banned token at -inf would make 0 * inf.
+        z.sub_(highest).clamp_(min=-1e5)
+        e = z.exp()
+        total = e.sum(-1, keepdim=True)
+        log_total = total.log()
+        logps[rows] = (picked - log_total)[:, 0]
+        lse[rows] = (highest + log_total)[:, 0]
+        entropy[rows] = (log_total - torch.linalg.vecdot(e, z)[:, None] / total)[:, 0]
     # Rounding alone can leave the range, by an ulp; NaN stays NaN.
-    return entropy.clamp(0.0, math.log(log_p.shape[-1]))
+    return logps, lse, entropy.clamp_(0.0, math.log(logits.shape[-1]))
+
+
+def rows_backward(
+    logits: Tensor,
+    ids: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    grad_logps: Tensor | None,
+    grad_entropy: Tensor | None,
+    inv_temp: float,
+    out: Tensor,
+    scale: Tensor | None = None,
+) -> None:
+    """Gradient of sum(grad_logps * logps) + sum(grad_entropy * entropy) in the logits, into `out`.
+
+    d logps / d z_j = 1[j = index] - p_j and d entropy / d z_j = -p_j (log p_j + entropy), times
+    inv_temp and the 0-d `scale`. `out` may be `logits`. Rows whose gradients are 0 get zeros,
+    whatever they hold.
+    """
+    triton_rows = triton_for(logits)
+    if triton_rows is not None:
+        triton_rows.rows_backward(
+            logits, ids, lse, entropy, grad_logps, grad_entropy, inv_temp, out, scale
+        )
+        return
+    if scale is not None:
+        grad_logps = None if grad_logps is None else grad_logps * scale
+        grad_entropy = None if grad_entropy is None else grad_entropy * scale
+    rows_backward_reference(logits, ids, lse, entropy, grad_logps, grad_entropy, inv_temp, out)
+
+
+def rows_backward_reference(
+    logits: Tensor,
+    ids: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    grad_logps: Tensor | None,
+    grad_entropy: Tensor | None,
+    inv_temp: float,
+    out: Tensor,
+) -> None:
+    if logits.ndim == 1:
+        logits, out = logits[None], out[None]
+    if logits.ndim > 2:  # row by row of the leading dimension: a reshape might copy, `out` must not
+        split = lambda t: None if t is None else t.view(len(logits), -1)  # noqa: E731
+        vectors = [split(t) for t in (ids, lse, entropy, grad_logps, grad_entropy)]
+        for i in range(len(logits)):
+            of_row = [None if t is None else t[i] for t in vectors]
+            rows_backward_reference(logits[i], *of_row, inv_temp, out[i])
+        return
+    for rows in _blocks(logits):
+        g = None if grad_logps is None else grad_logps[rows, None] * inv_temp
+        h = None if grad_entropy is None else grad_entropy[rows, None] * inv_temp
+        log_p = logits[rows].to(lse.dtype) * inv_temp - lse[rows, None]
+        p = log_p.exp()
+        still = torch.ones_like(lse[rows, None], dtype=torch.bool)
+        grad = torch.zeros_like(p) if g is None else p * -g
+        if g is not None:
+            still &= g == 0
+            grad.scatter_add_(-1, ids[rows, None], g)
+        if h is not None:
+            still &= h == 0
+            surprise = torch.where(p > 0, log_p + entropy[rows, None], 0.0)
+            grad -= h * p * surprise
+        out[rows] = grad.masked_fill_(still, 0.0).to(out.dtype)
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    """Slices of a few rows, or of all of them on a GPU, where launches are dearer than memory."""
+    count, vocab = logits.shape
+    most = BLOCK_ELEMENTS if logits.device.type == "cpu" else 2**28
+    size = max(1, most // vocab)
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
 
 
 class _LogpsAndEntropy(torch.autograd.Function):
-    """Saves the logits as they came and recomputes the softmax: no second (..., V) tensor lives."""
+    """Saves the logits as they came: no second (..., V) tensor lives between the passes."""
 
     @staticmethod
-    def forward(ctx, logits, index, temperature, with_entropy):
-        ctx.save_for_backward(logits, index)
-        ctx.temperature = temperature
+    def forward(ctx, logits, index, inv_temp, inplace):
+        logps, lse, entropy = rows_forward(logits, index, inv_temp)
+        ctx.save_for_backward(logits, index, lse, entropy)
+        ctx.inv_temp, ctx.inplace = inv_temp, inplace
         ctx.set_materialize_grads(False)
-        scaled = logits.to(compute_dtype(logits)) / temperature
-        return row_forward(scaled, index, with_entropy)
+        return logps, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps, grad_entropy):
-        logits, index = ctx.saved_tensors
+        logits, index, lse, entropy = ctx.saved_tensors
         if grad_logps is None and grad_entropy is None:
             return None, None, None, None
-        scaled = logits.to(compute_dtype(logits)) / ctx.temperature
-        grad = row_backward(scaled, index, grad_logps, grad_entropy) / ctx.temperature
-        return grad.to(logits.dtype), None, None, None
+        grads = [None if g is None else g.contiguous() for g in (grad_logps, grad_entropy)]
+        out = gradient_buffer(logits, ctx.inplace)
+        rows_backward(logits, index, lse, entropy, *grads, ctx.inv_temp, out)
+        return out, None, None, None
+
+
+def gradient_buffer(logits: Tensor, inplace: bool) -> Tensor:
+    """Where the gradient goes. In place: whoever else saved `logits` is told by autograd."""
+    overlaps = any(step == 0 and size > 1 for step, size in zip(logits.stride(), logits.shape))  # noqa: B905
+    if not inplace or overlaps:
+        return torch.empty_like(logits)
+    torch.autograd.graph.increment_version(logits)
+    return logits.detach()

@@ -1,0 +1,530 @@
+"""Triton kernels over rows of logits, and their launches. Imported by `backend` alone.
+
+One program a row (forward) or a block of a row (backward) in a 1-D grid, addresses in 64 bits.
+Lengths, strides and the temperature are runtime arguments that nothing is specialised on: a new
+completion length compiles nothing. UNIT is 16 where all strides and V are multiples of 16, which
+is what the compiler must know to load 128 bits at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from virft_fast.kernels.token_loss import KL_KINDS, MAX_EXPONENT
+
+FORWARD_BLOCK, FORWARD_WARPS = 4096, 4
+BACKWARD_BLOCK, BACKWARD_WARPS = 4096, 4
+_MAX_EXPONENT = tl.constexpr(MAX_EXPONENT)
+_RUNTIME = (
+    "inner", "stride_outer", "stride_inner", "stride_v", "out_outer", "out_inner", "out_v",
+    "vocab", "inv_temp", "blocks", "num_generations", "beta", "low", "high", "delta",
+)  # fmt: skip
+# Read or written one number at a time: their alignment is of no use, and changes with a slice.
+_VECTORS = (
+    "IDS", "LOGPS", "LSE", "ENTROPY", "MASK", "SEQUENCE", "ADVANTAGES", "WEIGHTS", "OLD", "REF",
+    "KL_OUT", "LOSS", "D_LOGPS", "CLIPPED", "GRAD_LOGPS", "GRAD_ENTROPY", "SCALE",
+)  # fmt: skip
+
+
+# ---- device functions ----------------------------------------------------------------------------
+
+
+@triton.jit
+def _row_offset(row, inner, stride_outer, stride_inner, UNIT: tl.constexpr):
+    """First element of row `row` of a (outer, inner, V) view."""
+    row64 = row.to(tl.int64)
+    offset = (row64 // inner) * stride_outer + (row64 % inner) * stride_inner
+    return offset * UNIT
+
+
+@triton.jit
+def _row_statistics(
+    Z, vocab, stride_v, inv_temp, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Maximum m, s = sum of exp(z - m), t = sum of exp(z - m) * (z - m), in one pass."""
+    columns = vocab * UNIT
+    m = -float("inf")
+    s = 0.0
+    t = 0.0
+    for start in tl.range(0, columns, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        offsets = cols if CONTIGUOUS else cols.to(tl.int64) * stride_v
+        z = tl.load(Z + offsets, mask=cols < columns, other=-float("inf")).to(tl.float32)
+        z = z * inv_temp
+        m_new = tl.maximum(m, tl.max(z, 0))
+        d = z - m_new
+        e = tl.exp(d)
+        # Recentred on each new maximum: z itself would cancel. Before anything counts, m is -inf.
+        shift = tl.where(s > 0.0, m - m_new, 0.0)
+        alpha = tl.exp(shift)
+        t = alpha * (t + s * shift) + tl.sum(tl.where(e == 0.0, 0.0, e * d), 0)
+        s = s * alpha + tl.sum(e, 0)
+        # A block of banned tokens alone leaves the maximum at -inf, and d at nan.
+        empty = m_new == -float("inf")
+        s = tl.where(empty, 0.0, s)
+        t = tl.where(empty, 0.0, t)
+        m = m_new
+    return m, s, t
+
+
+@triton.jit
+def _logp_and_entropy(
+    Z, index, vocab, stride_v, inv_temp,
+    UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Log-prob of `index`, log-sum-exp and entropy of the row at Z; nan for an index outside V."""
+    m, s, t = _row_statistics(Z, vocab, stride_v, inv_temp, UNIT, CONTIGUOUS, BLOCK)
+    columns = vocab * UNIT
+    offset = index if CONTIGUOUS else index * stride_v
+    inside = (index >= 0) & (index < columns)
+    z = tl.load(Z + offset, mask=inside, other=float("nan")).to(tl.float32) * inv_temp
+    log_s = tl.log(s)
+    most = tl.log(columns.to(tl.float32))
+    entropy = log_s - t / s
+    # Rounding alone can leave the range; nan has to stay nan.
+    entropy = tl.where(entropy < 0.0, 0.0, entropy)
+    entropy = tl.where(entropy > most, most, entropy)
+    return (z - m) - log_s, m + log_s, entropy
+
+
+@triton.jit
+def _grad_logits(z, cols, index, lse, ENTROPY, g, h, inv_temp, HAS_ENTROPY: tl.constexpr):
+    """Of a block of logits; g and h are the gradients of log-prob and entropy, times inv_temp."""
+    log_p = z * inv_temp - lse
+    p = tl.exp(log_p)
+    grad = g * (tl.where(cols == index, 1.0, 0.0) - p)
+    if HAS_ENTROPY:
+        grad -= tl.where(p == 0.0, 0.0, h * p * (log_p + tl.load(ENTROPY)))
+    return grad
+
+
+@triton.jit
+def _exp(x):
+    """exp, continued by its tangent beyond the largest exponent, and its derivative."""
+    bounded = tl.where(x > _MAX_EXPONENT, _MAX_EXPONENT, x)
+    slope = tl.exp(bounded)
+    return slope * (1.0 + (x - bounded)), slope
+
+
+@triton.jit
+def token_loss(
+    logp, log_ratio, ref_logp, advantage, beta, low, high, delta,
+    HAS_REF: tl.constexpr, HAS_DELTA: tl.constexpr, CAPPED: tl.constexpr, KL: tl.constexpr,
+):  # fmt: skip
+    """The twin of `virft_fast.kernels.token_loss.token_loss`; low and high bound the ratio itself.
+
+    Returns the loss, its derivatives in the log-ratio and in the log-prob, the KL estimate, and -1
+    or 1 where the ratio is clipped below or above, else 0.
+    """
+    ratio, d_ratio = _exp(log_ratio)
+    if CAPPED:
+        capped = tl.where(ratio > high, high, ratio)
+        loss = -capped * advantage * logp
+        d_log_ratio = 0.0 * loss
+        d_logp = -capped * advantage
+        clipped = tl.where((ratio > high) & (advantage > 0.0), 1.0, 0.0)
+    else:
+        bounded = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+        inside = tl.where((ratio >= low) & (ratio <= high), 1.0, 0.0)
+        below_delta = 1.0 + 0.0 * inside
+        if HAS_DELTA:
+            below_delta = tl.where(ratio <= delta, 1.0, 0.0)
+            ratio = tl.where(ratio > delta, delta, ratio)
+        free = ratio * advantage
+        bound = bounded * advantage
+        loss = -tl.where(free < bound, free, bound)
+        share = tl.where(free < bound, 1.0, tl.where(free == bound, 0.5, 0.0))
+        slope = share * below_delta + (1.0 - share) * inside
+        d_log_ratio = -advantage * d_ratio * slope
+        d_logp = 0.0 * loss
+        below = (ratio < low) & (advantage < 0.0)
+        above = (ratio > high) & (advantage > 0.0)
+        clipped = tl.where(below, -1.0, tl.where(above, 1.0, 0.0))
+    estimate = 0.0 * loss
+    if HAS_REF:
+        d = ref_logp - logp
+        if KL == 1:
+            estimate = -d
+            d_estimate = 1.0 + 0.0 * d
+        elif KL == 2:
+            estimate = 0.5 * d * d
+            d_estimate = -d
+        else:
+            value, steep = _exp(d)
+            estimate = value - d - 1.0
+            d_estimate = 1.0 - steep
+        loss = loss + beta * estimate
+        d_logp = d_logp + beta * d_estimate
+    return loss, d_log_ratio, d_logp, estimate, clipped
+
+
+@triton.jit
+def _group_advantage(REWARDS, sequence, num_generations, EPS: tl.constexpr, BLOCK: tl.constexpr):
+    """`group_advantages` of one sequence; rewards that are not finite are left out."""
+    first = (sequence // num_generations) * num_generations
+    offsets = tl.arange(0, BLOCK)
+    r = tl.load(REWARDS + first + offsets, mask=offsets < num_generations, other=float("nan"))
+    scored = (r == r) & (tl.abs(r) != float("inf"))
+    count = tl.sum(tl.where(scored, 1.0, 0.0), 0)
+    mean = tl.sum(tl.where(scored, r, 0.0), 0) / tl.maximum(count, 1.0)
+    centred = tl.where(scored, r - mean, 0.0)
+    variance = tl.sum(centred * centred, 0) / tl.maximum(count - 1.0, 1.0)
+    # Rewards that are all equal give exactly 0, whatever the rounding of their mean.
+    highest = tl.max(tl.where(scored, r, -float("inf")), 0)
+    lowest = tl.min(tl.where(scored, r, float("inf")), 0)
+    own = tl.sum(tl.where(offsets == sequence - first, centred, 0.0), 0)
+    return tl.where(highest > lowest, own / (tl.sqrt(variance) + EPS), 0.0)
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_VECTORS)
+def rows_forward_kernel(
+    Z, IDS, LOGPS, LSE, ENTROPY,
+    inner, stride_outer: tl.int64, stride_inner: tl.int64, stride_v: tl.int64, vocab, inv_temp,
+    UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    Z += _row_offset(row, inner, stride_outer, stride_inner, UNIT)
+    logp, lse, entropy = _logp_and_entropy(
+        Z, tl.load(IDS + row), vocab, stride_v, inv_temp, UNIT, CONTIGUOUS, BLOCK
+    )
+    tl.store(LOGPS + row, logp)
+    tl.store(LSE + row, lse)
+    tl.store(ENTROPY + row, entropy)
+
+
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_VECTORS)
+def grpo_forward_kernel(
+    Z, IDS, MASK, SEQUENCE, ADVANTAGES, WEIGHTS, OLD, REF,
+    LOGPS, LSE, ENTROPY, KL_OUT, LOSS, D_LOGPS, CLIPPED,
+    inner, stride_outer: tl.int64, stride_inner: tl.int64, stride_v: tl.int64, vocab, inv_temp,
+    num_generations, beta, low, high, delta,
+    FROM_REWARDS: tl.constexpr, GROUP_BLOCK: tl.constexpr, EPS: tl.constexpr,
+    HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_DELTA: tl.constexpr,
+    CAPPED: tl.constexpr, KL: tl.constexpr,
+    UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Log-prob, entropy, group advantage, token loss and its gradient of one token."""
+    row = tl.program_id(0)
+    if tl.load(MASK + row) != 0:
+        Z += _row_offset(row, inner, stride_outer, stride_inner, UNIT)
+        logp, lse, entropy = _logp_and_entropy(
+            Z, tl.load(IDS + row), vocab, stride_v, inv_temp, UNIT, CONTIGUOUS, BLOCK
+        )
+        sequence = tl.load(SEQUENCE + row)
+        if FROM_REWARDS:
+            advantage = _group_advantage(ADVANTAGES, sequence, num_generations, EPS, GROUP_BLOCK)
+        else:
+            advantage = tl.load(ADVANTAGES + sequence)
+        log_ratio = 0.0 * logp
+        if HAS_OLD:
+            log_ratio = logp - tl.load(OLD + row)
+        ref = logp
+        if HAS_REF:
+            ref = tl.load(REF + row)
+        loss, d_log_ratio, d_logp, estimate, clipped = token_loss(
+            logp, log_ratio, ref, advantage, beta, low, high, delta, HAS_REF, HAS_DELTA, CAPPED, KL
+        )
+        weight = tl.load(WEIGHTS + row)
+        tl.store(LOGPS + row, logp)
+        tl.store(LSE + row, lse)
+        tl.store(ENTROPY + row, entropy)
+        tl.store(KL_OUT + row, estimate)
+        tl.store(LOSS + row, weight * loss)
+        tl.store(D_LOGPS + row, weight * (d_log_ratio + d_logp))
+        tl.store(CLIPPED + row, clipped)
+    else:
+        tl.store(LOGPS + row, 0.0)
+        tl.store(LSE + row, 0.0)
+        tl.store(ENTROPY + row, 0.0)
+        tl.store(KL_OUT + row, 0.0)
+        tl.store(LOSS + row, 0.0)
+        tl.store(D_LOGPS + row, 0.0)
+        tl.store(CLIPPED + row, 0.0)
+
+
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_VECTORS)
+def rows_backward_kernel(
+    Z, OUT, IDS, LSE, ENTROPY, GRAD_LOGPS, GRAD_ENTROPY, SCALE,
+    inner, stride_outer: tl.int64, stride_inner: tl.int64, stride_v: tl.int64,
+    out_outer: tl.int64, out_inner: tl.int64, out_v: tl.int64, vocab, inv_temp, blocks,
+    HAS_LOGPS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SCALE: tl.constexpr,
+    UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, OUT_CONTIGUOUS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of d loss / d logits. OUT may be Z: an element is read before it is written."""
+    program = tl.program_id(0)
+    row = program // blocks
+    g = 0.0
+    h = 0.0
+    if HAS_LOGPS:
+        g = tl.load(GRAD_LOGPS + row) * inv_temp
+    if HAS_ENTROPY:
+        h = tl.load(GRAD_ENTROPY + row) * inv_temp
+    if HAS_SCALE:
+        scale = tl.load(SCALE).to(tl.float32)
+        g = g * scale
+        h = h * scale
+    Z += _row_offset(row, inner, stride_outer, stride_inner, UNIT)
+    OUT += _row_offset(row, inner, out_outer, out_inner, UNIT)
+    columns = vocab * UNIT
+    cols = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    offsets = cols if CONTIGUOUS else cols.to(tl.int64) * stride_v
+    outs = cols if OUT_CONTIGUOUS else cols.to(tl.int64) * out_v
+    if (g == 0.0) & (h == 0.0):  # what doesn't count may hold anything, nan included
+        tl.store(OUT + outs, tl.zeros((BLOCK,), OUT.dtype.element_ty), mask=cols < columns)
+    else:
+        z = tl.load(Z + offsets, mask=cols < columns, other=-float("inf")).to(tl.float32)
+        index = tl.load(IDS + row)
+        lse = tl.load(LSE + row)
+        grad = _grad_logits(z, cols, index, lse, ENTROPY + row, g, h, inv_temp, HAS_ENTROPY)
+        tl.store(OUT + outs, grad.to(OUT.dtype.element_ty), mask=cols < columns)
+
+
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_VECTORS)
+def tile_backward_kernel(
+    Z, OUT, IDS, LSE, ENTROPY, GRAD_LOGPS, GRAD_ENTROPY, vocab, inv_temp,
+    HAS_LOGPS: tl.constexpr, HAS_ENTROPY: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """d loss / d logits of a contiguous float32 tile, written as 16 bits over the tile itself.
+
+    Element c of a row is read at 4c and written at 2c, so the writes of a program stay behind what
+    it has still to read; the barrier is between the reads and the writes of one block.
+    """
+    row = tl.program_id(0)
+    columns = vocab * UNIT
+    Z += row.to(tl.int64) * columns
+    OUT += row.to(tl.int64) * columns * 2
+    g = 0.0
+    h = 0.0
+    if HAS_LOGPS:
+        g = tl.load(GRAD_LOGPS + row) * inv_temp
+    if HAS_ENTROPY:
+        h = tl.load(GRAD_ENTROPY + row) * inv_temp
+    silent = (g == 0.0) & (h == 0.0)
+    lse = tl.load(LSE + row)
+    index = tl.load(IDS + row)
+    for start in range(0, columns, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        z = tl.load(Z + cols, mask=cols < columns, other=-float("inf"))
+        grad = _grad_logits(z, cols, index, lse, ENTROPY + row, g, h, inv_temp, HAS_ENTROPY)
+        grad = tl.where(silent, 0.0, grad)
+        tl.debug_barrier()
+        tl.store(OUT + cols, grad.to(OUT.dtype.element_ty), mask=cols < columns)
+        tl.debug_barrier()
+
+
+@triton.jit
+def token_loss_kernel(
+    LOGP, LOG_RATIO, REF, ADVANTAGE, OUT, size, beta, low, high, delta,
+    HAS_REF: tl.constexpr, HAS_DELTA: tl.constexpr, CAPPED: tl.constexpr, KL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`token_loss` by itself, (5, size) out: for the test that compares it with its twin."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keep = cols < size
+    values = token_loss(
+        tl.load(LOGP + cols, mask=keep, other=0.0), tl.load(LOG_RATIO + cols, mask=keep, other=0.0),
+        tl.load(REF + cols, mask=keep, other=0.0), tl.load(ADVANTAGE + cols, mask=keep, other=0.0),
+        beta, low, high, delta, HAS_REF, HAS_DELTA, CAPPED, KL,
+    )  # fmt: skip
+    for i in tl.static_range(5):
+        tl.store(OUT + i * size + cols, values[i], mask=keep)
+
+
+# ---- launches ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """How to address the rows of a (..., V) tensor: (outer, inner, V), in units of elements."""
+
+    count: int
+    inner: int
+    outer_stride: int
+    inner_stride: int
+    column_stride: int
+    vocab: int
+    unit: int
+
+
+def rows_of(logits: Tensor, unit: int = 16) -> tuple[Tensor, _Rows]:
+    """The tensor, copied only if its leading dimensions don't fold into two, and its addresses."""
+    vocab = logits.shape[-1]
+    if logits.ndim == 1:
+        logits = logits[None]
+    if logits.ndim > 3:
+        logits = logits.flatten(0, -3)
+    outer, inner = (1, logits.shape[0]) if logits.ndim == 2 else logits.shape[:2]
+    strides = logits.stride()
+    outer_stride, inner_stride = (0, strides[0]) if logits.ndim == 2 else strides[:2]
+    if strides[-1] != 1 or any(n % unit for n in (outer_stride, inner_stride, vocab)):
+        unit = 1
+    rows = _Rows(
+        count=outer * inner,
+        inner=max(inner, 1),
+        outer_stride=outer_stride // unit,
+        inner_stride=inner_stride // unit,
+        column_stride=strides[-1],
+        vocab=vocab // unit,
+        unit=unit,
+    )
+    return logits, rows
+
+
+def rows_forward(logits: Tensor, ids: Tensor, inv_temp: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(..., V) logits, (R,) ids -> log-probs, log-sum-exps and entropies, (R,) float32."""
+    logits, rows = rows_of(logits)
+    logps, lse, entropy = _empty(rows.count, logits.device, 3)
+    if rows.count:
+        with _on(logits.device):
+            rows_forward_kernel[(rows.count,)](
+                logits, ids, logps, lse, entropy, *_addresses(rows), rows.vocab, inv_temp,
+                UNIT=rows.unit, CONTIGUOUS=rows.column_stride == 1, BLOCK=FORWARD_BLOCK,
+                num_warps=FORWARD_WARPS, enable_fp_fusion=True,
+            )  # fmt: skip
+    return logps, lse, entropy
+
+
+def rows_backward(
+    logits: Tensor,
+    ids: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    grad_logps: Tensor | None,
+    grad_entropy: Tensor | None,
+    inv_temp: float,
+    out: Tensor,
+    scale: Tensor | None = None,
+) -> None:
+    """Gradient in the logits into `out`, which may be `logits`; `scale` is a 0-d factor."""
+    out, out_rows = rows_of(out)
+    logits, rows = rows_of(logits, out_rows.unit)
+    if out_rows.unit != rows.unit:
+        out, out_rows = rows_of(out, rows.unit)
+    if not rows.count:
+        return
+    blocks = triton.cdiv(rows.vocab * rows.unit, BACKWARD_BLOCK)
+    with _on(logits.device):
+        rows_backward_kernel[(rows.count * blocks,)](
+            logits, out, ids, lse, lse if entropy is None else entropy,
+            lse if grad_logps is None else grad_logps,
+            lse if grad_entropy is None else grad_entropy,
+            lse if scale is None else scale,
+            *_addresses(rows), out_rows.outer_stride, out_rows.inner_stride, out_rows.column_stride,
+            rows.vocab, inv_temp, blocks,
+            HAS_LOGPS=grad_logps is not None, HAS_ENTROPY=grad_entropy is not None,
+            HAS_SCALE=scale is not None,
+            UNIT=rows.unit, CONTIGUOUS=rows.column_stride == 1,
+            OUT_CONTIGUOUS=out_rows.column_stride == 1, BLOCK=BACKWARD_BLOCK,
+            num_warps=BACKWARD_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def tile_backward(
+    tile: Tensor,
+    ids: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    grad_logps: Tensor | None,
+    grad_entropy: Tensor | None,
+    inv_temp: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gradient in a contiguous (R, V) float32 tile, in the tile's own memory; (R, V) of 16 bits."""
+    count, vocab = tile.shape
+    out = tile.view(dtype)[:, :vocab]  # the front half of each row's bytes
+    unit = 16 if vocab % 16 == 0 else 1
+    if count:
+        with _on(tile.device):
+            tile_backward_kernel[(count,)](
+                tile, out, ids, lse, lse if entropy is None else entropy,
+                lse if grad_logps is None else grad_logps,
+                lse if grad_entropy is None else grad_entropy,
+                vocab // unit, inv_temp,
+                HAS_LOGPS=grad_logps is not None, HAS_ENTROPY=grad_entropy is not None, UNIT=unit,
+                BLOCK=FORWARD_BLOCK, num_warps=FORWARD_WARPS, enable_fp_fusion=True,
+            )  # fmt: skip
+    return out
+
+
+@dataclass(frozen=True)
+class GRPORows:
+    """What one launch gives, all (R,) float32; `loss` and `d_logps` carry the token's weight."""
+
+    logps: Tensor
+    lse: Tensor
+    entropy: Tensor
+    kl: Tensor
+    loss: Tensor
+    d_logps: Tensor
+    clipped: Tensor
+
+
+def grpo_forward(
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    sequence: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    *,
+    inv_temp: float,
+    num_generations: int | None,
+    eps: float,
+    beta: float,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float | None,
+    capped: bool,
+    kl: str,
+) -> GRPORows:
+    """The GRPO loss of R tokens and its gradient in their log-probs, in one launch.
+
+    Args:
+        logits: (..., V), R rows; ids, mask, sequence, weights, old_logps, ref_logps: (R,).
+        advantages: (N,), or with `num_generations` the rewards, normalised here.
+    """
+    logits, rows = rows_of(logits)
+    outs = GRPORows(*_empty(rows.count, logits.device, 7))
+    if rows.count:
+        low, high = (0.0, epsilon_high) if capped else (1 - epsilon_low, 1 + epsilon_high)
+        with _on(logits.device):
+            grpo_forward_kernel[(rows.count,)](
+                logits, ids, mask.view(torch.uint8), sequence, advantages, weights,
+                weights if old_logps is None else old_logps,
+                weights if ref_logps is None else ref_logps,
+                outs.logps, outs.lse, outs.entropy, outs.kl, outs.loss, outs.d_logps, outs.clipped,
+                *_addresses(rows), rows.vocab, inv_temp,
+                num_generations or 1, float(beta), float(low), float(high), float(delta or 0.0),
+                FROM_REWARDS=num_generations is not None,
+                GROUP_BLOCK=triton.next_power_of_2(num_generations or 1), EPS=eps,
+                HAS_OLD=old_logps is not None, HAS_REF=ref_logps is not None,
+                HAS_DELTA=delta is not None, CAPPED=capped, KL=KL_KINDS.index(kl) + 1,
+                UNIT=rows.unit, CONTIGUOUS=rows.column_stride == 1, BLOCK=FORWARD_BLOCK,
+                num_warps=FORWARD_WARPS, enable_fp_fusion=True,
+            )  # fmt: skip
+    return outs
+
+
+def _addresses(rows: _Rows) -> tuple[int, int, int, int]:
+    return rows.inner, rows.outer_stride, rows.inner_stride, rows.column_stride
+
+
+def _empty(count: int, device: torch.device, number: int) -> list[Tensor]:
+    return [torch.empty(count, dtype=torch.float32, device=device) for _ in range(number)]
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
