@@ -288,14 +288,14 @@ class Evaluated(NamedTuple):
 def evaluate_rows(
     logits: Tensor, ids: Tensor, inv_temp: float, terms: LossTerms
 ) -> tuple[Evaluated, Tensor, Tensor]:
-    """From logits to the loss and its gradient in the log-probs; besides, lse and entropy, (R,).
+    """From logits to the loss and its gradient in the log-probs; besides, norms and entropy.
 
     One launch on the GPU; two and some vector arithmetic for ratios of sequences.
     """
     triton_rows = triton_for(logits)
     if triton_rows is None or terms.by_sequence:
-        logps, lse, entropy = rows_forward(logits, ids, inv_temp)
-        return terms.evaluate(logps), lse, torch.where(terms.layout.mask, entropy, 0.0)
+        logps, norms, entropy = rows_forward(logits, ids, inv_temp)
+        return terms.evaluate(logps), norms, torch.where(terms.layout.mask, entropy, 0.0)
     out = triton_rows.grpo_forward(
         logits,
         ids,
@@ -316,14 +316,14 @@ def evaluate_rows(
         kl=terms.kl,
     )
     evaluated = Evaluated(out.loss.sum(), out.logps, out.d_logps, out.kl, out.clipped)
-    return evaluated, out.lse, out.entropy
+    return evaluated, out.norms, out.entropy
 
 
 class _GRPOFromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ids, inv_temp, inplace, terms):
-        evaluated, lse, entropy = evaluate_rows(logits, ids, inv_temp, terms)
-        ctx.save_for_backward(logits, ids, lse, evaluated.d_logps)
+        evaluated, norms, entropy = evaluate_rows(logits, ids, inv_temp, terms)
+        ctx.save_for_backward(logits, ids, norms, evaluated.d_logps)
         ctx.inv_temp, ctx.inplace = inv_temp, inplace
         rest = (evaluated.logps, entropy, evaluated.kl, evaluated.clipped)
         ctx.mark_non_differentiable(*rest)
@@ -332,9 +332,9 @@ class _GRPOFromLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, *_):
-        logits, ids, lse, d_logps = ctx.saved_tensors
+        logits, ids, norms, d_logps = ctx.saved_tensors
         out = gradient_buffer(logits, ctx.inplace)
-        rows_backward(logits, ids, lse, None, d_logps, None, ctx.inv_temp, out, grad_loss)
+        rows_backward(logits, ids, norms, None, d_logps, None, ctx.inv_temp, out, grad_loss)
         return out, None, None, None, None
 
 

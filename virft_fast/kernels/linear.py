@@ -199,13 +199,13 @@ class _Head:
         if self.grad_bias is not None:
             self.grad_bias += grad.sum(0, dtype=self.dtype)
 
-    def _grad_logits(self, tile, ids, lse, entropy, grad_logps, grad_entropy, inv_temp) -> Tensor:
+    def _grad_logits(self, tile, ids, norms, entropy, grad_logps, grad_entropy, inv_temp) -> Tensor:
         triton_rows = triton_for(tile)
         if triton_rows is not None and self.factor_dtype != self.dtype:
             return triton_rows.tile_backward(
-                tile, ids, lse, entropy, grad_logps, grad_entropy, inv_temp, self.factor_dtype
+                tile, ids, norms, entropy, grad_logps, grad_entropy, inv_temp, self.factor_dtype
             )
-        rows_backward(tile, ids, lse, entropy, grad_logps, grad_entropy, inv_temp, tile)
+        rows_backward(tile, ids, norms, entropy, grad_logps, grad_entropy, inv_temp, tile)
         return tile.to(self.factor_dtype)
 
 
@@ -216,14 +216,14 @@ class _LinearLogps(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         with torch.autocast(hidden.device.type, enabled=False):
             head = _Head(weight, bias, hidden.dtype, min(tile_rows, len(index)), False, False)
-            logps, lse, entropy = _all_logps(head, hidden.detach(), index, inv_temp)
-        ctx.save_for_backward(hidden, weight, bias, index, lse, entropy)
+            logps, norms, entropy = _all_logps(head, hidden.detach(), index, inv_temp)
+        ctx.save_for_backward(hidden, weight, bias, index, norms, entropy)
         return logps, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps, grad_entropy):
-        hidden, weight, bias, index, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, index, norms, entropy = ctx.saved_tensors
         if grad_logps is None and grad_entropy is None:
             return (None,) * 6
         wants_hidden, *wants = ctx.needs_input_grad[:3]
@@ -236,7 +236,7 @@ class _LinearLogps(torch.autograd.Function):
                     head.logits(part),
                     part,
                     index[rows],
-                    lse[rows],
+                    norms[rows],
                     entropy[rows],
                     None if grad_logps is None else grad_logps[rows].contiguous(),
                     None if grad_entropy is None else grad_entropy[rows].contiguous(),
@@ -319,15 +319,15 @@ class _GRPORun:
     def _tile(self, rows: Tensor, terms: LossTerms, with_gradient: bool) -> None:
         hidden, ids = self.hidden[rows], self.ids[rows]
         tile = self.head.logits(hidden)
-        evaluated, lse, entropy = evaluate_rows(tile, ids, self.inv_temp, terms)
+        evaluated, norms, entropy = evaluate_rows(tile, ids, self.inv_temp, terms)
         self._note(rows, evaluated, entropy)
         if with_gradient:
-            self._backward(tile, hidden, rows, ids, lse, evaluated.d_logps)
+            self._backward(tile, hidden, rows, ids, norms, evaluated.d_logps)
 
     def _long_sequence(self, rows: Tensor, terms: LossTerms, with_gradient: bool) -> None:
         """Longer than a tile: all its log-probs first, then its logits a second time."""
         ids = self.ids[rows]
-        logps, lse, entropy = _all_logps(self.head, self.hidden[rows], ids, self.inv_temp)
+        logps, norms, entropy = _all_logps(self.head, self.hidden[rows], ids, self.inv_temp)
         evaluated = terms.evaluate(logps)
         self._note(rows, evaluated, entropy)
         if not with_gradient:
@@ -336,7 +336,7 @@ class _GRPORun:
             hidden = self.hidden[rows[part]]
             tile = self.head.logits(hidden)
             d_logps = evaluated.d_logps[part]
-            self._backward(tile, hidden, rows[part], ids[part], lse[part], d_logps)
+            self._backward(tile, hidden, rows[part], ids[part], norms[part], d_logps)
 
     def _note(self, rows: Tensor, evaluated: Evaluated, entropy: Tensor) -> None:
         self.loss += evaluated.loss
@@ -345,7 +345,7 @@ class _GRPORun:
         self.kl[rows] = evaluated.kl
         self.clipped[rows] = evaluated.clipped
 
-    def _backward(self, tile, hidden, rows, ids, lse, d_logps) -> None:
+    def _backward(self, tile, hidden, rows, ids, norms, d_logps) -> None:
         """Gradients of a tile, without the tokens whose own is 0: clipped, or without advantage."""
         if self.terms.beta == 0:
             keep = d_logps.nonzero()[:, 0]
@@ -354,12 +354,12 @@ class _GRPORun:
             if len(keep) < len(rows):
                 tile = _compacted(tile, keep)
                 hidden, rows = hidden[keep], rows[keep]
-                ids, lse, d_logps = ids[keep], lse[keep], d_logps[keep]
+                ids, norms, d_logps = ids[keep], norms[keep], d_logps[keep]
         grad_hidden = None
         if self.grad_hidden is not None:
             grad_hidden = torch.empty_like(hidden)
         self.head.backward(
-            tile, hidden, ids, lse, None, d_logps, None, self.inv_temp, grad_hidden=grad_hidden
+            tile, hidden, ids, norms, None, d_logps, None, self.inv_temp, grad_hidden=grad_hidden
         )
         if grad_hidden is not None:
             self.grad_hidden[rows] = grad_hidden
@@ -390,8 +390,9 @@ def _whole_sequences(layout: Layout, tile_rows: int) -> Iterator[tuple[int, int,
 def _all_logps(
     head: _Head, hidden: Tensor, ids: Tensor, inv_temp: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob, log-sum-exp and entropy, (R,)."""
-    out = [torch.empty(len(ids), dtype=head.dtype, device=ids.device) for _ in range(3)]
+    """As `rows_forward`, of the logits of (R, D) hidden states."""
+    shapes = (len(ids), (len(ids), 2), len(ids))
+    out = [torch.empty(shape, dtype=head.dtype, device=ids.device) for shape in shapes]
     for rows in _tiles(len(ids), len(head.buffer)):
         values = rows_forward(head.logits(hidden[rows]), ids[rows], inv_temp)
         for whole, part in zip(out, values, strict=True):

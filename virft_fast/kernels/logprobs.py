@@ -107,9 +107,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def rows_forward(logits: Tensor, ids: Tensor, inv_temp: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob of `ids`, log-sum-exp and entropy of each row, of the logits * inv_temp.
+    """Log-prob of `ids`, norms and entropy of each row, of the logits z * inv_temp.
 
-    (..., V) logits with R rows and (R,) ids give (R,) float32, or float64 for float64.
+    (..., V) logits with R rows and (R,) ids give (R,), (R, 2) and (R,) float32, or float64 for
+    float64. The norms are the maximum and the log of the sum of exp(z - maximum): added up they
+    would lose what the gradient needs.
     """
     triton_rows = triton_for(logits)
     if triton_rows is not None:
@@ -122,7 +124,8 @@ def rows_forward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = logits.reshape(-1, logits.shape[-1])
     dtype = compute_dtype(logits)
-    logps, lse, entropy = torch.empty((3, len(ids)), dtype=dtype, device=ids.device).unbind()
+    logps, entropy = torch.empty((2, len(ids)), dtype=dtype, device=ids.device)
+    norms = torch.empty((len(ids), 2), dtype=dtype, device=ids.device)
     for rows in _blocks(logits):
         z = logits[rows].to(dtype) * inv_temp
         highest = z.amax(-1, keepdim=True)
@@ -133,16 +136,16 @@ def rows_forward_reference(
         total = e.sum(-1, keepdim=True)
         log_total = total.log()
         logps[rows] = (picked - log_total)[:, 0]
-        lse[rows] = (highest + log_total)[:, 0]
+        norms[rows, :1], norms[rows, 1:] = highest, log_total
         entropy[rows] = (log_total - torch.linalg.vecdot(e, z)[:, None] / total)[:, 0]
     # Rounding alone can leave the range, by an ulp; NaN stays NaN.
-    return logps, lse, entropy.clamp_(0.0, math.log(logits.shape[-1]))
+    return logps, norms, entropy.clamp_(0.0, math.log(logits.shape[-1]))
 
 
 def rows_backward(
     logits: Tensor,
     ids: Tensor,
-    lse: Tensor,
+    norms: Tensor,
     entropy: Tensor | None,
     grad_logps: Tensor | None,
     grad_entropy: Tensor | None,
@@ -159,19 +162,19 @@ def rows_backward(
     triton_rows = triton_for(logits)
     if triton_rows is not None:
         triton_rows.rows_backward(
-            logits, ids, lse, entropy, grad_logps, grad_entropy, inv_temp, out, scale
+            logits, ids, norms, entropy, grad_logps, grad_entropy, inv_temp, out, scale
         )
         return
     if scale is not None:
         grad_logps = None if grad_logps is None else grad_logps * scale
         grad_entropy = None if grad_entropy is None else grad_entropy * scale
-    rows_backward_reference(logits, ids, lse, entropy, grad_logps, grad_entropy, inv_temp, out)
+    rows_backward_reference(logits, ids, norms, entropy, grad_logps, grad_entropy, inv_temp, out)
 
 
 def rows_backward_reference(
     logits: Tensor,
     ids: Tensor,
-    lse: Tensor,
+    norms: Tensor,
     entropy: Tensor | None,
     grad_logps: Tensor | None,
     grad_entropy: Tensor | None,
@@ -181,8 +184,8 @@ def rows_backward_reference(
     if logits.ndim == 1:
         logits, out = logits[None], out[None]
     if logits.ndim > 2:  # row by row of the leading dimension: a reshape might copy, `out` must not
-        split = lambda t: None if t is None else t.view(len(logits), -1)  # noqa: E731
-        vectors = [split(t) for t in (ids, lse, entropy, grad_logps, grad_entropy)]
+        split = lambda t: None if t is None else t.view(len(logits), -1, *t.shape[1:])  # noqa: E731
+        vectors = [split(t) for t in (ids, norms, entropy, grad_logps, grad_entropy)]
         for i in range(len(logits)):
             of_row = [None if t is None else t[i] for t in vectors]
             rows_backward_reference(logits[i], *of_row, inv_temp, out[i])
@@ -190,9 +193,10 @@ def rows_backward_reference(
     for rows in _blocks(logits):
         g = None if grad_logps is None else grad_logps[rows, None] * inv_temp
         h = None if grad_entropy is None else grad_entropy[rows, None] * inv_temp
-        log_p = logits[rows].to(lse.dtype) * inv_temp - lse[rows, None]
+        log_p = logits[rows].to(norms.dtype) * inv_temp
+        log_p.sub_(norms[rows, :1]).sub_(norms[rows, 1:])
         p = log_p.exp()
-        still = torch.ones_like(lse[rows, None], dtype=torch.bool)
+        still = torch.ones_like(norms[rows, :1], dtype=torch.bool)
         grad = torch.zeros_like(p) if g is None else p * -g
         if g is not None:
             still &= g == 0
@@ -218,8 +222,8 @@ class _LogpsAndEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, index, inv_temp, inplace):
-        logps, lse, entropy = rows_forward(logits, index, inv_temp)
-        ctx.save_for_backward(logits, index, lse, entropy)
+        logps, norms, entropy = rows_forward(logits, index, inv_temp)
+        ctx.save_for_backward(logits, index, norms, entropy)
         ctx.inv_temp, ctx.inplace = inv_temp, inplace
         ctx.set_materialize_grads(False)
         return logps, entropy
@@ -227,12 +231,12 @@ class _LogpsAndEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps, grad_entropy):
-        logits, index, lse, entropy = ctx.saved_tensors
+        logits, index, norms, entropy = ctx.saved_tensors
         if grad_logps is None and grad_entropy is None:
             return None, None, None, None
         grads = [None if g is None else g.contiguous() for g in (grad_logps, grad_entropy)]
         out = gradient_buffer(logits, ctx.inplace)
-        rows_backward(logits, index, lse, entropy, *grads, ctx.inv_temp, out)
+        rows_backward(logits, index, norms, entropy, *grads, ctx.inv_temp, out)
         return out, None, None, None
 
 

@@ -27,7 +27,7 @@ _RUNTIME = (
 )  # fmt: skip
 # Read or written one number at a time: their alignment is of no use, and changes with a slice.
 _VECTORS = (
-    "IDS", "LOGPS", "LSE", "ENTROPY", "MASK", "SEQUENCE", "ADVANTAGES", "WEIGHTS", "OLD", "REF",
+    "IDS", "LOGPS", "NORMS", "ENTROPY", "MASK", "SEQUENCE", "ADVANTAGES", "WEIGHTS", "OLD", "REF",
     "KL_OUT", "LOSS", "D_LOGPS", "CLIPPED", "GRAD_LOGPS", "GRAD_ENTROPY", "SCALE",
 )  # fmt: skip
 
@@ -78,7 +78,7 @@ def _logp_and_entropy(
     Z, index, vocab, stride_v, inv_temp,
     UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Log-prob of `index`, log-sum-exp and entropy of the row at Z; nan for an index outside V."""
+    """Log-prob of `index`, norms and entropy of the row at Z; nan for an index outside V."""
     m, s, t = _row_statistics(Z, vocab, stride_v, inv_temp, UNIT, CONTIGUOUS, BLOCK)
     columns = vocab * UNIT
     offset = index if CONTIGUOUS else index * stride_v
@@ -90,13 +90,13 @@ def _logp_and_entropy(
     # Rounding alone can leave the range; nan has to stay nan.
     entropy = tl.where(entropy < 0.0, 0.0, entropy)
     entropy = tl.where(entropy > most, most, entropy)
-    return (z - m) - log_s, m + log_s, entropy
+    return (z - m) - log_s, m, log_s, entropy
 
 
 @triton.jit
-def _grad_logits(z, cols, index, lse, ENTROPY, g, h, inv_temp, HAS_ENTROPY: tl.constexpr):
+def _grad_logits(z, cols, index, m, log_s, ENTROPY, g, h, inv_temp, HAS_ENTROPY: tl.constexpr):
     """Of a block of logits; g and h are the gradients of log-prob and entropy, times inv_temp."""
-    log_p = z * inv_temp - lse
+    log_p = (z * inv_temp - m) - log_s
     p = tl.exp(log_p)
     grad = g * (tl.where(cols == index, 1.0, 0.0) - p)
     if HAS_ENTROPY:
@@ -187,24 +187,25 @@ def _group_advantage(REWARDS, sequence, num_generations, EPS: tl.constexpr, BLOC
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_VECTORS)
 def rows_forward_kernel(
-    Z, IDS, LOGPS, LSE, ENTROPY,
+    Z, IDS, LOGPS, NORMS, ENTROPY,
     inner, stride_outer: tl.int64, stride_inner: tl.int64, stride_v: tl.int64, vocab, inv_temp,
     UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     Z += _row_offset(row, inner, stride_outer, stride_inner, UNIT)
-    logp, lse, entropy = _logp_and_entropy(
+    logp, m, log_s, entropy = _logp_and_entropy(
         Z, tl.load(IDS + row), vocab, stride_v, inv_temp, UNIT, CONTIGUOUS, BLOCK
     )
     tl.store(LOGPS + row, logp)
-    tl.store(LSE + row, lse)
+    tl.store(NORMS + 2 * row, m)
+    tl.store(NORMS + 2 * row + 1, log_s)
     tl.store(ENTROPY + row, entropy)
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_VECTORS)
 def grpo_forward_kernel(
     Z, IDS, MASK, SEQUENCE, ADVANTAGES, WEIGHTS, OLD, REF,
-    LOGPS, LSE, ENTROPY, KL_OUT, LOSS, D_LOGPS, CLIPPED,
+    LOGPS, NORMS, ENTROPY, KL_OUT, LOSS, D_LOGPS, CLIPPED,
     inner, stride_outer: tl.int64, stride_inner: tl.int64, stride_v: tl.int64, vocab, inv_temp,
     num_generations, beta, low, high, delta,
     FROM_REWARDS: tl.constexpr, GROUP_BLOCK: tl.constexpr, EPS: tl.constexpr,
@@ -216,7 +217,7 @@ def grpo_forward_kernel(
     row = tl.program_id(0)
     if tl.load(MASK + row) != 0:
         Z += _row_offset(row, inner, stride_outer, stride_inner, UNIT)
-        logp, lse, entropy = _logp_and_entropy(
+        logp, m, log_s, entropy = _logp_and_entropy(
             Z, tl.load(IDS + row), vocab, stride_v, inv_temp, UNIT, CONTIGUOUS, BLOCK
         )
         sequence = tl.load(SEQUENCE + row)
@@ -235,7 +236,8 @@ def grpo_forward_kernel(
         )
         weight = tl.load(WEIGHTS + row)
         tl.store(LOGPS + row, logp)
-        tl.store(LSE + row, lse)
+        tl.store(NORMS + 2 * row, m)
+        tl.store(NORMS + 2 * row + 1, log_s)
         tl.store(ENTROPY + row, entropy)
         tl.store(KL_OUT + row, estimate)
         tl.store(LOSS + row, weight * loss)
@@ -243,7 +245,8 @@ def grpo_forward_kernel(
         tl.store(CLIPPED + row, clipped)
     else:
         tl.store(LOGPS + row, 0.0)
-        tl.store(LSE + row, 0.0)
+        tl.store(NORMS + 2 * row, 0.0)
+        tl.store(NORMS + 2 * row + 1, 0.0)
         tl.store(ENTROPY + row, 0.0)
         tl.store(KL_OUT + row, 0.0)
         tl.store(LOSS + row, 0.0)
@@ -253,7 +256,7 @@ def grpo_forward_kernel(
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_VECTORS)
 def rows_backward_kernel(
-    Z, OUT, IDS, LSE, ENTROPY, GRAD_LOGPS, GRAD_ENTROPY, SCALE,
+    Z, OUT, IDS, NORMS, ENTROPY, GRAD_LOGPS, GRAD_ENTROPY, SCALE,
     inner, stride_outer: tl.int64, stride_inner: tl.int64, stride_v: tl.int64,
     out_outer: tl.int64, out_inner: tl.int64, out_v: tl.int64, vocab, inv_temp, blocks,
     HAS_LOGPS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SCALE: tl.constexpr,
@@ -284,14 +287,15 @@ def rows_backward_kernel(
     else:
         z = tl.load(Z + offsets, mask=cols < columns, other=-float("inf")).to(tl.float32)
         index = tl.load(IDS + row)
-        lse = tl.load(LSE + row)
-        grad = _grad_logits(z, cols, index, lse, ENTROPY + row, g, h, inv_temp, HAS_ENTROPY)
+        m = tl.load(NORMS + 2 * row)
+        log_s = tl.load(NORMS + 2 * row + 1)
+        grad = _grad_logits(z, cols, index, m, log_s, ENTROPY + row, g, h, inv_temp, HAS_ENTROPY)
         tl.store(OUT + outs, grad.to(OUT.dtype.element_ty), mask=cols < columns)
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_VECTORS)
 def tile_backward_kernel(
-    Z, OUT, IDS, LSE, ENTROPY, GRAD_LOGPS, GRAD_ENTROPY, vocab, inv_temp,
+    Z, OUT, IDS, NORMS, ENTROPY, GRAD_LOGPS, GRAD_ENTROPY, vocab, inv_temp,
     HAS_LOGPS: tl.constexpr, HAS_ENTROPY: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d loss / d logits of a contiguous float32 tile, written as 16 bits over the tile itself.
@@ -310,12 +314,13 @@ def tile_backward_kernel(
     if HAS_ENTROPY:
         h = tl.load(GRAD_ENTROPY + row) * inv_temp
     silent = (g == 0.0) & (h == 0.0)
-    lse = tl.load(LSE + row)
+    m = tl.load(NORMS + 2 * row)
+    log_s = tl.load(NORMS + 2 * row + 1)
     index = tl.load(IDS + row)
     for start in range(0, columns, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         z = tl.load(Z + cols, mask=cols < columns, other=-float("inf"))
-        grad = _grad_logits(z, cols, index, lse, ENTROPY + row, g, h, inv_temp, HAS_ENTROPY)
+        grad = _grad_logits(z, cols, index, m, log_s, ENTROPY + row, g, h, inv_temp, HAS_ENTROPY)
         grad = tl.where(silent, 0.0, grad)
         tl.debug_barrier()
         tl.store(OUT + cols, grad.to(OUT.dtype.element_ty), mask=cols < columns)
@@ -381,23 +386,24 @@ def rows_of(logits: Tensor, unit: int = 16) -> tuple[Tensor, _Rows]:
 
 
 def rows_forward(logits: Tensor, ids: Tensor, inv_temp: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(..., V) logits, (R,) ids -> log-probs, log-sum-exps and entropies, (R,) float32."""
+    """(..., V) logits, (R,) ids -> log-probs (R,), norms (R, 2) and entropies (R,), float32."""
     logits, rows = rows_of(logits)
-    logps, lse, entropy = _empty(rows.count, logits.device, 3)
+    logps, entropy = _empty(rows.count, logits.device, 2)
+    (norms,) = _empty((rows.count, 2), logits.device, 1)
     if rows.count:
         with _on(logits.device):
             rows_forward_kernel[(rows.count,)](
-                logits, ids, logps, lse, entropy, *_addresses(rows), rows.vocab, inv_temp,
+                logits, ids, logps, norms, entropy, *_addresses(rows), rows.vocab, inv_temp,
                 UNIT=rows.unit, CONTIGUOUS=rows.column_stride == 1, BLOCK=FORWARD_BLOCK,
                 num_warps=FORWARD_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
-    return logps, lse, entropy
+    return logps, norms, entropy
 
 
 def rows_backward(
     logits: Tensor,
     ids: Tensor,
-    lse: Tensor,
+    norms: Tensor,
     entropy: Tensor | None,
     grad_logps: Tensor | None,
     grad_entropy: Tensor | None,
@@ -415,10 +421,10 @@ def rows_backward(
     blocks = triton.cdiv(rows.vocab * rows.unit, BACKWARD_BLOCK)
     with _on(logits.device):
         rows_backward_kernel[(rows.count * blocks,)](
-            logits, out, ids, lse, lse if entropy is None else entropy,
-            lse if grad_logps is None else grad_logps,
-            lse if grad_entropy is None else grad_entropy,
-            lse if scale is None else scale,
+            logits, out, ids, norms, norms if entropy is None else entropy,
+            norms if grad_logps is None else grad_logps,
+            norms if grad_entropy is None else grad_entropy,
+            norms if scale is None else scale,
             *_addresses(rows), out_rows.outer_stride, out_rows.inner_stride, out_rows.column_stride,
             rows.vocab, inv_temp, blocks,
             HAS_LOGPS=grad_logps is not None, HAS_ENTROPY=grad_entropy is not None,
@@ -432,7 +438,7 @@ def rows_backward(
 def tile_backward(
     tile: Tensor,
     ids: Tensor,
-    lse: Tensor,
+    norms: Tensor,
     entropy: Tensor | None,
     grad_logps: Tensor | None,
     grad_entropy: Tensor | None,
@@ -446,9 +452,9 @@ def tile_backward(
     if count:
         with _on(tile.device):
             tile_backward_kernel[(count,)](
-                tile, out, ids, lse, lse if entropy is None else entropy,
-                lse if grad_logps is None else grad_logps,
-                lse if grad_entropy is None else grad_entropy,
+                tile, out, ids, norms, norms if entropy is None else entropy,
+                norms if grad_logps is None else grad_logps,
+                norms if grad_entropy is None else grad_entropy,
                 vocab // unit, inv_temp,
                 HAS_LOGPS=grad_logps is not None, HAS_ENTROPY=grad_entropy is not None, UNIT=unit,
                 BLOCK=FORWARD_BLOCK, num_warps=FORWARD_WARPS, enable_fp_fusion=True,
@@ -458,10 +464,13 @@ def tile_backward(
 
 @dataclass(frozen=True)
 class GRPORows:
-    """What one launch gives, all (R,) float32; `loss` and `d_logps` carry the token's weight."""
+    """What one launch gives, (R, 2) norms and (R,), all float32.
 
+    `loss` and `d_logps` carry the token's weight.
+    """
+
+    norms: Tensor
     logps: Tensor
-    lse: Tensor
     entropy: Tensor
     kl: Tensor
     loss: Tensor
@@ -496,7 +505,8 @@ def grpo_forward(
         advantages: (N,), or with `num_generations` the rewards, normalised here.
     """
     logits, rows = rows_of(logits)
-    outs = GRPORows(*_empty(rows.count, logits.device, 7))
+    (norms,) = _empty((rows.count, 2), logits.device, 1)
+    outs = GRPORows(norms, *_empty(rows.count, logits.device, 6))
     if rows.count:
         low, high = (0.0, epsilon_high) if capped else (1 - epsilon_low, 1 + epsilon_high)
         with _on(logits.device):
@@ -504,7 +514,8 @@ def grpo_forward(
                 logits, ids, mask.view(torch.uint8), sequence, advantages, weights,
                 weights if old_logps is None else old_logps,
                 weights if ref_logps is None else ref_logps,
-                outs.logps, outs.lse, outs.entropy, outs.kl, outs.loss, outs.d_logps, outs.clipped,
+                outs.logps, outs.norms, outs.entropy, outs.kl, outs.loss, outs.d_logps,
+                outs.clipped,
                 *_addresses(rows), rows.vocab, inv_temp,
                 num_generations or 1, float(beta), float(low), float(high), float(delta or 0.0),
                 FROM_REWARDS=num_generations is not None,
@@ -521,8 +532,8 @@ def _addresses(rows: _Rows) -> tuple[int, int, int, int]:
     return rows.inner, rows.outer_stride, rows.inner_stride, rows.column_stride
 
 
-def _empty(count: int, device: torch.device, number: int) -> list[Tensor]:
-    return [torch.empty(count, dtype=torch.float32, device=device) for _ in range(number)]
+def _empty(shape: int | tuple[int, ...], device: torch.device, number: int) -> list[Tensor]:
+    return [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(number)]
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
