@@ -1,0 +1,151 @@
+"""Compile every Triton kernel ahead of time, without a GPU: python scripts/check_triton.py
+
+Prints registers, spills and 128-bit loads of each variant on each architecture; fails on a spill,
+on more registers than MAX_REGISTERS, and where an aligned row isn't read 128 bits at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from virft_fast.kernels import triton_rows as rows
+
+ARCHS = (80, 90)
+MAX_REGISTERS = 128  # of 4 warps: four programs a multiprocessor at the least
+POINTERS = {
+    "IDS": "*i64", "MASK": "*u8", "SEQUENCE": "*i64",
+    **dict.fromkeys(
+        ["LOGPS", "NORMS", "ENTROPY", "ADVANTAGES", "WEIGHTS", "OLD", "REF", "KL_OUT", "LOSS",
+         "D_LOGPS", "CLIPPED", "GRAD_LOGPS", "GRAD_ENTROPY", "SCALE"], "*fp32",
+    ),
+}  # fmt: skip
+FLOATS = ("inv_temp", "beta", "low", "high", "delta")
+STRIDES = ("stride_outer", "stride_inner", "stride_v", "out_outer", "out_inner", "out_v")
+
+
+@dataclass(frozen=True)
+class Variant:
+    kernel: Any
+    logits: str
+    out: str | None = None
+    flags: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        dtypes = self.logits if self.out is None else f"{self.logits}->{self.out}"
+        on = [name for name, value in self.flags.items() if value is True]
+        return f"{self.kernel.__name__} {dtypes} {' '.join(on)}".strip()
+
+
+def variants() -> list[Variant]:
+    """What the public functions launch, for a vocabulary and strides of multiples of 16."""
+    loss = {"GROUP_BLOCK": 8, "EPS": 1e-4, "KL": 3, "FROM_REWARDS": True, "CAPPED": False}
+    full = loss | {"HAS_OLD": True, "HAS_REF": True, "HAS_DELTA": True}
+    plain = loss | {"HAS_OLD": False, "HAS_REF": False, "HAS_DELTA": False, "FROM_REWARDS": False}
+    capped = full | {"CAPPED": True, "HAS_DELTA": False}
+    both = {"HAS_LOGPS": True, "HAS_ENTROPY": True}
+    one = {"HAS_LOGPS": True, "HAS_ENTROPY": False}
+    found = [Variant(rows.rows_forward_kernel, dtype) for dtype in ("fp32", "bf16", "fp16")]
+    found += [
+        Variant(rows.grpo_forward_kernel, dtype, flags=flags)
+        for dtype in ("fp32", "bf16")
+        for flags in (full, plain, capped)
+    ]
+    found += [
+        Variant(rows.rows_backward_kernel, dtype, dtype, flags | {"HAS_SCALE": scaled})
+        for dtype in ("fp32", "bf16")
+        for flags, scaled in ((both, False), (one, True))
+    ]
+    found += [
+        Variant(rows.tile_backward_kernel, "fp32", out, flags)
+        for out in ("bf16", "fp16")
+        for flags in (both, one)
+    ]
+    return found
+
+
+def build(variant: Variant, arch: int) -> Any:
+    """The compiled kernel; needs neither a GPU nor a driver."""
+    constants = {"UNIT": 16, "CONTIGUOUS": True, "OUT_CONTIGUOUS": True} | variant.flags
+    backward = variant.kernel is rows.rows_backward_kernel
+    constants["BLOCK"] = rows.BACKWARD_BLOCK if backward else rows.FORWARD_BLOCK
+    signature, constexprs, attrs = {}, {}, {}
+    for position, param in enumerate(variant.kernel.params):
+        name = param.name
+        if param.is_constexpr:
+            signature[name], constexprs[name] = "constexpr", constants[name]
+        elif name in ("Z", "OUT"):
+            signature[name] = f"*{variant.logits if name == 'Z' else variant.out}"
+            attrs[(position,)] = [["tt.divisibility", 16]]
+        elif name in POINTERS:
+            signature[name] = POINTERS[name]
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i64" if name in STRIDES else "i32"
+    source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    options = {"num_warps": rows.BACKWARD_WARPS if backward else rows.FORWARD_WARPS,
+               "enable_fp_fusion": True}  # fmt: skip
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(compiled: Any, arch: int) -> dict[str, int]:
+    """Registers and spilled bytes by ptxas, 128-bit loads in the machine code."""
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder) / "k.ptx", Path(folder) / "k.cubin"
+        ptx.write_text(compiled.asm["ptx"])
+        cubin.write_bytes(compiled.asm["cubin"])
+        target = re.search(r"\.target\s+(sm_\w+)", compiled.asm["ptx"]).group(1)
+        assembler = get_ptxas(arch).path
+        done = subprocess.run(
+            [assembler, "-v", f"--gpu-name={target}", ptx, "-o", os.devnull],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        sass = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-sass", cubin],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", done.stderr).group(1)),
+        "spilled": sum(map(int, spilled.groups())),
+        "wide_loads": len(re.findall(r"\bLDG\.\S*128", sass)),
+    }
+
+
+def problems(variant: Variant, arch: int) -> list[str]:
+    """Compile, print one line, and say what is wrong."""
+    found = resources(build(variant, arch), arch)
+    print(
+        f"sm_{arch} {variant.name:76} {found['registers']:4} registers {found['spilled']:4} bytes "
+        f"spilled {found['wide_loads']:3} 128-bit loads"
+    )
+    wrong = []
+    if found["spilled"]:
+        wrong.append(f"expected no spills, got {found['spilled']} bytes")
+    if found["registers"] > MAX_REGISTERS:
+        wrong.append(f"expected at most {MAX_REGISTERS} registers, got {found['registers']}")
+    if not found["wide_loads"]:
+        wrong.append("expected 128-bit loads, got none")
+    return [f"sm_{arch} {variant.name}: {text}" for text in wrong]
+
+
+def main() -> int:
+    wrong = [text for arch in ARCHS for v in variants() for text in problems(v, arch)]
+    print("\n".join(wrong) or f"{len(ARCHS) * len(variants())} kernels, nothing wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
