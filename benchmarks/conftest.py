@@ -24,6 +24,7 @@ SECONDS = 1.5  # a case, about
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--save-results", action="store_true", help="write benchmarks/results/*.json")
+    parser.addoption("--size", default="cpu", choices=["cpu", "2b", "7b"], help="of the LM head")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,10 +35,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[str, float]]:
     """race(case, {name: function}, ours=name) times the contenders in turns and notes the ratios.
 
-    pytest-benchmark reports `ours`; returns the best time of each in milliseconds.
+    `notes` are further figures by name, e.g. {"ours": {"peak_mib": 12.0}}. pytest-benchmark
+    reports `ours`; returns the best time of each in milliseconds.
     """
 
-    def run(case: str, contenders: dict[str, Callable[[], Any]], ours: str) -> dict[str, float]:
+    def run(
+        case: str,
+        contenders: dict[str, Callable[[], Any]],
+        ours: str,
+        notes: dict[str, dict[str, float]] | None = None,
+    ) -> dict[str, float]:
         best = {}
         for name, function in contenders.items():  # warms up, and tells how many turns there are
             start = time.perf_counter()
@@ -51,7 +58,11 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[s
         benchmark.pedantic(contenders[ours], rounds=3)
         ms = {name: 1e3 * seconds for name, seconds in best.items()}
         suite = request.path.stem.removeprefix("test_bench_")
-        request.config.ratios.setdefault(suite, {})[case] = {"ours": ours, "ms": ms}
+        request.config.ratios.setdefault(suite, {})[case] = {
+            "ours": ours,
+            "ms": ms,
+            "notes": notes or {},
+        }
         return ms
 
     return run
@@ -64,7 +75,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             ours = result["ms"][result["ours"]]
             terminalreporter.write_line(case)
             for name, ms in result["ms"].items():
-                terminalreporter.write_line(f"  {name:34} {ms:10.3f}   {ms / ours:7.1f}x")
+                more = result["notes"].get(name, {})
+                more = "   ".join(f"{key} {value:.3g}" for key, value in more.items())
+                terminalreporter.write_line(f"  {name:34} {ms:10.3f}   {ms / ours:7.2f}x   {more}")
         if config.getoption("--save-results"):
             terminalreporter.write_line(f"written: {save(suite, cases)}")
 

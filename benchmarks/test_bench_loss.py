@@ -1,0 +1,275 @@
+"""The GRPO loss with the LM head, and log-probs from logits: time, memory and error of each peer.
+
+    pytest benchmarks/test_bench_loss.py                 sizes that end in minutes on a CPU
+    pytest benchmarks/test_bench_loss.py --size 2b       Qwen2-VL's own, on a GPU; also 7b
+
+Every contender gets the same tensors; its loss and gradients are compared to float64 first.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from virft_fast.kernels import linear_grpo_loss, logps_and_entropy
+
+# (sequences, tokens, D, V)
+SIZES = {
+    "cpu": (8, 256, 256, 32_768),
+    "2b": (64, 200, 1536, 151_936),
+    "7b": (64, 200, 3584, 152_064),
+}
+EPSILON, GROUP = 0.2, 8
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Problem:
+    hidden: Tensor
+    weight: Tensor
+    ids: Tensor
+    mask: Tensor
+    advantages: Tensor
+    old: Tensor
+
+    @classmethod
+    def make(cls, size: str) -> Problem:
+        n, t, d, vocab = SIZES[size]
+        g = torch.Generator().manual_seed(0)
+        dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+        hidden = torch.randn(n, t, d, generator=g).to(DEVICE, dtype)
+        weight = (torch.randn(vocab, d, generator=g) * (2 / d**0.5)).to(DEVICE, dtype)
+        ids = torch.randint(vocab, (n, t), generator=g).to(DEVICE)
+        lengths = torch.randint(t // 2, t + 1, (n,), generator=g)
+        lengths[0] = t
+        mask = (torch.arange(t) < lengths[:, None]).to(DEVICE)
+        advantages = torch.randn(n, generator=g).to(DEVICE)
+        with torch.no_grad():
+            rows = slice(0, n * t)
+            logps = _exact_logps(hidden.flatten(0, 1)[rows], weight, ids.flatten()).view(n, t)
+        old = logps.float() + 0.1 * torch.randn(n, t, generator=g).to(DEVICE)
+        return cls(hidden, weight, ids, mask, advantages, old)
+
+    def leaves(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        pick = lambda x: x.detach().to(dtype or x.dtype).clone().requires_grad_()  # noqa: E731
+        return pick(self.hidden), pick(self.weight)
+
+
+def _exact_logps(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    parts = []
+    for rows in torch.arange(len(ids), device=ids.device).split(256):
+        log_p = (hidden[rows].double() @ weight.double().T).log_softmax(-1)
+        parts.append(log_p.gather(1, ids[rows, None])[:, 0])
+    return torch.cat(parts)
+
+
+def torch_loss(logps: Tensor, problem: Problem) -> Tensor:
+    """GRPO's loss from log-probs (N, T), for the peers that end there."""
+    ratio = (logps - problem.old.to(logps.dtype)).exp()
+    advantages = problem.advantages.to(logps.dtype)[:, None]
+    clipped = ratio.clamp(1 - EPSILON, 1 + EPSILON)
+    per_token = -torch.minimum(ratio * advantages, clipped * advantages)
+    mask = problem.mask.to(logps.dtype)
+    return ((per_token * mask).sum(1) / mask.sum(1)).mean()
+
+
+def naive(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
+    log_p = (hidden @ weight.T).float().log_softmax(-1)
+    return torch_loss(log_p.gather(-1, problem.ids[..., None])[..., 0], problem)
+
+
+def trl(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    mask = problem.mask
+    logps = ChunkedLogProbFunction.apply(
+        hidden[mask], weight, None, problem.ids[mask], 1.0, 32_768, None, 1.0, ("entropy",)
+    )[0]
+    whole = torch.zeros(mask.shape, dtype=logps.dtype, device=mask.device)
+    return torch_loss(whole.masked_scatter(mask, logps), problem)
+
+
+def liger(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(
+        beta=0.0, epsilon_low=EPSILON, epsilon_high=EPSILON, loss_type="grpo", use_ref_model=False,
+        compiled=False,
+    )  # fmt: skip
+    return loss(
+        hidden, weight, problem.ids, problem.mask.to(hidden.dtype), problem.advantages,
+        old_per_token_logps=problem.old,
+    )[0]  # fmt: skip
+
+
+def torch_linear(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()
+    nll = F.linear_cross_entropy(
+        hidden.flatten(0, 1), weight, problem.ids.flatten(), reduction="none", options=options
+    )
+    return torch_loss(-nll.float().view(problem.ids.shape), problem)
+
+
+def ours(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
+    return linear_grpo_loss(
+        hidden, weight, problem.ids, problem.mask, advantages=problem.advantages,
+        old_logps=problem.old, epsilon_low=EPSILON,
+    ).loss  # fmt: skip
+
+
+def contenders() -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    yield "naive torch", naive
+    if importlib.util.find_spec("trl"):
+        yield "TRL 1.16 fused head", trl
+    if importlib.util.find_spec("liger_kernel"):
+        yield "Liger 0.8.5 chunked", liger
+    if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        yield "F.linear_cross_entropy", torch_linear
+    if DEVICE == "cuda":
+        yield "torch.compile", torch.compile(naive, dynamic=False)
+    yield "ours", ours
+
+
+def peak_memory(function: Callable[[], Any]) -> int:
+    """Most bytes that the call holds at once beyond what was there before."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        function()
+    held = peak = 0
+    for event in sorted(
+        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    ):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def relative(got: Tensor, exact: Tensor) -> float:
+    return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def synchronised(function: Callable[[], Any]) -> Callable[[], Any]:
+    def call() -> Any:
+        result = function()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    return call
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "forward+backward"])
+def test_head_and_loss(race, request, gradient):
+    size = request.config.getoption("--size")
+    problem = Problem.make(size)
+    exact_loss, exact_grads = exact(problem)
+    runs, notes = {}, {}
+    for name, loss in contenders():
+        leaves = problem.leaves()
+
+        def step(loss=loss, leaves=leaves):
+            if not gradient:
+                with torch.no_grad():
+                    return loss(problem, *leaves)
+            return torch.autograd.grad(loss(problem, *leaves), leaves)
+
+        value = loss(problem, *leaves)
+        grads = torch.autograd.grad(value, leaves)
+        errors = [relative(g, e) for g, e in zip(grads, exact_grads, strict=True)]
+        # 16-bit logits cost their peers about a percent: shown, and bounded.
+        limit = 1e-5 if DEVICE == "cpu" else 5e-2
+        assert abs(value.item() - exact_loss) < (1e-5 if DEVICE == "cpu" else 1e-2), name
+        assert max(errors) < limit, (name, errors)
+        notes[name] = {"peak_mib": peak_memory(step) / 2**20, "gradient_error": max(errors)}
+        del grads, value
+        runs[name] = synchronised(step)
+    runs["the products alone"] = synchronised(lambda: products(problem, gradient))
+    race(f"{size}: {'forward+backward' if gradient else 'forward'}", runs, ours="ours", notes=notes)
+
+
+def exact(problem: Problem) -> tuple[float, tuple[Tensor, Tensor]]:
+    """Loss and gradients in float64, some sequences at a time."""
+    leaves = problem.leaves(torch.float64)
+    total, grads = 0.0, [torch.zeros_like(leaf) for leaf in leaves]
+    count = len(problem.ids)
+    for i in range(count):
+        part = Problem(*(x[i : i + 1] for x in (leaves[0],)), leaves[1], problem.ids[i : i + 1],
+                       problem.mask[i : i + 1], problem.advantages[i : i + 1],
+                       problem.old[i : i + 1])  # fmt: skip
+        log_p = (part.hidden @ part.weight.T).log_softmax(-1)
+        loss = torch_loss(log_p.gather(-1, part.ids[..., None])[..., 0], part) / count
+        for grad, more in zip(grads, torch.autograd.grad(loss, leaves), strict=True):
+            grad += more
+        total += loss.item()
+    return total, tuple(grads)
+
+
+def products(problem: Problem, gradient: bool) -> None:
+    """The matrix products that nobody can do without, on the tokens that count."""
+    with torch.no_grad():
+        hidden, weight = problem.hidden[problem.mask], problem.weight
+        size = 2048 if DEVICE == "cuda" else 256
+        total = torch.zeros_like(weight, dtype=torch.float32) if gradient else None
+        for rows in hidden.split(size):
+            logits = rows @ weight.T
+            if gradient:
+                logits @ weight
+                total += logits.T @ rows
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "forward+backward"])
+def test_rows_of_logits(race, gradient):
+    """Log-prob and entropy from logits that are there already."""
+    rows, vocab = (512, 32_768) if DEVICE == "cpu" else (8192, 151_936)
+    g = torch.Generator().manual_seed(0)
+    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
+    logits = (3 * torch.randn(rows, vocab, generator=g)).to(DEVICE, dtype).requires_grad_()
+    ids = torch.randint(vocab, (rows,), generator=g).to(DEVICE)
+
+    def plain():
+        log_p = logits.float().log_softmax(-1)
+        return log_p.gather(1, ids[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+    def fused():
+        return logps_and_entropy(logits, ids)
+
+    functions = {"naive torch": plain, "ours": fused}
+    if importlib.util.find_spec("trl") and DEVICE == "cuda":
+        from trl.kernels.logprob_entropy import logprobs_and_entropy
+
+        functions["TRL 1.16"] = lambda: logprobs_and_entropy(logits, ids)
+    wanted = [x.double() for x in plain()]
+    notes = {}
+
+    def timed(function):
+        def call():
+            if not gradient:
+                with torch.no_grad():
+                    return function()
+            return torch.autograd.grad(function()[0].sum(), logits)
+
+        return synchronised(call)
+
+    for name, function in functions.items():
+        for got, value in zip(function(), wanted, strict=False):
+            torch.testing.assert_close(got.double(), value, atol=2e-4, rtol=1e-5)
+        notes[name] = {"peak_mib": peak_memory(timed(function)) / 2**20}
+    runs = {name: timed(function) for name, function in functions.items()}
+    copy = torch.empty_like(logits)
+    runs["a copy of the logits"] = synchronised(lambda: copy.copy_(logits.detach()))
+    race(f"rows: {'forward+backward' if gradient else 'forward'}", runs, ours="ours", notes=notes)
