@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -360,6 +361,8 @@ def test_bad_images(tmp_path, monkeypatch):
     for source in ({"bytes": None, "path": None}, "", 7, [None], {}):
         assert "expected a path, bytes or an image" in reason({"image": source})
     assert "IsADirectoryError" in reason({"image": str(tmp_path)})
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "pipe.png: ValueError: expected a file" in reason({"image": str(tmp_path / "pipe.png")})
     assert isinstance(one_image(whole), Image.Image)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)  # PIL itself would warn only
     with pytest.warns(Image.DecompressionBombWarning):
@@ -619,3 +622,29 @@ def test_b10_overlong_prompt_is_skipped_never_cut(processor):
     assert isinstance(skipped, BadRow)
     assert f"{length} tokens" in skipped.reason
     assert f"--max_prompt_length {length - 1}" in skipped.reason
+
+
+def test_one_odd_chat_spoils_no_other_row(tmp_path):
+    """Contents of both kinds, and a lone surrogate, in one column of chats."""
+    chats = [
+        [{"role": "user", "content": "as text"}],
+        [{"role": "user", "content": [{"type": "text", "text": "as parts \ud800"}]}],
+    ]
+    rows = [{"prompt": chat, "solution": "<answer>a</answer>"} for chat in chats]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    samples = SampleDataset(load_rows(str(path), "train"))
+    texts = [samples.get(i).columns["problem"] for i in range(2)]
+    assert texts == ["as text", "as parts ?"]
+
+
+def test_a_row_that_python_can_not_hold_is_a_bad_one(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    late = pa.array([0, 2**40], pa.int64()).cast(pa.timestamp("s"), safe=False)
+    table = pa.table({"problem": ["p"] * 2, "solution": ["a"] * 2, "when": late})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    samples = SampleDataset(load_rows(str(tmp_path / "rows.parquet"), "train"))
+    assert samples.get(0).solution == "a"
+    assert "the row can't be read" in samples.get(1).reason

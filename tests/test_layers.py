@@ -62,8 +62,13 @@ def _imports(node: ast.AST, package: list[str], lazy: bool) -> Iterator[Import]:
 
 
 def outputs(path: Path) -> Iterator[tuple[str, int]]:
-    """Where a file prints or ends the process, by whatever road."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Where a file prints or ends the process, by whatever road; catching an exit is none."""
+    tree = ast.parse(path.read_text())
+    handlers = (node.type for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler))
+    caught = {id(name) for kind in handlers if kind is not None for name in ast.walk(kind)}
+    for node in ast.walk(tree):
+        if id(node) in caught:
+            continue
         if isinstance(node, ast.Name) and node.id in ("print", "SystemExit", "exit", "quit"):
             yield node.id, node.lineno
         elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.exit", "os._exit"):
@@ -191,6 +196,7 @@ def test_imports_keep_to_the_layers():
         ("dist.py", "import sys\nsys.exit(1)\n", "uses sys.exit"),
         ("dist.py", "from sys import exit as leave\n", "uses sys.exit"),
         ("dist.py", "raise SystemExit(1)\n", "uses SystemExit"),
+        ("dist.py", "try:\n    pass\nexcept OSError:\n    exit()\n", "uses exit"),
         ("tasks/a.py", "from virft_fast import data\n", "import each other"),
         ("data/c.py", "def f():\n    from virft_fast.data.b import y\n", "import each other"),
     ],

@@ -245,17 +245,36 @@ def test_rewards_of_100_kb_of_brackets_take_less_than_50_ms(text):
 
 
 NUMBER = st.one_of(st.integers(-50, 1050), st.sampled_from([0, 100, 500, 700]))
-ITEM = st.tuples(st.lists(NUMBER, min_size=4, max_size=4), st.floats(0, 1))
+CORNERS = st.one_of(st.lists(NUMBER, min_size=4, max_size=4), st.sampled_from([A, FAR]))
+ITEM = st.tuples(CORNERS, st.one_of(st.floats(-1, 2), st.sampled_from([0, 1])))
 
 
 @given(st.lists(ITEM, max_size=6), st.randoms())
 def test_order_of_predictions_does_not_matter(items, random):
     shuffled = list(items)
     random.shuffle(shuffled)
-    for name in ("accuracy_iou", "hungarian_iou"):
+    for name in ("accuracy_iou", "hungarian_iou", "accuracy_confidence"):
         assert reward(name, boxes(*items), TRUTH) == pytest.approx(
             reward(name, boxes(*shuffled), TRUTH), abs=1e-9
         )
+
+
+def test_of_equal_boxes_the_surest_is_matched():
+    for items in ([(A, 1), (A, 0)], [(A, 0), (A, 1)]):
+        assert reward("accuracy_confidence", boxes(*items), boxes((A, 1))) == 1
+
+
+def test_visual_rft_reads_a_confidence_only_where_it_uses_one():
+    """The original drops a repeated position before it looks at its confidence, and sorts a single
+    prediction without looking; a position matters when a true box is left to compare it with."""
+    truth = boxes((A, 1))
+    twice = f"<answer>[{{'Position': {A}, 'Confidence': -1}}, {{'Position': {A}}}]</answer>"
+    assert reward("visual_rft_accuracy_iou", twice, truth) == 1
+    null = f"<answer>[{{'Position': {A}, 'Confidence': null}}]</answer>"
+    assert reward("visual_rft_accuracy_iou", null, truth) == 1
+    assert reward("visual_rft_accuracy_confidence", null, truth) == 0
+    late = f"<answer>[{{'Position': {A}, 'Confidence': 1}}, {{'Position': 'x', 'Confidence': 0}}]"
+    assert reward("visual_rft_accuracy_iou", late + "</answer>", truth) == 0.5
 
 
 @pytest.mark.parametrize("name", ACCURACY_REWARDS)
@@ -375,6 +394,68 @@ def test_reward_that_is_no_number_names_function_and_sample(value):
 
     with pytest.raises(RewardError, match="words.*a number or None.*'t1'"):
         score([("words", words)], [1.0], ["p"] * 3, ["t0", "t1", "t2"], {"solution": ["s"] * 3})
+
+
+def test_async_rewards_and_their_errors():
+    async def lengths(completions, completion_ids, **columns):
+        return [len(ids) / len(text) for ids, text in zip(completion_ids, completions, strict=True)]
+
+    ids = [[1], [1, 2], [1, 2, 3]]
+    rewards, _ = score([("lengths", lengths)], [1.0], ["p"] * 3, ["t"] * 3, {"completion_ids": ids})
+    assert rewards[:, 0].tolist() == [1, 2, 3]
+    with pytest.raises(RewardError, match="lengths.*ZeroDivisionError"):
+        score([("lengths", lengths)], [1.0], ["p"] * 2, ["t", ""], {"completion_ids": ids[:2]})
+
+
+def test_a_reward_that_exits_or_gives_no_list_is_an_error():
+    def leaves(**columns):
+        raise SystemExit(0)
+
+    for function in (leaves, lambda **_: None, lambda **_: {"a": 1}, lambda **_: "abc"):
+        with pytest.raises(RewardError, match="mine"):
+            score([("mine", function)], [1.0], ["p"], ["t"], {})
+
+
+def test_what_a_reward_does_to_its_arguments_is_its_own_affair():
+    def greedy(completions, solution, **columns):
+        completions[0][0]["content"] = solution[0] = "<think>a</think><answer>b</answer>"
+        columns.clear()
+        return [1.0]
+
+    completions = [[{"role": "assistant", "content": "x"}]]
+    functions = [("greedy", greedy), ("format", REWARDS["format"])]
+    rewards, _ = score(functions, [1.0, 1.0], ["p"], completions, {"solution": ["s"]})
+    assert rewards.tolist() == [[1.0, 0.0]]
+
+
+def test_a_sum_too_large_is_left_out():
+    big = lambda completions, **_: [3e38] * len(completions)  # noqa: E731
+    rewards, total = score([("a", big), ("b", big)], [1.0, 1.0], ["p"], ["t"], {})
+    assert rewards.isfinite().all() and total.isnan().all()
+
+
+def test_reward_files_may_hold_dataclasses_and_share_a_name(tmp_path):
+    text = (
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from typing import ClassVar\n"
+        "@dataclass\nclass Weights:\n    value: float = {0}\n    most: ClassVar[float] = 1.0\n"
+        "def {1}(completions, **columns):\n    return [Weights().value] * len(completions)\n"
+    )
+    names = []
+    for folder, value in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(text.format(value, f"mine_{folder}"))
+        names.append(f"{tmp_path / folder / 'mine.py'}:mine_{folder}")
+    functions = load_reward_funcs(names)
+    assert [function(completions=["x"])[0] for _, function in functions] == [1, 2]
+
+
+def test_the_task_is_what_most_solutions_show():
+    good = [boxes((A, 1))] * 10
+    assert detect_task([*good, "garbage"]) == "detection"
+    with pytest.raises(ValueError, match="one task, got classification, detection"):
+        detect_task([*good, *["a rose"] * 4])
 
 
 def test_wrong_number_of_rewards_is_an_error():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -14,13 +15,16 @@ import datasets
 import pytest
 import torch
 from helpers import command, environment, read_jsonl, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
+from virft_fast import checkpoint
 from virft_fast.data.demo import build_demo
+from virft_fast.metrics import MetricsWriter
 from virft_fast.models.processing import load_processor
+from virft_fast.models.qwen_vl import load_model
 from virft_fast.models.tiny import TINY_PATH
-from virft_fast.train import main, parse_args
+from virft_fast.train import _read_curve, main, parse_args
 
 ROOT = Path(__file__).parent.parent
 TINY_WEIGHTS = TINY_PATH / "model.safetensors"
@@ -141,11 +145,13 @@ def test_b14_killed_and_resumed_run_equals_the_uninterrupted_one(digits, tmp_pat
     assert summaries[0]["after"] == summaries[1]["after"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signal_finishes_the_step_saves_and_exits_0(digits, tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "more"), [(signal.SIGTERM, ["--save_only_model"]), (signal.SIGUSR1, [])]
+)
+def test_signal_finishes_the_step_saves_and_exits_0(digits, tmp_path, number, more):
     out = tmp_path / "run"
     child = subprocess.Popen(
-        command(*arguments(digits, out, "--max_steps", 10000, "--save_steps", 0)),
+        command(*arguments(digits, out, "--max_steps", 10000, "--save_steps", 0, *more)),
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
@@ -190,19 +196,31 @@ def test_lora_with_tensorboard_and_custom_reward(digits, tmp_path, capsys):
     assert Qwen2VLForConditionalGeneration.from_pretrained(out) is not None
 
 
+def assert_lora_run_can_be_loaded(folder):
+    """`load_model` merges: the base's weights plus the adapter's product, nowhere else."""
+    merged, start = load_model(str(folder)).state_dict(), load_model("tiny").state_dict()
+    moved = {name for name in start if not torch.equal(start[name], merged[name])}
+    assert moved and all("_proj.weight" in name and "visual" not in name for name in moved)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         ["--bf16"],
+        ["--bf16", "--deepspeed", "zero0.json"],
         ["--bf16", "--use_peft", "--gradient_checkpointing", "--deepspeed", "configs/zero2.json"],
         ["--freeze_vision_tower", "--gradient_checkpointing", "--loss_type", "dr_grpo", "--beta",
          "0", "--num_iterations", "2", "--deepspeed", "configs/zero3.json"],
     ],
-    ids=["bf16", "bf16-lora-zero2", "frozen-tower-zero3"],
+    ids=["bf16", "bf16-zero0", "bf16-lora-zero2", "frozen-tower-zero3"],
 )  # fmt: skip
 def test_combinations_train(digits, tmp_path, flags):
     out = tmp_path / "run"
-    flags = [ROOT / flag if flag.startswith("configs/") else flag for flag in flags]
+    zero0 = tmp_path / "zero0.json"
+    zero0.write_text(json.dumps({"zero_optimization": {"stage": 0}, "bf16": {"enabled": "auto"},
+                                 "train_micro_batch_size_per_gpu": "auto"}))  # fmt: skip
+    flags = [zero0 if flag == "zero0.json" else flag for flag in flags]
+    flags = [ROOT / f if str(f).startswith("configs/") else f for f in flags]
     more = ["--max_steps", 2, "--per_device_train_batch_size", 4, "--report_to", "tensorboard"]
     done = run(*arguments(digits, out, *more, *flags))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -213,6 +231,7 @@ def test_combinations_train(digits, tmp_path, flags):
     if "--use_peft" in flags:
         adapter = load_file(out / "adapter_model.safetensors")
         assert all(b.any() for name, b in adapter.items() if "lora_B" in name)  # they start at 0
+        assert_lora_run_can_be_loaded(out)
         return
     trained, start = load_file(out / "model.safetensors"), load_file(TINY_WEIGHTS)
     moved = {name for name in start if not torch.equal(start[name], trained[name])}
@@ -238,6 +257,13 @@ def test_dry_run_prints_and_writes_nothing(digits, tmp_path, capsys):
     for text in ("learning_rate", "vision tower", "MiB", "<|im_start|>user", "0 problems"):
         assert text in shown
     assert not out.exists()
+
+
+def test_dry_run_says_why_no_row_can_be_used(digits, tmp_path, capsys):
+    argv = arguments(digits, tmp_path / "o", "--dry_run", "--task", "detection")
+    assert "expected boxes in the solution" in fails(capsys, *argv)
+    argv = arguments(digits, tmp_path / "o", "--dry_run", "--lr_scheduler_type", "magic")
+    assert "--lr_scheduler_type magic" in fails(capsys, *argv)
 
 
 def test_dry_run_names_rows_whose_solution_is_not_the_maximum(tmp_path, capsys):
@@ -272,6 +298,34 @@ def test_flags_win_over_the_file(tmp_path):
     config = parse_args(["--config", str(path), "--beta", "0.1"])
     assert config.grpo.beta == 0.1 and config.train.learning_rate == 1e-3
     assert config.grpo.reward_funcs == ["format"] and config.train.bf16 is True
+
+
+def test_the_file_is_read_like_flags(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "report_to: none\nreward_funcs: format\nepsilon: 0.3\nuse_liger: true\nbeta: null\n"
+        "reward_weights: [1.5]\nsave_only_model: false\n"
+    )
+    config = parse_args(["--config", str(path)])
+    assert config.train.report_to == ["none"] and config.grpo.reward_funcs == ["format"]
+    assert config.grpo.epsilon_low == 0.3 and config.model.use_liger_kernel is True
+    assert config.grpo.beta == 0.04 and config.grpo.reward_weights == [1.5]
+
+
+@pytest.mark.parametrize("line", ["beta: {a: 1}", "beta: [[1]]", "reward_weights: [1, null]"])
+def test_a_value_of_no_flag_is_named(tmp_path, capsys, line):
+    path = tmp_path / "run.yaml"
+    path.write_text(line)
+    key = line.split(":")[0]
+    assert f"{key}: expected a value or a list" in fails(capsys, "--config", path)
+
+
+@pytest.mark.parametrize(
+    "flag", [("--seed", -1), ("--temperature", "inf"), ("--num_train_epochs", "inf"),
+             ("--learning_rate", "nan"), ("--reward_weights", "nan")]
+)  # fmt: skip
+def test_numbers_out_of_range_are_named(capsys, flag):
+    assert f"{flag[0]}: expected" in fails(capsys, *flag)
 
 
 @pytest.mark.parametrize("name", ["demo", "visual_rft_2b", "visual_rft_7b"])
@@ -324,6 +378,113 @@ def test_output_dir_with_a_run_is_refused_then_overwritten(digits, tmp_path, cap
     assert main([str(a) for a in [*argv, "--overwrite_output_dir"]]) == 0
     assert len(read_jsonl(tmp_path / "run/metrics.jsonl")) == 1
     assert kept.read_text() == "mine"
+
+
+def test_overwriting_loses_nothing_before_the_new_run_can_start(digits, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = [str(a) for a in arguments(digits, out, "--max_steps", 1, "--save_steps", 1)]
+    assert main(argv) == 0
+    (out / "checkpoint-best").mkdir()
+    mistyped = [*argv, "--overwrite_output_dir", "--dataset_name", tmp_path / "nothing"]
+    assert "save_to_disk" in fails(capsys, *mistyped)
+    own = [*argv, "--overwrite_output_dir", "--model_name_or_path", out / "checkpoint-1"]
+    assert "would delete" in fails(capsys, *own)
+    assert (out / "checkpoint-1/model.safetensors").is_file() and (out / "summary.json").is_file()
+    assert main([*argv, "--overwrite_output_dir", "--save_steps", "0"]) == 0
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-best"]
+
+
+def test_damaged_state_names_its_file(digits, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = arguments(digits, out, "--max_steps", 1, "--save_steps", 1)
+    assert main([str(a) for a in argv]) == 0
+    capsys.readouterr()
+    argv = [*argv, "--resume_from_checkpoint", "latest"]
+    engine = out / "checkpoint-1/engine/state.pt"
+    engine.write_bytes(engine.read_bytes()[:1000])
+    assert "engine/state.pt: expected the engine state" in fails(capsys, *argv)
+    (out / "checkpoint-1/trainer_state.json").write_text("{")
+    assert "trainer_state.json: expected the state of a run" in fails(capsys, *argv)
+
+
+def test_broken_weights_are_named(digits, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY_WEIGHTS.parent, folder)
+    (folder / "model.safetensors").write_bytes(b"\0" * 100)
+    argv = arguments(digits, tmp_path / "o", "--model_name_or_path", folder)
+    assert "expected the weights of a qwen2_vl model" in fails(capsys, *argv)
+
+
+def test_a_run_whose_records_could_not_be_written_ends_well(digits, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr(MetricsWriter, "_append", lambda self, name, records: None)
+    assert main([str(a) for a in arguments(digits, out, "--max_steps", 1)]) == 0
+    assert json.loads((out / "summary.json").read_text())["steps"] == 1
+    (out / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "rew')
+    assert _read_curve(out / "metrics.jsonl") == [{"step": 1, "reward": 0.5}]
+
+
+def test_resuming_an_earlier_checkpoint_keeps_the_later_one_aside(digits, tmp_path):
+    out = tmp_path / "run"
+    argv = [str(a) for a in arguments(digits, out, "--save_steps", 1)]
+    assert main([*argv, "--max_steps", "2"]) == 0
+    earlier = ["--resume_from_checkpoint", str(out / "checkpoint-1"), "--save_total_limit", "1"]
+    assert main([*argv, "--max_steps", "2", *earlier]) == 0
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    (aside,) = out.glob("abandoned-checkpoint-2-*")
+    assert (aside / "model.safetensors").is_file()
+
+
+def test_a_checkpoint_of_another_folder_is_resumed_into_a_new_one(digits, tmp_path, capsys):
+    first, second = tmp_path / "a", tmp_path / "b"
+    argv = [str(a) for a in arguments(digits, first, "--save_steps", 1, "--max_steps", 1)]
+    assert main(argv) == 0
+    more = ["--resume_from_checkpoint", str(first / "checkpoint-1"), "--output_dir", str(second)]
+    assert main([*argv, *more, "--max_steps", "2"]) == 0
+    assert [record["step"] for record in read_jsonl(second / "metrics.jsonl")] == [2]
+    assert "already holds a run" in fails(capsys, *argv, *more)
+
+
+def test_the_model_is_not_overwritten_nor_trained_without_its_weights(digits, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY_WEIGHTS.parent, folder)
+    argv = arguments(digits, folder, "--model_name_or_path", folder)
+    assert "expected another folder than --model_name_or_path" in fails(capsys, *argv)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    argv = arguments(digits, tmp_path / "o", "--model_name_or_path", folder)
+    assert "1 are missing" in fails(capsys, *argv)
+
+
+def test_a_model_that_could_not_be_written_is_no_success(digits, tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_model", full)
+    argv = [str(a) for a in arguments(digits, tmp_path / "run", "--max_steps", 1)]
+    assert main(argv) == 1
+    assert "could NOT be written" in capsys.readouterr().err
+
+
+def test_no_usable_row_stops_with_the_reason(digits, tmp_path, capsys):
+    argv = arguments(digits, tmp_path / "o", "--max_prompt_length", 3, "--max_steps", 1)
+    assert main([str(a) for a in argv]) == 1
+    assert "--max_prompt_length 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variables", "text"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: expected a number"),
+        ({"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "less than"),
+    ],
+)
+def test_a_launcher_that_contradicts_itself(digits, tmp_path, capsys, monkeypatch, variables, text):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert text in fails(capsys, *arguments(digits, tmp_path / "o"))
 
 
 def test_nothing_to_resume(digits, tmp_path, capsys):

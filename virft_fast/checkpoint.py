@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import shutil
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -85,10 +86,22 @@ def write_final_model(
 ) -> bool:
     """Write the model alone into `folder`, beside what is there; all ranks call."""
     weights = engine.model_state(model, torch.bfloat16)
-    error = _on_main(lambda: save_model(model, weights, processor, folder))
+    aside = folder / f"model{_ASIDE}"
+
+    def write() -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        save_model(model, weights, processor, aside)
+        for path in sorted(aside.iterdir()):
+            _flush(path)
+            os.replace(path, folder / path.name)
+        aside.rmdir()
+
+    error = _on_main(write)
+    if error is not None:
+        shutil.rmtree(aside, ignore_errors=True)
     failed = dist.any_rank(error is not None, engine.device)
     if failed:
-        _report_failure(folder, error)
+        _report_failure(folder, error, "Checkpoints are intact")
     return not failed
 
 
@@ -133,8 +146,29 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON state written with a checkpoint."""
-    return json.loads((checkpoint / STATE_FILE).read_text())
+    """The JSON state written with a checkpoint.
+
+    Raises:
+        ValueError: the file can't be read.
+    """
+    path = checkpoint / STATE_FILE
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected the state of a run, got {error}; resume an earlier checkpoint"
+        ) from error
+
+
+def set_later_aside(output_dir: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step`, which a run resumed there is about to write again."""
+    moved = []
+    for path in list_checkpoints(output_dir):
+        if int(_NAME.fullmatch(path.name).group(1)) > step:
+            target = path.with_name(f"abandoned-{path.name}-{time.time_ns()}")
+            path.rename(target)
+            moved.append(target)
+    return moved
 
 
 def _write_model(
@@ -193,12 +227,17 @@ def _attempt(action: Callable[[], Any]) -> Exception | None:
     return None
 
 
-def _report_failure(target: Path, error: Exception | None) -> None:
+def _report_failure(
+    target: Path,
+    error: Exception | None,
+    comfort: str = "The run goes on; earlier checkpoints are intact",
+) -> None:
     if error is None:
         return
     text = "".join(traceback.format_exception_only(error)).strip()
     logger.error(
-        "COULD NOT SAVE %s: %s. The run goes on; earlier checkpoints are intact. Free some disk.",
+        "COULD NOT SAVE %s: %s. %s. Free some disk.",
         target,
         text,
+        comfort,
     )

@@ -7,13 +7,29 @@ Parsing lives in `virft_fast.train`; nothing below the algorithms sees these obj
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 TASKS = ("auto", "detection", "classification", "grounding")
 DTYPES = ("auto", "float32", "bfloat16")
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo")
+
+
+class UsageError(ValueError):
+    """The arguments don't name a run that can start: said to the user without a traceback."""
+
+
+@contextlib.contextmanager
+def usage() -> Iterator[None]:
+    """Errors in here are the user's to mend."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
 
 
 def arg(default: Any, help: str, *aliases: str) -> Any:
@@ -141,7 +157,11 @@ class GRPOConfig:
             "a positive number",
             self.max_completion_length,
         )
-        _require(self.temperature > 0, "temperature", "a number above 0", self.temperature)
+        _require(
+            0 < self.temperature < math.inf, "temperature", "a number above 0", self.temperature
+        )
+        finite = all(math.isfinite(weight) for weight in self.reward_weights)
+        _require(finite, "reward_weights", "finite numbers", self.reward_weights)
         _require(0 < self.top_p <= 1, "top_p", "a number in (0, 1]", self.top_p)
         _require(self.top_k >= 0, "top_k", "0 (off) or more", self.top_k)
         _require(self.beta >= 0, "beta", "0 or more", self.beta)
@@ -219,15 +239,16 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "save_steps",
                      "log_completions_steps", "eval_samples", "warmup_steps"):  # fmt: skip
-            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, name, "a number, 0 or more", value)
         _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", "a share in [0, 1]",
                  self.warmup_ratio)  # fmt: skip
+        _require(0 <= self.seed < 2**32, "seed", "a number in [0, 2^32)", self.seed)
         limit = self.save_total_limit
         _require(limit is None or limit >= 1, "save_total_limit", "at least 1", limit)
         if self.max_steps <= 0:
-            _require(
-                self.num_train_epochs > 0, "num_train_epochs", "above 0", self.num_train_epochs
-            )
+            epochs = self.num_train_epochs
+            _require(0 < epochs < math.inf, "num_train_epochs", "a number above 0", epochs)
 
 
 @dataclass
@@ -250,6 +271,7 @@ class EvalConfig:
     """Arguments of `python -m virft_fast.evaluate`."""
 
     model_name_or_path: str = arg("tiny", "A checkpoint folder, a hub id, or `tiny`.")
+    model_revision: str | None = arg(None, "Revision of a hub id.")
     dataset_name: str = arg("shapes_detection", "As in training.")
     dataset_config: str | None = arg(None, "Configuration name of a hub data set.")
     split: str = arg("test", "Split to evaluate.", "dataset_test_split")
@@ -272,6 +294,9 @@ class EvalConfig:
         _require(self.dtype in DTYPES, "dtype", f"one of {DTYPES}", self.dtype)
         _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         _require(self.max_samples >= 0, "max_samples", "0 or more", self.max_samples)
+        _require(self.max_bad_rows >= 0, "max_bad_rows", "0 or more", self.max_bad_rows)
+        length = self.max_completion_length
+        _require(length > 0, "max_completion_length", "a positive number", length)
 
 
 TRAIN_GROUPS = (ModelConfig, DataConfig, GRPOConfig, TrainConfig)

@@ -16,7 +16,12 @@ from torch import Tensor
 
 
 def init(timeout_minutes: float = 60.0) -> torch.device:
-    """Join the process group, if there is one to join, and return this process's device."""
+    """Join the process group, if there is one to join, and return this process's device.
+
+    Raises:
+        ValueError: a launcher's variables are missing or contradict each other.
+    """
+    _check_environment()
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -26,6 +31,24 @@ def init(timeout_minutes: float = 60.0) -> torch.device:
             timeout=datetime.timedelta(minutes=timeout_minutes),
         )
     return device
+
+
+def _check_environment() -> None:
+    given = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    for name, value in given.items():
+        if value is not None and not value.isdecimal():
+            raise ValueError(f"{name}: expected a number from the launcher, got {value!r}")
+    world = int(given["WORLD_SIZE"] or 1)
+    if world == 1:
+        return
+    missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(n)]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE={world}: expected {', '.join(missing)} beside it; start with torchrun, "
+            "or unset WORLD_SIZE to run one process"
+        )
+    if int(given["RANK"]) >= world:
+        raise ValueError(f"RANK: expected less than WORLD_SIZE={world}, got {given['RANK']}")
 
 
 def local_device() -> torch.device:

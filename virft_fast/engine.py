@@ -161,9 +161,13 @@ class PlainEngine:
         path = folder / "state.pt"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; was it saved with --deepspeed?")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.module.load_state_dict(state["module"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        # Whatever a damaged or foreign file makes of itself.
+        except Exception as error:
+            raise ValueError(unreadable_state(path, error)) from error
 
 
 class DeepSpeedEngine:
@@ -196,12 +200,13 @@ class DeepSpeedEngine:
         self._clips_here = self.zero_stage == 0 and not config.get("bf16", {}).get("enabled")
         if self._clips_here:
             config["gradient_clipping"] = 0.0
-        self.optimizer.guard = self._guard
         self._norm = 0.0
         self._veto = False
         self.engine, *_ = deepspeed.initialize(
             model=policy, optimizer=self.optimizer, config=config
         )
+        # Not before: while it is made, DeepSpeed steps once without gradients, to allocate state.
+        self.optimizer.guard = self._guard
         self.engine.checkpoint_engine = _plain_checkpoint_engine()
         self.module = policy
 
@@ -280,12 +285,23 @@ class DeepSpeedEngine:
             raise FileNotFoundError(
                 f"{folder / 'state'}: no DeepSpeed state; was it saved without?"
             )
-        path, _ = self.engine.load_checkpoint(str(folder), tag="state")
+        try:
+            path, _ = self.engine.load_checkpoint(str(folder), tag="state")
+        except Exception as error:
+            raise ValueError(unreadable_state(folder, error)) from error
         if path is None:
             raise ValueError(
                 f"{folder}: expected engine state of {dist.world_size()} processes at ZeRO stage "
                 f"{self.zero_stage}; it was saved with other numbers"
             )
+
+
+def unreadable_state(path: Path, error: Exception) -> str:
+    return (
+        f"{path}: expected the engine state of this model, got {type(error).__name__}: "
+        f"{str(error)[:300]}; it may be damaged or of another model: resume an earlier checkpoint, "
+        "or pass a checkpoint as --model_name_or_path to start a new run from its weights"
+    )
 
 
 def make_reference(policy: nn.Module, engine: PlainEngine | DeepSpeedEngine, config: Any) -> Any:
@@ -348,6 +364,9 @@ def prepare_deepspeed(config: dict[str, Any], device: torch.device) -> Any:
     return HfDeepSpeedConfig(config)
 
 
+_BLOCKS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
+
+
 def load_deepspeed_config(path: str) -> dict[str, Any]:
     """Read a DeepSpeed JSON.
 
@@ -359,10 +378,21 @@ def load_deepspeed_config(path: str) -> dict[str, Any]:
         raise FileNotFoundError(f"--deepspeed: expected a JSON file, got {path!r}: no such file")
     try:
         config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"--deepspeed {path}: expected JSON, got {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"--deepspeed {path}: expected a JSON object, got {type(config).__name__}")
+    blocks = {name: config.get(name, {}) for name in _BLOCKS}
+    if isinstance(blocks["optimizer"], dict):
+        blocks["optimizer.params"] = blocks["optimizer"].get("params", {})
+    for name, block in blocks.items():
+        if not isinstance(block, dict):
+            raise ValueError(f"--deepspeed {path}: {name}: expected an object, got {block!r}")
+    stage = blocks["zero_optimization"].get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(
+            f"--deepspeed {path}: zero_optimization.stage: expected 0 to 3, got {stage!r}"
+        )
     return config
 
 
@@ -422,8 +452,12 @@ def resolve_deepspeed_config(
                  "min_loss_scale"):  # fmt: skip
         if fp16.get(knob) == "auto":
             fp16.pop(knob)
-    if config.get("bf16", {}).get("enabled", False) != bf16:
-        config["bf16"] = {**config.get("bf16", {}), "enabled": bf16}
+    if config.get("bf16", {}).get("enabled", bf16) != bf16:
+        raise ValueError(
+            f"--deepspeed: bf16 is {config['bf16']['enabled']} in the file, but the flags make it "
+            f'{bf16}; write "auto" there, or pass --bf16 {not bf16}'
+        )
+    config["bf16"] = {**config.get("bf16", {}), "enabled": bf16}
     if bf16:
         config["bf16"].setdefault("check_grad_overflow", True)
     config.setdefault("gradient_clipping", settings.max_grad_norm)
@@ -445,13 +479,18 @@ def _take_optimizer_block(config: dict[str, Any], settings: OptimizerSettings) -
             f"{block.get('type')!r}"
         )
     given = {k: v for k, v in block.get("params", {}).items() if v != "auto"}
-    return OptimizerSettings(
-        learning_rate=float(given.get("lr", settings.learning_rate)),
-        betas=tuple(given.get("betas", settings.betas)),
-        epsilon=float(given.get("eps", settings.epsilon)),
-        weight_decay=float(given.get("weight_decay", settings.weight_decay)),
-        max_grad_norm=settings.max_grad_norm,
-    )
+    try:
+        return OptimizerSettings(
+            learning_rate=float(given.get("lr", settings.learning_rate)),
+            betas=tuple(map(float, given.get("betas", settings.betas))),
+            epsilon=float(given.get("eps", settings.epsilon)),
+            weight_decay=float(given.get("weight_decay", settings.weight_decay)),
+            max_grad_norm=settings.max_grad_norm,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"--deepspeed: optimizer.params: expected numbers, two of them for betas, got {given}"
+        ) from error
 
 
 def _fill(config: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
@@ -468,6 +507,8 @@ def _autos(config: Any, prefix: str = "") -> list[str]:
             _autos(value, f"{prefix}.{key}" if prefix else key) for key, value in config.items()
         ]
         return [name for names in found for name in names]
+    if isinstance(config, list):
+        return [name for value in config for name in _autos(value, prefix)]
     return [prefix] if config == "auto" else []
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +17,21 @@ from typing import Any
 import torch
 
 from virft_fast import dist, tasks
-from virft_fast.config import EvalConfig, known_flags, unknown_flag_message
-from virft_fast.data import BadRow, BadRows, SampleDataset, TooManyBadRows, load_rows
+from virft_fast.config import (
+    EvalConfig,
+    UsageError,
+    known_flags,
+    unknown_flag_message,
+    usage,
+)
+from virft_fast.data import (
+    BadRow,
+    BadRows,
+    NoUsableRows,
+    SampleDataset,
+    TooManyBadRows,
+    load_rows,
+)
 from virft_fast.data.prompts import PromptSource
 from virft_fast.evaluation.scoring import Evaluation, evaluate_rewards
 from virft_fast.metrics import null_for_nan
@@ -37,16 +51,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.allow_abbrev = False
     argv = sys.argv[1:] if argv is None else argv
     try:
-        config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-        if unknown:
-            known = known_flags((EvalConfig,))
-            raise ValueError("; ".join(unknown_flag_message(flag, known) for flag in unknown))
-        device = dist.init()
+        with usage():
+            config, unknown = parser.parse_args_into_dataclasses(
+                argv, return_remaining_strings=True
+            )
+            if unknown:
+                known = known_flags((EvalConfig,))
+                raise ValueError("; ".join(unknown_flag_message(flag, known) for flag in unknown))
+        with usage():
+            device = dist.init()
+            if dist.is_main():
+                _check_output(output_path(config))
         return run(config, device)
-    except (ValueError, FileNotFoundError) as error:
+    except UsageError as error:
         print(f"virft_fast.evaluate: error: {error}", file=sys.stderr)
         return 2
-    except TooManyBadRows as error:
+    except (TooManyBadRows, NoUsableRows) as error:
         print(f"virft_fast.evaluate: stopped: {error}", file=sys.stderr)
         return 1
     finally:
@@ -57,15 +77,27 @@ def run(config: EvalConfig, device: torch.device) -> int:
     """Load, answer, score, write."""
     from tqdm import tqdm
 
-    path = resolve_model_path(config.model_name_or_path)
-    processor = load_processor(path, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-    rows = load_rows(config.dataset_name, config.split, dataset_config=config.dataset_config)
-    task = config.task if config.task != "auto" else tasks.detect_task(_solutions(rows))
+    with usage():
+        path = resolve_model_path(config.model_name_or_path)
+        processor = load_processor(
+            path,
+            revision=config.model_revision,
+            min_pixels=config.min_pixels,
+            max_pixels=config.max_pixels,
+        )
+        rows = load_rows(config.dataset_name, config.split, dataset_config=config.dataset_config)
+        task = config.task if config.task != "auto" else tasks.detect_task(_solutions(rows))
+        reward_funcs = tasks.load_reward_funcs(config.reward_funcs or tasks.DEFAULT_REWARDS[task])
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+        model = load_model(
+            path,
+            revision=config.model_revision,
+            dtype=dtype,
+            attn_implementation=config.attn_implementation,
+        )
     samples = SampleDataset(rows, check_solution=lambda s: tasks.check_solution(task, s))
     source = PromptSource(samples, processor, max_prompt_length=config.max_prompt_length)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    model = load_model(path, dtype=dtype, attn_implementation=config.attn_implementation)
     policy = Policy(model.to(device)).eval()
     count = min(config.max_samples or len(samples), len(samples))
     bad_rows = BadRows(config.max_bad_rows)
@@ -75,9 +107,7 @@ def run(config: EvalConfig, device: torch.device) -> int:
             HFRollout(policy, processor.tokenizer, device=device),
             source.load,
             range(count),
-            reward_funcs=tasks.load_reward_funcs(
-                config.reward_funcs or tasks.DEFAULT_REWARDS[task]
-            ),
+            reward_funcs=reward_funcs,
             bad_rows=bad_rows,
             task=task,
             batch_size=config.batch_size,
@@ -118,6 +148,15 @@ def write(config: EvalConfig, result: Evaluation, task: str, num_bad_rows: int) 
     if num_bad_rows:
         print(f"skipped {num_bad_rows} rows that can't be used")
     print(f"written: {path}, {summary_path}")
+
+
+def _check_output(path: Path) -> None:
+    """Better before the evaluation than after it."""
+    if path.is_dir():
+        raise ValueError(f"--output {path}: expected a file's name, got a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"--output {path}: expected a place that can be written")
 
 
 def output_path(config: EvalConfig) -> Path:

@@ -157,6 +157,10 @@ def reward_arguments(rollouts: Rollouts) -> tuple[list[Any], list[Any], dict[str
     repeated = [p.sample for p in rollouts.prompts for _ in range(rollouts.num_generations)]
     names = {name for sample in repeated for name in sample.columns}
     columns = {name: [sample.columns.get(name) for sample in repeated] for name in sorted(names)}
+    columns["completion_ids"] = [
+        ids[mask].tolist()
+        for ids, mask in zip(rollouts.completion_ids, rollouts.completion_mask, strict=True)
+    ]
     completions = [[{"role": "assistant", "content": text}] for text in rollouts.texts]
     return [list(sample.messages) for sample in repeated], completions, columns
 

@@ -150,8 +150,16 @@ class MetricsWriter:
 
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
         def write() -> None:
-            with (self.output_dir / name).open("a") as file:
-                file.writelines(json.dumps(null_for_nan(record)) + "\n" for record in records)
+            lines = "".join(json.dumps(null_for_nan(record)) + "\n" for record in records)
+            with (self.output_dir / name).open("a+b") as file:
+                size = file.seek(0, os.SEEK_END)
+                try:
+                    file.write(lines.encode())
+                    file.flush()
+                except OSError:
+                    # Half a line would spoil the next one.
+                    os.ftruncate(file.fileno(), size)
+                    raise
 
         self._guarded(name, write)
 

@@ -11,13 +11,14 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import shutil
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,20 @@ from virft_fast.config import (
     TRAIN_GROUPS,
     ModelConfig,
     RunConfig,
+    UsageError,
     known_flags,
     unknown_flag_message,
+    usage,
 )
-from virft_fast.data import BadRow, BadRows, PromptSampler, SampleDataset, TooManyBadRows, load_rows
+from virft_fast.data import (
+    BadRow,
+    BadRows,
+    NoUsableRows,
+    PromptSampler,
+    SampleDataset,
+    TooManyBadRows,
+    load_rows,
+)
 from virft_fast.data.prompts import PromptSource
 from virft_fast.engine import (
     DeepSpeedEngine,
@@ -55,6 +66,7 @@ from virft_fast.models.qwen_vl import (
     apply_liger,
     freeze_vision_tower,
     load_model,
+    read_config,
 )
 from virft_fast.models.tiny import resolve_model_path
 from virft_fast.report import format_table, write_report, write_summary
@@ -63,12 +75,9 @@ from virft_fast.rollout.hf import HFRollout
 logger = logging.getLogger("virft_fast")
 
 SUMMARY_FILE, REPORT_FILE, METRICS_FILE = "summary.json", "report.png", "metrics.jsonl"
+_CHECKPOINT = re.compile(r"checkpoint-\d+(\.writing)?")
 NUM_CHECKED_ROWS = 200
 NUM_REPORT_EXAMPLES = 5
-
-
-class UsageError(ValueError):
-    """The arguments don't name a run that can start."""
 
 
 @dataclass
@@ -96,7 +105,7 @@ def parse_args(argv: list[str]) -> RunConfig:
     known = known_flags(TRAIN_GROUPS)
     config_path = _config_path(argv)
     if config_path is not None:
-        parser.set_defaults(**_read_yaml(config_path, known))
+        argv = [*_read_yaml(config_path, known), *argv]  # the later of two flags wins
     *groups, unknown = _parse(parser, argv)
     if unknown:
         raise UsageError("; ".join(_explain(flag, known) for flag in unknown))
@@ -125,7 +134,8 @@ def _config_path(argv: list[str]) -> str | None:
     return None
 
 
-def _read_yaml(path: str, known: list[str]) -> dict[str, Any]:
+def _read_yaml(path: str, known: list[str]) -> list[str]:
+    """The file's flags as words of a command line, so that one parser checks them all."""
     import yaml
 
     if not Path(path).is_file():
@@ -139,11 +149,16 @@ def _read_yaml(path: str, known: list[str]) -> dict[str, Any]:
     unknown = [key for key in values if key not in known]
     if unknown:
         raise UsageError("; ".join(unknown_flag_message(key, known) for key in unknown))
-    # The parser converts the default of a flag only if it is a string.
-    return {
-        key: str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v
-        for key, v in values.items()
-    }
+    words = []
+    for key, value in values.items():
+        if value is None:  # as if the flag were not there
+            continue
+        parts = value if isinstance(value, list) else [value]
+        if any(isinstance(part, (dict, list)) or part is None for part in parts):
+            raise UsageError(f"--config {path}: {key}: expected a value or a list, got {value!r}")
+        parts = [str(part) for part in parts]
+        words += [f"--{key}={parts[0]}"] if len(parts) == 1 else [f"--{key}", *parts]
+    return words
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -152,49 +167,38 @@ def main(argv: list[str] | None = None) -> int:
     _quiet_libraries()
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
-        device = dist.init()
+        with usage():
+            device = dist.init()
         # A warning is said once, by the main process; errors by whoever has them.
         logger.setLevel(logging.INFO if dist.is_main() else logging.ERROR)
         return run(config, device)
-    except (UsageError, FileNotFoundError, FileExistsError, ValueError) as error:
-        if isinstance(error, ValueError) and not _is_usage(error):
-            raise
+    except UsageError as error:
         print(f"virft_fast.train: error: {error}", file=sys.stderr)
         return 2
-    except (TooManyBadRows, TooManyBadSteps) as error:
+    except (TooManyBadRows, TooManyBadSteps, NoUsableRows) as error:
         print(f"virft_fast.train: stopped: {error}", file=sys.stderr)
         return 1
     finally:
         dist.shutdown()
 
 
-def _is_usage(error: ValueError) -> bool:
-    return isinstance(error, UsageError)
-
-
-@contextlib.contextmanager
-def _usage() -> Iterator[None]:
-    """Errors in here are the user's to mend: said without a traceback."""
-    try:
-        yield
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
 def run(config: RunConfig, device: torch.device) -> int:
     """Set up, train, save, report."""
+    stop = StopSignal()
     output_dir = Path(config.train.output_dir)
-    with _usage():
+    with usage():
         resume = prepare_output_dir(config)
         processor = load_processor(
             resolve_model_path(config.model.model_name_or_path),
+            revision=config.model.model_revision,
             min_pixels=config.model.min_pixels,
             max_pixels=config.model.max_pixels,
         )
         data = prepare_data(config, processor)
     if config.train.dry_run:
-        return dry_run(config, data, processor)
-    with _usage():
+        with usage():
+            return dry_run(config, data, processor)
+    with usage():
         state = prepare_training(config, processor, data, device)
     sampler = PromptSampler(
         len(data.train),
@@ -205,7 +209,11 @@ def run(config: RunConfig, device: torch.device) -> int:
     )
     total_steps = num_steps(config, len(data.train))
     saved = _resume(resume, state, sampler, data, config) if resume else {}
-    with _usage():
+    with usage():
+        # Nothing of an earlier run is deleted before this one has all that it needs.
+        if config.train.overwrite_output_dir and not resume and dist.is_main():
+            _delete_run(output_dir)
+        dist.barrier()
         writer = MetricsWriter(
             output_dir,
             total_steps=total_steps,
@@ -222,31 +230,46 @@ def run(config: RunConfig, device: torch.device) -> int:
         writer.load_state_dict(saved["writer"])
     before = saved.get("before") or _evaluate(config, state, data)
     started = time.perf_counter()
-    stop = StopSignal()
-    finished = train(config, state, sampler, data, writer, total_steps, processor, before, stop)
+    ended = train(config, state, sampler, data, writer, total_steps, processor, before, stop)
     train_seconds = time.perf_counter() - started
     writer.close()
-    if not finished:
-        _say(f"stopped by a signal after step {state.step} of {total_steps}; resume with "
-             f"--resume_from_checkpoint latest")  # fmt: skip
+    if ended != "done":
+        where = f"stopped by a signal after step {state.step} of {total_steps}"
+        if ended == "lost":
+            _say(f"{where}; this step could NOT be saved")
+            return 1
+        _say(f"{where}; resume with --resume_from_checkpoint latest")
         return 0
-    after = _evaluate(config, state, data)
-    checkpoints.write_final_model(
+    written = checkpoints.write_final_model(
         output_dir, model=state.policy.model, processor=processor, engine=state.engine
     )
+    after = _evaluate(config, state, data)
     if dist.is_main():
         conclude(config, data, state, before, after, train_seconds)
     dist.barrier()
-    return 0
+    if not written:
+        _say(f"the model could NOT be written into {output_dir}; see above")
+    return 0 if written else 1
 
 
 def prepare_output_dir(config: RunConfig) -> Path | None:
     """Check that --output_dir is free to be written; returns the checkpoint to resume, if any."""
     output_dir = Path(config.train.output_dir)
+    if not config.train.output_dir.strip():
+        raise UsageError("--output_dir: expected a folder, got an empty name")
+    model = Path(config.model.model_name_or_path).resolve()
+    if model.is_dir() and output_dir.resolve() == model:
+        raise UsageError(
+            f"--output_dir {output_dir}: expected another folder than --model_name_or_path, whose "
+            f"model would be overwritten"
+        )
+    resume = None
     if config.train.resume_from_checkpoint:
-        return checkpoints.find_checkpoint(output_dir, config.train.resume_from_checkpoint)
+        resume = checkpoints.find_checkpoint(output_dir, config.train.resume_from_checkpoint)
+        if resume.resolve().parent == output_dir.resolve():
+            return resume
     if config.train.dry_run:
-        return None
+        return resume
     holds_run = (output_dir / METRICS_FILE).exists() or checkpoints.list_checkpoints(output_dir)
     occupied = dist.any_rank(bool(holds_run), dist.local_device())
     dist.barrier()
@@ -255,18 +278,24 @@ def prepare_output_dir(config: RunConfig) -> Path | None:
             f"--output_dir {output_dir} already holds a run; pass --resume_from_checkpoint latest "
             f"to go on with it, --overwrite_output_dir to delete it, or another folder"
         )
+    if occupied and output_dir.resolve() in model.parents and _CHECKPOINT.match(model.name):
+        raise UsageError(
+            f"--overwrite_output_dir would delete {model}, which --model_name_or_path names; "
+            f"pass another --output_dir"
+        )
     if dist.is_main():
-        if occupied:
-            _delete_run(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(output_dir, os.W_OK):
+            raise UsageError(f"--output_dir {output_dir}: expected a folder that can be written")
     dist.barrier()
-    return None
+    return resume
 
 
 def _delete_run(output_dir: Path) -> None:
     """Delete what a run writes and nothing else."""
-    for path in output_dir.glob("checkpoint-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in output_dir.iterdir():
+        if _CHECKPOINT.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
     for name in (METRICS_FILE, "completions.jsonl", SUMMARY_FILE, REPORT_FILE):
         (output_dir / name).unlink(missing_ok=True)
 
@@ -361,7 +390,7 @@ def prepare_training(
     call_reference = engine.forward if grpo.beta > 0 else None
     if reference is not None:
         call_reference = make_reference(reference, engine, ds_config)
-    rates = learning_rates(config, num_steps(config, len(data.train)))
+    rate = learning_rates(config, num_steps(config, len(data.train)))
     return TrainState(
         config=grpo,
         policy=policy,
@@ -371,7 +400,7 @@ def prepare_training(
         pad_token_id=processor.tokenizer.pad_token_id,
         reward_funcs=data.reward_funcs,
         reward_weights=data.reward_weights,
-        learning_rate=lambda step: rates[min(step, len(rates) - 1)],
+        learning_rate=rate,
         prompts_per_microbatch=train.per_device_train_batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         seed=train.seed,
@@ -384,11 +413,7 @@ def _deepspeed(
 ) -> tuple[dict[str, Any] | None, OptimizerSettings]:
     if config.train.deepspeed is None:
         return None, settings
-    from transformers import AutoConfig
-
-    model_config = AutoConfig.from_pretrained(
-        resolve_model_path(config.model.model_name_or_path), revision=config.model.model_revision
-    )
+    model_config = read_config(config.model.model_name_or_path, config.model.model_revision)
     return resolve_deepspeed_config(
         load_deepspeed_config(config.train.deepspeed),
         settings=settings,
@@ -408,13 +433,16 @@ def training_dtype(model: ModelConfig, *, bf16: bool, deepspeed: bool) -> torch.
     return torch.bfloat16 if bf16 and deepspeed else torch.float32
 
 
-def build_policy(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Policy:
-    """The model as the flags want it trained."""
+def build_policy(
+    model: ModelConfig, dtype: torch.dtype, device: torch.device, *, empty: bool = False
+) -> Policy:
+    """The model as the flags want it trained; `empty`: its shape alone, on the meta device."""
     loaded = load_model(
         model.model_name_or_path,
         revision=model.model_revision,
         dtype=dtype,
         attn_implementation=model.attn_implementation,
+        empty=empty,
     )
     if model.use_liger_kernel:
         apply_liger(loaded, device)
@@ -433,8 +461,8 @@ def build_policy(model: ModelConfig, dtype: torch.dtype, device: torch.device) -
     return Policy(loaded.train())
 
 
-def learning_rates(config: RunConfig, total_steps: int) -> list[float]:
-    """The rate of each step, by transformers' schedules."""
+def learning_rates(config: RunConfig, total_steps: int) -> Callable[[int], float]:
+    """Step -> its rate, by transformers' schedules."""
     from transformers import get_scheduler
 
     train = config.train
@@ -450,12 +478,13 @@ def learning_rates(config: RunConfig, total_steps: int) -> list[float]:
         )
     except (ValueError, TypeError) as error:
         raise UsageError(f"--lr_scheduler_type {train.lr_scheduler_type}: {error}") from error
-    rates = []
-    for _ in range(total_steps):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return rates
+    factors = getattr(schedule, "lr_lambdas", None)
+    if not factors:
+        raise UsageError(
+            f"--lr_scheduler_type {train.lr_scheduler_type}: expected a schedule that depends on "
+            f"the step alone, such as linear or cosine"
+        )
+    return lambda step: train.learning_rate * factors[0](min(step, total_steps - 1))
 
 
 class StopSignal:
@@ -482,21 +511,23 @@ def train(
     processor: Any,
     before: dict[str, Any] | None,
     stop: StopSignal,
-) -> bool:
-    """The loop. Returns whether all steps are done; False after a stop signal."""
+) -> str:
+    """The loop. Returns "done" after all steps; after a stop signal "saved", or "lost" if the
+    checkpoint could not be written."""
     output_dir, cfg = Path(config.train.output_dir), config.train
 
-    def save() -> None:
-        checkpoints.save_checkpoint(
+    def save(only_model: bool) -> bool:
+        written = checkpoints.save_checkpoint(
             output_dir,
             state.step,
             model=state.policy.model,
             processor=processor,
             engine=state.engine,
             state=_state_dict(config, state, sampler, data, writer, before),
-            only_model=cfg.save_only_model,
+            only_model=only_model,
             total_limit=cfg.save_total_limit,
         )
+        return written is not None
 
     while state.step < total_steps:
         prompts = sampler.next_batch(data.train.load, dist.all_gather_object, data.bad_rows.add)
@@ -507,11 +538,12 @@ def train(
         writer.step(state.step, metrics)
         writer.completions(state.step, [record for part in parts for record in part])
         stopped = dist.any_rank(stop.received, state.engine.device)
-        if stopped or (cfg.save_steps and state.step % cfg.save_steps == 0):
-            save()
         if stopped and state.step < total_steps:
-            return False
-    return True
+            # Whatever --save_only_model says: who is stopped wants to go on.
+            return "saved" if save(only_model=False) else "lost"
+        if cfg.save_steps and state.step % cfg.save_steps == 0:
+            save(cfg.save_only_model)
+    return "done"
 
 
 def _state_dict(
@@ -543,15 +575,21 @@ SAME_ON_RESUME = (
     "num_generations",
     "seed",
     "dataset_name",
+    "dataset_train_split",
+    "model_name_or_path",
+    "freeze_vision_tower",
+    "bf16",
     "use_peft",
+    "lora_r",
+    "lora_target_modules",
 )
 
 
 def _resume(
     folder: Path, state: TrainState, sampler: PromptSampler, data: Data, config: RunConfig
 ) -> dict[str, Any]:
-    with _usage():
-        saved = checkpoints.read_state(folder)
+    with usage():
+        saved = {"config": {}, "world_size": None} | checkpoints.read_state(folder)
         now = config.flat()
         changed = [k for k in SAME_ON_RESUME if saved["config"].get(k) != now[k]]
         if changed or saved["world_size"] != dist.world_size():
@@ -562,12 +600,27 @@ def _resume(
                 f"{ {k: now[k] for k in changed} or 'the same flags' }"
             )
         state.engine.load_state(folder / "engine")
+        try:
+            _restore(saved, state, sampler, data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"{folder}: expected the state of this run, got {error!r}; resume an earlier "
+                f"checkpoint"
+            ) from error
+    if dist.is_main():
+        for path in checkpoints.set_later_aside(folder.parent, state.step):
+            _say(f"a later checkpoint is now {path}")
+    _say(f"resumed {folder} at step {state.step}")
+    return saved
+
+
+def _restore(saved: dict[str, Any], state: TrainState, sampler: PromptSampler, data: Data) -> None:
     state.step, state.bad_steps = saved["step"], saved["bad_steps"]
     state.skipped_steps, state.num_tokens = saved["skipped_steps"], saved["num_tokens"]
     sampler.load_state_dict(saved["sampler"])
     data.bad_rows.load_state_dict(saved["bad_rows"])
-    _say(f"resumed {folder} at step {state.step}")
-    return saved
+    if state.step < 0:
+        raise ValueError(f"step {state.step}")
 
 
 def _evaluate(config: RunConfig, state: TrainState, data: Data) -> dict[str, Any] | None:
@@ -644,7 +697,13 @@ def conclude(
 
 
 def _read_curve(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The records that could be written: a full disk may have lost some, or cut one off."""
+    records = []
+    with contextlib.suppress(OSError):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    return records
 
 
 def _mean(records: list[dict[str, Any]], key: str) -> float:
@@ -701,13 +760,19 @@ def dry_run(config: RunConfig, data: Data, processor: Any) -> int:
     print(f"rows: {len(data.train)}; steps: {num_steps(config, len(data.train))}; prompts a step: "
           f"{prompts_per_step(config)}; completions a step: "
           f"{prompts_per_step(config) * config.grpo.num_generations}")  # fmt: skip
-    policy = build_policy(config.model, torch.float32, torch.device("cpu"))
-    _print_model(config, policy)
+    learning_rates(config, num_steps(config, len(data.train)))
+    _deepspeed(config, OptimizerSettings(learning_rate=config.train.learning_rate))
+    _print_model(config, build_policy(config.model, torch.float32, torch.device("cpu"), empty=True))
     print("\n# one prompt as the model reads it")
-    sample = next((p for p in map(data.train.load, range(len(data.train)))
-                   if not isinstance(p, BadRow)), None)  # fmt: skip
+    sample, reasons = None, []
+    for prompt in map(data.train.load, range(len(data.train))):
+        if not isinstance(prompt, BadRow):
+            sample = prompt
+            break
+        reasons.append(f"row {prompt.index}: {prompt.reason}")
     if sample is None:
-        raise UsageError("expected at least one usable row, got none")
+        first = "; ".join(reasons[:3])
+        raise UsageError(f"expected at least one usable row of {len(reasons)}, got none: {first}")
     print(sample.text)
     images = [f"{image.width}x{image.height}" for image in sample.sample.images]
     print(f"solution: {sample.sample.solution}")

@@ -3,6 +3,7 @@
 from virft_fast.data.loading import (
     BadRow,
     BadRows,
+    NoUsableRows,
     PromptSampler,
     SampleDataset,
     TooManyBadRows,
@@ -12,6 +13,7 @@ from virft_fast.data.loading import (
 __all__ = [
     "BadRow",
     "BadRows",
+    "NoUsableRows",
     "PromptSampler",
     "SampleDataset",
     "TooManyBadRows",

@@ -206,8 +206,9 @@ def _load_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
 
 
 def _line(error: BaseException, most: int = 300) -> str:
-    """What went wrong, in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:most]
+    """What went wrong, in one line that is the same every time."""
+    text = re.sub(r"<\S+ object at 0x\w+>", "it", f"{type(error).__name__}: {error}")
+    return " ".join(text.split())[:most]
 
 
 # --- JSON ------------------------------------------------------------------------------------
@@ -260,6 +261,8 @@ def _json_rows(records: list[dict[str, Any]], path: Path) -> datasets.Dataset:
             values = [_absolute_paths(value, folder) for value in values]
         elif name == "conversations":
             values = [_absolute_tags(value, folder) for value in values]
+        if name in PROBLEM_COLUMNS:
+            values = [_parts_of_chat(_utf8(value)) for value in values]
         columns[name] = _column(values)
     return datasets.Dataset.from_dict(columns)
 
@@ -285,6 +288,29 @@ def _absolute_tags(turns: Any, folder: Path) -> Any:
         }
         for turn in turns
         if isinstance(turn, dict)
+    ]
+
+
+def _utf8(value: Any) -> Any:
+    """Without lone surrogates such as "\ud800", which JSON may hold and arrow may not."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_utf8(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _utf8(item) for key, item in value.items()}
+    return value
+
+
+def _parts_of_chat(value: Any) -> Any:
+    """A chat whose contents are all lists of parts: chats of both kinds fit one column."""
+    if not isinstance(value, list):
+        return value
+    return [
+        {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+        if isinstance(turn, dict) and isinstance(turn.get("content"), str)
+        else turn
+        for turn in value
     ]
 
 
@@ -351,7 +377,12 @@ class SampleDataset:
         """Row `index` as a sample, or why it can't be one; no content of a row raises."""
         index = int(index)
         try:
-            return self._sample(index, self._row(index))
+            try:
+                row = self._row(index)
+            # What is stored needs be neither text in UTF-8 nor a time that Python can hold.
+            except Exception as error:
+                raise _Unusable(f"the row can't be read: {_line(error)}") from error
+            return self._sample(index, row)
         except _Unusable as error:
             return BadRow(index, str(error))
 
@@ -517,7 +548,10 @@ def _open_image(source: Any) -> Image.Image:
             return _decode(io.BytesIO(source))
         if isinstance(source, (str, Path)) and str(source):
             name = str(source)
-            return _decode(Path(source).expanduser())
+            path = Path(source).expanduser()
+            if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe is waited for
+                raise ValueError("expected a file")
+            return _decode(path)
     except Exception as error:  # PIL's decoders raise nearly anything on damaged input
         raise _Unusable(f"image {name}: {_line(error)}") from error
     raise _Unusable(f"image: expected a path, bytes or an image, got {source!r:.80}")
@@ -545,6 +579,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 # --- Bad rows --------------------------------------------------------------------------------
+
+
+class NoUsableRows(ValueError):
+    """Not one row of the data set can be used; the text says why of some."""
 
 
 class TooManyBadRows(RuntimeError):
@@ -649,7 +687,7 @@ class PromptSampler:
             gather: value -> the values of all ranks, in their order.
             add_bad: told of each bad row (index, reason), on all ranks in the same order.
         Raises:
-            ValueError: no row is usable.
+                NoUsableRows: none is.
         """
         batch: list[int] = []
         loaded: dict[int, Any] = {}
@@ -671,7 +709,7 @@ class PromptSampler:
         """Append the next rows not known to be bad until the global batch is full."""
         while len(batch) < self.world_size * self.batch_size:
             if len(self._bad) == self.num_rows:
-                raise ValueError(
+                raise NoUsableRows(
                     f"expected at least one usable row, but none of the {self.num_rows} rows is; "
                     f"the last: {list(self._bad.items())[-1][1]}"
                 )

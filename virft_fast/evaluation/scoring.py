@@ -15,7 +15,7 @@ import torch
 
 from virft_fast import dist
 from virft_fast.batch import Prompt
-from virft_fast.data import BadRow, BadRows
+from virft_fast.data import BadRow, BadRows, NoUsableRows
 from virft_fast.grpo import completion_records, reward_arguments
 from virft_fast.matching import match_boxes, pad_boxes
 from virft_fast.rollout import Rollout, Sampling
@@ -82,7 +82,7 @@ def _first_usable(load: Callable[[int], Prompt | BadRow], indices: Sequence[int]
         prompt = load(index)
         if not isinstance(prompt, BadRow):
             return prompt
-    raise ValueError("expected at least one usable row to evaluate, got none")
+    raise NoUsableRows("expected at least one usable row to evaluate, got none")
 
 
 def _means(records: list[dict[str, Any]], names: list[str]) -> dict[str, float]:

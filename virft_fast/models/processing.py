@@ -45,7 +45,11 @@ class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
 
 
 def load_processor(
-    name_or_path: str, *, min_pixels: int | None = None, max_pixels: int | None = None
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
 ) -> Any:
     """The processor of a Qwen2-VL checkpoint, its tokenizer padding on the left.
 
@@ -53,6 +57,7 @@ def load_processor(
 
     Args:
         name_or_path: a checkpoint folder, a hub id or `tiny`.
+        revision: of a hub id.
         min_pixels, max_pixels: bounds of an image's size after resizing, in pixels; None keeps the
             checkpoint's.
     Raises:
@@ -61,7 +66,7 @@ def load_processor(
     """
     name = str(name_or_path)
     try:
-        processor = _load(resolve_model_path(name))
+        processor = _load(resolve_model_path(name), revision)
     except (OSError, ValueError) as error:
         is_folder = Path(resolve_model_path(name)).is_dir()
         found = "a folder without them" if is_folder else "neither a folder nor a reachable hub id"
@@ -74,6 +79,12 @@ def load_processor(
         raise ValueError(
             f"--model_name_or_path {name!r}: expected a Qwen-VL tokenizer, got one without "
             f"{IMAGE_TOKEN}; is it a text-only model?"
+        )
+    lacking = [n for n in ("eos_token", "pad_token") if getattr(processor.tokenizer, n) is None]
+    if lacking:
+        raise ValueError(
+            f"--model_name_or_path {name!r}: expected a tokenizer with {' and '.join(lacking)}; "
+            "name them in its tokenizer_config.json"
         )
     processor.tokenizer.padding_side = "left"
     size = dict(processor.image_processor.size)
@@ -99,16 +110,16 @@ def build_tiny_processor(tokenizer: Any) -> Any:
     return ImageOnlyQwen2VLProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
-def _load(name_or_path: str) -> Any:
+def _load(name_or_path: str, revision: str | None) -> Any:
     if importlib.util.find_spec("torchvision") is not None:
-        return AutoProcessor.from_pretrained(name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(name_or_path)
-    template = tokenizer.chat_template or _chat_template_file(name_or_path)
+        return AutoProcessor.from_pretrained(name_or_path, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(name_or_path, revision=revision)
+    template = tokenizer.chat_template or _chat_template_file(name_or_path, revision)
     return ImageOnlyQwen2VLProcessor(image_processor, tokenizer, chat_template=template)
 
 
-def _chat_template_file(name_or_path: str) -> str | None:
+def _chat_template_file(name_or_path: str, revision: str | None) -> str | None:
     """Qwen2-VL's checkpoints keep the chat template in a file beside the tokenizer."""
     from transformers.utils import cached_file
 
@@ -116,7 +127,9 @@ def _chat_template_file(name_or_path: str) -> str | None:
         ("chat_template.jinja", lambda text: text),
         ("chat_template.json", lambda text: json.loads(text)["chat_template"]),
     ):
-        path = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
+        path = cached_file(
+            name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
         if path is not None:
             return read(Path(path).read_text())
     return None

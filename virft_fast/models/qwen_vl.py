@@ -11,6 +11,7 @@ tokens (padded right), L = P + T, D hidden, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import warnings
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from torch import Tensor, nn
 
@@ -70,17 +72,71 @@ def load_model(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
+    empty: bool = False,
 ) -> nn.Module:
     """A Qwen-VL model from a folder, a hub id or `tiny`, in `dtype`, on the CPU (or partitioned,
     when DeepSpeed's ZeRO-3 configuration is alive).
 
+    Args:
+        name_or_path: what a LoRA run saved counts as well: its base model with the adapter merged.
+        empty: the model's shape alone, on the meta device.
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: something is there, but no Qwen-VL model.
+        ValueError: something is there, but no Qwen-VL model, or it can't be read.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+    from transformers import AutoModelForImageTextToText, GenerationConfig
 
-    path = resolve_model_path(name_or_path)
+    config = read_config(name_or_path, revision)
+    adapter = _adapter_base(name_or_path)
+    path = resolve_model_path(adapter or name_or_path)
+    attention = usable_attention(attn_implementation)
+    if empty:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(
+                config, dtype=dtype, attn_implementation=attention
+            )
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+        )
+    # Safetensors and torch have errors of their own for a file that is cut off or foreign.
+    except Exception as error:
+        raise ValueError(
+            f"--model_name_or_path {name_or_path!r}: expected the weights of a "
+            f"{config.model_type} model, got {type(error).__name__}: {str(error)[:300]}; is the "
+            "folder complete?"
+        ) from error
+    if info["missing_keys"]:
+        some = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ValueError(
+            f"--model_name_or_path {name_or_path!r}: expected all weights of the model, but "
+            f"{len(info['missing_keys'])} are missing ({some}, ...); is the folder complete?"
+        )
+    if adapter is not None:
+        model = _merged(model, name_or_path)
+    # Loaded under ZeRO-3 a model remembers every renaming that could have been needed, and would be
+    # saved under names with a prefix too many; without the memory it is saved as Qwen names it.
+    vars(model).pop("_weight_conversions", None)
+    # A checkpoint's sampling defaults (Qwen ships a near-greedy temperature) must never steer a
+    # rollout, so they are set aside; they go back into what we save.
+    model.shipped_generation_config = model.generation_config
+    model.generation_config = GenerationConfig()
+    return model
+
+
+def read_config(name_or_path: str, revision: str | None = None) -> Any:
+    """The configuration of a Qwen-VL model; of the base model for a LoRA adapter.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model`.
+    """
+    from transformers import AutoConfig
+
+    path = resolve_model_path(_adapter_base(name_or_path) or name_or_path)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
@@ -93,20 +149,38 @@ def load_model(
             f"--model_name_or_path {name_or_path!r}: expected one of the families "
             f"{', '.join(FAMILIES)}, got model_type {config.model_type!r}"
         )
-    model = AutoModelForImageTextToText.from_pretrained(
-        path,
-        revision=revision,
-        dtype=dtype,
-        attn_implementation=usable_attention(attn_implementation),
-    )
-    # Loaded under ZeRO-3 a model remembers every renaming that could have been needed, and would be
-    # saved under names with a prefix too many; without the memory it is saved as Qwen names it.
-    vars(model).pop("_weight_conversions", None)
-    # A checkpoint's sampling defaults (Qwen ships a near-greedy temperature) must never steer a
-    # rollout, so they are set aside; they go back into what we save.
-    model.shipped_generation_config = model.generation_config
-    model.generation_config = GenerationConfig()
-    return model
+    return config
+
+
+def _adapter_base(name_or_path: str) -> str | None:
+    """The base model that a folder with a LoRA adapter names; None for any other folder."""
+    path = Path(name_or_path) / "adapter_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--model_name_or_path {name_or_path!r}: expected adapter_config.json to name its "
+            f"base_model_name_or_path, got {error!r}"
+        ) from error
+
+
+def _merged(model: nn.Module, adapter: str) -> nn.Module:
+    """The base model with the adapter's product added to its weights."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError(
+            f"--model_name_or_path {adapter!r} is a LoRA adapter: expected the package peft; "
+            "pip install 'virft_fast[peft]'"
+        ) from error
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            f"--model_name_or_path {adapter!r} is a LoRA adapter, which can't be merged into "
+            "weights that ZeRO-3 has divided; merge it first (peft: merge_and_unload)"
+        )
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
 def usable_attention(name: str) -> str:
@@ -177,9 +251,12 @@ def encode_prompt(processor: Any, sample: Sample) -> Prompt:
     Raises:
         ValueError: the text itself holds image tokens, or the images can't be processed.
     """
-    text = processor.apply_chat_template(
-        list(sample.messages), tokenize=False, add_generation_prompt=True
-    )
+    try:
+        text = processor.apply_chat_template(
+            list(sample.messages), tokenize=False, add_generation_prompt=True
+        )
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template fails: {type(error).__name__}: {error}") from error
     image_token = processor.image_token
     if text.count(image_token) != len(sample.images):
         raise ValueError(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import difflib
+import hashlib
 import importlib.util
+import inspect
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +85,9 @@ ACCURACY_REWARDS: dict[str, float] = {
 }
 
 
+CLEAR_MAJORITY = 0.8
+
+
 class RewardError(RuntimeError):
     """A reward function raised or gave no number; names it and the sample, __cause__ says why."""
 
@@ -114,11 +123,18 @@ def _load_from_file(name: str) -> tuple[str, RewardFunction]:
         raise ValueError(
             f"--reward_funcs {name}: expected path/to/file.py:function, no file {path}"
         )
-    spec = importlib.util.spec_from_file_location(f"virft_fast_rewards_{Path(path).stem}", path)
+    unique = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:12]
+    spec = importlib.util.spec_from_file_location(f"virft_fast_rewards_{unique}", path)
     if spec is None or spec.loader is None:
         raise ValueError(f"--reward_funcs {name}: expected a Python file, got {path}")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # dataclasses look their own module up
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"--reward_funcs {name}: {path} can't be imported: {type(error).__name__}: {error}"
+        ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ValueError(f"--reward_funcs {name}: no function {attribute!r} in {path}")
@@ -128,17 +144,20 @@ def _load_from_file(name: str) -> tuple[str, RewardFunction]:
 def detect_task(solutions: Sequence[str]) -> str:
     """The task that solutions belong to: detection, classification or grounding.
 
+    A few that look like another task are taken for malformed: `check_solution` finds them out.
+
     Raises:
-        ValueError: there are none, or they look like different tasks.
+        ValueError: there are none, or fewer than CLEAR_MAJORITY of them agree.
     """
-    kinds = {_kind(str(solution)) for solution in solutions}
-    if len(kinds) != 1:
+    kinds = Counter(_kind(str(solution)) for solution in solutions)
+    most, count = max(kinds.items(), key=lambda item: item[1], default=("", 0))
+    if not count or count < CLEAR_MAJORITY * len(solutions):
         found = ", ".join(sorted(kinds)) or "no usable solution"
         raise ValueError(
             f"--task auto: expected solutions of one task, got {found}; pass --task detection, "
             f"classification or grounding"
         )
-    return kinds.pop()
+    return most
 
 
 def _kind(solution: str) -> str:
@@ -189,7 +208,8 @@ def score(
     # A finite double may still be too large for a float32.
     rewards = rewards.masked_fill(~rewards.isfinite(), torch.nan)
     total = (rewards * torch.tensor(weights, dtype=torch.float32)).nansum(1)
-    return rewards, total.masked_fill(rewards.isnan().all(1), torch.nan)
+    unscored = rewards.isnan().all(1) | ~total.isfinite()
+    return rewards, total.masked_fill(unscored, torch.nan)
 
 
 def _call(
@@ -200,10 +220,9 @@ def _call(
     columns: Mapping[str, Sequence[Any]],
 ) -> list[float]:
     try:
-        values = function(prompts=prompts, completions=completions, **columns)
-    except Exception as error:  # not a bad answer: somebody's bug, which ends the run
+        values = _values(function, prompts, completions, columns)
+    except (Exception, SystemExit) as error:  # not a bad answer: somebody's bug, which ends the run
         raise RewardError(_blame(name, function, prompts, completions, columns)) from error
-    values = list(values)
     if len(values) != len(completions):
         raise ValueError(
             f"reward function {name}: expected {len(completions)} rewards, one a completion, got "
@@ -213,7 +232,7 @@ def _call(
     for row, value in enumerate(values):
         try:
             clean.append(math.nan if value is None else float(value))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise RewardError(
                 f"reward function {name}: expected a number or None for each completion, got "
                 f"{value!r:.200} for completion {completions[row]!r:.1000}"
@@ -228,6 +247,29 @@ def _call(
     return clean
 
 
+def _values(
+    function: RewardFunction,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: Mapping[str, Sequence[Any]],
+) -> list[Any]:
+    """What a function returns, also one declared `async`.
+
+    It gets copies: what it does to them is nothing to the functions after it.
+    """
+    given = copy.deepcopy({**columns, "prompts": list(prompts), "completions": list(completions)})
+    values = function(**given)
+    if inspect.isawaitable(values):
+        values = asyncio.run(_wait(values))
+    if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
+        raise TypeError(f"expected a list of {len(completions)} rewards, got {values!r:.200}")
+    return list(values)
+
+
+async def _wait(values: Awaitable[Any]) -> Any:
+    return await values
+
+
 def _blame(
     name: str,
     function: RewardFunction,
@@ -239,8 +281,8 @@ def _blame(
     for row in range(len(completions)):
         one = {key: [values[row]] for key, values in columns.items()}
         try:
-            function(prompts=[prompts[row]], completions=[completions[row]], **one)
-        except Exception as error:
+            _values(function, [prompts[row]], [completions[row]], one)
+        except (Exception, SystemExit) as error:
             sample = {key: repr(values[0])[:500] for key, values in one.items()}
             return (
                 f"reward function {name} raised {type(error).__name__}: {error}; the sample is "

@@ -6,9 +6,11 @@ Nothing here raises on any text, evaluates it, or takes more than linear time. W
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
+import unicodedata
 from dataclasses import dataclass
 
 Box = tuple[float, float, float, float]
@@ -25,6 +27,7 @@ _CORNERS = re.compile(
 )
 _WORD = re.compile(r"[^\W_]+")
 _MAX_OBJECT = 2000  # characters; no box takes more
+_MAX_OBJECTS = 1000  # in one answer; the rest is not read
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ def parse_detection(text: str) -> Detection | None:
     body = answer_text(text)
     if words(body) in (["no", "objects"], ["no", "object"]):
         return Detection((), ())
-    objects = [_read_object(found) for found in _OBJECT.findall(body)]
+    written = (text for text in _OBJECT.findall(body) if ":" in text)
+    objects = [_read_object(text) for text in itertools.islice(written, _MAX_OBJECTS)]
     read = [item for item in objects if item is not None]
     if read:
         return Detection(tuple(box for box, _ in read), tuple(c for _, c in read))
@@ -85,7 +89,7 @@ def parse_label(text: str) -> list[str]:
 
 def words(text: str) -> list[str]:
     """Lower-case words; spaces, _, - and punctuation only separate them."""
-    return _WORD.findall(text.casefold())
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def valid_box(box: Box) -> bool:

@@ -77,7 +77,11 @@ def accuracy_confidence(
     sum(c) / (n + sum(u)); with nothing to find 1 / (1 + sum(u)). A confidence that is no number in
     [0, 1] counts as 0 on a match and as 1 otherwise. An answer that can't be read scores 0.
     """
-    pairs = _parse_pairs(completions, solution)
+    # Of equal boxes the surest is the one that is matched, whatever the order they came in.
+    pairs = [
+        (None if predicted is None else _surest_first(predicted), true)
+        for predicted, true in _parse_pairs(completions, solution)
+    ]
     matched = _match(pairs, min_iou=0.5)[0] >= 0  # (N, K)
     rewards = []
     for (predicted, true), row in zip(pairs, matched.tolist(), strict=True):
@@ -86,7 +90,7 @@ def accuracy_confidence(
             continue
         found = wasted = 0.0
         for hit, confidence in zip(row, predicted.confidences, strict=False):
-            usable = confidence is not None and 0.0 <= confidence <= 1.0
+            usable = _usable(confidence)
             if hit:
                 found += confidence if usable else 0.0
             else:
@@ -126,6 +130,22 @@ def grounding_giou(
     giou = pairwise_iou(pred, gt, num_pred, num_gt, kind="giou")[:, 0, 0]  # (N,)
     usable = (num_pred > 0) & (num_gt > 0)
     return torch.where(usable, (giou + 1) / 2, 0.0).tolist()
+
+
+def _usable(confidence: float | None) -> bool:
+    return confidence is not None and 0.0 <= confidence <= 1.0
+
+
+def _surest_first(detection: Detection) -> Detection:
+    """The same predictions in an order of their own, not of the text's."""
+
+    def rank(pair: tuple[Any, float | None]) -> tuple[Any, ...]:
+        box, confidence = pair
+        sureness = confidence if _usable(confidence) else -1.0
+        return -sureness, box if valid_box(box) else ()
+
+    pairs = sorted(zip(detection.boxes, detection.confidences, strict=True), key=rank)
+    return Detection(tuple(box for box, _ in pairs), tuple(c for _, c in pairs))
 
 
 def _iou_rewards(

@@ -72,7 +72,7 @@ def visual_rft_grounding(
     return rewards
 
 
-Result = tuple[float, float]  # IoU of the match (0 without one), confidence
+Result = tuple[float, Any]  # IoU of the match (0 without one), confidence as written
 
 
 def _results(
@@ -101,9 +101,10 @@ def _iou_v1(results: list[Result] | None, num_true: int) -> float:
 
 
 def _confidence(results: list[Result] | None, num_true: int) -> float:
-    if not results:
+    if not results or not all(isinstance(c, (int, float)) for _, c in results):
         return 0.0
-    return _bounded(sum(c if iou > 0 else 1 - c for iou, c in results) / len(results))
+    sure = [(iou, _as_float(c)) for iou, c in results]
+    return _bounded(sum(c if iou > 0 else 1 - c for iou, c in sure) / len(sure))
 
 
 def _bounded(value: float) -> float:
@@ -113,7 +114,7 @@ def _bounded(value: float) -> float:
 def _predictions(text: str) -> list[dict[str, Any]] | None:
     wrapped = f"{_OPEN}{_one_line_answer(text)}{_CLOSE}"
     wrapped = wrapped.replace("[[", "[").replace("]]", "]").replace("\n", "")
-    items = _boxes(_between_tags(wrapped))
+    items = _items(_between_tags(wrapped))
     return _unique(items) if items else None
 
 
@@ -143,17 +144,21 @@ def _between_tags(text: str) -> str | None:
     return body if body.endswith("]") else body.rsplit("},", 1)[0] + "}]"
 
 
-def _boxes(body: str | None) -> list[Any] | None:
-    """The list in a body, every item with a position and a numeric confidence; else None."""
+def _items(body: str | None) -> list[Any] | None:
+    """The list in a body, or None."""
     if body is None:
         return None
     try:
         items = json.loads(body.replace("'", '"'))
     except (ValueError, RecursionError):
         return None
-    if not isinstance(items, list):
-        return None
-    for item in items:
+    return items if isinstance(items, list) else None
+
+
+def _boxes(body: str | None) -> list[Any] | None:
+    """The list in a body, every item with a position and a numeric confidence; else None."""
+    items = _items(body)
+    for item in items or ():
         if not isinstance(item, dict) or not isinstance(item.get("Confidence"), (int, float)):
             return None
         if not isinstance(item.get("Position"), list):
@@ -163,29 +168,37 @@ def _boxes(body: str | None) -> list[Any] | None:
     return items
 
 
-def _unique(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without later items at a position that was there before."""
+def _unique(items: list[Any]) -> list[dict[str, Any]] | None:
+    """Without later items at a position that was there before; None if an item has none."""
     first: dict[tuple[Any, ...], dict[str, Any]] = {}
     for item in items:
-        first.setdefault(tuple(item["Position"]), item)
+        try:
+            first.setdefault(tuple(item["Position"]), item)
+        # No dict, no such key, no sequence, or a list within: the original gives up as well.
+        except (TypeError, KeyError, IndexError):
+            return None
     return list(first.values())
 
 
 def _greedy(predicted: list[dict[str, Any]], true: list[dict[str, Any]]) -> list[Result] | None:
     """By falling confidence each prediction takes the free true box with the best IoU, if that is
-    above 0.5. None if a position that has to be compared is no box."""
+    above 0.5. None if the confidences have no order or a position to be compared is no box."""
     free = list(range(len(true)))
     results = []
-    for item in sorted(predicted, key=lambda item: item["Confidence"], reverse=True):
+    try:
+        falling = sorted(predicted, key=lambda item: item["Confidence"], reverse=True)
+    except (KeyError, TypeError):
+        return None
+    for item in falling:
         ious = [_iou(true[i]["Position"], item["Position"]) for i in free]
         if any(iou is None for iou in ious):
             return None
         best = max(range(len(free)), key=ious.__getitem__, default=-1)
         if best >= 0 and ious[best] > 0.5:
-            results.append((ious[best], _as_float(item["Confidence"])))
+            results.append((ious[best], item["Confidence"]))
             free.pop(best)
         else:
-            results.append((0.0, _as_float(item["Confidence"])))
+            results.append((0.0, item["Confidence"]))
     return results
 
 
