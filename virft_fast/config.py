@@ -16,6 +16,7 @@ from typing import Any
 
 TASKS = ("auto", "detection", "classification", "grounding")
 DTYPES = ("auto", "float32", "bfloat16")
+LOSS_IMPLS = ("fused", "reference")
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo")
 
 
@@ -135,6 +136,9 @@ class GRPOConfig:
     delta: float | None = arg(None, "Upper bound of the unclipped ratio (two-sided clipping).")
     num_iterations: int = arg(1, "Optimizer passes over one batch of rollouts (mu).")
     loss_type: str = arg("grpo", f"One of {', '.join(LOSS_TYPES)}.")
+    loss_impl: str = arg(
+        "fused", "fused, or reference: whole logits and plain autograd, to compare with."
+    )
     scale_rewards: str = arg("group", "group, batch or none: what divides the centred rewards.")
     importance_sampling_level: str = arg("token", "token or sequence.")
     mask_truncated_completions: bool = arg(False, "Leave completions without EOS out of the loss.")
@@ -171,6 +175,7 @@ class GRPOConfig:
         _require(self.delta is None or self.delta > 1, "delta", "a ratio above 1", self.delta)
         _require(self.num_iterations >= 1, "num_iterations", "at least 1", self.num_iterations)
         _require(self.loss_type in LOSS_TYPES, "loss_type", f"one of {LOSS_TYPES}", self.loss_type)
+        _require(self.loss_impl in LOSS_IMPLS, "loss_impl", f"one of {LOSS_IMPLS}", self.loss_impl)
         levels = ("token", "sequence")
         level = self.importance_sampling_level
         _require(level in levels, "importance_sampling_level", f"one of {levels}", level)

@@ -377,10 +377,11 @@ def prepare_training(
     ds_config, settings = _deepspeed(config, settings)
     partitioning = prepare_deepspeed(ds_config, device) if ds_config else None
     dtype = training_dtype(config.model, bf16=train.bf16, deepspeed=ds_config is not None)
-    policy = build_policy(config.model, dtype, device)
+    policy = build_policy(config.model, dtype, device, loss_impl=grpo.loss_impl)
     reference = None
     if grpo.beta > 0 and not config.model.use_peft:
-        reference = build_policy(replace(config.model, gradient_checkpointing=False), dtype, device)
+        frozen = replace(config.model, gradient_checkpointing=False)
+        reference = build_policy(frozen, dtype, device, loss_impl=grpo.loss_impl)
     del partitioning
     engine: PlainEngine | DeepSpeedEngine
     if ds_config is None:
@@ -434,7 +435,12 @@ def training_dtype(model: ModelConfig, *, bf16: bool, deepspeed: bool) -> torch.
 
 
 def build_policy(
-    model: ModelConfig, dtype: torch.dtype, device: torch.device, *, empty: bool = False
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    loss_impl: str = "fused",
+    empty: bool = False,
 ) -> Policy:
     """The model as the flags want it trained; `empty`: its shape alone, on the meta device."""
     loaded = load_model(
@@ -458,7 +464,7 @@ def build_policy(
         )
     if model.gradient_checkpointing:
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(loaded.train())
+    return Policy(loaded.train(), loss_impl=loss_impl)
 
 
 def learning_rates(config: RunConfig, total_steps: int) -> Callable[[int], float]:

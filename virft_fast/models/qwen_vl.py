@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from virft_fast.batch import Prompt, Sample
 from virft_fast.kernels import GRPOLoss, linear_grpo_loss, linear_logps
+from virft_fast.kernels.reference import grpo_loss_reference, logps_reference
 from virft_fast.models.tiny import resolve_model_path
 
 logger = logging.getLogger(__name__)
@@ -296,10 +297,10 @@ class Policy(nn.Module):
     gathers it for the fused loss as it does for any layer.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, loss_impl: str = "fused") -> None:
         super().__init__()
         self.model = model
-        self.head = Head(base(model).lm_head)
+        self.head = Head(base(model).lm_head, loss_impl)
         visual = core(model).visual
         self.vision_frozen = not any(p.requires_grad for p in visual.parameters())
 
@@ -430,21 +431,24 @@ class Policy(nn.Module):
 
 
 class Head(nn.Module):
-    """The lm_head's weight with the fused calls on it; logits never exist as a whole."""
+    """The lm_head's weight with the calls on it; fused, logits never exist as a whole."""
 
-    def __init__(self, lm_head: nn.Linear) -> None:
+    def __init__(self, lm_head: nn.Linear, loss_impl: str) -> None:
         super().__init__()
         self.weight = lm_head.weight
+        fused = loss_impl == "fused"
+        self._logps = linear_logps if fused else logps_reference
+        self._loss = linear_grpo_loss if fused else grpo_loss_reference
 
     def forward(
         self, hidden: Tensor, inputs: ModelInputs, temperature: float, loss: dict[str, Any] | None
     ) -> tuple[Tensor, ...]:
         hidden = hidden.to(self.weight.dtype)
         if loss is None:
-            return linear_logps(hidden, self.weight, inputs.completion_ids, temperature=temperature)
+            return self._logps(hidden, self.weight, inputs.completion_ids, temperature=temperature)
         arguments = {**loss}
         loss_mask = arguments.pop("loss_mask")
-        out = linear_grpo_loss(
+        out = self._loss(
             hidden,
             self.weight,
             inputs.completion_ids,
