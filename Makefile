@@ -11,7 +11,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.txt csrc/matching/*)
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml setup.py constraints.txt Makefile $(NATIVE) | cksum | cut -d' ' -f1)
 FUZZ_SECONDS ?= 60
 
-.PHONY: setup demo test lint format coverage test-core fuzz check-cuda bench tiny-model demo-curves clean
+.PHONY: setup demo test lint format coverage test-core fuzz check-cuda check-triton bench tiny-model demo-curves clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -62,6 +62,10 @@ fuzz:
 # Compiles every .cu for all architectures, without a GPU; needs nvcc.
 check-cuda: $(STAMP)
 	$(BIN)/python scripts/check_cuda.py
+
+# Registers, spills and wide loads of every Triton kernel, compiled without a GPU.
+check-triton: $(STAMP)
+	$(BIN)/python scripts/check_triton.py
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest -q benchmarks $(BENCH_ARGS)

@@ -1,7 +1,7 @@
 """The numeric core of GRPO: log-probs, advantages and the loss, on plain tensors.
 
-Every function here is a torch reference that runs on any device; float32 inside, float64 when the
-inputs are float64.
+CUDA tensors go to Triton kernels, CPU tensors to a torch reference; float32 inside, float64 (always
+the reference) when the inputs are float64. Under TRITON_INTERPRET=1 the kernels run on CPU tensors.
 """
 
 from virft_fast.kernels.advantages import group_advantages

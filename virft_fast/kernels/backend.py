@@ -35,7 +35,7 @@ def _interpreted() -> bool:
 @functools.cache
 def _module() -> ModuleType | None:
     try:
-        from virft_fast.kernels import triton_rows
+        import virft_fast.kernels.triton_rows as triton_rows
     except ImportError as error:
         warnings.warn(
             "virft_fast: no Triton, the torch reference computes the loss instead (same values, "
