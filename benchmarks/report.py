@@ -63,7 +63,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         for result in results
         for case, entry in result["cases"].items()
         for name, ms in entry["ms"].items()
-        if name != entry["ours"]
+        if not name.startswith("ours")
     ]
     figure, axes = plt.subplots(figsize=(9, 0.22 * len(bars) + 1), layout="constrained")
     colors = ["tab:blue" if ratio >= 1 else "tab:gray" for _, ratio in bars]
