@@ -30,6 +30,7 @@ from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import Policy, add_lora, load_model
 from virft_fast.models.tiny import resolve_model_path
 from virft_fast.rollout.hf import HFRollout
+from virft_fast.train import end_process
 
 STEPS = 3
 
@@ -114,4 +115,6 @@ if dist.is_main():
     torch.save({"start": start, "end": saved}, f"{out}.pt")
     with open(f"{out}.json", "w") as file:
         json.dump(metrics, file)
+dist.barrier()
 dist.shutdown()
+end_process(0)

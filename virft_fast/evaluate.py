@@ -169,4 +169,6 @@ def output_path(config: EvalConfig) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from virft_fast.train import end_process
+
+    end_process(main())

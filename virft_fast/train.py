@@ -877,5 +877,16 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def end_process(status: int) -> None:
+    """Exit. With several processes without Python's own shutdown: a thread of the collectives that
+    asks for the interpreter while it goes down would abort the process, and a finished run with
+    it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())
