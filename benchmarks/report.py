@@ -15,8 +15,8 @@ HEAD = """# Measured
 
 Made by `python benchmarks/report.py` from the files in `benchmarks/results/`, which
 `make bench BENCH_ARGS=--save-results` writes. Best time of each contender in milliseconds, taken in
-turns in one run,
-after its answer was compared; in brackets how many times ours is faster (below 1: slower).
+turns in one run after its answer was compared; in brackets how many times ours is faster (below 1:
+slower).
 """
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from virft_fast.kernels import (
     group_advantages,
@@ -13,6 +14,7 @@ from virft_fast.kernels import (
     logps_and_entropy,
     selective_log_softmax,
 )
+from virft_fast.kernels.reference import grpo_loss_reference
 
 N, T, V, D = 4, 5, 17, 6
 NAN, INF = float("nan"), float("inf")
@@ -452,8 +454,6 @@ def test_bf16_weights_get_bf16_gradients_close_to_fp32():
 
 
 def test_linear_never_holds_the_whole_logits():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     class Largest(TorchDispatchMode):
         numel = 0
 
@@ -564,3 +564,172 @@ def test_bad_advantage_input_is_named():
         group_advantages(torch.ones(4), 2, scale_rewards="std")
     with pytest.raises(ValueError, match="eps: expected"):
         group_advantages(torch.ones(4), 2, eps=0.0)
+
+
+def test_ids_outside_the_vocabulary_are_named():
+    logits, hidden, weight = torch.randn(2, 3, 5), torch.randn(2, 3, 4), torch.randn(5, 4)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    for bad, named in ((5, "got 5"), (-1, "got -1")):
+        ids = torch.zeros(2, 3, dtype=torch.int64)
+        ids[1, 1] = bad
+        for call in (
+            lambda: selective_log_softmax(logits, ids),  # noqa: B023
+            lambda: linear_logps(hidden, weight, ids),  # noqa: B023
+            lambda: grpo_loss(logits, ids, mask, advantages=torch.ones(2)),  # noqa: B023
+            lambda: linear_grpo_loss(hidden, weight, ids, mask, advantages=torch.ones(2)),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=rf"expected token ids in \[0, 5\), {named}"):
+                call()
+        ids[1, 1], ids[0, 2] = 0, bad  # where masked, ids may be anything
+        assert grpo_loss(logits, ids, mask, advantages=torch.ones(2)).loss.isfinite()
+
+
+@pytest.mark.parametrize("layout", ["sliced", "transposed", "expanded"])
+def test_strides_and_inplace_do_not_change_the_gradient(layout):
+    base = torch.randn(6, 4, 11, dtype=torch.float64)
+    logits = {
+        "sliced": base[:, 1:],
+        "transposed": base.transpose(0, 1),
+        "expanded": base[:1].expand(3, 4, 11),
+    }[layout]
+    ids = torch.randint(11, logits.shape[:2])
+    wanted = logits.clone().requires_grad_()
+    oracle_logps(wanted, ids)[0].sum().backward()
+    for inplace in (False, True):
+        leaf = logits.clone() if inplace and layout != "expanded" else logits.detach()
+        leaf = leaf.requires_grad_()
+        loss = selective_log_softmax(leaf, ids, inplace=inplace).sum()
+        (grad,) = torch.autograd.grad(loss, leaf)
+        torch.testing.assert_close(grad, wanted.grad)
+        assert (grad.data_ptr() == leaf.data_ptr()) == (inplace and layout != "expanded")
+
+
+def test_who_else_needs_the_logits_is_told_that_they_are_gone():
+    logits = torch.randn(3, 7, requires_grad=True)
+    scaled = logits * 1.0
+    other = scaled.square().sum()
+    loss = selective_log_softmax(scaled, torch.tensor([1, 2, 3]), inplace=True).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+class Products(TorchDispatchMode):
+    """Multiplications of the matrix products that are made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = args[-2:]
+            self.count += a.shape[0] * a.shape[1] * b.shape[1]
+        return function(*args, **(kwargs or {}))
+
+
+def count_products(hidden, weight, ids, mask, advantages, **options):
+    with Products() as seen:
+        loss = linear_grpo_loss(hidden, weight, ids, mask, advantages=advantages, **options).loss
+        if loss.requires_grad:
+            loss.backward()
+    return seen.count / (hidden.shape[-1] * weight.shape[0])
+
+
+def test_three_products_and_none_for_tokens_without_a_gradient():
+    n, t, d, v = 4, 6, 8, 32
+    hidden, weight = torch.randn(n, t, d), torch.randn(v, d)
+    ids, full = torch.randint(v, (n, t)), torch.ones(n, t, dtype=torch.bool)
+    one = torch.tensor([1.0, 0.0, -1.0, 0.0])
+    both = [x.clone().requires_grad_() for x in (hidden, weight)]
+    assert count_products(*both, ids, full, torch.ones(n)) == 3 * n * t
+    # Masked tokens cost nothing at all, tokens without advantage only their log-prob.
+    mask = torch.arange(t) < torch.tensor([6, 2, 0, 1])[:, None]
+    assert count_products(*both, ids, mask, torch.ones(n)) == 3 * 9
+    assert count_products(*both, ids, full, one) == n * t + 2 * 2 * t
+    # With a KL term they have a gradient.
+    ref = torch.full((n, t), -3.0)
+    assert count_products(*both, ids, full, one, ref_logps=ref, beta=0.1) == 3 * n * t
+    # Clipped tokens: of the ratios, half are far above the range with a positive advantage.
+    logps = linear_logps(hidden, weight, ids)[0]
+    old = torch.where(torch.arange(t) % 2 == 0, logps - 1, logps)
+    assert count_products(*both, ids, full, torch.ones(n), old_logps=old) == n * t + n * t
+    # A frozen head (LoRA) has no gradient product of its own, frozen hidden states none of theirs.
+    assert count_products(both[0], weight, ids, full, torch.ones(n)) == 2 * n * t
+    assert count_products(hidden, both[1], ids, full, torch.ones(n)) == 2 * n * t
+    assert count_products(hidden, weight, ids, full, torch.ones(n)) == n * t
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 4, 7, 1000])
+def test_dropped_and_moved_rows_leave_the_gradient_as_it_is(chunk_tokens):
+    """Clipped, silent and masked tokens in every tile, and sequences longer than a tile."""
+    problem = make_problem(seed=5)
+    hidden, weight, bias, ids, mask, old, ref, advantages = problem
+    advantages[1] = 0.0
+    for level in LEVELS:
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        options = {"advantages": advantages, "old_logps": old, "importance_sampling_level": level}
+        ours = linear_grpo_loss(
+            leaves[0], leaves[1], ids, mask, bias=leaves[2], chunk_tokens=chunk_tokens, **options
+        )
+        whole = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        logps, _ = oracle_logps(whole[0] @ whole[1].T + whole[2], ids)
+        expected = oracle_loss(
+            logps, mask, old, ref, advantages, "grpo", level, "k3", beta=0.0, high=0.2
+        )
+        torch.testing.assert_close(ours.loss, expected)
+        torch.testing.assert_close(gradients(ours.loss, *leaves), gradients(expected, *whole))
+
+
+def test_linear_logps_equal_torchs_linear_cross_entropy():
+    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        pytest.skip("torch >= 2.13 has it")
+    hidden, weight = torch.randn(9, 8), torch.randn(50, 8)
+    ids, upstream = torch.randint(50, (9,)), torch.randn(9)
+    results = []
+    for ours in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        if ours:
+            nll = -linear_logps(*leaves, ids, chunk_tokens=4)[0]
+        else:
+            options = torch.nn.LinearCrossEntropyOptions()
+            nll = torch.nn.functional.linear_cross_entropy(
+                *leaves, ids, reduction="none", options=options
+            )
+        results.append((nll.detach(), *torch.autograd.grad((nll * upstream).sum(), leaves)))
+    for got, value in zip(*results, strict=True):
+        torch.testing.assert_close(got, value, atol=1e-5, rtol=1e-5)
+
+
+def test_linear_logps_equal_trls_fused_head():
+    module = pytest.importorskip("trl.kernels.chunked_logprob")
+    hidden, weight, bias = torch.randn(9, 8), torch.randn(50, 8), torch.randn(50)
+    ids, up = torch.randint(50, (9,)), torch.randn(2, 9)
+    results = []
+    for ours in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        if ours:
+            logps, entropy = linear_logps(*leaves[:2], ids, bias=leaves[2], temperature=0.7)
+        else:
+            logps, entropy, *_ = module.ChunkedLogProbFunction.apply(
+                *leaves, ids, 0.7, 16, None, 1.0, ("entropy",)
+            )
+        total = (logps * up[0] + entropy * up[1]).sum()
+        results.append((logps.detach(), entropy.detach(), *torch.autograd.grad(total, leaves)))
+    for got, value in zip(*results, strict=True):
+        torch.testing.assert_close(got, value, atol=1e-5, rtol=1e-5)
+
+
+def test_reference_equals_fused_for_every_loss_type():
+    problem = make_problem(seed=2)
+    hidden, weight, _, ids, mask, *_ = problem
+    for loss_type in LOSS_TYPES:
+        results = []
+        for function in (linear_grpo_loss, grpo_loss_reference):
+            leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+            options = loss_options(problem, loss_type=loss_type, temperature=0.8)
+            result = function(*leaves, ids, mask, **options)
+            results.append((result.loss, result.kl, *gradients(result.loss, *leaves)))
+        for got, value in zip(*results, strict=True):
+            torch.testing.assert_close(got, value)
