@@ -127,7 +127,9 @@ def test_extreme_rows():
     torch.testing.assert_close(logits.grad.sum(1), torch.zeros(6, device=DEVICE), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("layout", ["sliced", "transposed", "strided", "four_dims", "offset"])
+@pytest.mark.parametrize(
+    "layout", ["sliced", "transposed", "strided", "four_dims", "unfoldable", "offset"]
+)
 def test_any_strides(layout):
     vocab = 48
     logits = {
@@ -135,6 +137,7 @@ def test_any_strides(layout):
         "transposed": lambda: random_logits(vocab, 4, 3).transpose(0, 2),
         "strided": lambda: random_logits(3, 4, 2 * vocab)[..., ::2],
         "four_dims": lambda: random_logits(2, 3, 4, vocab)[:, :, 1:],
+        "unfoldable": lambda: random_logits(2, 3, 4, vocab)[:, 1:],
         "offset": lambda: random_logits(3, 4, vocab + 1)[..., 1:],
     }[layout]()
     ids = random_ids(vocab, *logits.shape[:-1])
@@ -145,6 +148,25 @@ def test_any_strides(layout):
     (wanted[0].sum() + wanted[1].square().sum()).backward()
     torch.testing.assert_close(ours[0].double(), wanted[0])
     torch.testing.assert_close(base.grad.double(), exact.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_ids_with_a_stride_and_a_gradient_written_over_unfoldable_logits():
+    start = random_logits(2, 3, 4, 48)[:, 1:]
+    every = random_ids(48, 2, 2, 8)
+    ids = every[..., ::2]
+    expected = start.clone().requires_grad_()
+    oracle(expected, ids)[0].sum().backward()
+    (whole := start.clone(memory_format=torch.preserve_format)).requires_grad_()
+    buffer = torch.zeros(2, 3, 4, 48, device=DEVICE)
+    leaf = buffer[:, 1:].copy_(start).detach().requires_grad_()
+    for logits, inplace in ((whole, False), (leaf, True)):
+        logps = selective_log_softmax(logits, ids, inplace=inplace)
+        (grad,) = torch.autograd.grad(logps.sum(), logits)
+        torch.testing.assert_close(grad, expected.grad, atol=1e-5, rtol=1e-5)
+    rows = random_logits(16, 48)
+    strided = random_ids(48, 32)[::2]
+    wanted = oracle(rows, strided)[0].float()
+    torch.testing.assert_close(selective_log_softmax(rows, strided), wanted)
 
 
 def test_an_id_outside_the_vocabulary_poisons_its_row_alone():

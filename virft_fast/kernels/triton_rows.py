@@ -393,7 +393,8 @@ def rows_forward(logits: Tensor, ids: Tensor, inv_temp: float) -> tuple[Tensor, 
     if rows.count:
         with _on(logits.device):
             rows_forward_kernel[(rows.count,)](
-                logits, ids, logps, norms, entropy, *_addresses(rows), rows.vocab, inv_temp,
+                logits, ids.contiguous(), logps, norms, entropy,
+                *_addresses(rows), rows.vocab, inv_temp,
                 UNIT=rows.unit, CONTIGUOUS=rows.column_stride == 1, BLOCK=FORWARD_BLOCK,
                 num_warps=FORWARD_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
@@ -412,16 +413,18 @@ def rows_backward(
     scale: Tensor | None = None,
 ) -> None:
     """Gradient in the logits into `out`, which may be `logits`; `scale` is a 0-d factor."""
+    wanted = out
     out, out_rows = rows_of(out)
+    copied = out.untyped_storage().data_ptr() != wanted.untyped_storage().data_ptr()
     logits, rows = rows_of(logits, out_rows.unit)
     if out_rows.unit != rows.unit:
-        out, out_rows = rows_of(out, rows.unit)
+        _, out_rows = rows_of(out, rows.unit)
     if not rows.count:
         return
     blocks = triton.cdiv(rows.vocab * rows.unit, BACKWARD_BLOCK)
     with _on(logits.device):
         rows_backward_kernel[(rows.count * blocks,)](
-            logits, out, ids, norms, norms if entropy is None else entropy,
+            logits, out, ids.contiguous(), norms, norms if entropy is None else entropy,
             norms if grad_logps is None else grad_logps,
             norms if grad_entropy is None else grad_entropy,
             norms if scale is None else scale,
@@ -433,6 +436,8 @@ def rows_backward(
             OUT_CONTIGUOUS=out_rows.column_stride == 1, BLOCK=BACKWARD_BLOCK,
             num_warps=BACKWARD_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
+    if copied:
+        wanted.copy_(out.view(wanted.shape))
 
 
 def tile_backward(
@@ -452,7 +457,7 @@ def tile_backward(
     if count:
         with _on(tile.device):
             tile_backward_kernel[(count,)](
-                tile, out, ids, norms, norms if entropy is None else entropy,
+                tile, out, ids.contiguous(), norms, norms if entropy is None else entropy,
                 norms if grad_logps is None else grad_logps,
                 norms if grad_entropy is None else grad_entropy,
                 vocab // unit, inv_temp,
@@ -511,7 +516,8 @@ def grpo_forward(
         low, high = (0.0, epsilon_high) if capped else (1 - epsilon_low, 1 + epsilon_high)
         with _on(logits.device):
             grpo_forward_kernel[(rows.count,)](
-                logits, ids, mask.view(torch.uint8), sequence, advantages, weights,
+                logits, ids.contiguous(), mask.contiguous().view(torch.uint8), sequence,
+                advantages, weights,
                 weights if old_logps is None else old_logps,
                 weights if ref_logps is None else ref_logps,
                 outs.logps, outs.norms, outs.entropy, outs.kl, outs.loss, outs.d_logps,
