@@ -40,15 +40,18 @@ def without_extension(reason: str) -> None:
 
 def extension() -> dict:
     """`ext_modules` and `cmdclass` for setup(), or nothing where it can't be built."""
+    wish = os.environ.get("VIRFT_FAST_CUDA") or "auto"
+    if wish not in ("auto", "0", "1"):
+        sys.exit(f"VIRFT_FAST_CUDA: expected 0, 1 or nothing, got {wish!r}")
     try:
         import torch
         from torch.utils import cpp_extension
     except ImportError:
-        without_extension("torch is not there at build time (pip's --no-build-isolation shows it)")
+        reason = "torch is not there at build time (pip's --no-build-isolation shows it)"
+        if wish == "1":
+            sys.exit(f"VIRFT_FAST_CUDA=1: {reason}")
+        without_extension(reason)
         return {}
-    wish = os.environ.get("VIRFT_FAST_CUDA", "auto")
-    if wish not in ("auto", "0", "1"):
-        sys.exit(f"VIRFT_FAST_CUDA: expected 0, 1 or nothing, got {wish!r}")
     has_cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
     if wish == "1" and not has_cuda:
         sys.exit(
@@ -56,7 +59,39 @@ def extension() -> dict:
             f"torch {torch.__version__} and CUDA_HOME {cpp_extension.CUDA_HOME}"
         )
     with_cuda = has_cuda and wish != "0"
-    archs = os.environ.get("VIRFT_FAST_CUDA_ARCHS", " ".join(CUDA_ARCHS)).split()
+
+    class Build(cpp_extension.BuildExtension.with_options(use_ninja=bool(shutil.which("ninja")))):
+        def run(self) -> None:
+            # In a checkout an older build lies in the package, and would be loaded after a failure.
+            for stale in (ROOT / "virft_fast").glob("_C.*"):
+                stale.unlink()
+            if wish == "1":
+                super().run()
+                return
+            try:
+                super().run()
+            except Exception as error:
+                self.without_cuda(error)
+
+        def without_cuda(self, error: Exception) -> None:
+            if not with_cuda:
+                without_extension(str(error))
+                return
+            print(f"virft_fast: the CUDA half is left out: {error}", file=sys.stderr)
+            self.extensions[:] = [module(torch, cpp_extension, with_cuda=False)]
+            try:
+                super().run()
+            except Exception as second:
+                without_extension(str(second))
+
+    return {
+        "ext_modules": [module(torch, cpp_extension, with_cuda=with_cuda)],
+        "cmdclass": {"build_ext": Build},
+    }
+
+
+def module(torch, cpp_extension, *, with_cuda: bool):
+    archs = (os.environ.get("VIRFT_FAST_CUDA_ARCHS") or " ".join(CUDA_ARCHS)).split()
     macros = [
         ("VIRFT_FAST_VERSION", version()),
         ("VIRFT_TORCH_VERSION", torch.__version__),
@@ -69,24 +104,10 @@ def extension() -> dict:
         # Loads also before torch was imported, from site-packages and from a checkout.
         "runtime_library_dirs": ["$ORIGIN/../torch/lib", f"{Path(torch.__file__).parent}/lib"],
     }
-    make = cpp_extension.CppExtension
-    if with_cuda:
-        make = cpp_extension.CUDAExtension
-        options["extra_compile_args"]["nvcc"] = nvcc_flags(archs)
-    parts = ("core", "torch", "cuda") if with_cuda else ("core", "torch")
-    module = make("virft_fast._C", sources(*parts), **options)
-
-    class Build(cpp_extension.BuildExtension.with_options(use_ninja=bool(shutil.which("ninja")))):
-        def run(self) -> None:
-            if wish == "1":
-                super().run()
-                return
-            try:
-                super().run()
-            except Exception as error:
-                without_extension(str(error))
-
-    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
+    if not with_cuda:
+        return cpp_extension.CppExtension("virft_fast._C", sources("core", "torch"), **options)
+    options["extra_compile_args"]["nvcc"] = nvcc_flags(archs)
+    return cpp_extension.CUDAExtension("virft_fast._C", sources("core", "torch", "cuda"), **options)
 
 
 def nvcc_flags(archs: list[str]) -> list[str]:

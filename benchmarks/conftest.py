@@ -45,6 +45,11 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[s
         ours: str,
         notes: dict[str, dict[str, float]] | None = None,
     ) -> dict[str, float]:
+        if not benchmark.enabled:  # --benchmark-disable: that they run is all that is asked
+            for function in contenders.values():
+                function()
+            benchmark.pedantic(contenders[ours], rounds=1)
+            return {}
         best = {}
         for name, function in contenders.items():  # warms up, and tells how many turns there are
             start = time.perf_counter()

@@ -1,4 +1,8 @@
-"""IoU and Hungarian matching of many small problems, end to end from padded boxes to matches."""
+"""IoU and Hungarian matching of many small problems, from boxes to matches.
+
+numpy and scipy start from one array a problem, as they want it; torch and ours from padded tensors;
+"from lists" is ours with the padding.
+"""
 
 from __future__ import annotations
 
@@ -96,6 +100,11 @@ def test_matching(race, count, size):
         with threads(count):
             return match_boxes(p, g, num_pred, num_gt, min_iou=0.0)
 
+    def ours_from_lists():
+        with threads(1):
+            (p, num_pred), (g, num_gt) = pad_boxes(pred), pad_boxes(gt)
+            return match_boxes(p, g, num_pred, num_gt, min_iou=0.0)
+
     def totals(pairs):
         return [t[pair].sum(dtype=np.float64) for t, pair in zip(tables, pairs, strict=True)]
 
@@ -104,11 +113,13 @@ def test_matching(race, count, size):
         "torchvision-style IoU + scipy": torch_and_scipy,
         "scipy's assignment alone": scipy_alone,
         "ours, 1 thread": lambda: ours(1),
+        "ours, 1 thread, from lists": ours_from_lists,
         f"ours, all {all_threads} threads": lambda: ours(all_threads),
     }
     # Equal totals first, contender by contender and problem by problem.
     expected = np.array(totals(scipy_alone()))
     found = [totals(numpy_and_scipy()), totals(torch_and_scipy())]
+    found.append(ours_from_lists()[1].double().sum(1))
     found += [ours(number)[1].double().sum(1) for number in (1, all_threads)]
     if size in ("32x32", "100x100") and importlib.util.find_spec("torch_linear_assignment"):
         from torch_linear_assignment import batch_linear_assignment  # equal counts only

@@ -292,7 +292,9 @@ __global__ void __launch_bounds__(kBlock, 4) match_kernel(Batch<T> batch) {
   const int team = threadIdx.x / kThreads;
   const int64_t n = int64_t(blockIdx.x) * kTeams + team;
   if (n >= batch.problems) return;  // whole teams leave; no team waits for another
-  const int num_pred = int(batch.num_pred[n]), num_gt = int(batch.num_gt[n]);
+  // A direct call may bring any count; nothing outside the tensors is read for it.
+  const int num_pred = int(min(max(batch.num_pred[n], int64_t(0)), batch.max_pred));
+  const int num_gt = int(min(max(batch.num_gt[n], int64_t(0)), batch.max_gt));
   const bool swapped = num_pred > num_gt;
   const T* pred = batch.pred + n * batch.max_pred * 4;
   const T* gt = batch.gt + n * batch.max_gt * 4;
@@ -365,7 +367,7 @@ constexpr auto kDouble = torch::headeronly::ScalarType::Double;
 constexpr auto kLong = torch::headeronly::ScalarType::Long;
 constexpr auto kByte = torch::headeronly::ScalarType::Byte;
 
-// Python has checked values and gives full messages; this keeps a direct call inside its tensors.
+// Python has checked these and gives full messages; a direct call is kept inside its tensors.
 void check(const Tensor& pred, const Tensor& gt, const Tensor& num_pred, const Tensor& num_gt) {
   for (const Tensor* t : {&pred, &gt, &num_pred, &num_gt})
     STD_TORCH_CHECK(t->is_cuda() && t->is_contiguous() &&

@@ -1,10 +1,13 @@
 """Boxes and matching: brute force, DETR's matcher properties, boxes as models write them."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from helpers import environment
 
 from virft_fast.matching import (
     cxcywh_to_xyxy,
@@ -275,3 +278,70 @@ def test_bad_input_is_named(arguments, options, message):
 def test_unknown_iou_kind():
     with pytest.raises(ValueError, match="kind: expected one of"):
         pairwise_iou(BOX, BOX, ONE, ONE, kind="diou")
+
+
+def test_without_the_native_module_the_reference_matches_and_says_so_once(tmp_path):
+    code = """
+import sys, warnings
+sys.modules["virft_fast._C"] = None  # as if it had never been built
+import torch
+from virft_fast.matching import is_native, match_boxes, pad_boxes, pairwise_iou
+pred, n = pad_boxes([[[0.0, 0, 10, 10], [20, 20, 30, 30]]])
+gt, m = pad_boxes([[[20.0, 20, 30, 31]]])
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        matches, ious = match_boxes(pred, gt, n, m)
+        assert matches.tolist() == [[-1, 0]] and ious[0, 1] > 0.9
+        assert pairwise_iou(pred, gt, n, m)[0, 1, 0] == ious[0, 1]
+assert not is_native()
+(warning,) = [w for w in seen if "native matcher" in str(w.message)]
+try:
+    match_boxes(pred, gt, n + 5, m)
+except ValueError as error:
+    assert "num_pred: expected counts in 0..2, got [7]" in str(error)
+else:
+    raise AssertionError
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_module_built_for_another_torch_is_not_used():
+    code = """
+import sys, types, warnings, torch
+built = types.ModuleType("virft_fast._C")
+built.build_info = lambda: {"torch": "1.0", "version": "0.0", "cuda_archs": "none"}
+sys.modules["virft_fast._C"] = built
+import virft_fast
+virft_fast._C = built
+from virft_fast.matching import is_native, match_boxes, pad_boxes
+assert not is_native()
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    boxes, counts = pad_boxes([[[0, 0, 1, 1]]])
+    match_boxes(boxes, boxes, counts, counts)
+assert "built for torch 1.0" in str(seen[0].message), seen
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("bad", [[[1, 2, 3]], ["abcd"], [[[1, 2, 3, 4], [1, 2]]], [7]])
+def test_pad_boxes_names_what_is_no_box(bad):
+    with pytest.raises(ValueError, match=r"boxes\[0\]: expected \(n, 4\)"):
+        pad_boxes(bad)
+
+
+def test_pad_boxes_takes_arrays_tensors_and_lists_alike():
+    rows = [[0.5, 1, 2, 3], [4, 5, 6, 7.25]]
+    kinds = [rows, np.array(rows), torch.tensor(rows), torch.tensor(rows).bfloat16(), [], [[]],
+             torch.zeros(0, 4, requires_grad=True)]  # fmt: skip
+    padded, counts = pad_boxes(kinds)
+    assert counts.tolist() == [2, 2, 2, 2, 0, 0, 0] and padded.shape == (7, 2, 4)
+    for i in range(4):
+        assert padded[i].tolist() == rows
+    assert not padded[4:].any()
+    assert pad_boxes([])[0].shape == (0, 0, 4)

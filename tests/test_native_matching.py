@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from helpers import environment
 from scipy.optimize import linear_sum_assignment
 
 from virft_fast.matching import is_native, match_boxes, pad_boxes, pairwise_iou
@@ -19,7 +16,7 @@ from virft_fast.matching.boxes import iou_reference
 
 pytestmark = pytest.mark.skipif(not is_native(), reason="the native matcher is not built")
 
-STRANGE = (float("nan"), float("inf"), -float("inf"), 0.0, -5.0, 1e30, 1e-30)
+STRANGE = (float("nan"), float("inf"), -float("inf"), 0.0, -5.0, 1e30, 1e-30, 1e-200, 1e200)
 
 
 def boxes(rng, count, *, whole=False, strange=0.0, size=100.0):
@@ -66,10 +63,10 @@ def test_iou_equals_the_reference_to_the_bit(kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_total_equals_scipys_on_ten_thousand_problems(kind, dtype):
-    """1,250 problems a case, at both thresholds: 10,000 of each dtype."""
-    problem = problems(2, 1250, dtype=dtype, **kind)
-    table = iou_reference(*problem)
-    for min_iou in (0.0, 0.5):
+    """1,250 problems a case and threshold: 10,000 of each dtype."""
+    for seed, min_iou in ((2, 0.0), (20, 0.5)):
+        problem = problems(seed + 100 * (dtype == torch.float64), 1250, dtype=dtype, **kind)
+        table = iou_reference(*problem)
         worth = torch.where(table > min_iou, table, 0.0).double().numpy()
         matches, ious = match_boxes(*problem, min_iou=min_iou)
         totals = ious.double().sum(1)
@@ -208,34 +205,6 @@ def test_build_info():
     info = build_info()
     assert info["version"] == __version__ and info["torch"] == torch.__version__
     assert set(info) == {"version", "torch", "compiler", "cuda_archs", "threads", "instructions"}
-
-
-def test_without_the_native_module_the_reference_matches_and_says_so_once(tmp_path):
-    code = """
-import sys, warnings
-sys.modules["virft_fast._C"] = None  # as if it had never been built
-import torch
-from virft_fast.matching import is_native, match_boxes, pad_boxes, pairwise_iou
-pred, n = pad_boxes([[[0.0, 0, 10, 10], [20, 20, 30, 30]]])
-gt, m = pad_boxes([[[20.0, 20, 30, 31]]])
-with warnings.catch_warnings(record=True) as seen:
-    warnings.simplefilter("always")
-    for _ in range(2):
-        matches, ious = match_boxes(pred, gt, n, m)
-        assert matches.tolist() == [[-1, 0]] and ious[0, 1] > 0.9
-        assert pairwise_iou(pred, gt, n, m)[0, 1, 0] == ious[0, 1]
-assert not is_native()
-(warning,) = [w for w in seen if "native matcher" in str(w.message)]
-try:
-    match_boxes(pred, gt, n + 5, m)
-except ValueError as error:
-    assert "num_pred: expected counts in 0..2, got [7]" in str(error)
-else:
-    raise AssertionError
-"""
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True,
-                          text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu

@@ -59,7 +59,8 @@ VIRFT_INLINE void iou_row(const Box& row, const Columns& columns, int64_t width_
   for (int64_t c = 0; c < width; ++c) {
     const Box column = {columns.x1[c], columns.y1[c], columns.x2[c], columns.y2[c]};
     const double iou = overlap<kind, T>(row, row_area, column, columns.area[c]);
-    out[c] = T(kind == IouKind::kIou || columns.area[c] > 0 ? iou : 0.0);
+    // What is no box has no width; an area may have underflowed.
+    out[c] = T(kind == IouKind::kIou || columns.x2[c] > columns.x1[c] ? iou : 0.0);
   }
 }
 
@@ -74,12 +75,13 @@ struct Scratch {
 
 template <typename T>
 struct HeapScratch {
+  int64_t rows, width;
   std::unique_ptr<double[]> columns;
   std::unique_ptr<T[]> reals;
   std::unique_ptr<int32_t[]> ints;
 
   HeapScratch(int64_t rows, int64_t width)
-      : columns(new double[5 * width]), reals(new T[workspace_reals(rows, width)]),
+      : rows(rows), width(width), columns(new double[5 * width]), reals(new T[workspace_reals(rows, width)]),
         ints(new int32_t[workspace_ints(rows, width)]) {}
 };
 
@@ -140,7 +142,6 @@ VIRFT_INLINE void match_one(const Problems<T>& p, const MatchOptions& options, i
 template <typename T>
 VIRFT_INLINE void match_problems(const Problems<T>& p, const MatchOptions& options,
                                  int64_t* matches, T* ious, int64_t begin, int64_t end) {
-  const int64_t longest = std::max(p.max_pred, p.max_gt);
   const std::unique_ptr<int32_t[]> order(new int32_t[options.scores ? p.max_pred : 0]);
   std::unique_ptr<HeapScratch<T>> heap;
   Scratch<T, 128> stack;
@@ -165,8 +166,10 @@ VIRFT_INLINE void match_problems(const Problems<T>& p, const MatchOptions& optio
     } else if (cols <= 128) {
       VIRFT_MATCH(128);
     } else {
-      if (!heap)
-        heap.reset(new HeapScratch<T>(std::min(p.max_pred, p.max_gt), padded(longest)));
+      const int64_t rows = std::min(p.num_pred[n], p.num_gt[n]), width = padded(cols);
+      if (!heap || heap->rows < rows || heap->width < width)
+        heap.reset(new HeapScratch<T>(std::max(rows, heap ? heap->rows : 0),
+                                      std::max(width, heap ? heap->width : 0)));
       match_one<T, 0>(p, options, n, heap->columns.get(), heap->reals.get(), heap->ints.get(),
                       order.get(), match, iou);
     }

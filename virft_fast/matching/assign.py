@@ -1,7 +1,8 @@
 """Pairwise IoU and one-to-one assignment of many small problems, natively or by the reference.
 
 The native operators are in csrc/ and serve CPU and, where they were built with it, CUDA tensors.
-Without them the Python reference below gives the same answers, many times slower, and says so once.
+Without them the Python reference below matches as well, many times slower, and says so once: of the
+same total, but of several best assignments it may choose another.
 """
 
 from __future__ import annotations
@@ -13,21 +14,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from virft_fast import __version__
 from virft_fast.matching.boxes import IOU_KINDS, check_counts, check_problem, iou_reference
 
 METHODS = ("hungarian", "greedy")
 
 try:
     from virft_fast import _C
-except ImportError as error:  # not built, or built for another torch
+except ImportError as error:  # not built, or its torch is another
     _C, _WHY_NOT = None, str(error)
+else:
+    _BUILT = _C.build_info()
+    if (_BUILT["torch"], _BUILT["version"]) != (torch.__version__, __version__):
+        _WHY_NOT = (
+            f"it was built for torch {_BUILT['torch']} and virft_fast {_BUILT['version']}, here "
+            f"are {torch.__version__} and {__version__}"
+        )
+        _C = None
+_WITH_CUDA = _C is not None and _BUILT["cuda_archs"] != "none"
 
 
 def is_native(device: torch.device | str = "cpu") -> bool:
     """Whether tensors on `device` are matched by the native operators there."""
-    if _C is None:
-        return False
-    return torch.device(device).type == "cpu" or _C.build_info()["cuda_archs"] != "none"
+    kind = torch.device(device).type
+    return _C is not None and (kind == "cpu" or (kind == "cuda" and _WITH_CUDA))
 
 
 def pairwise_iou(
@@ -91,9 +101,9 @@ def match_boxes(
     Raises:
         ValueError: shapes, dtypes, devices, counts, `method` or `min_iou`; says what was expected
             and what came.
-    Degenerate boxes (inverted, without area, not finite) match nothing. Not differentiable. Ties of
-    "hungarian" as in scipy.optimize.linear_sum_assignment (Crouse 2016,
-    doi:10.1109/TAES.2016.140952).
+    Degenerate boxes (inverted, without area, not finite) match nothing. Not differentiable. Of
+    several best assignments "hungarian" gives one, the same in every run; which one may differ
+    between CPU, CUDA and the reference. Source: Crouse 2016, doi:10.1109/TAES.2016.140952.
     """
     check_problem(pred, gt, num_pred, num_gt)
     _check_options(pred, method, scores, min_iou)
@@ -115,7 +125,7 @@ def _prepared(*problem: Tensor) -> list[Tensor]:
     device = problem[0].device
     if device.type != "cpu":
         _check_all_counts(*problem)  # the CPU's operators do it themselves
-    if not is_native(device):
+    if not is_native(device) and device.type != "meta":
         device = torch.device("cpu")
     return [tensor.detach().to(device).contiguous() for tensor in problem]
 
@@ -129,7 +139,7 @@ def _check_all_counts(pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor
 def _say_once() -> None:
     warnings.warn(
         "virft_fast: the native matcher is not there, the Python reference matches instead (same "
-        "answers, many times slower); `pip install --no-build-isolation` with a C++ compiler and "
+        "totals, many times slower); `pip install --no-build-isolation` with a C++ compiler and "
         f"this torch builds it: {_WHY_NOT}",
         stacklevel=3,
     )
@@ -138,10 +148,12 @@ def _say_once() -> None:
 def _check_options(pred: Tensor, method: str, scores: Tensor | None, min_iou: float) -> None:
     if method not in METHODS:
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
-    if not 0.0 <= min_iou <= 1.0:
-        raise ValueError(f"min_iou: expected a number in [0, 1], got {min_iou}")
+    if not isinstance(min_iou, (int, float)) or not 0.0 <= min_iou <= 1.0:
+        raise ValueError(f"min_iou: expected a number in [0, 1], got {min_iou!r}")
     if scores is None:
         return
+    if not isinstance(scores, Tensor):
+        raise ValueError(f"scores: expected a tensor or None, got {type(scores).__name__}")
     if scores.shape != pred.shape[:2] or not scores.is_floating_point():
         raise ValueError(
             f"scores: expected {tuple(pred.shape[:2])} floating point, got {tuple(scores.shape)} "

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,24 +73,43 @@ def pad_boxes(boxes: Sequence[Any], *, dtype: torch.dtype = torch.float32) -> tu
         dtype: of the result; float64 for an oracle.
     Returns:
         (N, K, 4) boxes with K the largest n, padded with zeros; (N,) int64 counts.
+        On the device of the first problem that is a tensor.
     Raises:
         ValueError: a problem is not (n, 4).
     """
-    tensors = [torch.as_tensor(problem, dtype=dtype) for problem in boxes]
-    tensors = [t if t.numel() else t.new_zeros((0, 4)) for t in tensors]
-    for i, t in enumerate(tensors):
-        if t.ndim != 2 or t.shape[1] != 4:
-            raise ValueError(
-                f"boxes[{i}]: expected (n, 4), got {tuple(t.shape)}; "
-                "one box alone is [[x1, y1, x2, y2]]"
-            )
-    counts = torch.tensor([len(t) for t in tensors], dtype=torch.int64)
-    device = tensors[0].device if tensors else torch.device("cpu")
-    widest = max((len(t) for t in tensors), default=0)
-    padded = torch.zeros((len(tensors), widest, 4), dtype=dtype, device=device)
-    for row, t in zip(padded, tensors, strict=True):
-        row[: len(t)] = t
-    return padded, counts.to(device)
+    device = next((p.device for p in boxes if isinstance(p, Tensor)), torch.device("cpu"))
+    arrays = [_as_array(i, problem) for i, problem in enumerate(boxes)]
+    counts = np.fromiter(map(len, arrays), np.int64, len(arrays))
+    widest = int(counts.max(initial=0))
+    flat = np.concatenate([_NO_BOXES, *arrays])  # (sum n, 4)
+    # Box j of problem i goes to row i * widest + j.
+    before = np.cumsum(counts) - counts
+    shift = np.arange(len(arrays)) * widest - before
+    padded = torch.zeros((len(arrays) * widest, 4), dtype=dtype)
+    rows = torch.from_numpy(np.arange(len(flat)) + np.repeat(shift, counts))
+    padded[rows] = torch.from_numpy(flat).to(dtype)
+    return padded.view(len(arrays), widest, 4).to(device), torch.from_numpy(counts).to(device)
+
+
+_NO_BOXES = np.zeros((0, 4), np.float32)
+
+
+def _as_array(i: int, problem: Any) -> np.ndarray:
+    """(n, 4), on the CPU."""
+    if isinstance(problem, Tensor):
+        problem = problem.detach().cpu().double()
+    plain = type(problem) is np.ndarray and problem.dtype in (np.float32, np.float64)
+    try:
+        array = problem if plain else np.asarray(problem, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"boxes[{i}]: expected (n, 4) numbers, got {problem!r:.200}") from error
+    if array.size == 0:
+        return _NO_BOXES
+    if array.ndim != 2 or array.shape[1] != 4:
+        raise ValueError(
+            f"boxes[{i}]: expected (n, 4), got {array.shape}; one box alone is [[x1, y1, x2, y2]]"
+        )
+    return array
 
 
 def iou_reference(
@@ -120,6 +140,11 @@ def check_problem(pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor) ->
     Raises:
         ValueError: shapes, dtypes or devices disagree.
     """
+    for name, value in {"pred": pred, "gt": gt, "num_pred": num_pred, "num_gt": num_gt}.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name}: expected a tensor, got {type(value).__name__}; torch.as_tensor makes one"
+            )
     for name, boxes in (("pred", pred), ("gt", gt)):
         if boxes.ndim != 3 or boxes.shape[-1] != 4:
             raise ValueError(
@@ -139,7 +164,9 @@ def check_problem(pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor) ->
 
 def check_counts(name: str, counts: Tensor, most: int) -> None:
     """Raises ValueError if a count is negative or past the padding; reads them, which a GPU waits
-    for."""
+    for. Where there is nothing to read (meta tensors, torch.compile) the kernels' bounds hold."""
+    if counts.is_meta or torch.compiler.is_compiling():
+        return
     if bool(((counts < 0) | (counts > most)).any()):
         raise ValueError(
             f"{name}: expected counts in 0..{most}, got {counts.tolist()}; "
