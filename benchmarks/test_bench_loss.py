@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from virft_fast.kernels import linear_grpo_loss, logps_and_entropy
+from virft_fast.kernels import grpo_loss, linear_grpo_loss, logps_and_entropy
 
 # (sequences, tokens, D, V)
 SIZES = {
@@ -132,8 +132,7 @@ def contenders() -> Iterator[tuple[str, Callable[..., Tensor]]]:
         yield "Liger 0.8.5 chunked", liger
     if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
         yield "F.linear_cross_entropy", torch_linear
-    if DEVICE == "cuda":
-        yield "torch.compile", torch.compile(naive, dynamic=False)
+    yield "torch.compile", torch.compile(naive, dynamic=False)
     yield "ours", ours
 
 
@@ -230,6 +229,54 @@ def products(problem: Problem, gradient: bool) -> None:
             if gradient:
                 logits @ weight
                 total += logits.T @ rows
+
+
+def test_loss_from_logits(race):
+    """The loss and its gradient from logits that are there already, old log-probs given."""
+    n, t, vocab = (8, 64, 32_768) if DEVICE == "cpu" else (32, 256, 151_936)
+    g = torch.Generator().manual_seed(0)
+    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
+    # One position more than tokens, as a model gives them and Liger's kernel takes them.
+    logits = (3 * torch.randn(n, t + 1, vocab, generator=g)).to(DEVICE, dtype).requires_grad_()
+    ids = torch.randint(vocab, (n, t), generator=g).to(DEVICE)
+    mask = torch.ones(n, t, dtype=torch.bool, device=DEVICE)
+    advantages = torch.randn(n, generator=g).to(DEVICE)
+    with torch.no_grad():
+        old = logps_and_entropy(logits[:, :-1], ids)[0]
+        old += 0.1 * torch.randn(n, t, generator=g).to(DEVICE)
+    problem = Problem(logits, logits, ids, mask, advantages, old)
+
+    def plain():
+        log_p = logits[:, :-1].float().log_softmax(-1)
+        return torch_loss(log_p.gather(-1, ids[..., None])[..., 0], problem)
+
+    def fused():
+        return grpo_loss(
+            logits[:, :-1], ids, mask, advantages=advantages, old_logps=old, epsilon_low=EPSILON
+        ).loss
+
+    functions = {"naive torch": plain, "torch.compile": torch.compile(plain), "ours": fused}
+    if importlib.util.find_spec("liger_kernel") and DEVICE == "cuda":
+        from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+        def liger_rows():
+            return triton_grpo_loss(
+                logits, old, None, ids, advantages, mask, temperature=1.0, beta=0.0,
+                eps_low=EPSILON, eps_high=EPSILON, inplace=False, loss_type="grpo", reduce=True,
+            )[0]  # fmt: skip
+
+        functions["Liger 0.8.5 rows"] = liger_rows
+    wanted = plain()
+    exact = torch.autograd.grad(wanted, logits)[0]
+    notes, runs = {}, {}
+    for name, function in functions.items():
+        step = lambda function=function: torch.autograd.grad(function(), logits)[0]  # noqa: E731
+        assert abs(function().item() - wanted.item()) < 1e-4, name
+        error = relative(step(), exact)
+        assert error < (1e-5 if DEVICE == "cpu" else 2e-2), (name, error)
+        notes[name] = {"peak_mib": peak_memory(step) / 2**20}
+        runs[name] = synchronised(step)
+    race(f"loss from {n}x{t} rows of logits, forward+backward", runs, ours="ours", notes=notes)
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "forward+backward"])
