@@ -98,7 +98,7 @@ def _as_array(i: int, problem: Any) -> np.ndarray:
     """(n, 4), on the CPU."""
     if isinstance(problem, Tensor):
         problem = problem.detach().cpu().double()
-    plain = type(problem) is np.ndarray and problem.dtype in (np.float32, np.float64)
+    plain = type(problem) is np.ndarray and problem.dtype.char in "fd"
     try:
         array = problem if plain else np.asarray(problem, dtype=np.float64)
     except (TypeError, ValueError) as error:
