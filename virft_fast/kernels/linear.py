@@ -68,6 +68,12 @@ def linear_logps(
     return logps.view(index.shape), entropy.view(index.shape)
 
 
+def linear_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """(n, D) @ (V, D).T in float32, however narrow the inputs, as the losses here form logits."""
+    head = _Head(weight, None, hidden.dtype, len(hidden), False, False)
+    return head.logits(hidden)
+
+
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
