@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from virft_fast.batch import Prompt, Rollouts
+from virft_fast.models.decode_step import DecodeStep
 from virft_fast.models.qwen_vl import ModelInputs, Policy, banned_token_ids, core
-from virft_fast.models.shared_prefix import Group, PackedAttention, no_mask
+from virft_fast.models.shared_prefix import PackedAttention
 from virft_fast.rollout import Sampling, Weights
 from virft_fast.rollout.sampling import Sampler, make_rollouts, to_front
 
@@ -267,7 +268,7 @@ class _Decoding:
     ) -> None:
         self.policy, self.buffers, self.sampler = policy, buffers, sampler
         self.device = buffers.device
-        self.text = core(policy.model).language_model
+        self.read_token = DecodeStep(core(policy.model).language_model)
         self.pad_token_id = pad_token_id
         self.with_graphs = graphs
         self.B, self.G = groups, num_generations
@@ -338,7 +339,7 @@ class _Decoding:
 
         def keep(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
             if layer == len(self.caches):
-                self._allocate(layer, key)
+                self._allocate(layer, value)
             caches = self.caches[layer]
             for number, group in enumerate(inputs.groups, first):
                 place = slice(group.start, group.first)
@@ -347,14 +348,15 @@ class _Decoding:
             return attention(layer, query, key, value, scaling)
 
         states = self.policy.language(inputs, images, attention_core=keep)
-        attention.check(self.text.config.num_hidden_layers)
+        attention.check(self.policy.config.text_config.num_hidden_layers)
         ends = torch.tensor([group.first - 1 for group in inputs.groups], device=self.device)
         return states[0, ends]
 
-    def _allocate(self, layer: int, key: Tensor) -> None:
-        heads, size = key.shape[1], key.shape[3]
+    def _allocate(self, layer: int, value: Tensor) -> None:
+        # In the dtype of the values: under autocast keys come out of the rotation in float32.
+        heads, size = value.shape[1], value.shape[3]
         prompt, own = (self.B, heads, self.P, size), (self.B, heads, self.G, self.T, size)
-        take = lambda name, shape: self.buffers.take(f"{name}{layer}", shape, key.dtype)  # noqa: E731
+        take = lambda name, shape: self.buffers.take(f"{name}{layer}", shape, value.dtype)  # noqa: E731
         self.caches.append(
             _Caches(
                 take("prompt_keys", prompt),
@@ -369,11 +371,12 @@ class _Decoding:
     def run(self) -> tuple[Tensor, Tensor]:
         """(N, T) tokens and log-probs, padding and 0 behind the end of a completion."""
         every = CHECK_EVERY.get(self.device.type, CHECK_EVERY["cpu"])
-        for index in range(self.length - 1):  # of the token that is read
-            if index % every == 0 and not self._shrink():
-                break
-            width = min(self.T, -(-(index + 1) // self.width_step) * self.width_step)
-            self._run_step(width)
+        with torch.inference_mode():  # a little less to do for each operation than no_grad
+            for index in range(self.length - 1):  # of the token that is read
+                if index % every == 0 and not self._shrink():
+                    break
+                width = min(self.T, -(-(index + 1) // self.width_step) * self.width_step)
+                self._run_step(width)
         # The tables are used again by the next rollout.
         return self.drawn[:, : self.length].clone(), self.logps[:, : self.length].clone()
 
@@ -412,16 +415,8 @@ class _Decoding:
         """Read the last token of each row and draw the next. On CUDA nothing here reaches the host,
         and no Python number in it changes but `width`, by which graphs are kept apart."""
         attention = _DecodeAttention(self.caches, self.prompt_bias, self.step, width)
-        embeds = self.text.get_input_embeddings()(self.tokens)[:, None]  # (R, 1, D)
-        states = self.text(
-            input_ids=None,
-            inputs_embeds=embeds,
-            attention_mask=no_mask(self.device),
-            position_ids=self.positions[None, :, None].expand(3, -1, -1),
-            use_cache=False,
-            attention_core=attention,
-        ).last_hidden_state
-        logits = self.policy.head.logits(states[:, 0])
+        states = self.read_token(self.tokens, self.positions, attention)
+        logits = self.policy.head.logits(states)
         self.step += 1
         self.positions += 1
         self._note(*self.sampler(logits, self.step[0]))
@@ -482,44 +477,57 @@ class _DecodeAttention:
         self, caches: list[_Caches], prompt_bias: Tensor, step: Tensor, width: int
     ) -> None:
         self.caches, self.step, self.width = caches, step, width
-        groups, length = prompt_bias.shape
+        # Added to the scores: (B * K, 1, P) and (W,).
+        self.prompt_bias = prompt_bias.repeat_interleave(caches[0].keys.shape[1], 0)[:, None]
         seen = torch.arange(width, device=step.device) <= step
-        own_bias = torch.zeros(width, device=step.device).masked_fill_(~seen, -torch.inf)
-        # (B, 1, 1, P + W), added to the scores.
-        self.bias = torch.cat([prompt_bias, own_bias.expand(groups, -1)], 1)[:, None, None]
+        self.own_bias = torch.zeros(width, device=step.device).masked_fill_(~seen, -torch.inf)
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        """(R, H, 1, E), (R, K, 1, E), (R, K, 1, E) -> (R, 1, H, E)."""
-        caches = self.caches[layer]
+        """(R, H, E), (R, K, E), (R, K, E) -> (R, H * E)."""
+        # Under autocast keys come out of the rotation in float32, and products would be narrow.
+        with torch.autocast(query.device.type, enabled=False):
+            narrow = (part.to(value.dtype) for part in (query, key, value))
+            return self._attend(self.caches[layer], *narrow, scaling)
+
+    def _attend(
+        self, caches: _Caches, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
         groups, heads, rows, _, size = caches.keys.shape
-        per_group = lambda part: part.view(groups, rows, heads, -1, size).transpose(1, 2)  # noqa: E731
-        caches.keys.index_copy_(3, self.step, per_group(key))
-        caches.values.index_copy_(3, self.step, per_group(value))
-        keys, values = caches.keys[..., : self.width, :], caches.values[..., : self.width, :]
-        query = per_group(query) * scaling  # (B, K, G, H/K, E)
-        together = query.reshape(groups, heads, -1, size)  # (B, K, G*H/K, E)
-        to_prompt = _product(together, caches.prompt_keys.transpose(2, 3))
-        to_own = _product(query, keys.transpose(3, 4)).flatten(2, 3)
-        scores = torch.cat([to_prompt, to_own], -1) + self.bias
+
+        def by_row(part: Tensor) -> Tensor:  # (R, x, E) -> (B * K * G, x / K, E)
+            part = part.view(groups, rows, heads, -1, size).transpose(1, 2)
+            return part.reshape(groups * heads * rows, -1, size)
+
+        keys, values = caches.keys.flatten(0, 2), caches.values.flatten(0, 2)
+        keys.index_copy_(1, self.step, by_row(key))
+        values.index_copy_(1, self.step, by_row(value))
+        keys, values = keys[:, : self.width], values[:, : self.width]
+        own = by_row(query)  # (B * K * G, H / K, E)
+        together = own.view(groups * heads, -1, size)  # the same, all rows of a group at once
+        to_prompt = _scores(
+            together, caches.prompt_keys.flatten(0, 1).transpose(1, 2), self.prompt_bias, scaling
+        )
+        to_own = _scores(own, keys.transpose(1, 2), self.own_bias, scaling)
+        scores = torch.cat([to_prompt, to_own.view(*to_prompt.shape[:2], -1)], -1)
+        # One softmax over both parts is what merging two by their log-sum-exp comes to.
         shares = scores.softmax(-1).to(value.dtype)
-        prompt_length = caches.prompt_keys.shape[2]
-        out = shares[..., :prompt_length] @ caches.prompt_values
-        own = shares[..., prompt_length:].unflatten(2, (rows, -1)) @ values
-        out = out.view(own.shape) + own  # (B, K, G, H/K, E)
-        return out.transpose(1, 2).reshape(groups * rows, 1, -1, size)
+        length = caches.prompt_keys.shape[2]
+        out = torch.bmm(shares[..., :length], caches.prompt_values.flatten(0, 1))
+        to_own = shares[..., length:].unflatten(1, (rows, -1)).flatten(0, 1)
+        out = torch.baddbmm(out.view(own.shape), to_own, values)
+        out = out.view(groups, heads, rows, -1, size).transpose(1, 2)
+        return out.reshape(groups * rows, -1)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda:
-        shape = (*a.shape[:-1], b.shape[-1])
-        a, b = a.flatten(0, -3), b.flatten(0, -3)
-        return torch.bmm(a, b, out_dtype=torch.float32).view(shape)
-    return a.float() @ b.float()
+def _scores(query: Tensor, keys: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    """query @ keys * scaling + bias in float32; (b, n, E), (b, E, m) -> (b, n, m)."""
+    if query.dtype == torch.float32:
+        return torch.baddbmm(bias, query, keys, alpha=scaling)
+    if query.is_cuda:
+        return torch.bmm(query, keys, out_dtype=torch.float32).mul_(scaling).add_(bias)
+    return torch.baddbmm(bias, query.float(), keys.float(), alpha=scaling)
 
 
 def _bucket(count: int) -> int:

@@ -70,12 +70,12 @@ class Sampler:
             drawn from.
         """
         scores = self._scores(logits)
-        log_norm = scores.logsumexp(-1, keepdim=True)
         if self.sampling.greedy:
             tokens = scores.argmax(-1)
+            log_norm = scores.logsumexp(-1)
         else:
-            tokens = _draw((scores - log_norm).exp(), _uniform(self.seeds, position))
-        logps = (scores.gather(1, tokens[:, None]) - log_norm)[:, 0]
+            tokens, log_norm = _draw(scores, _uniform(self.seeds, position))
+        logps = scores.gather(1, tokens[:, None])[:, 0] - log_norm
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
         return tokens, logps
@@ -90,7 +90,8 @@ class Sampler:
             scores = torch.where(self.seen, penalised, scores)
         if sampling.greedy:
             return scores
-        scores = scores / sampling.temperature
+        if sampling.temperature != 1.0:
+            scores = scores / sampling.temperature
         if 0 < sampling.top_k < scores.shape[-1]:
             smallest = scores.topk(sampling.top_k, -1).values[:, -1:]
             scores = scores.masked_fill(scores < smallest, -torch.inf)
@@ -111,14 +112,19 @@ def _outside_nucleus(scores: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(below).scatter_(1, order, below)
 
 
-def _draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """(N, V) probabilities and (N,) float64 numbers in [0, 1) -> (N,) tokens, by the inverse of the
-    cumulated probabilities; in float64, where none of 150,000 small ones is lost in the sum."""
-    cumulated = probs.double().cumsum(-1)
-    at = uniform[:, None] * cumulated[:, -1:]
+def _draw(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, V) scores and (N,) float64 numbers in [0, 1) -> (N,) tokens, by the inverse of the
+    cumulated softmax, and (N,) its log-norm.
+
+    The sum is in float64, where none of 150,000 small probabilities is lost.
+    """
+    largest = scores.amax(-1, keepdim=True)
+    cumulated = (scores - largest).exp_().double().cumsum_(-1)
+    total = cumulated[:, -1:]
     # right=True: never a token of probability 0.
-    tokens = torch.searchsorted(cumulated, at, right=True)[:, 0]
-    return tokens.clamp(max=probs.shape[-1] - 1)
+    tokens = torch.searchsorted(cumulated, uniform[:, None] * total, right=True)[:, 0]
+    log_norm = largest[:, 0] + total[:, 0].log().float()
+    return tokens.clamp_(max=scores.shape[-1] - 1), log_norm
 
 
 def _uniform(seeds: Tensor, position: Tensor) -> Tensor:
