@@ -37,8 +37,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[str, float]]:
     """race(case, {name: function}, ours=name) times the contenders in turns and notes the ratios.
 
-    `rounds` fixes the number of turns, and the figure is then the median. `notes` are further figures by name, e.g. {"ours": {"peak_mib": 12.0}}. pytest-benchmark
-    reports `ours`; returns the best time of each in milliseconds.
+    `rounds` fixes the number of turns, and the figure is then their median. `notes` are further
+    figures by name, e.g. {"ours": {"peak_mib": 12.0}}. pytest-benchmark reports `ours`; returns the
+    figure of each in milliseconds.
     """
 
     def run(

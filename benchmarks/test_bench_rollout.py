@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
-import pytest
 import torch
 from measure import DEVICE, peak_memory, synchronised
 from vlm import LENGTHS, SHAPES, make_model, make_processor, make_prompts
@@ -22,6 +21,12 @@ from virft_fast.rollout.native import NativeRollout
 
 G = 8
 ROUNDS = 5
+# (prompts, (prompt tokens, completion tokens)): a rank's share of a step, and one group alone.
+CASES = {
+    "cpu": [*((4, lengths) for lengths in LENGTHS), (1, LENGTHS[0])],
+    "2b": [(8, lengths) for lengths in LENGTHS],
+    "7b": [(8, lengths) for lengths in LENGTHS],
+}
 
 
 class FixedLength(NativeRollout):
@@ -31,11 +36,15 @@ class FixedLength(NativeRollout):
         return [*super().banned(policy), self.tokenizer.eos_token_id]
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_rollout(race, request, lengths):
+def pytest_generate_tests(metafunc):
+    size = metafunc.config.getoption("--size")
+    metafunc.parametrize("count, lengths", CASES[size], ids=str)
+
+
+def test_rollout(race, request, count, lengths):
     prompt_length, completion_length = lengths
     size = request.config.getoption("--size")
-    prompts = make_prompts(make_processor(), 1 if size == "cpu" else 8, prompt_length)
+    prompts = make_prompts(make_processor(), count, prompt_length)
     tokenizer = make_processor().tokenizer
     model = make_model(size).eval()
     plain = make_model(size).eval()  # the same weights, as transformers makes it

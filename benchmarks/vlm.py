@@ -19,10 +19,10 @@ LENGTHS = [(500, 64), (650, 200), (130, 256)]
 # released models' (V and tying from memory of their configurations).
 SHAPES: dict[str, dict[str, Any]] = {
     "cpu": {
-        "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096,
+        "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 640,
         "tie_word_embeddings": True, "mrope_section": [8, 12, 12],
-        "vision": {"depth": 2, "embed_dim": 128, "num_heads": 4, "mlp_ratio": 4},
+        "vision": {"depth": 2, "embed_dim": 128, "num_heads": 4, "mlp_ratio": 2},
     },
     "2b": {
         "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,

@@ -9,7 +9,7 @@ Shapes: R rows, D hidden, H query heads, K key/value heads, E numbers a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ KNOWN_NORMS = ("Qwen2VLRMSNorm", "Qwen2_5_VLRMSNorm", "Qwen3VLTextRMSNorm")
 
 # (layer, query (R, H, E), key (R, K, E), value (R, K, E), scaling) -> (R, H * E)
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+# (name, shape, dtype) -> memory that stays where it is
+Take = Callable[[str, Sequence[int], torch.dtype], Tensor]
 
 
 class DecodeStep:
@@ -40,17 +42,29 @@ class DecodeStep:
     def __init__(self, text: nn.Module) -> None:
         self.text = text
         self.known = all(type(layer).__name__ in KNOWN_LAYERS for layer in text.layers)
+        self.known &= getattr(text.rotary_emb, "rope_type", None) == "default"
+        self.cos: Tensor | None = None
+        self.sin: Tensor | None = None
+
+    def prepare(self, length: int, take: Take) -> None:
+        """Tabulate the rotation for positions below `length`."""
+        if not self.known:
+            return
+        embeds = self.text.get_input_embeddings().weight[:1, None]  # for its dtype and device
+        places = torch.arange(length, device=embeds.device).expand(3, 1, -1)
+        cos, sin = self.text.rotary_emb(embeds, places)  # (1, length, E)
+        # q * cos + rotate_half(q) * sin, with the sign moved from the halves to the sine.
+        half = sin.shape[-1] // 2
+        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        self.cos = take("cos", cos.shape[1:], cos.dtype).copy_(cos[0])
+        self.sin = take("sin", sin.shape[1:], sin.dtype).copy_(sin[0])
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """(R,) token ids at (R,) positions, the same on all axes -> (R, D) last hidden states."""
         embeds = self.text.get_input_embeddings()(tokens)
-        places = positions[None, :, None].expand(3, -1, -1)
         if not self.known:
-            return self._plain(embeds, places, attend)
-        cos, sin = self.text.rotary_emb(embeds[:, None], places)  # (R, 1, E)
-        # q * cos + rotate_half(q) * sin, with the sign moved from the halves to the sine.
-        half = sin.shape[-1] // 2
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+            return self._plain(embeds, positions[None, :, None].expand(3, -1, -1), attend)
+        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (R, 1, E)
         hidden = embeds
         for number, layer in enumerate(self.text.layers):
             hidden = _layer(number, layer, hidden, cos, sin, attend)

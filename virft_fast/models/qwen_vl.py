@@ -298,6 +298,23 @@ def banned_token_ids(tokenizer: Any, vocab_size: int) -> list[int]:
     return sorted(i for i in special | set(unused) if i < vocab_size)
 
 
+class _PatchProjection(nn.Conv3d):
+    """A patch embedding as the one matrix product that it is, each patch being as large as the
+    kernel. Convolutions, their backward above all, take several times as long for it."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(patches, channels, frames, rows, columns) -> (patches, D, 1, 1, 1)."""
+        out = F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+        return out[:, :, None, None, None]
+
+
+def _project_patches(visual: nn.Module) -> None:
+    # By class, not by another module: parameters, hooks and names of a checkpoint stay.
+    proj = getattr(getattr(visual, "patch_embed", None), "proj", None)
+    if type(proj) is nn.Conv3d and proj.kernel_size == proj.stride:
+        proj.__class__ = _PatchProjection
+
+
 class Policy(nn.Module):
     """A Qwen-VL model with the calls that training makes, each of them one module call.
 
@@ -324,6 +341,7 @@ class Policy(nn.Module):
         self.model = model
         self.head = Head(base(model).lm_head, loss_impl)
         visual = core(model).visual
+        _project_patches(visual)
         self.vision_frozen = not any(p.requires_grad for p in visual.parameters())
         # The attention is always routed, because the rollout shares prompts too.
         reason = shared_prefix.install(core(model).language_model)

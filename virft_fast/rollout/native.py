@@ -319,7 +319,9 @@ class _Decoding:
         lengths = torch.tensor([len(p.input_ids) for p in prompts], device=self.device)
         outside = torch.arange(self.P, device=self.device) >= lengths[:, None]
         self.prompt_bias.zero_().masked_fill_(outside, -torch.inf)
-        self.positions.copy_(torch.stack(starts).repeat_interleave(self.G))
+        first = torch.stack(starts)  # positions of the completions' first tokens
+        self.read_token.prepare(int(first.max()) + self.T, self.buffers.take)
+        self.positions.copy_(first.repeat_interleave(self.G))
         self.slots.copy_(torch.arange(len(self.slots)))
         self.drawn.fill_(self.pad_token_id)
         self.logps.zero_()
