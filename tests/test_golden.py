@@ -38,9 +38,11 @@ class Replay:
 def test_first_losses_of_the_tiny_run(monkeypatch, tmp_path, sharing):
     expected = json.loads((GOLDEN / "demo.json").read_text())
     make_rollout = train.make_rollout
-    monkeypatch.setattr(
-        train, "make_rollout", lambda *args, **kwargs: Replay(make_rollout(*args, **kwargs), expected)
-    )
+
+    def replay(*args, **kwargs):
+        return Replay(make_rollout(*args, **kwargs), expected)
+
+    monkeypatch.setattr(train, "make_rollout", replay)
     argv = [*ARGUMENTS, "--max_steps", str(len(expected)), "--prefix_sharing", sharing]
     assert train.main([*argv, "--output_dir", str(tmp_path)]) == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

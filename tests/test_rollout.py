@@ -273,7 +273,10 @@ def draws(logits, sampling, n, prompts=None):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"temperature": 0.5}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.9}],
+    [
+        {}, {"temperature": 0.5}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.2},
+        {"top_k": 9, "top_p": 0.9},
+    ],
     ids=str,
 )  # fmt: skip
 def test_b13_draws_follow_the_exact_probabilities(options):
@@ -346,9 +349,7 @@ def test_repetition_penalty_is_transformers_own(prompts):
         ]
         tokens, _ = sampler(logits, torch.tensor(position))
         assert tokens.tolist() == [int(token) for token in expected]
-        seen = [
-            torch.cat([ids, token[None]]) for ids, token in zip(seen, tokens, strict=True)
-        ]
+        seen = [torch.cat([ids, token[None]]) for ids, token in zip(seen, tokens, strict=True)]
 
 
 def test_top_k_one_is_greedy_and_temperature_flattens(rollout, prompts):

@@ -38,7 +38,8 @@ def draw(policy, processor, prompts, num_generations=G, length=24):
     """Completions of different lengths by the policy itself, a list for each prompt."""
     rollout = make_rollout("native", lambda: nullcontext(policy), processor.tokenizer, device=CPU)
     out = rollout.generate(prompts, num_generations, Sampling(length, seed=1))
-    cut = torch.randint(1, length + 1, (len(out.texts),), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    cut = torch.randint(1, length + 1, (len(out.texts),), generator=generator)
     rows = [
         ids[mask][:most]
         for ids, mask, most in zip(
@@ -325,7 +326,8 @@ def test_core_against_a_loop_over_sequences(kind, lengths):
 
     for group in groups:
         prompt = list(range(group.start, group.first))
-        torch.testing.assert_close(out[0, prompt].double(), softmax(prompt, prompt), rtol=0, atol=1e-6)
+        expected = softmax(prompt, prompt)
+        torch.testing.assert_close(out[0, prompt].double(), expected, rtol=0, atol=1e-6)
         position = group.first
         for length in group.lengths:
             own = list(range(position, position + length))
@@ -405,9 +407,9 @@ def test_groups_of_equal_rewards_are_never_read(processor, prompts):
             state.config.beta = 1e-30  # as good as none, but everything is read
             state.reference = lambda inputs, **kw: (torch.zeros(len(inputs.completion_ids)), None)
         core(state.policy.model).language_model.layers[0].register_forward_pre_hook(
-            lambda module, args, kwargs: read.append(args[0].shape[1])
-            if torch.is_grad_enabled()
-            else None,
+            lambda module, args, kwargs: (
+                read.append(args[0].shape[1]) if torch.is_grad_enabled() else None
+            ),
             with_kwargs=True,
         )
         results.append((train_step(state, prompts)[0], parameters(state.policy)))

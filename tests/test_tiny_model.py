@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from contextlib import nullcontext
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest

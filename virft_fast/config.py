@@ -132,8 +132,16 @@ class GRPOConfig:
     temperature: float = arg(1.0, "Sampling temperature; the loss uses the same.")
     top_p: float = arg(1.0, "Nucleus sampling; 1 is off. Not replayed in the loss.")
     top_k: int = arg(0, "Sample among the k likeliest tokens; 0 is off. Not replayed in the loss.")
-    min_p: float = arg(0.0, "Drop tokens this much less likely than the best one; 0 is off. Not replayed in the loss.")
-    repetition_penalty: float = arg(1.0, "Divides the logits of tokens that were there already; 1 is off. Not replayed in the loss.")
+    min_p: float = arg(
+        0.0,
+        "Drop tokens less likely than this share of the best one's probability; 0 is off. "
+        "Not replayed in the loss.",
+    )
+    repetition_penalty: float = arg(
+        1.0,
+        "Above 1 makes tokens that were there already less likely; 1 is off. "
+        "Not replayed in the loss.",
+    )
     rollout_backend: str = arg("native", "native, or hf: transformers' generate, to compare with.")
     rollout_cache_tokens: int | None = arg(
         None, "Tokens whose keys and values a rollout holds at once; None: what fits."

@@ -460,8 +460,8 @@ def build_policy(
     """The model as the flags want it trained; `empty`: its shape alone, on the meta device."""
     if grpo.prefix_attention == "flex" and device.type != "cuda":
         raise UsageError(
-            "--prefix_attention flex: expected a CUDA device, because FlexAttention has no backward "
-            "pass on the CPU; use two_part"
+            "--prefix_attention flex: expected a CUDA device, because FlexAttention has no "
+            "backward pass on the CPU; use two_part"
         )
     loaded = load_model(
         model.model_name_or_path,

@@ -200,7 +200,8 @@ class NativeRollout:
 
 def cache_numbers(text_config: Any) -> int:
     """Numbers that keys and values of one token take in all layers."""
-    return 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * head_dim(text_config)
+    heads = text_config.num_key_value_heads
+    return 2 * text_config.num_hidden_layers * heads * head_dim(text_config)
 
 
 def head_dim(text_config: Any) -> int:
@@ -452,7 +453,8 @@ class _Decoding:
         kept = active.any(1).int().argsort(descending=True, stable=True)[:groups]  # (B',)
         if groups == self.B:
             kept = torch.arange(groups, device=self.device)  # prompts stay where they are
-        order = active[kept].int().argsort(dim=1, descending=True, stable=True)[:, :rows]  # (B', G')
+        # (B', G')
+        order = active[kept].int().argsort(dim=1, descending=True, stable=True)[:, :rows]
         flat = (kept[:, None] * self.G + order).flatten()
         for caches in self.caches:
             if groups < self.B:
