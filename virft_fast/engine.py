@@ -101,6 +101,7 @@ class PlainEngine:
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=settings.epsilon,
+            fused=True,
         )
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -163,8 +163,9 @@ class _TwoPart:
         self.masks = [_suffix_mask(group, device) for group in groups]
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        repeats = query.shape[0] // key.shape[0]
-        key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
+        if query.is_cuda:  # on a CPU the kernel reads a key once for all its queries
+            repeats = query.shape[0] // key.shape[0]
+            key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
         parts = []
         for group, padding, mask in zip(self.groups, self.padding, self.masks, strict=True):
             prompt = slice(group.start, group.first)
@@ -190,16 +191,26 @@ class _TwoPart:
             return torch.cat([shared, batched(states)], 2)
 
         out = F.scaled_dot_product_attention(
-            batched(query), with_prompt(key), with_prompt(value), attn_mask=mask, scale=scaling
+            batched(query),
+            with_prompt(key),
+            with_prompt(value),
+            attn_mask=mask,
+            scale=scaling,
+            enable_gqa=len(query) != len(key),
         )
         out = out.transpose(1, 2).flatten(0, 1)  # (G * longest C, H, E)
         return out if padding is None else out.index_select(0, padding[1])
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """(H, n, E) each -> (n, H, E), causal among themselves."""
+    """(H, n, E), (H or K, n, E) twice -> (n, H, E), causal among themselves."""
     out = F.scaled_dot_product_attention(
-        query[None], key[None], value[None], is_causal=True, scale=scaling
+        query[None],
+        key[None],
+        value[None],
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=len(query) != len(key),
     )
     return out[0].transpose(0, 1)
 
