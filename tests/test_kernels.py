@@ -552,8 +552,9 @@ def test_bad_linear_input_is_named():
     for count in (-1, float("nan")):
         with pytest.raises(ValueError, match="num_items: expected"):
             linear_grpo_loss(
-                hidden, weight, IDS, advantages=ONES, loss_type="dapo", num_items=count
-            )
+                hidden, weight, IDS, torch.ones(2, 3, dtype=torch.bool), advantages=torch.ones(2),
+                loss_type="dapo", num_items=count,
+            )  # fmt: skip
     with pytest.raises(ValueError, match="chunk_tokens: expected"):
         linear_logps(hidden, weight, IDS, chunk_tokens=0)
 
