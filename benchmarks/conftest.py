@@ -3,13 +3,15 @@
     pytest benchmarks/ --save-results    also writes benchmarks/results/SUITE-MACHINE.json
 
 A contender's answer is checked before anything is timed. Contenders take turns, so that a machine
-that slows down slows all of them down; the figure of each is its best time.
+that slows down slows all of them down; the figure of each is its best time, of whole steps and
+rollouts the median.
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,8 +37,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[str, float]]:
     """race(case, {name: function}, ours=name) times the contenders in turns and notes the ratios.
 
-    `notes` are further figures by name, e.g. {"ours": {"peak_mib": 12.0}}. pytest-benchmark
-    reports `ours`; returns the best time of each in milliseconds.
+    `rounds` fixes the number of turns, and the figure is then their median. `notes` are further
+    figures by name, e.g. {"ours": {"peak_mib": 12.0}}. pytest-benchmark reports `ours`; returns the
+    figure of each in milliseconds.
     """
 
     def run(
@@ -44,24 +47,28 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[s
         contenders: dict[str, Callable[[], Any]],
         ours: str,
         notes: dict[str, dict[str, float]] | None = None,
+        rounds: int | None = None,
     ) -> dict[str, float]:
         if not benchmark.enabled:  # --benchmark-disable: that they run is all that is asked
             for function in contenders.values():
                 function()
             benchmark.pedantic(contenders[ours], rounds=1)
             return {}
-        best = {}
-        for name, function in contenders.items():  # warms up, and tells how many turns there are
-            start = time.perf_counter()
-            function()
-            best[name] = time.perf_counter() - start
-        for _ in range(max(3, min(50, int(SECONDS / sum(best.values()))))):
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+
+        def turn() -> float:
             for name, function in contenders.items():
                 start = time.perf_counter()
                 function()
-                best[name] = min(best[name], time.perf_counter() - start)
-        benchmark.pedantic(contenders[ours], rounds=3)
-        ms = {name: 1e3 * seconds for name, seconds in best.items()}
+                times[name].append(time.perf_counter() - start)
+            return sum(taken[-1] for taken in times.values())
+
+        first = turn()  # warms up, and tells how many turns there are
+        for _ in range(rounds or max(3, min(50, int(SECONDS / first)))):
+            turn()
+        benchmark.pedantic(contenders[ours], rounds=3 if rounds is None else 1)
+        figure = min if rounds is None else lambda taken: statistics.median(taken[1:])
+        ms = {name: 1e3 * figure(taken) for name, taken in times.items()}
         suite = request.path.stem.removeprefix("test_bench_")
         request.config.ratios.setdefault(suite, {})[case] = {
             "ours": ours,
@@ -75,7 +82,7 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[s
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     for suite, cases in config.ratios.items():
-        terminalreporter.section(f"{suite}: best time in ms, and how many times ours is faster")
+        terminalreporter.section(f"{suite}: time in ms, and how many times ours is faster")
         for case, result in cases.items():
             ours = result["ms"][result["ours"]]
             terminalreporter.write_line(case)

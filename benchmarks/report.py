@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent
 HEAD = """# Measured
 
 Made by `python benchmarks/report.py` from the files in `benchmarks/results/`, which
-`make bench BENCH_ARGS=--save-results` writes. Best time of each contender in milliseconds, taken in
-turns in one run after its answer was compared; in brackets how many times ours is faster (below 1:
-slower).
+`make bench BENCH_ARGS=--save-results` writes. Best time of each contender in milliseconds (of whole
+steps and rollouts the median), taken in turns in one run after its answer was compared; in brackets
+how many times ours is faster (below 1: slower).
 """
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from measure import DEVICE, peak_memory, synchronised
 from torch import Tensor
 
 from virft_fast.kernels import grpo_loss, linear_grpo_loss, logps_and_entropy
@@ -27,7 +27,6 @@ SIZES = {
     "7b": (64, 200, 3584, 152_064),
 }
 EPSILON, GROUP = 0.2, 8
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -136,40 +135,8 @@ def contenders() -> Iterator[tuple[str, Callable[..., Tensor]]]:
     yield "ours", ours
 
 
-def peak_memory(function: Callable[[], Any]) -> int:
-    """Most bytes that the call holds at once beyond what was there before."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        function()
-    held = peak = 0
-    for event in sorted(
-        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
-        key=lambda e: e.start_ns(),
-    ):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def relative(got: Tensor, exact: Tensor) -> float:
     return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
-
-
-def synchronised(function: Callable[[], Any]) -> Callable[[], Any]:
-    def call() -> Any:
-        result = function()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        return result
-
-    return call
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "forward+backward"])

@@ -19,7 +19,7 @@ from virft_fast.config import GRPOConfig
 from virft_fast.engine import OptimizerSettings, PlainEngine, make_reference
 from virft_fast.grpo import TrainState
 from virft_fast.models.qwen_vl import Policy, encode_prompt, load_model
-from virft_fast.rollout.hf import HFRollout
+from virft_fast.rollout.backends import make_rollout
 
 CPU = torch.device("cpu")
 
@@ -52,12 +52,14 @@ def make_state(
     config: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
     reward: Any = letter_count,
+    policy: dict[str, Any] | None = None,
+    backend: str = "native",
     **state: Any,
 ) -> TrainState:
     """A state to take steps with on the embedded model, on the CPU in float32."""
     torch.manual_seed(0)
     grpo = GRPOConfig(**{"num_generations": 2, "max_completion_length": 6, **(config or {})})
-    policy = Policy(load_model("tiny").train())
+    policy = Policy(load_model("tiny").train(), **(policy or {}))
     optimizer = OptimizerSettings(
         **{"learning_rate": 1e-3, "max_grad_norm": 1.0, **(settings or {})}
     )
@@ -70,8 +72,8 @@ def make_state(
         policy=policy,
         engine=engine,
         reference=reference,
-        rollout=HFRollout(policy, processor.tokenizer, device=CPU),
-        pad_token_id=processor.tokenizer.pad_token_id,
+        rollout=make_rollout(backend, engine.whole_weights, processor.tokenizer, device=CPU),
+        tokenizer=processor.tokenizer,
         reward_funcs=[("reward", reward)],
         reward_weights=[1.0],
         learning_rate=lambda step: optimizer.learning_rate,

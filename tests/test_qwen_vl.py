@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,8 @@ from virft_fast.models.qwen_vl import (
     load_model,
 )
 from virft_fast.models.tiny import resolve_model_path
+from virft_fast.rollout import Sampling
+from virft_fast.rollout.backends import make_rollout
 
 G, T = 3, 5
 
@@ -32,21 +35,26 @@ def policy():
 
 
 @pytest.fixture(scope="module")
-def completions(prompts, processor):
-    """Random completions of lengths 1..T, (B*G, T)."""
+def completions(policy, prompts, processor):
+    """The beginnings of answers, lengths 1..T, (B*G, T)."""
+    drawn = make_rollout("native", lambda: nullcontext(policy), processor.tokenizer, device=CPU)
+    ids = drawn.generate(prompts, G, Sampling(T, seed=1)).completion_ids
     generator = torch.Generator().manual_seed(1)
-    rows = len(prompts) * G
-    ids = torch.randint(260, 600, (rows, T), generator=generator)
-    lengths = torch.randint(1, T + 1, (rows,), generator=generator)
+    lengths = torch.randint(1, T + 1, (len(ids),), generator=generator)
     mask = torch.arange(T) < lengths[:, None]
     return ids.masked_fill(~mask, processor.tokenizer.pad_token_id), mask
 
 
-def collate(policy, prompts, completions, num_generations=G):
+def collate(policy, prompts, completions, packed=False):
     ids, mask = completions
-    return policy.collate(
-        prompts, ids, mask, num_generations=num_generations, pad_token_id=0, device=CPU
-    )
+    rows = [row[own] for row, own in zip(ids, mask, strict=True)]
+    groups = [rows[i : i + G] for i in range(0, len(rows), G)]
+    return policy.collate(prompts, groups, pad_token_id=0, device=CPU, packed=packed)
+
+
+def by_row(logps, mask):
+    """Packed (S,) values as (N, T), 0 where masked."""
+    return torch.zeros(mask.shape).masked_scatter(mask, logps)
 
 
 def plain_logps(policy, prompt, ids):
@@ -67,24 +75,27 @@ def plain_logps(policy, prompt, ids):
     return logits[0, first:-1].log_softmax(-1).gather(-1, ids[:, None])[:, 0]
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @torch.no_grad()
-def test_b9_mixed_batch_equals_plain_model_row_by_row(policy, prompts, completions):
+def test_b9_mixed_batch_equals_plain_model_row_by_row(policy, prompts, completions, packed):
     """Images of different size, several images and none in one batch: each row sees its own."""
     ids, mask = completions
-    logps, _ = policy(collate(policy, prompts, completions))
+    logps, _ = policy(collate(policy, prompts, completions, packed))
+    logps = by_row(logps, mask)
     for row in range(len(ids)):
         length = int(mask[row].sum())
         expected = plain_logps(policy, prompts[row // G], ids[row, :length])
         torch.testing.assert_close(logps[row, :length], expected, rtol=0, atol=1e-5)
 
 
-def test_vision_tower_sees_each_image_once(policy, prompts, completions):
+@pytest.mark.parametrize("packed", [False, True])
+def test_vision_tower_sees_each_image_once(policy, prompts, completions, packed):
     seen = []
     handle = core(policy.model).visual.register_forward_pre_hook(
         lambda module, args: seen.append(len(args[0]))
     )
     try:
-        policy(collate(policy, prompts, completions))
+        policy(collate(policy, prompts, completions, packed))
     finally:
         handle.remove()
     patches = sum(len(p.pixel_values) for p in prompts if p.pixel_values is not None)
@@ -155,7 +166,7 @@ def test_frozen_tower_gets_no_gradient_and_is_seen_as_frozen(prompts, completion
 def test_cached_image_features_change_nothing(policy, prompts, completions):
     inputs = collate(policy, prompts, completions)
     with torch.no_grad():
-        features = policy(inputs, only_images=True)
+        features = policy.image_features(inputs)
         plain, _ = policy(inputs)
         cached, _ = policy(replace(inputs), image_features=features)
     assert torch.equal(plain, cached)
@@ -226,8 +237,7 @@ def test_batch_of_one_and_prompt_alone_agree(policy, processor, completions):
     with torch.no_grad():
         together, _ = policy(collate(policy, [short, long], (ids[: 2 * G], mask[: 2 * G])))
         alone, _ = policy(collate(policy, [short], (ids[:G], mask[:G])))
-    valid = mask[:G]
-    torch.testing.assert_close(together[:G][valid], alone[valid], rtol=0, atol=1e-5)
+    torch.testing.assert_close(together[: len(alone)], alone, rtol=0, atol=1e-5)
 
 
 def test_b17_evaluation_sees_images_as_training_did(tmp_path):

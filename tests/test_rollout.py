@@ -1,52 +1,207 @@
-"""The transformers rollout draws from the policy's own distribution, reproducibly."""
+"""Both rollouts draw from the policy's own distribution, reproducibly, and draw the same."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
-from helpers import CPU
+from helpers import CPU, make_prompts, make_sample
+from models import FAMILIES, random_model, random_prompts
 
 from virft_fast.models.qwen_vl import Policy, core, load_model
 from virft_fast.rollout import Sampling
-from virft_fast.rollout.hf import HFRollout, _RowGumbel
+from virft_fast.rollout import native as native_module
+from virft_fast.rollout.backends import make_rollout
+from virft_fast.rollout.hf import HFRollout
+from virft_fast.rollout.native import NativeRollout
+from virft_fast.rollout.sampling import Sampler, _uniform
+
+EVERYTHING = Sampling(
+    24, temperature=1.4, top_k=60, top_p=0.95, min_p=0.01, repetition_penalty=1.2, seed=3
+)
+
+
+def rollout_of(backend, policy, tokenizer, **options):
+    return make_rollout(backend, lambda: nullcontext(policy), tokenizer, device=CPU, **options)
 
 
 @pytest.fixture(scope="module")
-def rollout(processor):
-    return HFRollout(Policy(load_model("tiny")), processor.tokenizer, device=CPU)
+def policy():
+    return Policy(load_model("tiny"))
 
 
-def test_greedy_equals_plain_generate(rollout, prompts, processor):
+@pytest.fixture(scope="module", params=["native", "hf"])
+def rollout(request, policy, processor):
+    return rollout_of(request.param, policy, processor.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def native(policy, processor):
+    return rollout_of("native", policy, processor.tokenizer)
+
+
+def plain_generate(model, prompt, length, banned, tokenizer):
+    """transformers' own greedy answer to one prompt."""
+    images = {}
+    if prompt.pixel_values is not None:
+        images = {
+            "pixel_values": prompt.pixel_values,
+            "image_grid_thw": prompt.image_grid_thw,
+            "mm_token_type_ids": prompt.mm_token_type_ids[None],
+        }
+    core(model).rope_deltas = None
+    return model.generate(
+        input_ids=prompt.input_ids[None],
+        attention_mask=torch.ones_like(prompt.input_ids)[None],
+        max_new_tokens=length,
+        do_sample=False,
+        suppress_tokens=banned,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **images,
+    )[0, len(prompt.input_ids) :]
+
+
+def banned_ids(model, tokenizer):
+    from virft_fast.models.qwen_vl import banned_token_ids
+
+    return banned_token_ids(tokenizer, model.config.text_config.vocab_size)
+
+
+def test_greedy_equals_plain_generate(rollout, policy, prompts, processor):
     ours = rollout.generate(prompts, 1, Sampling(12, greedy=True))
-    model = rollout.policy.model.eval()
+    model = policy.model.eval()
+    banned = banned_ids(model, processor.tokenizer)
     for row, prompt in enumerate(prompts):
-        images = {}
-        if prompt.pixel_values is not None:
-            images = {
-                "pixel_values": prompt.pixel_values,
-                "image_grid_thw": prompt.image_grid_thw,
-                "mm_token_type_ids": prompt.mm_token_type_ids[None],
-            }
-        core(model).rope_deltas = None
-        expected = model.generate(
-            input_ids=prompt.input_ids[None],
-            attention_mask=torch.ones_like(prompt.input_ids)[None],
-            max_new_tokens=12,
-            do_sample=False,
-            suppress_tokens=rollout.banned,
-            eos_token_id=processor.tokenizer.eos_token_id,
-            pad_token_id=processor.tokenizer.pad_token_id,
-            **images,
-        )[0, len(prompt.input_ids) :]
-        assert ours.completion_ids[row, : len(expected)].tolist() == expected.tolist()
+        expected = plain_generate(model, prompt, 12, banned, processor.tokenizer)
+        assert ours.completion_ids[row][ours.completion_mask[row]].tolist() == expected.tolist()
 
 
-def test_rows_are_drawn_alike_however_the_batch_is_split(rollout, prompts):
-    sampling = Sampling(8, seed=3)
+@pytest.fixture(scope="module")
+def many_prompts(processor):
+    """64 prompts: none, one, two or three images of different sizes, texts of different lengths."""
+    shapes = [[], [(112, 112)], [(56, 84), (112, 56)], [(84, 84)], [(56, 56), (84, 56), (56, 112)]]
+    return make_prompts(
+        processor,
+        *(
+            make_sample(i, shapes[i % len(shapes)], "Detect every red. " * (1 + i % 7))
+            for i in range(64)
+        ),
+    )
+
+
+def test_greedy_equals_plain_generate_on_64_prompts(native, policy, processor, many_prompts):
+    """Completions end at different times, so the batch shrinks on the way."""
+    out = native.generate(many_prompts, 1, Sampling(48, greedy=True))
+    lengths = out.completion_mask.sum(1)
+    assert len(lengths.unique()) > 5
+    model = policy.model.eval()
+    banned = banned_ids(model, processor.tokenizer)
+    for row, prompt in enumerate(many_prompts):
+        expected = plain_generate(model, prompt, 48, banned, processor.tokenizer)
+        assert out.completion_ids[row][out.completion_mask[row]].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_plain_generate_in_every_family(family, processor):
+    policy = Policy(random_model(family, processor.tokenizer)).eval()
+    prompts = random_prompts(policy, processor)
+    out = rollout_of("native", policy, processor.tokenizer).generate(
+        prompts, 1, Sampling(16, greedy=True)
+    )
+    banned = banned_ids(policy.model, processor.tokenizer)
+    for row, prompt in enumerate(prompts):
+        expected = plain_generate(policy.model, prompt, 16, banned, processor.tokenizer)
+        assert out.completion_ids[row][out.completion_mask[row]].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(40, seed=1), EVERYTHING])
+def test_both_backends_draw_the_same(policy, processor, prompts, sampling):
+    ours, oracle = (
+        rollout_of(name, policy, processor.tokenizer).generate(prompts, 5, sampling, first_row=7)
+        for name in ("native", "hf")
+    )
+    assert torch.equal(ours.completion_ids, oracle.completion_ids)
+    assert torch.equal(ours.completion_mask, oracle.completion_mask)
+    assert torch.equal(ours.truncated, oracle.truncated)
+    torch.testing.assert_close(ours.sampling_logps, oracle.sampling_logps, rtol=0, atol=2e-5)
+
+
+def test_same_seed_same_rows_and_batches_can_be_split(rollout, prompts):
+    """What a row draws depends on its number in the global batch, not on its batch."""
+    sampling = Sampling(10, seed=3)
     whole = rollout.generate(prompts, 3, sampling)
-    for part in range(len(prompts)):
-        alone = rollout.generate(prompts[part : part + 1], 3, sampling, first_row=3 * part)
-        assert alone.texts == whole.texts[3 * part : 3 * part + 3]
+    again = rollout.generate(prompts, 3, sampling)
+    parts = [
+        rollout.generate(prompts[:2], 3, sampling, first_row=0),
+        rollout.generate(prompts[2:], 3, sampling, first_row=6),
+    ]
+    assert whole.texts == again.texts == parts[0].texts + parts[1].texts
+    assert len(set(whole.texts)) > 3
+
+
+def test_prompts_that_fill_the_cache_are_decoded_in_turn(policy, processor, prompts, native):
+    """A limit on the cache changes when things are computed, not what."""
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    small = rollout_of("native", policy, processor.tokenizer, max_cache_tokens=longest + 3 * 20)
+    sampling = Sampling(20, seed=5)
+    assert list(small._batches(policy, prompts, 3, sampling)) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    expected, out = (r.generate(prompts, 3, sampling) for r in (native, small))
+    assert out.texts == expected.texts
+
+
+def test_prompt_that_does_not_fit_is_named_before_anything_runs(policy, processor, prompts):
+    small = rollout_of("native", policy, processor.tokenizer, max_cache_tokens=40)
+    calls = []
+    handle = core(policy.model).visual.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        with pytest.raises(ValueError, match=r"row 0 .*at most 40.*max_completion_length"):
+            small.generate(prompts, 3, Sampling(20, seed=5))
+    finally:
+        handle.remove()
+    assert not calls
+
+
+def test_long_prompts_are_read_in_several_calls(monkeypatch, native, prompts):
+    sampling = Sampling(16, seed=2)
+    expected = native.generate(prompts, 2, sampling)
+    monkeypatch.setattr(native_module, "PREFILL_TOKENS", 1)
+    out = native.generate(prompts, 2, sampling)
+    assert out.texts == expected.texts
+    torch.testing.assert_close(out.sampling_logps, expected.sampling_logps, rtol=0, atol=1e-5)
+
+
+def test_memory_of_an_earlier_rollout_leaves_no_trace(native, policy, processor, prompts):
+    """Buffers are used again, for other prompts and other numbers of rows."""
+    sampling = Sampling(30, seed=8)
+    native.generate(prompts, 8, replace(sampling, seed=9))
+    fresh = rollout_of("native", policy, processor.tokenizer)
+    for some in (prompts[2:], prompts[:1], prompts):
+        assert native.generate(some, 3, sampling).texts == fresh.generate(some, 3, sampling).texts
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.3])  # below 1 the noise of fp32 logits grows
+def test_sampling_logps_are_the_training_logps(native, policy, processor, prompts, temperature):
+    """With nothing filtered and nothing banned, rollout and training speak of one distribution."""
+    sampling = Sampling(30, seed=4, temperature=temperature)
+    out = rollout_without_bans(policy, processor.tokenizer).generate(prompts, 4, sampling)
+    rows = [ids[mask] for ids, mask in zip(out.completion_ids, out.completion_mask, strict=True)]
+    groups = [rows[i : i + 4] for i in range(0, len(rows), 4)]
+    with torch.no_grad():
+        inputs = policy.collate(prompts, groups, pad_token_id=0, device=CPU)
+        logps, _ = policy(inputs, temperature=temperature)
+    difference = (logps - out.sampling_logps[out.completion_mask]).abs().max()
+    assert difference <= 1e-5
+
+
+def rollout_without_bans(policy, tokenizer):
+    class Open(NativeRollout):
+        def banned(self, policy):
+            return []
+
+    return Open(lambda: nullcontext(policy), tokenizer, device=CPU)
 
 
 def test_seeds_and_rows_differ(rollout, prompts):
@@ -60,46 +215,141 @@ def test_mask_ends_with_eos_and_padding_follows(rollout, prompts, processor):
     out = rollout.generate(prompts, 4, Sampling(60, seed=0))
     eos, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
     assert out.completion_mask.dtype == torch.bool
-    for ids, mask, truncated in zip(
-        out.completion_ids, out.completion_mask, out.truncated, strict=True
+    for ids, mask, truncated, logps in zip(
+        out.completion_ids, out.completion_mask, out.truncated, out.sampling_logps, strict=True
     ):
         length = int(mask.sum())
         assert mask[:length].all() and not mask[length:].any()
-        assert (ids[length:] == pad).all()
+        assert (ids[length:] == pad).all() and (logps[length:] == 0).all()
+        assert (logps[:length] < 0).all()
         assert ((ids[:length] == eos).nonzero().flatten().tolist() == [length - 1]) != truncated
 
 
-def test_no_banned_token_is_drawn_even_when_the_model_wants_it(processor, prompts):
-    policy = Policy(load_model("tiny"))
+def test_further_stop_ids_end_a_completion(rollout, prompts, processor):
+    word = processor.tokenizer.convert_tokens_to_ids("</think>")
+    plain = rollout.generate(prompts, 2, Sampling(40, greedy=True))
+    out = rollout.generate(prompts, 2, Sampling(40, greedy=True, stop_token_ids=(word,)))
+    assert any(word in ids for ids in plain.completion_ids)
+    for ids, mask, long in zip(
+        out.completion_ids, out.completion_mask, plain.completion_ids, strict=True
+    ):
+        own = ids[mask].tolist()
+        assert own == long[: len(own)].tolist()
+        assert word not in own[:-1]
+
+
+def test_one_token_completions(rollout, prompts):
+    out = rollout.generate(prompts, 2, Sampling(1, seed=0))
+    assert out.completion_ids.shape == (8, 1) and out.completion_mask.all()
+
+
+def test_no_banned_token_is_drawn_even_when_the_model_wants_it(rollout, policy, prompts):
     image_token = policy.config.image_token_id
-    lm_head = policy.model.lm_head
-
-    def prefer_image_tokens(module, args, logits):
-        logits[..., image_token] = 1e4
-        return logits
-
-    handle = lm_head.register_forward_hook(prefer_image_tokens)
+    weight = policy.model.lm_head.weight
+    saved = weight[image_token].clone()
+    # Tied with the embedding, so the row must stay what it is where images are read: they are not.
+    with torch.no_grad():
+        weight[image_token] = weight.mean(0) * 50
     try:
-        out = HFRollout(policy, processor.tokenizer, device=CPU).generate(
-            prompts, 2, Sampling(6, seed=0)
-        )
+        out = rollout.generate(prompts, 4, Sampling(6, seed=0))
     finally:
-        handle.remove()
+        with torch.no_grad():
+            weight[image_token] = saved
     assert image_token not in out.completion_ids
 
 
-def test_b13_draws_follow_the_softmax():
-    """20,000 draws of one row: each share within 5 standard errors of its probability."""
-    scores = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]])
-    draw = _RowGumbel(seed=0, first_row=0, num_rows=1, device=CPU)
-    n = 20_000
-    counts = torch.bincount(
-        torch.cat([draw(None, scores).argmax(-1) for _ in range(n)]), minlength=4
+def draws(logits, sampling, n, prompts=None):
+    """`n` rows of the same logits, drawn at one position."""
+    sampler = Sampler(
+        sampling,
+        vocab_size=logits.shape[-1],
+        banned=[],
+        first_row=0,
+        prompts=prompts or [None] * n,
+        device=CPU,
     )
-    p = scores[0].softmax(-1)
-    assert counts[3] == 0
-    error = (counts / n - p).abs()
-    assert (error <= 5 * (p * (1 - p) / n).sqrt() + 1e-12).all()
+    return sampler(logits.expand(n, -1), torch.tensor(5))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"temperature": 0.5}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.2},
+        {"top_k": 9, "top_p": 0.9},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_b13_draws_follow_the_exact_probabilities(options):
+    """Chi-square of 20,000 draws against the filtered softmax, by transformers' own filters."""
+    import transformers as hf
+    from scipy.stats import chisquare
+
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(0)) * 2
+    logits[0, 3] = -torch.inf
+    n = 20_000
+    tokens, logps = draws(logits, Sampling(1, seed=11, **options), n)
+    scores = logits
+    if "temperature" in options:
+        scores = hf.TemperatureLogitsWarper(options["temperature"])(None, scores)
+    if "top_k" in options:
+        scores = hf.TopKLogitsWarper(options["top_k"])(None, scores)
+    if "top_p" in options:
+        scores = hf.TopPLogitsWarper(options["top_p"])(None, scores)
+    if "min_p" in options:
+        scores = hf.MinPLogitsWarper(options["min_p"])(None, scores)
+    exact = scores[0].double().softmax(-1)
+    counts = torch.bincount(tokens, minlength=12)
+    possible = exact > 0
+    assert not counts[~possible].any()
+    assert chisquare(counts[possible], exact[possible] * n).pvalue > 1e-3
+    torch.testing.assert_close(logps, exact.log()[tokens].float(), rtol=0, atol=1e-5)
+
+
+def test_draws_of_neighbouring_rows_and_positions_are_independent():
+    """Uniform, and without correlation between rows or positions."""
+    from scipy.stats import chisquare, pearsonr
+
+    sampling = Sampling(1, seed=3)
+    seeds = Sampler(
+        sampling, vocab_size=2, banned=[], first_row=0, prompts=[None] * 4000, device=CPU
+    ).seeds
+    at = [_uniform(seeds, torch.tensor(position)) for position in range(3)]
+    for values in at:
+        assert 0 < values.min() and values.max() < 1
+        assert chisquare(torch.histc(values.float(), 20, 0, 1)).pvalue > 1e-3
+        assert abs(pearsonr(values[:-1], values[1:])[0]) < 0.06
+    assert abs(pearsonr(at[0], at[1])[0]) < 0.06 and abs(pearsonr(at[1], at[2])[0]) < 0.06
+
+
+def test_rare_tokens_of_a_large_vocabulary_keep_their_share():
+    """150,000 small probabilities behind a large one: none is lost in the sum."""
+    logits = torch.zeros(1, 150_000)
+    logits[0, 0] = 12.0
+    n = 2000
+    tokens, _ = draws(logits, Sampling(1, seed=1), n)
+    share = float((tokens > 75_000).float().mean())
+    exact = 75_000 / (150_000 + torch.tensor(12.0).exp().item())
+    assert abs(share - exact) < 5 * (exact * (1 - exact) / n) ** 0.5
+
+
+def test_repetition_penalty_is_transformers_own(prompts):
+    import transformers as hf
+
+    logits = torch.randn(2, 1024, generator=torch.Generator().manual_seed(1)) * 3
+    sampling = Sampling(1, repetition_penalty=1.7, greedy=True)
+    sampler = Sampler(
+        sampling, vocab_size=1024, banned=[], first_row=0, prompts=prompts[:2], device=CPU
+    )
+    processor = hf.RepetitionPenaltyLogitsProcessor(1.7)
+    seen = [prompt.input_ids for prompt in prompts[:2]]
+    for position in range(20):
+        expected = [
+            processor(ids[None], row[None].clone())[0].argmax()
+            for ids, row in zip(seen, logits, strict=True)
+        ]
+        tokens, _ = sampler(logits, torch.tensor(position))
+        assert tokens.tolist() == [int(token) for token in expected]
+        seen = [torch.cat([ids, token[None]]) for ids, token in zip(seen, tokens, strict=True)]
 
 
 def test_top_k_one_is_greedy_and_temperature_flattens(rollout, prompts):
@@ -109,7 +359,25 @@ def test_top_k_one_is_greedy_and_temperature_flattens(rollout, prompts):
     assert greedy.texts == top1.texts == cold.texts
 
 
-def test_training_mode_is_given_back(rollout, prompts):
-    rollout.policy.train()
+def test_training_mode_is_given_back(rollout, policy, prompts):
+    policy.train()
     rollout.generate(prompts[:1], 2, Sampling(2))
-    assert rollout.policy.training
+    assert policy.training
+
+
+def test_native_needs_a_reachable_attention(policy, processor, prompts):
+    policy.attention_reached = False
+    try:
+        with pytest.raises(ValueError, match="--rollout_backend hf"):
+            rollout_of("native", policy, processor.tokenizer).generate(prompts, 1, Sampling(2))
+    finally:
+        policy.attention_reached = True
+
+
+def test_unknown_backend(policy, processor):
+    with pytest.raises(ValueError, match="native.*vllm"):
+        rollout_of("vllm", policy, processor.tokenizer)
+
+
+def test_hf_is_the_oracle_class(policy, processor):
+    assert isinstance(rollout_of("hf", policy, processor.tokenizer), HFRollout)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-from helpers import make_prompts, make_sample
+from helpers import CPU, make_prompts, make_sample
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -18,7 +19,7 @@ from virft_fast.models.processing import ImageOnlyQwen2VLProcessor, load_process
 from virft_fast.models.qwen_vl import Policy, load_model
 from virft_fast.models.tiny import SPECIAL_TOKENS, TAGS, TINY_PATH, resolve_model_path
 from virft_fast.rollout import Sampling
-from virft_fast.rollout.hf import HFRollout
+from virft_fast.rollout.backends import make_rollout
 from virft_fast.tasks import REWARDS
 
 # The template of Qwen2-VL-2B-Instruct, without its video branch and its image numbering. The
@@ -197,7 +198,8 @@ def prompts_of(processor, rows):
 
 
 def greedy_reward(processor, rows, name):
-    rollout = HFRollout(Policy(load_model("tiny")), processor.tokenizer, device=torch.device("cpu"))
+    policy = Policy(load_model("tiny"))
+    rollout = make_rollout("native", lambda: nullcontext(policy), processor.tokenizer, device=CPU)
     texts = rollout.generate(prompts_of(processor, rows), 1, Sampling(48, greedy=True)).texts
     values = REWARDS[name](completions=texts, solution=[row["solution"] for row in rows])
     return sum(values) / len(values)

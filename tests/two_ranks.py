@@ -29,7 +29,7 @@ from virft_fast.grpo import TrainState, train_step
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import Policy, add_lora, load_model
 from virft_fast.models.tiny import resolve_model_path
-from virft_fast.rollout.hf import HFRollout
+from virft_fast.rollout.backends import make_rollout
 from virft_fast.train import end_process
 
 STEPS = 3
@@ -38,7 +38,9 @@ STEPS = 3
 def make_engine(stage, policy, settings):
     if stage < 0:
         return PlainEngine(policy, settings, device=CPU), None
-    return DeepSpeedEngine(policy, settings, config=CONFIG, device=CPU), CONFIG
+    make_empty = lambda: make_policy(kind, empty=True)  # noqa: E731
+    engine = DeepSpeedEngine(policy, settings, config=CONFIG, device=CPU, make_empty=make_empty)
+    return engine, CONFIG
 
 
 def all_prompts(processor, kind):
@@ -54,8 +56,8 @@ def reward(prompts, completions, **columns):
     return letter_count(prompts, completions)
 
 
-def make_policy(kind):
-    model = load_model("tiny").train()
+def make_policy(kind, empty=False):
+    model = load_model("tiny", empty=empty).train()
     if kind == "lora":
         torch.manual_seed(0)  # of the adapter
         model = add_lora(model, r=4, alpha=8, target_modules=["q_proj", "down_proj"])
@@ -90,8 +92,8 @@ state = TrainState(
     policy=policy,
     engine=engine,
     reference=make_reference(reference, engine, config) if reference else engine.forward,
-    rollout=HFRollout(policy, processor.tokenizer, device=CPU, gathered=engine.gathered),
-    pad_token_id=processor.tokenizer.pad_token_id,
+    rollout=make_rollout("native", engine.whole_weights, processor.tokenizer, device=CPU),
+    tokenizer=processor.tokenizer,
     reward_funcs=[("letters", reward)],
     reward_weights=[1.0],
     learning_rate=lambda step: settings.learning_rate,

@@ -74,6 +74,10 @@ class Rollouts:
         completion_mask: (N, T) bool, true up to and including EOS.
         truncated: (N,) bool, true where no EOS came within the length limit.
         texts: N decoded completions, special tokens dropped.
+        sampling_logps: (N, T) float32, log-prob of each token in the distribution it was drawn
+            from; 0 where masked.
+        image_features: of each prompt, (its image tokens, features); None if the tower may have
+            changed since.
     """
 
     prompts: tuple[Prompt, ...]
@@ -82,6 +86,8 @@ class Rollouts:
     completion_mask: Tensor
     truncated: Tensor
     texts: tuple[str, ...]
+    sampling_logps: Tensor
+    image_features: tuple[Tensor, ...] | None = None
 
     @property
     def num_sequences(self) -> int:

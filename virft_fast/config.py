@@ -17,6 +17,8 @@ from typing import Any
 TASKS = ("auto", "detection", "classification", "grounding")
 DTYPES = ("auto", "float32", "bfloat16")
 LOSS_IMPLS = ("fused", "reference")
+ROLLOUT_BACKENDS = ("native", "hf")
+PREFIX_ATTENTIONS = ("two_part", "flex", "dense")
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo")
 
 
@@ -130,6 +132,26 @@ class GRPOConfig:
     temperature: float = arg(1.0, "Sampling temperature; the loss uses the same.")
     top_p: float = arg(1.0, "Nucleus sampling; 1 is off. Not replayed in the loss.")
     top_k: int = arg(0, "Sample among the k likeliest tokens; 0 is off. Not replayed in the loss.")
+    min_p: float = arg(
+        0.0,
+        "Drop tokens less likely than this share of the best one's probability; 0 is off. "
+        "Not replayed in the loss.",
+    )
+    repetition_penalty: float = arg(
+        1.0,
+        "Above 1 makes tokens that were there already less likely; 1 is off. "
+        "Not replayed in the loss.",
+    )
+    rollout_backend: str = arg("native", "native, or hf: transformers' generate, to compare with.")
+    rollout_cache_tokens: int | None = arg(
+        None, "Tokens whose keys and values a rollout holds at once; None: what fits."
+    )
+    prefix_sharing: str = arg(
+        "auto", "Read a prompt once for all its completions: on, off, or auto: where possible."
+    )
+    prefix_attention: str = arg(
+        "two_part", "Attention over a shared prompt: two_part, flex (CUDA) or dense."
+    )
     beta: float = arg(0.04, "Weight of the KL to the reference model; 0 loads none.")
     epsilon_low: float = arg(0.2, "The ratio is kept above 1 - epsilon_low.", "epsilon")
     epsilon_high: float | None = arg(None, "... and below 1 + epsilon_high; None: epsilon_low.")
@@ -168,6 +190,17 @@ class GRPOConfig:
         _require(finite, "reward_weights", "finite numbers", self.reward_weights)
         _require(0 < self.top_p <= 1, "top_p", "a number in (0, 1]", self.top_p)
         _require(self.top_k >= 0, "top_k", "0 (off) or more", self.top_k)
+        _require(0 <= self.min_p < 1, "min_p", "a number in [0, 1)", self.min_p)
+        penalty = self.repetition_penalty
+        _require(0 < penalty < math.inf, "repetition_penalty", "a number above 0", penalty)
+        for name, choices in (
+            ("rollout_backend", ROLLOUT_BACKENDS),
+            ("prefix_sharing", ("auto", "on", "off")),
+            ("prefix_attention", PREFIX_ATTENTIONS),
+        ):
+            _require(getattr(self, name) in choices, name, f"one of {choices}", getattr(self, name))
+        most = self.rollout_cache_tokens
+        _require(most is None or most > 0, "rollout_cache_tokens", "a positive number", most)
         _require(self.beta >= 0, "beta", "0 or more", self.beta)
         _require(0 <= self.epsilon_low < 1, "epsilon_low", "a number in [0, 1)", self.epsilon_low)
         high = self.epsilon_high
@@ -208,6 +241,9 @@ class TrainConfig:
         1, "Prompts in one microbatch; each gets num_generations completions."
     )
     gradient_accumulation_steps: int = arg(1, "Microbatches a step on each process.")
+    max_tokens_per_microbatch: int | None = arg(
+        None, "Fill microbatches with whole groups up to this many tokens instead."
+    )
     num_train_epochs: float = arg(1.0, "Passes over the data.")
     max_steps: int = arg(-1, "Number of steps; wins over num_train_epochs when positive.")
     learning_rate: float = arg(1e-6, "Peak learning rate of AdamW.")
@@ -249,6 +285,8 @@ class TrainConfig:
         _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", "a share in [0, 1]",
                  self.warmup_ratio)  # fmt: skip
         _require(0 <= self.seed < 2**32, "seed", "a number in [0, 2^32)", self.seed)
+        most = self.max_tokens_per_microbatch
+        _require(most is None or most > 0, "max_tokens_per_microbatch", "a positive number", most)
         limit = self.save_total_limit
         _require(limit is None or limit >= 1, "save_total_limit", "at least 1", limit)
         if self.max_steps <= 0:
@@ -287,6 +325,8 @@ class EvalConfig:
     max_completion_length: int = arg(256, "Longest completion in tokens.")
     max_prompt_length: int | None = arg(None, "A longer prompt is skipped and counted.")
     max_bad_rows: int = arg(100, "Stop when more rows than this can't be used.")
+    rollout_backend: str = arg("native", "native, or hf: transformers' generate.")
+    rollout_cache_tokens: int | None = arg(None, "As in training.")
     dtype: str = arg("auto", "auto: bfloat16 on a GPU, else float32.", "torch_dtype")
     attn_implementation: str = arg("sdpa", "sdpa, eager or flash_attention_2.")
     min_pixels: int | None = arg(None, "As in training; both budgets should agree.")
@@ -297,6 +337,12 @@ class EvalConfig:
     def __post_init__(self) -> None:
         _require(self.task in TASKS, "task", f"one of {TASKS}", self.task)
         _require(self.dtype in DTYPES, "dtype", f"one of {DTYPES}", self.dtype)
+        backend = self.rollout_backend
+        _require(
+            backend in ROLLOUT_BACKENDS, "rollout_backend", f"one of {ROLLOUT_BACKENDS}", backend
+        )
+        most = self.rollout_cache_tokens
+        _require(most is None or most > 0, "rollout_cache_tokens", "a positive number", most)
         _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         _require(self.max_samples >= 0, "max_samples", "0 or more", self.max_samples)
         _require(self.max_bad_rows >= 0, "max_bad_rows", "0 or more", self.max_bad_rows)

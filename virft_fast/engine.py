@@ -1,7 +1,7 @@
 """Everything that owns parameters, gradients and optimizer state: all of DeepSpeed, and the plain
 one-process or replicated engine that needs none of it.
 
-Both engines have the same methods: `forward`, `backward`, `step`, `gathered`, `model_state`,
+Both engines have the same methods: `forward`, `backward`, `step`, `whole_weights`, `model_state`,
 `save_state`, `load_state`. A step whose gradient is not finite is skipped on every rank.
 """
 
@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from virft_fast import dist
 
 logger = logging.getLogger(__name__)
+
+# Weights that are gathered at once when ZeRO-3's are copied for a rollout.
+GATHERED_NUMBERS = 2**28
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class PlainEngine:
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=settings.epsilon,
+            fused=True,
         )
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -107,7 +111,8 @@ class PlainEngine:
         with self._autocast():
             return self.module(*args, **kwargs)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add to the gradient; `last` with the last microbatch before `step`."""
         loss.backward()
 
     def step(self, learning_rate: float, *, veto: bool = False) -> StepResult:
@@ -134,10 +139,10 @@ class PlainEngine:
             dist.all_reduce_sum(parameter.grad).div_(dist.world_size())
 
     @contextlib.contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Whole weights, free to be used outside `forward`."""
+    def whole_weights(self) -> Iterator[nn.Module]:
+        """The module with whole weights, free to be used outside `forward`."""
         with self._autocast():
-            yield
+            yield self.module
 
     def model_state(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor] | None:
         """Weights of `model` on the CPU, on the main process; None elsewhere."""
@@ -175,6 +180,8 @@ class DeepSpeedEngine:
 
     Args:
         config: resolved DeepSpeed configuration, see `resolve_deepspeed_config`.
+        make_empty: the policy's shape alone, on the meta device; where ZeRO-3 divides the weights,
+            `whole_weights` fills it.
     """
 
     def __init__(
@@ -184,9 +191,13 @@ class DeepSpeedEngine:
         *,
         config: dict[str, Any],
         device: torch.device,
+        make_empty: Callable[[], nn.Module] | None = None,
     ) -> None:
         deepspeed = import_deepspeed()
         self.device = device
+        self._make_empty = make_empty
+        self._whole: nn.Module | None = None
+        self._stale = True
         self.settings = settings
         self.zero_stage = zero_stage(config)
         self.optimizer = GuardedAdamW(
@@ -227,11 +238,12 @@ class DeepSpeedEngine:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.engine(*args, **kwargs)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """As `PlainEngine.backward`."""
+        # Not DeepSpeed's own count: the number of microbatches changes from step to step.
+        self.engine.set_gradient_accumulation_boundary(last)
         # The loss is normalised over all microbatches already.
         self.engine.backward(loss, scale_wrt_gas=False)
-        if not self.engine.is_gradient_accumulation_boundary():
-            self.engine.step()
 
     def step(self, learning_rate: float, *, veto: bool = False) -> StepResult:
         """As `PlainEngine.step`; call it after `backward` of the last microbatch."""
@@ -239,28 +251,37 @@ class DeepSpeedEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
+        self._stale = True
         overflow = bool(getattr(self.engine.optimizer, "overflow", False))
         norm = math.inf if overflow else self._norm
         return StepResult(norm, not overflow and math.isfinite(norm) and not veto)
 
     @contextlib.contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Whole weights, free to be used outside `forward`; one gather under ZeRO-3.
+    def whole_weights(self) -> Iterator[nn.Module]:
+        """The module with whole weights, free to be used outside `forward`; all ranks call.
 
-        The hooks that gather and free single layers are off meanwhile, so ranks may make different
-        numbers of module calls.
+        Under ZeRO-3 it is a copy in memory of its own, which stays where it is and is filled once
+        after each step: no layer is gathered token by token, and ranks may make different numbers
+        of module calls.
         """
         if self.zero_stage < 3:
-            yield
+            yield self.module
             return
+        if self._whole is None:
+            self._whole = materialised(self._make_empty(), self.module, self.device)
+        if self._stale:
+            self._fill(self._whole)
+            self._stale = False
+        yield self._whole
+
+    @torch.no_grad()
+    def _fill(self, whole: nn.Module) -> None:
         deepspeed = import_deepspeed()
-        offload = self.engine.optimizer.parameter_offload
-        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
-            _remove_zero3_hooks(offload)
-            try:
-                yield
-            finally:
-                _add_zero3_hooks(offload)
+        targets = dict(whole.named_parameters())
+        for bucket in _buckets(list(self.module.named_parameters()), GATHERED_NUMBERS):
+            with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
+                for name, parameter in bucket:
+                    targets[name].copy_(parameter)
 
     def model_state(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor] | None:
         """Weights of `model` on the CPU, on the main process; None elsewhere. All ranks call."""
@@ -274,6 +295,7 @@ class DeepSpeedEngine:
         return state
 
     def save_state(self, folder: Path) -> None:
+        """As `PlainEngine.save_state`; all ranks call."""
         writer = self.engine.checkpoint_engine
         writer.error = None
         self.engine.save_checkpoint(str(folder), tag="state", save_latest=False)
@@ -289,11 +311,47 @@ class DeepSpeedEngine:
             path, _ = self.engine.load_checkpoint(str(folder), tag="state")
         except Exception as error:
             raise ValueError(unreadable_state(folder, error)) from error
+        self._stale = True
         if path is None:
             raise ValueError(
                 f"{folder}: expected engine state of {dist.world_size()} processes at ZeRO stage "
                 f"{self.zero_stage}; it was saved with other numbers"
             )
+
+
+def materialised(empty: nn.Module, like: nn.Module, device: torch.device) -> nn.Module:
+    """The module with memory behind its parameters, tied ones still tied, and the buffers of
+    `like`, which has the same parts."""
+    memory: dict[int, nn.Parameter] = {}
+    parts = dict(like.named_modules())
+    for path, module in empty.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                made = memory.get(id(parameter))
+                if made is None:
+                    made = torch.empty_like(parameter, device=device)
+                    made = nn.Parameter(made, requires_grad=False)
+                    memory[id(parameter)] = made
+                module._parameters[name] = made
+        for name in module._buffers:
+            module._buffers[name] = parts[path]._buffers[name]
+    return empty.eval()
+
+
+def _buckets(
+    named: list[tuple[str, nn.Parameter]], most: int
+) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    """Runs of parameters of at most `most` numbers together, or one that is larger."""
+    bucket, total = [], 0
+    for name, parameter in named:
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        if bucket and total + size > most:
+            yield bucket
+            bucket, total = [], 0
+        bucket.append((name, parameter))
+        total += size
+    if bucket:
+        yield bucket
 
 
 def unreadable_state(path: Path, error: Exception) -> str:
@@ -527,22 +585,6 @@ def _stored_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters():
         if not adapter or parameter.requires_grad:
             yield name, parameter
-
-
-def _remove_zero3_hooks(offload: Any) -> None:
-    for parameter in offload.module.parameters():
-        parameter.ds_active_sub_modules.clear()
-    for hook in (*offload.forward_hooks, *offload.backward_hooks):
-        hook.remove()
-    offload.forward_hooks, offload.backward_hooks = [], []
-
-
-def _add_zero3_hooks(offload: Any) -> None:
-    coordinator = getattr(offload, "param_coordinator", None)
-    # The recorded order of module calls no longer holds after free calls.
-    if coordinator is not None and not coordinator.is_invalid_trace():
-        coordinator._invalidate_trace()
-    offload._register_deepspeed_module(offload.module)
 
 
 def _plain_checkpoint_engine() -> Any:

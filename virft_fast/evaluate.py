@@ -6,6 +6,7 @@ writes one JSON line a sample. Under torchrun the samples are divided among the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -38,7 +39,7 @@ from virft_fast.metrics import null_for_nan
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import Policy, load_model
 from virft_fast.models.tiny import resolve_model_path
-from virft_fast.rollout.hf import HFRollout
+from virft_fast.rollout.backends import make_rollout
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,7 +105,13 @@ def run(config: EvalConfig, device: torch.device) -> int:
     share = len(range(count)[dist.rank() :: dist.world_size()])
     with tqdm(total=share, unit="sample", disable=not dist.is_main()) as bar:
         result = evaluate_rewards(
-            HFRollout(policy, processor.tokenizer, device=device),
+            make_rollout(
+                config.rollout_backend,
+                lambda: contextlib.nullcontext(policy),
+                processor.tokenizer,
+                device=device,
+                max_cache_tokens=config.rollout_cache_tokens,
+            ),
             source.load,
             range(count),
             reward_funcs=reward_funcs,

@@ -4,7 +4,8 @@ What a step does: G completions for each prompt, a reward for each, advantages w
 and `num_iterations` passes of the clipped loss over them. It differs from Visual-RFT's trainer in
 what was broken there (images follow their prompts, truncated and unscorable completions are dealt
 with, the token count spans all microbatches and ranks before the first backward) and from TRL's in
-that a microbatch counts prompts, so that a group is never split.
+that a microbatch counts prompts or tokens, so that a group stays together and its prompt is read
+once, and in that completions nothing can be learnt from are not read at all.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from virft_fast import dist
-from virft_fast.batch import Prompt, Rollouts
+from virft_fast.batch import Prompt, Rollouts, Sample
 from virft_fast.config import GRPOConfig
 from virft_fast.engine import DeepSpeedEngine, PlainEngine
 from virft_fast.kernels import GRPOLoss, group_advantages
@@ -45,6 +46,7 @@ class TrainState:
             policy itself, called with its adapter off.
         prompts_per_microbatch, gradient_accumulation_steps: their product is the number of prompts
             a step takes on this rank.
+        max_tokens_per_microbatch: fill microbatches by the tokens the model reads instead.
         learning_rate: step -> rate.
         step: steps done.
         bad_steps: non-finite steps in a row, up to now.
@@ -56,12 +58,13 @@ class TrainState:
     engine: PlainEngine | DeepSpeedEngine
     reference: Callable[..., Any] | None
     rollout: Rollout
-    pad_token_id: int
+    tokenizer: Any
     reward_funcs: list[tuple[str, Callable[..., Any]]]
     reward_weights: list[float]
     learning_rate: Callable[[int], float]
     prompts_per_microbatch: int = 1
     gradient_accumulation_steps: int = 1
+    max_tokens_per_microbatch: int | None = None
     seed: int = 42
     max_bad_steps: int = 10
     step: int = 0
@@ -76,11 +79,18 @@ class TrainState:
 
 @dataclass
 class Microbatch:
-    """Whole groups that go through the model in one call; (n,) or (n, T) rows each."""
+    """Completions that go through the model in one call; S tokens in all, packed as in `inputs`.
+
+    Attributes:
+        advantages: (n,). loss_mask: (S,) bool.
+        sampling_logps, ref_logps, old_logps: (S,), or None.
+        image_features: of a frozen tower.
+    """
 
     inputs: ModelInputs
     advantages: Tensor
     loss_mask: Tensor
+    sampling_logps: Tensor
     ref_logps: Tensor | None = None
     old_logps: Tensor | None = None
     image_features: Tensor | None = None
@@ -88,19 +98,30 @@ class Microbatch:
 
 @dataclass
 class StepStats:
-    """Sums and counts of what a step saw on this rank."""
+    """What a step saw on this rank.
+
+    Attributes:
+        sums: (sum, count) of what is averaged over everything that was counted, on all ranks.
+        totals: a sum over this rank's part of the step; its mean over ranks is meant.
+        largest: of which the largest of all ranks is meant.
+    """
 
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)
+    largest: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, total: float, count: float = 1.0) -> None:
         old_total, old_count = self.sums.get(name, (0.0, 0.0))
         self.sums[name] = (old_total + total, old_count + count)
 
+    def add_total(self, name: str, value: float) -> None:
+        self.totals[name] = self.totals.get(name, 0.0) + value
+
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.add(f"time/{name}_s", time.perf_counter() - start, 0.0)
+        self.add_total(f"time/{name}_s", time.perf_counter() - start)
 
 
 def train_step(
@@ -126,13 +147,14 @@ def train_step(
         rewards_per_func, rewards = score_rollouts(state, rollouts)  # (N, R), (N,)
         advantages = _advantages(rewards, cfg)  # (N,)
     with stats.timed("train"):
-        microbatches = _microbatches(state, rollouts, advantages)
-        weights = _loss_weights(microbatches, cfg)
+        microbatches = _microbatches(state, rollouts, advantages, stats)
+        weights = _loss_weights(microbatches, rollouts, cfg)
         _frozen_passes(state, microbatches)
         learning_rate = state.learning_rate(state.step)
         applied = True
-        for _ in range(cfg.num_iterations):
-            applied &= _update(state, microbatches, weights, learning_rate, stats)
+        for iteration in range(cfg.num_iterations):
+            compare = iteration == 0  # later the weights are no longer those that drew
+            applied &= _update(state, microbatches, weights, learning_rate, stats, compare)
     _rollout_stats(stats, state, rollouts, rewards_per_func, rewards)
     state.step += 1
     metrics = _finish(state, stats, rollouts, learning_rate, applied, start)
@@ -172,6 +194,8 @@ def _sampling(state: TrainState) -> Sampling:
         temperature=cfg.temperature,
         top_p=cfg.top_p,
         top_k=cfg.top_k,
+        min_p=cfg.min_p,
+        repetition_penalty=cfg.repetition_penalty,
         seed=state.seed * 1_000_003 + state.step,
     )
 
@@ -184,41 +208,158 @@ def _advantages(rewards: Tensor, cfg: GRPOConfig) -> Tensor:
     return advantages[first : first + len(rewards)]
 
 
-def _microbatches(state: TrainState, rollouts: Rollouts, advantages: Tensor) -> list[Microbatch]:
-    groups, size = state.config.num_generations, state.prompts_per_microbatch
-    device = rollouts.completion_ids.device
-    loss_mask = rollouts.completion_mask
+@dataclass(frozen=True)
+class Part:
+    """Completions of one prompt that are read together: the prompt's number on this rank and the
+    rows of the rollouts."""
+
+    prompt: int
+    rows: tuple[int, ...]
+
+
+def _microbatches(
+    state: TrainState, rollouts: Rollouts, advantages: Tensor, stats: StepStats
+) -> list[Microbatch]:
+    """The step's completions in microbatches, equally many on all ranks, at least one."""
+    mask = _loss_mask(state, rollouts, advantages)
+    lengths = rollouts.completion_mask.sum(1).tolist()
+    trains = mask.any(1).tolist()
+    stats.add("dropped_fraction", trains.count(False), len(trains))
+    size = rollouts.num_generations
+    parts = [
+        Part(prompt, tuple(row for row in range(prompt * size, (prompt + 1) * size) if trains[row]))
+        for prompt in range(len(rollouts.prompts))
+    ]
+    plan = plan_microbatches(
+        [part for part in parts if part.rows],
+        prompt_lengths=[len(prompt.input_ids) for prompt in rollouts.prompts],
+        lengths=lengths,
+        prompts_per_microbatch=state.prompts_per_microbatch,
+        max_tokens=state.max_tokens_per_microbatch,
+        shared=state.policy.shares_prefix,
+    )
+    most = max(1, *dist.all_gather_object(len(plan)))
+    made = [_microbatch(state, rollouts, parts, advantages, mask) for parts in plan]
+    return made + [_empty_microbatch(state)] * (most - len(plan))
+
+
+def _loss_mask(state: TrainState, rollouts: Rollouts, advantages: Tensor) -> Tensor:
+    """(N, T) bool. Without a KL term a token whose advantage is 0 adds nothing to loss or
+    gradient: groups of equal rewards drop out here, before the model reads them."""
+    mask = rollouts.completion_mask
     if state.config.mask_truncated_completions:
-        loss_mask = loss_mask & ~rollouts.truncated[:, None]
-    microbatches = []
-    for first in range(0, len(rollouts.prompts), size):
-        rows = slice(first * groups, (first + size) * groups)
-        mask = rollouts.completion_mask[rows]
-        longest = int(mask.sum(1).max())  # rows are shorter than the batch's padding
-        inputs = state.policy.collate(
-            rollouts.prompts[first : first + size],
-            rollouts.completion_ids[rows, :longest],
-            mask[:, :longest],
-            num_generations=groups,
-            pad_token_id=state.pad_token_id,
-            device=device,
-        )
-        microbatches.append(
-            Microbatch(inputs, advantages[rows].to(device), loss_mask[rows, :longest])
-        )
-    return microbatches
+        mask = mask & ~rollouts.truncated[:, None]
+    if state.config.beta == 0:
+        mask = mask & (advantages != 0).to(mask.device)[:, None]
+    return mask
 
 
-def _loss_weights(microbatches: list[Microbatch], cfg: GRPOConfig) -> list[dict[str, Any]]:
+def plan_microbatches(
+    parts: Sequence[Part],
+    *,
+    prompt_lengths: Sequence[int],
+    lengths: Sequence[int],
+    prompts_per_microbatch: int,
+    max_tokens: int | None,
+    shared: bool,
+) -> list[list[Part]]:
+    """Whole groups in their order, by number or, with `max_tokens`, as many as fit.
+
+    Args:
+        prompt_lengths: tokens of each prompt. lengths: tokens of each row's completion.
+        shared: whether the prompt is read once, or by every completion.
+    Returns:
+        The parts of each microbatch. A group is split only where it is too long by itself, and one
+        completion that is too long stands alone.
+    """
+    if max_tokens is None:
+        size = prompts_per_microbatch
+        return [list(parts[i : i + size]) for i in range(0, len(parts), size)]
+
+    def tokens(chosen: Sequence[Part]) -> int:
+        rows = [(prompt_lengths[part.prompt], lengths[row]) for part in chosen for row in part.rows]
+        if shared:
+            return sum(prompt_lengths[part.prompt] for part in chosen) + sum(c for _, c in rows)
+        longest = max((p for p, _ in rows), default=0) + max((c for _, c in rows), default=0)
+        return len(rows) * longest  # with its padding
+
+    plan: list[list[Part]] = []
+    for part in parts:
+        if tokens([part]) > max_tokens:
+            pieces, rows = [], ()
+            for row in part.rows:
+                if rows and tokens([Part(part.prompt, (*rows, row))]) > max_tokens:
+                    pieces.append([Part(part.prompt, rows)])
+                    rows = ()
+                rows = (*rows, row)
+            plan += [*pieces, [Part(part.prompt, rows)]]
+        elif plan and tokens([*plan[-1], part]) <= max_tokens:
+            plan[-1].append(part)
+        else:
+            plan.append([part])
+    return plan
+
+
+def _microbatch(
+    state: TrainState,
+    rollouts: Rollouts,
+    parts: Sequence[Part],
+    advantages: Tensor,
+    loss_mask: Tensor,
+) -> Microbatch:
+    device = state.engine.device
+    ids, lengths = rollouts.completion_ids.cpu(), rollouts.completion_mask.sum(1).tolist()
+    rows = torch.tensor([row for part in parts for row in part.rows])
+    real = rollouts.completion_mask[rows]
+    inputs = state.policy.collate(
+        [rollouts.prompts[part.prompt] for part in parts],
+        [[ids[row, : lengths[row]] for row in part.rows] for part in parts],
+        pad_token_id=state.tokenizer.pad_token_id,
+        device=device,
+    )
+    features = None
+    if rollouts.image_features is not None:
+        features = torch.cat([rollouts.image_features[part.prompt] for part in parts])
+    return Microbatch(
+        inputs,
+        advantages[rows].to(device),
+        loss_mask[rows][real].to(device),
+        rollouts.sampling_logps[rows][real].to(device),
+        image_features=features,
+    )
+
+
+def _empty_microbatch(state: TrainState) -> Microbatch:
+    """A token that counts for nothing: under ZeRO-3 every rank has to make the same calls."""
+    device = state.engine.device
+    pad = torch.tensor([state.tokenizer.pad_token_id])
+    nothing = Sample(-1, (), (), "")
+    inputs = state.policy.collate(
+        [Prompt(nothing, "", pad, torch.zeros_like(pad))],
+        [[pad]],
+        pad_token_id=state.tokenizer.pad_token_id,
+        device=device,
+    )
+    zero = torch.zeros(1, device=device)
+    features = None
+    if state.policy.vision_frozen:
+        features = torch.zeros(0, 1, device=device)
+    return Microbatch(inputs, zero, zero.bool(), zero, image_features=features)
+
+
+def _loss_weights(
+    microbatches: list[Microbatch], rollouts: Rollouts, cfg: GRPOConfig
+) -> list[dict[str, Any]]:
     """What makes each microbatch's loss its share of one big batch, counted before any backward.
 
-    Engines average gradients over ranks, hence the factor `world_size`.
+    Completions that were dropped count like any other. Engines average gradients over ranks, hence
+    the factor `world_size`.
     """
+    counted = rollouts.completion_mask
+    if cfg.mask_truncated_completions:
+        counted = counted & ~rollouts.truncated[:, None]
     counts = torch.tensor(
-        [
-            sum(len(mb.advantages) for mb in microbatches),
-            int(sum(mb.loss_mask.sum() for mb in microbatches)),
-        ],
+        [len(counted), int(counted.sum())],
         dtype=torch.float64,
         device=microbatches[0].loss_mask.device,
     )
@@ -233,14 +374,10 @@ def _loss_weights(microbatches: list[Microbatch], cfg: GRPOConfig) -> list[dict[
 @torch.no_grad()
 def _frozen_passes(state: TrainState, microbatches: list[Microbatch]) -> None:
     """Log-probs that stay fixed during the step: the reference's and, if the policy is going to
-    move under the same rollouts, its own. A frozen vision tower runs here, once an image."""
+    move under the same rollouts, its own."""
     cfg = state.config
-    passes = 1 + int(cfg.beta > 0) + int(cfg.num_iterations > 1)
-    temperature = cfg.temperature
     for mb in microbatches:
-        if state.policy.vision_frozen and passes + cfg.num_iterations > 2:
-            mb.image_features = state.engine.forward(mb.inputs, only_images=True)
-        shared = {"temperature": temperature, "image_features": mb.image_features}
+        shared = {"temperature": cfg.temperature, "image_features": mb.image_features}
         if cfg.beta > 0:
             with _as_reference(state):
                 mb.ref_logps, _ = state.reference(mb.inputs, **shared)
@@ -259,10 +396,15 @@ def _update(
     weights: list[dict[str, Any]],
     learning_rate: float,
     stats: StepStats,
+    compare: bool,
 ) -> bool:
-    """One optimizer update; False if it was skipped on all ranks."""
+    """One optimizer update; False if it was skipped on all ranks.
+
+    Args:
+        compare: the log-probs with those the rollout drew by.
+    """
     cfg, finite = state.config, True
-    for mb, weight in zip(microbatches, weights, strict=True):
+    for number, (mb, weight) in enumerate(zip(microbatches, weights, strict=True), 1):
         inputs = mb.inputs
         fields = state.engine.forward(
             inputs,
@@ -286,8 +428,10 @@ def _update(
         out = GRPOLoss(*fields)
         loss = out.loss * weight["scale"]
         finite &= bool(torch.isfinite(loss.detach()))
-        state.engine.backward(loss)
+        state.engine.backward(loss, last=number == len(microbatches))
         _loss_stats(stats, out, mb, float(loss.detach()) / cfg.num_iterations)
+        if compare:
+            _mismatch_stats(stats, out.logps, mb)
     veto = dist.any_rank(not finite, state.engine.device)
     result = state.engine.step(learning_rate, veto=veto)
     stats.add("grad_norm", result.grad_norm)
@@ -296,12 +440,20 @@ def _update(
 
 def _loss_stats(stats: StepStats, out: Any, mb: Microbatch, loss: float) -> None:
     tokens = float(mb.loss_mask.sum())
-    stats.add("loss", loss, 0.0)
+    stats.add_total("loss", loss)
     stats.add("entropy", float(out.entropy.sum()), tokens)
     if mb.ref_logps is not None:
         stats.add("kl", float(out.kl.sum()), tokens)
     stats.add("clip_fraction_low", float(out.clip_fraction_low) * tokens, tokens)
     stats.add("clip_fraction_high", float(out.clip_fraction_high) * tokens, tokens)
+
+
+def _mismatch_stats(stats: StepStats, logps: Tensor, mb: Microbatch) -> None:
+    """How far training and rollout disagree about the same tokens under the same weights."""
+    difference = (logps - mb.sampling_logps)[mb.loss_mask]
+    stats.add("sampling_logp_difference", float(difference.abs().sum()), difference.numel())
+    ratio = float(difference.max().exp()) if difference.numel() else 0.0
+    stats.largest["sampling_ratio_max"] = max(ratio, stats.largest.get("sampling_ratio_max", 0.0))
 
 
 def _rollout_stats(
@@ -339,9 +491,7 @@ def _finish(
 ) -> dict[str, float]:
     """Reduce over ranks, keep the books, and stop a run that can't go on."""
     world = dist.world_size()
-    sums = {  # count 0 marks a sum over this rank's microbatches: the mean over ranks is meant
-        name: (total, count or 1.0) for name, (total, count) in stats.sums.items()
-    }
+    sums = stats.sums | {name: (total, 1.0) for name, total in stats.totals.items()}
     sums["num_tokens"] = (float(rollouts.completion_mask.sum()) * world, 1.0)
     device = state.engine.device
     # NCCL reduces tensors of its own device only.
@@ -351,6 +501,12 @@ def _finish(
     state.skipped_steps += 0 if applied else 1
     step_time_s = time.perf_counter() - start
     step_tokens = metrics["completion_length"] * len(rollouts.texts) * world
+    for name, value in stats.largest.items():
+        metrics[name] = max(dist.all_gather_object(value))
+    for part in ("rollout", "train"):
+        seconds = max(metrics[f"time/{part}_s"], 1e-9)
+        metrics[f"{part}_tokens_per_s"] = step_tokens / seconds
+        metrics[f"time/{part}_share"] = seconds / step_time_s
     metrics |= {
         "learning_rate": learning_rate,
         "num_tokens": float(state.num_tokens),

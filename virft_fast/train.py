@@ -29,6 +29,7 @@ from virft_fast import checkpoint as checkpoints
 from virft_fast import dist, tasks
 from virft_fast.config import (
     TRAIN_GROUPS,
+    GRPOConfig,
     ModelConfig,
     RunConfig,
     UsageError,
@@ -70,7 +71,8 @@ from virft_fast.models.qwen_vl import (
 )
 from virft_fast.models.tiny import resolve_model_path
 from virft_fast.report import format_table, write_report, write_summary
-from virft_fast.rollout.hf import HFRollout
+from virft_fast.rollout.backends import make_rollout
+from virft_fast.rollout.native import cache_numbers
 
 logger = logging.getLogger("virft_fast")
 
@@ -377,17 +379,23 @@ def prepare_training(
     ds_config, settings = _deepspeed(config, settings)
     partitioning = prepare_deepspeed(ds_config, device) if ds_config else None
     dtype = training_dtype(config.model, bf16=train.bf16, deepspeed=ds_config is not None)
-    policy = build_policy(config.model, dtype, device, loss_impl=grpo.loss_impl)
+    policy = build_policy(config.model, grpo, dtype, device)
     reference = None
     if grpo.beta > 0 and not config.model.use_peft:
         frozen = replace(config.model, gradient_checkpointing=False)
-        reference = build_policy(frozen, dtype, device, loss_impl=grpo.loss_impl)
+        reference = build_policy(frozen, grpo, dtype, device)
     del partitioning
     engine: PlainEngine | DeepSpeedEngine
     if ds_config is None:
         engine = PlainEngine(policy, settings, device=device, bf16=train.bf16)
     else:
-        engine = DeepSpeedEngine(policy, settings, config=ds_config, device=device)
+        engine = DeepSpeedEngine(
+            policy,
+            settings,
+            config=ds_config,
+            device=device,
+            make_empty=lambda: build_policy(config.model, grpo, dtype, device, empty=True),
+        )
     call_reference = engine.forward if grpo.beta > 0 else None
     if reference is not None:
         call_reference = make_reference(reference, engine, ds_config)
@@ -397,13 +405,20 @@ def prepare_training(
         policy=policy,
         engine=engine,
         reference=call_reference,
-        rollout=HFRollout(policy, processor.tokenizer, device=device, gathered=engine.gathered),
-        pad_token_id=processor.tokenizer.pad_token_id,
+        rollout=make_rollout(
+            grpo.rollout_backend,
+            engine.whole_weights,
+            processor.tokenizer,
+            device=device,
+            max_cache_tokens=grpo.rollout_cache_tokens,
+        ),
+        tokenizer=processor.tokenizer,
         reward_funcs=data.reward_funcs,
         reward_weights=data.reward_weights,
         learning_rate=rate,
         prompts_per_microbatch=train.per_device_train_batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
+        max_tokens_per_microbatch=train.max_tokens_per_microbatch,
         seed=train.seed,
         max_bad_steps=train.max_bad_steps,
     )
@@ -436,13 +451,18 @@ def training_dtype(model: ModelConfig, *, bf16: bool, deepspeed: bool) -> torch.
 
 def build_policy(
     model: ModelConfig,
+    grpo: GRPOConfig,
     dtype: torch.dtype,
     device: torch.device,
     *,
-    loss_impl: str = "fused",
     empty: bool = False,
 ) -> Policy:
     """The model as the flags want it trained; `empty`: its shape alone, on the meta device."""
+    if grpo.prefix_attention == "flex" and device.type != "cuda":
+        raise UsageError(
+            "--prefix_attention flex: expected a CUDA device, because FlexAttention has no "
+            "backward pass on the CPU; use two_part"
+        )
     loaded = load_model(
         model.model_name_or_path,
         revision=model.model_revision,
@@ -464,7 +484,12 @@ def build_policy(
         )
     if model.gradient_checkpointing:
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(loaded.train(), loss_impl=loss_impl)
+    return Policy(
+        loaded.train(),
+        loss_impl=grpo.loss_impl,
+        prefix_sharing=grpo.prefix_sharing,
+        prefix_attention=grpo.prefix_attention,
+    )
 
 
 def learning_rates(config: RunConfig, total_steps: int) -> Callable[[int], float]:
@@ -768,7 +793,8 @@ def dry_run(config: RunConfig, data: Data, processor: Any) -> int:
           f"{prompts_per_step(config) * config.grpo.num_generations}")  # fmt: skip
     learning_rates(config, num_steps(config, len(data.train)))
     _deepspeed(config, OptimizerSettings(learning_rate=config.train.learning_rate))
-    _print_model(config, build_policy(config.model, torch.float32, torch.device("cpu"), empty=True))
+    policy = build_policy(config.model, config.grpo, torch.float32, dist.local_device(), empty=True)
+    _print_model(config, policy)
     print("\n# one prompt as the model reads it")
     sample, reasons = None, []
     for prompt in map(data.train.load, range(len(data.train))):
@@ -816,19 +842,21 @@ def memory_estimate(
     weights = copies * total * low / (world if stage == 3 else 1)
     gradients = trainable * low / (world if stage >= 2 else 1)
     optimizer = trainable * (8 + masters) / (world if stage >= 1 else 1)
-    gathered = total * low if stage == 3 else 0
-    text = policy.config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    width = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
-    length = (config.data.max_prompt_length or 1024) + config.grpo.max_completion_length
-    rows = prompts_per_step(config) // world * config.grpo.num_generations
-    cache = rows * length * width * (2 if config.train.bf16 else 4)
+    copied = total * low if stage == 3 else 0
+    prompt = config.data.max_prompt_length or 1024
+    prompts = prompts_per_step(config) // world
+    rows = prompts * config.grpo.num_generations
+    copies_of_prompt = rows if config.grpo.rollout_backend == "hf" else prompts
+    tokens = copies_of_prompt * prompt + rows * config.grpo.max_completion_length
+    tokens = min(tokens, config.grpo.rollout_cache_tokens or tokens)
+    cache = tokens * cache_numbers(policy.config.get_text_config())
+    cache *= 2 if config.train.bf16 else 4
     parts = {
         "weights" + (" (with the reference)" if copies == 2 else ""): weights,
         "gradients": gradients,
         "optimizer state": optimizer,
-        "weights gathered for a rollout": gathered,
-        f"KV cache of a rollout, {rows} rows of {length} tokens": cache,
+        "copy of the whole weights for rollouts": copied,
+        f"keys and values of a rollout, {tokens:,} tokens": cache,
     }
     lines = [f"\n# memory of one process, by formula (ZeRO stage {stage}, {world} processes)"]
     lines += [f"{size / 2**20:>12,.1f} MiB  {name}" for name, size in parts.items() if size]

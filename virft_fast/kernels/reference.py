@@ -25,13 +25,14 @@ def grpo_loss_reference(
     hidden: Tensor,
     weight: Tensor,
     completion_ids: Tensor,
-    completion_mask: Tensor,
+    completion_mask: Tensor | None = None,
     *,
     temperature: float = 1.0,
+    cu_seqlens: Tensor | None = None,
     **options: Any,
 ) -> GRPOLoss:
-    """`linear_grpo_loss` of the padded layout, by the same mathematics on autograd's log-probs."""
-    layout = make_layout(completion_ids, completion_mask, None)
+    """`linear_grpo_loss` by the same mathematics on autograd's log-probs."""
+    layout = make_layout(completion_ids, completion_mask, cu_seqlens)
     defaults = {
         "rewards": None, "advantages": None, "num_generations": None, "old_logps": None,
         "ref_logps": None, "beta": 0.0, "epsilon_low": 0.2, "epsilon_high": None, "delta": None,

@@ -2,10 +2,11 @@
 
 `load_model` gives a plain transformers model; `Policy` wraps it so that one module call yields the
 hidden states of the completion tokens and what the kernels make of them. The vision tower runs once
-per prompt image and its output is repeated for the G completions.
+per prompt image; the language model reads each prompt once too, packed with its completions
+(`shared_prefix`), or, where its attention can't be reached, once a completion.
 
-Shapes: B prompts, G completions each, N = B*G rows, P prompt tokens (padded left), T completion
-tokens (padded right), L = P + T, D hidden, V vocabulary.
+Shapes: B prompts, N completions of any lengths, S completion tokens in all, R rows of L tokens that
+the model reads (packed: R = 1), D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,19 +23,24 @@ from typing import Any
 import jinja2
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from virft_fast.batch import Prompt, Sample
 from virft_fast.kernels import GRPOLoss, linear_grpo_loss, linear_logps
+from virft_fast.kernels.linear import linear_logits
 from virft_fast.kernels.reference import grpo_loss_reference, logps_reference
+from virft_fast.models import shared_prefix
+from virft_fast.models.shared_prefix import Group, PackedAttention, no_mask
 from virft_fast.models.tiny import resolve_model_path
 
 logger = logging.getLogger(__name__)
 
-# What differs between the families. Qwen3-VL feeds vision features into several layers and is not
-# here yet.
+# What differs between the families: liger-kernel's patch, and whether the vision tower also has
+# features for the first language layers (DeepStack).
 FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen2_vl": {"liger": "apply_liger_kernel_to_qwen2_vl"},
-    "qwen2_5_vl": {"liger": "apply_liger_kernel_to_qwen2_5_vl"},
+    "qwen2_vl": {"liger": "apply_liger_kernel_to_qwen2_vl", "deepstack": False},
+    "qwen2_5_vl": {"liger": "apply_liger_kernel_to_qwen2_5_vl", "deepstack": False},
+    "qwen3_vl": {"liger": "apply_liger_kernel_to_qwen3_vl", "deepstack": True},
 }
 
 
@@ -43,28 +49,30 @@ class ModelInputs:
     """B prompts and their N completions as the model reads them, on the model's device.
 
     Attributes:
-        input_ids: (N, L) int64.
-        attention_mask: (N, L) int64, 0 at padding.
-        position_ids: (3, N, L) int64, multimodal rotary positions.
-        image_mask: (N, L) bool, true at image tokens; never true in a completion.
+        input_ids: (R, L) int64.
+        attention_mask: (R, L) int64, 0 at padding; None for a packed row.
+        position_ids: (3, R, L) int64, multimodal rotary positions.
+        image_mask: (R, L) bool, true at image tokens; never true in a completion.
         pixel_values, image_grid_thw: the images of the B prompts, each once; None without images.
-        tokens_per_prompt: image tokens of each prompt, B ints.
-        num_generations: G.
-        prompt_length: P.
-        completion_ids, completion_mask: (N, T).
+        image_copies: for each prompt the number of its image tokens, and of the times it is read.
+        predictors: (S,) int64, positions in the R * L tokens whose hidden states predict the
+            completion tokens.
+        completion_ids: (S,) int64, one completion after another.
+        cu_seqlens: (N + 1,) int32, where each begins.
+        groups: what lies where in a packed row; None for rows of their own.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     position_ids: Tensor
     image_mask: Tensor
     pixel_values: Tensor | None
     image_grid_thw: Tensor | None
-    tokens_per_prompt: tuple[int, ...]
-    num_generations: int
-    prompt_length: int
+    image_copies: tuple[tuple[int, int], ...]
+    predictors: Tensor
     completion_ids: Tensor
-    completion_mask: Tensor
+    cu_seqlens: Tensor
+    groups: tuple[Group, ...] | None = None
 
 
 def load_model(
@@ -290,19 +298,63 @@ def banned_token_ids(tokenizer: Any, vocab_size: int) -> list[int]:
     return sorted(i for i in special | set(unused) if i < vocab_size)
 
 
+class _PatchProjection(nn.Conv3d):
+    """A patch embedding as the one matrix product that it is, each patch being as large as the
+    kernel. Convolutions, their backward above all, take several times as long for it."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(patches, channels, frames, rows, columns) -> (patches, D, 1, 1, 1)."""
+        out = F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+        return out[:, :, None, None, None]
+
+
+def _project_patches(visual: nn.Module) -> None:
+    # By class, not by another module: parameters, hooks and names of a checkpoint stay.
+    proj = getattr(getattr(visual, "patch_embed", None), "proj", None)
+    if type(proj) is nn.Conv3d and proj.kernel_size == proj.stride:
+        proj.__class__ = _PatchProjection
+
+
 class Policy(nn.Module):
     """A Qwen-VL model with the calls that training makes, each of them one module call.
 
     DeepSpeed wraps this module. The head owns the (maybe tied) lm_head weight, so that ZeRO-3
     gathers it for the fused loss as it does for any layer.
+
+    Args:
+        prefix_sharing: "auto", "on" or "off": whether the language model reads a prompt once for
+            all its completions. "auto" does where the model's attention can be reached.
+        prefix_attention: "two_part", "flex" or "dense", see `shared_prefix`.
+    Raises:
+        ValueError: "on", and the attention can't be reached.
     """
 
-    def __init__(self, model: nn.Module, *, loss_impl: str = "fused") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss_impl: str = "fused",
+        prefix_sharing: str = "auto",
+        prefix_attention: str = "two_part",
+    ) -> None:
         super().__init__()
         self.model = model
         self.head = Head(base(model).lm_head, loss_impl)
         visual = core(model).visual
+        _project_patches(visual)
         self.vision_frozen = not any(p.requires_grad for p in visual.parameters())
+        # The attention is always routed, because the rollout shares prompts too.
+        reason = shared_prefix.install(core(model).language_model)
+        self.attention_reached = reason is None
+        if reason is not None and prefix_sharing == "on":
+            raise ValueError(
+                f"--prefix_sharing on: expected a model whose attention can be reached, but "
+                f"{reason}; pass --prefix_sharing off"
+            )
+        if reason is not None and prefix_sharing == "auto":
+            logger.warning("each completion computes its prompt again, because %s", reason)
+        self.shares_prefix = prefix_sharing != "off" and reason is None
+        self.prefix_attention = prefix_attention
 
     @property
     def config(self) -> Any:
@@ -315,53 +367,85 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         image_features: Tensor | None = None,
         loss: dict[str, Any] | None = None,
-        only_images: bool = False,
-    ) -> tuple[Tensor, ...] | Tensor:
-        """Log-probs and entropy (N, T) of the completions; with `loss` (`loss_mask` (N, T) and
-        keyword arguments of `linear_grpo_loss`) the fields of a GRPOLoss instead, as a tuple; with
-        `only_images` the images' features.
+    ) -> tuple[Tensor, ...]:
+        """Log-probs and entropy (S,) of the completion tokens; with `loss` (`loss_mask` (S,) and
+        keyword arguments of `linear_grpo_loss`) the fields of a GRPOLoss instead, as a tuple.
+
+        Args:
+            image_features: what `image_features` gave for these images, to save the tower's pass.
         """
         if image_features is None:
-            image_features = self._image_features(inputs)
-        if only_images:
-            return image_features
+            image_features = self.image_features(inputs)
         hidden = self._completion_hidden(inputs, image_features)
         return self.head(hidden, inputs, temperature, loss)
 
     def _completion_hidden(self, inputs: ModelInputs, image_features: Tensor) -> Tensor:
-        embeds = self.embed(inputs, image_features)
+        if inputs.groups is None:
+            states = self.language(inputs, image_features, inputs.attention_mask)
+        else:
+            attention = PackedAttention(
+                inputs.groups, inputs.input_ids.device, self.prefix_attention
+            )
+            states = self.language(inputs, image_features, attention_core=attention)
+            attention.check(self.config.text_config.num_hidden_layers)
+        return states.flatten(0, 1).index_select(0, inputs.predictors)  # (S, D)
+
+    def language(
+        self,
+        inputs: ModelInputs,
+        image_features: Tensor,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """(R, L, D) last hidden states; the options go to the transformers model."""
+        embeds, deepstack = self.embed(inputs, image_features)
+        if deepstack is not None:
+            options |= {"visual_pos_masks": inputs.image_mask, "deepstack_visual_embeds": deepstack}
+        if attention_mask is None:
+            attention_mask = no_mask(embeds.device)
         outputs = core(self.model).language_model(
             input_ids=None,
             inputs_embeds=embeds,
-            attention_mask=inputs.attention_mask,
+            attention_mask=attention_mask,
             position_ids=inputs.position_ids,
             use_cache=False,
+            **options,
         )
-        # The state at the last prompt token predicts the first completion token.
-        return outputs.last_hidden_state[:, inputs.prompt_length - 1 : -1]  # (N, T, D)
+        return outputs.last_hidden_state
 
-    def embed(self, inputs: ModelInputs, image_features: Tensor) -> Tensor:
-        """(N, L, D) token embeddings with the images' features in their places."""
+    def embed(
+        self, inputs: ModelInputs, image_features: Tensor
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """(R, L, D) token embeddings with the images' features in their places, and, for a family
+        with DeepStack, what to add after the first layers: (image tokens, D) each."""
         embeds = core(self.model).get_input_embeddings()(inputs.input_ids)
         image_features = image_features.to(embeds.dtype)
         if inputs.pixel_values is None:
             # The tower ran on a blank image so that all ranks make the same module calls; with a
             # weight of zero its parameters get zero gradients instead of none.
-            return embeds + 0.0 * image_features.sum()
-        per_prompt = image_features.split(list(inputs.tokens_per_prompt))
-        repeated = torch.cat([part for part in per_prompt for _ in range(inputs.num_generations)])
-        return embeds.masked_scatter(inputs.image_mask[..., None], repeated)
+            return embeds + 0.0 * image_features.sum(), None
+        per_prompt = image_features.split([tokens for tokens, _ in inputs.image_copies])
+        copies = (copies for _, copies in inputs.image_copies)
+        repeated = torch.cat(
+            [part for part, n in zip(per_prompt, copies, strict=True) for _ in range(n)]
+        )
+        features, *deepstack = repeated.split(embeds.shape[-1], -1)
+        embeds = embeds.masked_scatter(inputs.image_mask[..., None], features)
+        return embeds, [part.contiguous() for part in deepstack] or None
 
-    def _image_features(self, inputs: ModelInputs) -> Tensor:
-        """(image tokens of the B prompts, D); of one blank image when there is none."""
+    def image_features(self, inputs: ModelInputs) -> Tensor:
+        """(image tokens of the B prompts, D), for a family with DeepStack with its features
+        beside them; of one blank image when there is none."""
         pixel_values, grid = inputs.pixel_values, inputs.image_grid_thw
         if pixel_values is None:
             pixel_values, grid = self._blank_image(inputs.input_ids.device)
         context = torch.no_grad() if self.vision_frozen else contextlib.nullcontext()
         with context:
-            features = core(self.model).get_image_features(pixel_values, grid)
-        features = getattr(features, "pooler_output", features)
-        return features if isinstance(features, Tensor) else torch.cat(list(features))
+            output = core(self.model).get_image_features(pixel_values, grid, return_dict=True)
+        parts = [output.pooler_output]
+        if FAMILIES[self.config.model_type]["deepstack"]:
+            parts += output.deepstack_features
+        return torch.cat([p if isinstance(p, Tensor) else torch.cat(list(p)) for p in parts], -1)
 
     def _blank_image(self, device: torch.device) -> tuple[Tensor, Tensor]:
         vision = self.config.vision_config
@@ -374,60 +458,146 @@ class Policy(nn.Module):
     def collate(
         self,
         prompts: Sequence[Prompt],
-        completion_ids: Tensor,
-        completion_mask: Tensor,
+        completions: Sequence[Sequence[Tensor]],
         *,
-        num_generations: int,
         pad_token_id: int,
         device: torch.device,
+        packed: bool | None = None,
     ) -> ModelInputs:
-        """Pad and stack B prompts with their N completions, (N, T) ids and mask on any device."""
-        longest = max(len(prompt.input_ids) for prompt in prompts)
-        rows = [self._pad_prompt(prompt, longest, pad_token_id) for prompt in prompts]
-        ids, attention, positions, image_mask = (
-            torch.stack(part) for part in zip(*rows, strict=True)
-        )
-        ids, attention, positions, image_mask = (
-            part.repeat_interleave(num_generations, 0).to(device)
-            for part in (ids, attention, positions, image_mask)
-        )  # (N, P), (N, P), (N, 3, P), (N, P)
-        completion_ids, completion_mask = completion_ids.to(device), completion_mask.to(device)
-        steps = torch.arange(1, completion_ids.shape[1] + 1, device=device)
-        # Text after the images goes on from the largest position on all three axes.
-        following = positions.amax((1, 2))[:, None, None] + steps.expand(1, 3, -1)
-        with_images = [p for p in prompts if p.pixel_values is not None]
-        pixels = torch.cat([p.pixel_values for p in with_images]) if with_images else None
-        grid = torch.cat([p.image_grid_thw for p in with_images]) if with_images else None
+        """B prompts with their completions, ready for `forward`.
+
+        Args:
+            completions: for each prompt its completions, (length,) int64 each, on the CPU; any
+                number of them, of any lengths.
+            packed: into one row, each prompt once; None: where the policy shares prompts.
+        """
+        packed = self.shares_prefix if packed is None else packed
+        positions = [self.prompt_positions(prompt) for prompt in prompts]
+        arrange = _pack if packed else _pad
+        rows = arrange(prompts, positions, completions, pad_token_id)
+        flat = [ids for group in completions for ids in group]
+        offsets = torch.tensor([0, *(len(ids) for ids in flat)]).cumsum(0)
+        copies = [1 if packed else len(group) for group in completions]
+        tokens = [int(prompt.mm_token_type_ids.sum()) for prompt in prompts]
+        pixels, grid = _images(prompts)
+        move = lambda part: None if part is None else part.to(device, non_blocking=True)  # noqa: E731
         return ModelInputs(
-            input_ids=torch.cat([ids, completion_ids], 1),
-            attention_mask=torch.cat([attention, completion_mask.long()], 1),
-            position_ids=torch.cat([positions, following], 2).transpose(0, 1).contiguous(),
-            image_mask=torch.cat([image_mask, torch.zeros_like(completion_mask)], 1),
-            pixel_values=None if pixels is None else pixels.to(device),
-            image_grid_thw=None if grid is None else grid.to(device),
-            tokens_per_prompt=tuple(int(p.mm_token_type_ids.sum()) for p in prompts),
-            num_generations=num_generations,
-            prompt_length=longest,
-            completion_ids=completion_ids,
-            completion_mask=completion_mask,
+            input_ids=move(rows.input_ids),
+            attention_mask=move(rows.attention_mask),
+            position_ids=move(rows.position_ids),
+            image_mask=move(rows.image_mask),
+            pixel_values=move(pixels),
+            image_grid_thw=move(grid),
+            image_copies=tuple(zip(tokens, copies, strict=True)),
+            predictors=move(rows.predictors),
+            completion_ids=move(torch.cat([*flat, torch.zeros(0, dtype=torch.long)])),
+            cu_seqlens=move(offsets.int()),
+            groups=rows.groups,
         )
 
-    def _pad_prompt(
-        self, prompt: Prompt, length: int, pad_token_id: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        missing = length - len(prompt.input_ids)
+    def prompt_positions(self, prompt: Prompt) -> Tensor:
+        """(3, P) rotary positions; a completion goes on from their largest plus 1 on all axes."""
         positions, _ = core(self.model).get_rope_index(
             prompt.input_ids[None],
             mm_token_type_ids=prompt.mm_token_type_ids[None],
             image_grid_thw=prompt.image_grid_thw,
         )
-        pad = (missing, 0)
-        return (
-            nn.functional.pad(prompt.input_ids, pad, value=pad_token_id),
-            nn.functional.pad(torch.ones_like(prompt.input_ids), pad),
-            nn.functional.pad(positions[:, 0], pad),
-            nn.functional.pad(prompt.mm_token_type_ids.bool(), pad),
-        )
+        return positions[:, 0]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The fields of ModelInputs that depend on the layout, on the CPU."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor
+    image_mask: Tensor
+    predictors: Tensor
+    groups: tuple[Group, ...] | None
+
+
+def _images(prompts: Sequence[Prompt]) -> tuple[Tensor | None, Tensor | None]:
+    with_images = [p for p in prompts if p.pixel_values is not None]
+    if not with_images:
+        return None, None
+    pixels = torch.cat([p.pixel_values for p in with_images])
+    return pixels, torch.cat([p.image_grid_thw for p in with_images])
+
+
+def _following(positions: Tensor, length: int) -> Tensor:
+    """(3, length) positions of a completion behind a prompt."""
+    return (int(positions.max()) + 1 + torch.arange(length)).expand(3, -1)
+
+
+def _pack(
+    prompts: Sequence[Prompt],
+    positions: Sequence[Tensor],
+    completions: Sequence[Sequence[Tensor]],
+    pad_token_id: int,
+) -> _Rows:
+    """One row. A completion's last token predicts nothing, so it is left out."""
+    ids, position_ids, images, predictors, groups = [], [], [], [], []
+    start = 0
+    for prompt, place, group in zip(prompts, positions, completions, strict=True):
+        inputs = [ids_[:-1] for ids_ in group]
+        lengths = tuple(len(part) for part in inputs)
+        groups.append(Group(start, len(prompt.input_ids), lengths))
+        ids += [prompt.input_ids, *inputs]
+        position_ids += [place, *(_following(place, n) for n in lengths)]
+        images += [prompt.mm_token_type_ids.bool(), torch.zeros(sum(lengths), dtype=torch.bool)]
+        position = groups[-1].first
+        for length, whole in zip(lengths, group, strict=True):
+            if len(whole):  # the prompt's last token predicts the first token of each
+                own = torch.arange(position, position + length)
+                predictors.append(torch.cat([torch.tensor([groups[-1].first - 1]), own]))
+            position += length
+        start = groups[-1].end
+    return _Rows(
+        input_ids=torch.cat(ids)[None],
+        attention_mask=None,
+        position_ids=torch.cat(position_ids, 1)[:, None],
+        image_mask=torch.cat(images)[None],
+        predictors=torch.cat([*predictors, torch.zeros(0, dtype=torch.long)]),
+        groups=tuple(groups),
+    )
+
+
+def _pad(
+    prompts: Sequence[Prompt],
+    positions: Sequence[Tensor],
+    completions: Sequence[Sequence[Tensor]],
+    pad_token_id: int,
+) -> _Rows:
+    """A row for each completion: prompts padded on the left, completions on the right."""
+    before = max(len(prompt.input_ids) for prompt in prompts)
+    after = max((len(ids) for group in completions for ids in group), default=0)
+    rows, predictors = [], []
+    for prompt, place, group in zip(prompts, positions, completions, strict=True):
+        for ids in group:
+            pad = (before - len(prompt.input_ids), after - len(ids))
+            first = len(rows) * (before + after) + before - 1
+            predictors.append(torch.arange(first, first + len(ids)))
+            is_image = F.pad(prompt.mm_token_type_ids.bool(), (0, len(ids)))
+            whole = torch.cat([prompt.input_ids, ids])
+            place_ = torch.cat([place, _following(place, len(ids))], 1)
+            rows.append(
+                (
+                    F.pad(whole, pad, value=pad_token_id),
+                    F.pad(torch.ones_like(whole), pad),
+                    F.pad(place_, pad),
+                    F.pad(is_image, pad),
+                )
+            )
+    ids, attention, places, images = (torch.stack(part) for part in zip(*rows, strict=True))
+    return _Rows(
+        input_ids=ids,
+        attention_mask=attention,
+        position_ids=places.transpose(0, 1).contiguous(),
+        image_mask=images,
+        predictors=torch.cat(predictors),
+        groups=None,
+    )
 
 
 class Head(nn.Module):
@@ -453,11 +623,17 @@ class Head(nn.Module):
             self.weight,
             inputs.completion_ids,
             loss_mask,
+            cu_seqlens=inputs.cu_seqlens,
             temperature=temperature,
             **arguments,
         )
         # ZeRO-3's hooks find tensors in tuples, but not in a dataclass.
         return tuple(getattr(out, field.name) for field in fields(GRPOLoss))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, D) -> (n, V), float32: of a few tokens, for sampling."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return linear_logits(hidden.to(self.weight.dtype), self.weight)
 
 
 def save_model(

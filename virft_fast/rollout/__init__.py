@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 from virft_fast.batch import Prompt, Rollouts
+from virft_fast.models.qwen_vl import Policy
+
+# A context with whole weights in it, free to be used outside the engine's `forward`.
+Weights = Callable[[], AbstractContextManager[Policy]]
 
 
 @dataclass(frozen=True)
@@ -15,8 +20,11 @@ class Sampling:
 
     Attributes:
         max_completion_length: longest completion in tokens.
-        temperature, top_p, top_k: as usual; top_k 0 and top_p 1 are off.
+        temperature, top_p, top_k, min_p: as usual; top_k 0, top_p 1 and min_p 0 are off.
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens that
+            prompt or completion hold already; 1 is off.
         greedy: take the likeliest token instead of drawing one.
+        stop_token_ids: end a completion, beside the tokenizer's EOS.
         seed: with a row's number in the global batch it fixes every draw, whatever the batch is
             split into and wherever a run was resumed.
     """
@@ -25,7 +33,10 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     greedy: bool = False
+    stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
 
 
@@ -44,5 +55,7 @@ class Rollout(Protocol):
 
         Args:
             first_row: number of this rank's first row in the global batch.
+        Raises:
+            ValueError: a prompt and its completions don't fit; nothing was generated.
         """
         ...

@@ -1,0 +1,116 @@
+"""Sampling G = 8 completions a prompt: transformers' generate against the rollout engine.
+
+    pytest benchmarks/test_bench_rollout.py               a small model, minutes on a CPU
+    pytest benchmarks/test_bench_rollout.py --size 2b     Qwen2-VL's shapes, on a GPU; also 7b
+
+Same model, same prompts, fixed completion length. Greedy tokens are compared first. transformers'
+continuous batching is no contender: it takes no images.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from measure import DEVICE, peak_memory, synchronised
+from vlm import LENGTHS, SHAPES, make_model, make_processor, make_prompts
+
+from virft_fast.models.qwen_vl import Policy, banned_token_ids, core
+from virft_fast.rollout import Sampling
+from virft_fast.rollout.native import NativeRollout
+
+G = 8
+ROUNDS = 5
+# (prompts, (prompt tokens, completion tokens)): a rank's share of a step, and one group alone.
+CASES = {
+    "cpu": [*((4, lengths) for lengths in LENGTHS), (1, LENGTHS[0])],
+    "2b": [(8, lengths) for lengths in LENGTHS],
+    "7b": [(8, lengths) for lengths in LENGTHS],
+}
+
+
+class FixedLength(NativeRollout):
+    """EOS is never drawn."""
+
+    def banned(self, policy):
+        return [*super().banned(policy), self.tokenizer.eos_token_id]
+
+
+def pytest_generate_tests(metafunc):
+    size = metafunc.config.getoption("--size")
+    metafunc.parametrize("count, lengths", CASES[size], ids=str)
+
+
+def test_rollout(race, request, count, lengths):
+    prompt_length, completion_length = lengths
+    size = request.config.getoption("--size")
+    prompts = make_prompts(make_processor(), count, prompt_length)
+    tokenizer = make_processor().tokenizer
+    model = make_model(size).eval()
+    plain = make_model(size).eval()  # the same weights, as transformers makes it
+    policy = Policy(model)
+    banned = [*banned_token_ids(tokenizer, SHAPES[size]["vocab_size"]), tokenizer.eos_token_id]
+    rollout = FixedLength(lambda: nullcontext(policy), tokenizer, device=torch.device(DEVICE))
+    batch = {
+        "input_ids": torch.stack([p.input_ids for p in prompts]).repeat_interleave(G, 0),
+        "mm_token_type_ids": torch.stack([p.mm_token_type_ids for p in prompts]).repeat_interleave(
+            G, 0
+        ),
+        "pixel_values": torch.cat([p.pixel_values for p in prompts for _ in range(G)]),
+        "image_grid_thw": torch.cat([p.image_grid_thw for p in prompts for _ in range(G)]),
+    }
+    batch = {name: part.to(DEVICE) for name, part in batch.items()}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+
+    def generate(**options):
+        core(plain).rope_deltas = None
+        with torch.no_grad():
+            out = plain.generate(
+                **batch,
+                max_new_tokens=completion_length,
+                suppress_tokens=banned,
+                disable_compile=DEVICE == "cpu",
+                **options,
+            )
+        return out[:, prompt_length:]
+
+    def ours(**options):
+        return rollout.generate(prompts, G, Sampling(completion_length, **options))
+
+    expected, got = generate(do_sample=False), ours(greedy=True).completion_ids
+    assert got.shape == expected.shape
+    same = float((got == expected).float().mean())
+    # In bfloat16 a tie may fall either way, and the rest of that row with it.
+    assert same == 1.0 if DEVICE == "cpu" else same > 0.5, same
+    sampled = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+    runs = {
+        "transformers generate": lambda: generate(**sampled),
+        "transformers generate, static cache": lambda: generate(
+            **sampled, cache_implementation="static"
+        ),
+        "ours": ours,
+    }
+    runs = {name: synchronised(run) for name, run in runs.items()}
+    tokens = len(prompts) * G * completion_length
+    notes = {name: {"peak_mib": peak_memory(run) / 2**20} for name, run in runs.items()}
+    if DEVICE == "cuda":
+        runs["a step's weights, copied"] = weight_traffic(model, completion_length)
+    case = f"{size}: {len(prompts)} x {G} completions, P={prompt_length}, C={completion_length}"
+    ms = race(case, runs, ours="ours", notes=notes, rounds=ROUNDS)
+    for name, note in notes.items():
+        if ms:
+            note["tokens_per_s"] = tokens / ms[name] * 1e3
+
+
+def weight_traffic(model, steps):
+    """What reading all language weights once a token costs at least: the floor of decoding."""
+    parts = [p for p in core(model).language_model.parameters() if p.ndim > 1]
+    flat = torch.empty(sum(p.numel() for p in parts) // 2, dtype=model.dtype, device=DEVICE)
+    other = torch.empty_like(flat)
+
+    def copy():  # half the bytes read and half of them written
+        for _ in range(steps):
+            other.copy_(flat)
+
+    return synchronised(copy)

@@ -1,0 +1,177 @@
+"""One whole GRPO step, rollout to optimizer: TRL 1.16's GRPOTrainer against ours.
+
+    pytest benchmarks/test_bench_step.py               a small model, minutes on a CPU
+    pytest benchmarks/test_bench_step.py --size 2b     Qwen2-VL's shapes, on a GPU; also 7b
+
+Same model, same prompt and image, G = 8, fixed completion length, beta 0, AdamW, everything a step
+does included: image processing, sampling, rewards, loss, gradients, clipping, update. Loss and
+gradient on TRL's own completions are compared first.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from measure import DEVICE, peak_memory, synchronised
+from test_bench_rollout import FixedLength
+from vlm import LENGTHS, make_model, make_processor, make_sample
+
+from virft_fast.config import GRPOConfig
+from virft_fast.engine import OptimizerSettings, PlainEngine
+from virft_fast.grpo import TrainState, train_step
+from virft_fast.models.qwen_vl import Policy, encode_prompt
+
+trl = pytest.importorskip("trl")
+
+G = 8
+ROUNDS = 5
+RATE = 1e-6
+
+
+def reward(completions, **columns):
+    """Spread on any output, so that no group drops out."""
+    return [sum(map(ord, c[0]["content"])) % 17 / 17 for c in completions]
+
+
+def our_state(model, processor, completion_length, sharing):
+    policy = Policy(model, prefix_sharing=sharing)
+    device = torch.device(DEVICE)
+    engine = PlainEngine(policy, OptimizerSettings(RATE), device=device)
+    return TrainState(
+        config=GRPOConfig(
+            num_generations=G, max_completion_length=completion_length, beta=0.0, loss_type="dapo"
+        ),
+        policy=policy,
+        engine=engine,
+        reference=None,
+        rollout=FixedLength(engine.whole_weights, processor.tokenizer, device=device),
+        tokenizer=processor.tokenizer,
+        reward_funcs=[("reward", reward)],
+        reward_weights=[1.0],
+        learning_rate=lambda step: RATE,
+    )
+
+
+def trl_trainer(model, processor, sample, completion_length, folder):
+    from datasets import Dataset
+
+    example = {
+        "prompt": [{"role": "user", "content": sample.columns["problem"]}],
+        "images": list(sample.images),
+    }
+    config = trl.GRPOConfig(
+        output_dir=str(folder), use_cpu=DEVICE == "cpu", per_device_train_batch_size=G,
+        num_generations=G, max_completion_length=completion_length, learning_rate=RATE,
+        report_to="none", bf16=DEVICE == "cuda", beta=0.0, loss_type="dapo",
+        gradient_checkpointing=False, temperature=1.0, max_steps=1000,
+        generation_kwargs={"min_new_tokens": completion_length},
+    )  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model=model, processing_class=processor, args=config, reward_funcs=[reward],
+        train_dataset=Dataset.from_list([{"prompt": example["prompt"]}] * 2),
+    )  # fmt: skip
+    trainer.create_optimizer()
+    trainer.model_wrapped = trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer, [example] * G
+
+
+class TRLStep:
+    """What Trainer's loop does for a step, without its dataloader and logging."""
+
+    def __init__(self, trainer, examples):
+        self.trainer, self.examples = trainer, examples
+
+    def __call__(self):
+        trainer = self.trainer
+        trainer._buffered_inputs = None
+        trainer.training_step(trainer.model, [dict(e) for e in self.examples], None)
+        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+        trainer.optimizer.step()
+        trainer.model.zero_grad(set_to_none=True)
+
+
+class OurStep:
+    def __init__(self, state, processor, sample):
+        self.state, self.processor, self.sample = state, processor, sample
+        self.metrics = []
+
+    def __call__(self):
+        metrics, _ = train_step(self.state, [encode_prompt(self.processor, self.sample)])
+        self.metrics.append(metrics)
+
+    def training(self):
+        """Forward, backward and update alone, on completions drawn before."""
+        return sorted(m["time/train_s"] for m in self.metrics)[len(self.metrics) // 2] * 1e3
+
+
+def check(trainer, examples, states, processor, sample):
+    """On TRL's completions and advantages: TRL's loss and gradient, ours shared and unshared."""
+    trainer._buffered_inputs = None
+    inputs = trainer._prepare_inputs([dict(e) for e in examples])
+    trainer._buffered_inputs = None
+    trainer.model.zero_grad(set_to_none=True)
+    loss = trainer.compute_loss(trainer.model, inputs)
+    loss.backward()
+    expected = flat_gradient(trainer.model)
+    trainer.model.zero_grad(set_to_none=True)
+    prompt = encode_prompt(processor, sample)
+    ids, mask = inputs["completion_ids"].cpu(), inputs["completion_mask"].bool().cpu()
+    assert mask.all()
+    for state in states:
+        collated = state.policy.collate(
+            [prompt], [list(ids)], pad_token_id=0, device=state.engine.device
+        )
+        # TRL's own count of what it divides by.
+        out = state.policy(
+            collated,
+            loss={
+                "loss_mask": mask.flatten().to(DEVICE), "advantages": inputs["advantages"],
+                "loss_type": "dapo", "num_items": float(inputs["num_items_in_batch"]),
+            },
+        )  # fmt: skip
+        out[0].backward()
+        gradient = flat_gradient(state.policy.model)
+        state.policy.zero_grad(set_to_none=True)
+        limit = 1e-5 if DEVICE == "cpu" else 5e-2
+        assert abs(float(out[0].detach()) - float(loss)) < limit
+        assert float((gradient - expected).norm() / expected.norm()) < limit
+
+
+def flat_gradient(model):
+    return torch.cat([p.grad.flatten().float() for _, p in sorted(model.named_parameters())])
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_step(race, request, tmp_path, lengths):
+    prompt_length, completion_length = lengths
+    size = request.config.getoption("--size")
+    processor = make_processor()
+    sample = make_sample(processor, 0, prompt_length)
+    trainer, examples = trl_trainer(
+        make_model(size), processor, sample, completion_length, tmp_path
+    )
+    shared, unshared = (
+        our_state(make_model(size), processor, completion_length, how) for how in ("on", "off")
+    )
+    check(trainer, examples, (shared, unshared), processor, sample)
+    steps = {
+        "TRL 1.16": TRLStep(trainer, examples),
+        "ours without sharing": OurStep(unshared, processor, sample),
+        "ours": OurStep(shared, processor, sample),
+    }
+    notes = {name: {"peak_mib": peak_memory(step) / 2**20} for name, step in steps.items()}
+    for step in steps.values():
+        if isinstance(step, OurStep):
+            step.metrics.clear()
+    runs = {name: synchronised(step) for name, step in steps.items()}
+    case = f"{size}: a step, G={G}, P={prompt_length}, C={completion_length}"
+    ms = race(case, runs, ours="ours", notes=notes, rounds=ROUNDS)
+    tokens = G * completion_length
+    for name, step in steps.items():
+        if not ms:
+            break
+        notes[name]["tokens_per_s"] = tokens / ms[name] * 1e3
+        if isinstance(step, OurStep):
+            notes[name]["train_ms"] = step.training()
+            notes[name]["rollout_share"] = step.metrics[-1]["time/rollout_share"]

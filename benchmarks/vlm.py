@@ -1,0 +1,112 @@
+"""Random Qwen2-VL models and prompts of a given length, for the suites that run a whole model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from measure import DEVICE
+from PIL import Image
+
+from virft_fast.batch import Prompt, Sample
+from virft_fast.models.processing import load_processor
+from virft_fast.models.qwen_vl import encode_prompt
+
+# (prompt tokens, completion tokens)
+LENGTHS = [(500, 64), (650, 200), (130, 256)]
+# The vision tower's and the language model's sizes. "cpu" ends in minutes, the others are the
+# released models' (V and tying from memory of their configurations).
+SHAPES: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 640,
+        "tie_word_embeddings": True, "mrope_section": [8, 12, 12],
+        "vision": {"depth": 2, "embed_dim": 128, "num_heads": 4, "mlp_ratio": 2},
+    },
+    "2b": {
+        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+        "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151_936,
+        "tie_word_embeddings": True, "mrope_section": [16, 24, 24],
+        "vision": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4},
+    },
+    "7b": {
+        "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152_064,
+        "tie_word_embeddings": False, "mrope_section": [16, 24, 24],
+        "vision": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4},
+    },
+}  # fmt: skip
+
+
+def make_model(size: str) -> torch.nn.Module:
+    """A Qwen2-VL with random weights: float32 on a CPU, bfloat16 on a GPU."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    shape = dict(SHAPES[size])
+    token_id = load_processor("tiny").tokenizer.convert_tokens_to_ids
+    vision, section = shape.pop("vision"), shape.pop("mrope_section")
+    tied = shape["tie_word_embeddings"]
+    config = Qwen2VLConfig(
+        text_config={
+            **shape,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e6, "mrope_section": section,
+            },
+            "bos_token_id": token_id("<|endoftext|>"),
+            "eos_token_id": token_id("<|im_end|>"),
+            "pad_token_id": token_id("<|endoftext|>"),
+        },
+        vision_config={
+            **vision, "hidden_size": shape["hidden_size"], "patch_size": 14,
+            "spatial_merge_size": 2, "temporal_patch_size": 2,
+        },
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(DEVICE):
+            model = Qwen2VLForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.08 if size == "cpu" else 0.02)
+    model.generation_config.eos_token_id = config.text_config.eos_token_id
+    model.generation_config.pad_token_id = config.text_config.pad_token_id
+    return model.train()
+
+
+def make_processor() -> Any:
+    return load_processor("tiny", max_pixels=28 * 28 * 2000)
+
+
+def make_sample(processor: Any, index: int, length: int) -> Sample:
+    """An image and a question that make a prompt of exactly `length` tokens."""
+    side = 28 * int((length - 20) ** 0.5)
+    rng = np.random.default_rng(index)
+    image = Image.fromarray(rng.integers(0, 255, (side, side, 3)).astype("u1"))
+    words = "Detect every red."
+    while True:
+        content = [{"type": "image"}, {"type": "text", "text": words}]
+        sample = Sample(
+            index, ({"role": "user", "content": content},), (image,), "", {"problem": words}
+        )
+        missing = length - len(encode_prompt(processor, sample).input_ids)
+        if missing == 0:
+            return sample
+        assert missing > 0, (length, missing)
+        words += " red" * missing if missing < 8 else " red" * (missing // 2)
+
+
+def make_prompts(processor: Any, count: int, length: int) -> list[Prompt]:
+    return [encode_prompt(processor, make_sample(processor, i, length)) for i in range(count)]

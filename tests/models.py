@@ -1,0 +1,68 @@
+"""Small random models of every family, and prompts as they read them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from helpers import make_prompts, make_sample
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+def random_model(family: str, tokenizer: Any, *, seed: int = 0, **text: Any) -> torch.nn.Module:
+    """Two text layers and two or three vision layers with random weights, in float32."""
+    import transformers as hf
+
+    token_id = tokenizer.convert_tokens_to_ids
+    ids = {
+        "image_token_id": token_id("<|image_pad|>"),
+        "video_token_id": token_id("<|video_pad|>"),
+        "vision_start_token_id": token_id("<|vision_start|>"),
+        "vision_end_token_id": token_id("<|vision_end|>"),
+    }
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]}
+    text = {
+        "vocab_size": -(-len(tokenizer) // 64) * 64, "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "max_position_embeddings": 2048, "rope_parameters": rope, "tie_word_embeddings": False,
+        "pad_token_id": token_id("<|endoftext|>"), "bos_token_id": token_id("<|endoftext|>"),
+        "eos_token_id": token_id("<|im_end|>"), **text,
+    }  # fmt: skip
+    patches = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    if family == "qwen2_vl":
+        vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2}
+        config = hf.Qwen2VLConfig(text_config=text, vision_config=vision | patches, **ids)
+        model = hf.Qwen2VLForConditionalGeneration(config)
+    elif family == "qwen2_5_vl":
+        vision = {
+            "depth": 3, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64,
+            "num_heads": 2, "window_size": 56, "fullatt_block_indexes": [1],
+        }  # fmt: skip
+        config = hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision | patches, **ids)
+        model = hf.Qwen2_5_VLForConditionalGeneration(config)
+    else:
+        vision = {
+            "depth": 3, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64,
+            "num_heads": 2, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
+        }  # fmt: skip
+        config = hf.Qwen3VLConfig(text_config=text, vision_config=vision | patches, **ids)
+        model = hf.Qwen3VLForConditionalGeneration(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    return model.eval()
+
+
+def random_prompts(policy: Any, processor: Any) -> list[Any]:
+    """Prompts with one image, two, none and another one, for the model's own patch size."""
+    samples = [
+        make_sample(0, [(112, 112)]),
+        make_sample(1, [(56, 84), (112, 56)], "Which one is larger?"),
+        make_sample(2, [], "Detect every blue. Think, then answer."),
+        make_sample(3, [(84, 84)]),
+    ]
+    return [replace(prompt) for prompt in make_prompts(processor, *samples)]

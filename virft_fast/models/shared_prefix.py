@@ -1,0 +1,310 @@
+"""A prompt once for all its completions: packing, and attention applied from outside.
+
+A packed row holds whole groups, [prompt | completion 1 | ... | completion G | next prompt | ...].
+Every completion sees its prompt and itself, and its rotary positions restart behind the prompt.
+The transformers model stays as it is: its attention goes through transformers' own interface to
+`attend`, which hands the row to the core that came with the call.
+
+Shapes: S tokens of the row, H query heads, K key/value heads, E numbers a head, G completions of a
+group, P prompt tokens, C tokens of a completion that the model reads: all but its last, which
+predicts nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_PREFIX = "shared_prefix_"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Where a prompt and its completions lie in the packed row.
+
+    Attributes:
+        start: position of the prompt's first token.
+        prompt_length: P.
+        lengths: C of each completion, 0 allowed; they follow the prompt one after another.
+    """
+
+    start: int
+    prompt_length: int
+    lengths: tuple[int, ...]
+
+    @property
+    def first(self) -> int:
+        """Position of the first completion token."""
+        return self.start + self.prompt_length
+
+    @property
+    def end(self) -> int:
+        return self.first + sum(self.lengths)
+
+
+def install(language_model: nn.Module) -> str | None:
+    """Route the attention of transformers' language model through `attend`.
+
+    Without a core in the call it computes what it computed before.
+
+    Returns:
+        None, or the reason why its attention can't be reached.
+    """
+    reason = unreachable(language_model)
+    if reason is None:
+        config = language_model.config
+        inner = config._attn_implementation
+        if not inner.startswith(_PREFIX):
+            config._attn_implementation = _register(inner)
+    return reason
+
+
+def unreachable(language_model: nn.Module) -> str | None:
+    """Why the prompt can't be shared in this model; None if it can."""
+    config = language_model.config
+    if not getattr(language_model, "_supports_attention_backend", False):
+        return f"{type(language_model).__name__} has its attention built in"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"attention_dropout is {config.attention_dropout}, and two passes would differ"
+    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if others:
+        return f"it has layers of another kind than full attention: {', '.join(sorted(others))}"
+    return None
+
+
+@functools.cache
+def _register(inner: str) -> str:
+    """Make `attend` an attention of transformers under a name that says what it falls back to."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    name = _PREFIX + inner
+    AttentionInterface.register(name, functools.partial(attend, inner))
+    if inner in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
+    return name
+
+
+def attend(
+    inner: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    attention_core: Callable[..., Tensor] | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface: to the core of this call, or to `inner` without one."""
+    if attention_core is not None:
+        return attention_core(module.layer_idx, query, key, value, scaling), None
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
+    return function(module, query, key, value, attention_mask, scaling=scaling, **options)
+
+
+# A mask of four dimensions is handed on as it is by transformers; the cores never look at it.
+def no_mask(device: torch.device) -> Tensor:
+    """What to pass as `attention_mask` beside a core."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+class PackedAttention:
+    """The core of one packed row.
+
+    Args:
+        groups: they cover the row from 0 on, in order and without gaps.
+        kind: "two_part", "flex" or "dense".
+    """
+
+    def __init__(self, groups: Sequence[Group], device: torch.device, kind: str = "two_part"):
+        self.groups = tuple(groups)
+        self.device = device
+        self.layers: set[int] = set()
+        core = {"two_part": _TwoPart, "flex": _Flex, "dense": _Dense}[kind]
+        self._core = core(self.groups, device)
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
+        """(1, H, S, E), (1, K, S, E), (1, K, S, E) -> (1, S, H, E)."""
+        self.layers.add(layer)
+        return self._core(query[0], key[0], value[0], scaling)[None]
+
+    def check(self, num_layers: int) -> None:
+        """Raise if a layer has computed its attention elsewhere."""
+        if len(self.layers) < num_layers:
+            raise RuntimeError(
+                f"expected {num_layers} layers to share the prompt, {len(self.layers)} did; pass "
+                "--prefix_sharing off for this model"
+            )
+
+
+class _TwoPart:
+    """Prompt tokens attend causally to the prompt, completion tokens to prompt and own completion.
+
+    Two dense calls a group, in which completions are padded to the longest; padding comes last, so
+    that the causal mask alone keeps it from being seen.
+    """
+
+    def __init__(self, groups: tuple[Group, ...], device: torch.device) -> None:
+        self.groups = groups
+        self.padding = [_padding(group, device) for group in groups]
+        self.masks = [_suffix_mask(group, device) for group in groups]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        if query.is_cuda:  # on a CPU the kernel reads a key once for all its queries
+            repeats = query.shape[0] // key.shape[0]
+            key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
+        parts = []
+        for group, padding, mask in zip(self.groups, self.padding, self.masks, strict=True):
+            prompt = slice(group.start, group.first)
+            parts.append(_causal(query[:, prompt], key[:, prompt], value[:, prompt], scaling))
+            if group.end > group.first:
+                parts.append(self._suffix(group, padding, mask, query, key, value, scaling))
+        return torch.cat(parts)
+
+    @staticmethod
+    def _suffix(group, padding, mask, query, key, value, scaling) -> Tensor:
+        """(sum of C, H, E) outputs of a group's completion tokens."""
+        num, longest = len(group.lengths), max(group.lengths)
+        suffix, prompt = slice(group.first, group.end), slice(group.start, group.first)
+
+        def batched(states: Tensor) -> Tensor:  # (H, S, E) -> (G, H, longest C, E)
+            states = states[:, suffix]
+            if padding is not None:
+                states = states.index_select(1, padding[0])
+            return states.unflatten(1, (num, longest)).transpose(0, 1)
+
+        def with_prompt(states: Tensor) -> Tensor:  # -> (G, H, P + longest C, E)
+            shared = states[:, prompt].expand(num, -1, -1, -1)
+            return torch.cat([shared, batched(states)], 2)
+
+        out = F.scaled_dot_product_attention(
+            batched(query),
+            with_prompt(key),
+            with_prompt(value),
+            attn_mask=mask,
+            scale=scaling,
+            enable_gqa=len(query) != len(key),
+        )
+        out = out.transpose(1, 2).flatten(0, 1)  # (G * longest C, H, E)
+        return out if padding is None else out.index_select(0, padding[1])
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """(H, n, E), (H or K, n, E) twice -> (n, H, E), causal among themselves."""
+    out = F.scaled_dot_product_attention(
+        query[None],
+        key[None],
+        value[None],
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=len(query) != len(key),
+    )
+    return out[0].transpose(0, 1)
+
+
+def _padding(group: Group, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Indices that pad a group's completions to the longest, and those that undo it; None where
+    they are all equally long."""
+    lengths = torch.tensor(group.lengths)
+    if not len(lengths) or bool((lengths == lengths[0]).all()):
+        return None
+    longest = int(lengths.max())
+    real = torch.arange(longest) < lengths[:, None]  # (G, longest)
+    index = torch.zeros(real.shape, dtype=torch.long)
+    index[real] = torch.arange(int(lengths.sum()))
+    return index.flatten().to(device), real.flatten().nonzero()[:, 0].to(device)
+
+
+def _suffix_mask(group: Group, device: torch.device) -> Any:
+    """(longest C, P + longest C): all of the prompt, and the own completion causally."""
+    longest = max(group.lengths, default=0)
+    if device.type == "cuda":
+        from torch.nn.attention.bias import causal_lower_right
+
+        # Says the same, but keeps the flash kernels in play.
+        return causal_lower_right(longest, group.prompt_length + longest)
+    mask = torch.ones(longest, group.prompt_length + longest, dtype=torch.bool, device=device)
+    return mask.tril(group.prompt_length)
+
+
+def _segments(groups: tuple[Group, ...], length: int, device: torch.device) -> tuple[Tensor, ...]:
+    """(length,) each: the number of a position's group, -1 behind the last, and of its completion,
+    0 in a prompt."""
+    group_of = torch.full((length,), -1, dtype=torch.int32)
+    sequence = torch.zeros(length, dtype=torch.int32)
+    for number, group in enumerate(groups):
+        group_of[group.start : group.end] = number
+        lengths = torch.tensor(group.lengths, dtype=torch.long)
+        names = torch.arange(1, len(lengths) + 1, dtype=torch.int32)
+        sequence[group.first : group.end] = names.repeat_interleave(lengths)
+    return group_of.to(device), sequence.to(device)
+
+
+class _Dense:
+    """One call with the (S, S) mask: the plainest way to say it, and the oracle of the others."""
+
+    def __init__(self, groups: tuple[Group, ...], device: torch.device) -> None:
+        length = groups[-1].end if groups else 0
+        group_of, sequence = _segments(groups, length, device)
+        own = (sequence[None] == 0) | (sequence[:, None] == sequence[None])
+        self.mask = ((group_of[:, None] == group_of[None]) & own).tril()
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        repeats = query.shape[0] // key.shape[0]
+        key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
+        out = F.scaled_dot_product_attention(
+            query[None], key[None], value[None], attn_mask=self.mask, scale=scaling
+        )
+        return out[0].transpose(0, 1)
+
+
+class _Flex:
+    """FlexAttention: blocks of the (S, S) mask that are empty are skipped."""
+
+    BLOCK = 128
+
+    def __init__(self, groups: tuple[Group, ...], device: torch.device) -> None:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        self.length = groups[-1].end if groups else 0
+        # Whole blocks, so that one compiled kernel serves every length.
+        self.padded = -(-self.length // self.BLOCK) * self.BLOCK
+        group_of, sequence = _segments(groups, self.padded, device)
+
+        def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            own = (sequence[k] == 0) | (sequence[q] == sequence[k])
+            return (q >= k) & (group_of[q] == group_of[k]) & own
+
+        self.mask = create_block_mask(
+            visible, None, None, self.padded, self.padded, device=device, BLOCK_SIZE=self.BLOCK
+        )
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        pad = (0, 0, 0, self.padded - self.length)
+        query, key, value = (F.pad(part, pad)[None] for part in (query, key, value))
+        out = _flex_attention(query.device.type)(
+            query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=True
+        )
+        return out[0, :, : self.length].transpose(0, 1)
+
+
+@functools.cache
+def _flex_attention(device_type: str) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if device_type == "cuda":
+        return torch.compile(flex_attention, dynamic=True)
+    return flex_attention

@@ -1,0 +1,555 @@
+"""The rollout engine: prompts computed and stored once, completions decoded all together.
+
+Every prompt of the rank goes through vision tower and language model once, in packed rows. Its keys
+and values are stored once and read by all its completions, whose own are stored beside them in
+static buffers. One step decodes one token of every completion: attention over the prompt for a
+whole group at once, attention over the own completion, one softmax over both. When enough
+completions have ended, the others move together and the batch shrinks. On CUDA a step is a captured
+graph, one for each size of the batch; the host looks at the device every `CHECK_EVERY` tokens only.
+
+Shapes: B prompts (groups), G completions each, R = B*G rows, P prompt tokens, padded on the right,
+T completion tokens, W of them in sight of a step; H query heads, K key/value heads, E numbers a
+head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from virft_fast.batch import Prompt, Rollouts
+from virft_fast.models.decode_step import DecodeStep
+from virft_fast.models.qwen_vl import ModelInputs, Policy, banned_token_ids, core
+from virft_fast.models.shared_prefix import PackedAttention
+from virft_fast.rollout import Sampling, Weights
+from virft_fast.rollout.sampling import Sampler, make_rollouts, to_front
+
+# Prompt tokens that go through the model in one call.
+PREFILL_TOKENS = 16_384
+# A step sees this many completion tokens, or a multiple: so many that graphs are few, and so few
+# that little is read in vain.
+WIDTH_STEP = {"cpu": 32, "cuda": 128}
+# Tokens between two looks at which completions have ended.
+CHECK_EVERY = {"cpu": 4, "cuda": 16}
+# The batch shrinks when this share of its rows would do.
+SHRINK_AT = 0.75
+# Share of the free memory of a GPU that keys and values may take.
+CACHE_SHARE = 0.8
+
+
+class NativeRollout:
+    """Completions by the engine described above.
+
+    Args:
+        weights: context in which the policy holds whole weights and may be called freely. The
+            weights must stay at their addresses from call to call, or `graphs` be false.
+        tokenizer: its tokenizer; EOS ends a completion, no other special token is ever drawn.
+        device: where the policy computes.
+        max_cache_tokens: prompt and completion tokens whose keys and values are held at once; None:
+            what fits into the GPU's free memory, without limit on a CPU. More prompts than fit are
+            decoded one batch after another, with the same result.
+        graphs: capture steps as CUDA graphs; None: on CUDA outside autocast.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        tokenizer: Any,
+        *,
+        device: torch.device,
+        max_cache_tokens: int | None = None,
+        graphs: bool | None = None,
+    ) -> None:
+        self.weights = weights
+        self.tokenizer = tokenizer
+        self.device = device
+        self.max_cache_tokens = max_cache_tokens
+        self.graphs = graphs
+        self._buffers = _Buffers(device)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        num_generations: int,
+        sampling: Sampling,
+        *,
+        first_row: int = 0,
+    ) -> Rollouts:
+        """See `virft_fast.rollout.Rollout.generate`."""
+        with self.weights() as policy:
+            if not policy.attention_reached:
+                raise ValueError(
+                    "--rollout_backend native: expected a model whose attention can be reached; "
+                    "use --rollout_backend hf"
+                )
+            batches = list(self._batches(policy, prompts, num_generations, sampling))
+            training = policy.training
+            policy.eval()
+            try:
+                parts = [
+                    self._generate(
+                        policy,
+                        prompts[first:last],
+                        num_generations,
+                        sampling,
+                        first_row + first * num_generations,
+                    )
+                    for first, last in batches
+                ]
+            finally:
+                policy.train(training)
+            frozen = policy.vision_frozen
+        tokens, logps, features = zip(*parts, strict=True)
+        return make_rollouts(
+            prompts,
+            num_generations,
+            torch.cat(tokens),
+            torch.cat(logps),
+            (self.tokenizer.eos_token_id, *sampling.stop_token_ids),
+            self.tokenizer,
+            [part for parts in features for part in parts] if frozen else None,
+        )
+
+    def _batches(
+        self,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        num_generations: int,
+        sampling: Sampling,
+    ) -> Iterator[tuple[int, int]]:
+        """(first, last) prompts that are decoded together.
+
+        Raises:
+            ValueError: not even one prompt and its completions fit.
+        """
+        limit = self._cache_limit(policy)
+        new = num_generations * sampling.max_completion_length
+        first, longest = 0, 0
+        for last, prompt in enumerate(prompts):
+            length = len(prompt.input_ids)
+            if length + new > limit:
+                raise ValueError(
+                    f"rollout: row {prompt.sample.index} has a prompt of {length} tokens, with "
+                    f"{num_generations} completions of {sampling.max_completion_length} it needs a "
+                    f"cache of {length + new:,} tokens, expected at most {limit:,}; lower "
+                    "--max_prompt_length, --num_generations or --max_completion_length"
+                )
+            if last > first and (max(longest, length) + new) * (last + 1 - first) > limit:
+                yield first, last
+                first, longest = last, 0
+            longest = max(longest, length)
+        yield first, len(prompts)
+
+    def _cache_limit(self, policy: Policy) -> float:
+        if self.max_cache_tokens is not None:
+            return self.max_cache_tokens
+        if self.device.type != "cuda":
+            return float("inf")
+        free, _ = torch.cuda.mem_get_info(self.device)
+        # What torch holds without using it is free as well, and so is our own cache.
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        free += self._buffers.num_bytes()
+        size = policy.head.weight.element_size()
+        return int(CACHE_SHARE * free / (cache_numbers(policy.config.text_config) * size))
+
+    def banned(self, policy: Policy) -> list[int]:
+        """Token ids that are never drawn."""
+        return banned_token_ids(self.tokenizer, policy.config.text_config.vocab_size)
+
+    def _generate(
+        self,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        num_generations: int,
+        sampling: Sampling,
+        first_row: int,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """(N, T) tokens, their log-probs, and the image features of each prompt."""
+        sampler = Sampler(
+            sampling,
+            vocab_size=policy.config.text_config.vocab_size,
+            banned=self.banned(policy),
+            first_row=first_row,
+            prompts=[prompt for prompt in prompts for _ in range(num_generations)],
+            device=self.device,
+            take=self._buffers.take,
+        )
+        graphs = self.graphs
+        if graphs is None:
+            graphs = self.device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+        decoding = _Decoding(
+            policy,
+            self._buffers,
+            sampler,
+            groups=len(prompts),
+            num_generations=num_generations,
+            prompt_length=max(len(prompt.input_ids) for prompt in prompts),
+            stop_ids=(self.tokenizer.eos_token_id, *sampling.stop_token_ids),
+            pad_token_id=self.tokenizer.pad_token_id,
+            graphs=graphs,
+        )
+        features = decoding.prefill(prompts)
+        tokens, logps = decoding.run()
+        return tokens, logps, features
+
+
+def cache_numbers(text_config: Any) -> int:
+    """Numbers that keys and values of one token take in all layers."""
+    heads = text_config.num_key_value_heads
+    return 2 * text_config.num_hidden_layers * heads * head_dim(text_config)
+
+
+def head_dim(text_config: Any) -> int:
+    heads = text_config.num_attention_heads
+    return getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+
+
+class _Buffers:
+    """Memory that stays where it is from rollout to rollout, so that captured graphs stay valid,
+    and those graphs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flat: dict[str, Tensor] = {}
+        self.graphs: dict[tuple[Any, ...], Any] = {}
+        self.pool: Any = None
+
+    def num_bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self._flat.values())
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor on the memory called `name`; its contents are whatever was there."""
+        count = 1
+        for size in shape:
+            count *= size
+        flat = self._flat.get(name)
+        if flat is None or flat.numel() < count or flat.dtype != dtype:
+            self.graphs.clear()  # they hold the old addresses
+            self._flat.pop(name, None)
+            # Zeros, not whatever: a key that is masked must still not be NaN.
+            flat = self._flat[name] = torch.zeros(count, dtype=dtype, device=self.device)
+        return flat[:count].view(*shape)
+
+
+@dataclass
+class _Caches:
+    """Keys and values of one layer, for groups of equally many rows.
+
+    Attributes:
+        prompt_keys, prompt_values: (B, K, P, E).
+        keys, values: (B, K, G, T, E), the completions' own.
+    """
+
+    prompt_keys: Tensor
+    prompt_values: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class _Decoding:
+    """One batch of groups from prefill to the last token."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        buffers: _Buffers,
+        sampler: Sampler,
+        *,
+        groups: int,
+        num_generations: int,
+        prompt_length: int,
+        stop_ids: Sequence[int],
+        pad_token_id: int,
+        graphs: bool,
+    ) -> None:
+        self.policy, self.buffers, self.sampler = policy, buffers, sampler
+        self.device = buffers.device
+        self.read_token = DecodeStep(core(policy.model).language_model)
+        self.pad_token_id = pad_token_id
+        self.with_graphs = graphs
+        self.B, self.G = groups, num_generations
+        self.length = sampler.sampling.max_completion_length
+        step = WIDTH_STEP.get(self.device.type, WIDTH_STEP["cpu"])
+        self.width_step = step
+        # A multiple on CUDA, so that the next rollout's graphs fit this one's sizes.
+        whole = 64 if graphs else 1
+        self.P = -(-prompt_length // whole) * whole
+        self.T = -(-self.length // step) * step
+        rows = groups * num_generations
+        state = lambda name, dtype, *shape: buffers.take(name, shape, dtype)  # noqa: E731
+        self.tokens = state("tokens", torch.long, rows)
+        self.positions = state("positions", torch.long, rows)  # of the token being read
+        self.done = state("done", torch.bool, rows)
+        self.step = state("step", torch.long, 1)  # index of the token being read
+        self.slots = state("slots", torch.long, rows)  # the row of `drawn` a row writes to
+        self.drawn = state("drawn", torch.long, rows, self.length + 1)
+        self.logps = state("logps", torch.float32, rows, self.length + 1)
+        self.prompt_bias = state("prompt_bias", torch.float32, groups, self.P)
+        self.stop_ids = state("stop_ids", torch.long, len(stop_ids))
+        self.stop_ids.copy_(torch.tensor(list(stop_ids)))
+        self.caches: list[_Caches] = []
+
+    # Prefill
+
+    def prefill(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+        """Read all prompts, draw the first token of every row; returns each prompt's image
+        features."""
+        features, lasts, starts = [], [], []
+        for first, last in _token_chunks([len(p.input_ids) for p in prompts], PREFILL_TOKENS):
+            part = prompts[first:last]
+            inputs = self.policy.collate(
+                part,
+                [[] for _ in part],
+                pad_token_id=self.pad_token_id,
+                device=self.device,
+                packed=True,
+            )
+            images = self.policy.image_features(inputs)
+            counts = [count for count, _ in inputs.image_copies]
+            features += images.split(counts) if inputs.pixel_values is not None else [
+                images[:0] for _ in part
+            ]  # fmt: skip
+            lasts.append(self._read(inputs, images, first))
+            places = inputs.position_ids[:, 0]
+            starts += [places[:, group.start : group.first].max() + 1 for group in inputs.groups]
+        lengths = torch.tensor([len(p.input_ids) for p in prompts], device=self.device)
+        outside = torch.arange(self.P, device=self.device) >= lengths[:, None]
+        self.prompt_bias.zero_().masked_fill_(outside, -torch.inf)
+        first = torch.stack(starts)  # positions of the completions' first tokens
+        self.read_token.prepare(int(first.max()) + self.T, self.buffers.take)
+        self.positions.copy_(first.repeat_interleave(self.G))
+        self.slots.copy_(torch.arange(len(self.slots)))
+        self.drawn.fill_(self.pad_token_id)
+        self.logps.zero_()
+        self.done.zero_()
+        self.step.zero_()
+        logits = self.policy.head.logits(torch.cat(lasts))  # (B, V)
+        self._note(*self.sampler(logits.repeat_interleave(self.G, 0), self.step[0]))
+        return features
+
+    def _read(self, inputs: ModelInputs, images: Tensor, first: int) -> Tensor:
+        """(prompts, D) last hidden states of a packed row of prompts, their keys and values kept.
+
+        Args:
+            first: number of the row's first prompt.
+        """
+        attention = PackedAttention(inputs.groups, self.device)
+
+        def keep(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+            if layer == len(self.caches):
+                self._allocate(layer, value)
+            caches = self.caches[layer]
+            for number, group in enumerate(inputs.groups, first):
+                place = slice(group.start, group.first)
+                caches.prompt_keys[number, :, : group.prompt_length] = key[0, :, place]
+                caches.prompt_values[number, :, : group.prompt_length] = value[0, :, place]
+            return attention(layer, query, key, value, scaling)
+
+        states = self.policy.language(inputs, images, attention_core=keep)
+        attention.check(self.policy.config.text_config.num_hidden_layers)
+        ends = torch.tensor([group.first - 1 for group in inputs.groups], device=self.device)
+        return states[0, ends]
+
+    def _allocate(self, layer: int, value: Tensor) -> None:
+        # In the dtype of the values: under autocast keys come out of the rotation in float32.
+        heads, size = value.shape[1], value.shape[3]
+        prompt, own = (self.B, heads, self.P, size), (self.B, heads, self.G, self.T, size)
+        take = lambda name, shape: self.buffers.take(f"{name}{layer}", shape, value.dtype)  # noqa: E731
+        self.caches.append(
+            _Caches(
+                take("prompt_keys", prompt),
+                take("prompt_values", prompt),
+                take("keys", own),
+                take("values", own),
+            )
+        )
+
+    # Decoding
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """(N, T) tokens and log-probs, padding and 0 behind the end of a completion."""
+        every = CHECK_EVERY.get(self.device.type, CHECK_EVERY["cpu"])
+        with torch.inference_mode():  # a little less to do for each operation than no_grad
+            for index in range(self.length - 1):  # of the token that is read
+                if index % every == 0 and not self._shrink():
+                    break
+                width = min(self.T, -(-(index + 1) // self.width_step) * self.width_step)
+                self._run_step(width)
+        # The tables are used again by the next rollout.
+        return self.drawn[:, : self.length].clone(), self.logps[:, : self.length].clone()
+
+    def _run_step(self, width: int) -> None:
+        if not self.with_graphs:
+            self._decode(width)
+            return
+        sampling = replace(self.sampler.sampling, seed=0)
+        key = (self.B, self.G, self.P, self.T, width, len(self.drawn), sampling)
+        if key not in self.buffers.graphs:
+            self.buffers.graphs[key] = self._capture(width)
+        self.buffers.graphs[key].replay()
+
+    def _capture(self, width: int) -> Any:
+        """The step as a CUDA graph. Capturing runs nothing, but the warm-up before it does, so the
+        state is put back."""
+        state = (self.tokens, self.positions, self.done, self.step, self.drawn, self.logps)
+        if self.sampler.seen is not None:
+            state = (*state, self.sampler.seen)
+        before = [part.clone() for part in state]
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._decode(width)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        if self.buffers.pool is None:
+            self.buffers.pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self.buffers.pool):
+            self._decode(width)
+        for part, value in zip(state, before, strict=True):
+            part.copy_(value)
+        return graph
+
+    def _decode(self, width: int) -> None:
+        """Read the last token of each row and draw the next. On CUDA nothing here reaches the host,
+        and no Python number in it changes but `width`, by which graphs are kept apart."""
+        attention = _DecodeAttention(self.caches, self.prompt_bias, self.step, width)
+        states = self.read_token(self.tokens, self.positions, attention)
+        logits = self.policy.head.logits(states)
+        self.step += 1
+        self.positions += 1
+        self._note(*self.sampler(logits, self.step[0]))
+
+    def _note(self, tokens: Tensor, logps: Tensor) -> None:
+        """Write down what was drawn, at index `step`."""
+        tokens = tokens.masked_fill(self.done, self.pad_token_id)
+        place = (self.slots, self.step.expand(len(self.slots)))
+        self.drawn.index_put_(place, tokens)
+        self.logps.index_put_(place, logps.masked_fill(self.done, 0.0))
+        self.done |= torch.isin(tokens, self.stop_ids)
+        self.tokens.copy_(tokens)
+
+    # Shrinking
+
+    def _shrink(self) -> bool:
+        """Leave completions that have ended behind, if that makes the batch much smaller. False if
+        none is left."""
+        active = ~self.done.view(self.B, self.G)  # (B, G)
+        counts = active.sum(1).tolist()
+        if not any(counts):
+            return False
+        groups = min(_bucket(sum(count > 0 for count in counts)), self.B)
+        rows = min(_bucket(max(counts)), self.G)
+        if groups * rows <= SHRINK_AT * self.B * self.G:
+            self._keep(active, groups, rows)
+        return True
+
+    def _keep(self, active: Tensor, groups: int, rows: int) -> None:
+        """Keep the groups and rows that are still active, and ended ones to fill up."""
+        kept = active.any(1).int().argsort(descending=True, stable=True)[:groups]  # (B',)
+        if groups == self.B:
+            kept = torch.arange(groups, device=self.device)  # prompts stay where they are
+        # (B', G')
+        order = active[kept].int().argsort(dim=1, descending=True, stable=True)[:, :rows]
+        flat = (kept[:, None] * self.G + order).flatten()
+        for caches in self.caches:
+            if groups < self.B:
+                for name in ("prompt_keys", "prompt_values"):
+                    whole = getattr(caches, name)
+                    setattr(caches, name, to_front(whole, whole[kept]))
+            heads, _, length, size = caches.keys.shape[1:]
+            index = order[:, None, :, None, None].expand(-1, heads, -1, length, size)
+            for name in ("keys", "values"):
+                whole = getattr(caches, name)
+                setattr(caches, name, to_front(whole, whole[kept].gather(2, index)))
+        for name in ("tokens", "positions", "done", "slots"):
+            whole = getattr(self, name)
+            setattr(self, name, to_front(whole, whole[flat]))
+        self.prompt_bias = to_front(self.prompt_bias, self.prompt_bias[kept])
+        self.sampler.keep(flat)
+        self.B, self.G = groups, rows
+
+
+class _DecodeAttention:
+    """The core of one decoding step: each row's one query over its prompt and its own tokens."""
+
+    def __init__(
+        self, caches: list[_Caches], prompt_bias: Tensor, step: Tensor, width: int
+    ) -> None:
+        self.caches, self.step, self.width = caches, step, width
+        # Added to the scores: (B * K, 1, P) and (W,).
+        self.prompt_bias = prompt_bias.repeat_interleave(caches[0].keys.shape[1], 0)[:, None]
+        seen = torch.arange(width, device=step.device) <= step
+        self.own_bias = torch.zeros(width, device=step.device).masked_fill_(~seen, -torch.inf)
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
+        """(R, H, E), (R, K, E), (R, K, E) -> (R, H * E)."""
+        # Under autocast keys come out of the rotation in float32, and products would be narrow.
+        with torch.autocast(query.device.type, enabled=False):
+            narrow = (part.to(value.dtype) for part in (query, key, value))
+            return self._attend(self.caches[layer], *narrow, scaling)
+
+    def _attend(
+        self, caches: _Caches, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
+        groups, heads, rows, _, size = caches.keys.shape
+
+        def by_row(part: Tensor) -> Tensor:  # (R, x, E) -> (B * K * G, x / K, E)
+            part = part.view(groups, rows, heads, -1, size).transpose(1, 2)
+            return part.reshape(groups * heads * rows, -1, size)
+
+        keys, values = caches.keys.flatten(0, 2), caches.values.flatten(0, 2)
+        keys.index_copy_(1, self.step, by_row(key))
+        values.index_copy_(1, self.step, by_row(value))
+        keys, values = keys[:, : self.width], values[:, : self.width]
+        own = by_row(query)  # (B * K * G, H / K, E)
+        together = own.view(groups * heads, -1, size)  # the same, all rows of a group at once
+        to_prompt = _scores(
+            together, caches.prompt_keys.flatten(0, 1).transpose(1, 2), self.prompt_bias, scaling
+        )
+        to_own = _scores(own, keys.transpose(1, 2), self.own_bias, scaling)
+        scores = torch.cat([to_prompt, to_own.view(*to_prompt.shape[:2], -1)], -1)
+        # One softmax over both parts is what merging two by their log-sum-exp comes to.
+        shares = scores.softmax(-1).to(value.dtype)
+        length = caches.prompt_keys.shape[2]
+        out = torch.bmm(shares[..., :length], caches.prompt_values.flatten(0, 1))
+        to_own = shares[..., length:].unflatten(1, (rows, -1)).flatten(0, 1)
+        out = torch.baddbmm(out.view(own.shape), to_own, values)
+        out = out.view(groups, heads, rows, -1, size).transpose(1, 2)
+        return out.reshape(groups * rows, -1)
+
+
+def _scores(query: Tensor, keys: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    """query @ keys * scaling + bias in float32; (b, n, E), (b, E, m) -> (b, n, m)."""
+    if query.dtype == torch.float32:
+        return torch.baddbmm(bias, query, keys, alpha=scaling)
+    if query.is_cuda:
+        return torch.bmm(query, keys, out_dtype=torch.float32).mul_(scaling).add_(bias)
+    return torch.baddbmm(bias, query.float(), keys.float(), alpha=scaling)
+
+
+def _bucket(count: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, ...: few sizes, so few graphs."""
+    size = 1
+    while size < count:
+        if 3 * size // 2 >= count and size > 1:
+            return 3 * size // 2
+        size *= 2
+    return size
+
+
+def _token_chunks(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """(first, last) of runs that add up to at most `most`, or of one that is longer alone."""
+    first, total = 0, 0
+    for last, length in enumerate(lengths):
+        if last > first and total + length > most:
+            yield first, last
+            first, total = last, 0
+        total += length
+    yield first, len(lengths)
