@@ -39,7 +39,7 @@ from virft_fast.metrics import null_for_nan
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import Policy, load_model
 from virft_fast.models.tiny import resolve_model_path
-from virft_fast.rollout.backends import make_rollout
+from virft_fast.rollout.backends import check_cache_limit, check_model, make_rollout
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,6 +79,14 @@ def run(config: EvalConfig, device: torch.device) -> int:
     from tqdm import tqdm
 
     with usage():
+        check_cache_limit(
+            config.rollout_backend,
+            config.rollout_cache_tokens,
+            num_generations=1,
+            max_prompt_length=config.max_prompt_length,
+            max_completion_length=config.max_completion_length,
+            device=device,
+        )
         path = resolve_model_path(config.model_name_or_path)
         processor = load_processor(
             path,
@@ -97,9 +105,10 @@ def run(config: EvalConfig, device: torch.device) -> int:
             dtype=dtype,
             attn_implementation=config.attn_implementation,
         )
+        policy = Policy(model.to(device)).eval()
+        check_model(config.rollout_backend, policy)
     samples = SampleDataset(rows, check_solution=lambda s: tasks.check_solution(task, s))
     source = PromptSource(samples, processor, max_prompt_length=config.max_prompt_length)
-    policy = Policy(model.to(device)).eval()
     count = min(config.max_samples or len(samples), len(samples))
     bad_rows = BadRows(config.max_bad_rows)
     share = len(range(count)[dist.rank() :: dist.world_size()])
