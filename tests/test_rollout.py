@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 from helpers import CPU, make_prompts, make_sample
-from models import FAMILIES, random_model, random_prompts
+from models import FAMILIES, random_model
 
 from virft_fast.models.qwen_vl import Policy, core, load_model
 from virft_fast.rollout import Sampling
@@ -108,9 +108,8 @@ def test_greedy_equals_plain_generate_on_64_prompts(native, policy, processor, m
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_equals_plain_generate_in_every_family(family, processor):
+def test_greedy_equals_plain_generate_in_every_family(family, processor, prompts):
     policy = Policy(random_model(family, processor.tokenizer)).eval()
-    prompts = random_prompts(policy, processor)
     out = rollout_of("native", policy, processor.tokenizer).generate(
         prompts, 1, Sampling(16, greedy=True)
     )

@@ -16,7 +16,7 @@ from helpers import (
     make_state,
     parameters,
 )
-from models import FAMILIES, random_model, random_prompts
+from models import FAMILIES, random_model
 
 from virft_fast.engine import decay_groups
 from virft_fast.grpo import Part, plan_microbatches, train_step
@@ -85,9 +85,8 @@ def test_logps_and_gradient_equal_the_unshared_ones(policy, prompts, completions
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(processor, family):
+def test_every_family(processor, prompts, family):
     policy = Policy(random_model(family, processor.tokenizer))
-    prompts = random_prompts(policy, processor)
     completions = draw(policy, processor, prompts)
     logps, gradient = logps_and_gradient(policy, prompts, completions, packed=True)
     expected, unshared = logps_and_gradient(policy, prompts, completions, packed=False)
