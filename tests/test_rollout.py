@@ -358,6 +358,33 @@ def test_sampling_logps_are_the_training_logps(native, policy, processor, prompt
     assert difference <= 1e-5
 
 
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_bf16_decoding_is_as_close_to_fp32_as_the_forward_pass(policy, processor, prompts, how):
+    """Against float32 of the same weights: the noise that bf16 puts into a plain forward pass over
+    the same tokens is the measure."""
+    narrow = copy.deepcopy(policy).eval()
+    context = nullcontext
+    if how == "weights":
+        narrow.bfloat16()
+    else:
+        context = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    wide = copy.deepcopy(narrow).float()
+    with context():
+        rollout = rollout_without_bans(narrow, processor.tokenizer)
+        out = rollout.generate(prompts, 8, Sampling(40, seed=6))
+    rows = [ids[mask] for ids, mask in zip(out.completion_ids, out.completion_mask, strict=True)]
+    groups = [rows[i : i + 8] for i in range(0, len(rows), 8)]
+    inputs = policy.collate(prompts, groups, pad_token_id=0, device=CPU, packed=False)
+    with torch.no_grad():
+        exact, _ = wide(inputs)
+        with context():
+            plain, _ = narrow(inputs)
+    ours = (out.sampling_logps[out.completion_mask] - exact).abs()
+    noise = (plain.float() - exact).abs()
+    assert len(ours) > 300 and 0 < ours.mean() <= 1.25 * noise.mean()
+    assert ours.max() <= 2 * noise.max()
+
+
 def rollout_without_bans(policy, tokenizer):
     class Open(NativeRollout):
         def banned(self, policy):
