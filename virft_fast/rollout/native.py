@@ -42,12 +42,12 @@ SHRINK_AT = 0.75
 # Share of the free memory of a GPU that keys and values may take.
 CACHE_SHARE = 0.8
 # Share of a GPU's whole memory that is kept for the next rollout, and its graphs with it. Larger
-# buffers make room for training; capturing anew is little beside a rollout that fills them.
+# buffers make room for training, at the price of capturing anew (a choice, not measured yet).
 KEPT_SHARE = 0.1
 # A prompt's place on CUDA is a multiple of this or of an eighth of the next power of two, whichever
 # is more: about 20 lengths up to 4,096, so that the next rollout finds its graphs.
 PROMPT_STEP = 64
-# More graphs than this are forgotten together. A rollout that shrinks often needs two dozen.
+# More graphs than this are forgotten together, so that their memory has a bound (not measured yet).
 MAX_GRAPHS = 128
 
 
