@@ -733,6 +733,7 @@ def test_linear_logps_equal_trls_fused_head():
 def test_reference_equals_fused_for_every_loss_type():
     problem = make_problem(seed=2)
     hidden, weight, _, ids, mask, *_ = problem
+    hidden, ids = torch.where(mask[..., None], hidden, NAN), ids.masked_fill(~mask, -100)
     for loss_type in LOSS_TYPES:
         results = []
         for function in (linear_grpo_loss, grpo_loss_reference):
@@ -837,3 +838,10 @@ def test_tensors_on_another_device_are_named():
         linear_logps(hidden, weight.to("meta"), IDS)
     with pytest.raises(ValueError, match="bias: expected on cpu like hidden, got meta"):
         linear_logps(hidden, weight, IDS, bias=torch.zeros(4, device="meta"))
+
+
+def test_the_two_losses_have_the_same_defaults():
+    from_logits, linear = grpo_loss.__kwdefaults__, linear_grpo_loss.__kwdefaults__
+    assert {k: v for k, v in from_logits.items() if k != "inplace"} == {
+        k: v for k, v in linear.items() if k not in ("bias", "chunk_tokens")
+    }

@@ -450,9 +450,10 @@ def test_16_bit_factors_against_float64(monkeypatch, autocast, vocab):
         results.append((loss.logps.double(), logps.double(), entropy.double(), *grads))
     for got, value in zip(results[1][:3], results[0][:3], strict=True):
         torch.testing.assert_close(got, value, atol=1e-5, rtol=1e-5)
+    limit = 8e-3 if INTERPRETED else 4e-3  # the interpreter cuts bits off where a GPU rounds
     for got, value in zip(results[1][3:], results[0][3:], strict=True):
         assert got.dtype == given
-        assert ((got.double() - value).norm() / value.norm()).item() < 4e-3
+        assert ((got.double() - value).norm() / value.norm()).item() < limit
 
 
 def stub_16_bit_products(monkeypatch):
