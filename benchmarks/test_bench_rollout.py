@@ -23,9 +23,10 @@ G = 8
 ROUNDS = 5
 # (prompts, (prompt tokens, completion tokens)): a rank's share of a step, and one group alone.
 CASES = {
-    "cpu": [*((4, lengths) for lengths in LENGTHS), (1, LENGTHS[0])],
-    "2b": [(8, lengths) for lengths in LENGTHS],
-    "7b": [(8, lengths) for lengths in LENGTHS],
+    "tiny": [(2, lengths) for lengths in LENGTHS["tiny"]],
+    "cpu": [*((4, lengths) for lengths in LENGTHS["cpu"]), (1, LENGTHS["cpu"][0])],
+    "2b": [(8, lengths) for lengths in LENGTHS["2b"]],
+    "7b": [(8, lengths) for lengths in LENGTHS["7b"]],
 }
 
 

@@ -143,7 +143,10 @@ def flat_gradient(model):
     return torch.cat([p.grad.flatten().float() for _, p in sorted(model.named_parameters())])
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize("lengths", LENGTHS[metafunc.config.getoption("--size")], ids=str)
+
+
 def test_step(race, request, tmp_path, lengths):
     prompt_length, completion_length = lengths
     size = request.config.getoption("--size")
