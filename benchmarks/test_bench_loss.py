@@ -11,12 +11,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import DEVICE, peak_memory, synchronised
+from measure import DEVICE, peak_memory, release, synchronised
 from torch import Tensor
 
 from virft_fast.kernels import grpo_loss, linear_grpo_loss, logps_and_entropy
@@ -128,9 +127,9 @@ def ours(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
 def contenders(size: str) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     yield "naive torch", naive
     if importlib.util.find_spec("trl"):
-        yield f"TRL {version('trl')} fused head", trl
+        yield f"{release('trl', 'TRL')} fused head", trl
     if importlib.util.find_spec("liger_kernel"):
-        yield f"Liger {version('liger-kernel')} chunked", liger
+        yield f"{release('liger-kernel', 'Liger')} chunked", liger
     if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
         yield "F.linear_cross_entropy", torch_linear
     if size != "tiny":
@@ -268,7 +267,7 @@ def test_loss_from_logits(race, request):
                 eps_low=EPSILON, eps_high=EPSILON, inplace=False, loss_type="grpo", reduce=True,
             )[0]  # fmt: skip
 
-        functions[f"Liger {version('liger-kernel')} rows"] = liger_rows
+        functions[f"{release('liger-kernel', 'Liger')} rows"] = liger_rows
     wanted = plain()
     exact = torch.autograd.grad(wanted, logits)[0]
     notes, runs = {}, {}
@@ -304,7 +303,7 @@ def test_rows_of_logits(race, request, gradient):
     if importlib.util.find_spec("trl") and DEVICE == "cuda":
         from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
 
-        functions[f"TRL {version('trl')}"] = lambda: selective_log_softmax_and_entropy(logits, ids)
+        functions[release("trl", "TRL")] = lambda: selective_log_softmax_and_entropy(logits, ids)
     wanted = [x.double() for x in plain()]
     exact = torch.autograd.grad(wanted[0].sum(), logits)[0]
     notes = {}
