@@ -845,3 +845,21 @@ def test_the_two_losses_have_the_same_defaults():
     assert {k: v for k, v in from_logits.items() if k != "inplace"} == {
         k: v for k, v in linear.items() if k not in ("bias", "chunk_tokens")
     }
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0)])
+def test_no_sequences_or_no_tokens_give_an_empty_gradient(shape):
+    logits = torch.zeros(*shape, 5, requires_grad=True)
+    hidden, weight = torch.zeros(*shape, 4, requires_grad=True), torch.zeros(5, 4)
+    weight.requires_grad_()
+    ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
+    rewards = {"advantages": torch.zeros(shape[0])}
+    for result, leaves in (
+        (grpo_loss(logits, ids, mask, **rewards).loss, [logits]),
+        (linear_grpo_loss(hidden, weight, ids, mask, **rewards).loss, [hidden, weight]),
+        (logps_and_entropy(logits, ids)[0].sum(), [logits]),
+        (linear_logps(hidden, weight, ids)[0].sum(), [hidden, weight]),
+    ):
+        assert result == 0
+        for leaf, grad in zip(leaves, gradients(result, *leaves), strict=True):
+            assert grad.shape == leaf.shape and (grad == 0).all()

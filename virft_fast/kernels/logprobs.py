@@ -181,6 +181,8 @@ def rows_backward_reference(
     inv_temp: float,
     out: Tensor,
 ) -> None:
+    if not len(ids):
+        return
     if logits.ndim == 1:
         logits, out = logits[None], out[None]
     if logits.ndim > 2:  # row by row of the leading dimension: a reshape might copy, `out` must not
