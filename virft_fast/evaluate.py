@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def run(config: EvalConfig, device: torch.device) -> int:
             dtype=dtype,
             attn_implementation=config.attn_implementation,
         )
-    samples = SampleDataset(rows, check_solution=lambda s: tasks.check_solution(task, s))
+    samples = SampleDataset(rows, check_solution=partial(tasks.check_solution, task))
     source = PromptSource(samples, processor, max_prompt_length=config.max_prompt_length)
     policy = Policy(model.to(device)).eval()
     count = min(config.max_samples or len(samples), len(samples))

@@ -531,13 +531,13 @@ def completion_records(
     records = []
     for row, (text, values) in enumerate(zip(rollouts.texts, rewards.tolist(), strict=True)):
         prompt = rollouts.prompts[row // rollouts.num_generations]
-        records.append(
-            {
-                "index": prompt.sample.index,
-                "prompt": prompt.text,
-                "completion": text,
-                "solution": prompt.sample.solution,
-                "rewards": null_for_nan(dict(zip(names, values, strict=True))),
-            }
-        )
+        record = {
+            "index": prompt.sample.index,
+            "prompt": prompt.text,
+            "completion": text,
+            "solution": prompt.sample.solution,
+            "rewards": null_for_nan(dict(zip(names, values, strict=True))),
+        }
+        extent = prompt.sample.columns.get("extent")
+        records.append(record if extent is None else record | {"extent": list(extent)})
     return records

@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +314,7 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
     task = config.data.task
     if task == "auto":
         task = tasks.detect_task(_first_solutions(samples))
-    check = lambda solution: tasks.check_solution(task, solution)  # noqa: E731
+    check = partial(tasks.check_solution, task)
     train = PromptSource(
         SampleDataset(rows, check_solution=check),
         processor,

@@ -349,7 +349,8 @@ class SampleDataset:
 
     Args:
         rows: what `load_rows` returns, or any sequence of mappings.
-        check_solution: solution -> what is wrong with it, or None.
+        check_solution: solution (and the row's `extent`, where it has one) -> what is wrong with
+            it, or None.
     Raises:
         ValueError: no column holds the problem, or none the solution.
     """
@@ -358,7 +359,7 @@ class SampleDataset:
         self,
         rows: datasets.Dataset | Sequence[Row],
         *,
-        check_solution: Callable[[str], str | None] | None = None,
+        check_solution: Callable[..., str | None] | None = None,
     ) -> None:
         names = _column_names(rows)
         check_columns(names, "data set")
@@ -410,7 +411,7 @@ class SampleDataset:
         else:
             problem = _non_empty(value, self._problem_column)
             messages = _user_turn(problem, len(sources))
-        solution = self._checked(solution)
+        solution = self._checked(solution, row.get("extent"))
         columns = {k: v for k, v in row.items() if k not in self._image_columns}
         return Sample(
             index=index,
@@ -420,9 +421,10 @@ class SampleDataset:
             columns=columns | {"problem": problem, "solution": solution},
         )
 
-    def _checked(self, solution: Any) -> str:
+    def _checked(self, solution: Any, extent: Any) -> str:
         solution = _non_empty(solution, "solution")
-        wrong = self._check_solution(solution) if self._check_solution else None
+        space = () if extent is None else (extent,)
+        wrong = self._check_solution(solution, *space) if self._check_solution else None
         if wrong:
             raise _Unusable(f"solution: {wrong}")
         return solution
@@ -548,6 +550,8 @@ def _open_image(source: Any) -> Image.Image:
             return _decode(io.BytesIO(source))
         if isinstance(source, (str, Path)) and str(source):
             name = str(source)
+            if re.match(r"[a-z][a-z0-9+.-]*://", name, re.IGNORECASE):
+                raise ValueError("nothing is downloaded while training; fetch it and give its path")
             path = Path(source).expanduser()
             if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe is waited for
                 raise ValueError("expected a file")
