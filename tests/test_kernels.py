@@ -547,6 +547,14 @@ def test_bad_linear_input_is_named():
         linear_logps(hidden, weight[0], IDS)
     with pytest.raises(ValueError, match="bias: expected"):
         linear_logps(hidden, weight, IDS, bias=torch.zeros(5))
+    with pytest.raises(ValueError, match=r"bias: expected \(4,\) floating point"):
+        linear_logps(hidden, weight, IDS, bias=torch.zeros(4, dtype=torch.long))
+    for count in (-1, float("nan")):
+        with pytest.raises(ValueError, match="num_items: expected"):
+            linear_grpo_loss(
+                hidden, weight, IDS, torch.ones(2, 3, dtype=torch.bool), advantages=torch.ones(2),
+                loss_type="dapo", num_items=count,
+            )  # fmt: skip
     with pytest.raises(ValueError, match="chunk_tokens: expected"):
         linear_logps(hidden, weight, IDS, chunk_tokens=0)
 

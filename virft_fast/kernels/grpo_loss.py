@@ -8,6 +8,7 @@ tests/test_trl_parity.py compares.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -440,6 +441,8 @@ def _token_weights(
         return mask / (num_sequences * max_completion_length)
     if num_items is None:
         num_items = layout.lengths.sum()
+    elif not isinstance(num_items, Tensor) and not 0 <= num_items < math.inf:
+        raise ValueError(f"num_items: expected a count of tokens or None, got {num_items}")
     return mask / torch.as_tensor(num_items, dtype=dtype, device=mask.device).clamp(min=1)
 
 

@@ -441,8 +441,11 @@ def _check(
         )
     if index.dtype != torch.int64:
         raise ValueError(f"index: expected int64 token ids, got {index.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
+        raise ValueError(
+            f"bias: expected ({weight.shape[0]},) floating point, got {tuple(bias.shape)} "
+            f"{bias.dtype}"
+        )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: expected >= 1 or None, got {chunk_tokens}")
     check_temperature(temperature)
