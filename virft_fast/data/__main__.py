@@ -333,7 +333,7 @@ def _card(arguments: argparse.Namespace, title: str, built: Built) -> str:
     given = {
         name: value
         for name, value in sorted(vars(arguments).items())
-        if name != "run" and value not in (None, False)
+        if name != "run" and value is not None and value is not False
     }
     return "\n".join(
         [
