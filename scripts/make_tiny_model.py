@@ -24,7 +24,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from transformers import Qwen2VLForConditionalGeneration
 
 from virft_fast import tasks
@@ -112,21 +111,15 @@ def noisy_answer(row, rng, *, jitter, swap):
 
 def sft_loss(policy, tokenizer, prompts, answers):
     """Mean token cross entropy of the answers, EOS included."""
-    ids = [tokenizer(answer).input_ids + [tokenizer.eos_token_id] for answer in answers]
-    longest = max(map(len, ids))
-    padded = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in ids])
-    mask = torch.arange(longest) < torch.tensor([len(row) for row in ids])[:, None]
+    ids = [torch.tensor(tokenizer(a).input_ids + [tokenizer.eos_token_id]) for a in answers]
     inputs = policy.collate(
         prompts,
-        padded,
-        mask,
-        num_generations=1,
+        [[row] for row in ids],
         pad_token_id=tokenizer.pad_token_id,
         device=torch.device("cpu"),
     )
-    hidden = policy._completion_hidden(inputs, policy._image_features(inputs))
-    logits = hidden @ policy.head.weight.T
-    return F.cross_entropy(logits[mask], padded[mask])
+    logps, _ = policy(inputs)
+    return -logps.mean()
 
 
 def sft(
