@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+ALGORITHMS = ("grpo", "sft")
 TASKS = ("auto", "detection", "classification", "grounding")
 DTYPES = ("auto", "float32", "bfloat16")
 LOSS_IMPLS = ("fused", "reference")
@@ -231,6 +232,9 @@ class GRPOConfig:
 class TrainConfig:
     """The run: optimizer, length, logs, checkpoints."""
 
+    algorithm: str = arg(
+        "grpo", "grpo, or sft: supervised fine-tuning on the solutions (or a column completion)."
+    )
     output_dir: str = arg("runs/grpo", "Where everything of this run is written.")
     overwrite_output_dir: bool = arg(False, "Delete what an earlier run left in --output_dir.")
     run_name: str | None = arg(None, "Name of the run in the trackers; default: output_dir's.")
@@ -270,6 +274,7 @@ class TrainConfig:
     local_rank: int = arg(-1, "Set by the deepspeed launcher; the environment is what counts.")
 
     def __post_init__(self) -> None:
+        _require(self.algorithm in ALGORITHMS, "algorithm", f"one of {ALGORITHMS}", self.algorithm)
         for name in (
             "per_device_train_batch_size",
             "gradient_accumulation_steps",

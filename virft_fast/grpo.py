@@ -147,17 +147,18 @@ def train_step(
         rewards_per_func, rewards = score_rollouts(state, rollouts)  # (N, R), (N,)
         advantages = _advantages(rewards, cfg)  # (N,)
     with stats.timed("train"):
-        microbatches = _microbatches(state, rollouts, advantages, stats)
-        weights = _loss_weights(microbatches, rollouts, cfg)
+        microbatches = make_microbatches(state, rollouts, advantages, stats)
+        weights = loss_weights(microbatches, rollouts, cfg)
         _frozen_passes(state, microbatches)
         learning_rate = state.learning_rate(state.step)
         applied = True
         for iteration in range(cfg.num_iterations):
-            compare = iteration == 0  # later the weights are no longer those that drew
-            applied &= _update(state, microbatches, weights, learning_rate, stats, compare)
+            # Later the weights are no longer those that drew.
+            note = _mismatch_stats if iteration == 0 else None
+            applied &= update(state, microbatches, weights, learning_rate, stats, note)
     _rollout_stats(stats, state, rollouts, rewards_per_func, rewards)
     state.step += 1
-    metrics = _finish(state, stats, rollouts, learning_rate, applied, start)
+    metrics = finish(state, stats, rollouts, learning_rate, applied, start)
     names = [name for name, _ in state.reward_funcs]
     records = completion_records(rollouts, names, rewards_per_func)
     for record, advantage in zip(records, advantages.tolist(), strict=True):
@@ -217,7 +218,7 @@ class Part:
     rows: tuple[int, ...]
 
 
-def _microbatches(
+def make_microbatches(
     state: TrainState, rollouts: Rollouts, advantages: Tensor, stats: StepStats
 ) -> list[Microbatch]:
     """The step's completions in microbatches, equally many on all ranks, at least one."""
@@ -347,7 +348,7 @@ def _empty_microbatch(state: TrainState) -> Microbatch:
     return Microbatch(inputs, zero, zero.bool(), zero, image_features=features)
 
 
-def _loss_weights(
+def loss_weights(
     microbatches: list[Microbatch], rollouts: Rollouts, cfg: GRPOConfig
 ) -> list[dict[str, Any]]:
     """What makes each microbatch's loss its share of one big batch, counted before any backward.
@@ -390,18 +391,18 @@ def _as_reference(state: TrainState) -> Any:
     return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
-def _update(
+def update(
     state: TrainState,
     microbatches: list[Microbatch],
     weights: list[dict[str, Any]],
     learning_rate: float,
     stats: StepStats,
-    compare: bool,
+    note: Callable[[StepStats, GRPOLoss, Microbatch], None] | None = None,
 ) -> bool:
     """One optimizer update; False if it was skipped on all ranks.
 
     Args:
-        compare: the log-probs with those the rollout drew by.
+        note: told of each microbatch's outcome.
     """
     cfg, finite = state.config, True
     for number, (mb, weight) in enumerate(zip(microbatches, weights, strict=True), 1):
@@ -430,8 +431,8 @@ def _update(
         finite &= bool(torch.isfinite(loss.detach()))
         state.engine.backward(loss, last=number == len(microbatches))
         _loss_stats(stats, out, mb, float(loss.detach()) / cfg.num_iterations)
-        if compare:
-            _mismatch_stats(stats, out.logps, mb)
+        if note is not None:
+            note(stats, out, mb)
     veto = dist.any_rank(not finite, state.engine.device)
     result = state.engine.step(learning_rate, veto=veto)
     stats.add("grad_norm", result.grad_norm)
@@ -448,9 +449,9 @@ def _loss_stats(stats: StepStats, out: Any, mb: Microbatch, loss: float) -> None
     stats.add("clip_fraction_high", float(out.clip_fraction_high) * tokens, tokens)
 
 
-def _mismatch_stats(stats: StepStats, logps: Tensor, mb: Microbatch) -> None:
+def _mismatch_stats(stats: StepStats, out: GRPOLoss, mb: Microbatch) -> None:
     """How far training and rollout disagree about the same tokens under the same weights."""
-    difference = (logps - mb.sampling_logps)[mb.loss_mask]
+    difference = (out.logps - mb.sampling_logps)[mb.loss_mask]
     stats.add("sampling_logp_difference", float(difference.abs().sum()), difference.numel())
     ratio = float(difference.max().exp()) if difference.numel() else 0.0
     stats.largest["sampling_ratio_max"] = max(ratio, stats.largest.get("sampling_ratio_max", 0.0))
@@ -481,7 +482,7 @@ def _rollout_stats(
     stats.add("distinct_fraction", sum(len(set(t)) / size for t in texts), len(texts))
 
 
-def _finish(
+def finish(
     state: TrainState,
     stats: StepStats,
     rollouts: Rollouts,
@@ -504,6 +505,8 @@ def _finish(
     for name, value in stats.largest.items():
         metrics[name] = max(dist.all_gather_object(value))
     for part in ("rollout", "train"):
+        if f"time/{part}_s" not in metrics:  # fine-tuning samples nothing
+            continue
         seconds = max(metrics[f"time/{part}_s"], 1e-9)
         metrics[f"{part}_tokens_per_s"] = step_tokens / seconds
         metrics[f"time/{part}_share"] = seconds / step_time_s

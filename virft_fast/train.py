@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 from virft_fast import checkpoint as checkpoints
-from virft_fast import dist, tasks
+from virft_fast import dist, sft, tasks
+from virft_fast.batch import Sample
 from virft_fast.config import (
     TRAIN_GROUPS,
     GRPOConfig,
@@ -77,6 +78,8 @@ from virft_fast.rollout.native import cache_numbers
 
 logger = logging.getLogger("virft_fast")
 
+# What a step does, (state, prompts) -> (metrics, records), by --algorithm.
+STEPS: dict[str, Callable[..., Any]] = {"grpo": train_step, "sft": sft.train_step}
 SUMMARY_FILE, REPORT_FILE, METRICS_FILE = "summary.json", "report.png", "metrics.jsonl"
 _CHECKPOINT = re.compile(r"checkpoint-\d+(\.writing)?")
 NUM_CHECKED_ROWS = 200
@@ -315,10 +318,14 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
     if task == "auto":
         task = tasks.detect_task(_first_solutions(samples))
     check = partial(tasks.check_solution, task)
+    fits = None
+    if config.train.algorithm == "sft":
+        fits = partial(_answer_fits, processor.tokenizer, config.grpo.max_completion_length)
     train = PromptSource(
         SampleDataset(rows, check_solution=check),
         processor,
         max_prompt_length=config.data.max_prompt_length,
+        check=fits,
     )
     test = None
     if config.train.eval_samples:
@@ -337,6 +344,13 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
         reward_weights=config.grpo.weights_of(names),
         bad_rows=BadRows(config.data.max_bad_rows),
     )
+
+
+def _answer_fits(tokenizer: Any, most: int, sample: Sample) -> str | None:
+    count = len(sft.answer_ids(tokenizer, sample))
+    if count <= most:
+        return None
+    return f"the answer has {count} tokens, more than --max_completion_length {most}; raise it"
 
 
 def replace_rows(source: PromptSource, samples: SampleDataset) -> PromptSource:
@@ -370,6 +384,8 @@ def prepare_training(
 ) -> TrainState:
     """Load the model, wrap it in its engine and put the parts of a step together."""
     train, grpo = config.train, config.grpo
+    if train.algorithm == "sft":
+        grpo = replace(grpo, **sft.AS_CROSS_ENTROPY)
     settings = OptimizerSettings(
         learning_rate=train.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
@@ -563,7 +579,7 @@ def train(
 
     while state.step < total_steps:
         prompts = sampler.next_batch(data.train.load, dist.all_gather_object, data.bad_rows.add)
-        metrics, records = train_step(state, prompts)
+        metrics, records = STEPS[cfg.algorithm](state, prompts)
         metrics["epoch"] = state.step * prompts_per_step(config) / len(data.train)
         metrics["bad_rows"] = float(len(data.bad_rows))
         parts = dist.all_gather_object(records)
@@ -602,6 +618,7 @@ def _state_dict(
 
 # What must not change between a run and its continuation; anything else may.
 SAME_ON_RESUME = (
+    "algorithm",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "num_generations",
@@ -688,10 +705,12 @@ def conclude(
     if before is None or after is None:
         tenth = max(1, len(curve) // 10)
         keys = ["reward", *(f"rewards/{name}" for name in names)]
+        if config.train.algorithm == "sft":
+            keys = ["loss"]
         first, last = (
             {k: _mean(part, k) for k in keys} for part in (curve[:tenth], curve[-tenth:])
         )
-        title = f"training reward, first and last {tenth} records"
+        title = f"training {keys[0]}, first and last {tenth} records"
         examples = []
     else:
         first, last = before["means"], after["means"]

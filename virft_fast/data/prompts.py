@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from virft_fast.batch import Prompt, Sample
@@ -17,14 +18,21 @@ class PromptSource:
         processor: of the model.
         max_prompt_length: in tokens, images included; a longer prompt is a bad row, because cutting
             it would cut through its image.
+        check: sample -> what else is wrong with it, or None.
     """
 
     def __init__(
-        self, samples: SampleDataset, processor: Any, *, max_prompt_length: int | None = None
+        self,
+        samples: SampleDataset,
+        processor: Any,
+        *,
+        max_prompt_length: int | None = None,
+        check: Callable[[Sample], str | None] | None = None,
     ) -> None:
         self.samples = samples
         self.processor = processor
         self.max_prompt_length = max_prompt_length
+        self.check = check
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -38,6 +46,7 @@ class PromptSource:
         except ValueError as error:
             return BadRow(index, str(error))
         wrong = _other_space(sample, prompt, self.processor.image_processor)
+        wrong = wrong or (self.check(sample) if self.check else None)
         if wrong:
             return BadRow(index, wrong)
         limit = self.max_prompt_length
