@@ -381,3 +381,23 @@ def test_unknown_backend(policy, processor):
 
 def test_hf_is_the_oracle_class(policy, processor):
     assert isinstance(rollout_of("hf", policy, processor.tokenizer), HFRollout)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_completion_length": 0}, {"temperature": 0.0}, {"temperature": float("nan")},
+        {"top_p": 0.0}, {"top_k": -1}, {"min_p": 1.0}, {"repetition_penalty": 0.0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sampling_that_makes_no_sense_is_named(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        Sampling(**{"max_completion_length": 5, **options})
+
+
+def test_nothing_to_draw_is_named(rollout, prompts):
+    for some, count in (([], 2), (prompts, 0)):
+        with pytest.raises(ValueError, match="expected prompts and at least one completion"):
+            rollout.generate(some, count, Sampling(5))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 import datasets
+import psutil
 import pytest
 import torch
 from helpers import command, environment, read_jsonl, run
@@ -119,8 +119,11 @@ def test_b14_killed_and_resumed_run_equals_the_uninterrupted_one(digits, tmp_pat
     while not (broken / "checkpoint-2").is_dir():
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    # torchrun's workers are in sessions of their own and would outlive it.
+    killed = [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]
+    for process in killed:
+        process.kill()
+    psutil.wait_procs(killed, timeout=60)
     assert not (broken / "summary.json").exists()
     done = run(
         *arguments(digits, broken, *more, "--resume_from_checkpoint", "latest"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -39,6 +40,27 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name, fits, expected in (
+            ("max_completion_length", self.max_completion_length >= 1, "1 or more"),
+            ("temperature", 0 < self.temperature < math.inf, "a number above 0; or pass greedy"),
+            ("top_p", 0 < self.top_p <= 1, "a number in (0, 1]"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("min_p", 0 <= self.min_p < 1, "a number in [0, 1)"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0"),
+        ):
+            if not fits:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
+
+
+def check_request(prompts: Sequence[Prompt], num_generations: int) -> None:
+    """Raise ValueError if there is nothing to draw."""
+    if not len(prompts) or num_generations < 1:
+        raise ValueError(
+            f"expected prompts and at least one completion of each, got {len(prompts)} prompts and "
+            f"num_generations={num_generations}"
+        )
+
 
 class Rollout(Protocol):
     """What the algorithms ask of a rollout backend."""
@@ -56,6 +78,7 @@ class Rollout(Protocol):
         Args:
             first_row: number of this rank's first row in the global batch.
         Raises:
-            ValueError: a prompt and its completions don't fit; nothing was generated.
+            ValueError: a prompt and its completions don't fit, or there is nothing to draw; nothing
+                was generated.
         """
         ...

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from virft_fast.batch import Prompt, Rollouts
 from virft_fast.models.qwen_vl import Policy, banned_token_ids, base
-from virft_fast.rollout import Sampling, Weights
+from virft_fast.rollout import Sampling, Weights, check_request
 from virft_fast.rollout.sampling import Sampler, make_rollouts
 
 
@@ -38,6 +38,7 @@ class HFRollout:
         first_row: int = 0,
     ) -> Rollouts:
         """See `virft_fast.rollout.Rollout.generate`."""
+        check_request(prompts, num_generations)
         with self.weights() as policy:
             training = policy.training
             policy.eval()

@@ -25,7 +25,7 @@ from virft_fast.batch import Prompt, Rollouts
 from virft_fast.models.decode_step import DecodeStep
 from virft_fast.models.qwen_vl import ModelInputs, Policy, banned_token_ids, core
 from virft_fast.models.shared_prefix import PackedAttention
-from virft_fast.rollout import Sampling, Weights
+from virft_fast.rollout import Sampling, Weights, check_request
 from virft_fast.rollout.sampling import Sampler, make_rollouts, to_front
 
 # Prompt tokens that go through the model in one call.
@@ -81,6 +81,7 @@ class NativeRollout:
         first_row: int = 0,
     ) -> Rollouts:
         """See `virft_fast.rollout.Rollout.generate`."""
+        check_request(prompts, num_generations)
         with self.weights() as policy:
             if not policy.attention_reached:
                 raise ValueError(
