@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -587,6 +588,16 @@ def _stored_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
+def _without_enums(value: Any) -> Any:
+    """Some releases of Python 3.11 pickle an enum as a call of getattr, which `weights_only`
+    refuses to make; DeepSpeed compares its own with their numbers."""
+    if isinstance(value, Enum):
+        return value.value
+    if type(value) is dict:
+        return {key: _without_enums(item) for key, item in value.items()}
+    return value
+
+
 def _plain_checkpoint_engine() -> Any:
     """DeepSpeed's checkpoint files, read without unpickling arbitrary objects.
 
@@ -609,7 +620,7 @@ def _plain_checkpoint_engine() -> Any:
 
         def save(self, state_dict: Any, path: str) -> None:
             try:
-                torch.save(state_dict, path)
+                torch.save(_without_enums(state_dict), path)
             except (OSError, RuntimeError) as error:
                 self.error = error
 

@@ -139,6 +139,8 @@ class PackedAttention:
     ) -> Tensor:
         """(1, H, S, E), (1, K, S, E), (1, K, S, E) -> (1, S, H, E)."""
         self.layers.add(layer)
+        # Under autocast the rotation gives float32, and CausalBias wants one dtype.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         return self._core(query[0], key[0], value[0], scaling)[None]
 
     def check(self, num_layers: int) -> None:

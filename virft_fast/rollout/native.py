@@ -231,6 +231,7 @@ class _Buffers:
         flat = self._flat.get(name)
         if flat is None or flat.numel() < count or flat.dtype != dtype:
             self.graphs.clear()  # they hold the old addresses
+            self.pool = None  # a pool without graphs can't be captured into again
             self._flat.pop(name, None)
             # Zeros, not whatever: a key that is masked must still not be NaN.
             flat = self._flat[name] = torch.zeros(count, dtype=dtype, device=self.device)
@@ -321,9 +322,9 @@ class _Decoding:
         lengths = torch.tensor([len(p.input_ids) for p in prompts], device=self.device)
         outside = torch.arange(self.P, device=self.device) >= lengths[:, None]
         self.prompt_bias.zero_().masked_fill_(outside, -torch.inf)
-        first = torch.stack(starts)  # positions of the completions' first tokens
-        self.read_token.prepare(int(first.max()) + self.T, self.buffers.take)
-        self.positions.copy_(first.repeat_interleave(self.G))
+        # No position is past the prompt's tokens; and graphs are kept apart by P and T.
+        self.read_token.prepare(self.P + self.T, self.buffers.take)
+        self.positions.copy_(torch.stack(starts).repeat_interleave(self.G))
         self.slots.copy_(torch.arange(len(self.slots)))
         self.drawn.fill_(self.pad_token_id)
         self.logps.zero_()
