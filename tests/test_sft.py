@@ -42,7 +42,7 @@ def test_loss_and_gradient_are_those_of_plain_cross_entropy(processor, prompts, 
     model = state.policy.model
     total, count = 0.0, 0
     for prompt in prompts:
-        answer = sft.answer_ids(processor.tokenizer, prompt.sample)
+        answer = sft.answer_ids(processor.tokenizer, sft.answer_text(prompt.sample))
         inputs = state.policy.collate(
             [prompt], [[answer]], pad_token_id=0, device=CPU, packed=False
         )

@@ -240,8 +240,8 @@ def make_microbatches(
         shared=state.policy.shares_prefix,
     )
     most = max(1, *dist.all_gather_object(len(plan)))
-    made = [_microbatch(state, rollouts, parts, advantages, mask) for parts in plan]
-    return made + [_empty_microbatch(state)] * (most - len(plan))
+    made = [microbatch(state, rollouts, parts, advantages, mask) for parts in plan]
+    return made + [empty_microbatch(state)] * (most - len(plan))
 
 
 def _loss_mask(state: TrainState, rollouts: Rollouts, advantages: Tensor) -> Tensor:
@@ -263,12 +263,14 @@ def plan_microbatches(
     prompts_per_microbatch: int,
     max_tokens: int | None,
     shared: bool,
+    split: bool = True,
 ) -> list[list[Part]]:
     """Whole groups in their order, by number or, with `max_tokens`, as many as fit.
 
     Args:
         prompt_lengths: tokens of each prompt. lengths: tokens of each row's completion.
         shared: whether the prompt is read once, or by every completion.
+        split: whether a group may be.
     Returns:
         The parts of each microbatch. A group is split only where it is too long by itself, and one
         completion that is too long stands alone.
@@ -286,7 +288,7 @@ def plan_microbatches(
 
     plan: list[list[Part]] = []
     for part in parts:
-        if tokens([part]) > max_tokens:
+        if split and tokens([part]) > max_tokens:
             pieces, rows = [], ()
             for row in part.rows:
                 if rows and tokens([Part(part.prompt, (*rows, row))]) > max_tokens:
@@ -301,13 +303,14 @@ def plan_microbatches(
     return plan
 
 
-def _microbatch(
+def microbatch(
     state: TrainState,
     rollouts: Rollouts,
     parts: Sequence[Part],
     advantages: Tensor,
     loss_mask: Tensor,
 ) -> Microbatch:
+    """The parts' completions, their (N,) advantages and (N, T) loss mask on the device."""
     device = state.engine.device
     ids, lengths = rollouts.completion_ids.cpu(), rollouts.completion_mask.sum(1).tolist()
     rows = torch.tensor([row for part in parts for row in part.rows])
@@ -330,7 +333,7 @@ def _microbatch(
     )
 
 
-def _empty_microbatch(state: TrainState) -> Microbatch:
+def empty_microbatch(state: TrainState) -> Microbatch:
     """A token that counts for nothing: under ZeRO-3 every rank has to make the same calls."""
     device = state.engine.device
     pad = torch.tensor([state.tokenizer.pad_token_id])
@@ -380,13 +383,14 @@ def _frozen_passes(state: TrainState, microbatches: list[Microbatch]) -> None:
     for mb in microbatches:
         shared = {"temperature": cfg.temperature, "image_features": mb.image_features}
         if cfg.beta > 0:
-            with _as_reference(state):
+            with as_reference(state):
                 mb.ref_logps, _ = state.reference(mb.inputs, **shared)
         if cfg.num_iterations > 1:
             mb.old_logps, _ = state.engine.forward(mb.inputs, **shared)
 
 
-def _as_reference(state: TrainState) -> Any:
+def as_reference(state: TrainState) -> Any:
+    """Context in which a policy with an adapter computes without it."""
     model = state.policy.model
     return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from virft_fast.batch import Prompt, Rollouts, Sample
+from virft_fast.data.loading import spoken_text
 from virft_fast.grpo import (
     Microbatch,
     StepStats,
@@ -41,15 +42,12 @@ AS_CROSS_ENTROPY: dict[str, Any] = {
 def answer_text(sample: Sample) -> str:
     """What the model is to learn to say: the column `completion` where the row has one, else its
     solution."""
-    given = sample.columns.get("completion")
-    if isinstance(given, list) and given:  # a chat of one turn, as TRL writes it
-        given = given[-1].get("content") if isinstance(given[-1], dict) else None
-    return given if isinstance(given, str) and given.strip() else sample.solution
+    return spoken_text(sample.columns.get("completion")) or sample.solution
 
 
-def answer_ids(tokenizer: Any, sample: Sample) -> Tensor:
-    """(C,) tokens of the answer, EOS included."""
-    ids = tokenizer(answer_text(sample), add_special_tokens=False).input_ids
+def answer_ids(tokenizer: Any, text: str) -> Tensor:
+    """(C,) tokens of an answer, EOS included."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
     return torch.tensor([*ids, tokenizer.eos_token_id])
 
 
@@ -67,7 +65,8 @@ def train_step(
     """
     stats, start = StepStats(), time.perf_counter()
     torch.manual_seed(state.seed + state.step)
-    answers = _as_rollouts(state, prompts)
+    texts = [[answer_text(prompt.sample)] for prompt in prompts]
+    answers = given_answers(state.tokenizer, prompts, texts)
     with stats.timed("train"):
         microbatches = make_microbatches(state, answers, torch.ones(len(prompts)), stats)
         weights = loss_weights(microbatches, answers, state.config)
@@ -87,18 +86,21 @@ def _note_cross_entropy(stats: StepStats, out: GRPOLoss, mb: Microbatch) -> None
     stats.add("loss", -float(out.logps.sum()), float(mb.loss_mask.sum()))
 
 
-def _as_rollouts(state: TrainState, prompts: Sequence[Prompt]) -> Rollouts:
-    """The rows' own answers, one a prompt, in the place of sampled ones."""
-    rows = [answer_ids(state.tokenizer, prompt.sample) for prompt in prompts]
-    pad = state.tokenizer.pad_token_id
+def given_answers(
+    tokenizer: Any, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
+) -> Rollouts:
+    """Answers that are given, equally many to each prompt, in the place of sampled ones."""
+    flat = [text for answers in texts for text in answers]
+    rows = [answer_ids(tokenizer, text) for text in flat]
+    pad = tokenizer.pad_token_id
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
     mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
     return Rollouts(
         prompts=tuple(prompts),
-        num_generations=1,
+        num_generations=len(texts[0]),
         completion_ids=ids,
         completion_mask=mask,
         truncated=torch.zeros(len(rows), dtype=torch.bool),
-        texts=tuple(answer_text(prompt.sample) for prompt in prompts),
+        texts=tuple(flat),
         sampling_logps=torch.zeros(ids.shape),
     )

@@ -74,8 +74,11 @@ def check_columns(names: Sequence[str], where: str) -> None:
     """Raise ValueError if a data set with these columns can't be made into samples."""
     if not set(names) & set(PROBLEM_COLUMNS):
         missing = f"one of the columns {', '.join(PROBLEM_COLUMNS)}"
-    elif "solution" not in names and "conversations" not in names:
-        missing = "the column solution (or conversations that end with the assistant's answer)"
+    elif not set(names) & {"solution", "conversations", "chosen"}:
+        missing = (
+            "the column solution (or conversations that end with the assistant's answer, or the "
+            "preferred answer in a column chosen)"
+        )
     else:
         return
     raise ValueError(
@@ -411,8 +414,11 @@ class SampleDataset:
         else:
             problem = _non_empty(value, self._problem_column)
             messages = _user_turn(problem, len(sources))
-        solution = self._checked(solution, row.get("extent"))
         columns = {k: v for k, v in row.items() if k not in self._image_columns}
+        if "chosen" in row:  # a preference pair, of texts or chats
+            columns |= {name: spoken_text(row.get(name)) for name in ("chosen", "rejected")}
+            solution = columns["chosen"] if solution is None else solution
+        solution = self._checked(solution, row.get("extent"))
         return Sample(
             index=index,
             messages=tuple(messages),
@@ -469,6 +475,16 @@ def _non_empty(value: Any, name: str) -> str:
     if not value.strip():
         raise _Unusable(f"{name}: empty")
     return value
+
+
+def spoken_text(value: Any) -> str | None:
+    """An answer as text: itself, or the last turn of a chat, as TRL writes answers; else None."""
+    if isinstance(value, list) and value and isinstance(value[-1], Mapping):
+        value = value[-1].get("content")
+    if isinstance(value, list):
+        parts = [part for part in value if isinstance(part, Mapping) and part.get("type") == "text"]
+        value = "".join(str(part.get("text") or "") for part in parts)
+    return value if isinstance(value, str) and value.strip() else None
 
 
 def _user_turn(problem: str, num_images: int) -> list[dict[str, Any]]:
