@@ -1,6 +1,7 @@
 """`python -m virft_fast.data`: build, inspect and export data sets.
 
 build coco|lvis|classification|grounding    from what you have to what training reads
+mia                                         multi-image preference pairs by attention, for DPO
 inspect                                     numbers, bad rows and a sheet of pictures
 export llamafactory                         for supervised fine-tuning elsewhere
 """
@@ -8,7 +9,9 @@ export llamafactory                         for supervised fine-tuning elsewhere
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -28,6 +31,7 @@ from virft_fast.data.coco import (
 from virft_fast.data.export import export_llamafactory
 from virft_fast.data.inspection import inspect
 from virft_fast.data.lisa import plan_grounding, read_lisa
+from virft_fast.data.mia import Layout
 from virft_fast.data.writing import Built, Plan, check_output, drop_missing, write_dataset
 from virft_fast.tasks import check_solution, detect_task
 from virft_fast.tasks.coordinates import FAMILY_SPACE, Extent
@@ -57,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
         build.choices[kind].set_defaults(run=_build_detection, kind=kind)
     _classification_arguments(build.add_parser("classification", help="from labelled images"))
     _grounding_arguments(build.add_parser("grounding", help="from LISA's ReasonSeg folders"))
+    _mia_arguments(
+        commands.add_parser("mia", help="multi-image preference pairs, by the model's attention")
+    )
     _inspect_arguments(commands.add_parser("inspect", help="look at a data set"))
     export = commands.add_parser("export", help="write a data set for another trainer")
     _export_arguments(
@@ -136,6 +143,54 @@ def _dataset_arguments(parser: argparse.ArgumentParser) -> None:
     add("--task", choices=("auto", "detection", "classification", "grounding"), default="auto")
 
 
+def _mia_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--dataset_name", required=True, help="questions about one image each, as in training; "
+        "also LLaVA's JSON")  # fmt: skip
+    add("--dataset_config", help="configuration of a hub data set")
+    add("--split", default="train")
+    add("--images", type=Path, help="where image paths of a JSON file start; default: its folder")
+    add("--model_name_or_path", required=True, help="the model that answers, as in training")
+    add("--output", type=Path, required=True, help="folder to write; must not exist")
+    add("--overwrite", action="store_true", help="replace the folder once the new one is whole")
+    add("--seed", type=int, default=0, help="of every choice")
+    add("--max_rows", type=_positive, help="take the first so many rows; default: all")
+    add("--test_share", type=_share, default=0.0, help="of the rows, held out as split test")
+    scenes = parser.add_argument_group("scenes")
+    add = scenes.add_argument
+    add("--shares", type=_weights, default="sequence=15.1,collage=9.3,pip=4.5",
+        help="weights of the kinds of scenes")  # fmt: skip
+    add(
+        "--sequence_images", type=_numbers, default="2,3,4,5", help="numbers of images to draw from"
+    )
+    add("--collage_images", type=_numbers, default="2,3,4,6,9", help="numbers of cells")
+    add("--cell", type=_positive, default=448, help="side of a collage's cell in pixels")
+    add("--gutter", type=int, default=40, help="between cells, and of the labels' strip, in pixels")
+    add("--label_size", type=_positive, default=36, help="of the labels, in pixels")
+    answers = parser.add_argument_group("answers")
+    add = answers.add_argument
+    add("--mode", choices=("corrupted", "clean"), default="corrupted",
+        help="noise on the target of collages and pictures in pictures, as MIA-DPO, or none")  # fmt: skip
+    add("--layer", type=int, help="where attention is measured, from 0; default: the middle one")
+    add("--batch_size", type=_positive, default=16, help="scenes answered together")
+    add("--max_completion_length", type=_positive, default=512, help="longest answer in tokens")
+    add("--max_prompt_length", type=_positive, help="a longer scene is left out")
+    add("--rollout_cache_tokens", type=_positive, help="as in training")
+    add("--min_pixels", type=int, help="as in training")
+    add("--max_pixels", type=int, help="as in training; of each image")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+        help="auto: bfloat16 on a GPU, else float32")  # fmt: skip
+    chosen = parser.add_argument_group("selection")
+    add = chosen.add_argument
+    add("--thresholds", type=_weights, default="",
+        help="attention limits that differ from MIA-DPO's, such as sequence2=0.7,pip2=0.9")  # fmt: skip
+    add("--min_perplexity", type=float, default=1.1, help="of an answer; it has to be above")
+    add("--max_length_ratio", type=float, default=10.0, help="of the two answers, in characters")
+    add("--min_edit_distance", type=float, default=0.05, help="of the two, share of the longer")
+    add("--pictures", type=int, default=12, help="scenes on the sheet OUTPUT.png; 0: no sheet")
+    parser.set_defaults(run=_mia)
+
+
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     _dataset_arguments(parser)
     add = parser.add_argument
@@ -150,6 +205,21 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, required=True, help="LLaMA-Factory's data folder, or a new one")
     add("--name", help="of the data set there; default: the source's name")
     parser.set_defaults(run=_export)
+
+
+def _weights(text: str) -> dict[str, float]:
+    try:
+        pairs = (part.split("=") for part in text.split(",") if part.strip())
+        return {name.strip(): float(value) for name, value in pairs}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected name=number,..., got {text!r}") from error
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected numbers, got {text!r}") from error
 
 
 def _share(text: str) -> float:
@@ -348,6 +418,152 @@ def _card(arguments: argparse.Namespace, title: str, built: Built) -> str:
             *(f"- {line}" for line in built.lines()),
             "",
             "Arguments:",
+            "",
+            *(f"- {name}: {value}" for name, value in given.items()),
+            "",
+        ]
+    )
+
+
+# --- Preference pairs ------------------------------------------------------------------------
+
+
+def _mia(arguments: argparse.Namespace) -> None:
+    from virft_fast import dist, mia
+
+    device = dist.init()
+    try:
+        _mia_on_each_rank(arguments, device, mia, dist)
+    finally:
+        dist.shutdown()
+
+
+def _mia_on_each_rank(arguments: argparse.Namespace, device: Any, mia: Any, dist: Any) -> None:
+    from tqdm import tqdm
+
+    out = arguments.output
+    check_output(out, arguments.overwrite)
+    rows = load_rows(
+        arguments.dataset_name,
+        arguments.split,
+        dataset_config=arguments.dataset_config,
+        image_folder=arguments.images,
+    )
+    selection = mia.Selection(
+        {_scene_key(name): value for name, value in arguments.thresholds.items()},
+        arguments.min_perplexity,
+        arguments.max_length_ratio,
+        arguments.min_edit_distance,
+    )
+    layout = Layout(
+        arguments.shares,
+        arguments.sequence_images,
+        arguments.collage_images,
+        arguments.cell,
+        arguments.gutter,
+        arguments.label_size,
+        label_indent=arguments.gutter // 2,
+    )
+    scenes = mia.Scenes(
+        rows,
+        layout,
+        seed=arguments.seed,
+        noise=arguments.mode == "corrupted",
+        groups=mia.source_groups(rows),
+    )
+    answering = _answering(arguments, device, mia)
+    # All that an answer depends on; how answers are selected may change from run to run.
+    asked = ("dataset_name", "dataset_config", "split", "images", "model_name_or_path", "seed",
+             "shares", "sequence_images", "collage_images", "cell", "gutter", "label_size", "mode",
+             "layer", "max_completion_length", "max_prompt_length", "min_pixels", "max_pixels",
+             "dtype")  # fmt: skip
+    settings = {name: getattr(arguments, name) for name in asked}
+    folder = out.with_name(f".{out.name}.answers")
+    journal = mia.Journal(folder, settings | {"rows": len(rows)})
+    indices = range(min(len(rows), arguments.max_rows or len(rows)))
+    with tqdm(total=len(indices), unit="scene", disable=not dist.is_main()) as bar:
+        answers = mia.answer_all(
+            scenes, answering, journal, indices, batch_size=arguments.batch_size,
+            progress=bar.update,
+        )  # fmt: skip
+    if not dist.is_main():
+        return
+    reasons = {
+        index: mia.reasons_against(answer, scenes.truth(index), selection)
+        for index, answer in answers.items()
+    }
+    print("\n".join(mia.table(answers, reasons)))
+    test = random.Random(arguments.seed).sample(
+        list(indices), round(arguments.test_share * len(indices))
+    )
+    counts = mia.write_pairs(
+        out, scenes, answers, reasons, test=test, progress=_progress,
+        card=_mia_card(arguments, mia.table(answers, reasons)),
+    )  # fmt: skip
+    print(", ".join(f"{split}: {count} pairs" for split, count in counts.items()))
+    print(f"written: {out}")
+    shown = [answer for answer in answers.values() if not answer.problem][: arguments.pictures]
+    if shown:
+        sheet = out.with_name(f"{out.name}.png")
+        mia.attention_sheet(scenes, answering, shown, reasons).save(sheet)
+        print(f"written: {sheet}")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answering(arguments: argparse.Namespace, device: Any, mia: Any) -> Any:
+    import torch
+
+    from virft_fast.models.processing import load_processor
+    from virft_fast.models.qwen_vl import Policy, load_model
+    from virft_fast.models.tiny import resolve_model_path
+    from virft_fast.rollout.backends import make_rollout
+
+    path = resolve_model_path(arguments.model_name_or_path)
+    processor = load_processor(
+        path, min_pixels=arguments.min_pixels, max_pixels=arguments.max_pixels
+    )
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if arguments.dtype != "auto":
+        dtype = getattr(torch, arguments.dtype)
+    policy = Policy(load_model(path, dtype=dtype).to(device)).eval()
+    layers = policy.config.text_config.num_hidden_layers
+    layer = layers // 2 if arguments.layer is None else arguments.layer
+    if not 0 <= layer < layers:
+        raise ValueError(f"--layer: expected 0 to {layers - 1}, got {layer}")
+    rollout = make_rollout(
+        "native",
+        lambda: contextlib.nullcontext(policy),
+        processor.tokenizer,
+        device=device,
+        max_cache_tokens=arguments.rollout_cache_tokens,
+    )
+    return mia.Answering(
+        policy,
+        rollout,
+        processor,
+        layer,
+        arguments.max_completion_length,
+        device,
+        arguments.max_prompt_length,
+    )
+
+
+def _scene_key(name: str) -> tuple[str, int]:
+    kind = name.rstrip("0123456789")
+    return kind, int(name[len(kind) :] or 2)
+
+
+def _mia_card(arguments: argparse.Namespace, lines: Sequence[str]) -> str:
+    given = {k: v for k, v in sorted(vars(arguments).items()) if k != "run" and v is not None}
+    return "\n".join(
+        [
+            "# Multi-image preference pairs (MIA-DPO)",
+            "",
+            "Made by `python -m virft_fast.data mia`. Columns as TRL's DPOTrainer takes them: "
+            "`images`, `prompt`, `chosen` (the row's own answer), `rejected` (the model's), and "
+            "why the pair was kept. `selection.jsonl` has every row, kept or not.",
+            "",
+            *(f"    {line}" for line in lines),
             "",
             *(f"- {name}: {value}" for name, value in given.items()),
             "",

@@ -47,7 +47,11 @@ Row = Mapping[str, Any]
 
 
 def load_rows(
-    dataset_name: str, split: str, *, dataset_config: str | None = None
+    dataset_name: str,
+    split: str,
+    *,
+    dataset_config: str | None = None,
+    image_folder: Path | None = None,
 ) -> datasets.Dataset:
     """Load one split of a data set.
 
@@ -56,14 +60,14 @@ def load_rows(
             of parquet files, or a hub id. A set without splits is its own "train".
         split: to load.
         dataset_config: configuration name, for a hub id only.
+        image_folder: where relative image paths of a JSON file start; None: at the file's folder.
     Returns:
-        The rows, images still encoded. Relative image paths of a JSON file are made absolute; they
-        start at its folder.
+        The rows, images still encoded. Relative image paths of a JSON file are made absolute.
     Raises:
         FileNotFoundError: there is no such data set.
         ValueError: it can't be read, or lacks the split, a needed column or any row.
     """
-    rows = _find_rows(dataset_name, split, dataset_config)
+    rows = _find_rows(dataset_name, split, dataset_config, image_folder)
     if not len(rows):
         raise ValueError(f"--dataset_name {dataset_name}: split {split!r} has no rows")
     check_columns(rows.column_names, f"--dataset_name {dataset_name}")
@@ -87,7 +91,9 @@ def check_columns(names: Sequence[str], where: str) -> None:
     )
 
 
-def _find_rows(name: str, split: str, config: str | None) -> datasets.Dataset:
+def _find_rows(
+    name: str, split: str, config: str | None, image_folder: Path | None = None
+) -> datasets.Dataset:
     from virft_fast.data.demo import DEMO_DATASETS, demo_dataset
 
     if name in DEMO_DATASETS:
@@ -96,7 +102,7 @@ def _find_rows(name: str, split: str, config: str | None) -> datasets.Dataset:
     if path.is_dir():
         return _load_folder(path, split)
     if path.is_file():
-        return _load_file(path, split)
+        return _load_file(path, split, image_folder)
     if _looks_like_path(name):
         raise FileNotFoundError(
             f"--dataset_name {name}: no such file, folder or demo; {_accepted()}"
@@ -156,13 +162,14 @@ def _load_folder(path: Path, split: str) -> datasets.Dataset:
     return _load_parquet(files, split, path)
 
 
-def _load_file(path: Path, split: str) -> datasets.Dataset:
+def _load_file(path: Path, split: str, image_folder: Path | None = None) -> datasets.Dataset:
     if path.suffix == ".parquet":
         return _load_parquet([path], split, path)
     if path.suffix not in (".json", ".jsonl"):
         raise ValueError(f"--dataset_name {path}: unknown kind of file; {_accepted()}")
     _check_split(split, ["train"], path)
-    return _json_rows(_read_json(path), path)
+    folder = path.parent if image_folder is None else image_folder
+    return _json_rows(_read_json(path), folder.resolve())
 
 
 def _load_parquet(files: Sequence[Path], split: str, where: Path) -> datasets.Dataset:
@@ -252,10 +259,9 @@ def _parse_json(text: str, path: Path) -> list[Any]:
     return records
 
 
-def _json_rows(records: list[dict[str, Any]], path: Path) -> datasets.Dataset:
+def _json_rows(records: list[dict[str, Any]], folder: Path) -> datasets.Dataset:
     import datasets
 
-    folder = path.resolve().parent
     names = dict.fromkeys(key for record in records for key in record)
     columns = {}
     for name in names:

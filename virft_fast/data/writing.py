@@ -8,10 +8,11 @@ Everything is written aside and renamed at the end: a folder that exists is whol
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,27 +119,41 @@ def write_dataset(
     import datasets
 
     features = datasets.Features({"image": datasets.Image(), **columns})
-    aside = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    (aside / "data").mkdir(parents=True)
-    try:
+    with written_aside(out, splits, features) as writers:
         together = [(name, plan) for name, plans in splits.items() for plan in plans]
-        writers = {name: _SplitWriter(aside / "data", name, features) for name in splits}
         names = iter([name for name, _ in together])
         for plan in progress([plan for _, plan in together], len(together)):
             row = _row(plan, built)
             name = next(names)
             if row is not None:
-                writers[name].add(row)
+                writers[name].add(row, len(row["image"]["bytes"]))
         for name, writer in writers.items():
             built.rows[name] = writer.close()
         if not sum(built.rows.values()):
             raise ValueError("no row could be written; " + "; ".join(built.lines()))
-        (aside / "README.md").write_text(card(built), encoding="utf-8")
+        writers.folder.parent.joinpath("README.md").write_text(card(built), encoding="utf-8")
+    return built
+
+
+class _Writers(dict[str, "SplitWriter"]):
+    """A writer a split; `folder` is where their shards are, aside."""
+
+    folder: Path
+
+
+@contextlib.contextmanager
+def written_aside(out: Path, splits: Iterable[str], features: Any) -> Iterator[_Writers]:
+    """Writers into a folder that becomes `out` if the block ends without an exception."""
+    aside = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / "data").mkdir(parents=True)
+    try:
+        writers = _Writers({name: SplitWriter(aside / "data", name, features) for name in splits})
+        writers.folder = aside / "data"
+        yield writers
         _put_in_place(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return built
 
 
 def _put_in_place(aside: Path, out: Path) -> None:
@@ -170,7 +185,7 @@ def _row(plan: Plan, built: Built) -> dict[str, Any] | None:
     return {"image": {"bytes": data, "path": plan.image.name}, **plan.row, **filled}
 
 
-class _SplitWriter:
+class SplitWriter:
     """Rows of one split into as many shards as it takes."""
 
     def __init__(self, folder: Path, split: str, features: Any) -> None:
@@ -179,9 +194,10 @@ class _SplitWriter:
         self.count = self.size = self.shards = 0
         self.writer: Any = None
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: dict[str, Any], size: int) -> None:
+        """`size`: bytes of its images, roughly the row's."""
         self.rows.append(row)
-        self.size += len(row["image"]["bytes"])
+        self.size += size
         if len(self.rows) == ROWS_A_GROUP:
             self._flush()
         if self.size >= SHARD_BYTES:
