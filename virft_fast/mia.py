@@ -45,6 +45,8 @@ from virft_fast.rollout import Rollout, Sampling
 # Tokens that are read together to measure attention.
 ATTENTION_TOKENS = 8_192
 MAX_TRUTH_CHARACTERS = 512
+# Small scenes are shown up to this size.
+SHEET_PIXELS = 260
 
 # Kind and number of images -> the largest share of attention on the target of a rejected answer,
 # and whether the share itself still counts.
@@ -631,8 +633,8 @@ def attention_sheet(
         ImageDraw.Draw(target).rectangle(scene.box, outline=(0, 160, 0), width=frame)
         verdict = "kept" if not reasons[answer.index] else "; ".join(reasons[answer.index])
         caption = (
-            f"{plan.prefix} true: {scenes.truth(answer.index)} said: {answer.text} on target: "
-            f"{answer.ratio or 0.0:.2f} {verdict}"
+            f"{verdict}; {answer.ratio or 0.0:.2f} on the target. {plan.prefix} true: "
+            f"{scenes.truth(answer.index)} said: {answer.text}"
         )
         cells.append((_side_by_side(shown), caption))
     return contact_sheet(cells, columns=4)
@@ -657,4 +659,5 @@ def _side_by_side(images: Sequence[Image.Image]) -> Image.Image:
     for image in images:
         whole.paste(image, (left, 0))
         left += image.width + gap
-    return whole
+    factor = max(1, SHEET_PIXELS // max(whole.size))
+    return whole.resize((factor * whole.width, factor * whole.height), Image.Resampling.NEAREST)

@@ -169,8 +169,12 @@ def _mia_arguments(parser: argparse.ArgumentParser) -> None:
     add("--label_size", type=_positive, default=36, help="of the labels, in pixels")
     answers = parser.add_argument_group("answers")
     add = answers.add_argument
-    add("--mode", choices=("corrupted", "clean"), default="corrupted",
-        help="noise on the target of collages and pictures in pictures, as MIA-DPO, or none")  # fmt: skip
+    add(
+        "--mode",
+        choices=("corrupted", "clean"),
+        default="corrupted",
+        help="noise on the target of collages and pictures in pictures, as MIA-DPO, or none",
+    )
     add("--layer", type=int, help="where attention is measured, from 0; default: the middle one")
     add("--batch_size", type=_positive, default=16, help="scenes answered together")
     add("--max_completion_length", type=_positive, default=512, help="longest answer in tokens")
@@ -182,8 +186,12 @@ def _mia_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: bfloat16 on a GPU, else float32")  # fmt: skip
     chosen = parser.add_argument_group("selection")
     add = chosen.add_argument
-    add("--thresholds", type=_weights, default="",
-        help="attention limits that differ from MIA-DPO's, such as sequence2=0.7,pip2=0.9")  # fmt: skip
+    add(
+        "--thresholds",
+        type=_weights,
+        default="",
+        help="attention limits that differ from MIA-DPO's, such as sequence2=0.7,pip2=0.9",
+    )
     add("--min_perplexity", type=float, default=1.1, help="of an answer; it has to be above")
     add("--max_length_ratio", type=float, default=10.0, help="of the two answers, in characters")
     add("--min_edit_distance", type=float, default=0.05, help="of the two, share of the longer")

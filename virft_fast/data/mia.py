@@ -226,9 +226,11 @@ def collage(images: Sequence[Image.Image], layout: Layout) -> tuple[Image.Image,
         left = number % columns * (cell + gutter)
         top = number // columns * (cell + gutter) + gutter
         boxes.append((left, top, left + cell, top + cell))
-        whole.paste(_fitted(image, cell, cell), (left, top))
         label = f"Image{number + 1}"
         draw.text((left + layout.label_indent, top - gutter), label, "black", font)
+        # Over the label, whose letters reach below the line.
+        whole.paste("white", boxes[-1])
+        whole.paste(_fitted(image, cell, cell), (left, top))
     return whole, boxes
 
 
