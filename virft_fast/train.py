@@ -824,7 +824,8 @@ def conclude(
     )
     print(f"model and processor  {output_dir}")
     print(f"metrics              {output_dir / METRICS_FILE}")
-    print(f"completions          {output_dir / 'completions.jsonl'}")
+    if (output_dir / "completions.jsonl").is_file():
+        print(f"completions          {output_dir / 'completions.jsonl'}")
     print(f"report               {output_dir / REPORT_FILE}, {output_dir / SUMMARY_FILE}")
     print(f"trained {state.step} steps in {train_seconds:.0f} s; peak memory of this process "
           f"{peak_rss_mib():.0f} MiB")  # fmt: skip
