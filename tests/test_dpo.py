@@ -271,7 +271,11 @@ def losses_of(folder):
     return [(r["loss"], r["grad_norm"]) for r in read_jsonl(folder / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("more", [(), ("--precompute_ref_log_probs",)], ids=["copy", "beforehand"])
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--precompute_ref_log_probs",), ("--use_peft", "--gradient_checkpointing")],
+    ids=["copy", "beforehand", "adapter"],
+)
 def test_run_and_resume_bit_for_bit(preferences, tmp_path, capsys, more):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert main(arguments(preferences, whole, "--max_steps", "4", *more)) == 0
