@@ -2,10 +2,10 @@
 
 python scripts/demo_mia.py [--out runs/demo_mia] [--seeds 3]
 
-The embedded model has never seen two images. It first learns what is asked (fine-tuning on scenes),
-so far that it answers, often about the wrong image. Its own wrong answers on other scenes, selected
-by where it looked, become pairs; DPO trains on them. Before and after on held-out scenes: answers
-that are right, answers it prefers over a companion's digit, attention on the target image.
+The embedded model has never seen two images. It first learns the form of such questions, by
+fine-tuning on sequences alone. Its own wrong answers to other scenes, selected by where it looked,
+become pairs; DPO trains on them. Before and after, on held-out scenes of each kind: answers that
+are right, right answers preferred over a companion's digit, attention on the target image.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import json
 import shutil
 import statistics
 import time
+from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import torch
 from virft_fast import dpo, mia
 from virft_fast.data.__main__ import main as data_main
 from virft_fast.data.demo import demo_dataset
-from virft_fast.data.mia import Layout
+from virft_fast.data.mia import Layout, Plan, Scene
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import Policy, load_model
 from virft_fast.models.tiny import resolve_model_path
@@ -33,17 +35,19 @@ from virft_fast.tasks.answers import answer_text
 from virft_fast.train import main as train_main
 
 CPU = torch.device("cpu")
-SCENE_FLAGS = ["--shares", "sequence=1,collage=1", "--sequence_images", "2,3", "--collage_images",
-               "2,3", "--cell", "56", "--gutter", "14", "--label_size", "12"]  # fmt: skip
-LAYOUT = Layout(
-    {"sequence": 1.0, "collage": 1.0}, (2, 3), (2, 3), 56, 14, label_size=12, label_indent=7
-)
+SCENE_FLAGS = [
+    *("--shares", "sequence=1,collage=1,pip=1", "--sequence_images", "2,3"),
+    *("--collage_images", "2", "--cell", "56", "--gutter", "14", "--label_size", "12"),
+]
+SIZES = {"cell": 56, "gutter": 14, "label_size": 12, "label_indent": 7}
+LAYOUT = Layout({"sequence": 1.0, "collage": 1.0, "pip": 1.0}, (2, 3), (2,), **SIZES)
+WARM_LAYOUT = Layout({"sequence": 1.0}, (2, 3), **SIZES)
 MEASURES = {
     "accuracy": "right answers",
     "preference": "right answer preferred over a companion's",
     "attention": "attention on the target",
 }
-WARM_ROWS, WARM_STEPS, PAIR_ROWS, DPO_STEPS, HELD_OUT = 1300, 400, 700, 60, 256
+WARM_ROWS, WARM_STEPS, PAIR_ROWS, DPO_STEPS, HELD_OUT = 1000, 300, 1000, 120, 240
 
 
 def main() -> int:
@@ -76,7 +80,7 @@ def main() -> int:
 
 def warm_start(rows: datasets.Dataset, out: Path) -> Path:
     """A model that has learnt the form of the questions, and some of their answers."""
-    scenes = mia.Scenes(rows, LAYOUT, seed=2, noise=False)
+    scenes = mia.Scenes(rows, WARM_LAYOUT, seed=2, noise=False)
     made = []
     for index in range(len(scenes)):
         plan = scenes.plan(index)
@@ -114,7 +118,7 @@ def preferred(pairs: Path, model: Path, out: Path, seed: int) -> None:
     run(
         "--algorithm", "dpo", "--dataset_name", pairs, "--model_name_or_path", model,
         "--output_dir", out, "--max_steps", DPO_STEPS, "--per_device_train_batch_size", 16,
-        "--learning_rate", 1e-4, "--dpo_beta", 0.1, "--dpo_gamma", 0.1, "--save_steps", 0,
+        "--learning_rate", 1e-3, "--dpo_beta", 0.1, "--dpo_gamma", 1.0, "--save_steps", 0,
         "--max_completion_length", 64, "--seed", seed, "--precompute_ref_log_probs", "True",
         "--warmup_steps", 5,
     )  # fmt: skip
@@ -126,40 +130,48 @@ def run(*words: Any) -> None:
         raise SystemExit(status)
 
 
-def measure(model: Path, scenes: mia.Scenes) -> dict[str, float]:
-    """Of the held-out scenes: MEASURES, as shares."""
+def measure(model: Path, scenes: mia.Scenes) -> dict[str, dict[str, float]]:
+    """MEASURES of the held-out scenes, as shares: of each kind, and of all."""
     processor = load_processor(resolve_model_path(str(model)))
     policy = Policy(load_model(str(model))).eval()
-    from contextlib import nullcontext
-
     rollout = make_rollout("native", lambda: nullcontext(policy), processor.tokenizer, device=CPU)
     layer = policy.config.text_config.num_hidden_layers // 2
     answering = mia.Answering(policy, rollout, processor, layer, 32, CPU)
-    right, prefers, attention = [], [], []
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for first in range(0, HELD_OUT, 32):
         planned = [scenes.plan(index) for index in range(first, min(first + 32, HELD_OUT))]
         plans = [plan for plan in planned if not isinstance(plan, str)]
         made = [scenes.scene(plan) for plan in plans]
+        preferred = preferences(policy, processor, answering, scenes, plans, made)
         for plan, answer in zip(plans, answering.answers(plans, made), strict=True):
-            truth = scenes.truth(plan.index)
-            right.append(answer_text(answer.text) == answer_text(truth))
-            attention.append(answer.ratio)
-        prefers += preferences(policy, processor, answering, scenes, plans, made)
+            right = answer_text(answer.text) == answer_text(scenes.truth(plan.index))
+            for kind in (plan.kind, "all"):
+                found[kind]["accuracy"].append(right)
+                found[kind]["attention"].append(answer.ratio)
+                if plan.index in preferred:
+                    found[kind]["preference"].append(preferred[plan.index])
     return {
-        "accuracy": statistics.mean(right),
-        "preference": statistics.mean(prefers),
-        "attention": statistics.mean(attention),
+        kind: {name: statistics.mean(values[name]) for name in MEASURES}
+        for kind, values in sorted(found.items(), key=lambda item: (item[0] != "all", item[0]))
     }
 
 
 @torch.no_grad()
-def preferences(policy: Any, processor: Any, answering: Any, scenes: Any, plans: Any, made: Any):
-    """Whether the truth is likelier than the digit of a companion, where one differs."""
-    prompts, texts = [], []
+def preferences(
+    policy: Policy,
+    processor: Any,
+    answering: mia.Answering,
+    scenes: mia.Scenes,
+    plans: list[Plan],
+    made: list[Scene],
+) -> dict[int, bool]:
+    """Row -> whether the truth is likelier than the digit of a companion, where one differs."""
+    rows, prompts, texts = [], [], []
     for plan, scene in zip(plans, made, strict=True):
         truth = scenes.truth(plan.index)
         others = [scenes.truth(row) for row in plan.order if scenes.truth(row) != truth]
         if others:
+            rows.append(plan.index)
             prompts.append(answering.prompt(plan.index, scene))
             texts.append((truth, others[0]))
     ids = [[dpo.answer_ids(processor.tokenizer, text) for text in pair] for pair in texts]
@@ -167,18 +179,19 @@ def preferences(policy: Any, processor: Any, answering: Any, scenes: Any, plans:
     logps, _ = policy(inputs)
     lengths = inputs.cu_seqlens.diff().long()
     sums = torch.segment_reduce(logps, "sum", lengths=lengths).view(-1, 2)
-    return (sums[:, 0] > sums[:, 1]).tolist()
+    return dict(zip(rows, (sums[:, 0] > sums[:, 1]).tolist(), strict=True))
 
 
-def table(before: dict[str, float], after: list[dict[str, float]]) -> list[str]:
+def table(before: dict[str, Any], after: list[dict[str, Any]]) -> list[str]:
     seeds = " | ".join(f"seed {number}" for number in range(len(after)))
     lines = [f"| held-out scenes | before DPO | {seeds} | mean change |",
              "|---" * (len(after) + 3) + "|"]  # fmt: skip
-    for key, name in MEASURES.items():
-        values = [result[key] for result in after]
-        change = statistics.mean(values) - before[key]
-        shown = " | ".join(f"{value:.3f}" for value in values)
-        lines.append(f"| {name} | {before[key]:.3f} | {shown} | {change:+.3f} |")
+    for kind in before:
+        for key, name in MEASURES.items():
+            values = [result[kind][key] for result in after]
+            change = statistics.mean(values) - before[kind][key]
+            shown = " | ".join(f"{value:.3f}" for value in values)
+            lines.append(f"| {kind}: {name} | {before[kind][key]:.3f} | {shown} | {change:+.3f} |")
     return lines
 
 
