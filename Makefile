@@ -1,5 +1,6 @@
 # make demo   set up and train the embedded model, with a report at the end
 # make test   set up and run the tests
+# make demo-mia   multi-image preference pairs and DPO on the embedded model
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.txt csrc/matching/*)
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml setup.py constraints.txt Makefile $(NATIVE) | cksum | cut -d' ' -f1)
 FUZZ_SECONDS ?= 60
 
-.PHONY: setup demo test lint format coverage test-core fuzz check-cuda check-triton bench tiny-model demo-curves clean
+.PHONY: setup demo test lint format coverage test-core fuzz check-cuda check-triton bench tiny-model demo-curves demo-mia clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -75,6 +76,10 @@ tiny-model: $(STAMP)
 
 demo-curves: $(STAMP)
 	$(BIN)/python scripts/demo_curves.py --out docs
+
+# One thread: the model is so small that a second one costs more than it does.
+demo-mia: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/demo_mia.py $(DEMO_ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage*

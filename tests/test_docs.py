@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import subprocess
@@ -14,6 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from virft_fast.config import TRAIN_GROUPS, EvalConfig, known_flags
+from virft_fast.data.__main__ import _parser as data_parser
 from virft_fast.tasks import REWARDS
 from virft_fast.train import parse_args
 
@@ -31,7 +33,20 @@ SLURM = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task
          "signal", "requeue", "kill-on-bad-exit"}  # fmt: skip
 TOOLS = {"no-build-isolation", "build", "install", "prefix", "save-results"}  # pip, cmake, pytest
 OTHERS = {*TORCHRUN, *SLURM, *TOOLS}
-KNOWN = {*known_flags(TRAIN_GROUPS), *known_flags((EvalConfig,)), *OTHERS}
+
+
+def flags_of(parser):
+    """Those of an argparse parser and of its commands, without dashes."""
+    for action in parser._actions:
+        yield from (option.lstrip("-") for option in action.option_strings)
+        for command in getattr(action, "choices", None) or ():
+            if isinstance(action, argparse._SubParsersAction):
+                yield from flags_of(action.choices[command])
+
+
+KNOWN = {
+    *known_flags(TRAIN_GROUPS), *known_flags((EvalConfig,)), *flags_of(data_parser()), *OTHERS,
+}  # fmt: skip
 # The flags of src/scripts/2B_base65cate_6k.sh in Visual-RFT, as in its README.
 VISUAL_RFT_FLAGS = {
     "output_dir", "model_name_or_path", "dataset_name", "deepspeed", "max_prompt_length",

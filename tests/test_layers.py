@@ -17,7 +17,7 @@ LAYERS = {
     "__init__": 0, "batch": 0, "config": 0, "dist": 0, "kernels": 0, "matching": 0, "_C": 0,
     "tasks": 1, "data": 1, "models": 1,
     "engine": 2, "rollout": 2, "metrics": 2,
-    "checkpoint": 3, "grpo": 3, "sft": 3, "dpo": 3, "evaluation": 3,
+    "checkpoint": 3, "grpo": 3, "sft": 3, "dpo": 3, "mia": 3, "evaluation": 3,
     "train": 4, "evaluate": 4, "report": 4, "data.__main__": 4,
 }  # fmt: skip
 # Who may import what; the last line is the compiled matcher.

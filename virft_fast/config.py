@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+ALGORITHMS = ("grpo", "sft", "dpo")
 TASKS = ("auto", "detection", "classification", "grounding")
 DTYPES = ("auto", "float32", "bfloat16")
 LOSS_IMPLS = ("fused", "reference")
@@ -228,9 +229,32 @@ class GRPOConfig:
 
 
 @dataclass
+class DPOConfig:
+    """Direct preference optimisation, with --algorithm dpo."""
+
+    dpo_beta: float = arg(0.1, "How far the policy may go from the reference for a preference.")
+    label_smoothing: float = arg(0.0, "Share of preferences taken to be the wrong way round.")
+    dpo_gamma: float = arg(0.0, "Weight of the chosen answers' mean cross entropy in the loss.")
+    precompute_ref_log_probs: bool = arg(
+        False, "Compute the reference's log-probs once, before training, and keep no reference."
+    )
+
+    def __post_init__(self) -> None:
+        _require(0 < self.dpo_beta < math.inf, "dpo_beta", "a number above 0", self.dpo_beta)
+        smoothing = self.label_smoothing
+        _require(0 <= smoothing < 0.5, "label_smoothing", "a share in [0, 0.5)", smoothing)
+        _require(0 <= self.dpo_gamma < math.inf, "dpo_gamma", "0 or more", self.dpo_gamma)
+
+
+@dataclass
 class TrainConfig:
     """The run: optimizer, length, logs, checkpoints."""
 
+    algorithm: str = arg(
+        "grpo",
+        "grpo; sft: fine-tuning on the solutions (or a column completion); dpo: on pairs of a "
+        "chosen and a rejected answer.",
+    )
     output_dir: str = arg("runs/grpo", "Where everything of this run is written.")
     overwrite_output_dir: bool = arg(False, "Delete what an earlier run left in --output_dir.")
     run_name: str | None = arg(None, "Name of the run in the trackers; default: output_dir's.")
@@ -270,6 +294,7 @@ class TrainConfig:
     local_rank: int = arg(-1, "Set by the deepspeed launcher; the environment is what counts.")
 
     def __post_init__(self) -> None:
+        _require(self.algorithm in ALGORITHMS, "algorithm", f"one of {ALGORITHMS}", self.algorithm)
         for name in (
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
@@ -301,11 +326,12 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def flat(self) -> dict[str, Any]:
         """Every flag with its value, as in a --config file."""
-        groups = (self.model, self.data, self.grpo, self.train)
+        groups = (self.model, self.data, self.grpo, self.dpo, self.train)
         return {name: value for group in groups for name, value in asdict(group).items()}
 
 
@@ -350,7 +376,7 @@ class EvalConfig:
         _require(length > 0, "max_completion_length", "a positive number", length)
 
 
-TRAIN_GROUPS = (ModelConfig, DataConfig, GRPOConfig, TrainConfig)
+TRAIN_GROUPS = (ModelConfig, DataConfig, GRPOConfig, DPOConfig, TrainConfig)
 
 
 def known_flags(groups: tuple[type, ...]) -> list[str]:

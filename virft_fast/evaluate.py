@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def run(config: EvalConfig, device: torch.device) -> int:
         )
         policy = Policy(model.to(device)).eval()
         check_model(config.rollout_backend, policy)
-    samples = SampleDataset(rows, check_solution=lambda s: tasks.check_solution(task, s))
+    samples = SampleDataset(rows, check_solution=partial(tasks.check_solution, task))
     source = PromptSource(samples, processor, max_prompt_length=config.max_prompt_length)
     count = min(config.max_samples or len(samples), len(samples))
     bad_rows = BadRows(config.max_bad_rows)

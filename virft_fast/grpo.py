@@ -147,17 +147,18 @@ def train_step(
         rewards_per_func, rewards = score_rollouts(state, rollouts)  # (N, R), (N,)
         advantages = _advantages(rewards, cfg)  # (N,)
     with stats.timed("train"):
-        microbatches = _microbatches(state, rollouts, advantages, stats)
-        weights = _loss_weights(microbatches, rollouts, cfg)
+        microbatches = make_microbatches(state, rollouts, advantages, stats)
+        weights = loss_weights(microbatches, rollouts, cfg)
         _frozen_passes(state, microbatches)
         learning_rate = state.learning_rate(state.step)
         applied = True
         for iteration in range(cfg.num_iterations):
-            compare = iteration == 0  # later the weights are no longer those that drew
-            applied &= _update(state, microbatches, weights, learning_rate, stats, compare)
+            # Later the weights are no longer those that drew.
+            note = _mismatch_stats if iteration == 0 else None
+            applied &= update(state, microbatches, weights, learning_rate, stats, note)
     _rollout_stats(stats, state, rollouts, rewards_per_func, rewards)
     state.step += 1
-    metrics = _finish(state, stats, rollouts, learning_rate, applied, start)
+    metrics = finish(state, stats, rollouts, learning_rate, applied, start)
     names = [name for name, _ in state.reward_funcs]
     records = completion_records(rollouts, names, rewards_per_func)
     for record, advantage in zip(records, advantages.tolist(), strict=True):
@@ -217,7 +218,7 @@ class Part:
     rows: tuple[int, ...]
 
 
-def _microbatches(
+def make_microbatches(
     state: TrainState, rollouts: Rollouts, advantages: Tensor, stats: StepStats
 ) -> list[Microbatch]:
     """The step's completions in microbatches, equally many on all ranks, at least one."""
@@ -239,8 +240,8 @@ def _microbatches(
         shared=state.policy.shares_prefix,
     )
     most = max(1, *dist.all_gather_object(len(plan)))
-    made = [_microbatch(state, rollouts, parts, advantages, mask) for parts in plan]
-    return made + [_empty_microbatch(state)] * (most - len(plan))
+    made = [microbatch(state, rollouts, parts, advantages, mask) for parts in plan]
+    return made + [empty_microbatch(state)] * (most - len(plan))
 
 
 def _loss_mask(state: TrainState, rollouts: Rollouts, advantages: Tensor) -> Tensor:
@@ -262,12 +263,14 @@ def plan_microbatches(
     prompts_per_microbatch: int,
     max_tokens: int | None,
     shared: bool,
+    split: bool = True,
 ) -> list[list[Part]]:
     """Whole groups in their order, by number or, with `max_tokens`, as many as fit.
 
     Args:
         prompt_lengths: tokens of each prompt. lengths: tokens of each row's completion.
         shared: whether the prompt is read once, or by every completion.
+        split: whether a group may be.
     Returns:
         The parts of each microbatch. A group is split only where it is too long by itself, and one
         completion that is too long stands alone.
@@ -285,7 +288,7 @@ def plan_microbatches(
 
     plan: list[list[Part]] = []
     for part in parts:
-        if tokens([part]) > max_tokens:
+        if split and tokens([part]) > max_tokens:
             pieces, rows = [], ()
             for row in part.rows:
                 if rows and tokens([Part(part.prompt, (*rows, row))]) > max_tokens:
@@ -300,13 +303,14 @@ def plan_microbatches(
     return plan
 
 
-def _microbatch(
+def microbatch(
     state: TrainState,
     rollouts: Rollouts,
     parts: Sequence[Part],
     advantages: Tensor,
     loss_mask: Tensor,
 ) -> Microbatch:
+    """The parts' completions, their (N,) advantages and (N, T) loss mask on the device."""
     device = state.engine.device
     ids, lengths = rollouts.completion_ids.cpu(), rollouts.completion_mask.sum(1).tolist()
     rows = torch.tensor([row for part in parts for row in part.rows])
@@ -329,7 +333,7 @@ def _microbatch(
     )
 
 
-def _empty_microbatch(state: TrainState) -> Microbatch:
+def empty_microbatch(state: TrainState) -> Microbatch:
     """A token that counts for nothing: under ZeRO-3 every rank has to make the same calls."""
     device = state.engine.device
     pad = torch.tensor([state.tokenizer.pad_token_id])
@@ -347,7 +351,7 @@ def _empty_microbatch(state: TrainState) -> Microbatch:
     return Microbatch(inputs, zero, zero.bool(), zero, image_features=features)
 
 
-def _loss_weights(
+def loss_weights(
     microbatches: list[Microbatch], rollouts: Rollouts, cfg: GRPOConfig
 ) -> list[dict[str, Any]]:
     """What makes each microbatch's loss its share of one big batch, counted before any backward.
@@ -379,29 +383,30 @@ def _frozen_passes(state: TrainState, microbatches: list[Microbatch]) -> None:
     for mb in microbatches:
         shared = {"temperature": cfg.temperature, "image_features": mb.image_features}
         if cfg.beta > 0:
-            with _as_reference(state):
+            with as_reference(state):
                 mb.ref_logps, _ = state.reference(mb.inputs, **shared)
         if cfg.num_iterations > 1:
             mb.old_logps, _ = state.engine.forward(mb.inputs, **shared)
 
 
-def _as_reference(state: TrainState) -> Any:
+def as_reference(state: TrainState) -> Any:
+    """Context in which a policy with an adapter computes without it."""
     model = state.policy.model
     return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
-def _update(
+def update(
     state: TrainState,
     microbatches: list[Microbatch],
     weights: list[dict[str, Any]],
     learning_rate: float,
     stats: StepStats,
-    compare: bool,
+    note: Callable[[StepStats, GRPOLoss, Microbatch], None] | None = None,
 ) -> bool:
     """One optimizer update; False if it was skipped on all ranks.
 
     Args:
-        compare: the log-probs with those the rollout drew by.
+        note: told of each microbatch's outcome.
     """
     cfg, finite = state.config, True
     for number, (mb, weight) in enumerate(zip(microbatches, weights, strict=True), 1):
@@ -430,8 +435,8 @@ def _update(
         finite &= bool(torch.isfinite(loss.detach()))
         state.engine.backward(loss, last=number == len(microbatches))
         _loss_stats(stats, out, mb, float(loss.detach()) / cfg.num_iterations)
-        if compare:
-            _mismatch_stats(stats, out.logps, mb)
+        if note is not None:
+            note(stats, out, mb)
     veto = dist.any_rank(not finite, state.engine.device)
     result = state.engine.step(learning_rate, veto=veto)
     stats.add("grad_norm", result.grad_norm)
@@ -448,9 +453,9 @@ def _loss_stats(stats: StepStats, out: Any, mb: Microbatch, loss: float) -> None
     stats.add("clip_fraction_high", float(out.clip_fraction_high) * tokens, tokens)
 
 
-def _mismatch_stats(stats: StepStats, logps: Tensor, mb: Microbatch) -> None:
+def _mismatch_stats(stats: StepStats, out: GRPOLoss, mb: Microbatch) -> None:
     """How far training and rollout disagree about the same tokens under the same weights."""
-    difference = (logps - mb.sampling_logps)[mb.loss_mask]
+    difference = (out.logps - mb.sampling_logps)[mb.loss_mask]
     stats.add("sampling_logp_difference", float(difference.abs().sum()), difference.numel())
     ratio = float(difference.max().exp()) if difference.numel() else 0.0
     stats.largest["sampling_ratio_max"] = max(ratio, stats.largest.get("sampling_ratio_max", 0.0))
@@ -481,7 +486,7 @@ def _rollout_stats(
     stats.add("distinct_fraction", sum(len(set(t)) / size for t in texts), len(texts))
 
 
-def _finish(
+def finish(
     state: TrainState,
     stats: StepStats,
     rollouts: Rollouts,
@@ -504,6 +509,8 @@ def _finish(
     for name, value in stats.largest.items():
         metrics[name] = max(dist.all_gather_object(value))
     for part in ("rollout", "train"):
+        if f"time/{part}_s" not in metrics:  # fine-tuning samples nothing
+            continue
         seconds = max(metrics[f"time/{part}_s"], 1e-9)
         metrics[f"{part}_tokens_per_s"] = step_tokens / seconds
         metrics[f"time/{part}_share"] = seconds / step_time_s
@@ -531,13 +538,13 @@ def completion_records(
     records = []
     for row, (text, values) in enumerate(zip(rollouts.texts, rewards.tolist(), strict=True)):
         prompt = rollouts.prompts[row // rollouts.num_generations]
-        records.append(
-            {
-                "index": prompt.sample.index,
-                "prompt": prompt.text,
-                "completion": text,
-                "solution": prompt.sample.solution,
-                "rewards": null_for_nan(dict(zip(names, values, strict=True))),
-            }
-        )
+        record = {
+            "index": prompt.sample.index,
+            "prompt": prompt.text,
+            "completion": text,
+            "solution": prompt.sample.solution,
+            "rewards": null_for_nan(dict(zip(names, values, strict=True))),
+        }
+        extent = prompt.sample.columns.get("extent")
+        records.append(record if extent is None else record | {"extent": list(extent)})
     return records

@@ -229,7 +229,8 @@ def _one_line(text: Any) -> str:
 
 
 def _headline(metrics: dict[str, float]) -> str:
-    shown = {"reward": metrics.get("reward", math.nan)}
+    first = "reward" if "reward" in metrics else "loss"
+    shown = {first: metrics.get(first, math.nan)}
     shown |= {
         name.split("/", 1)[1]: value
         for name, value in metrics.items()

@@ -149,10 +149,16 @@ def _cycle(count: int) -> list[str]:
 def _draw_curve(axis: Any, curve: list[dict[str, Any]]) -> None:
     names = sorted({key for record in curve for key in record if key.startswith("rewards/")})
     keys = ["reward", *names] if len(names) > 1 else ["reward"]
+    rewarded = any("reward" in record for record in curve)
+    keys = keys if rewarded else ["loss"]
     for key, colour in zip(keys, _cycle(len(keys)), strict=True):
         _draw_line(axis, curve, key, key.removeprefix("rewards/"), colour)
-    axis.set(xlabel="step", ylabel="mean over sampled completions")
-    axis.set_title("training rewards", fontsize=11)
+    if rewarded:
+        axis.set(xlabel="step", ylabel="mean over sampled completions")
+        axis.set_title("training rewards", fontsize=11)
+    else:
+        axis.set(xlabel="step", ylabel="cross entropy of a token")
+        axis.set_title("training loss", fontsize=11)
     axis.grid(alpha=0.3)
     if axis.get_lines():
         axis.legend(frameon=False)

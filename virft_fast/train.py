@@ -20,13 +20,15 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from virft_fast import checkpoint as checkpoints
-from virft_fast import dist, tasks
+from virft_fast import dist, dpo, sft, tasks
+from virft_fast.batch import Sample
 from virft_fast.config import (
     TRAIN_GROUPS,
     GRPOConfig,
@@ -76,6 +78,13 @@ from virft_fast.rollout.native import KEPT_SHARE, CachePlan, cache_numbers
 
 logger = logging.getLogger("virft_fast")
 
+# What a step does, (state, prompts) -> (metrics, records), by --algorithm.
+STEPS: dict[str, Callable[..., Any]] = {
+    "grpo": train_step,
+    "sft": sft.train_step,
+    "dpo": dpo.train_step,
+}
+REFERENCE_FILE = "reference_logps.json"
 SUMMARY_FILE, REPORT_FILE, METRICS_FILE = "summary.json", "report.png", "metrics.jsonl"
 _CHECKPOINT = re.compile(r"checkpoint-\d+(\.writing)?")
 NUM_CHECKED_ROWS = 200
@@ -189,14 +198,15 @@ def run(config: RunConfig, device: torch.device) -> int:
     stop = StopSignal()
     output_dir = Path(config.train.output_dir)
     with usage():
-        check_cache_limit(
-            config.grpo.rollout_backend,
-            config.grpo.rollout_cache_tokens,
-            num_generations=config.grpo.num_generations,
-            max_prompt_length=config.data.max_prompt_length,
-            max_completion_length=config.grpo.max_completion_length,
-            device=device,
-        )
+        if rolls_out(config):
+            check_cache_limit(
+                config.grpo.rollout_backend,
+                config.grpo.rollout_cache_tokens,
+                num_generations=config.grpo.num_generations,
+                max_prompt_length=config.data.max_prompt_length,
+                max_completion_length=config.grpo.max_completion_length,
+                device=device,
+            )
         resume = prepare_output_dir(config)
         processor = load_processor(
             resolve_model_path(config.model.model_name_or_path),
@@ -219,6 +229,9 @@ def run(config: RunConfig, device: torch.device) -> int:
     )
     total_steps = num_steps(config, len(data.train))
     saved = _resume(resume, state, sampler, data, config) if resume else {}
+    if config.dpo.precompute_ref_log_probs and isinstance(state, dpo.DPOState):
+        with usage():
+            _reference_beforehand(config, state, data, resumed=bool(resume))
     with usage():
         # Nothing of an earlier run is deleted before this one has all that it needs.
         if config.train.overwrite_output_dir and not resume and dist.is_main():
@@ -306,7 +319,7 @@ def _delete_run(output_dir: Path) -> None:
     for path in output_dir.iterdir():
         if _CHECKPOINT.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
-    for name in (METRICS_FILE, "completions.jsonl", SUMMARY_FILE, REPORT_FILE):
+    for name in (METRICS_FILE, "completions.jsonl", SUMMARY_FILE, REPORT_FILE, REFERENCE_FILE):
         (output_dir / name).unlink(missing_ok=True)
 
 
@@ -319,13 +332,27 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
     )
     samples = SampleDataset(rows)
     task = config.data.task
-    if task == "auto":
+    preferences = config.train.algorithm == "dpo"
+    if preferences:
+        if not {"chosen", "rejected"} <= set(rows.column_names):
+            raise UsageError(
+                f"--algorithm dpo: expected the columns chosen and rejected, got "
+                f"{', '.join(rows.column_names)}"
+            )
+        task = "preference"
+    elif task == "auto":
         task = tasks.detect_task(_first_solutions(samples))
-    check = lambda solution: tasks.check_solution(task, solution)  # noqa: E731
+    check = None if preferences else partial(tasks.check_solution, task)
+    fits, longest = None, config.grpo.max_completion_length
+    if config.train.algorithm == "sft":
+        fits = partial(_answer_fits, processor.tokenizer, longest)
+    elif preferences:
+        fits = partial(dpo.check_pair, processor.tokenizer, longest)
     train = PromptSource(
         SampleDataset(rows, check_solution=check),
         processor,
         max_prompt_length=config.data.max_prompt_length,
+        check=fits,
     )
     test = None
     if config.train.eval_samples:
@@ -335,7 +362,7 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
             dataset_config=config.data.dataset_config,
         )
         test = replace_rows(train, SampleDataset(test_rows, check_solution=check))
-    names = config.grpo.reward_funcs or tasks.DEFAULT_REWARDS[task]
+    names = [] if preferences else config.grpo.reward_funcs or tasks.DEFAULT_REWARDS[task]
     return Data(
         train=train,
         test=test,
@@ -346,8 +373,20 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
     )
 
 
+def _answer_fits(tokenizer: Any, most: int, sample: Sample) -> str | None:
+    count = len(sft.answer_ids(tokenizer, sft.answer_text(sample)))
+    if count <= most:
+        return None
+    return f"the answer has {count} tokens, more than --max_completion_length {most}; raise it"
+
+
 def replace_rows(source: PromptSource, samples: SampleDataset) -> PromptSource:
-    return PromptSource(samples, source.processor, max_prompt_length=source.max_prompt_length)
+    return PromptSource(
+        samples,
+        source.processor,
+        max_prompt_length=source.max_prompt_length,
+        check=source.check,
+    )
 
 
 def _first_solutions(samples: SampleDataset, most: int = 50) -> list[str]:
@@ -377,6 +416,9 @@ def prepare_training(
 ) -> TrainState:
     """Load the model, wrap it in its engine and put the parts of a step together."""
     train, grpo = config.train, config.grpo
+    if train.algorithm != "grpo":
+        fixed = sft.AS_CROSS_ENTROPY if train.algorithm == "sft" else dpo.AS_PAIRS
+        grpo = replace(grpo, **fixed)
     settings = OptimizerSettings(
         learning_rate=train.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
@@ -388,9 +430,10 @@ def prepare_training(
     partitioning = prepare_deepspeed(ds_config, device) if ds_config else None
     dtype = training_dtype(config.model, bf16=train.bf16, deepspeed=ds_config is not None)
     policy = build_policy(config.model, grpo, dtype, device)
-    check_model(grpo.rollout_backend, policy)
+    if rolls_out(config):
+        check_model(grpo.rollout_backend, policy)
     reference = None
-    if grpo.beta > 0 and not config.model.use_peft:
+    if keeps_reference(config):
         frozen = replace(config.model, gradient_checkpointing=False)
         reference = build_policy(frozen, grpo, dtype, device)
     del partitioning
@@ -405,11 +448,14 @@ def prepare_training(
             device=device,
             make_empty=lambda: build_policy(config.model, grpo, dtype, device, empty=True),
         )
-    call_reference = engine.forward if grpo.beta > 0 else None
+    call_reference = engine.forward if uses_reference(config) else None
     if reference is not None:
         call_reference = make_reference(reference, engine, ds_config)
     rate = learning_rates(config, num_steps(config, len(data.train)))
-    return TrainState(
+    kind = TrainState
+    if train.algorithm == "dpo":
+        kind = partial(dpo.DPOState, dpo=config.dpo)
+    return kind(
         config=grpo,
         policy=policy,
         engine=engine,
@@ -431,6 +477,58 @@ def prepare_training(
         seed=train.seed,
         max_bad_steps=train.max_bad_steps,
     )
+
+
+def rolls_out(config: RunConfig) -> bool:
+    """Whether the model answers prompts, in steps or in the evaluation before and after."""
+    evaluates = config.train.algorithm == "sft" and config.train.eval_samples > 0
+    return config.train.algorithm == "grpo" or evaluates
+
+
+def uses_reference(config: RunConfig) -> bool:
+    """Whether a step asks a reference model, or the policy without its adapter, for log-probs."""
+    if config.train.algorithm == "dpo":
+        return not config.dpo.precompute_ref_log_probs
+    return config.train.algorithm == "grpo" and config.grpo.beta > 0
+
+
+def keeps_reference(config: RunConfig) -> bool:
+    """Whether there is a second, frozen model."""
+    return uses_reference(config) and not config.model.use_peft
+
+
+def _reference_beforehand(
+    config: RunConfig, state: dpo.DPOState, data: Data, *, resumed: bool
+) -> None:
+    """The reference's log-probs of all rows: computed at the start of a run, read later on."""
+    path = Path(config.train.output_dir) / REFERENCE_FILE
+    held_out = 0 if data.test is None else min(config.train.eval_samples, len(data.test))
+    counts = {"train": len(data.train), "test": held_out}
+    if resumed:
+        try:
+            saved = json.loads(path.read_text())
+            if saved["counts"] != counts:
+                raise ValueError(f"it is of {saved['counts']} rows, these are {counts}")
+            tables = [{int(k): tuple(v) for k, v in saved[name].items()} for name in counts]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{path}: expected the reference's log-probs of this run: {error}; start it again"
+            ) from error
+        state.ref_logps, state.test_ref_logps = tables
+        return
+    from tqdm import tqdm
+
+    tables = []
+    for source, count in ((data.train, counts["train"]), (data.test, counts["test"])):
+        with tqdm(total=count, unit="row", desc="reference", disable=not dist.is_main()) as bar:
+            size = max(config.train.eval_batch_size, state.prompts_per_microbatch)
+            load = source.load if source is not None else None
+            tables.append(dpo.reference_logps(state, load, count, size, bar.update))
+    state.ref_logps, state.test_ref_logps = tables
+    if dist.is_main():
+        aside = path.with_suffix(".writing")
+        aside.write_text(json.dumps({"counts": counts, "train": tables[0], "test": tables[1]}))
+        aside.replace(path)
 
 
 def _deepspeed(
@@ -571,7 +669,7 @@ def train(
 
     while state.step < total_steps:
         prompts = sampler.next_batch(data.train.load, dist.all_gather_object, data.bad_rows.add)
-        metrics, records = train_step(state, prompts)
+        metrics, records = STEPS[cfg.algorithm](state, prompts)
         metrics["epoch"] = state.step * prompts_per_step(config) / len(data.train)
         metrics["bad_rows"] = float(len(data.bad_rows))
         parts = dist.all_gather_object(records)
@@ -610,6 +708,7 @@ def _state_dict(
 
 # What must not change between a run and its continuation; anything else may.
 SAME_ON_RESUME = (
+    "algorithm",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "num_generations",
@@ -622,6 +721,10 @@ SAME_ON_RESUME = (
     "use_peft",
     "lora_r",
     "lora_target_modules",
+    "dpo_beta",
+    "label_smoothing",
+    "dpo_gamma",
+    "precompute_ref_log_probs",
 )
 
 
@@ -667,6 +770,10 @@ def _evaluate(config: RunConfig, state: TrainState, data: Data) -> dict[str, Any
     """Means on the held-out rows and the answers to show; None without --eval_samples."""
     if data.test is None:
         return None
+    if isinstance(state, dpo.DPOState):
+        count = min(config.train.eval_samples, len(data.test))
+        means = dpo.evaluate(state, data.test.load, count, config.train.eval_batch_size)
+        return {"means": means, "answers": {}, "num_samples": count}
     result: Evaluation = evaluate_rewards(
         state.rollout,
         data.test.load,
@@ -696,14 +803,20 @@ def conclude(
     if before is None or after is None:
         tenth = max(1, len(curve) // 10)
         keys = ["reward", *(f"rewards/{name}" for name in names)]
+        if config.train.algorithm != "grpo":
+            keys = ["loss"]
         first, last = (
             {k: _mean(part, k) for k in keys} for part in (curve[:tenth], curve[-tenth:])
         )
-        title = f"training reward, first and last {tenth} records"
+        title = f"training {keys[0]}, first and last {tenth} records"
         examples = []
     else:
         first, last = before["means"], after["means"]
         title = f"held-out rewards, greedy, {after['num_samples']} samples"
+        if config.train.algorithm == "dpo":
+            title = f"held-out pairs, {after['num_samples']} samples"
+            # Before training the policy is the reference, and prefers nothing to it.
+            first = {k: v for k, v in first.items() if not k.startswith("rewards/")}
         examples = _examples(data, before["answers"], after["answers"])
     write_summary(
         output_dir / SUMMARY_FILE,
@@ -728,7 +841,8 @@ def conclude(
     )
     print(f"model and processor  {output_dir}")
     print(f"metrics              {output_dir / METRICS_FILE}")
-    print(f"completions          {output_dir / 'completions.jsonl'}")
+    if (output_dir / "completions.jsonl").is_file():
+        print(f"completions          {output_dir / 'completions.jsonl'}")
     print(f"report               {output_dir / REPORT_FILE}, {output_dir / SUMMARY_FILE}")
     print(f"trained {state.step} steps in {train_seconds:.0f} s; peak memory of this process "
           f"{peak_rss_mib():.0f} MiB")  # fmt: skip
@@ -803,7 +917,8 @@ def dry_run(config: RunConfig, data: Data, processor: Any) -> int:
     learning_rates(config, num_steps(config, len(data.train)))
     _deepspeed(config, OptimizerSettings(learning_rate=config.train.learning_rate))
     policy = build_policy(config.model, config.grpo, torch.float32, dist.local_device(), empty=True)
-    check_model(config.grpo.rollout_backend, policy)
+    if rolls_out(config):
+        check_model(config.grpo.rollout_backend, policy)
     _print_model(config, policy)
     print("\n# one prompt as the model reads it")
     sample, reasons = None, []
@@ -849,11 +964,11 @@ def memory_estimate(
     world = dist.world_size()
     low = 2 if config.train.bf16 and config.train.deepspeed else 4
     masters = 4 if low == 2 else 0
-    copies = 2 if config.grpo.beta > 0 and not config.model.use_peft else 1
+    copies = 2 if keeps_reference(config) else 1
     weights = copies * total * low / (world if stage == 3 else 1)
     gradients = trainable * low / (world if stage >= 2 else 1)
     optimizer = trainable * (8 + masters) / (world if stage >= 1 else 1)
-    copied = total * low if stage == 3 else 0
+    copied = total * low if stage == 3 and rolls_out(config) else 0
     tokens, how = rollout_tokens(config, dist.local_device())
     cache = tokens * cache_numbers(policy.config.get_text_config())
     narrow = config.train.bf16 or config.model.dtype == "bfloat16"
@@ -877,6 +992,9 @@ def rollout_tokens(config: RunConfig, device: torch.device) -> tuple[int, str]:
     prompt = config.data.max_prompt_length or 1024
     batch = min(config.train.eval_batch_size, math.ceil(config.train.eval_samples / world))
     batches = [(prompts_per_step(config) // world, grpo.num_generations), (batch, 1)]
+    if not rolls_out(config):
+        return 0, "none"
+    batches = batches if config.train.algorithm == "grpo" else batches[1:]
     how = f"prompts of {prompt:,}"
     if grpo.rollout_backend == "hf":
         return max(b * g * (prompt + grpo.max_completion_length) for b, g in batches), how

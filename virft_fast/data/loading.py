@@ -47,7 +47,11 @@ Row = Mapping[str, Any]
 
 
 def load_rows(
-    dataset_name: str, split: str, *, dataset_config: str | None = None
+    dataset_name: str,
+    split: str,
+    *,
+    dataset_config: str | None = None,
+    image_folder: Path | None = None,
 ) -> datasets.Dataset:
     """Load one split of a data set.
 
@@ -56,14 +60,14 @@ def load_rows(
             of parquet files, or a hub id. A set without splits is its own "train".
         split: to load.
         dataset_config: configuration name, for a hub id only.
+        image_folder: where relative image paths of a JSON file start; None: at the file's folder.
     Returns:
-        The rows, images still encoded. Relative image paths of a JSON file are made absolute; they
-        start at its folder.
+        The rows, images still encoded. Relative image paths of a JSON file are made absolute.
     Raises:
         FileNotFoundError: there is no such data set.
         ValueError: it can't be read, or lacks the split, a needed column or any row.
     """
-    rows = _find_rows(dataset_name, split, dataset_config)
+    rows = _find_rows(dataset_name, split, dataset_config, image_folder)
     if not len(rows):
         raise ValueError(f"--dataset_name {dataset_name}: split {split!r} has no rows")
     check_columns(rows.column_names, f"--dataset_name {dataset_name}")
@@ -74,8 +78,11 @@ def check_columns(names: Sequence[str], where: str) -> None:
     """Raise ValueError if a data set with these columns can't be made into samples."""
     if not set(names) & set(PROBLEM_COLUMNS):
         missing = f"one of the columns {', '.join(PROBLEM_COLUMNS)}"
-    elif "solution" not in names and "conversations" not in names:
-        missing = "the column solution (or conversations that end with the assistant's answer)"
+    elif not set(names) & {"solution", "conversations", "chosen"}:
+        missing = (
+            "the column solution (or conversations that end with the assistant's answer, or the "
+            "preferred answer in a column chosen)"
+        )
     else:
         return
     raise ValueError(
@@ -84,7 +91,9 @@ def check_columns(names: Sequence[str], where: str) -> None:
     )
 
 
-def _find_rows(name: str, split: str, config: str | None) -> datasets.Dataset:
+def _find_rows(
+    name: str, split: str, config: str | None, image_folder: Path | None = None
+) -> datasets.Dataset:
     from virft_fast.data.demo import DEMO_DATASETS, demo_dataset
 
     if name in DEMO_DATASETS:
@@ -93,7 +102,7 @@ def _find_rows(name: str, split: str, config: str | None) -> datasets.Dataset:
     if path.is_dir():
         return _load_folder(path, split)
     if path.is_file():
-        return _load_file(path, split)
+        return _load_file(path, split, image_folder)
     if _looks_like_path(name):
         raise FileNotFoundError(
             f"--dataset_name {name}: no such file, folder or demo; {_accepted()}"
@@ -153,13 +162,14 @@ def _load_folder(path: Path, split: str) -> datasets.Dataset:
     return _load_parquet(files, split, path)
 
 
-def _load_file(path: Path, split: str) -> datasets.Dataset:
+def _load_file(path: Path, split: str, image_folder: Path | None = None) -> datasets.Dataset:
     if path.suffix == ".parquet":
         return _load_parquet([path], split, path)
     if path.suffix not in (".json", ".jsonl"):
         raise ValueError(f"--dataset_name {path}: unknown kind of file; {_accepted()}")
     _check_split(split, ["train"], path)
-    return _json_rows(_read_json(path), path)
+    folder = path.parent if image_folder is None else image_folder
+    return _json_rows(_read_json(path), folder.resolve())
 
 
 def _load_parquet(files: Sequence[Path], split: str, where: Path) -> datasets.Dataset:
@@ -249,10 +259,9 @@ def _parse_json(text: str, path: Path) -> list[Any]:
     return records
 
 
-def _json_rows(records: list[dict[str, Any]], path: Path) -> datasets.Dataset:
+def _json_rows(records: list[dict[str, Any]], folder: Path) -> datasets.Dataset:
     import datasets
 
-    folder = path.resolve().parent
     names = dict.fromkeys(key for record in records for key in record)
     columns = {}
     for name in names:
@@ -349,7 +358,8 @@ class SampleDataset:
 
     Args:
         rows: what `load_rows` returns, or any sequence of mappings.
-        check_solution: solution -> what is wrong with it, or None.
+        check_solution: solution (and the row's `extent`, where it has one) -> what is wrong with
+            it, or None.
     Raises:
         ValueError: no column holds the problem, or none the solution.
     """
@@ -358,7 +368,7 @@ class SampleDataset:
         self,
         rows: datasets.Dataset | Sequence[Row],
         *,
-        check_solution: Callable[[str], str | None] | None = None,
+        check_solution: Callable[..., str | None] | None = None,
     ) -> None:
         names = _column_names(rows)
         check_columns(names, "data set")
@@ -410,8 +420,11 @@ class SampleDataset:
         else:
             problem = _non_empty(value, self._problem_column)
             messages = _user_turn(problem, len(sources))
-        solution = self._checked(solution)
         columns = {k: v for k, v in row.items() if k not in self._image_columns}
+        if "chosen" in row:  # a preference pair, of texts or chats
+            columns |= {name: spoken_text(row.get(name)) for name in ("chosen", "rejected")}
+            solution = columns["chosen"] if solution is None else solution
+        solution = self._checked(solution, row.get("extent"))
         return Sample(
             index=index,
             messages=tuple(messages),
@@ -420,9 +433,10 @@ class SampleDataset:
             columns=columns | {"problem": problem, "solution": solution},
         )
 
-    def _checked(self, solution: Any) -> str:
+    def _checked(self, solution: Any, extent: Any) -> str:
         solution = _non_empty(solution, "solution")
-        wrong = self._check_solution(solution) if self._check_solution else None
+        space = () if extent is None else (extent,)
+        wrong = self._check_solution(solution, *space) if self._check_solution else None
         if wrong:
             raise _Unusable(f"solution: {wrong}")
         return solution
@@ -467,6 +481,16 @@ def _non_empty(value: Any, name: str) -> str:
     if not value.strip():
         raise _Unusable(f"{name}: empty")
     return value
+
+
+def spoken_text(value: Any) -> str | None:
+    """An answer as text: itself, or the last turn of a chat, as TRL writes answers; else None."""
+    if isinstance(value, list) and value and isinstance(value[-1], Mapping):
+        value = value[-1].get("content")
+    if isinstance(value, list):
+        parts = [part for part in value if isinstance(part, Mapping) and part.get("type") == "text"]
+        value = "".join(str(part.get("text") or "") for part in parts)
+    return value if isinstance(value, str) and value.strip() else None
 
 
 def _user_turn(problem: str, num_images: int) -> list[dict[str, Any]]:
@@ -548,6 +572,8 @@ def _open_image(source: Any) -> Image.Image:
             return _decode(io.BytesIO(source))
         if isinstance(source, (str, Path)) and str(source):
             name = str(source)
+            if re.match(r"[a-z][a-z0-9+.-]*://", name, re.IGNORECASE):
+                raise ValueError("nothing is downloaded while training; fetch it and give its path")
             path = Path(source).expanduser()
             if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe is waited for
                 raise ValueError("expected a file")

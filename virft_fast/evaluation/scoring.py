@@ -102,8 +102,8 @@ def task_measures(task: str, records: list[dict[str, Any]]) -> dict[str, float]:
     """
     if task == "classification" or not records:
         return {}
-    predicted = [parse_detection(record["completion"]) for record in records]
-    true = [parse_detection(record["solution"]) for record in records]
+    predicted = [parse_detection(r["completion"], r.get("extent")) for r in records]
+    true = [parse_detection(r["solution"], r.get("extent")) for r in records]
     pred, num_pred = pad_boxes([p.boxes if p else [] for p in predicted])
     gt, num_gt = pad_boxes([t.boxes if t else [] for t in true])
     total = max(int(num_gt.sum()), 1)

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoProcessor, AutoTokenizer, Qwen2VLProcessor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorPil,
+    smart_resize,
+)
 from transformers.processing_utils import ProcessorMixin
 
 from virft_fast.models.tiny import CHAT_TEMPLATE, resolve_model_path
@@ -99,6 +102,20 @@ def load_processor(
         )
     processor.image_processor.size = size
     return processor
+
+
+def resized(
+    width: int, height: int, *, min_pixels: int, max_pixels: int, factor: int = 28
+) -> tuple[int, int]:
+    """(width, height) of an image as Qwen-VL's processors resize it.
+
+    Args:
+        factor: both sides become multiples of it: patch size times merge size.
+    Raises:
+        ValueError: the sides are more than 200 to 1.
+    """
+    new_height, new_width = smart_resize(height, width, factor, min_pixels, max_pixels)
+    return new_width, new_height
 
 
 def build_tiny_processor(tokenizer: Any) -> Any:

@@ -26,6 +26,7 @@ from virft_fast.tasks.answers import (
     parse_label,
     valid_box,
 )
+from virft_fast.tasks.coordinates import THOUSAND, extent_of, rescale
 from virft_fast.tasks.rewards import (
     accuracy,
     accuracy_confidence,
@@ -168,19 +169,33 @@ def _kind(solution: str) -> str:
     return "grounding" if written.startswith("(") else "detection"
 
 
-def check_solution(task: str, solution: str) -> str | None:
-    """None for a ground truth that can be scored, else what is wrong with it."""
+def check_solution(task: str, solution: str, extent: Sequence[float] | None = None) -> str | None:
+    """None for a ground truth that can be scored, else what is wrong with it.
+
+    Args:
+        extent: (width, height) of the space its boxes are counted in; None: 0..1000.
+    """
     if task == "classification":
         return None if parse_label(solution) else "expected a class name, got an empty solution"
-    detection = parse_detection(solution)
+    try:
+        detection = parse_detection(solution, None if extent is None else extent_of(extent))
+    except ValueError as error:
+        return str(error)
     if detection is None:
         return f"expected boxes in the solution, got {solution!r:.120}"
     bad = [box for box in detection.boxes if not valid_box(box)]
     if bad:
-        return f"expected boxes with x1 < x2 and y1 < y2 in 0..1000, got {list(bad[0])}"
+        space = "0..1000" if extent is None else f"0..{extent[0]}, 0..{extent[1]}"
+        return (
+            f"expected boxes with x1 < x2 and y1 < y2 in {space}, got {_as_written(bad[0], extent)}"
+        )
     if task == "grounding" and len(detection.boxes) != 1:
         return f"expected one box, got {len(detection.boxes)}"
     return None
+
+
+def _as_written(box: Sequence[float], extent: Sequence[float] | None) -> list[float]:
+    return list(box if extent is None else rescale(box, (THOUSAND, THOUSAND), extent))
 
 
 def score(

@@ -11,9 +11,11 @@ import json
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-Box = tuple[float, float, float, float]
+from virft_fast.tasks.coordinates import Box, to_thousand
+
 NOT_A_BOX: Box = (math.nan,) * 4
 
 _POSITION_KEYS = ("position", "bbox_2d", "bbox", "box_2d", "box")
@@ -57,13 +59,23 @@ def answer_text(text: str) -> str:
     return (body if end < 0 else body[:end]).strip()
 
 
-def parse_detection(text: str) -> Detection | None:
+def parse_detection(text: str, extent: Sequence[float] | None = None) -> Detection | None:
     """Boxes and confidences of an answer, or None if it holds none and does not say so either.
 
     Reads Visual-RFT's list of {'Position': [x1, y1, x2, y2], 'Confidence': c}, with any quotes, key
     case, code fence or missing end; 'bbox_2d' and the like for the key; bare lists of four numbers;
     and (x1,y1),(x2,y2).
+
+    Args:
+        extent: (width, height) of the space the answer counts in; None: 0..1000.
     """
+    read = _parse_detection(text)
+    if read is None or extent is None:
+        return read
+    return Detection(tuple(to_thousand(box, extent) for box in read.boxes), read.confidences)
+
+
+def _parse_detection(text: str) -> Detection | None:
     body = answer_text(text)
     if words(body) in (["no", "objects"], ["no", "object"]):
         return Detection((), ())

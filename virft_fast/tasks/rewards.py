@@ -3,8 +3,9 @@
     reward(prompts, completions, solution, **columns) -> list[float]
 
 `completions` are strings or [{"role": "assistant", "content": text}] lists; `solution` has one
-ground truth a completion, as Visual-RFT's data sets write it. A model's text is data: whatever it
-holds, a reward is a number in its documented range.
+ground truth a completion, as Visual-RFT's data sets write it; `extent`, where a data set has that
+column, the (width, height) of the space its boxes are counted in, otherwise 0..1000. A model's text
+is data: whatever it holds, a reward is a number in its documented range.
 """
 
 from __future__ import annotations
@@ -49,7 +50,11 @@ def completion_texts(completions: Sequence[Any]) -> list[str]:
 
 
 def accuracy_iou(
-    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
+    prompts: Any = None,
+    completions: Sequence[Any] = (),
+    solution: Sequence[str] = (),
+    extent: Sequence[Any] | None = None,
+    **_: Any,
 ) -> list[float]:
     """Summed IoU of matched boxes / max(#predicted, #true), in [0, 1].
 
@@ -57,19 +62,27 @@ def accuracy_iou(
     inverted, empty or outside 0..1000 is a prediction that matches nothing. With nothing to find,
     'No Objects' or an empty list scores 1 and anything else 0.
     """
-    return _iou_rewards(completions, solution, min_iou=0.5)
+    return _iou_rewards(completions, solution, extent, min_iou=0.5)
 
 
 def hungarian_iou(
-    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
+    prompts: Any = None,
+    completions: Sequence[Any] = (),
+    solution: Sequence[str] = (),
+    extent: Sequence[Any] | None = None,
+    **_: Any,
 ) -> list[float]:
     """As `accuracy_iou`, but a match needs no more than some overlap: a smoother signal for a model
     whose boxes are not good yet. In [0, 1]."""
-    return _iou_rewards(completions, solution, min_iou=0.0)
+    return _iou_rewards(completions, solution, extent, min_iou=0.0)
 
 
 def accuracy_confidence(
-    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
+    prompts: Any = None,
+    completions: Sequence[Any] = (),
+    solution: Sequence[str] = (),
+    extent: Sequence[Any] | None = None,
+    **_: Any,
 ) -> list[float]:
     """Is the model sure of the boxes it found, and only of those? In [0, 1].
 
@@ -80,7 +93,7 @@ def accuracy_confidence(
     # Of equal boxes the surest is the one that is matched, whatever the order they came in.
     pairs = [
         (None if predicted is None else _surest_first(predicted), true)
-        for predicted, true in _parse_pairs(completions, solution)
+        for predicted, true in _parse_pairs(completions, solution, extent)
     ]
     matched = _match(pairs, min_iou=0.5)[0] >= 0  # (N, K)
     rewards = []
@@ -120,11 +133,15 @@ def accuracy(
 
 
 def grounding_giou(
-    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
+    prompts: Any = None,
+    completions: Sequence[Any] = (),
+    solution: Sequence[str] = (),
+    extent: Sequence[Any] | None = None,
+    **_: Any,
 ) -> list[float]:
     """(GIoU + 1) / 2 of the one box asked for, in [0, 1]; 0 for a missing, inverted or empty box,
     one outside 0..1000, or more than one."""
-    pairs = _parse_pairs(completions, solution)
+    pairs = _parse_pairs(completions, solution, extent)
     pred, num_pred = _one_box([predicted for predicted, _ in pairs])
     gt, num_gt = _one_box([true for _, true in pairs])
     giou = pairwise_iou(pred, gt, num_pred, num_gt, kind="giou")[:, 0, 0]  # (N,)
@@ -149,9 +166,13 @@ def _surest_first(detection: Detection) -> Detection:
 
 
 def _iou_rewards(
-    completions: Sequence[Any], solution: Sequence[str], *, min_iou: float
+    completions: Sequence[Any],
+    solution: Sequence[str],
+    extent: Sequence[Any] | None,
+    *,
+    min_iou: float,
 ) -> list[float]:
-    pairs = _parse_pairs(completions, solution)
+    pairs = _parse_pairs(completions, solution, extent)
     total = _match(pairs, min_iou=min_iou)[1].sum(1).tolist()
     rewards = []
     for (predicted, true), iou in zip(pairs, total, strict=True):
@@ -164,12 +185,13 @@ def _iou_rewards(
 
 
 def _parse_pairs(
-    completions: Sequence[Any], solution: Sequence[str]
+    completions: Sequence[Any], solution: Sequence[str], extent: Sequence[Any] | None
 ) -> list[tuple[Detection | None, Detection | None]]:
     texts = completion_texts(completions)
+    extents = extent or [None] * len(texts)
     return [
-        (parse_detection(text), parse_detection(str(truth)))
-        for text, truth in zip(texts, solution, strict=True)
+        (parse_detection(text, space), parse_detection(str(truth), space))
+        for text, truth, space in zip(texts, solution, extents, strict=True)
     ]
 
 

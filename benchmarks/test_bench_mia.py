@@ -1,0 +1,118 @@
+"""MIA-DPO's selection: answers and where the model looked, the original's way and ours.
+
+    pytest benchmarks/test_bench_mia.py               a small model, minutes on a CPU
+    pytest benchmarks/test_bench_mia.py --size 2b     Qwen2-VL's shapes, on a GPU; also 7b
+
+The original answers one sample at a time with transformers' generate and all attention maps in its
+output, and takes one layer of them. Same model, same scenes, same number of tokens; answers and
+attention ratios are compared first.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from measure import DEVICE, peak_memory, synchronised
+from PIL import Image
+from vlm import SHAPES, make_model, make_processor
+
+from virft_fast.data.mia import Layout, Plan, compose
+from virft_fast.mia import attention_ratio, measure
+from virft_fast.models.qwen_vl import Policy, banned_token_ids, core, encode_prompt
+from virft_fast.rollout import Sampling
+from virft_fast.rollout.native import NativeRollout
+
+ROUNDS = 3
+# kind, images, side of an image in pixels, scenes, tokens of an answer
+CASES = [("collage", 9, 448, 4, 16), ("sequence", 3, 224, 8, 16)]
+
+
+class FixedLength(NativeRollout):
+    """EOS is never drawn."""
+
+    def banned(self, policy):
+        return [*super().banned(policy), self.tokenizer.eos_token_id]
+
+
+def make_scenes(kind, count, side, number):
+    layout, rng = Layout(cell=side), np.random.default_rng(0)
+    for index in range(number):
+        pixels = rng.integers(0, 255, (count, side // 14, side // 14, 3)).astype("u1")
+        images = [Image.fromarray(p).resize((side, side)) for p in pixels]
+        target = index % count
+        plan = Plan(index, kind, tuple(range(count)), target, f"In Image{target + 1},")
+        yield compose(plan, images, "Which digit is this?", layout)
+
+
+@pytest.mark.parametrize("kind, count, side, number, length", CASES, ids=str)
+def test_selection(race, request, kind, count, side, number, length):
+    size = request.config.getoption("--size")
+    side, number = (56, 2) if size == "tiny" else (side, number)
+    size = "cpu" if size == "tiny" else size
+    processor = make_processor()
+    tokenizer = processor.tokenizer
+    scenes = list(make_scenes(kind, count, side, number))
+    processor.image_processor.size["longest_edge"] = 28 * 28 * 4000
+    prompts = [encode_prompt(processor, scene.sample(i)) for i, scene in enumerate(scenes)]
+    model = make_model(size).eval()
+    plain = make_model(size).eval()  # the same weights, as transformers makes it
+    plain.set_attn_implementation("eager")
+    policy, device = Policy(model), torch.device(DEVICE)
+    layer = SHAPES[size]["num_hidden_layers"] // 2
+    banned = [*banned_token_ids(tokenizer, SHAPES[size]["vocab_size"]), tokenizer.eos_token_id]
+    rollout = FixedLength(lambda: nullcontext(policy), tokenizer, device=device)
+
+    def full_maps():
+        """One sample after the other, maps of all layers and heads."""
+        found = []
+        for prompt, scene in zip(prompts, scenes, strict=True):
+            core(plain).rope_deltas = None
+            with torch.no_grad():
+                out = plain.generate(
+                    input_ids=prompt.input_ids[None].to(device),
+                    attention_mask=torch.ones_like(prompt.input_ids[None]).to(device),
+                    mm_token_type_ids=prompt.mm_token_type_ids[None].to(device),
+                    pixel_values=prompt.pixel_values.to(device, plain.dtype),
+                    image_grid_thw=prompt.image_grid_thw.to(device),
+                    max_new_tokens=length,
+                    do_sample=False,
+                    suppress_tokens=banned,
+                    output_attentions=True,
+                    return_dict_in_generate=True,
+                )
+            size = len(prompt.input_ids)
+            whole = torch.zeros(size + length - 1, size + length - 1, device=device)
+            for step, maps in enumerate(out.attentions):
+                mean = maps[layer][0].float().mean(0)  # (1 or P, keys)
+                first = 0 if step == 0 else size + step - 1
+                whole[first : first + len(mean), : mean.shape[1]] = mean
+            attention = whole[size:, :size].mean(0).cpu()
+            ratio = attention_ratio(attention, prompt, scene, kind, 2)
+            found.append((out.sequences[0, size:].cpu(), ratio))
+        return found
+
+    def ours():
+        sampling = Sampling(max_completion_length=length, greedy=True)
+        ids = rollout.generate(prompts, 1, sampling).completion_ids.cpu()
+        attentions = measure(policy, prompts, list(ids), layer=layer, pad_token_id=0, device=device)
+        return [
+            (row, attention_ratio(attention, prompt, scene, kind, 2))
+            for row, attention, prompt, scene in zip(ids, attentions, prompts, scenes, strict=True)
+        ]
+
+    for (expected, ratio), (got, own) in zip(full_maps(), ours(), strict=True):
+        if DEVICE == "cpu":  # in bfloat16 a tie may fall either way
+            assert torch.equal(got, expected)
+            assert abs(own - ratio) < 1e-5, (own, ratio)
+    runs = {"a sample at a time, full maps": full_maps, "ours": ours}
+    runs = {name: synchronised(run) for name, run in runs.items()}
+    notes = {name: {"peak_mib": peak_memory(run) / 2**20} for name, run in runs.items()}
+    tokens = max(len(prompt.input_ids) for prompt in prompts)
+    case = f"{size}: {number} scenes, {kind} of {count}, P={tokens}, C={length}"
+    ms = race(case, runs, ours="ours", notes=notes, rounds=ROUNDS)
+    for name, note in notes.items():
+        if ms:
+            note["scenes_per_s"] = number / ms[name] * 1e3

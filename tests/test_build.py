@@ -1,0 +1,530 @@
+"""`python -m virft_fast.data`: each source in its official layout, small."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import savemat
+
+from virft_fast.data import BadRow, SampleDataset, load_rows
+from virft_fast.data.__main__ import main
+from virft_fast.data.classification import FLOWERS
+from virft_fast.tasks import check_solution, parse_detection
+from virft_fast.tasks.coordinates import extent_of, rescale, to_thousand, written
+from virft_fast.tasks.prompts import NOVEL_15, detection_problem, grounding_problem
+
+
+def save_image(path, width=60, height=40, colour=(200, 30, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (width, height), colour).save(path)
+    return path
+
+
+def run(*argv):
+    return main([str(part) for part in argv])
+
+
+def samples(path, split="train"):
+    rows = SampleDataset(load_rows(str(path), split))
+    return [rows.get(index) for index in range(len(rows))]
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """Six images; cats on all, dogs on two, one crowd, one box outside, one category empty."""
+    images = [
+        {"id": 10 + i, "file_name": f"{i:012d}.jpg", "width": 200, "height": 100} for i in range(6)
+    ]
+    annotations = [
+        {"image_id": 10 + i, "category_id": 17, "bbox": [20, 10, 100, 50], "iscrowd": 0}
+        for i in range(6)
+    ]
+    annotations += [
+        {"image_id": 10, "category_id": 18, "bbox": [-10, 90, 60, 50], "iscrowd": 0},
+        {"image_id": 11, "category_id": 18, "bbox": [0, 0, 1, 1], "iscrowd": 0},
+        {"image_id": 12, "category_id": 18, "bbox": [0, 0, 50, 50], "iscrowd": 1},
+        {"image_id": 13, "category_id": 18, "bbox": [250, 0, 5, 5], "iscrowd": 0},
+    ]
+    for number, annotation in enumerate(annotations):
+        annotation["id"] = number
+    categories = [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}, {"id": 19, "name": "horse"}]
+    for image in images:
+        save_image(tmp_path / "images" / image["file_name"], 200, 100)
+    path = tmp_path / "instances.json"
+    data = {"images": images, "annotations": annotations, "categories": categories}
+    path.write_text(json.dumps(data))
+    return path
+
+
+def build_coco(coco, out, *more):
+    return run(
+        "build", "coco", "--annotations", coco, "--images", coco.parent / "images",
+        "--output", out, *more,
+    )  # fmt: skip
+
+
+def test_coco_rows_are_visual_rfts(coco, tmp_path, capsys):
+    assert build_coco(coco, tmp_path / "out") == 0
+    rows = samples(tmp_path / "out")
+    assert len(rows) == 8
+    cat = next(row for row in rows if row.columns["category"] == "cat")
+    assert cat.columns["problem"] == detection_problem("cat")
+    assert (
+        "'cat' in the image, and provide the bounding boxes (between 0 and 1000, integer)"
+        in (cat.columns["problem"])
+    )
+    assert cat.solution == (
+        "<answer>[{'Position': [100, 100, 600, 600], 'Confidence': 1}]</answer>"
+    )
+    dogs = {r.columns["image_id"]: r.solution for r in rows if r.columns["category"] == "dog"}
+    assert parse_detection(dogs[10]).boxes == ((0, 900, 250, 1000),)  # cut at the image's edge
+    assert parse_detection(dogs[11]).boxes == ((0, 0, 5, 10),)
+    assert set(dogs) == {10, 11}  # neither the crowd nor the box outside
+    assert cat.images[0].size == (200, 100)
+    shown = capsys.readouterr().out
+    assert "train: 8 rows" in shown and "box without area inside its image: 1" in shown
+    card = (tmp_path / "out/README.md").read_text()
+    assert "categories: all" in card and "seed: 0" in card and "train: 8 rows" in card
+
+
+def test_few_shot_rows_follow_the_seed(coco, tmp_path):
+    solutions = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 5)):
+        assert (
+            build_coco(coco, tmp_path / name, "--categories", "cat", "--shots", 2, "--seed", seed)
+            == 0
+        )
+        solutions[name] = [row.columns["image_id"] for row in samples(tmp_path / name)]
+    assert len(solutions["a"]) == 2
+    assert solutions["a"] == solutions["b"] != solutions["c"]
+
+
+def test_negatives_ask_for_what_is_not_there(coco, tmp_path):
+    assert build_coco(coco, tmp_path / "out", "--categories", "cat,dog", "--negatives", 0.5) == 0
+    rows = samples(tmp_path / "out")
+    absent = [row for row in rows if "No Objects" in row.solution]
+    assert len(absent) == 4 and len(rows) == 12
+    assert all(row.columns["category"] == "dog" for row in absent)
+    assert all(row.columns["image_id"] not in (10, 11) for row in absent)
+
+
+def test_test_split_shares_no_image_with_train(coco, tmp_path):
+    assert build_coco(coco, tmp_path / "out", "--test_share", 0.5) == 0
+    train, test = (
+        {row.columns["image_id"] for row in samples(tmp_path / "out", split)}
+        for split in ("train", "test")
+    )
+    assert len(test) == 3 and not train & test
+
+
+def test_test_annotations_make_the_test_split(coco, tmp_path):
+    more = ("--categories", "cat", "--shots", 1, "--test_annotations", coco)
+    assert build_coco(coco, tmp_path / "out", *more) == 0
+    assert len(samples(tmp_path / "out")) == 1
+    assert len(samples(tmp_path / "out", "test")) == 6
+
+
+def test_base65_is_all_but_the_novel_ones(tmp_path):
+    names = ["person", "dog", *NOVEL_15]
+    data = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 60, "height": 40}],
+        "annotations": [
+            {"id": i, "image_id": 1, "category_id": i, "bbox": [1, 1, 9, 9]}
+            for i in range(len(names))
+        ],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(names)],
+    }
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(data))
+    save_image(tmp_path / "images/a.png")
+    assert build_coco(path, tmp_path / "out", "--categories", "base65") == 0
+    assert {r.columns["category"] for r in samples(tmp_path / "out")} == {"person", "dog"}
+    assert build_coco(path, tmp_path / "novel", "--categories", "novel15") == 0
+    assert {r.columns["category"] for r in samples(tmp_path / "novel")} == set(NOVEL_15)
+
+
+def test_lvis_finds_images_by_url_and_heeds_what_it_left_open(tmp_path):
+    data = {
+        "images": [
+            {
+                "id": i, "coco_url": f"http://images.cocodataset.org/val2017/{i:012d}.png",
+                "width": 60, "height": 40, "neg_category_ids": [2] if i == 1 else [],
+                "not_exhaustive_category_ids": [1] if i == 3 else [],
+            }
+            for i in (1, 2, 3)
+        ],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 1, "bbox": [6, 4, 30, 20]} for i in (1, 2, 3)
+        ] + [{"id": 9, "image_id": 2, "category_id": 2, "bbox": [6, 4, 30, 20]}],
+        "categories": [{"id": 1, "name": "egg_roll"}, {"id": 2, "name": "sugar_bowl"}],
+    }  # fmt: skip
+    path = tmp_path / "lvis.json"
+    path.write_text(json.dumps(data))
+    for i in (1, 2, 3):
+        save_image(tmp_path / f"images/val2017/{i:012d}.png")
+    argv = ("build", "lvis", "--annotations", path, "--images", tmp_path / "images")
+    assert run(*argv, "--output", tmp_path / "out", "--negatives", 0.9) == 0
+    rows = [(r.columns["image_id"], r.columns["category"]) for r in samples(tmp_path / "out")]
+    # Image 3 may hold more egg rolls than are marked; only of image 1 a sugar bowl is known absent.
+    assert sorted(rows) == [(1, "egg_roll"), (1, "sugar_bowl"), (2, "egg_roll"), (2, "sugar_bowl")]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"--categories": "catt"}, "no 'catt' (did you mean 'cat'?)"),
+        ({"--categories": "horse"}, "not a single box of horse"),
+        ({"--categories": "dog", "--shots": 3}, "expected as many images, dog has fewer"),
+        ({"--annotations": "captions"}, "these are captions"),
+        ({"--annotations": "keypoints"}, "person keypoints"),
+        ({"--annotations": "list"}, "expected COCO's instances file"),
+        ({"--annotations": "text"}, "expected JSON"),
+        ({"--annotations": "none"}, "no such file"),
+        ({"--images": "elsewhere"}, "6 of 6 images are missing"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_input_that_cant_be_built_from(coco, tmp_path, capsys, change, said):
+    base = json.loads(coco.read_text())
+    kinds = {
+        "captions": json.dumps(base | {"annotations": [{"image_id": 10, "caption": "a cat"}]}),
+        "keypoints": json.dumps(base | {"annotations": [{"bbox": [0, 0, 1, 1], "keypoints": [1]}]}),
+        "list": "[1]",
+        "text": "not json",
+    }
+    arguments = {"--annotations": coco, "--images": tmp_path / "images"}
+    for flag, value in change.items():
+        if flag == "--annotations":
+            path = tmp_path / f"{value}.json"
+            if value in kinds:
+                path.write_text(kinds[value])
+            value = path
+        arguments[flag] = tmp_path / value if flag == "--images" else value
+    flat = [part for pair in arguments.items() for part in pair]
+    assert run("build", "coco", "--output", tmp_path / "out", *flat) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_missing_and_broken_images_are_counted(coco, tmp_path, capsys):
+    (tmp_path / "images/000000000002.jpg").unlink()
+    (tmp_path / "images/000000000003.jpg").write_bytes(b"no image")
+    save_image(tmp_path / "images/000000000004.jpg", 100, 200)
+    assert build_coco(coco, tmp_path / "out") == 2
+    assert "1 of 6 images are missing: " in capsys.readouterr().err
+    assert build_coco(coco, tmp_path / "out", "--categories", "cat", "--allow_missing") == 0
+    assert len(samples(tmp_path / "out")) == 3
+    shown = capsys.readouterr().out
+    assert "image missing: 1 (" in shown and "image can't be read: 1 (" in shown
+    assert "another size than its annotations say: 1 (" in shown
+
+
+def test_a_build_that_stops_leaves_what_was_there(coco, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert build_coco(coco, out) == 0
+    assert build_coco(coco, out) == 2
+    assert "exists already" in capsys.readouterr().err
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("virft_fast.data.writing._SplitWriter.add", stop)
+        build_coco(coco, out, "--overwrite")
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert not list(tmp_path.glob(".out*"))
+    assert build_coco(coco, out, "--overwrite", "--categories", "dog") == 0
+    assert len(samples(out)) == 2
+
+
+def test_the_hubs_own_loader_reads_what_is_built(coco, tmp_path):
+    import datasets
+
+    assert build_coco(coco, tmp_path / "out", "--test_share", 0.5) == 0
+    loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert set(loaded) == {"train", "test"}
+    assert isinstance(loaded["train"].features["image"], datasets.Image)
+    assert loaded["train"][0]["image"].size == (200, 100)
+
+
+def test_boxes_in_pixels_of_the_resized_image(coco, tmp_path, processor):
+    """Qwen2.5-VL's space, checked against what the processor makes of the image."""
+    more = ("--model_family", "qwen2_5_vl", "--categories", "cat", "--max_pixels", 28224)
+    assert build_coco(coco, tmp_path / "out", *more) == 0
+    row = samples(tmp_path / "out")[0]
+    grid = processor.image_processor(
+        images=[row.images[0]], size={"shortest_edge": 3136, "longest_edge": 28224}
+    )["image_grid_thw"][0]
+    assert row.columns["extent"] == [int(grid[2]) * 14, int(grid[1]) * 14]
+    assert "absolute pixel coordinates" in row.columns["problem"]
+    width, height = row.columns["extent"]
+    (box,) = parse_detection(row.solution).boxes
+    assert box == tuple(int(v) for v in (0.1 * width, 0.1 * height, 0.6 * width, 0.6 * height))
+    (same,) = parse_detection(row.solution, row.columns["extent"]).boxes
+    assert same == pytest.approx((100, 100, 600, 600), abs=1000 / height)
+    assert check_solution("detection", row.solution, row.columns["extent"]) is None
+
+
+def test_pixels_of_another_size_than_the_models_are_a_bad_row(coco, tmp_path, processor):
+    from virft_fast.data.prompts import PromptSource
+
+    for most, fits in ((28224, True), (6272, False)):
+        out = tmp_path / str(most)
+        more = ("--model_family", "qwen2_5_vl", "--max_pixels", most)
+        assert build_coco(coco, out, *more) == 0
+        got = PromptSource(SampleDataset(load_rows(str(out), "train")), processor).load(0)
+        assert isinstance(got, BadRow) is not fits
+        assert fits or "--max_pixels" in got.reason
+
+
+def test_one_conversion_both_ways():
+    box, size, extent = (13.0, 7.0, 151.0, 83.0), (200.0, 100.0), (196.0, 84.0)
+    there = rescale(box, size, extent)
+    assert rescale(there, extent, size) == pytest.approx(box)
+    assert to_thousand(there, extent) == pytest.approx(to_thousand(box, size))
+    assert written((-3, 5.9, 3000, 6.1), (1000, 1000)) == [0, 5, 1000, 6]
+    assert written((1000, 1000, 1000, 1000), (1000, 1000)) == [999, 999, 1000, 1000]
+    assert extent_of(None) == (1000, 1000)
+    for bad in ([1], "ab", [0, 5], [float("nan"), 1], [1, 2, 3]):
+        with pytest.raises(ValueError, match="extent: expected"):
+            extent_of(bad)
+
+
+# --- Classification --------------------------------------------------------------------------
+
+
+def flowers(root):
+    labels = np.arange(1, 103).repeat(3)
+    for number in range(1, len(labels) + 1):
+        save_image(root / f"jpg/image_{number:05d}.jpg")
+    savemat(root / "imagelabels.mat", {"labels": labels[None]})
+    ids = np.arange(1, len(labels) + 1)
+    splits = {"trnid": ids[0::3][None], "valid": ids[1::3][None], "tstid": ids[2::3][None]}
+    savemat(root / "setid.mat", splits)
+
+
+def aircraft(root):
+    for part, numbers in (("trainval", (1, 2, 3)), ("test", (4,))):
+        lines = [f"{n:07d} {'707-320' if n % 2 else 'Boeing 717'}\n" for n in numbers]
+        path = root / f"data/images_variant_{part}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(lines))
+        for n in numbers:
+            save_image(root / f"data/images/{n:07d}.jpg")
+
+
+def cars(root):
+    (root / "devkit").mkdir(parents=True)
+    names = np.array(["AM General Hummer SUV 2000", "Acura RL Sedan 2012"], dtype=object)
+    savemat(root / "devkit/cars_meta.mat", {"class_names": names[None]})
+    for split, file, place in (
+        ("train", "cars_train_annos.mat", root / "devkit"),
+        ("test", "cars_test_annos_withlabels.mat", root),
+    ):
+        kind = [("bbox_x1", "O"), ("class", "O"), ("fname", "O")]
+        records = np.array([(1, 1, "00001.jpg"), (1, 2, "00002.jpg")], dtype=kind)
+        savemat(place / file, {"annotations": records[None]})
+        for name in ("00001.jpg", "00002.jpg"):
+            save_image(root / f"cars_{split}" / name)
+
+
+def pets(root):
+    (root / "annotations").mkdir(parents=True)
+    for part, names in (
+        ("trainval", ("Abyssinian_1", "saint_bernard_12")),
+        ("test", ("saint_bernard_2",)),
+    ):
+        lines = ["#Image CLASS-ID SPECIES BREED ID\n", *(f"{name} 1 1 1\n" for name in names)]
+        (root / f"annotations/{part}.txt").write_text("".join(lines))
+        for name in names:
+            save_image(root / f"images/{name}.jpg")
+
+
+@pytest.mark.parametrize(
+    "reader, make, question, labels, counts",
+    [
+        ("flowers102", flowers, "plant. Please identify the species of the plant", set(FLOWERS),
+         (204, 102)),
+        ("aircraft", aircraft, "aircraft. Please identify the model", {"707-320", "Boeing 717"},
+         (3, 1)),
+        ("cars196", cars, "car. Please identify the model",
+         {"AM General Hummer SUV 2000", "Acura RL Sedan 2012"}, (2, 2)),
+        ("pets37", pets, "pet. Please identify the species", {"Abyssinian", "saint bernard"},
+         (2, 1)),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)  # fmt: skip
+def test_official_archives(tmp_path, reader, make, question, labels, counts):
+    root = tmp_path / "source"
+    make(root)
+    argv = ("build", "classification", "--reader", reader, "--source", root)
+    assert run(*argv, "--output", tmp_path / "out") == 0
+    train, test = samples(tmp_path / "out"), samples(tmp_path / "out", "test")
+    assert (len(train), len(test)) == counts
+    assert {row.columns["label"] for row in train} == labels
+    assert question in train[0].columns["problem"]
+    assert all(row.solution == f"<answer>{row.columns['label']}</answer>" for row in train)
+
+
+def test_flowers_split_and_names_go_by_number(tmp_path):
+    flowers(tmp_path / "source")
+    argv = ("build", "classification", "--reader", "flowers102", "--source", tmp_path / "source")
+    assert run(*argv, "--output", tmp_path / "out", "--shots", 1) == 0
+    assert len(samples(tmp_path / "out")) == 102
+    assert [row.columns["label"] for row in samples(tmp_path / "out", "test")] == list(FLOWERS)
+
+
+def test_image_folder_with_and_without_splits(tmp_path):
+    for name in ("a/x.png", "a/y.PNG", "b/x.jpg", "b/y.jpg", "b/notes.txt"):
+        path = tmp_path / "plain" / name
+        save_image(path) if path.suffix != ".txt" else path.write_text("")
+    argv = ("build", "classification", "--source", tmp_path / "plain", "--test_share", 0.5)
+    assert run(*argv, "--output", tmp_path / "out", "--thing", "shape", "--kind", "letter") == 0
+    for split in ("train", "test"):
+        rows = samples(tmp_path / "out", split)
+        assert sorted(row.columns["label"] for row in rows) == ["a", "b"]
+        assert "identify the letter of the shape" in rows[0].columns["problem"]
+    for name in ("train/a/x.png", "valid/a/y.png"):
+        save_image(tmp_path / "split" / name)
+    assert run(*argv[:3], tmp_path / "split", "--output", tmp_path / "out2") == 0
+    assert len(samples(tmp_path / "out2")) == len(samples(tmp_path / "out2", "test")) == 1
+
+
+def test_csv_file(tmp_path, capsys):
+    save_image(tmp_path / "pictures/1.png")
+    path = tmp_path / "labels.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["Image", "label", "split"], ["1.png", "oak, red", "train"]])
+    argv = ("build", "classification", "--reader", "csv", "--source", path)
+    assert run(*argv, "--output", tmp_path / "out") == 2
+    assert "expected the columns image and label" in capsys.readouterr().err
+    path.write_text(path.read_text().replace("Image", "image"))
+    more = ("--images", tmp_path / "pictures", "--output", tmp_path / "out")
+    assert run(*argv, *more) == 0
+    assert samples(tmp_path / "out")[0].columns["label"] == "oak, red"
+    path.write_text("image,label,split\n1.png,oak,dev\n")
+    assert run(*argv, *more, "--overwrite") == 2
+    assert "line 2: split: expected train or test, got 'dev'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reader", ["folder", "flowers102", "aircraft", "cars196", "pets37"])
+def test_a_folder_of_another_layout(tmp_path, capsys, reader):
+    (tmp_path / "source").mkdir()
+    argv = ("build", "classification", "--reader", reader, "--source", tmp_path / "source")
+    assert run(*argv, "--output", tmp_path / "out") == 2
+    assert "expected" in capsys.readouterr().err
+    assert run(*argv[:-1], tmp_path / "none", "--output", tmp_path / "out") == 2
+    assert "no such file or folder" in capsys.readouterr().err
+
+
+# --- Grounding -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lisa(tmp_path):
+    for split in ("train", "val"):
+        folder = tmp_path / "ReasonSeg" / split
+        save_image(folder / "one.jpg", 100, 50)
+        shapes = [
+            {"label": "target", "points": [[10, 5], [30, 5], [30, 25]]},
+            {"label": "ignore", "points": [[0, 0], [99, 0], [99, 49]]},
+            {"label": "target", "points": [[50, 10], [60, 10], [60, 40], [50, 40]]},
+        ]
+        text = ["the thing that shines", "what is hot"]
+        (folder / "one.json").write_text(json.dumps({"text": text, "shapes": shapes}))
+        (folder / "two.json").write_text(json.dumps({"text": ["x"], "shapes": []}))
+    return tmp_path / "ReasonSeg"
+
+
+def test_lisa_folder(lisa, tmp_path, capsys):
+    import datasets
+
+    assert run("build", "grounding", "--source", lisa, "--output", tmp_path / "out") == 0
+    rows = samples(tmp_path / "out")
+    assert len(rows) == 2 and len(samples(tmp_path / "out", "validation")) == 2
+    assert rows[0].solution == "<answer> (100,100),(600,800) </answer>"
+    assert check_solution("grounding", rows[0].solution) is None
+    assert rows[0].columns["problem"] == grounding_problem("the thing that shines")
+    assert "annotation can't be used: 2 (two.json: no polygon" in capsys.readouterr().out
+    stored = load_rows(str(tmp_path / "out"), "train")
+    assert isinstance(stored.features["mask"], datasets.Image)
+    mask = np.asarray(stored[0]["mask"])
+    assert mask.shape == (50, 100) and mask[20, 55] and mask[10, 29] and not mask[45, 95]
+    assert 300 < mask.sum() < 640
+
+
+def test_lisa_as_visual_rft_took_it(lisa, tmp_path):
+    argv = ("build", "grounding", "--source", lisa / "train", "--first_only", "--compat_prompt")
+    assert run(*argv, "--output", tmp_path / "out") == 0
+    (row,) = samples(tmp_path / "out")
+    assert row.solution == "<answer> (100,100),(300,500) </answer>"
+    assert row.columns["problem"].endswith('<answer>(x1,y1),(x2,y2)</answer>)" format.')
+
+
+# --- Looking and exporting -------------------------------------------------------------------
+
+
+def test_inspect_counts_and_draws(coco, tmp_path, capsys):
+    assert build_coco(coco, tmp_path / "out", "--negatives", 0.2) == 0
+    sheet = tmp_path / "sheet.png"
+    argv = ("inspect", "--dataset_name", tmp_path / "out", "--output", sheet)
+    assert run(*argv, "--pictures", 4) == 0
+    shown = capsys.readouterr().out
+    assert "task detection, 10 usable of 10 rows" in shown
+    assert "width 200 to 200 (median 200), height 100 to 100" in shown
+    assert "true boxes a row: 0: 2, 1: 8" in shown
+    assert re.search(r"2 categories: cat 6, dog 4", shown)
+    with Image.open(sheet) as image:
+        colours = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    red = (abs(colours.astype(int) - (200, 30, 30)) < 20).all(1)
+    assert red.mean() > 0.1  # the pictures are in it
+
+
+def llamafactory_rules(folder, name):
+    """What LLaMA-Factory's loader asks of a multimodal sharegpt set, as its documentation says."""
+    info = json.loads((folder / "dataset_info.json").read_text())[name]
+    assert info["formatting"] == "sharegpt"
+    tags, columns = info["tags"], info["columns"]
+    records = json.loads((folder / info["file_name"]).read_text())
+    for record in records:
+        messages = record[columns["messages"]]
+        if messages[0][tags["role_tag"]] == tags["system_tag"]:
+            messages = messages[1:]
+        roles = [message[tags["role_tag"]] for message in messages]
+        assert roles == [tags["user_tag"], tags["assistant_tag"]] * (len(roles) // 2) and roles
+        text = "".join(message[tags["content_tag"]] for message in messages)
+        images = record[columns["images"]]
+        assert text.count("<image>") == len(images)
+        for image in images:
+            with Image.open(folder / image) as opened:
+                opened.load()
+    return records
+
+
+@pytest.mark.parametrize("task", ["detection", "classification", "grounding"])
+def test_export_follows_llamafactorys_rules(coco, lisa, tmp_path, capsys, task):
+    source = tmp_path / "built"
+    if task == "detection":
+        assert build_coco(coco, source) == 0
+    elif task == "grounding":
+        assert run("build", "grounding", "--source", lisa, "--output", source) == 0
+    else:
+        pets(tmp_path / "pets")
+        argv = ("build", "classification", "--reader", "pets37", "--source", tmp_path / "pets")
+        assert run(*argv, "--output", source) == 0
+    out = tmp_path / "llamafactory"
+    out.mkdir()
+    (out / "dataset_info.json").write_text('{"other": {"file_name": "other.json"}}')
+    argv = ("export", "llamafactory", "--dataset_name", source, "--output", out)
+    assert run(*argv, "--name", "mine") == 0
+    records = llamafactory_rules(out, "mine")
+    rows = samples(source)
+    assert [r["messages"][1]["content"] for r in records] == [row.solution for row in rows]
+    assert records[0]["messages"][0]["content"] == "<image>" + rows[0].columns["problem"]
+    assert "other" in json.loads((out / "dataset_info.json").read_text())

@@ -1,0 +1,321 @@
+"""`--algorithm dpo`: the loss, the pairs' shared prompt, its references, runs and resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import CPU, largest_difference, make_sample, make_state, parameters, read_jsonl, run
+from helpers import make_prompts as encode
+
+from virft_fast import dpo
+from virft_fast.config import DPOConfig
+from virft_fast.data import SampleDataset
+from virft_fast.dpo import DPOState, dpo_loss
+from virft_fast.engine import PlainEngine, make_reference
+from virft_fast.models.qwen_vl import Policy, add_lora, load_model
+from virft_fast.train import main
+
+# ---- the loss ------------------------------------------------------------------------------------
+
+
+def test_by_hand():
+    logps = torch.tensor([[-1.0, -3.0], [-2.0, -2.0]])
+    ref = torch.tensor([[-2.0, -3.0], [-2.0, -2.0]])
+    losses, rewards = dpo_loss(logps, ref, beta=1.0)
+    # Log-ratios (1, 0) and (0, 0): -log sigmoid(1) and log 2.
+    torch.testing.assert_close(losses, torch.tensor([0.3132617, math.log(2)]))
+    assert rewards.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    smoothed, _ = dpo_loss(logps, ref, beta=1.0, label_smoothing=0.25)
+    # 0.75 * 0.3132617 + 0.25 * -log sigmoid(-1)
+    torch.testing.assert_close(smoothed[0], torch.tensor(0.75 * 0.3132617 + 0.25 * 1.3132617))
+    assert torch.autograd.gradcheck(
+        lambda x: dpo_loss(x, ref.double(), beta=0.3, label_smoothing=0.1)[0],
+        logps.double().requires_grad_(),
+    )
+
+
+def test_shapes_are_named():
+    with pytest.raises(ValueError, match=r"expected \(n, 2\) both"):
+        dpo_loss(torch.zeros(3), torch.zeros(3), beta=0.1)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_loss_and_gradient_are_trls(gamma):
+    """TRL's own `_compute_loss` on log-probs that stand in for a model's."""
+    pytest.importorskip("trl")
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    n, length = 5, 9
+    g = torch.Generator().manual_seed(0)
+    per_token = -torch.rand(2 * n, length, generator=g, dtype=torch.float64)
+    mask = torch.arange(length) < torch.randint(1, length, (2 * n,), generator=g)[:, None]
+    ref = torch.randn(2, n, generator=g, dtype=torch.float64) - 4
+    grads, losses = [], []
+    leaf = per_token.clone().requires_grad_()
+    sums = (leaf * mask).sum(1).view(2, n).T
+    ours, _ = dpo_loss(sums, ref.T, beta=0.1)
+    total = ours.mean() - gamma * sums[:, 0].sum() / mask[:n].sum()
+    losses.append(total.item())
+    grads += torch.autograd.grad(total, leaf)
+
+    trainer = object.__new__(DPOTrainer)
+    trainer.__dict__.update(
+        model=SimpleNamespace(training=True), aux_loss_enabled=False, ld_alpha=None,
+        precompute_ref_logps=True, f_divergence_type="reverse_kl", beta=0.1, use_weighting=False,
+        loss_types=["sigmoid", "sft"], loss_weights=[1.0, gamma], label_smoothing=0.0,
+        _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
+        accelerator=SimpleNamespace(
+            device=CPU, gather=lambda x: x, gather_for_metrics=lambda x: x
+        ),
+    )  # fmt: skip
+    leaf = per_token.clone().requires_grad_()
+    zeros = torch.zeros(2 * n, length)
+    outputs = SimpleNamespace(
+        log_probs=leaf * mask, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(),
+        log_sum_sq_probs=zeros,
+    )  # fmt: skip
+    whole = torch.nn.functional.pad(mask.long(), (1, 0))  # the first token is the prompt's
+    inputs = {
+        "input_ids": torch.zeros_like(whole), "attention_mask": torch.ones_like(whole),
+        "completion_mask": whole, "ref_chosen_logps": ref[0], "ref_rejected_logps": ref[1],
+    }  # fmt: skip
+    total = trainer._compute_loss(lambda **_: outputs, inputs, False)
+    losses.append(total.item())
+    grads += torch.autograd.grad(total, leaf)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-6)
+
+
+# ---- steps ---------------------------------------------------------------------------------------
+
+ANSWERS = [("a red box", "blue"), ("7", "a long wrong answer"), ("yes", "no"), ("three", "3.")]
+
+
+@pytest.fixture(scope="module")
+def pairs(processor):
+    """One image, two, none, one of another size."""
+    samples = [
+        make_sample(0, [(112, 112)]),
+        make_sample(1, [(56, 84), (112, 56)], "Which one is larger?"),
+        make_sample(2, [], "Detect every blue. Think, then answer."),
+        make_sample(3, [(84, 84)]),
+    ]
+    return encode(
+        processor,
+        *(
+            replace(s, columns={**s.columns, "chosen": chosen, "rejected": rejected})
+            for s, (chosen, rejected) in zip(samples, ANSWERS, strict=True)
+        ),
+    )
+
+
+def state_for(processor, *, lora=False, reference=True, dpo_config=None, **options):
+    plain = make_state(processor, config={"beta": 0.0}, **options)
+    state = DPOState(**vars(plain), dpo=DPOConfig(**{"dpo_beta": 0.5, **(dpo_config or {})}))
+    if lora:
+        torch.manual_seed(0)
+        policy = Policy(add_lora(load_model("tiny"), r=2, alpha=4, target_modules=["q_proj"]))
+        state.policy = policy.train()
+        state.engine = PlainEngine(state.policy, state.engine.settings, device=CPU)
+        state.reference = state.engine.forward
+    elif reference:
+        state.reference = make_reference(Policy(load_model("tiny")), state.engine, None)
+    return state
+
+
+def test_first_step_is_the_indifferent_loss_and_training_prefers_the_chosen(processor, pairs):
+    state = state_for(processor, prompts_per_microbatch=2, gradient_accumulation_steps=2)
+    first, records = dpo.train_step(state, pairs)
+    assert records == [] and first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-4)
+    for _ in range(4):
+        last, _ = dpo.train_step(state, pairs)
+    assert last["loss"] < first["loss"] and last["rewards/margins"] > 0
+    assert last["rewards/accuracies"] == 1.0
+    for name in ("logps/chosen", "logps/rejected", "nll", "grad_norm", "num_tokens"):
+        assert math.isfinite(last[name])
+
+
+def gradients_of(state, pairs, monkeypatch):
+    seen = {}
+
+    def look(learning_rate, *, veto=False):
+        grads = {n: p.grad for n, p in state.policy.named_parameters() if p.grad is not None}
+        seen.update({name: grad.clone() for name, grad in grads.items()})
+        return step(learning_rate, veto=veto)
+
+    step = state.engine.step
+    monkeypatch.setattr(state.engine, "step", look)
+    metrics, _ = dpo.train_step(state, pairs)
+    return metrics, seen
+
+
+def apart(a, b):
+    assert a.keys() == b.keys()
+    difference = torch.cat([(a[n] - b[n]).flatten() for n in a])
+    return (difference.norm() / torch.cat([x.flatten() for x in b.values()]).norm()).item()
+
+
+def test_shared_prompt_equals_unshared_and_a_plain_computation(processor, pairs, monkeypatch):
+    config = {"dpo_gamma": 0.3, "label_smoothing": 0.1}
+    known = {p.sample.index: (-3.0 * i, -2.0) for i, p in enumerate(pairs)}
+    results = []
+    for sharing, size in (("on", 4), ("off", 1)):
+        state = state_for(
+            processor, reference=False, policy={"prefix_sharing": sharing}, dpo_config=config,
+            prompts_per_microbatch=size, gradient_accumulation_steps=4 // size,
+        )  # fmt: skip
+        state.ref_logps = known
+        results.append(gradients_of(state, pairs, monkeypatch))
+    (one, grads), (two, others) = results
+    for name in ("loss", "logps/chosen", "logps/rejected", "rewards/margins", "nll"):
+        assert one[name] == pytest.approx(two[name], rel=1e-5, abs=1e-5)
+    assert apart(grads, others) <= 1e-5
+
+    model = load_model("tiny")
+    policy = Policy(model, prefix_sharing="off")
+    sums, nll, tokens = [], 0.0, 0
+    for prompt in pairs:
+        for number, text in enumerate(dpo.pair_of(prompt.sample)):
+            answer = dpo.answer_ids(processor.tokenizer, text)
+            inputs = policy.collate([prompt], [[answer]], pad_token_id=0, device=CPU)
+            hidden = policy._completion_hidden(inputs, policy.image_features(inputs))
+            logps = model.lm_head(hidden).log_softmax(-1).gather(1, answer[:, None])
+            sums.append(logps.sum())
+            if number == 0:
+                nll, tokens = nll - logps.sum(), tokens + len(answer)
+    ref = torch.tensor([known[p.sample.index] for p in pairs])
+    losses, _ = dpo_loss(torch.stack(sums).view(-1, 2), ref, beta=0.5, label_smoothing=0.1)
+    total = losses.mean() + 0.3 * nll / tokens
+    total.backward()
+    assert one["loss"] == pytest.approx(total.item(), abs=1e-5)
+    wanted = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    assert apart(grads, wanted) <= 1e-5
+
+
+def test_pairs_stay_together_however_long_they_are(processor, pairs):
+    losses = []
+    for most in (None, 1, 150):
+        state = state_for(processor, max_tokens_per_microbatch=most, prompts_per_microbatch=4)
+        for _ in range(2):
+            metrics, _ = dpo.train_step(state, pairs)
+        losses.append((metrics["loss"], parameters(state.policy)))
+    for loss, weights in losses[1:]:
+        assert loss == pytest.approx(losses[0][0], abs=1e-4)
+        assert largest_difference(weights, losses[0][1]) < 5e-3
+
+
+def test_reference_by_copy_adapter_off_or_beforehand(processor, pairs):
+    copied = state_for(processor, prompts_per_microbatch=4)
+    beforehand = state_for(processor, prompts_per_microbatch=4, reference=False)
+    table = {p.sample.index: p for p in pairs}
+    beforehand.ref_logps = dpo.reference_logps(beforehand, table.get, 4, 3)
+    assert sorted(beforehand.ref_logps) == [0, 1, 2, 3]
+    runs = [[dpo.train_step(s, pairs)[0]["loss"] for _ in range(3)] for s in (copied, beforehand)]
+    assert runs[0] == pytest.approx(runs[1], abs=1e-5)
+    adapter = state_for(processor, lora=True, prompts_per_microbatch=4)
+    losses = [dpo.train_step(adapter, pairs)[0]["loss"] for _ in range(3)]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0]
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory):
+    """TRL's form: images, a prompt, chosen and rejected, as chats; train and test."""
+    import datasets
+
+    from virft_fast.data.demo import build_demo
+
+    folder = tmp_path_factory.mktemp("preferences")
+    digits = build_demo("digits_classification", folder / "digits", num_train=12, num_test=6)
+
+    def row(example):
+        chosen = example["solution"]
+        wrong = next(w for w in ("zero", "one") if w not in chosen.lower())
+        chat = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
+        return {
+            "images": [example["image"]],
+            "prompt": [{"role": "user", "content": example["problem"]}],
+            "chosen": chat(chosen),
+            "rejected": chat(f"<answer>{wrong}</answer>"),
+        }
+
+    rows = {
+        name: datasets.Dataset.from_list([row(example) for example in split]).cast_column(
+            "images", datasets.List(datasets.Image())
+        )
+        for name, split in digits.items()
+    }
+    datasets.DatasetDict(rows).save_to_disk(str(folder / "set"))
+    return folder / "set"
+
+
+def arguments(preferences, out, *more):
+    return [
+        "--algorithm", "dpo", "--dataset_name", str(preferences), "--output_dir", str(out),
+        "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2",
+        "--learning_rate", "5e-4", "--lr_scheduler_type", "constant", "--save_steps", "2",
+        "--eval_samples", "6", *more,
+    ]  # fmt: skip
+
+
+def losses_of(folder):
+    return [(r["loss"], r["grad_norm"]) for r in read_jsonl(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--precompute_ref_log_probs",), ("--use_peft", "--gradient_checkpointing")],
+    ids=["copy", "beforehand", "adapter"],
+)
+def test_run_and_resume_bit_for_bit(preferences, tmp_path, capsys, more):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert main(arguments(preferences, whole, "--max_steps", "4", *more)) == 0
+    shown = capsys.readouterr().out
+    assert "held-out pairs, 6 samples" in shown and "logps/accuracies" in shown
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["after"]["rewards/margins"] > 0 and (whole / "report.png").is_file()
+    assert main(arguments(preferences, halves, "--max_steps", "2", *more)) == 0
+    again = ["--max_steps", "4", "--resume_from_checkpoint", "latest"]
+    assert main(arguments(preferences, halves, *again, *more)) == 0
+    assert losses_of(whole) == losses_of(halves)
+    assert losses_of(whole)[0][0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_two_ranks_with_zero3_equal_one(preferences, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    common = ["--max_steps", "2", "--dpo_gamma", "0.2", "--save_steps", "0", "--eval_samples", "0"]
+    assert main(arguments(preferences, one, *common)) == 0
+    argv = [*arguments(preferences, two, *common), "--deepspeed", "configs/zero3.json"]
+    argv[argv.index("--gradient_accumulation_steps") + 1] = "1"
+    done = run(*argv, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for a, b in zip(losses_of(one), losses_of(two), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+
+
+def test_rows_that_prefer_nothing_are_named(processor):
+    rows = [
+        {"prompt": "Which?", "chosen": "a", "rejected": "a"},
+        {"prompt": "Which?", "chosen": "a", "rejected": ""},
+        {"prompt": "Which?", "chosen": "a", "rejected": "a b c d e f g"},
+        {"prompt": "Which?", "chosen": "a", "rejected": [{"role": "assistant", "content": "b"}]},
+    ]
+    samples = SampleDataset(rows)
+    found = [dpo.check_pair(processor.tokenizer, 6, samples.get(i)) for i in range(4)]
+    assert "the same answer" in found[0] and "rejected: expected an answer" in found[1]
+    assert "more than --max_completion_length 6" in found[2] and found[3] is None
+
+
+def test_a_data_set_without_pairs_is_refused(tmp_path, capsys):
+    argv = ["--algorithm", "dpo", "--dataset_name", "digits_classification"]
+    assert main([*argv, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "expected the columns chosen and rejected" in capsys.readouterr().err

@@ -1,0 +1,525 @@
+"""MIA-DPO's pairs: the scenes pixel by pixel, attention against full maps, selection, runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_dataset
+from helpers import CPU, run
+from PIL import Image
+
+from virft_fast import mia
+from virft_fast.data import SampleDataset, load_rows
+from virft_fast.data.__main__ import main
+from virft_fast.data.mia import (
+    GRIDS,
+    PIP_PREFIXES,
+    Layout,
+    Plan,
+    clean_question,
+    collage,
+    compose,
+    corrupted,
+    picture_in_picture,
+    plan_scene,
+)
+from virft_fast.mia import Answer, Selection, attention_ratio, reasons_against
+from virft_fast.models.image_attention import attention_to_prompts, coverage, image_tokens
+from virft_fast.models.qwen_vl import Policy, encode_prompt, load_model
+
+COLOURS = [(10 * n, 250 - 10 * n, 5 * n) for n in range(1, 10)]
+WHITE = (255, 255, 255)
+
+
+def flat(number, size=(56, 56)):
+    return Image.new("RGB", size, COLOURS[number])
+
+
+def different(one, other):
+    return one == other
+
+
+# ---- scenes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", sorted(GRIDS))
+def test_collage_pixel_by_pixel(count):
+    """448-pixel cells, 40 between them, a strip of 40 above each row."""
+    rows, columns = GRIDS[count]
+    image, boxes = collage([flat(n) for n in range(count)], Layout())
+    assert image.size == (columns * 448 + (columns - 1) * 40, rows * 488)
+    pixels, seen = np.asarray(image), np.zeros((image.height, image.width), bool)
+    for number, (left, top, right, bottom) in enumerate(boxes):
+        assert (left, top) == (number % columns * 488, number // columns * 488 + 40)
+        assert (right - left, bottom - top) == (448, 448)
+        assert (pixels[top:bottom, left:right] == COLOURS[number]).all()
+        seen[top:bottom, left:right] = True
+        label = pixels[top - 40 : top, left : left + 448].min(-1)
+        inked = np.argwhere(label < 128)
+        assert len(inked) and 20 <= inked[:, 1].min() < 30  # written 20 pixels in
+        seen[top - 40 : top, left : left + 448] = True
+    assert (pixels[~seen] == WHITE).all()
+
+
+def test_a_cell_keeps_proportions_at_the_top_left():
+    image, boxes = collage([flat(0, (200, 100)), flat(1, (50, 100))], Layout())
+    pixels = np.asarray(image)
+    left, top, right, bottom = boxes[0]
+    assert (pixels[top : top + 224, left:right] == COLOURS[0]).all()
+    assert (pixels[top + 224 : bottom, left:right] == WHITE).all()
+    left, top, right, bottom = boxes[1]
+    assert (pixels[top:bottom, left : left + 224] == COLOURS[1]).all()
+    assert (pixels[top:bottom, left + 224 : right] == WHITE).all()
+
+
+@pytest.mark.parametrize("target", [(56, 56), (300, 100), (20, 90)])
+def test_picture_in_picture_pixel_by_pixel(target):
+    image, box = picture_in_picture(flat(0, target), flat(1, (200, 100)))
+    left, top, right, bottom = box
+    scale = min(140 / target[0], 70 / target[1])
+    assert (right - left, bottom - top) == (round(scale * target[0]), round(scale * target[1]))
+    assert abs(left - (200 - right)) <= 1 and abs(top - (100 - bottom)) <= 1
+    pixels = np.asarray(image)
+    inside = np.zeros(pixels.shape[:2], bool)
+    inside[top:bottom, left:right] = True
+    assert (pixels[inside] == COLOURS[0]).all() and (pixels[~inside] == COLOURS[1]).all()
+
+
+def test_words_of_each_kind():
+    images = [flat(0), flat(1), flat(2)]
+    plan = Plan(0, "sequence", (5, 0, 7), 1, "In Image2,")
+    scene = compose(plan, images, "Which digit is this?", Layout())
+    shown = "".join(part.get("text", "<image>") for part in scene.content)
+    assert (
+        shown == "Image1:<image>\nImage2:<image>\nImage3:<image>\nIn Image2, which digit is this?"
+    )
+    assert scene.target_image == 1 and scene.box == (0, 0, 56, 56) and len(scene.images) == 3
+    plan = Plan(0, "collage", (5, 0, 7), 1, "In Image2,")
+    scene = compose(plan, images, "Which digit is this?", Layout())
+    assert scene.content[-1]["text"] == "\nIn Image2, which digit is this?"
+    assert scene.target_image == 0 and scene.box == (488, 40, 936, 488)
+    plan = Plan(0, "pip", (0, 5), 0, PIP_PREFIXES[0])
+    scene = compose(plan, images[:2], "Which digit is this?", Layout())
+    assert scene.content[-1]["text"] == f"\n{PIP_PREFIXES[0]} which digit is this?"
+    assert clean_question("<image>\nWhat is it?") == clean_question("What is it?\n<image>")
+
+
+def test_noise_lies_where_the_original_puts_it():
+    images = [flat(0), flat(1)]
+    plan = Plan(3, "collage", (3, 1), 0, "In Image1,")
+    scene = compose(plan, images, "What?", Layout())
+    noisy = corrupted(scene, "collage", 0, 3)
+    before, after = (np.asarray(s.images[0]).astype(int) for s in (scene, noisy))
+    left, top, right, bottom = scene.box
+    changed = (before != after).any(-1)
+    outside = changed.copy()
+    outside[top:bottom, left:right] = False
+    assert not outside.any() and changed[top:bottom, left:right].mean() > 0.95
+    # The noise itself, modulo 256: sigma 225 is nearly uniform there, sigma 49 is not.
+    difference = (after - before)[top:bottom, left:right] % 256
+    assert np.histogram(difference, 16, (0, 256))[0].min() > 0.03 * difference.size
+    plan = Plan(3, "pip", (3, 1), 0, "x")
+    scene = compose(plan, [flat(0), flat(1, (400, 400))], "What?", Layout())
+    noisy = corrupted(scene, "pip", 0, 3)
+    before, after = (np.asarray(s.images[0]).astype(int) for s in (scene, noisy))
+    difference = (after - before + 128) % 256 - 128
+    assert abs(difference.std() - 49) < 1.5 and abs(difference.mean()) < 1.0
+    scene = compose(Plan(0, "sequence", (0, 1), 0, "In Image1,"), images, "What?", Layout())
+    assert corrupted(scene, "sequence", 0, 0) is scene
+
+
+def test_plans_depend_on_seed_and_row_alone():
+    layout = Layout()
+    plans = [plan_scene(i, range(100), layout, 0, different) for i in range(400)]
+    again = [plan_scene(i, range(100), layout, 0, different) for i in reversed(range(400))]
+    assert plans == again[::-1]
+    assert plans != [plan_scene(i, range(100), layout, 1, different) for i in range(400)]
+    kinds = Counter(plan.kind for plan in plans)
+    assert abs(kinds["sequence"] / 400 - 15.1 / 28.9) < 0.08
+    targets = Counter(p.target for p in plans if p.kind == "sequence" and p.num_images == 5)
+    assert set(targets) == set(range(5))
+    for plan in plans:
+        assert len(set(plan.order)) == plan.num_images and plan.order[plan.target] == plan.index
+
+
+def test_companions_never_show_the_same_image():
+    layout = Layout({"collage": 1}, collage_images=(4,))
+    same = lambda one, other: one % 5 == other % 5  # noqa: E731
+    for index in range(50):
+        plan = plan_scene(index, range(50), layout, 0, same)
+        assert len({row % 5 for row in plan.order}) == 4
+    layout = Layout({"collage": 1}, collage_images=(6,))
+    assert "fewer images than asked: collage of 6, only 5" in plan_scene(
+        0, range(50), layout, 0, same
+    )
+    layout = Layout({"pip": 1})
+    assert "only 1 differ" in plan_scene(0, [0], layout, 0, different)
+
+
+def test_layouts_that_make_no_sense_are_named():
+    for options, message in (
+        ({"shares": {"stack": 1.0}}, "shares: expected"),
+        ({"shares": {"pip": 0.0}}, "shares: expected"),
+        ({"sequence_images": (7,)}, "sequence_images: expected"),
+        ({"collage_images": (5,)}, "collage_images: expected"),
+        ({"cell": 0}, "cell, gutter: expected"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Layout(**options)
+    with pytest.raises(ValueError, match="thresholds: expected some of sequence2"):
+        Selection({("sequence", 9): 0.5})
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+def test_coverage_by_hand():
+    """Of a 2 x 2 grid on 4 x 4 pixels, the box of columns 1..3 and rows 0..2."""
+    assert coverage((1, 0, 3, 2), (4, 4), (2, 2)).tolist() == [0.5, 0.5, 0.0, 0.0]
+    assert coverage((0, 0, 4, 4), (4, 4), (2, 3)).tolist() == [1.0] * 6
+    assert coverage((3, 3, 4, 4), (4, 4), (2, 2)).tolist() == [0, 0, 0, 0.25]
+
+
+SCENES = {
+    "sequence": Plan(0, "sequence", (0, 1, 2), 2, "In Image3,"),
+    "collage": Plan(0, "collage", (0, 1, 2), 1, "In Image2,"),
+    "pip": Plan(0, "pip", (0, 1), 0, PIP_PREFIXES[0]),
+}
+SMALL = Layout(cell=64, gutter=20, label_size=12)
+
+
+def noisy(number, size):
+    pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3))
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def scenes(processor):
+    """Images of different sizes: kind -> (plan, scene, prompt)."""
+    sizes = [(56, 84), (112, 56), (84, 84)]
+    images = [noisy(n, size) for n, size in enumerate(sizes)]
+    made = {}
+    for kind, plan in SCENES.items():
+        scene = compose(plan, images[: plan.num_images], "Which digit is this?", SMALL)
+        made[kind] = plan, scene, encode_prompt(processor, scene.sample(0))
+    return made
+
+
+def full_map(prompt, answer, layer):
+    """(P,) by transformers' own eager attention: all maps of all layers, as the original does."""
+    model = load_model("tiny", attn_implementation="eager").eval()
+    ids = torch.cat([prompt.input_ids, answer[:-1]])[None]
+    kinds = torch.nn.functional.pad(prompt.mm_token_type_ids, (0, len(answer) - 1))[None]
+    with torch.no_grad():
+        outputs = model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds,
+            pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw,
+            output_attentions=True,
+        )  # fmt: skip
+    first = len(prompt.input_ids) if len(answer) > 1 else len(prompt.input_ids) - 1
+    rows = outputs.attentions[layer][0].mean(0)[first:]
+    return rows[:, : len(prompt.input_ids)].mean(0)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_attention_equals_full_maps_of_eager_attention(processor, scenes, layer):
+    """All scenes in one packed row, answers of one token and of several."""
+    policy = Policy(load_model("tiny")).eval()
+    prompts = [prompt for _, _, prompt in scenes.values()] * 2
+    g = torch.Generator().manual_seed(0)
+    answers = [torch.randint(20, 200, (n,), generator=g) for n in (4, 9, 2, 1, 3, 6)]
+    inputs = policy.collate(
+        prompts, [[a] for a in answers], pad_token_id=0, device=CPU, packed=True
+    )
+    found = attention_to_prompts(policy, inputs, layer)
+    kinds = [*scenes, *scenes]
+    for kind, prompt, answer, attention in zip(kinds, prompts, answers, found, strict=True):
+        expected = full_map(prompt, answer, layer)
+        torch.testing.assert_close(attention, expected, atol=1e-5, rtol=0)
+        plan, scene, _ = scenes[kind]
+        ratio = attention_ratio(attention, prompt, scene, plan.kind, 2)
+        assert ratio == pytest.approx(brute_ratio(expected, prompt, scene, plan), abs=1e-5)
+
+
+def brute_ratio(attention, prompt, scene, plan):
+    """Pixel by pixel: every pixel of a token has its share of the token's attention."""
+    images = image_tokens(prompt, 2)
+    values = []
+    for image, (positions, (rows, columns)) in zip(scene.images, images, strict=True):
+        # So fine that the box ends between two of these pixels.
+        fine = np.ones((image.height, image.width))
+        grid = attention[positions].view(rows, columns).double().numpy()
+        pixels = np.kron(grid, fine) / fine.size
+        values.append((pixels, image.size))
+    if plan.kind == "sequence":
+        means = [pixels.sum() / images[n][0].numel() for n, (pixels, _) in enumerate(values)]
+        return means[plan.target] / sum(means)
+    pixels, (width, height) = values[0]
+    left, top, right, bottom = scene.box
+    x = (np.arange(pixels.shape[1]) + 0.5) / pixels.shape[1] * width
+    y = (np.arange(pixels.shape[0]) + 0.5) / pixels.shape[0] * height
+    inside = ((y > top) & (y < bottom))[:, None] & ((x > left) & (x < right))[None]
+    return (pixels * inside).sum() / pixels.sum()
+
+
+def test_tokens_of_each_image(processor, scenes):
+    _, scene, prompt = scenes["sequence"]
+    found = image_tokens(prompt, 2)
+    assert [grid for _, grid in found] == [(3, 2), (2, 4), (3, 3)]
+    assert sum(len(positions) for positions, _ in found) == int(prompt.mm_token_type_ids.sum())
+    assert image_tokens(encode_prompt(processor, scene_without_images()), 2) == []
+
+
+def scene_without_images():
+    from virft_fast.batch import Sample
+
+    return Sample(0, ({"role": "user", "content": "Why?"},), (), "")
+
+
+def test_what_cannot_be_measured_is_named(processor, scenes):
+    policy = Policy(load_model("tiny")).eval()
+    prompt = scenes["pip"][2]
+    answer = torch.tensor([5, 6])
+    collate = lambda answers, packed: policy.collate(  # noqa: E731
+        [prompt], answers, pad_token_id=0, device=CPU, packed=packed
+    )
+    with pytest.raises(ValueError, match="layer: expected 0 to"):
+        attention_to_prompts(policy, collate([[answer]], True), 99)
+    with pytest.raises(ValueError, match="packed inputs"):
+        attention_to_prompts(policy, collate([[answer]], False), 0)
+    with pytest.raises(ValueError, match="one completion a prompt"):
+        attention_to_prompts(policy, collate([[answer, answer]], True), 0)
+
+
+def test_no_attention_is_no_number(scenes):
+    _, scene, prompt = scenes["pip"]
+    nothing = torch.zeros(len(prompt.input_ids))
+    assert attention_ratio(nothing, prompt, scene, "pip", 2) is None
+
+
+# ---- selection -----------------------------------------------------------------------------------
+
+
+def made(kind="sequence", count=2, **more):
+    values = {"text": "a dog", "ratio": 0.1, "perplexity": 2.0, "num_tokens": 4} | more
+    return Answer(0, kind, count, 0, **values)
+
+
+@pytest.mark.parametrize(
+    "kind, count, limit, at_limit",
+    [("sequence", 2, 0.8, True), ("sequence", 3, 0.7, True), ("sequence", 4, 0.6, True),
+     ("sequence", 5, 0.6, True), ("collage", 2, 0.7, False), ("collage", 3, 0.6, False),
+     ("collage", 4, 0.5, False), ("collage", 6, 0.4, False), ("collage", 9, 0.3, False),
+     ("pip", 2, 0.8, False)],
+)  # fmt: skip
+def test_attention_limits_at_their_edges(kind, count, limit, at_limit):
+    def kept(ratio, selection=Selection()):  # noqa: B008
+        return not reasons_against(made(kind, count, ratio=ratio), "a cat", selection)
+
+    assert kept(math.nextafter(limit, 0)) and kept(limit) == at_limit
+    assert not kept(math.nextafter(limit, 1))
+    own = Selection({(kind, count): 0.05})
+    assert not kept(0.051, own) and kept(0.049, own)
+
+
+def test_reasons_are_named():
+    def found(truth="a cat", selection=Selection(), **more):  # noqa: B008
+        return reasons_against(made(**more), truth, selection)
+
+    assert found() == []
+    assert found(problem="image can't be read") == ["image can't be read"]
+    assert found(text=" ") == ["the model's answer is empty"]
+    assert found(truth="") == ["the row's own answer is empty"]
+    assert found(text="a cat ") == ["the model's answer is right"]
+    assert found(ratio=None) == ["no attention on any image"]
+    assert found(ratio=0.9) == ["attention on the target: sequence of 2"]
+    assert found(perplexity=1.1) == ["perplexity"] and found(perplexity=1.1000001) == []
+    assert found(truth="x" * 512, selection=Selection(max_length_ratio=1e9)) == [
+        "the row's own answer has 512 characters or more"
+    ]
+    assert found(truth="c" * 50) == [] and found(truth="c" * 51) == ["length ratio"]
+    assert found(text="a car", selection=Selection(min_edit_distance=0.2)) == []
+    assert found(text="a car", selection=Selection(min_edit_distance=0.21)) == ["edit distance"]
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+SMALL_SCENES = [
+    "--model_name_or_path", "tiny", "--cell", "56", "--gutter", "14", "--label_size", "12",
+    "--max_completion_length", "8", "--batch_size", "5", "--max_length_ratio", "1000",
+    "--min_perplexity", "1.0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """LLaVA's JSON: 14 rows of two sources, one with a missing image, one image twice."""
+    folder = tmp_path_factory.mktemp("llava")
+    records = []
+    for number in range(14):
+        source = "coco" if number < 7 else "ocr"
+        name = f"{source}/{number}.png"
+        (folder / "images" / source).mkdir(parents=True, exist_ok=True)
+        if number == 5:
+            name = "coco/gone.png"
+        else:
+            noisy(0 if number == 1 else number, (56, 56)).save(folder / "images" / name)
+        talk = [
+            {"from": "human", "value": "<image>\nWhat is it?"},
+            {"from": "gpt", "value": f"A thing of kind {number}."},
+            {"from": "human", "value": "And again?"},
+            {"from": "gpt", "value": "No."},
+        ]
+        records.append({"id": str(number), "image": name, "conversations": talk})
+    (folder / "llava.json").write_text(json.dumps(records))
+    return folder
+
+
+def arguments(llava, out, *more):
+    return [
+        "mia", "--dataset_name", str(llava / "llava.json"), "--images", str(llava / "images"),
+        "--output", str(out), *SMALL_SCENES, *more,
+    ]  # fmt: skip
+
+
+def test_from_llavas_json_to_pairs_that_train(llava, tmp_path, capsys):
+    out = tmp_path / "pairs"
+    shares = ["--shares", "sequence=1,collage=1,pip=1", "--collage_images", "2,3,4",
+              "--test_share", "0.3"]  # fmt: skip
+    assert main(arguments(llava, out, *shares)) == 0
+    shown = capsys.readouterr().out
+    assert "image can't be read" in shown and "kept" in shown
+    assert (tmp_path / "pairs.png").is_file() and (out / "README.md").is_file()
+    assert not list(tmp_path.glob(".pairs*"))
+    records = [json.loads(line) for line in (out / "selection.jsonl").read_text().splitlines()]
+    assert [r["index"] for r in records] == list(range(14))
+    kept = [r for r in records if r["kept"]]
+    assert kept and all(0 <= r["ratio"] <= 1 for r in kept)
+    assert [r["dropped"] for r in records if r["index"] == 5] == [["image can't be read"]]
+    train = load_dataset(str(out), split="train")  # `datasets` itself reads it
+    row = train[0]
+    assert len(row["images"]) == (row["num_images"] if row["kind"] == "sequence" else 1)
+    assert row["chosen"][0]["content"] == f"A thing of kind {row['source_row']}."
+    assert row["prompt"][0]["content"][-1]["text"].endswith("what is it?")
+    assert "attention on the target" in row["reasons"][0]
+    samples = SampleDataset(load_rows(str(out), "train"))
+    sample = samples.get(0)
+    assert sample.columns["chosen"] == row["chosen"][0]["content"]
+    assert len(sample.images) == len(row["images"])
+
+    from virft_fast.train import main as train_main
+
+    argv = ["--algorithm", "dpo", "--dataset_name", str(out), "--max_steps", "2",
+            "--output_dir", str(tmp_path / "run")]  # fmt: skip
+    assert train_main(argv) == 0
+
+
+def test_companions_come_from_the_same_source(llava):
+    rows = load_rows(str(llava / "llava.json"), "train", image_folder=llava / "images")
+    groups = mia.source_groups(rows)
+    assert groups == ["coco"] * 7 + ["ocr"] * 7
+    made = mia.Scenes(rows, Layout(), seed=0, noise=False, groups=groups)
+    for index in range(14):
+        plan = made.plan(index)
+        if index == 5:
+            assert plan == "image can't be read"
+        elif isinstance(plan, Plan):
+            assert len({groups[row] for row in plan.order}) == 1
+            assert 5 not in plan.order and not {0, 1} <= set(plan.order)
+
+
+def lines_of(folder):
+    return sorted((folder / "selection.jsonl").read_text().splitlines())
+
+
+def test_killed_runs_go_on_and_ranks_do_not_matter(llava, tmp_path):
+    whole, again, two = tmp_path / "whole", tmp_path / "again", tmp_path / "two"
+    assert main(arguments(llava, whole)) == 0
+    # As a kill leaves it: some answers, the last line cut off.
+    records = [json.loads(line) for line in lines_of(whole)]
+    settings = tmp_path / ".again.answers"
+    done = run(*arguments(llava, again), module="virft_fast.data")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert lines_of(again) == lines_of(whole)
+    assert records and not settings.exists()
+    done = run(*arguments(llava, two), module="virft_fast.data", processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, other = (
+        {r["index"]: (r["kind"], r["text"], r["kept"]) for r in map(json.loads, lines_of(f))}
+        for f in (whole, two)
+    )
+    assert one == other
+
+
+def test_answers_that_are_there_are_not_asked_for_again(llava, tmp_path, monkeypatch):
+    out = tmp_path / "pairs"
+    asked = []
+    answers = mia.Answering.answers
+
+    def stop_after_one(self, plans, scenes):
+        if asked:
+            raise KeyboardInterrupt
+        asked.extend(plan.index for plan in plans)
+        return answers(self, plans, scenes)
+
+    monkeypatch.setattr(mia.Answering, "answers", stop_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments(llava, out))
+    journal = tmp_path / ".pairs.answers" / "answers-0.jsonl"
+    with journal.open("a") as file:
+        file.write('{"index": 9, "te')
+    later = []
+    monkeypatch.setattr(
+        mia.Answering,
+        "answers",
+        lambda self, plans, scenes: (
+            later.extend(p.index for p in plans) or answers(self, plans, scenes)
+        ),
+    )
+    assert main(arguments(llava, out)) == 0
+    assert asked and later and not set(asked) & set(later)
+    monkeypatch.undo()
+    whole = tmp_path / "whole"
+    assert main(arguments(llava, whole)) == 0
+    keep = lambda folder: [  # noqa: E731
+        {k: v for k, v in json.loads(line).items() if k not in ("ratio", "perplexity")}
+        for line in lines_of(folder)
+    ]
+    assert keep(out) == keep(whole)
+
+
+def test_other_settings_do_not_mix(llava, tmp_path, capsys):
+    folder = tmp_path / ".pairs.answers"
+    mia.Journal(folder, {"seed": 1})
+    assert main(arguments(llava, tmp_path / "pairs")) == 2
+    assert "expected answers made with these settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--layer", "99"], "--layer: expected 0 to"),
+        (["--thresholds", "sequence9=0.5"], "thresholds: expected some of"),
+        (["--shares", "stack=1"], "shares: expected"),
+        (["--images", "/nowhere"], "no pair was kept"),
+        (["--min_perplexity", "1e9"], "no pair was kept"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_half_written(llava, tmp_path, capsys, more, message):
+    out = tmp_path / "pairs"
+    assert main(arguments(llava, out, *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists() and not (tmp_path / ".pairs.writing").exists()
+
+
+def test_one_token_answers_have_a_ratio(llava, tmp_path):
+    out = tmp_path / "pairs"
+    assert main(arguments(llava, out, "--max_completion_length", "1")) == 0
+    records = [json.loads(line) for line in lines_of(out)]
+    answered = [r for r in records if not r["problem"]]
+    assert answered and all(r["num_tokens"] == 1 and 0 <= r["ratio"] <= 1 for r in answered)

@@ -1,0 +1,121 @@
+"""`--algorithm sft`: the cross entropy of the rows' own answers, by the engine of GRPO."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import CPU, largest_difference, make_state, parameters
+from torch.nn import functional as F
+
+from virft_fast import sft
+from virft_fast.batch import Sample
+from virft_fast.train import main
+
+
+@pytest.mark.parametrize(
+    "columns, expected",
+    [
+        ({}, "<answer>cat</answer>"),
+        ({"completion": "It is a cat."}, "It is a cat."),
+        ({"completion": [{"role": "assistant", "content": "A cat."}]}, "A cat."),
+        ({"completion": ""}, "<answer>cat</answer>"),
+        ({"completion": [3]}, "<answer>cat</answer>"),
+    ],
+)
+def test_what_is_learnt(columns, expected):
+    assert sft.answer_text(Sample(0, (), (), "<answer>cat</answer>", columns)) == expected
+
+
+def state_for(processor, **more):
+    return make_state(processor, config=sft.AS_CROSS_ENTROPY, **more)
+
+
+def gradients(module):
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def test_loss_and_gradient_are_those_of_plain_cross_entropy(processor, prompts, monkeypatch):
+    """Against transformers' own logits, sample by sample, prompt masked."""
+    state = state_for(processor, prompts_per_microbatch=4)
+    model = state.policy.model
+    total, count = 0.0, 0
+    for prompt in prompts:
+        answer = sft.answer_ids(processor.tokenizer, sft.answer_text(prompt.sample))
+        inputs = state.policy.collate(
+            [prompt], [[answer]], pad_token_id=0, device=CPU, packed=False
+        )
+        hidden = state.policy._completion_hidden(inputs, state.policy.image_features(inputs))
+        total = total + F.cross_entropy(model.lm_head(hidden), answer, reduction="sum")
+        count += len(answer)
+    (total / count).backward()
+    expected = gradients(state.policy)
+    state.policy.zero_grad(set_to_none=True)
+    seen = {}
+
+    def stop(learning_rate, *, veto=False):
+        seen.update(gradients(state.policy))
+        return step(learning_rate, veto=veto)
+
+    step = state.engine.step
+    monkeypatch.setattr(state.engine, "step", stop)
+    metrics, records = sft.train_step(state, prompts)
+    assert records == []
+    assert metrics["loss"] == pytest.approx(float(total) / count, abs=1e-5)
+    assert metrics["num_tokens"] == count
+    assert seen.keys() == expected.keys()
+    together = torch.cat([seen[n].flatten() - expected[n].flatten() for n in seen])
+    assert together.norm() / torch.cat([g.flatten() for g in expected.values()]).norm() <= 1e-5
+
+
+def test_accumulation_equals_one_big_batch(processor, prompts):
+    settings = {"epsilon": 1e-3, "learning_rate": 2e-3}
+    big = state_for(processor, settings=settings, prompts_per_microbatch=4)
+    small = state_for(processor, settings=settings, gradient_accumulation_steps=4)
+    losses = [[sft.train_step(s, prompts)[0]["loss"] for _ in range(3)] for s in (big, small)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][-1] < losses[0][0]
+    assert largest_difference(parameters(big.policy), parameters(small.policy)) <= 1e-5
+
+
+ARGUMENTS = [
+    "--algorithm", "sft", "--dataset_name", "digits_classification", "--max_completion_length",
+    "64", "--per_device_train_batch_size", "8", "--learning_rate", "1e-3", "--lr_scheduler_type",
+    "constant",
+]  # fmt: skip
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_fine_tuning_then_grpo_from_its_checkpoint(tmp_path, capsys):
+    out = tmp_path / "sft"
+    assert main([*ARGUMENTS, "--max_steps", "6", "--output_dir", str(out)]) == 0
+    losses = [record["loss"] for record in read_metrics(out)]
+    assert len(losses) == 6 and losses[-1] < 0.5 * losses[0]
+    assert "training loss, first and last" in capsys.readouterr().out
+    assert (out / "report.png").is_file()
+    more = ["--dataset_name", "digits_classification", "--max_steps", "1", "--num_generations", "2"]
+    after = tmp_path / "grpo"
+    argv = ["--model_name_or_path", str(out), *more, "--max_completion_length", "48"]
+    assert main([*argv, "--output_dir", str(after)]) == 0
+    assert "reward" in read_metrics(after)[0]
+
+
+def test_resume_goes_on_bit_for_bit(tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    steps = ["--save_steps", "2"]
+    assert main([*ARGUMENTS, *steps, "--max_steps", "4", "--output_dir", str(whole)]) == 0
+    assert main([*ARGUMENTS, *steps, "--max_steps", "2", "--output_dir", str(halves)]) == 0
+    more = ["--resume_from_checkpoint", "latest", "--max_steps", "4"]
+    assert main([*ARGUMENTS, *steps, *more, "--output_dir", str(halves)]) == 0
+    one, two = ([(r["loss"], r["grad_norm"]) for r in read_metrics(f)] for f in (whole, halves))
+    assert one == two
+
+
+def test_an_answer_that_does_not_fit_is_a_bad_row(tmp_path, capsys):
+    argv = [*ARGUMENTS, "--max_completion_length", "2", "--max_steps", "1", "--max_bad_rows", "3"]
+    assert main([*argv, "--output_dir", str(tmp_path / "out")]) == 1
+    assert "more than --max_completion_length 2; raise it" in capsys.readouterr().err

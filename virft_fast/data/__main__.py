@@ -1,0 +1,616 @@
+"""`python -m virft_fast.data`: build, inspect and export data sets.
+
+build coco|lvis|classification|grounding    from what you have to what training reads
+mia                                         multi-image preference pairs by attention, for DPO
+inspect                                     numbers, bad rows and a sheet of pictures
+export llamafactory                         for supervised fine-tuning elsewhere
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from virft_fast.config import UsageError, usage
+from virft_fast.data import SampleDataset, load_rows
+from virft_fast.data.classification import READERS, Labelled, plan_classification, read_csv
+from virft_fast.data.coco import (
+    Annotations,
+    describe,
+    pick_categories,
+    plan_detection,
+    read_annotations,
+)
+from virft_fast.data.export import export_llamafactory
+from virft_fast.data.inspection import inspect
+from virft_fast.data.lisa import plan_grounding, read_lisa
+from virft_fast.data.mia import Layout
+from virft_fast.data.writing import Built, Plan, check_output, drop_missing, write_dataset
+from virft_fast.tasks import check_solution, detect_task
+from virft_fast.tasks.coordinates import FAMILY_SPACE, Extent
+from virft_fast.tasks.prompts import CLASSIFICATION_SETS
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, or 2 for input that can't be used."""
+    arguments = _parser().parse_args(argv)
+    try:
+        with usage():
+            arguments.run(arguments)
+    except UsageError as error:
+        print(f"virft_fast.data: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m virft_fast.data", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    build = commands.add_parser("build", help="make a data set").add_subparsers(
+        required=True, metavar="kind"
+    )
+    for kind in ("coco", "lvis"):
+        _detection_arguments(build.add_parser(kind, help=f"from {kind.upper()}'s instances files"))
+        build.choices[kind].set_defaults(run=_build_detection, kind=kind)
+    _classification_arguments(build.add_parser("classification", help="from labelled images"))
+    _grounding_arguments(build.add_parser("grounding", help="from LISA's ReasonSeg folders"))
+    _mia_arguments(
+        commands.add_parser("mia", help="multi-image preference pairs, by the model's attention")
+    )
+    _inspect_arguments(commands.add_parser("inspect", help="look at a data set"))
+    export = commands.add_parser("export", help="write a data set for another trainer")
+    _export_arguments(
+        export.add_subparsers(required=True, metavar="trainer").add_parser(
+            "llamafactory", help="sharegpt JSON and dataset_info.json"
+        )
+    )
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder to write; must not exist")
+    add("--overwrite", action="store_true", help="replace the folder once the new one is whole")
+    add("--allow_missing", action="store_true", help="leave out rows whose image is missing")
+    add("--seed", type=int, default=0, help="of every choice")
+    add("--test_share", type=_share, default=0.0, help="of the images, held out as split test")
+
+
+def _space_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--model_family",
+        choices=sorted(FAMILY_SPACE),
+        default="qwen2_vl",
+        help="whose boxes: 0..1000, or pixels of the resized image (qwen2_5_vl)",
+    )
+    add("--min_pixels", type=int, default=3136, help="of the processor, for boxes in pixels")
+    add("--max_pixels", type=int, default=401_408, help="of the processor, for boxes in pixels")
+
+
+def _detection_arguments(parser: argparse.ArgumentParser) -> None:
+    _common(parser)
+    _space_arguments(parser)
+    add = parser.add_argument
+    add("--annotations", type=Path, required=True, help="instances file of the training images")
+    add("--images", type=Path, required=True, help="folder of the training images")
+    add("--test_annotations", type=Path, help="instances file of the test images")
+    add("--test_images", type=Path, help="folder of the test images; default: --images")
+    add(
+        "--categories",
+        default="all",
+        help="all, names separated by commas, or base65, novel15, few8 (COCO), lvis13, lvis6",
+    )
+    add("--shots", type=_positive, help="images of each category in train; default: all")
+    add("--max_rows", type=_positive, help="rows of a split, chosen by the seed; default: all")
+    add("--negatives", type=_share, default=0.0, help="rows without objects, a share of the others")
+
+
+def _classification_arguments(parser: argparse.ArgumentParser) -> None:
+    _common(parser)
+    add = parser.add_argument
+    add("--source", type=Path, required=True, help="folder or CSV file")
+    add("--reader", choices=sorted(READERS), default="folder", help="layout of the source")
+    add("--images", type=Path, help="where the paths of a CSV file start; default: its folder")
+    add("--shots", type=_positive, help="images of each class in train; default: all")
+    add("--thing", help='what the images show, as in "an image containing a plant"')
+    add("--kind", help='what is asked for, as in "the species of the plant"')
+    parser.set_defaults(run=_build_classification)
+
+
+def _grounding_arguments(parser: argparse.ArgumentParser) -> None:
+    _common(parser)
+    _space_arguments(parser)
+    add = parser.add_argument
+    add("--source", type=Path, required=True, help="a ReasonSeg folder, or one with train, val ...")
+    add("--first_only", action="store_true", help="an image's first instruction and polygon only")
+    add("--compat_prompt", action="store_true", help="the original's prompt to the letter")
+    parser.set_defaults(run=_build_grounding)
+
+
+def _dataset_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--dataset_name", required=True, help="as in training")
+    add("--dataset_config", help="configuration of a hub data set")
+    add("--split", default="train")
+    add("--task", choices=("auto", "detection", "classification", "grounding"), default="auto")
+
+
+def _mia_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--dataset_name", required=True, help="questions about one image each, as in training; "
+        "also LLaVA's JSON")  # fmt: skip
+    add("--dataset_config", help="configuration of a hub data set")
+    add("--split", default="train")
+    add("--images", type=Path, help="where image paths of a JSON file start; default: its folder")
+    add("--model_name_or_path", required=True, help="the model that answers, as in training")
+    add("--output", type=Path, required=True, help="folder to write; must not exist")
+    add("--overwrite", action="store_true", help="replace the folder once the new one is whole")
+    add("--seed", type=int, default=0, help="of every choice")
+    add("--max_rows", type=_positive, help="take the first so many rows; default: all")
+    add("--test_share", type=_share, default=0.0, help="of the rows, held out as split test")
+    scenes = parser.add_argument_group("scenes")
+    add = scenes.add_argument
+    add("--shares", type=_weights, default="sequence=15.1,collage=9.3,pip=4.5",
+        help="weights of the kinds of scenes")  # fmt: skip
+    add(
+        "--sequence_images", type=_numbers, default="2,3,4,5", help="numbers of images to draw from"
+    )
+    add("--collage_images", type=_numbers, default="2,3,4,6,9", help="numbers of cells")
+    add("--cell", type=_positive, default=448, help="side of a collage's cell in pixels")
+    add("--gutter", type=int, default=40, help="between cells, and of the labels' strip, in pixels")
+    add("--label_size", type=_positive, default=36, help="of the labels, in pixels")
+    answers = parser.add_argument_group("answers")
+    add = answers.add_argument
+    add(
+        "--mode",
+        choices=("corrupted", "clean"),
+        default="corrupted",
+        help="noise on the target of collages and pictures in pictures, as MIA-DPO, or none",
+    )
+    add("--layer", type=int, help="where attention is measured, from 0; default: the middle one")
+    add("--batch_size", type=_positive, default=16, help="scenes answered together")
+    add("--max_completion_length", type=_positive, default=512, help="longest answer in tokens")
+    add("--max_prompt_length", type=_positive, help="a longer scene is left out")
+    add("--rollout_cache_tokens", type=_positive, help="as in training")
+    add("--min_pixels", type=int, help="as in training")
+    add("--max_pixels", type=int, help="as in training; of each image")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+        help="auto: bfloat16 on a GPU, else float32")  # fmt: skip
+    chosen = parser.add_argument_group("selection")
+    add = chosen.add_argument
+    add(
+        "--thresholds",
+        type=_weights,
+        default="",
+        help="attention limits that differ from MIA-DPO's, such as sequence2=0.7,pip2=0.9",
+    )
+    add("--min_perplexity", type=float, default=1.1, help="of an answer; it has to be above")
+    add("--max_length_ratio", type=float, default=10.0, help="of the two answers, in characters")
+    add("--min_edit_distance", type=float, default=0.05, help="of the two, share of the longer")
+    add("--pictures", type=int, default=12, help="scenes on the sheet OUTPUT.png; 0: no sheet")
+    parser.set_defaults(run=_mia)
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    _dataset_arguments(parser)
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("inspect.png"), help="sheet of pictures")
+    add("--pictures", type=_positive, default=20, help="on the sheet")
+    parser.set_defaults(run=_inspect)
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    _dataset_arguments(parser)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="LLaMA-Factory's data folder, or a new one")
+    add("--name", help="of the data set there; default: the source's name")
+    parser.set_defaults(run=_export)
+
+
+def _weights(text: str) -> dict[str, float]:
+    try:
+        pairs = (part.split("=") for part in text.split(",") if part.strip())
+        return {name.strip(): float(value) for name, value in pairs}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected name=number,..., got {text!r}") from error
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected numbers, got {text!r}") from error
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share in [0, 1), got {text}")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return value
+
+
+def _progress(items: Any, total: int | None = None) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, unit="row")
+
+
+# --- Building --------------------------------------------------------------------------------
+
+
+def _build_detection(arguments: argparse.Namespace) -> None:
+    check_output(arguments.output, arguments.overwrite)
+    annotations = read_annotations(arguments.annotations, arguments.kind)
+    categories = pick_categories(annotations, arguments.kind, arguments.categories)
+    extent_for = _extent_for(arguments)
+    built = Built()
+    describe(annotations, built)
+
+    def plan(source: Annotations, images: Path, **more: Any) -> list[Plan]:
+        names = ",".join(annotations.categories[number] for number in categories)
+        return plan_detection(
+            source,
+            images,
+            pick_categories(source, arguments.kind, names),
+            seed=arguments.seed,
+            max_rows=arguments.max_rows,
+            negatives=arguments.negatives,
+            extent_for=extent_for,
+            **more,
+        )
+
+    held_out: set[int] = set()
+    if arguments.test_share:
+        ids = sorted(annotations.images)
+        held_out = set(
+            random.Random(arguments.seed).sample(ids, round(arguments.test_share * len(ids)))
+        )
+    splits = {
+        "train": plan(
+            annotations,
+            arguments.images,
+            shots=arguments.shots,
+            keep_image=lambda image: image not in held_out,
+        )
+    }
+    if arguments.test_annotations:
+        other = read_annotations(arguments.test_annotations, arguments.kind)
+        describe(other, built)
+        splits["test"] = plan(other, arguments.test_images or arguments.images)
+    elif held_out:
+        splits["test"] = plan(
+            annotations, arguments.images, keep_image=lambda image: image in held_out
+        )
+    columns = {"problem": "string", "solution": "string", "category": "string", "image_id": "int64"}
+    _write(arguments, splits, columns, built, f"{arguments.kind.upper()} detection")
+
+
+def _build_classification(arguments: argparse.Namespace) -> None:
+    check_output(arguments.output, arguments.overwrite)
+    reader = READERS[arguments.reader]
+    if not arguments.source.exists():
+        raise FileNotFoundError(f"--source {arguments.source}: no such file or folder")
+    if arguments.source.is_dir() == (arguments.reader == "csv"):
+        expected = "a CSV file" if arguments.reader == "csv" else "a folder"
+        raise ValueError(f"--source {arguments.source}: expected {expected}; see --reader")
+    rows: list[Labelled]
+    if arguments.reader == "csv":
+        rows = read_csv(arguments.source, arguments.images)
+    else:
+        rows = reader(arguments.source)
+    thing, kind = CLASSIFICATION_SETS.get(arguments.reader, ("object", "class"))
+    splits = plan_classification(
+        rows,
+        thing=arguments.thing or thing,
+        kind=arguments.kind or kind,
+        seed=arguments.seed,
+        shots=arguments.shots,
+        test_share=arguments.test_share,
+    )
+    columns = {"problem": "string", "solution": "string", "label": "string"}
+    _write(arguments, splits, columns, Built(), f"{arguments.reader} classification")
+
+
+def _build_grounding(arguments: argparse.Namespace) -> None:
+    import datasets
+
+    check_output(arguments.output, arguments.overwrite)
+    built = Built()
+    names = {"train": "train", "val": "validation", "test": "test"}
+    folders = {
+        split: arguments.source / name
+        for name, split in names.items()
+        if (arguments.source / name).is_dir()
+    }
+    splits = {
+        split: plan_grounding(
+            read_lisa(folder, built, first_only=arguments.first_only),
+            compat=arguments.compat_prompt,
+            extent_for=_extent_for(arguments),
+        )
+        for split, folder in (folders or {"train": arguments.source}).items()
+    }
+    if arguments.test_share:
+        if set(splits) != {"train"}:
+            raise ValueError("--test_share: the source has splits of its own; leave it out")
+        splits = _hold_out(splits["train"], arguments.test_share, arguments.seed)
+    columns = {"problem": "string", "solution": "string", "mask": datasets.Image()}
+    _write(arguments, splits, columns, built, "LISA grounding")
+
+
+def _hold_out(plans: Sequence[Plan], share: float, seed: int) -> dict[str, list[Plan]]:
+    """By image: no image is in both splits."""
+    images = sorted({plan.image for plan in plans})
+    test = set(random.Random(seed).sample(images, round(share * len(images))))
+    return {
+        "train": [plan for plan in plans if plan.image not in test],
+        "test": [plan for plan in plans if plan.image in test],
+    }
+
+
+def _extent_for(arguments: argparse.Namespace) -> Callable[[int, int], Extent] | None:
+    if FAMILY_SPACE[arguments.model_family] != "pixels":
+        return None
+    from virft_fast.models.processing import resized
+
+    def extent(width: int, height: int) -> Extent:
+        return resized(
+            width, height, min_pixels=arguments.min_pixels, max_pixels=arguments.max_pixels
+        )
+
+    return extent
+
+
+def _write(
+    arguments: argparse.Namespace,
+    splits: Mapping[str, Sequence[Plan]],
+    columns: Mapping[str, Any],
+    built: Built,
+    title: str,
+) -> None:
+    import datasets
+
+    features = {
+        name: datasets.Value(kind) if isinstance(kind, str) else kind
+        for name, kind in columns.items()
+    }
+    if getattr(arguments, "model_family", "") and _extent_for(arguments):
+        features["extent"] = datasets.List(datasets.Value("int64"))
+    splits = drop_missing(splits, built, allow_missing=arguments.allow_missing)
+    write_dataset(
+        arguments.output,
+        splits,
+        features,
+        built,
+        card=lambda built: _card(arguments, title, built),
+        progress=_progress,
+    )
+    print("\n".join(built.lines()))
+    print(f"written: {arguments.output}")
+
+
+def _card(arguments: argparse.Namespace, title: str, built: Built) -> str:
+    files = "\n".join(
+        f"  - split: {split}\n    path: data/{split}-*" for split, n in built.rows.items() if n
+    )
+    given = {
+        name: value
+        for name, value in sorted(vars(arguments).items())
+        if name != "run" and value is not None and value is not False
+    }
+    return "\n".join(
+        [
+            "---",
+            f"configs:\n- config_name: default\n  data_files:\n{files}",
+            "---",
+            f"# {title}",
+            "",
+            "Built by `python -m virft_fast.data build`. Columns: `image`, `problem` (the prompt), "
+            "`solution` (the ground truth in the answer's form), and what they were made of.",
+            "",
+            *(f"- {line}" for line in built.lines()),
+            "",
+            "Arguments:",
+            "",
+            *(f"- {name}: {value}" for name, value in given.items()),
+            "",
+        ]
+    )
+
+
+# --- Preference pairs ------------------------------------------------------------------------
+
+
+def _mia(arguments: argparse.Namespace) -> None:
+    from virft_fast import dist, mia
+
+    device = dist.init()
+    try:
+        _mia_on_each_rank(arguments, device, mia, dist)
+    finally:
+        dist.shutdown()
+
+
+def _mia_on_each_rank(arguments: argparse.Namespace, device: Any, mia: Any, dist: Any) -> None:
+    from tqdm import tqdm
+
+    out = arguments.output
+    check_output(out, arguments.overwrite)
+    rows = load_rows(
+        arguments.dataset_name,
+        arguments.split,
+        dataset_config=arguments.dataset_config,
+        image_folder=arguments.images,
+    )
+    selection = mia.Selection(
+        {_scene_key(name): value for name, value in arguments.thresholds.items()},
+        arguments.min_perplexity,
+        arguments.max_length_ratio,
+        arguments.min_edit_distance,
+    )
+    layout = Layout(
+        arguments.shares,
+        arguments.sequence_images,
+        arguments.collage_images,
+        arguments.cell,
+        arguments.gutter,
+        arguments.label_size,
+        label_indent=arguments.gutter // 2,
+    )
+    scenes = mia.Scenes(
+        rows,
+        layout,
+        seed=arguments.seed,
+        noise=arguments.mode == "corrupted",
+        groups=mia.source_groups(rows),
+    )
+    answering = _answering(arguments, device, mia)
+    # All that an answer depends on; how answers are selected may change from run to run.
+    asked = ("dataset_name", "dataset_config", "split", "images", "model_name_or_path", "seed",
+             "shares", "sequence_images", "collage_images", "cell", "gutter", "label_size", "mode",
+             "layer", "max_completion_length", "max_prompt_length", "min_pixels", "max_pixels",
+             "dtype")  # fmt: skip
+    settings = {name: getattr(arguments, name) for name in asked}
+    folder = out.with_name(f".{out.name}.answers")
+    journal = mia.Journal(folder, settings | {"rows": len(rows)})
+    indices = range(min(len(rows), arguments.max_rows or len(rows)))
+    with tqdm(total=len(indices), unit="scene", disable=not dist.is_main()) as bar:
+        answers = mia.answer_all(
+            scenes, answering, journal, indices, batch_size=arguments.batch_size,
+            progress=bar.update,
+        )  # fmt: skip
+    if not dist.is_main():
+        return
+    reasons = {
+        index: mia.reasons_against(answer, scenes.truth(index), selection)
+        for index, answer in answers.items()
+    }
+    print("\n".join(mia.table(answers, reasons)))
+    test = random.Random(arguments.seed).sample(
+        list(indices), round(arguments.test_share * len(indices))
+    )
+    counts = mia.write_pairs(
+        out, scenes, answers, reasons, test=test, progress=_progress,
+        card=_mia_card(arguments, mia.table(answers, reasons)),
+    )  # fmt: skip
+    print(", ".join(f"{split}: {count} pairs" for split, count in counts.items()))
+    print(f"written: {out}")
+    shown = [answer for answer in answers.values() if not answer.problem][: arguments.pictures]
+    if shown:
+        sheet = out.with_name(f"{out.name}.png")
+        mia.attention_sheet(scenes, answering, shown, reasons).save(sheet)
+        print(f"written: {sheet}")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answering(arguments: argparse.Namespace, device: Any, mia: Any) -> Any:
+    import torch
+
+    from virft_fast.models.processing import load_processor
+    from virft_fast.models.qwen_vl import Policy, load_model
+    from virft_fast.models.tiny import resolve_model_path
+    from virft_fast.rollout.backends import make_rollout
+
+    path = resolve_model_path(arguments.model_name_or_path)
+    processor = load_processor(
+        path, min_pixels=arguments.min_pixels, max_pixels=arguments.max_pixels
+    )
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if arguments.dtype != "auto":
+        dtype = getattr(torch, arguments.dtype)
+    policy = Policy(load_model(path, dtype=dtype).to(device)).eval()
+    layers = policy.config.text_config.num_hidden_layers
+    layer = layers // 2 if arguments.layer is None else arguments.layer
+    if not 0 <= layer < layers:
+        raise ValueError(f"--layer: expected 0 to {layers - 1}, got {layer}")
+    rollout = make_rollout(
+        "native",
+        lambda: contextlib.nullcontext(policy),
+        processor.tokenizer,
+        device=device,
+        max_cache_tokens=arguments.rollout_cache_tokens,
+    )
+    return mia.Answering(
+        policy,
+        rollout,
+        processor,
+        layer,
+        arguments.max_completion_length,
+        device,
+        arguments.max_prompt_length,
+    )
+
+
+def _scene_key(name: str) -> tuple[str, int]:
+    kind = name.rstrip("0123456789")
+    return kind, int(name[len(kind) :] or 2)
+
+
+def _mia_card(arguments: argparse.Namespace, lines: Sequence[str]) -> str:
+    given = {k: v for k, v in sorted(vars(arguments).items()) if k != "run" and v is not None}
+    return "\n".join(
+        [
+            "# Multi-image preference pairs (MIA-DPO)",
+            "",
+            "Made by `python -m virft_fast.data mia`. Columns as TRL's DPOTrainer takes them: "
+            "`images`, `prompt`, `chosen` (the row's own answer), `rejected` (the model's), and "
+            "why the pair was kept. `selection.jsonl` has every row, kept or not.",
+            "",
+            *(f"    {line}" for line in lines),
+            "",
+            *(f"- {name}: {value}" for name, value in given.items()),
+            "",
+        ]
+    )
+
+
+# --- Looking and exporting -------------------------------------------------------------------
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    rows = load_rows(
+        arguments.dataset_name, arguments.split, dataset_config=arguments.dataset_config
+    )
+    found = inspect(rows, task=arguments.task, pictures=arguments.pictures, progress=_progress)
+    print("\n".join(found.lines()))
+    if found.pictures:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        found.sheet().save(arguments.output)
+        print(f"written: {arguments.output}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    rows = load_rows(
+        arguments.dataset_name, arguments.split, dataset_config=arguments.dataset_config
+    )
+    plain = SampleDataset(rows)
+    task = arguments.task
+    if task == "auto":
+        first = (plain.get(index) for index in range(min(len(plain), 50)))
+        task = detect_task([s.solution for s in first if hasattr(s, "solution")])
+    samples = SampleDataset(rows, check_solution=partial(check_solution, task))
+    name = arguments.name or Path(arguments.dataset_name).stem
+    count, bad = export_llamafactory(samples, arguments.output, name, progress=_progress)
+    for row in bad[:10]:
+        print(f"row {row.index} left out: {row.reason}")
+    print(f"{count} rows, {len(bad)} left out")
+    print(f"written: {arguments.output / name}.json, {arguments.output / 'dataset_info.json'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

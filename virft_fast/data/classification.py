@@ -1,0 +1,246 @@
+"""Classification rows from image folders, CSV files and the archives of four known data sets.
+
+Each reader finds (image, class name, split) and nothing else; `plan_classification` makes rows of
+them. Archives are read in the layout in which they are published.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from virft_fast.data.writing import Plan, listing
+from virft_fast.tasks.prompts import classification_problem
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+class Labelled(NamedTuple):
+    """An image, its class, and its split: "train", "test" or None if the source names none."""
+
+    image: Path
+    label: str
+    split: str | None
+
+
+def read_folder(root: Path) -> list[Labelled]:
+    """CLASS/image, or train/CLASS/image and test/CLASS/image (val and valid count as test)."""
+    splits = {"train": "train", "test": "test", "val": "test", "valid": "test"}
+    found = [root / name for name in splits if (root / name).is_dir()]
+    if found:
+        rows = [row._replace(split=splits[f.name]) for f in found for row in _classes(f)]
+    else:
+        rows = _classes(root)
+    if not rows:
+        raise ValueError(
+            f"{root}: expected a folder for each class with images in it, or train/ and test/ with "
+            "such folders"
+        )
+    return rows
+
+
+def _classes(root: Path) -> list[Labelled]:
+    return [
+        Labelled(image, folder.name, None)
+        for folder in sorted(root.iterdir())
+        if folder.is_dir()
+        for image in sorted(folder.rglob("*"))
+        if image.suffix.lower() in IMAGE_SUFFIXES
+    ]
+
+
+def read_csv(path: Path, images: Path | None = None) -> list[Labelled]:
+    """Columns image and label, maybe split; paths start at `images` or at the file's folder."""
+    names = {"image": ("image", "image_path", "path", "file", "filename"),
+             "label": ("label", "class", "species", "name")}  # fmt: skip
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        header = [name.strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = header
+        column = {
+            key: next((name for name in options if name in header), None)
+            for key, options in names.items()
+        }
+        if None in column.values():
+            raise ValueError(
+                f"{path}: expected the columns image and label (and maybe split), got "
+                f"{', '.join(header) or 'none'}"
+            )
+        rows = []
+        for number, row in enumerate(reader, start=2):
+            image, label = row[column["image"]], row[column["label"]]
+            split = (row.get("split") or "").strip() or None
+            if not image or not (label or "").strip():
+                raise ValueError(f"{path}: line {number}: expected an image and a label")
+            if split not in (None, "train", "test"):
+                raise ValueError(
+                    f"{path}: line {number}: split: expected train or test, got {split!r}"
+                )
+            rows.append(Labelled((images or path.parent) / image.strip(), label.strip(), split))
+    if not rows:
+        raise ValueError(f"{path}: expected rows, got a header only")
+    return rows
+
+
+def read_flowers102(root: Path) -> list[Labelled]:
+    """jpg/image_00001.jpg, imagelabels.mat and setid.mat. Train and valid are "train"."""
+    labels = _matlab(root, "imagelabels.mat")["labels"].ravel()
+    sets = _matlab(root, "setid.mat")
+    rows = []
+    for split, keys in (("train", ("trnid", "valid")), ("test", ("tstid",))):
+        for number in sorted(int(n) for key in keys for n in sets[key].ravel()):
+            label = FLOWERS[int(labels[number - 1]) - 1]
+            rows.append(Labelled(root / "jpg" / f"image_{number:05d}.jpg", label, split))
+    return rows
+
+
+def read_aircraft(root: Path) -> list[Labelled]:
+    """FGVC-Aircraft: data/images/*.jpg, data/images_variant_trainval.txt and ..._test.txt."""
+    folder = root / "data" if (root / "data").is_dir() else root
+    rows = []
+    for split, part in (("train", "trainval"), ("test", "test")):
+        for line in _lines(folder / f"images_variant_{part}.txt", "FGVC-Aircraft"):
+            number, _, label = line.partition(" ")
+            rows.append(Labelled(folder / "images" / f"{number}.jpg", label.strip(), split))
+    return rows
+
+
+def read_cars196(root: Path) -> list[Labelled]:
+    """Stanford Cars: cars_train/, cars_test/, devkit/cars_meta.mat and cars_train_annos.mat, and
+    cars_test_annos_withlabels.mat, here or in devkit/."""
+    names = [str(name[0]) for name in _matlab(root, "cars_meta.mat")["class_names"].ravel()]
+    rows = []
+    for split, file in (
+        ("train", "cars_train_annos.mat"),
+        ("test", "cars_test_annos_withlabels.mat"),
+    ):
+        for record in _matlab(root, file)["annotations"].ravel():
+            label = names[int(record["class"].item()) - 1]
+            image = root / f"cars_{split}" / str(record["fname"].item())
+            rows.append(Labelled(image, label, split))
+    return rows
+
+
+def read_pets37(root: Path) -> list[Labelled]:
+    """Oxford-IIIT Pet: images/*.jpg, annotations/trainval.txt and test.txt."""
+    rows = []
+    for split, part in (("train", "trainval"), ("test", "test")):
+        for line in _lines(root / "annotations" / f"{part}.txt", "Oxford-IIIT Pet"):
+            if line.startswith("#"):
+                continue
+            name = line.split()[0]
+            label = name.rpartition("_")[0].replace("_", " ")
+            rows.append(Labelled(root / "images" / f"{name}.jpg", label, split))
+    return rows
+
+
+READERS: dict[str, Callable[[Path], list[Labelled]]] = {
+    "folder": read_folder,
+    "csv": read_csv,
+    "flowers102": read_flowers102,
+    "aircraft": read_aircraft,
+    "cars196": read_cars196,
+    "pets37": read_pets37,
+}
+
+
+def _matlab(root: Path, name: str) -> dict:
+    from scipy.io import loadmat
+
+    path = next((p for p in (root / name, root / "devkit" / name) if p.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{root}: expected {name} in it or in its devkit/")
+    try:
+        return loadmat(path)
+    except Exception as error:  # a damaged file raises whatever its bytes led to
+        raise ValueError(f"{path}: expected a MATLAB file: {error}") from error
+
+
+def _lines(path: Path, what: str) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected the layout of {what}'s archive")
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def plan_classification(
+    rows: Sequence[Labelled],
+    *,
+    thing: str,
+    kind: str,
+    seed: int,
+    shots: int | None = None,
+    test_share: float = 0.0,
+) -> dict[str, list[Plan]]:
+    """Splits of rows that ask for the class.
+
+    Args:
+        thing, kind: of the question, e.g. "plant" and "species".
+        shots: so many images of each class in "train", chosen by the seed; None: all.
+        test_share: of each class that goes to "test", where the source has no split of its own.
+    Raises:
+        ValueError: a class has fewer than `shots` images.
+    """
+    rng = random.Random(seed)
+    splits: dict[str, list[Labelled]] = {"train": [], "test": []}
+    unsplit: dict[str, list[Labelled]] = defaultdict(list)
+    for row in rows:
+        if row.split is None:
+            unsplit[row.label].append(row)
+        else:
+            splits[row.split].append(row)
+    for label in sorted(unsplit):
+        of_class = rng.sample(unsplit[label], len(unsplit[label]))
+        held_out = round(test_share * len(of_class))
+        splits["test"] += of_class[:held_out]
+        splits["train"] += of_class[held_out:]
+    if shots is not None:
+        splits["train"] = list(_few(splits["train"], shots, rng))
+    rng.shuffle(splits["train"])
+    problem = classification_problem(thing, kind)
+    return {
+        name: [
+            Plan(r.image, {"problem": problem, "solution": f"<answer>{r.label}</answer>",
+                           "label": r.label})
+            for r in part
+        ]
+        for name, part in splits.items()
+        if part
+    }  # fmt: skip
+
+
+def _few(rows: Sequence[Labelled], shots: int, rng: random.Random) -> Iterator[Labelled]:
+    counts = Counter(row.label for row in rows)
+    few = sorted(label for label, count in counts.items() if count < shots)
+    if few:
+        raise ValueError(f"--shots {shots}: expected as many images, {listing(few)} has fewer")
+    for label in sorted(counts):
+        yield from rng.sample([row for row in rows if row.label == label], shots)
+
+
+# The archive has numbers only.
+FLOWERS = (
+    "pink primrose", "hard-leaved pocket orchid", "canterbury bells", "sweet pea",
+    "english marigold", "tiger lily", "moon orchid", "bird of paradise", "monkshood",
+    "globe thistle", "snapdragon", "colt's foot", "king protea", "spear thistle", "yellow iris",
+    "globe-flower", "purple coneflower", "peruvian lily", "balloon flower",
+    "giant white arum lily", "fire lily", "pincushion flower", "fritillary", "red ginger",
+    "grape hyacinth", "corn poppy", "prince of wales feathers", "stemless gentian", "artichoke",
+    "sweet william", "carnation", "garden phlox", "love in the mist", "mexican aster",
+    "alpine sea holly", "ruby-lipped cattleya", "cape flower", "great masterwort", "siam tulip",
+    "lenten rose", "barbeton daisy", "daffodil", "sword lily", "poinsettia",
+    "bolero deep blue", "wallflower", "marigold", "buttercup", "oxeye daisy",
+    "common dandelion", "petunia", "wild pansy", "primula", "sunflower", "pelargonium",
+    "bishop of llandaff", "gaura", "geranium", "orange dahlia", "pink-yellow dahlia",
+    "cautleya spicata", "japanese anemone", "black-eyed susan", "silverbush",
+    "californian poppy", "osteospermum", "spring crocus", "bearded iris", "windflower",
+    "tree poppy", "gazania", "azalea", "water lily", "rose", "thorn apple", "morning glory",
+    "passion flower", "lotus", "toad lily", "anthurium", "frangipani", "clematis", "hibiscus",
+    "columbine", "desert-rose", "tree mallow", "magnolia", "cyclamen", "watercress",
+    "canna lily", "hippeastrum", "bee balm", "ball moss", "foxglove", "bougainvillea",
+    "camellia", "mallow", "mexican petunia", "bromelia", "blanket flower", "trumpet creeper",
+    "blackberry lily",
+)  # fmt: skip

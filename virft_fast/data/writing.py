@@ -1,0 +1,237 @@
+"""A data set as a folder in the hub's layout: parquet shards, images inside, and a card.
+
+    OUT/data/train-00000-of-00002.parquet   what `load_rows` and `datasets.load_dataset` read
+    OUT/README.md                           the card: what was built from what, and how
+
+Everything is written aside and renamed at the end: a folder that exists is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from virft_fast.data.loading import IMAGE_FORMATS
+
+ROWS_A_GROUP = 64
+SHARD_BYTES = 400 * 2**20
+MAX_LISTED = 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A row that is going to be written.
+
+    Attributes:
+        image: its file.
+        row: column -> value, without the image.
+        fill: (width, height) of the image -> further columns, or why the row can't be used; for
+            what can only be said once the image is open.
+    """
+
+    image: Path
+    row: Mapping[str, Any]
+    fill: Callable[[int, int], Mapping[str, Any] | str] = lambda width, height: {}
+
+
+@dataclass
+class Built:
+    """What came of it: rows a split, and what was left out, by reason."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+
+    def leave_out(self, reason: str, what: str) -> None:
+        self.left_out.setdefault(reason, []).append(what)
+
+    def lines(self) -> list[str]:
+        lines = [f"{split}: {count} rows" for split, count in self.rows.items()]
+        for reason, items in self.left_out.items():
+            lines.append(f"left out, {reason}: {len(items)} ({listing(items)})")
+        return lines
+
+
+def listing(items: Sequence[Any], most: int = MAX_LISTED) -> str:
+    named = ", ".join(str(item) for item in items[:most])
+    return named if len(items) <= most else f"{named} and {len(items) - most} more"
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Better before the work than after it.
+
+    Raises:
+        ValueError: there is something already.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        raise ValueError(f"--output {out}: exists already; pass --overwrite or another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise ValueError(f"--output {out}: expected a place that can be written")
+
+
+def drop_missing(
+    splits: Mapping[str, Sequence[Plan]], built: Built, *, allow_missing: bool
+) -> dict[str, list[Plan]]:
+    """The plans whose image is there.
+
+    Raises:
+        FileNotFoundError: some are not and `allow_missing` is false; names them.
+    """
+    files = dict.fromkeys(plan.image for plans in splits.values() for plan in plans)
+    missing = {file for file in files if not file.is_file()}
+    if missing and not allow_missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(files)} images are missing: {listing(sorted(missing))}; check "
+            "the image folder, or pass --allow_missing to leave their rows out"
+        )
+    for file in sorted(missing):
+        built.leave_out("image missing", str(file))
+    return {name: [p for p in plans if p.image not in missing] for name, plans in splits.items()}
+
+
+def write_dataset(
+    out: Path,
+    splits: Mapping[str, Sequence[Plan]],
+    columns: Mapping[str, Any],
+    built: Built,
+    *,
+    card: Callable[[Built], str],
+    progress: Callable[[Iterable[Plan], int], Iterable[Plan]] = lambda plans, total: plans,
+) -> Built:
+    """Write the plans of every split.
+
+    Args:
+        columns: name -> `datasets` feature, without the image.
+        built: what was left out so far; completed here.
+        card: the text of README.md, once everything is known.
+        progress: wraps the plans of all splits, to show how far it is.
+    Raises:
+        ValueError: no row could be written.
+    """
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), **columns})
+    with written_aside(out, splits, features) as writers:
+        together = [(name, plan) for name, plans in splits.items() for plan in plans]
+        names = iter([name for name, _ in together])
+        for plan in progress([plan for _, plan in together], len(together)):
+            row = _row(plan, built)
+            name = next(names)
+            if row is not None:
+                writers[name].add(row, len(row["image"]["bytes"]))
+        for name, writer in writers.items():
+            built.rows[name] = writer.close()
+        if not sum(built.rows.values()):
+            raise ValueError("no row could be written; " + "; ".join(built.lines()))
+        writers.folder.parent.joinpath("README.md").write_text(card(built), encoding="utf-8")
+    return built
+
+
+class _Writers(dict[str, "SplitWriter"]):
+    """A writer a split; `folder` is where their shards are, aside."""
+
+    folder: Path
+
+
+@contextlib.contextmanager
+def written_aside(out: Path, splits: Iterable[str], features: Any) -> Iterator[_Writers]:
+    """Writers into a folder that becomes `out` if the block ends without an exception."""
+    aside = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / "data").mkdir(parents=True)
+    try:
+        writers = _Writers({name: SplitWriter(aside / "data", name, features) for name in splits})
+        writers.folder = aside / "data"
+        yield writers
+        _put_in_place(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_in_place(aside: Path, out: Path) -> None:
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)
+    os.replace(aside, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _row(plan: Plan, built: Built) -> dict[str, Any] | None:
+    """The row with its image's bytes, or None and a note in `built`."""
+    try:
+        data = plan.image.read_bytes()
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            # As `SampleDataset` will show it.
+            width, height = ImageOps.exif_transpose(image).size
+    except Exception as error:  # PIL's decoders raise nearly anything on damaged input
+        built.leave_out("image can't be read", f"{plan.image}: {type(error).__name__}")
+        return None
+    try:
+        filled = plan.fill(width, height)
+    except ValueError as error:  # such as an image too narrow for the processor
+        filled = str(error)
+    if isinstance(filled, str):
+        built.leave_out(filled, str(plan.image))
+        return None
+    return {"image": {"bytes": data, "path": plan.image.name}, **plan.row, **filled}
+
+
+class SplitWriter:
+    """Rows of one split into as many shards as it takes."""
+
+    def __init__(self, folder: Path, split: str, features: Any) -> None:
+        self.folder, self.split, self.features = folder, split, features
+        self.rows: list[dict[str, Any]] = []
+        self.count = self.size = self.shards = 0
+        self.writer: Any = None
+
+    def add(self, row: dict[str, Any], size: int) -> None:
+        """`size`: bytes of its images, roughly the row's."""
+        self.rows.append(row)
+        self.size += size
+        if len(self.rows) == ROWS_A_GROUP:
+            self._flush()
+        if self.size >= SHARD_BYTES:
+            self._finish_shard()
+
+    def close(self) -> int:
+        """Number of rows; the shards get the names they keep."""
+        self._flush()
+        self._finish_shard()
+        for number in range(self.shards):
+            name = f"{self.split}-{number:05d}-of-{self.shards:05d}.parquet"
+            os.replace(self._path(number), self.folder / name)
+        return self.count
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{self.split}-{number}.part"
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not self.rows:
+            return
+        schema = self.features.arrow_schema
+        encoded = [self.features.encode_example(row) for row in self.rows]
+        if self.writer is None:
+            self.writer = pq.ParquetWriter(self._path(self.shards), schema)
+        self.writer.write_table(pa.Table.from_pylist(encoded, schema=schema))
+        self.count += len(self.rows)
+        self.rows = []
+
+    def _finish_shard(self) -> None:
+        self._flush()
+        if self.writer is not None:
+            self.writer.close()
+            self.writer, self.size = None, 0
+            self.shards += 1

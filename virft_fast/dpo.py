@@ -1,0 +1,289 @@
+"""DPO: from pairs of a chosen and a rejected answer, the prompt and its images read once for both.
+
+A pair is a group of two completions that are given instead of sampled, so everything a group has
+in GRPO it has here: one packed row, one pass of the vision tower, log-probs without whole logits.
+The loss is that of Rafailov et al. (arXiv:2305.18290), with the smoothing of conservative DPO and
+MIA-DPO's cross entropy of the chosen answer beside it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from virft_fast import dist
+from virft_fast.batch import Prompt, Rollouts, Sample
+from virft_fast.config import DPOConfig
+from virft_fast.data import BadRow
+from virft_fast.grpo import (
+    Microbatch,
+    Part,
+    StepStats,
+    TrainState,
+    as_reference,
+    empty_microbatch,
+    finish,
+    microbatch,
+    plan_microbatches,
+)
+from virft_fast.metrics import reduce_metrics
+from virft_fast.sft import answer_ids, given_answers
+
+# What the parts of GRPO that are used here have to take for granted.
+AS_PAIRS: dict[str, Any] = {"beta": 0.0, "num_iterations": 1, "temperature": 1.0}
+
+
+RefLogps = dict[int, tuple[float, float]]
+
+
+@dataclass
+class DPOState(TrainState):
+    """`TrainState` with what pairs need.
+
+    Attributes:
+        ref_logps, test_ref_logps: row of the training, of the held-out data -> the reference's
+            log-probs of its (chosen, rejected) answer, where they were computed beforehand; None:
+            `reference` computes them.
+    """
+
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    ref_logps: RefLogps | None = None
+    test_ref_logps: RefLogps | None = None
+
+
+@dataclass
+class Pairs:
+    """Pairs that go through the model in one call: n of them, 2n completions.
+
+    Attributes:
+        rows: the data set's row of each pair; none in a microbatch that only keeps others company.
+        ref_logps: (n, 2), or None.
+    """
+
+    batch: Microbatch
+    rows: tuple[int, ...]
+    ref_logps: Tensor | None = None
+
+
+def dpo_loss(
+    logps: Tensor, ref_logps: Tensor, *, beta: float, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Sigmoid DPO loss of pairs.
+
+    Args:
+        logps: (n, 2) summed log-probs of the chosen and the rejected answer.
+        ref_logps: (n, 2), the reference's.
+        beta: > 0.
+        label_smoothing: share of pairs taken to be the wrong way round, in [0, 0.5).
+    Returns:
+        losses (n,), and rewards (n, 2), beta times the log-ratios, detached.
+    Raises:
+        ValueError: shapes.
+    With log-ratios that differ by 1 and beta 1 the loss is -log sigmoid(1) = 0.3133.
+    """
+    if logps.ndim != 2 or logps.shape[1] != 2 or ref_logps.shape != logps.shape:
+        raise ValueError(
+            f"logps, ref_logps: expected (n, 2) both, chosen and rejected, got "
+            f"{tuple(logps.shape)} and {tuple(ref_logps.shape)}"
+        )
+    ratios = logps - ref_logps
+    margin = beta * (ratios[:, 0] - ratios[:, 1])
+    losses = -(1 - label_smoothing) * F.logsigmoid(margin)
+    if label_smoothing:
+        losses = losses - label_smoothing * F.logsigmoid(-margin)
+    return losses, beta * ratios.detach()
+
+
+def pair_of(sample: Sample) -> tuple[str, str]:
+    """The chosen and the rejected answer of a row that `check_pair` found nothing wrong with."""
+    return sample.columns["chosen"], sample.columns["rejected"]
+
+
+def check_pair(tokenizer: Any, most: int, sample: Sample) -> str | None:
+    """What is wrong with a row's pair of answers, or None."""
+    for name in ("chosen", "rejected"):
+        text = sample.columns.get(name)
+        if not isinstance(text, str):
+            return f"{name}: expected an answer, a text or a chat, got nothing"
+        count = len(answer_ids(tokenizer, text))
+        if count > most:
+            return f"{name}: {count} tokens, more than --max_completion_length {most}; raise it"
+    if sample.columns["chosen"] == sample.columns["rejected"]:
+        return "chosen and rejected are the same answer, which prefers nothing"
+    return None
+
+
+def train_step(
+    state: DPOState, prompts: Sequence[Prompt]
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """One step on this rank's B prompts and the pairs their rows hold.
+
+    Returns:
+        metrics, the same on all ranks; and no records.
+    Raises:
+        TooManyBadSteps: `max_bad_steps` steps in a row had to be skipped.
+    """
+    stats, start = StepStats(), time.perf_counter()
+    torch.manual_seed(state.seed + state.step)
+    answers = _answers(state, prompts)
+    chosen = answers.completion_mask[::2]
+    with stats.timed("train"):
+        batches = _batches(state, prompts, answers)
+        _add_reference(state, batches, state.ref_logps)
+        counts = torch.tensor([len(chosen), int(chosen.sum())], dtype=torch.float64)
+        counts = dist.all_reduce_sum(counts.to(state.engine.device)).tolist()
+        learning_rate, finite = state.learning_rate(state.step), True
+        for number, pairs in enumerate(batches, 1):
+            # Engines average gradients over ranks, hence the factor.
+            loss = _loss(state, pairs, stats, *counts) * dist.world_size()
+            finite &= bool(torch.isfinite(loss.detach()))
+            state.engine.backward(loss, last=number == len(batches))
+            stats.add_total("loss", float(loss.detach()))
+        veto = dist.any_rank(not finite, state.engine.device)
+        result = state.engine.step(learning_rate, veto=veto)
+        stats.add("grad_norm", result.grad_norm)
+    lengths = answers.completion_mask.sum(1)
+    stats.add("completion_length", float(lengths.sum()), len(lengths))
+    state.step += 1
+    return finish(state, stats, answers, learning_rate, result.applied, start), []
+
+
+@torch.no_grad()
+def evaluate(
+    state: DPOState, load: Callable[[int], Prompt | BadRow], count: int, batch_size: int
+) -> dict[str, float]:
+    """Means over rows 0 to count - 1 as they are: loss, rewards, preference accuracy.
+
+    Every rank has to call it; rows that can't be used are left out.
+    """
+    sums = StepStats()
+    state.policy.eval()
+    for prompts in _shares(load, count, batch_size):
+        answers = _answers(state, prompts)
+        batches = _batches(state, prompts, answers)
+        _add_reference(state, batches, state.test_ref_logps)
+        for pairs in batches:
+            _loss(state, pairs, sums, 1.0, 1.0)
+    state.policy.train()
+    device = state.engine.device
+    means = reduce_metrics(sums.sums, lambda t: dist.all_reduce_sum(t.to(device)).to(t.device))
+    return {name: value for name, value in means.items() if not math.isnan(value)}
+
+
+@torch.no_grad()
+def reference_logps(
+    state: DPOState,
+    load: Callable[[int], Prompt | BadRow],
+    count: int,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> RefLogps:
+    """The untrained policy's log-probs of every usable row's answers, the same on all ranks."""
+    found: RefLogps = {}
+    state.policy.eval()
+    for prompts in _shares(load, count, batch_size):
+        for pairs in _batches(state, prompts, _answers(state, prompts)):
+            with as_reference(state):
+                logps, _ = state.engine.forward(pairs.batch.inputs)
+            found |= dict(zip(pairs.rows, map(tuple, _sums(pairs, logps).tolist()), strict=True))
+        progress(len(prompts))
+    state.policy.train()
+    return {row: sums for part in dist.all_gather_object(found) for row, sums in part.items()}
+
+
+def _shares(load: Callable[[int], Prompt | BadRow], count: int, batch_size: int) -> Any:
+    """This rank's usable prompts of rows 0 to count - 1, equally many batches on every rank."""
+    world, rank = dist.world_size(), dist.rank()
+    for first in range(0, count, batch_size * world):
+        rows = range(first + rank * batch_size, min(first + (rank + 1) * batch_size, count))
+        loaded = (load(row) for row in rows)
+        yield [prompt for prompt in loaded if not isinstance(prompt, BadRow)]
+
+
+def _answers(state: DPOState, prompts: Sequence[Prompt]) -> Rollouts | None:
+    if not prompts:
+        return None
+    return given_answers(state.tokenizer, prompts, [pair_of(p.sample) for p in prompts])
+
+
+def _batches(state: DPOState, prompts: Sequence[Prompt], answers: Rollouts | None) -> list[Pairs]:
+    """The pairs in microbatches, equally many on all ranks, at least one; no pair is split."""
+    plan: list[list[Part]] = []
+    if answers is not None:
+        plan = plan_microbatches(
+            [Part(number, (2 * number, 2 * number + 1)) for number in range(len(prompts))],
+            prompt_lengths=[len(prompt.input_ids) for prompt in prompts],
+            lengths=answers.completion_mask.sum(1).tolist(),
+            prompts_per_microbatch=state.prompts_per_microbatch,
+            max_tokens=state.max_tokens_per_microbatch,
+            shared=state.policy.shares_prefix,
+            split=False,
+        )
+        ones = torch.ones(2 * len(prompts))
+    made = [
+        Pairs(
+            microbatch(state, answers, parts, ones, answers.completion_mask),
+            tuple(prompts[part.prompt].sample.index for part in parts),
+        )
+        for parts in plan
+    ]
+    most = max(1, *dist.all_gather_object(len(made)))
+    return made + [Pairs(empty_microbatch(state), ())] * (most - len(made))
+
+
+@torch.no_grad()
+def _add_reference(state: DPOState, batches: list[Pairs], known: RefLogps | None) -> None:
+    for pairs in batches:
+        if known is not None:
+            values = [known[row] for row in pairs.rows]
+            pairs.ref_logps = torch.tensor(values, device=state.engine.device).view(-1, 2)
+        elif state.reference is not None:
+            with as_reference(state):
+                logps, _ = state.reference(pairs.batch.inputs)
+            pairs.ref_logps = _sums(pairs, logps)
+
+
+def _loss(
+    state: DPOState, pairs: Pairs, stats: StepStats, num_pairs: float, num_tokens: float
+) -> Tensor:
+    """This microbatch's share of the loss of all `num_pairs` pairs and `num_tokens` tokens of
+    chosen answers, over all ranks."""
+    logps, entropy = state.engine.forward(pairs.batch.inputs)
+    if not pairs.rows:
+        return 0.0 * logps.sum()
+    sums = _sums(pairs, logps)
+    lengths = pairs.batch.inputs.cu_seqlens.diff().view(-1, 2)
+    nll, tokens = -sums[:, 0].sum(), float(lengths[:, 0].sum())
+    stats.add("nll", float(nll.detach()), tokens)
+    stats.add("entropy", float(entropy.detach().sum()), float(lengths.sum()))
+    for number, name in enumerate(("chosen", "rejected")):
+        stats.add(f"logps/{name}", float(sums.detach()[:, number].sum()), len(sums))
+    # Unlike the rewards' it says something before training, too.
+    stats.add("logps/accuracies", float((sums[:, 0] > sums[:, 1]).sum()), len(sums))
+    if pairs.ref_logps is None:
+        return 0.0 * logps.sum()
+    losses, rewards = dpo_loss(
+        sums, pairs.ref_logps, beta=state.dpo.dpo_beta, label_smoothing=state.dpo.label_smoothing
+    )
+    margins = rewards[:, 0] - rewards[:, 1]
+    stats.add("dpo_loss", float(losses.detach().sum()), len(losses))
+    for number, name in enumerate(("chosen", "rejected")):
+        stats.add(f"rewards/{name}", float(rewards[:, number].sum()), len(losses))
+    stats.add("rewards/margins", float(margins.sum()), len(losses))
+    stats.add("rewards/accuracies", float((margins > 0).sum()), len(losses))
+    return losses.sum() / num_pairs + state.dpo.dpo_gamma * nll / num_tokens
+
+
+def _sums(pairs: Pairs, logps: Tensor) -> Tensor:
+    """(S,) log-probs -> (n, 2) sums over the tokens of each answer."""
+    if not pairs.rows:
+        return logps.new_zeros(0, 2)
+    lengths = pairs.batch.inputs.cu_seqlens.diff().long()
+    return torch.segment_reduce(logps, "sum", lengths=lengths, initial=0.0).view(-1, 2)

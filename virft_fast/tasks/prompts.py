@@ -1,0 +1,92 @@
+"""The questions of Visual-RFT, word for word, and the categories its experiments are about."""
+
+from __future__ import annotations
+
+# Every detection prompt asks for boxes in this space; see `virft_fast.tasks.coordinates`.
+_SPACES = {
+    "thousand": "between 0 and 1000, integer",
+    "pixels": "absolute pixel coordinates, integer",
+}
+
+# Visual-RFT's sets: what its images show, and what it asks for.
+CLASSIFICATION_SETS: dict[str, tuple[str, str]] = {
+    "flowers102": ("plant", "species"),
+    "pets37": ("pet", "species"),
+    "cars196": ("car", "model"),
+    "aircraft": ("aircraft", "model"),
+}
+
+NOVEL_15 = (
+    "mouse", "fork", "hot dog", "cat", "airplane", "suitcase", "parking meter", "sandwich",
+    "train", "hair drier", "toilet", "toaster", "snowboard", "frisbee", "bear",
+)  # fmt: skip
+COCO_8 = ("bus", "train", "fire hydrant", "stop sign", "cat", "dog", "bed", "toilet")
+LVIS_13 = (
+    "casserole", "die", "egg_roll", "futon", "garbage", "handsaw", "hippopotamus",
+    "kitchen_table", "mallet", "omelet", "shot_glass", "stepladder", "sugar_bowl",
+)  # fmt: skip
+LVIS_6 = ("horse_buggy", "die", "kitchen_table", "omelet", "papaya", "stepladder")
+# base65 is every category of COCO that is not novel.
+CATEGORY_SETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "coco": {"novel15": NOVEL_15, "few8": COCO_8},
+    "lvis": {"lvis13": LVIS_13, "lvis6": LVIS_6},
+}
+
+NO_OBJECTS = "<answer>No Objects</answer>"
+
+
+def detection_problem(category: str, space: str = "thousand") -> str:
+    """Visual-RFT's question for all boxes of a category.
+
+    Args:
+        space: "thousand" or "pixels", what the model's boxes are counted in.
+    """
+    return (
+        f"Detect all objects belonging to the category '{category}' in the image, and provide the "
+        f"bounding boxes ({_SPACES[space]}) and confidence (between 0 and 1, with two decimal "
+        "places).\nIf no object belonging to the category "
+        f"'{category}' in the image, return 'No Objects'.\n"
+        "Output the thinking process in <think> </think> and final answer in <answer> </answer> "
+        "tags.The output answer format should be as follows:\n"
+        "<think> ... </think> <answer>[{'Position': [x1, y1, x2, y2], 'Confidence': number}, ...]"
+        "</answer>\nPlease strictly follow the format."
+    )
+
+
+def classification_problem(thing: str, kind: str) -> str:
+    """Visual-RFT's question for a class, e.g. ("plant", "species")."""
+    return (
+        f"This is an image containing a {thing}. Please identify the {kind} of the {thing} based "
+        "on the image.\n"
+        "Output the thinking process in <think> </think> and final answer in <answer> </answer> "
+        "tags.The output answer format should be as follows:\n"
+        f"<think> ... </think> <answer>{kind} name</answer>\nPlease strictly follow the format."
+    )
+
+
+def grounding_problem(instruction: str, space: str = "thousand", *, compat: bool = False) -> str:
+    """Visual-RFT's question for the one box that an instruction is about.
+
+    Args:
+        compat: with the original's misspelling and stray parenthesis.
+    """
+    scale = "" if space == "thousand" else f" ({_SPACES[space]})"
+    box, end = ("grouding", ")") if compat else ("grounding", "")
+    return (
+        f"Output the bounding box{scale} in the image corresponding to the instruction: "
+        f"{instruction} Output the thinking process in <think> </think> and your {box} box. "
+        'Following "<think> thinking process </think>\n'
+        f'<answer>(x1,y1),(x2,y2)</answer>{end}" format.'
+    )
+
+
+def detection_solution(boxes: list[list[int]]) -> str:
+    """Ground truth as Visual-RFT writes it, for boxes x1, y1, x2, y2; 'No Objects' for none."""
+    if not boxes:
+        return NO_OBJECTS
+    return f"<answer>{[{'Position': list(box), 'Confidence': 1} for box in boxes]}</answer>"
+
+
+def grounding_solution(box: list[int]) -> str:
+    x1, y1, x2, y2 = box
+    return f"<answer> ({x1},{y1}),({x2},{y2}) </answer>"
