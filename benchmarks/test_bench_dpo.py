@@ -57,8 +57,8 @@ def make_state(size, tokenizer, sharing):
         reward_funcs=[],
         reward_weights=[],
         learning_rate=lambda step: 0.0,
-        prompts_per_microbatch=1 if size != "cpu" else PAIRS,
-        gradient_accumulation_steps=PAIRS if size != "cpu" else 1,
+        prompts_per_microbatch=PAIRS if DEVICE == "cpu" else 1,
+        gradient_accumulation_steps=1 if DEVICE == "cpu" else PAIRS,
         dpo=DPOConfig(),
         ref_logps={index: (-100.0, -100.0) for index in range(PAIRS)},
     )
@@ -86,8 +86,7 @@ def gradients(state, prompts):
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_dpo_step(race, request, lengths):
     size = request.config.getoption("--size")
-    lengths = (130, 8) if size == "tiny" else lengths
-    size = "cpu" if size == "tiny" else size
+    lengths = (60, 8) if size == "tiny" else lengths
     processor = make_processor()
     prompts = list(make_pairs(processor, *lengths))
     states = {

@@ -50,8 +50,7 @@ def make_scenes(kind, count, side, number):
 @pytest.mark.parametrize("kind, count, side, number, length", CASES, ids=str)
 def test_selection(race, request, kind, count, side, number, length):
     size = request.config.getoption("--size")
-    side, number = (56, 2) if size == "tiny" else (side, number)
-    size = "cpu" if size == "tiny" else size
+    side, number, length = (56, 2, 4) if size == "tiny" else (side, number, length)
     processor = make_processor()
     tokenizer = processor.tokenizer
     scenes = list(make_scenes(kind, count, side, number))

@@ -9,7 +9,16 @@ import pytest
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.mark.parametrize("suite", ["test_bench_loss", "test_bench_rollout", "test_bench_step"])
+@pytest.mark.parametrize(
+    "suite",
+    [
+        "test_bench_loss",
+        "test_bench_rollout",
+        "test_bench_mia",
+        "test_bench_dpo",
+        "test_bench_step",
+    ],
+)
 def test_suite_runs(suite):
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",

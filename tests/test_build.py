@@ -235,7 +235,7 @@ def test_a_build_that_stops_leaves_what_was_there(coco, tmp_path, capsys, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("virft_fast.data.writing._SplitWriter.add", stop)
+        patch.setattr("virft_fast.data.writing.SplitWriter.add", stop)
         build_coco(coco, out, "--overwrite")
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert not list(tmp_path.glob(".out*"))
