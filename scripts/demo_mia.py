@@ -56,6 +56,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     out, started = arguments.out, time.perf_counter()
+    if out.exists() and any(out.iterdir()) and not (out / "warm-data").exists():
+        parser.error(f"--out {out}: expected a new folder, or one of an earlier demo")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     rows = demo_dataset("digits_classification")

@@ -292,7 +292,8 @@ def test_run_and_resume_bit_for_bit(preferences, tmp_path, capsys, more):
 
 def test_two_ranks_with_zero3_equal_one(preferences, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    common = ["--max_steps", "2", "--dpo_gamma", "0.2", "--save_steps", "0", "--eval_samples", "0"]
+    # All held-out rows are of one batch, so that the other rank has none.
+    common = ["--max_steps", "2", "--dpo_gamma", "0.2", "--save_steps", "0", "--eval_samples", "5"]
     assert main(arguments(preferences, one, *common)) == 0
     argv = [*arguments(preferences, two, *common), "--deepspeed", "configs/zero3.json"]
     argv[argv.index("--gradient_accumulation_steps") + 1] = "1"
@@ -300,6 +301,33 @@ def test_two_ranks_with_zero3_equal_one(preferences, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for a, b in zip(losses_of(one), losses_of(two), strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+    after = [json.loads((f / "summary.json").read_text())["after"] for f in (one, two)]
+    assert after[0] == pytest.approx(after[1], rel=1e-3, abs=1e-4)
+
+
+def test_the_reference_beforehand_outlives_an_overwritten_run_and_knows_its_limits(
+    preferences, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    first = arguments(preferences, out, "--max_steps", "2", "--precompute_ref_log_probs")
+    assert main(first) == 0
+    assert main([*first, "--overwrite_output_dir"]) == 0
+    again = [*first, "--resume_from_checkpoint", "latest", "--eval_samples", "3"]
+    again[again.index("--max_steps") + 1] = "3"
+    assert main(again) == 0
+    capsys.readouterr()
+    assert main([*again, "--max_completion_length", "99"]) == 2
+    assert "it was made with" in capsys.readouterr().err
+
+
+def test_an_adapter_begins_the_same_in_every_run(preferences, tmp_path):
+    runs = []
+    for name in ("one", "two"):
+        torch.manual_seed(len(runs))  # as whatever ran before may leave it
+        out = tmp_path / name
+        assert main(arguments(preferences, out, "--max_steps", "1", "--use_peft")) == 0
+        runs.append(losses_of(out))
+    assert runs[0] == runs[1]
 
 
 def test_rows_that_prefer_nothing_are_named(processor):
@@ -308,9 +336,15 @@ def test_rows_that_prefer_nothing_are_named(processor):
         {"prompt": "Which?", "chosen": "a", "rejected": ""},
         {"prompt": "Which?", "chosen": "a", "rejected": "a b c d e f g"},
         {"prompt": "Which?", "chosen": "a", "rejected": [{"role": "assistant", "content": "b"}]},
+        {"prompt": "Which?", "chosen": "a", "rejected": "b<|image_pad|>"},
+        {"prompt": "Which?", "chosen": None, "rejected": "b"},
+        {"prompt": "Which?", "chosen": "a", "rejected": "b", "problem": "x", "solution": ""},
     ]
     samples = SampleDataset(rows)
-    found = [dpo.check_pair(processor.tokenizer, 6, samples.get(i)) for i in range(4)]
+    found = [dpo.check_pair(processor.tokenizer, 6, samples.get(i)) for i in range(5)]
+    assert "chosen: expected an answer" in samples.get(5).reason
+    assert samples.get(6).messages[-1]["content"][-1]["text"] == "Which?"
+    assert samples.get(6).solution == "a" and "special token" in found[4]
     assert "the same answer" in found[0] and "rejected: expected an answer" in found[1]
     assert "more than --max_completion_length 6" in found[2] and found[3] is None
 

@@ -437,16 +437,9 @@ def lines_of(folder):
     return sorted((folder / "selection.jsonl").read_text().splitlines())
 
 
-def test_killed_runs_go_on_and_ranks_do_not_matter(llava, tmp_path):
-    whole, again, two = tmp_path / "whole", tmp_path / "again", tmp_path / "two"
+def test_the_number_of_ranks_does_not_matter(llava, tmp_path):
+    whole, two = tmp_path / "whole", tmp_path / "two"
     assert main(arguments(llava, whole)) == 0
-    # As a kill leaves it: some answers, the last line cut off.
-    records = [json.loads(line) for line in lines_of(whole)]
-    settings = tmp_path / ".again.answers"
-    done = run(*arguments(llava, again), module="virft_fast.data")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert lines_of(again) == lines_of(whole)
-    assert records and not settings.exists()
     done = run(*arguments(llava, two), module="virft_fast.data", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     one, other = (
@@ -491,6 +484,39 @@ def test_answers_that_are_there_are_not_asked_for_again(llava, tmp_path, monkeyp
         for line in lines_of(folder)
     ]
     assert keep(out) == keep(whole)
+
+
+def test_other_rows_and_weights_do_not_mix(llava, tmp_path):
+    rows = load_rows(str(llava / "llava.json"), "train", image_folder=llava / "images")
+    first = mia.text_digest(rows)
+    assert mia.text_digest(rows) == first
+    assert mia.text_digest(rows.select(range(13, -1, -1))) != first
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    stamp = mia.weights_stamp(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"xy")
+    assert mia.weights_stamp(str(tmp_path)) != stamp
+
+
+def test_rows_that_make_no_scene_are_named_and_keep_their_sources(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rows = []
+    for number, question in enumerate(["What?", "<image>", "Where is [0.1, 0.2, 0.3, 0.4]?"]):
+        for source in "ab":
+            (folder / source).mkdir(exist_ok=True)
+            noisy(number, (56, 56)).save(folder / source / f"{number}.png")
+            rows.append({"image": f"{source}/{number}.png", "problem": question, "solution": "x"})
+    rows.append({"problem": "No image?", "solution": "x"})
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    loaded = load_rows(str(path), "train", image_folder=folder)
+    groups = mia.source_groups(loaded)
+    assert groups == ["a", "b"] * 3 + [""]
+    scenes = mia.Scenes(loaded, Layout(), seed=0, noise=False, groups=groups)
+    plans = [scenes.plan(index) for index in range(7)]
+    assert plans[2] == plans[3] == "the question is empty"
+    assert plans[4] == plans[5] == "boxes in the text"
+    assert plans[6] == "expected one image, got 0"
 
 
 def test_other_settings_do_not_mix(llava, tmp_path, capsys):

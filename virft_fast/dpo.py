@@ -112,9 +112,11 @@ def check_pair(tokenizer: Any, most: int, sample: Sample) -> str | None:
         text = sample.columns.get(name)
         if not isinstance(text, str):
             return f"{name}: expected an answer, a text or a chat, got nothing"
-        count = len(answer_ids(tokenizer, text))
-        if count > most:
-            return f"{name}: {count} tokens, more than --max_completion_length {most}; raise it"
+        ids = answer_ids(tokenizer, text)[:-1].tolist()  # an answer that was cut off gets an EOS
+        if len(ids) > most:
+            return f"{name}: {len(ids)} tokens, more than --max_completion_length {most}; raise it"
+        if set(ids) & set(tokenizer.all_special_ids):
+            return f"{name}: holds a special token of the tokenizer; remove it from the text"
     if sample.columns["chosen"] == sample.columns["rejected"]:
         return "chosen and rejected are the same answer, which prefers nothing"
     return None
@@ -173,7 +175,10 @@ def evaluate(
             _loss(state, pairs, sums, 1.0, 1.0)
     state.policy.train()
     device = state.engine.device
-    means = reduce_metrics(sums.sums, lambda t: dist.all_reduce_sum(t.to(device)).to(t.device))
+    # A rank without a usable row has counted nothing, and takes part all the same.
+    names = {name for part in dist.all_gather_object(sorted(sums.sums)) for name in part}
+    counted = {name: sums.sums.get(name, (0.0, 0.0)) for name in sorted(names)}
+    means = reduce_metrics(counted, lambda t: dist.all_reduce_sum(t.to(device)).to(t.device))
     return {name: value for name, value in means.items() if not math.isnan(value)}
 
 

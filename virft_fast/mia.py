@@ -10,6 +10,7 @@ Answers are written down one by one as they come, so that a killed run goes on w
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -27,7 +28,9 @@ from virft_fast import dist
 from virft_fast.batch import Prompt
 from virft_fast.data import BadRow, SampleDataset
 from virft_fast.data.drawing import contact_sheet
+from virft_fast.data.loading import IMAGE_COLUMNS
 from virft_fast.data.mia import (
+    BOX_TEXT,
     Layout,
     Plan,
     Scene,
@@ -86,6 +89,12 @@ class Selection:
             names = ", ".join(f"{kind}{count}" for kind, count in THRESHOLDS)
             raise ValueError(f"thresholds: expected some of {names}, got {unknown}")
 
+    def limit(self, answer: Answer) -> tuple[float, bool]:
+        """As in THRESHOLDS."""
+        key = (answer.kind, answer.num_images)
+        limit, included = THRESHOLDS[key]
+        return self.thresholds.get(key, limit), included
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -127,6 +136,8 @@ def reasons_against(answer: Answer, truth: str, selection: Selection) -> list[st
         return [*reasons, "the model's answer is empty"]
     if said == truth:
         return [*reasons, "the model's answer is right"]
+    if BOX_TEXT.search(truth):
+        reasons.append("boxes in the text")
     if answer.ratio is None or not math.isfinite(answer.ratio):
         reasons.append("no attention on any image")
     elif not looked_away(answer, selection):
@@ -142,9 +153,7 @@ def reasons_against(answer: Answer, truth: str, selection: Selection) -> list[st
 
 def looked_away(answer: Answer, selection: Selection) -> bool:
     """Whether the attention share of the target is as low as a rejected answer's has to be."""
-    key = (answer.kind, answer.num_images)
-    limit, included = THRESHOLDS[key]
-    limit = selection.thresholds.get(key, limit)
+    limit, included = selection.limit(answer)
     return answer.ratio <= limit if included else answer.ratio < limit
 
 
@@ -246,6 +255,9 @@ class Scenes:
         groups: Sequence[str] | None = None,
     ) -> None:
         self.samples = SampleDataset(rows)
+        # The same rows without their images, which need not be decoded to read a text.
+        images = [name for name in IMAGE_COLUMNS if name in getattr(rows, "column_names", ())]
+        self._texts = SampleDataset(rows.remove_columns(images)) if images else self.samples
         self.layout, self.seed, self.noise = layout, seed, noise
         self._unwrap = "conversations" in getattr(rows, "column_names", ())
         names = groups or [""] * len(self.samples)
@@ -260,7 +272,7 @@ class Scenes:
 
     def truth(self, index: int) -> str:
         """The row's own answer."""
-        sample = self.samples.get(index)
+        sample = self._texts.get(index)
         text = "" if isinstance(sample, BadRow) else sample.solution
         # Conversations are given the tags of the tasks on loading.
         if self._unwrap and text.startswith("<answer> ") and text.endswith(" </answer>"):
@@ -273,6 +285,11 @@ class Scenes:
             return _named(sample.reason)
         if len(sample.images) != 1:
             return f"expected one image, got {len(sample.images)}"
+        question = clean_question(sample.columns["problem"])
+        if not question:
+            return "the question is empty"
+        if BOX_TEXT.search(question):
+            return "boxes in the text"
         return plan_scene(
             index, self._pools[self._names[index]], self.layout, self.seed, self._same
         )
@@ -311,6 +328,7 @@ class Answering:
 
     Attributes:
         layer: where attention is measured; MIA-DPO took the 16th of 32.
+        path: of the model's folder.
     """
 
     policy: Policy
@@ -320,6 +338,7 @@ class Answering:
     max_completion_length: int
     device: torch.device
     max_prompt_length: int | None = None
+    path: str = ""
 
     @property
     def merge(self) -> int:
@@ -398,16 +417,20 @@ class Journal:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
+        self._begun = False
         text = json.dumps(settings, sort_keys=True, default=str)
         mark = folder / "settings.json"
-        if mark.is_file() and mark.read_text() != text:
-            raise ValueError(
-                f"{folder}: expected answers made with these settings, got others; delete it to "
-                "start again"
-            )
         folder.mkdir(parents=True, exist_ok=True)
-        if dist.is_main():
-            mark.write_text(text)
+        if dist.is_main() and not mark.is_file():
+            aside = mark.with_suffix(".writing")
+            aside.write_text(text)
+            aside.replace(mark)
+        dist.barrier()
+        if mark.read_text() != text:
+            raise ValueError(
+                f"{folder}: expected answers made with these settings from this data and model, "
+                "got others; delete it to start again"
+            )
 
     def read(self) -> dict[int, Answer]:
         """Row -> answer, of all files; a line that was cut off is none."""
@@ -423,9 +446,10 @@ class Journal:
 
     def write(self, answers: Iterable[Answer]) -> None:
         path = self.folder / f"answers-{dist.rank()}.jsonl"
-        torn = path.is_file() and not path.read_bytes().endswith(b"\n")
         with path.open("a") as file:
-            file.write("\n" if torn else "")
+            # Behind a line that a kill has cut off; an empty one is none.
+            file.write("" if self._begun else "\n")
+            self._begun = True
             file.writelines(json.dumps(asdict(answer)) + "\n" for answer in answers)
 
 
@@ -473,13 +497,35 @@ def source_groups(rows: Any) -> list[str] | None:
     paths = []
     for value in rows.with_format(None)[column] if hasattr(rows, "with_format") else rows[column]:
         value = value[0] if isinstance(value, list) and value else value
-        if not isinstance(value, str):
+        if value and not isinstance(value, str):
             return None
-        paths.append(Path(value).parts[:-1])
+        paths.append(Path(value).parts[:-1] if value else None)
+    known = [parts for parts in paths if parts is not None]
     common = 0
-    while all(len(p) > common and p[common] == paths[0][common] for p in paths):
+    while known and all(len(p) > common and p[common] == known[0][common] for p in known):
         common += 1
-    return [p[common] if len(p) > common else "" for p in paths]
+    # A row without an image is of no source.
+    return [p[common] if p is not None and len(p) > common else "" for p in paths]
+
+
+def text_digest(rows: Any) -> str:
+    """Changes with the rows: their number, their texts, and where their images are."""
+    found = hashlib.sha1(str(len(rows)).encode())
+    features = getattr(rows, "features", None) or {}
+    for name in rows.column_names:
+        if not hasattr(features.get(name), "decode") and "Image" not in str(features.get(name)):
+            for value in rows[name]:
+                found.update(repr(value).encode("utf-8", "replace"))
+    return found.hexdigest()
+
+
+def weights_stamp(path: str) -> list[Any]:
+    """Changes with the files of a model's folder; of a hub id, nothing is known."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return []
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def table(answers: Mapping[int, Answer], reasons: Mapping[int, Sequence[str]]) -> list[str]:
@@ -510,6 +556,7 @@ def write_pairs(
     scenes: Scenes,
     answers: Mapping[int, Answer],
     reasons: Mapping[int, Sequence[str]],
+    selection: Selection,
     *,
     test: Sequence[int],
     card: str,
@@ -552,7 +599,7 @@ def write_pairs(
     counts = {}
     with written_aside(out, splits, features) as writers:
         for index in progress(kept):
-            row = _pair(scenes, answers[index])
+            row = _pair(scenes, answers[index], selection)
             size = sum(len(image["bytes"]) for image in row["images"])
             writers["test" if index in held_out else "train"].add(row, size)
         counts = {name: writer.close() for name, writer in writers.items()}
@@ -565,10 +612,10 @@ def write_pairs(
     return counts
 
 
-def _pair(scenes: Scenes, answer: Answer) -> dict[str, Any]:
+def _pair(scenes: Scenes, answer: Answer, selection: Selection) -> dict[str, Any]:
     plan = scenes.plan(answer.index)
     scene = scenes.scene(plan, clean=True)
-    limit, _ = THRESHOLDS[(answer.kind, answer.num_images)]
+    limit, _ = selection.limit(answer)
     content = [{"type": part["type"], "text": part.get("text")} for part in scene.content]
     turn = lambda role, said: [{"role": role, "content": said}]  # noqa: E731
     return {
@@ -583,7 +630,7 @@ def _pair(scenes: Scenes, answer: Answer) -> dict[str, Any]:
         "target_box": list(scene.box),
         "attention_ratio": answer.ratio,
         "perplexity": answer.perplexity,
-        "reasons": [f"attention on the target {answer.ratio:.3f}, MIA-DPO's limit {limit}"],
+        "reasons": [f"attention on the target {answer.ratio:.3f}, limit {limit}"],
         "source_row": answer.index,
     }
 

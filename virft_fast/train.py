@@ -229,14 +229,13 @@ def run(config: RunConfig, device: torch.device) -> int:
     )
     total_steps = num_steps(config, len(data.train))
     saved = _resume(resume, state, sampler, data, config) if resume else {}
-    if config.dpo.precompute_ref_log_probs and isinstance(state, dpo.DPOState):
-        with usage():
-            _reference_beforehand(config, state, data, resumed=bool(resume))
     with usage():
         # Nothing of an earlier run is deleted before this one has all that it needs.
         if config.train.overwrite_output_dir and not resume and dist.is_main():
             _delete_run(output_dir)
         dist.barrier()
+        if config.dpo.precompute_ref_log_probs and isinstance(state, dpo.DPOState):
+            _reference_beforehand(config, state, data, resumed=bool(resume))
         writer = MetricsWriter(
             output_dir,
             total_steps=total_steps,
@@ -416,6 +415,7 @@ def prepare_training(
 ) -> TrainState:
     """Load the model, wrap it in its engine and put the parts of a step together."""
     train, grpo = config.train, config.grpo
+    torch.manual_seed(train.seed)  # an adapter begins the same on all ranks, and in every run
     if train.algorithm != "grpo":
         fixed = sft.AS_CROSS_ENTROPY if train.algorithm == "sft" else dpo.AS_PAIRS
         grpo = replace(grpo, **fixed)
@@ -504,11 +504,17 @@ def _reference_beforehand(
     path = Path(config.train.output_dir) / REFERENCE_FILE
     held_out = 0 if data.test is None else min(config.train.eval_samples, len(data.test))
     counts = {"train": len(data.train), "test": held_out}
+    # What decides which rows can be used, and what the model reads of them.
+    flags = ("max_completion_length", "max_prompt_length", "min_pixels", "max_pixels")
+    limits = {name: config.flat()[name] for name in flags}
     if resumed:
         try:
             saved = json.loads(path.read_text())
-            if saved["counts"] != counts:
-                raise ValueError(f"it is of {saved['counts']} rows, these are {counts}")
+            had = saved["counts"]
+            if had["train"] != counts["train"] or had["test"] < held_out:
+                raise ValueError(f"it is of {had} rows, these are {counts}")
+            if saved["limits"] != limits:
+                raise ValueError(f"it was made with {saved['limits']}, these are {limits}")
             tables = [{int(k): tuple(v) for k, v in saved[name].items()} for name in counts]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
@@ -527,7 +533,8 @@ def _reference_beforehand(
     state.ref_logps, state.test_ref_logps = tables
     if dist.is_main():
         aside = path.with_suffix(".writing")
-        aside.write_text(json.dumps({"counts": counts, "train": tables[0], "test": tables[1]}))
+        content = {"counts": counts, "limits": limits, "train": tables[0], "test": tables[1]}
+        aside.write_text(json.dumps(content))
         aside.replace(path)
 
 
@@ -810,13 +817,16 @@ def conclude(
         )
         title = f"training {keys[0]}, first and last {tenth} records"
         examples = []
+        shown = last
     else:
         first, last = before["means"], after["means"]
+        shown = last
         title = f"held-out rewards, greedy, {after['num_samples']} samples"
         if config.train.algorithm == "dpo":
             title = f"held-out pairs, {after['num_samples']} samples"
             # Before training the policy is the reference, and prefers nothing to it.
             first = {k: v for k, v in first.items() if not k.startswith("rewards/")}
+            shown = {k: v for k, v in last.items() if k in first}
         examples = _examples(data, before["answers"], after["answers"])
     write_summary(
         output_dir / SUMMARY_FILE,
@@ -830,18 +840,18 @@ def conclude(
         measured=title,
         seed=config.train.seed,
     )
-    print(f"\n{title}\n{format_table(first, last)}\n")
+    print(f"\n{title}\n{format_table(first, shown)}\n")
     write_report(
         output_dir / REPORT_FILE,
         curve=curve,
         before=first,
-        after=last,
+        after=shown,
         examples=examples,
         parse_boxes=_boxes_with_confidence,
     )
     print(f"model and processor  {output_dir}")
     print(f"metrics              {output_dir / METRICS_FILE}")
-    if (output_dir / "completions.jsonl").is_file():
+    if config.train.algorithm == "grpo":
         print(f"completions          {output_dir / 'completions.jsonl'}")
     print(f"report               {output_dir / REPORT_FILE}, {output_dir / SUMMARY_FILE}")
     print(f"trained {state.step} steps in {train_seconds:.0f} s; peak memory of this process "

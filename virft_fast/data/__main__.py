@@ -451,6 +451,7 @@ def _mia_on_each_rank(arguments: argparse.Namespace, device: Any, mia: Any, dist
 
     out = arguments.output
     check_output(out, arguments.overwrite)
+    mia.edit_distance("", "")  # better without its package now than after the answers
     rows = load_rows(
         arguments.dataset_name,
         arguments.split,
@@ -487,7 +488,8 @@ def _mia_on_each_rank(arguments: argparse.Namespace, device: Any, mia: Any, dist
              "dtype")  # fmt: skip
     settings = {name: getattr(arguments, name) for name in asked}
     folder = out.with_name(f".{out.name}.answers")
-    journal = mia.Journal(folder, settings | {"rows": len(rows)})
+    known = {"rows": mia.text_digest(rows), "weights": mia.weights_stamp(answering.path)}
+    journal = mia.Journal(folder, settings | known)
     indices = range(min(len(rows), arguments.max_rows or len(rows)))
     with tqdm(total=len(indices), unit="scene", disable=not dist.is_main()) as bar:
         answers = mia.answer_all(
@@ -505,7 +507,7 @@ def _mia_on_each_rank(arguments: argparse.Namespace, device: Any, mia: Any, dist
         list(indices), round(arguments.test_share * len(indices))
     )
     counts = mia.write_pairs(
-        out, scenes, answers, reasons, test=test, progress=_progress,
+        out, scenes, answers, reasons, selection, test=test, progress=_progress,
         card=_mia_card(arguments, mia.table(answers, reasons)),
     )  # fmt: skip
     print(", ".join(f"{split}: {count} pairs" for split, count in counts.items()))
@@ -553,12 +555,14 @@ def _answering(arguments: argparse.Namespace, device: Any, mia: Any) -> Any:
         arguments.max_completion_length,
         device,
         arguments.max_prompt_length,
+        path=str(path),
     )
 
 
 def _scene_key(name: str) -> tuple[str, int]:
     kind = name.rstrip("0123456789")
-    return kind, int(name[len(kind) :] or 2)
+    number = name[len(kind) :] or ("2" if kind == "pip" else "0")
+    return kind, int(number)
 
 
 def _mia_card(arguments: argparse.Namespace, lines: Sequence[str]) -> str:

@@ -376,6 +376,8 @@ class SampleDataset:
         # that is not asked for, and a corrupt image raises where it can be caught.
         self._rows = rows.with_format("arrow") if hasattr(rows, "with_format") else rows
         self._problem_column = next(name for name in PROBLEM_COLUMNS if name in names)
+        if {"chosen", "prompt"} <= set(names):  # a preference set in TRL's form
+            self._problem_column = "prompt"
         self._image_columns = _image_columns(rows)
         self._json_columns = _json_columns(rows)
         self._check_solution = check_solution
@@ -423,7 +425,10 @@ class SampleDataset:
         columns = {k: v for k, v in row.items() if k not in self._image_columns}
         if "chosen" in row:  # a preference pair, of texts or chats
             columns |= {name: spoken_text(row.get(name)) for name in ("chosen", "rejected")}
-            solution = columns["chosen"] if solution is None else solution
+            if columns["chosen"] is None:
+                raise _Unusable("chosen: expected an answer, a text or a chat that ends with one")
+            usable = isinstance(solution, str) and solution.strip()
+            solution = solution if usable else columns["chosen"]
         solution = self._checked(solution, row.get("extent"))
         return Sample(
             index=index,
@@ -486,7 +491,7 @@ def _non_empty(value: Any, name: str) -> str:
 def spoken_text(value: Any) -> str | None:
     """An answer as text: itself, or the last turn of a chat, as TRL writes answers; else None."""
     if isinstance(value, list) and value and isinstance(value[-1], Mapping):
-        value = value[-1].get("content")
+        value = None if value[-1].get("role") == "user" else value[-1].get("content")
     if isinstance(value, list):
         parts = [part for part in value if isinstance(part, Mapping) and part.get("type") == "text"]
         value = "".join(str(part.get("text") or "") for part in parts)

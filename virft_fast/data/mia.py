@@ -40,6 +40,8 @@ PIP_PREFIXES = (
     "Within the framed image at the centre,",
     "Leaving the background aside, in the central picture,",
 )
+# Boxes in a text no longer hold when their image becomes a part of another.
+BOX_TEXT = re.compile(r"\[\s*\d*\.?\d+(?:\s*,\s*\d*\.?\d+){3}\s*\]")
 _IMAGE_PLACE = re.compile(r"<image>|<\|image_pad\|>|<\|vision_start\|>|<\|vision_end\|>")
 
 Box = tuple[int, int, int, int]
@@ -167,20 +169,22 @@ def _companions(
     """Up to `count` rows of the pool, uniformly, whose images differ from each other's and the
     target's."""
     chosen: list[int] = []
-    tried: set[int] = {index}
-    while len(chosen) < count and len(tried) <= len(pool):
+
+    def fits(row: int) -> bool:
+        return row != index and not any(row == c or same(row, c) for c in (index, *chosen))
+
+    for _ in range(8 * count):
+        if len(chosen) == count or not len(pool):
+            return chosen
         row = int(pool[int(rng.integers(len(pool)))])
-        if row in tried:
-            # Draws with repetition are cheap until few are left.
-            left = [row for row in pool if row not in tried]
-            if not left:
-                break
-            if len(left) * 4 > len(pool):
-                continue
-            row = int(left[int(rng.integers(len(left)))])
-        tried.add(row)
-        if not any(same(row, other) for other in (index, *chosen)):
+        if fits(row):
             chosen.append(row)
+    # Few differ, or bad luck: all of them once, in any order.
+    for place in rng.permutation(len(pool)):
+        if len(chosen) == count:
+            break
+        if fits(int(pool[place])):
+            chosen.append(int(pool[place]))
     return chosen
 
 

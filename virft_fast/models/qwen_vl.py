@@ -239,7 +239,12 @@ def add_lora(
             "--use_peft: expected the package peft; pip install 'virft_fast[peft]'"
         ) from error
     config = LoraConfig(
-        r=r, lora_alpha=alpha, target_modules=list(target_modules), lora_dropout=dropout
+        r=r,
+        lora_alpha=alpha,
+        target_modules=list(target_modules),
+        # Qwen2.5-VL's vision tower has layers of the same names.
+        exclude_modules=r".*\bvisual\b.*",
+        lora_dropout=dropout,
     )
     return get_peft_model(model, config)
 
