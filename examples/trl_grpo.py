@@ -18,7 +18,10 @@ from trl import GRPOTrainer
 from virft_fast.kernels import linear_grpo_loss
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
-IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
+IMAGE_INPUTS = (
+    "pixel_values", "image_grid_thw", "mm_token_type_ids", "pixel_attention_mask", "image_sizes",
+    "spatial_shapes", "token_type_ids", "image_position_ids",
+)  # fmt: skip
 
 
 class FusedGRPOTrainer(GRPOTrainer):
@@ -45,6 +48,10 @@ class FusedGRPOTrainer(GRPOTrainer):
             ),
             "ZeRO-3 (virft_fast.train has it)": plugin is not None and plugin.zero_stage == 3,
             "FSDP": self.is_fsdp_enabled,
+            # DDP then looks for unused parameters, and takes the head's, used outside, for one.
+            "DDP with gradient_checkpointing off": self.accelerator.num_processes > 1
+            and plugin is None
+            and not self.args.gradient_checkpointing,
         }
         if any(refused.values()):
             names = ", ".join(name for name, found in refused.items() if found)
@@ -63,21 +70,23 @@ class FusedGRPOTrainer(GRPOTrainer):
         if self.loss_type in ("dapo", "cispo"):  # counted over the generation batch and all ranks
             num_items = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
             num_items = num_items / (self.args.steps_per_generation if training else 1)
-        with hidden_states_as_logits(base), self.accelerator.autocast():
-            hidden = model(
-                input_ids=torch.cat([inputs["prompt_ids"], ids], 1),
-                attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
-                **{name: inputs[name] for name in IMAGE_INPUTS if inputs.get(name) is not None},
-            ).logits[:, -ids.shape[1] - 1 : -1]
-        out = linear_grpo_loss(
-            hidden, base.lm_head.weight, ids, mask, bias=base.lm_head.bias,
-            advantages=inputs["advantages"], old_logps=inputs.get("old_per_token_logps"),
-            ref_logps=inputs.get("ref_per_token_logps"), beta=self.beta, delta=self.args.delta,
-            temperature=self.temperature, epsilon_low=self.epsilon_low,
-            epsilon_high=self.epsilon_high, loss_type=self.loss_type, num_items=num_items,
-            importance_sampling_level=self.importance_sampling_level,
-            max_completion_length=self.max_completion_length,
-        )  # fmt: skip
+        # The head under autocast as well: hidden states come out of the wrapper in float32.
+        with self.accelerator.autocast():
+            with hidden_states_as_logits(base):
+                hidden = model(
+                    input_ids=torch.cat([inputs["prompt_ids"], ids], 1),
+                    attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+                    **{name: inputs[name] for name in IMAGE_INPUTS if inputs.get(name) is not None},
+                ).logits[:, -ids.shape[1] - 1 : -1]
+            out = linear_grpo_loss(
+                hidden, base.lm_head.weight, ids, mask, bias=base.lm_head.bias,
+                advantages=inputs["advantages"], old_logps=inputs.get("old_per_token_logps"),
+                ref_logps=inputs.get("ref_per_token_logps"), beta=self.beta, delta=self.args.delta,
+                temperature=self.temperature, epsilon_low=self.epsilon_low,
+                epsilon_high=self.epsilon_high, loss_type=self.loss_type, num_items=num_items,
+                importance_sampling_level=self.importance_sampling_level,
+                max_completion_length=self.max_completion_length,
+            )  # fmt: skip
         sums = torch.stack([out.entropy.sum(), out.kl.sum(), mask.sum()])
         entropy, kl, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         metrics = self._metrics["train" if training else "eval"]

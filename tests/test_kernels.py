@@ -832,6 +832,24 @@ def test_the_count_of_tokens_may_be_a_share_of_several_ranks():
     torch.testing.assert_close(part, 4 * whole)
 
 
+def test_a_count_that_is_not_a_number_shows():
+    problem = make_problem()
+    hidden, weight, _, ids, mask, *_ = problem
+    options = loss_options(problem, loss_type="dapo", num_items=torch.tensor(NAN))
+    assert linear_grpo_loss(hidden, weight, ids, mask, **options).loss.isnan()
+
+
+def test_factors_are_narrow_where_both_inputs_are(monkeypatch):
+    monkeypatch.setattr(linear_module, "_multiplies_16_bits", lambda device: True)
+    one = lambda dtype: torch.zeros(1, dtype=dtype)  # noqa: E731
+    low, full = torch.bfloat16, torch.float32
+    for hidden, weight, expected in ((low, low, low), (low, full, full), (full, low, full)):
+        assert linear_module.factor_dtype(one(hidden), one(weight)) == expected
+    with torch.autocast("cpu", low):
+        assert linear_module.factor_dtype(one(full), one(full)) == low
+        assert linear_module.factor_dtype(one(torch.float64), one(full)) == torch.float64
+
+
 def test_tensors_on_another_device_are_named():
     hidden, weight = torch.zeros(2, 3, 5), torch.zeros(4, 5)
     with pytest.raises(ValueError, match="weight: expected on cpu like hidden, got meta"):

@@ -451,7 +451,7 @@ def _token_weights(
         raise ValueError(f"num_items: expected a count of tokens or None, got {num_items}")
     # A fraction is right: the share of one of several ranks.
     count = torch.as_tensor(num_items, dtype=dtype, device=mask.device)
-    return mask / torch.where(count > 0, count, 1.0)
+    return mask / torch.where(count <= 0, 1.0, count)  # NaN stays NaN
 
 
 def _flat_logps(

@@ -2,7 +2,7 @@
 
 Logits are formed, used and dropped tile by tile, some rows at a time, in float32. The host waits
 for the device where it must know how many rows there are: once a call for the tokens that count,
-and once a tile for those that aren't clipped, where old log-probs make clipping possible.
+and, where old log-probs make clipping possible, once or twice a tile for those that aren't clipped.
 """
 
 from __future__ import annotations
@@ -162,9 +162,9 @@ def linear_grpo_loss(
 def factor_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """What the matrix products take their factors in; called where autocast is still on.
 
-    A GPU multiplies bfloat16 into float32: bfloat16 inputs and bfloat16 autocast go that way. So
-    would float16, but the gradient of a logit, p / (N T) and less, underflows in it; and a CPU
-    gains nothing. Those take float32, or float64 if an input is.
+    A GPU multiplies bfloat16 into float32: bfloat16 inputs, both of them, and bfloat16 autocast go
+    that way. So would float16, but the gradient of a logit, p / (N T) and less, underflows in it;
+    and a CPU gains nothing. Those take float32, or float64 if an input is.
     """
     dtype = compute_dtype(hidden, weight)
     if dtype == torch.float64 or not _multiplies_16_bits(hidden.device):
@@ -173,7 +173,7 @@ def factor_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(kind):
         narrow = torch.get_autocast_dtype(kind) == torch.bfloat16
     else:
-        narrow = torch.bfloat16 in (hidden.dtype, weight.dtype)
+        narrow = hidden.dtype == weight.dtype == torch.bfloat16
     return torch.bfloat16 if narrow else dtype
 
 
