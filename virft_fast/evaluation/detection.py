@@ -77,7 +77,7 @@ def make_truth(
                     "iscrowd": int(bool(record.get("iscrowd"))),
                 }
             )
-    names = ("id", "width", "height", "neg_category_ids", "not_exhaustive_category_ids")
+    names = ("width", "height", "neg_category_ids", "not_exhaustive_category_ids")
     slim = {
         number: {"id": number, **{name: image[name] for name in names if name in image}}
         for number, image in images.items()
@@ -124,8 +124,10 @@ def results_of_records(records: Iterable[Record], truth: Truth) -> list[dict[str
         if read is None:
             continue
         image = truth.images[record["image_id"]]
-        once = {repr(box): (box, score) for box, score in list(_pairs(read))[::-1]}
-        for box, score in list(once.values())[::-1]:
+        once: dict[str, tuple[Box, float]] = {}
+        for box, score in _pairs(read):
+            once.setdefault(repr(box), (box, score))
+        for box, score in once.values():
             results.append(
                 {
                     "image_id": record["image_id"],

@@ -87,7 +87,7 @@ def measure(
         classification.add_measures(ratios, records, images)
         measures.append(classification.ClassMean(records, images, numbers))
         result.confusions = classification.confusions(records)
-    else:
+    elif records:
         exact |= task_measures(task, records)
         measures.append(_Matched(task, records, images, ratios))
     if task == "grounding":

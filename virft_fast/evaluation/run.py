@@ -415,8 +415,11 @@ def of_annotations(
     """About the images of an annotation file. The truth is all of its images but the missing."""
     annotations = images.annotations
     rows = detection_rows(images, exists=exists, extent_for=extent_for)
-    if not len(rows):
-        raise ValueError("expected a question at least: no chosen category is said to be anywhere")
+    if not len(rows) and config.exists_map:
+        raise ValueError(
+            f"--exists_map {config.exists_map}: expected some of the chosen categories in it "
+            f"({', '.join(images.names[:5])}, ...), got none; without a question there is no answer"
+        )
     chosen = {number: annotations.categories[number] for number in images.categories}
     there = {
         number: {**record, "id": number}
