@@ -113,15 +113,15 @@ def random_detections(num_images=200, seed=0):
 
 
 def test_ap_is_pycocotools():
-    coco, cocoeval = pytest.importorskip("pycocotools.coco"), pytest.importorskip(
-        "pycocotools.cocoeval"
-    )  # fmt: skip
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
     truth, predictions = random_detections()
     with contextlib.redirect_stdout(io.StringIO()):
-        true = coco.COCO()
+        true = COCO()
         true.dataset = truth.as_coco()
         true.createIndex()
-        run = cocoeval.COCOeval(true, true.loadRes([dict(p) for p in predictions]), "bbox")
+        run = COCOeval(true, true.loadRes([dict(p) for p in predictions]), "bbox")
         run.evaluate()
         run.accumulate()
         run.summarize()
