@@ -26,7 +26,13 @@ SECONDS = 1.5  # a case, about
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--save-results", action="store_true", help="write benchmarks/results/*.json")
-    parser.addoption("--size", default="cpu", choices=["cpu", "2b", "7b"], help="of the LM head")
+    parser.addoption(
+        "--size",
+        default="cpu",
+        choices=["tiny", "cpu", "2b", "7b"],
+        help="of LM head and model: cpu is small, 2b and 7b are Qwen2-VL's; tiny only shows that "
+        "they run",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def release(package: str, name: str) -> str:
+    """What a peer is called in tables: its name, and the release that is installed."""
+    return f"{name} {'.'.join(metadata.version(package).split('.')[:2])}"
 
 
 def peak_memory(function: Callable[[], Any]) -> int:

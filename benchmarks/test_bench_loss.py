@@ -15,13 +15,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import DEVICE, peak_memory, synchronised
+from measure import DEVICE, peak_memory, release, synchronised
 from torch import Tensor
 
 from virft_fast.kernels import grpo_loss, linear_grpo_loss, logps_and_entropy
 
 # (sequences, tokens, D, V)
 SIZES = {
+    "tiny": (4, 8, 16, 512),
     "cpu": (8, 256, 256, 32_768),
     "2b": (64, 200, 1536, 151_936),
     "7b": (64, 200, 3584, 152_064),
@@ -123,16 +124,32 @@ def ours(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
     ).loss  # fmt: skip
 
 
-def contenders() -> Iterator[tuple[str, Callable[..., Tensor]]]:
+def contenders(size: str) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     yield "naive torch", naive
     if importlib.util.find_spec("trl"):
-        yield "TRL 1.16 fused head", trl
+        yield f"{release('trl', 'TRL')} fused head", trl
     if importlib.util.find_spec("liger_kernel"):
-        yield "Liger 0.8.5 chunked", liger
+        yield f"{release('liger-kernel', 'Liger')} chunked", liger
     if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
         yield "F.linear_cross_entropy", torch_linear
-    yield "torch.compile", torch.compile(naive, dynamic=False)
+    if size != "tiny":
+        yield "torch.compile", torch.compile(naive, dynamic=False)
     yield "ours", ours
+
+
+def naive_logps(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
+    log_p = (hidden[problem.mask] @ weight.T).float().log_softmax(-1)
+    return log_p.gather(-1, problem.ids[problem.mask][:, None])[:, 0]
+
+
+def our_logps(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
+    return linear_grpo_loss(
+        hidden, weight, problem.ids, problem.mask, advantages=problem.advantages
+    ).logps[problem.mask]
+
+
+# Of those that tell them, the log-probs of the tokens that count.
+LOGPS = {"naive torch": naive_logps, "ours": our_logps}
 
 
 def relative(got: Tensor, exact: Tensor) -> float:
@@ -144,8 +161,10 @@ def test_head_and_loss(race, request, gradient):
     size = request.config.getoption("--size")
     problem = Problem.make(size)
     exact_loss, exact_grads = exact(problem)
+    mask = problem.mask
+    exact_logps = _exact_logps(problem.hidden[mask], problem.weight, problem.ids[mask])
     runs, notes = {}, {}
-    for name, loss in contenders():
+    for name, loss in contenders(size):
         leaves = problem.leaves()
 
         def step(loss=loss, leaves=leaves):
@@ -162,8 +181,15 @@ def test_head_and_loss(race, request, gradient):
         assert abs(value.item() - exact_loss) < (1e-5 if DEVICE == "cpu" else 1e-2), name
         assert max(errors) < limit, (name, errors)
         notes[name] = {"peak_mib": peak_memory(step) / 2**20, "gradient_error": max(errors)}
+        if name in LOGPS:
+            with torch.no_grad():
+                logps = LOGPS[name](problem, *leaves)
+            notes[name]["logp_error"] = (logps.double() - exact_logps).abs().max().item()
         del grads, value
         runs[name] = synchronised(step)
+    assert notes["ours"]["logp_error"] < (1e-5 if DEVICE == "cpu" else 1e-3), notes["ours"]
+    if size == "cpu" and gradient:
+        assert notes["ours"]["peak_mib"] <= notes["naive torch"]["peak_mib"] / 8, notes
     runs["the products alone"] = synchronised(lambda: products(problem, gradient))
     race(f"{size}: {'forward+backward' if gradient else 'forward'}", runs, ours="ours", notes=notes)
 
@@ -186,7 +212,8 @@ def exact(problem: Problem) -> tuple[float, tuple[Tensor, Tensor]]:
 
 
 def products(problem: Problem, gradient: bool) -> None:
-    """The matrix products that nobody can do without, on the tokens that count."""
+    """The matrix products that nobody can do without, on the tokens that count: the gradient of
+    the weights added up in float32."""
     with torch.no_grad():
         hidden, weight = problem.hidden[problem.mask], problem.weight
         size = 2048 if DEVICE == "cuda" else 256
@@ -195,12 +222,18 @@ def products(problem: Problem, gradient: bool) -> None:
             logits = rows @ weight.T
             if gradient:
                 logits @ weight
-                total += logits.T @ rows
+                if total.dtype == rows.dtype:
+                    total.addmm_(logits.T, rows)
+                else:
+                    torch.addmm(total, logits.T, rows, out_dtype=total.dtype, out=total)
 
 
-def test_loss_from_logits(race):
+def test_loss_from_logits(race, request):
     """The loss and its gradient from logits that are there already, old log-probs given."""
+    size = request.config.getoption("--size")
     n, t, vocab = (8, 64, 32_768) if DEVICE == "cpu" else (32, 256, 151_936)
+    if size == "tiny":
+        n, t, _, vocab = SIZES[size]
     g = torch.Generator().manual_seed(0)
     dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
     # One position more than tokens, as a model gives them and Liger's kernel takes them.
@@ -222,7 +255,9 @@ def test_loss_from_logits(race):
             logits[:, :-1], ids, mask, advantages=advantages, old_logps=old, epsilon_low=EPSILON
         ).loss
 
-    functions = {"naive torch": plain, "torch.compile": torch.compile(plain), "ours": fused}
+    functions = {"naive torch": plain, "ours": fused}
+    if size != "tiny":
+        functions["torch.compile"] = torch.compile(plain)
     if importlib.util.find_spec("liger_kernel") and DEVICE == "cuda":
         from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
@@ -232,7 +267,7 @@ def test_loss_from_logits(race):
                 eps_low=EPSILON, eps_high=EPSILON, inplace=False, loss_type="grpo", reduce=True,
             )[0]  # fmt: skip
 
-        functions["Liger 0.8.5 rows"] = liger_rows
+        functions[f"{release('liger-kernel', 'Liger')} rows"] = liger_rows
     wanted = plain()
     exact = torch.autograd.grad(wanted, logits)[0]
     notes, runs = {}, {}
@@ -247,9 +282,11 @@ def test_loss_from_logits(race):
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "forward+backward"])
-def test_rows_of_logits(race, gradient):
+def test_rows_of_logits(race, request, gradient):
     """Log-prob and entropy from logits that are there already."""
     rows, vocab = (512, 32_768) if DEVICE == "cpu" else (8192, 151_936)
+    if request.config.getoption("--size") == "tiny":
+        rows, vocab = 32, 512
     g = torch.Generator().manual_seed(0)
     dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
     logits = (3 * torch.randn(rows, vocab, generator=g)).to(DEVICE, dtype).requires_grad_()
@@ -264,10 +301,11 @@ def test_rows_of_logits(race, gradient):
 
     functions = {"naive torch": plain, "ours": fused}
     if importlib.util.find_spec("trl") and DEVICE == "cuda":
-        from trl.kernels.logprob_entropy import logprobs_and_entropy
+        from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
 
-        functions["TRL 1.16"] = lambda: logprobs_and_entropy(logits, ids)
+        functions[release("trl", "TRL")] = lambda: selective_log_softmax_and_entropy(logits, ids)
     wanted = [x.double() for x in plain()]
+    exact = torch.autograd.grad(wanted[0].sum(), logits)[0]
     notes = {}
 
     def timed(function):
@@ -280,9 +318,12 @@ def test_rows_of_logits(race, gradient):
         return synchronised(call)
 
     for name, function in functions.items():
-        for got, value in zip(function(), wanted, strict=False):
+        values = function()
+        for got, value in zip(values, wanted, strict=True):
             torch.testing.assert_close(got.double(), value, atol=2e-4, rtol=1e-5)
-        notes[name] = {"peak_mib": peak_memory(timed(function)) / 2**20}
+        error = relative(torch.autograd.grad(values[0].sum(), logits)[0], exact)
+        assert error < (1e-5 if DEVICE == "cpu" else 2e-2), (name, error)
+        notes[name] = {"peak_mib": peak_memory(timed(function)) / 2**20, "gradient_error": error}
     runs = {name: timed(function) for name, function in functions.items()}
     copy = torch.empty_like(logits)
     runs["a copy of the logits"] = synchronised(lambda: copy.copy_(logits.detach()))

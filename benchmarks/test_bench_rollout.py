@@ -23,9 +23,10 @@ G = 8
 ROUNDS = 5
 # (prompts, (prompt tokens, completion tokens)): a rank's share of a step, and one group alone.
 CASES = {
-    "cpu": [*((4, lengths) for lengths in LENGTHS), (1, LENGTHS[0])],
-    "2b": [(8, lengths) for lengths in LENGTHS],
-    "7b": [(8, lengths) for lengths in LENGTHS],
+    "tiny": [(2, lengths) for lengths in LENGTHS["tiny"]],
+    "cpu": [*((4, lengths) for lengths in LENGTHS["cpu"]), (1, LENGTHS["cpu"][0])],
+    "2b": [(8, lengths) for lengths in LENGTHS["2b"]],
+    "7b": [(8, lengths) for lengths in LENGTHS["7b"]],
 }
 
 
@@ -93,6 +94,7 @@ def test_rollout(race, request, count, lengths):
     }
     runs = {name: synchronised(run) for name, run in runs.items()}
     tokens = len(prompts) * G * completion_length
+    rollout._buffers.release()  # what the check before has left there counts as well
     notes = {name: {"peak_mib": peak_memory(run) / 2**20} for name, run in runs.items()}
     if DEVICE == "cuda":
         runs["a step's weights, copied"] = weight_traffic(model, completion_length)

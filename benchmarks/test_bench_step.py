@@ -1,18 +1,19 @@
-"""One whole GRPO step, rollout to optimizer: TRL 1.16's GRPOTrainer against ours.
+"""One whole GRPO step, rollout to optimizer: TRL's GRPOTrainer against ours.
 
     pytest benchmarks/test_bench_step.py               a small model, minutes on a CPU
     pytest benchmarks/test_bench_step.py --size 2b     Qwen2-VL's shapes, on a GPU; also 7b
 
 Same model, same prompt and image, G = 8, fixed completion length, beta 0, AdamW, everything a step
 does included: image processing, sampling, rewards, loss, gradients, clipping, update. Loss and
-gradient on TRL's own completions are compared first.
+gradient on TRL's own completions are compared first. "ours, training unshared" has our rollout too,
+which shares prompts always, but reads a prompt once a completion in training.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from measure import DEVICE, peak_memory, synchronised
+from measure import DEVICE, peak_memory, release, synchronised
 from test_bench_rollout import FixedLength
 from vlm import LENGTHS, make_model, make_processor, make_sample
 
@@ -142,7 +143,10 @@ def flat_gradient(model):
     return torch.cat([p.grad.flatten().float() for _, p in sorted(model.named_parameters())])
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize("lengths", LENGTHS[metafunc.config.getoption("--size")], ids=str)
+
+
 def test_step(race, request, tmp_path, lengths):
     prompt_length, completion_length = lengths
     size = request.config.getoption("--size")
@@ -156,8 +160,8 @@ def test_step(race, request, tmp_path, lengths):
     )
     check(trainer, examples, (shared, unshared), processor, sample)
     steps = {
-        "TRL 1.16": TRLStep(trainer, examples),
-        "ours without sharing": OurStep(unshared, processor, sample),
+        release("trl", "TRL"): TRLStep(trainer, examples),
+        "ours, training unshared": OurStep(unshared, processor, sample),
         "ours": OurStep(shared, processor, sample),
     }
     notes = {name: {"peak_mib": peak_memory(step) / 2**20} for name, step in steps.items()}

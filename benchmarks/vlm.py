@@ -14,10 +14,18 @@ from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import encode_prompt
 
 # (prompt tokens, completion tokens)
-LENGTHS = [(500, 64), (650, 200), (130, 256)]
+LENGTHS = {size: [(500, 64), (650, 200), (130, 256)] for size in ("cpu", "2b", "7b")} | {
+    "tiny": [(60, 8)]
+}
 # The vision tower's and the language model's sizes. "cpu" ends in minutes, the others are the
 # released models' (V and tying from memory of their configurations).
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 640,
+        "tie_word_embeddings": True, "mrope_section": [4, 2, 2],
+        "vision": {"depth": 1, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2},
+    },
     "cpu": {
         "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 640,
@@ -80,7 +88,7 @@ def make_model(size: str) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=0.08 if size == "cpu" else 0.02)
+                parameter.normal_(std=0.02 if size in ("2b", "7b") else 0.08)
     model.generation_config.eos_token_id = config.text_config.eos_token_id
     model.generation_config.pad_token_id = config.text_config.pad_token_id
     return model.train()

@@ -3,9 +3,9 @@
     python examples/trl_grpo.py --model_name_or_path Qwen/Qwen2-VL-2B-Instruct \
         --dataset_name laolao77/ViRFT_COCO --output_dir runs/trl
 
-Use `FusedGRPOTrainer` where you use `GRPOTrainer`. It covers TRL 1.16's loss types grpo, bnpo,
-dr_grpo, dapo and cispo with everything that goes into them but vLLM's importance ratio, the
-off-policy and entropy masks and the entropy bonus.
+Use `FusedGRPOTrainer` where you use `GRPOTrainer`, with whole or LoRA training, under DDP or ZeRO
+0 to 2. It covers TRL 1.16's loss types grpo, bnpo, dr_grpo, dapo and cispo; what it does not cover
+it refuses at the start.
 """
 
 from __future__ import annotations
@@ -17,36 +17,74 @@ from trl import GRPOTrainer
 
 from virft_fast.kernels import linear_grpo_loss
 
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
 
 
 class FusedGRPOTrainer(GRPOTrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        text = self.model.config.get_text_config()
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        refused = {
+            f"loss_type {self.loss_type}": self.loss_type not in LOSS_TYPES,
+            "top_entropy_quantile": self.top_entropy_quantile < 1.0,
+            "off_policy_mask_threshold": self.off_policy_mask_threshold is not None,
+            "vllm_importance_sampling_correction": self.use_vllm
+            and self.vllm_importance_sampling_correction,
+            "use_bias_correction_kl (set it to False)": self.beta != 0
+            and self.args.use_bias_correction_kl,
+            "an entropy bonus": self._entropy_bonus_enabled,
+            "the auxiliary loss of experts": self.aux_loss_enabled,
+            "use_liger_kernel": self.args.use_liger_kernel,
+            "logits that are scaled or capped": any(
+                getattr(text, name, None) for name in ("final_logit_softcapping", "logit_scale")
+            ),
+            "an adapter on lm_head": not isinstance(
+                self._base(self.model).lm_head, torch.nn.Linear
+            ),
+            "ZeRO-3 (virft_fast.train has it)": plugin is not None and plugin.zero_stage == 3,
+            "FSDP": self.is_fsdp_enabled,
+        }
+        if any(refused.values()):
+            names = ", ".join(name for name, found in refused.items() if found)
+            raise ValueError(f"FusedGRPOTrainer: expected a run without {names}; use GRPOTrainer")
+
+    def _base(self, model):
+        model = self.accelerator.unwrap_model(model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
     def _compute_loss(self, model, inputs):
         ids, mask = inputs["completion_ids"], inputs["completion_mask"].bool()
-        whole = self.accelerator.unwrap_model(model)
-        steps = self.current_gradient_accumulation_steps if model.training else 1
+        if "tool_mask" in inputs:
+            mask = mask & inputs["tool_mask"].bool()
+        base, training = self._base(model), self.model.training
         num_items = None
         if self.loss_type in ("dapo", "cispo"):  # counted over the generation batch and all ranks
-            num_items = inputs["num_items_in_batch"] / self.accelerator.num_processes
-            num_items = num_items / self.args.steps_per_generation
-        with hidden_states_as_logits(whole), self.accelerator.autocast():
+            num_items = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+            num_items = num_items / (self.args.steps_per_generation if training else 1)
+        with hidden_states_as_logits(base), self.accelerator.autocast():
             hidden = model(
                 input_ids=torch.cat([inputs["prompt_ids"], ids], 1),
                 attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
                 **{name: inputs[name] for name in IMAGE_INPUTS if inputs.get(name) is not None},
             ).logits[:, -ids.shape[1] - 1 : -1]
         out = linear_grpo_loss(
-            hidden, whole.lm_head.weight, ids, mask, advantages=inputs["advantages"],
-            old_logps=inputs.get("old_per_token_logps"), beta=self.beta, delta=self.args.delta,
-            ref_logps=inputs.get("ref_per_token_logps"), temperature=self.temperature,
-            epsilon_low=self.epsilon_low, epsilon_high=self.epsilon_high, loss_type=self.loss_type,
-            importance_sampling_level=self.importance_sampling_level, num_items=num_items,
+            hidden, base.lm_head.weight, ids, mask, bias=base.lm_head.bias,
+            advantages=inputs["advantages"], old_logps=inputs.get("old_per_token_logps"),
+            ref_logps=inputs.get("ref_per_token_logps"), beta=self.beta, delta=self.args.delta,
+            temperature=self.temperature, epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high, loss_type=self.loss_type, num_items=num_items,
+            importance_sampling_level=self.importance_sampling_level,
             max_completion_length=self.max_completion_length,
         )  # fmt: skip
-        metrics = self._metrics["train" if model.training else "eval"]
-        metrics["entropy"].append(out.entropy.sum().item() / max(mask.sum().item(), 1))
-        metrics["kl"].append(out.kl.sum().item() / max(mask.sum().item(), 1))
-        return out.loss / steps
+        sums = torch.stack([out.entropy.sum(), out.kl.sum(), mask.sum()])
+        entropy, kl, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        metrics = self._metrics["train" if training else "eval"]
+        metrics["entropy"].append(entropy / max(count, 1))
+        if self.beta:
+            metrics["kl"].append(kl / max(count, 1))
+        return out.loss / (self.current_gradient_accumulation_steps if training else 1)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,10 @@
-"""Small random models of every family, and prompts as they read them."""
+"""Small random models of every family."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
-from helpers import make_prompts, make_sample
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -55,14 +53,3 @@ def random_model(family: str, tokenizer: Any, *, seed: int = 0, **text: Any) -> 
             if parameter.ndim > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
     return model.eval()
-
-
-def random_prompts(policy: Any, processor: Any) -> list[Any]:
-    """Prompts with one image, two, none and another one, for the model's own patch size."""
-    samples = [
-        make_sample(0, [(112, 112)]),
-        make_sample(1, [(56, 84), (112, 56)], "Which one is larger?"),
-        make_sample(2, [], "Detect every blue. Think, then answer."),
-        make_sample(3, [(84, 84)]),
-    ]
-    return [replace(prompt) for prompt in make_prompts(processor, *samples)]

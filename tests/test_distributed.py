@@ -14,20 +14,32 @@ from helpers import environment, largest_difference
 CHILD = Path(__file__).parent / "two_ranks.py"
 
 
-def steps(tmp_path, *, stage, processes, batch, kind="images"):
-    """(parameters before, parameters after, metrics of each step)."""
-    out = tmp_path / f"{stage}-{processes}-{kind}"
+def run_all(tmp_path, *runs, processes, batch):
+    """Of each (stage, kind): parameters before and after, and what was noted of the steps."""
+    out = tmp_path / str(processes)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    names = [f"{stage}:{kind}" for stage, kind in runs]
     done = subprocess.run(
-        [sys.executable, *launcher, str(CHILD), str(out), str(stage), str(batch), kind],
+        [sys.executable, *launcher, str(CHILD), str(out), str(batch), *names],
         env=environment(),
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    saved = torch.load(f"{out}.pt", weights_only=True)
-    return saved["start"], saved["end"], json.loads(Path(f"{out}.json").read_text())
+    results = {}
+    for stage, kind in runs:
+        saved = torch.load(f"{out}-{stage}-{kind}.pt", weights_only=True)
+        noted = json.loads(Path(f"{out}-{stage}-{kind}.json").read_text())
+        results[stage, kind] = (saved["start"], saved["end"], noted)
+    return results
+
+
+def steps(tmp_path, *, stage, processes, batch, kind="images"):
+    """(parameters before, parameters after, metrics of each step)."""
+    results = run_all(tmp_path, (stage, kind), processes=processes, batch=batch)
+    start, end, noted = results[stage, kind]
+    return start, end, noted["metrics"]
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +81,25 @@ def test_non_finite_loss_on_one_rank_skips_the_step_on_all(tmp_path, stage):
     start, end, metrics = steps(tmp_path, stage=stage, processes=2, batch=4, kind="nan")
     assert largest_difference(start, end) == 0
     assert [m["skipped_steps"] for m in metrics] == [1, 2, 3]
+
+
+def test_ranks_with_unequal_microbatches_and_dropped_groups(tmp_path):
+    """A rank with nothing to learn from, or less than the other one, goes along with empty
+    microbatches: nobody hangs, and the parameters are one rank's with all the data."""
+    one = run_all(tmp_path, (-1, "dropped"), (-1, "frozen"), processes=1, batch=8)
+    runs = [(-1, "dropped"), (0, "dropped"), (2, "dropped"), (3, "dropped"), (3, "frozen")]
+    two = run_all(tmp_path, *runs, processes=2, batch=4)
+    for (stage, kind), (start, end, noted) in two.items():
+        begin, expected, alone = one[-1, kind]
+        assert largest_difference(start, begin) == 0
+        assert largest_difference(end, expected) <= 1e-5, (stage, kind)
+        moved = {name for name in end if not torch.equal(start[name], end[name])}
+        assert moved and (kind == "frozen") != any("visual" in name for name in moved)
+        for ours, theirs in zip(noted["metrics"], alone["metrics"], strict=True):
+            for name in ("loss", "reward", "entropy", "grad_norm", "num_tokens",
+                         "dropped_fraction"):  # fmt: skip
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
+        own = [[rank[step][0] for rank in noted["plans"]] for step in range(3)]
+        made = [[rank[step][1] for rank in noted["plans"]] for step in range(3)]
+        assert own[0][1] == 0 and own[2][0] == 0 and 0 < own[1][1] < own[1][0]
+        assert own[0][0] > 2 and made == [[max(step)] * 2 for step in own]

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 
@@ -119,6 +120,30 @@ def test_readme_begins_with_the_two_commands():
         "make demo",
         "make test",
     ]
+
+
+def test_readmes_code_runs_as_written(capsys):
+    """The parts by what they are said to take, the rollout by itself."""
+    parts, rollout = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    given = {
+        "hidden": torch.randn(16, 5, 8, requires_grad=True),
+        "lm_head": torch.nn.Linear(8, 32, bias=False),
+        "completion_ids": torch.randint(32, (16, 5)),
+        "completion_mask": torch.ones(16, 5, dtype=torch.bool),
+        "rewards": torch.rand(16),
+        "ref_logps": torch.full((16, 5), -3.0),
+        "list_of_predicted": [[[0, 0, 10, 10], [20, 20, 30, 30]], []],
+        "list_of_true": [[[0, 0, 10, 9]], [[0, 0, 5, 5]]],
+    }
+    exec(parts, given)
+    assert given["hidden"].grad.abs().max() > 0 and given["out"].kl.shape == (16, 5)
+    assert given["matches"].tolist() == [[0, -1], [-1, -1]]
+    assert given["REWARDS"] is REWARDS
+    alone = {}
+    exec(rollout, alone)
+    out = alone["out"]
+    assert capsys.readouterr().out == out.texts[0] + "\n"
+    assert len(out.texts) == 8 and out.completion_ids.shape == out.sampling_logps.shape
 
 
 def test_readme_lists_every_reward():

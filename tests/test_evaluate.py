@@ -438,6 +438,7 @@ def test_missing_and_odd_images_are_counted(coco, tmp_path, capsys, answers):
         (["--model_name_or_path", "nothing-here"], "--model_name_or_path"),
         (["--max_sample", "2"], "--max_samples"),
         (["--reward_funcs", "acuracy"], "accuracy"),
+        (["--rollout_cache_tokens", "256"], "expected at most 256"),
     ],
 )
 def test_bad_arguments_say_what_was_expected(shapes, capsys, argv, text):

@@ -14,6 +14,7 @@ from virft_fast.kernels import (
     logps_and_entropy,
     selective_log_softmax,
 )
+from virft_fast.kernels import linear as linear_module
 from virft_fast.kernels.reference import grpo_loss_reference
 
 N, T, V, D = 4, 5, 17, 6
@@ -732,6 +733,7 @@ def test_linear_logps_equal_trls_fused_head():
 def test_reference_equals_fused_for_every_loss_type():
     problem = make_problem(seed=2)
     hidden, weight, _, ids, mask, *_ = problem
+    hidden, ids = torch.where(mask[..., None], hidden, NAN), ids.masked_fill(~mask, -100)
     for loss_type in LOSS_TYPES:
         results = []
         for function in (linear_grpo_loss, grpo_loss_reference):
@@ -741,3 +743,123 @@ def test_reference_equals_fused_for_every_loss_type():
             results.append((result.loss, result.kl, *gradients(result.loss, *leaves)))
         for got, value in zip(*results, strict=True):
             torch.testing.assert_close(got, value)
+
+
+def test_autocast_on_a_cpu_changes_nothing():
+    problem = make_problem(dtype=torch.float32)
+    hidden, weight, bias, ids, mask, *_ = problem
+    logits = hidden @ weight.T + bias
+    calls = {
+        "logps": lambda: (logps_and_entropy(leaves[0], ids), leaves[:1]),
+        "loss": lambda: (loss_of(grpo_loss(leaves[0], ids, mask, **options)), leaves[:1]),
+        "linear logps": lambda: (linear_logps(leaves[1], leaves[2], ids), leaves[1:]),
+        "linear loss": lambda: (
+            loss_of(linear_grpo_loss(leaves[1], leaves[2], ids, mask, **options)),
+            leaves[1:],
+        ),
+    }
+    loss_of = lambda result: (result.loss, result.entropy)  # noqa: E731
+    options = loss_options(problem)
+    for name, call in calls.items():
+        results = []
+        for enabled in (False, True):
+            leaves = [x.detach().clone().requires_grad_() for x in (logits, hidden, weight)]
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                values, inputs = call()
+                total = sum(value.sum() for value in values)
+            results.append((*values, *torch.autograd.grad(total, inputs)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), name
+
+
+def test_float16_inputs_have_gradients_that_would_underflow_in_float16(monkeypatch):
+    """As on a GPU: p / (N T) is far below what float16 can hold, so its factors are float32."""
+    monkeypatch.setattr(linear_module, "_multiplies_16_bits", lambda device: True)
+    g = torch.Generator().manual_seed(0)
+    n, t, d, vocab = 64, 32, 4, 4096
+    hidden = torch.randn(n, t, d, generator=g).half()
+    weight = (0.1 * torch.randn(vocab, d, generator=g)).half()
+    ids, mask = torch.randint(vocab, (n, t), generator=g), torch.ones(n, t, dtype=torch.bool)
+    advantages = torch.randn(n, generator=g)
+    scale, grads = 2**14, []  # as a gradient scaler would
+    for dtype in (torch.float64, torch.float16):
+        leaf = weight.detach().to(dtype).requires_grad_()
+        loss = linear_grpo_loss(hidden.to(dtype), leaf, ids, mask, advantages=advantages).loss
+        (grad,) = torch.autograd.grad(scale * loss, leaf)
+        grads.append(grad.double())
+    assert (grads[1] - grads[0]).norm() < 1e-3 * grads[0].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_never_more_than_twice_the_error_of_plain_torch(dtype):
+    g = torch.Generator().manual_seed(0)
+    rows, d, vocab = 64, 32, 5000
+    hidden = torch.randn(rows, d, generator=g).to(dtype)
+    weight = (0.5 * torch.randn(vocab, d, generator=g)).to(dtype)
+    logits = (3 * torch.randn(rows, vocab, generator=g)).to(dtype)
+    ids, up = torch.randint(vocab, (rows,), generator=g), torch.randn(2, rows, generator=g)
+
+    def plain(logits):
+        log_p = logits.log_softmax(-1)
+        return log_p.gather(-1, ids[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+    def run(function, *inputs):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        values = function(*leaves)
+        total = sum((value * u.to(value.dtype)).sum() for value, u in zip(values, up, strict=True))
+        return [*values, *torch.autograd.grad(total, leaves)]
+
+    for ours, theirs, inputs in (
+        (lambda x: logps_and_entropy(x, ids), plain, (logits,)),
+        (lambda h, w: linear_logps(h, w, ids), lambda h, w: plain(h @ w.T), (hidden, weight)),
+    ):
+        exact = run(theirs, *(x.double() for x in inputs))
+        triples = zip(run(ours, *inputs), run(theirs, *inputs), exact, strict=True)
+        for number, (got, other, value) in enumerate(triples):
+            error, allowed = ((x.double() - value).abs().max() for x in (got, other))
+            assert error <= 2 * allowed + 1e-7, (number, error, allowed)
+            assert dtype != torch.float32 or number > 1 or error <= 1e-5
+
+
+def test_the_count_of_tokens_may_be_a_share_of_several_ranks():
+    problem = make_problem()
+    hidden, weight, _, ids, mask, *_ = problem
+    whole, part = (
+        linear_grpo_loss(
+            hidden, weight, ids, mask, **loss_options(problem, loss_type="dapo", num_items=count)
+        ).loss
+        for count in (1, 0.25)
+    )
+    torch.testing.assert_close(part, 4 * whole)
+
+
+def test_tensors_on_another_device_are_named():
+    hidden, weight = torch.zeros(2, 3, 5), torch.zeros(4, 5)
+    with pytest.raises(ValueError, match="weight: expected on cpu like hidden, got meta"):
+        linear_logps(hidden, weight.to("meta"), IDS)
+    with pytest.raises(ValueError, match="bias: expected on cpu like hidden, got meta"):
+        linear_logps(hidden, weight, IDS, bias=torch.zeros(4, device="meta"))
+
+
+def test_the_two_losses_have_the_same_defaults():
+    from_logits, linear = grpo_loss.__kwdefaults__, linear_grpo_loss.__kwdefaults__
+    assert {k: v for k, v in from_logits.items() if k != "inplace"} == {
+        k: v for k, v in linear.items() if k not in ("bias", "chunk_tokens")
+    }
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0)])
+def test_no_sequences_or_no_tokens_give_an_empty_gradient(shape):
+    logits = torch.zeros(*shape, 5, requires_grad=True)
+    hidden, weight = torch.zeros(*shape, 4, requires_grad=True), torch.zeros(5, 4)
+    weight.requires_grad_()
+    ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
+    rewards = {"advantages": torch.zeros(shape[0])}
+    for result, leaves in (
+        (grpo_loss(logits, ids, mask, **rewards).loss, [logits]),
+        (linear_grpo_loss(hidden, weight, ids, mask, **rewards).loss, [hidden, weight]),
+        (logps_and_entropy(logits, ids)[0].sum(), [logits]),
+        (linear_logps(hidden, weight, ids)[0].sum(), [hidden, weight]),
+    ):
+        assert result == 0
+        for leaf, grad in zip(leaves, gradients(result, *leaves), strict=True):
+            assert grad.shape == leaf.shape and (grad == 0).all()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
 from helpers import CPU, make_prompts, make_sample
-from models import FAMILIES, random_model, random_prompts
+from models import FAMILIES, random_model
 
 from virft_fast.models.qwen_vl import Policy, core, load_model
 from virft_fast.rollout import Sampling
 from virft_fast.rollout import native as native_module
 from virft_fast.rollout.backends import make_rollout
 from virft_fast.rollout.hf import HFRollout
-from virft_fast.rollout.native import NativeRollout
+from virft_fast.rollout.native import CachePlan, NativeRollout, cache_numbers
 from virft_fast.rollout.sampling import Sampler, _uniform
 
 EVERYTHING = Sampling(
@@ -105,9 +108,8 @@ def test_greedy_equals_plain_generate_on_64_prompts(native, policy, processor, m
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_equals_plain_generate_in_every_family(family, processor):
+def test_greedy_equals_plain_generate_in_every_family(family, processor, prompts):
     policy = Policy(random_model(family, processor.tokenizer)).eval()
-    prompts = random_prompts(policy, processor)
     out = rollout_of("native", policy, processor.tokenizer).generate(
         prompts, 1, Sampling(16, greedy=True)
     )
@@ -145,7 +147,8 @@ def test_same_seed_same_rows_and_batches_can_be_split(rollout, prompts):
 def test_prompts_that_fill_the_cache_are_decoded_in_turn(policy, processor, prompts, native):
     """A limit on the cache changes when things are computed, not what."""
     longest = max(len(prompt.input_ids) for prompt in prompts)
-    small = rollout_of("native", policy, processor.tokenizer, max_cache_tokens=longest + 3 * 20)
+    # A place of 32 tokens for a completion of 20.
+    small = rollout_of("native", policy, processor.tokenizer, max_cache_tokens=longest + 3 * 32)
     sampling = Sampling(20, seed=5)
     assert list(small._batches(policy, prompts, 3, sampling)) == [(0, 1), (1, 2), (2, 3), (3, 4)]
     expected, out = (r.generate(prompts, 3, sampling) for r in (native, small))
@@ -173,13 +176,172 @@ def test_long_prompts_are_read_in_several_calls(monkeypatch, native, prompts):
     torch.testing.assert_close(out.sampling_logps, expected.sampling_logps, rtol=0, atol=1e-5)
 
 
-def test_memory_of_an_earlier_rollout_leaves_no_trace(native, policy, processor, prompts):
-    """Buffers are used again, for other prompts and other numbers of rows."""
-    sampling = Sampling(30, seed=8)
-    native.generate(prompts, 8, replace(sampling, seed=9))
-    fresh = rollout_of("native", policy, processor.tokenizer)
-    for some in (prompts[2:], prompts[:1], prompts):
-        assert native.generate(some, 3, sampling).texts == fresh.generate(some, 3, sampling).texts
+class Recorded:
+    """What a CUDA graph is to the engine: the operations of one step on the tensors of that moment,
+    whatever the engine has turned to since."""
+
+    made: ClassVar[list[Recorded]] = []
+
+    def __init__(self, run, pool, device):
+        run()  # the warm-up
+        decoding = copy.copy(run.func.__self__)
+        decoding.caches = [replace(caches) for caches in decoding.caches]
+        decoding.sampler = copy.copy(decoding.sampler)
+        decoding.read_token = copy.copy(decoding.read_token)
+        self.run = lambda: decoding._decode(*run.args)
+        self.pool, self.replays = pool, 0
+        tensors = [decoding.tokens, decoding.drawn, decoding.prompt_bias, decoding.read_token.cos]
+        tensors += [decoding.caches[0].prompt_keys, decoding.caches[0].keys]
+        self.addresses = [(tuple(t.shape), t.data_ptr()) for t in tensors]
+        self.made.append(self)
+
+    def replay(self):
+        self.replays += 1
+        self.run()
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Graphs that were recorded, on the CPU."""
+    pools = itertools.count()
+    monkeypatch.setattr(Recorded, "made", [])
+    monkeypatch.setattr(native_module, "_record", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    return Recorded.made
+
+
+def test_replayed_graphs_give_what_the_steps_give(graphs, native, policy, processor, prompts):
+    """Buffers and graphs are used again, for other prompts, numbers of rows and seeds: what a graph
+    depends on must be in its key or stay where it is."""
+    rollout = NativeRollout(
+        lambda: nullcontext(policy), processor.tokenizer, device=CPU, graphs=True
+    )
+    penalty = {"repetition_penalty": 1.2}
+    calls = [
+        (prompts, 8, 70, penalty),  # all later ones find room in its memory, so nothing moves
+        (prompts[:1], 6, 64, {}), (prompts[2:3], 6, 64, {}),
+        (prompts[:2], 1, 64, {}), (prompts[:1], 2, 64, {}), (prompts[:1], 1, 64, {}),
+        (prompts, 6, 64, {}), (prompts[:1], 6, 64, penalty), (prompts, 6, 64, penalty),
+    ]  # fmt: skip
+    for number, (some, count, length, options) in enumerate(calls):
+        for seed in (number, 100 + number):
+            sampling = Sampling(length, seed=seed, **options)
+            out, expected = (r.generate(some, count, sampling) for r in (rollout, native))
+            assert torch.equal(out.completion_ids, expected.completion_ids)
+            assert torch.equal(out.sampling_logps, expected.sampling_logps)
+    assert sum(graph.replays for graph in graphs) > 3 * len(graphs)
+
+
+def test_replayed_graph_knows_positions_past_those_of_its_recording(
+    graphs, policy, processor, prompts
+):
+    """A prompt of text as long as one with an image has further positions in the same graph."""
+
+    class Endless(NativeRollout):
+        def banned(self, policy):
+            return [*super().banned(policy), self.tokenizer.eos_token_id]
+
+    text = text_prompt(processor, len(prompts[0].input_ids))
+    plain, rollout = (
+        Endless(lambda: nullcontext(policy), processor.tokenizer, device=CPU, graphs=graphs_)
+        for graphs_ in (False, True)
+    )
+    sampling = Sampling(64, seed=1)
+    rollout.generate(prompts, 2, Sampling(96))  # later ones find room in its memory
+    rollout.generate(prompts[:1], 2, sampling)
+    recorded = len(graphs)
+    out, expected = (r.generate([text], 2, sampling) for r in (rollout, plain))
+    assert torch.equal(out.completion_ids, expected.completion_ids)
+    assert len(graphs) == recorded
+
+
+def text_prompt(processor, length):
+    """A prompt of so many tokens, all of them text."""
+    for words in range(1, length):
+        (prompt,) = make_prompts(processor, make_sample(9, [], "Detect" + " red" * words))
+        if len(prompt.input_ids) == length:
+            return prompt
+    raise AssertionError(length)
+
+
+def test_graphs_are_found_again_and_forgotten_when_memory_moves(graphs, policy, processor, prompts):
+    rollout = NativeRollout(
+        lambda: nullcontext(policy), processor.tokenizer, device=CPU, graphs=True
+    )
+    sampling = Sampling(40, seed=1, min_p=0.0)
+    rollout.generate(prompts, 4, sampling)
+    first = len(graphs)
+    assert first > 1 and {graph.pool for graph in graphs} == {0}
+    rollout.generate(prompts, 4, sampling)
+    assert len(graphs) == first
+    # Fewer rows at the front of the same memory: new graphs beside the old ones, in their pool.
+    rollout.generate(prompts, 2, sampling)
+    fewer = len(graphs)
+    assert fewer > first and {graph.pool for graph in graphs} == {0}
+    rollout.generate(prompts, 4, sampling)
+    assert len(graphs) == fewer
+    # More rows need other memory: all begins anew, with a pool of its own.
+    rollout.generate(prompts, 6, sampling)
+    assert len(graphs) > fewer and {graph.pool for graph in graphs[fewer:]} == {1}
+    assert set(rollout._buffers.graphs.values()) == set(graphs[fewer:])
+    memory = {flat.data_ptr() for flat in rollout._buffers._flat.values()}
+    assert all(g.addresses[-1][1] not in memory for g in graphs[:fewer])
+    assert all(address in memory for g in graphs[fewer:] for _, address in g.addresses)
+
+
+def test_graphs_do_not_pile_up(graphs, monkeypatch, native, policy, processor, prompts):
+    monkeypatch.setattr(native_module, "MAX_GRAPHS", 2)
+    rollout = NativeRollout(
+        lambda: nullcontext(policy), processor.tokenizer, device=CPU, graphs=True
+    )
+    sampling = Sampling(70, seed=1)
+    out, expected = (r.generate(prompts, 6, sampling) for r in (rollout, native))
+    assert out.texts == expected.texts
+    assert len(graphs) > 2 >= len(rollout._buffers.graphs)
+
+
+def test_memory_of_a_rollout_is_free_for_training(native, prompts):
+    native.generate(prompts, 4, Sampling(10, seed=1))
+    assert native._buffers.num_bytes() == 0
+
+
+def test_plan_is_what_is_allocated(monkeypatch, policy, processor, prompts):
+    """The one number that batches, the check at the start and --dry_run go by."""
+    taken = {}
+    take = native_module._Buffers.take
+
+    def noted(self, name, shape, dtype):
+        taken[name] = torch.Size(shape).numel()
+        return take(self, name, shape, dtype)
+
+    monkeypatch.setattr(native_module._Buffers, "take", noted)
+    rollout = rollout_of("native", policy, processor.tokenizer)
+    sampling = Sampling(10, seed=1)
+    rollout.generate(prompts, 3, sampling)
+    names = ("prompt_keys", "prompt_values", "keys", "values")
+    allocated = sum(n for name, n in taken.items() if name.rstrip("0123456789") in names)
+    text = policy.config.text_config
+    assert allocated == cache_numbers(text) * rollout._plan(prompts, 3, sampling).num_tokens
+
+
+@pytest.mark.parametrize(
+    ("device", "prompt", "completion", "expected"),
+    [
+        ("cpu", 501, 64, (501, 64)), ("cpu", 501, 65, (501, 96)), ("cuda", 1, 1, (64, 128)),
+        ("cuda", 501, 64, (512, 128)), ("cuda", 513, 129, (640, 256)),
+        ("cuda", 1024, 256, (1024, 256)), ("cuda", 1025, 256, (1280, 256)),
+    ],
+)  # fmt: skip
+def test_plan_rounds_up(device, prompt, completion, expected):
+    plan = CachePlan.rounded(3, 4, prompt, completion, device)
+    assert (plan.prompt_length, plan.completion_length) == expected
+    assert plan.num_tokens == 3 * (expected[0] + 4 * expected[1])
+
+
+def test_prompts_have_few_lengths_on_cuda():
+    lengths = [CachePlan.rounded(1, 1, n, 1, "cuda").prompt_length for n in range(1, 4097)]
+    assert len(set(lengths)) == 20
+    assert all(0 <= p - n < max(64, n / 4) for n, p in enumerate(lengths, 1))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.3])  # below 1 the noise of fp32 logits grows
@@ -194,6 +356,33 @@ def test_sampling_logps_are_the_training_logps(native, policy, processor, prompt
         logps, _ = policy(inputs, temperature=temperature)
     difference = (logps - out.sampling_logps[out.completion_mask]).abs().max()
     assert difference <= 1e-5
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_bf16_decoding_is_as_close_to_fp32_as_the_forward_pass(policy, processor, prompts, how):
+    """Against float32 of the same weights: the noise that bf16 puts into a plain forward pass over
+    the same tokens is the measure."""
+    narrow = copy.deepcopy(policy).eval()
+    context = nullcontext
+    if how == "weights":
+        narrow.bfloat16()
+    else:
+        context = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    wide = copy.deepcopy(narrow).float()
+    with context():
+        rollout = rollout_without_bans(narrow, processor.tokenizer)
+        out = rollout.generate(prompts, 8, Sampling(40, seed=6))
+    rows = [ids[mask] for ids, mask in zip(out.completion_ids, out.completion_mask, strict=True)]
+    groups = [rows[i : i + 8] for i in range(0, len(rows), 8)]
+    inputs = policy.collate(prompts, groups, pad_token_id=0, device=CPU, packed=False)
+    with torch.no_grad():
+        exact, _ = wide(inputs)
+        with context():
+            plain, _ = narrow(inputs)
+    ours = (out.sampling_logps[out.completion_mask] - exact).abs()
+    noise = (plain.float() - exact).abs()
+    assert len(ours) > 300 and 0 < ours.mean() <= 1.25 * noise.mean()
+    assert ours.max() <= 2 * noise.max()
 
 
 def rollout_without_bans(policy, tokenizer):
@@ -366,12 +555,12 @@ def test_training_mode_is_given_back(rollout, policy, prompts):
 
 
 def test_native_needs_a_reachable_attention(policy, processor, prompts):
-    policy.attention_reached = False
+    policy.unreachable = "it is made of stone"
     try:
-        with pytest.raises(ValueError, match="--rollout_backend hf"):
+        with pytest.raises(ValueError, match="made of stone; pass --rollout_backend hf"):
             rollout_of("native", policy, processor.tokenizer).generate(prompts, 1, Sampling(2))
     finally:
-        policy.attention_reached = True
+        policy.unreachable = None
 
 
 def test_unknown_backend(policy, processor):

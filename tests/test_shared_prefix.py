@@ -16,7 +16,7 @@ from helpers import (
     make_state,
     parameters,
 )
-from models import FAMILIES, random_model, random_prompts
+from models import FAMILIES, random_model
 
 from virft_fast.engine import decay_groups
 from virft_fast.grpo import Part, plan_microbatches, train_step
@@ -85,9 +85,8 @@ def test_logps_and_gradient_equal_the_unshared_ones(policy, prompts, completions
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(processor, family):
+def test_every_family(processor, prompts, family):
     policy = Policy(random_model(family, processor.tokenizer))
-    prompts = random_prompts(policy, processor)
     completions = draw(policy, processor, prompts)
     logps, gradient = logps_and_gradient(policy, prompts, completions, packed=True)
     expected, unshared = logps_and_gradient(policy, prompts, completions, packed=False)
@@ -245,6 +244,33 @@ def test_attention_falls_back_without_a_core(prompts):
         assert torch.equal(routed(input_ids=ids, attention_mask=mask).logits, expected)
 
 
+def test_attention_that_is_fallen_back_on_finds_its_own_name(prompts):
+    """As transformers' flash functions do, which choose their kernel by it."""
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    seen = []
+
+    def spy(module, *args, **options):
+        some = (module.config._attn_implementation, module.layer_idx, module.is_causal)
+        linear = next(part for part in module.modules() if isinstance(part, torch.nn.Linear))
+        seen.append((*some, linear.in_features, module.config.hidden_size))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **options)
+
+    AttentionInterface.register("flash_spy", spy)
+    model, plain = load_model("tiny").eval(), load_model("tiny").eval()
+    text = core(model).language_model.config
+    text._attn_implementation = "flash_spy"
+    Policy(model, prefix_sharing="off")
+    ids = prompts[2].input_ids[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    width = text.hidden_size
+    assert seen == [
+        ("flash_spy", layer, True, width, width) for layer in range(text.num_hidden_layers)
+    ]
+
+
 def test_eager_attention_can_be_shared_too(prompts, completions):
     policy = Policy(load_model("tiny", attn_implementation="eager")).eval()
     with torch.no_grad():
@@ -299,6 +325,44 @@ def test_layer_that_bypasses_the_routing_is_noticed(policy, prompts, completions
             policy(collate(policy, prompts, completions, packed=True))
     finally:
         config._attn_implementation = routed
+
+
+@pytest.mark.parametrize("kind", ["two_part", "dense", "flex"])
+@torch.no_grad()
+def test_core_computes_in_the_dtype_of_the_values(kind):
+    """Queries and keys that a rotation in float32 has widened are narrowed again."""
+    groups, generator = [Group(0, 4, (3, 2))], torch.Generator().manual_seed(0)
+    wide = [torch.randn(1, 2, 9, 8, generator=generator) for _ in range(3)]
+    narrow = [part.bfloat16() for part in wide]
+    expected = PackedAttention(groups, CPU, kind)(0, *narrow, 0.3)
+    out = PackedAttention(groups, CPU, kind)(0, *wide[:2], narrow[2], 0.3)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+
+
+@torch.no_grad()
+def test_under_autocast_the_core_gets_one_dtype(monkeypatch, policy, prompts, completions):
+    """The rotation's cosines are float32 there, so it gives queries and keys in float32."""
+    given, computed = set(), set()
+    call, core_call = PackedAttention.__call__, shared_prefix._TwoPart.__call__
+
+    def attention(self, layer, *states_and_scaling):
+        given.update(part.dtype for part in states_and_scaling[:3])
+        return call(self, layer, *states_and_scaling)
+
+    def two_part(self, *states_and_scaling):
+        computed.update(part.dtype for part in states_and_scaling[:3])
+        return core_call(self, *states_and_scaling)
+
+    monkeypatch.setattr(policy, "prefix_attention", "two_part")
+    monkeypatch.setattr(PackedAttention, "__call__", attention)
+    monkeypatch.setattr(shared_prefix._TwoPart, "__call__", two_part)
+    exact, _ = policy(collate(policy, prompts, completions, packed=False))
+    with torch.autocast("cpu", torch.bfloat16):
+        shared, _ = policy(collate(policy, prompts, completions, packed=True))
+        unshared, _ = policy(collate(policy, prompts, completions, packed=False))
+    assert given == {torch.float32, torch.bfloat16} and computed == {torch.bfloat16}
+    noise, ours = (unshared - exact).abs(), (shared - exact).abs()
+    assert 0 < ours.mean() <= 1.25 * noise.mean() and ours.max() <= 1.25 * noise.max()
 
 
 @pytest.mark.parametrize("kind", ["two_part", "dense", "flex"])

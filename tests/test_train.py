@@ -21,9 +21,11 @@ from transformers import Qwen2VLForConditionalGeneration
 from virft_fast import checkpoint
 from virft_fast.data.demo import build_demo
 from virft_fast.metrics import MetricsWriter
+from virft_fast.models import shared_prefix
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import load_model
 from virft_fast.models.tiny import TINY_PATH
+from virft_fast.rollout.native import cache_numbers
 from virft_fast.train import _read_curve, main, parse_args
 
 ROOT = Path(__file__).parent.parent
@@ -282,7 +284,61 @@ def test_dry_run_names_rows_whose_solution_is_not_the_maximum(tmp_path, capsys):
     assert "1 problems" in shown and "row 1: accuracy_confidence" in shown
 
 
+def cache_of_dry_run(capsys, *argv):
+    """(tokens, MiB) that --dry_run states for the keys and values of a rollout."""
+    assert main([*map(str, argv), "--dry_run"]) == 0
+    line = re.search(r"([\d,.]+) MiB  keys and values.*?([\d,]+) tokens", capsys.readouterr().out)
+    return int(line[2].replace(",", "")), float(line[1].replace(",", ""))
+
+
+def test_dry_run_counts_the_cache_as_it_is_allocated(digits, tmp_path, capsys):
+    """Places of 32 tokens for completions of 12; the evaluation's batch where that is larger."""
+    argv = arguments(digits, tmp_path / "o", "--max_prompt_length", 100)
+    argv += ["--per_device_train_batch_size", 2]
+    config = load_model("tiny", empty=True).config.text_config
+    tokens, mib = cache_of_dry_run(capsys, *argv)
+    assert tokens == 2 * (100 + 4 * 32)
+    assert mib == pytest.approx(tokens * cache_numbers(config) * 4 / 2**20, abs=0.05)
+    assert cache_of_dry_run(capsys, *argv, "--eval_samples", 8)[0] == 8 * (100 + 32)
+    limited = [*argv, "--rollout_cache_tokens", 300]
+    assert cache_of_dry_run(capsys, *limited)[0] == 300
+    tokens, _ = cache_of_dry_run(capsys, *argv, "--rollout_backend", "hf")
+    assert tokens == 2 * 4 * (100 + 12)  # a copy of the prompt for each row, nothing rounded up
+
+
 # Bad input: what it says.
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry_run"]])
+def test_cache_that_is_too_small_is_named_before_anything_is_loaded(
+    digits, tmp_path, capsys, dry_run
+):
+    """100 + 4 * 32 tokens, as they are allocated."""
+    argv = arguments(digits, tmp_path / "o", "--max_prompt_length", 100, *dry_run)
+    said = fails(capsys, *argv, "--rollout_cache_tokens", 227)
+    for text in ("--rollout_cache_tokens 227", "--max_prompt_length 100", "228 tokens",
+                 "expected at most 227", "raise --rollout_cache_tokens"):  # fmt: skip
+        assert text in said
+    assert not (tmp_path / "o").exists()
+    argv = arguments(digits, tmp_path / "o", *dry_run)
+    assert "any prompt" in fails(capsys, *argv, "--rollout_cache_tokens", 128)
+
+
+def test_cache_limit_that_has_no_effect_is_named(digits, tmp_path, caplog, capsys):
+    argv = arguments(digits, tmp_path / "o", "--dry_run", "--rollout_cache_tokens", 1)
+    assert main([*map(str, argv), "--rollout_backend", "hf"]) == 0
+    assert "--rollout_cache_tokens has no effect with --rollout_backend hf" in caplog.text
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry_run"]])
+def test_model_that_native_rollouts_cannot_reach_is_named_at_the_start(
+    digits, tmp_path, capsys, monkeypatch, dry_run
+):
+    monkeypatch.setattr(shared_prefix, "unreachable", lambda model: "it is made of stone")
+    steps = []
+    monkeypatch.setattr("virft_fast.train.train_step", lambda *a: steps.append(a))
+    said = fails(capsys, *arguments(digits, tmp_path / "o", *dry_run))
+    assert "made of stone; pass --rollout_backend hf" in said and not steps
 
 
 def test_unknown_flag_names_the_closest(capsys):

@@ -30,27 +30,34 @@ def characters(completions, **columns):
     return [sum(map(ord, c[0]["content"])) % 17 / 17 for c in completions]
 
 
-def train(trainer_class, folder, **options):
+def make_trainer(trainer_class, folder, peft_config=None, **options):
     from trl import GRPOConfig
 
-    data = build_demo("digits_classification", folder / "data", num_train=8, num_test=2)["train"]
+    data = build_demo("digits_classification", folder / "data", num_train=8, num_test=2)
     data = data.map(
         lambda row: {"prompt": [{"role": "user", "content": row["problem"]}]},
         remove_columns=["problem"],
     )
-    config = GRPOConfig(
-        output_dir=str(folder / "out"), use_cpu=True, max_steps=3, per_device_train_batch_size=4,
-        gradient_accumulation_steps=2, num_generations=4, max_completion_length=12, seed=3,
-        learning_rate=0.05, optim="sgd", logging_steps=1, report_to="none", save_strategy="no",
-        bf16=False, temperature=0.9, **options,
-    )  # fmt: skip
-    trainer = trainer_class(
+    settings = {
+        "use_cpu": True, "max_steps": 3, "per_device_train_batch_size": 4, "num_generations": 4,
+        "gradient_accumulation_steps": 2, "max_completion_length": 12, "seed": 3, "optim": "sgd",
+        "learning_rate": 0.05, "logging_steps": 1, "report_to": "none", "save_strategy": "no",
+        "bf16": False, "temperature": 0.9, "per_device_eval_batch_size": 4,
+        "use_bias_correction_kl": False,
+    }  # fmt: skip
+    return trainer_class(
         model=load_model("tiny"),
         processing_class=load_processor("tiny"),
-        args=config,
+        args=GRPOConfig(output_dir=str(folder / "out"), **(settings | options)),
         reward_funcs=[characters, REWARDS["format"]],
-        train_dataset=data,
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        peft_config=peft_config,
     )
+
+
+def train(trainer_class, folder, **options):
+    trainer = make_trainer(trainer_class, folder, **options)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -75,3 +82,34 @@ def test_three_steps_give_trls_own_losses_and_weights(tmp_path, options):
     moved = torch.cat([(reference[name] - start[name]).flatten() for name in start])
     apart = torch.cat([(reference[name] - weights[name]).flatten() for name in start])
     assert moved.norm() > 0 and apart.norm() < 1e-3 * moved.norm()
+
+
+def test_evaluation_and_lora_give_trls_own_losses(tmp_path):
+    from peft import LoraConfig
+    from trl import GRPOTrainer
+
+    losses = []
+    for trainer_class in (GRPOTrainer, example().FusedGRPOTrainer):
+        torch.manual_seed(0)
+        trainer = make_trainer(
+            trainer_class, tmp_path / trainer_class.__name__, max_steps=1, eval_strategy="steps",
+            eval_steps=1, loss_type="dapo", temperature=1.0,
+            peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
+        )  # fmt: skip
+        trainer.train()
+        history = trainer.state.log_history
+        losses.append([e[k] for e in history for k in ("loss", "eval_loss") if k in e])
+    assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"loss_type": "sapo"}, "loss_type sapo"),
+        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile"),
+        ({"beta": 0.1, "use_bias_correction_kl": True}, "use_bias_correction_kl"),
+    ],
+)
+def test_what_it_does_not_cover_is_refused(tmp_path, options, named):
+    with pytest.raises(ValueError, match=f"expected a run without {named}"):
+        make_trainer(example().FusedGRPOTrainer, tmp_path, **options)

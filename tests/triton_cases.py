@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 pytest tests/triton_cases.py
 import itertools
 import math
 import os
+import sys
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from virft_fast.kernels import (
     logps_and_entropy,
     selective_log_softmax,
 )
+from virft_fast.kernels import linear as linear_module
 from virft_fast.kernels import logprobs as logprobs_module
 from virft_fast.kernels.token_loss import token_loss
 
@@ -47,7 +49,9 @@ def poisoned_outputs(monkeypatch):
         return out if inplace else out.fill_(NAN)
 
     monkeypatch.setattr(triton_rows, "_empty", nans)
-    monkeypatch.setattr(logprobs_module, "gradient_buffer", nans_like)
+    # The package's name `grpo_loss` is the function, not the module.
+    for module in (logprobs_module, sys.modules["virft_fast.kernels.grpo_loss"]):
+        monkeypatch.setattr(module, "gradient_buffer", nans_like)
 
 
 def oracle(logits, ids, temperature=1.0):
@@ -421,3 +425,64 @@ def test_a_new_completion_length_compiles_nothing():
         result.loss.backward()
         counts.append(compiled())
     assert counts[0] == counts[-1]
+
+
+@pytest.mark.parametrize("vocab", [37, 4160])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_16_bit_factors_against_float64(monkeypatch, autocast, vocab):
+    """The way of a GPU: 16-bit factors, float32 products, the gradient tile over the logits."""
+    if INTERPRETED:
+        stub_16_bit_products(monkeypatch)
+    g = torch.Generator().manual_seed(3)
+    _, _, mask, rewards, _, _ = make_problem()
+    ids = random_ids(vocab, 4, 3)
+    hidden = torch.randn(4, 3, 16, generator=g).bfloat16().to(DEVICE)
+    weight = torch.randn(vocab, 16, generator=g).bfloat16().to(DEVICE)
+    given = torch.float32 if autocast else torch.bfloat16
+    results = []
+    for dtype in (torch.float64, given):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast and dtype == given):
+            loss = linear_grpo_loss(*leaves, ids, mask, rewards=rewards, num_generations=2)
+            logps, entropy = linear_logps(*leaves, ids, temperature=0.9, chunk_tokens=5)
+        grads = [g for x in (loss.loss, (logps + entropy).mean())
+                 for g in torch.autograd.grad(x, leaves)]  # fmt: skip
+        results.append((loss.logps.double(), logps.double(), entropy.double(), *grads))
+    for got, value in zip(results[1][:3], results[0][:3], strict=True):
+        torch.testing.assert_close(got, value, atol=1e-5, rtol=1e-5)
+    limit = 8e-3 if INTERPRETED else 4e-3  # the interpreter cuts bits off where a GPU rounds
+    for got, value in zip(results[1][3:], results[0][3:], strict=True):
+        assert got.dtype == given
+        assert ((got.double() - value).norm() / value.norm()).item() < limit
+
+
+def stub_16_bit_products(monkeypatch):
+    def product(left, right, dtype):
+        assert left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float64)
+        return (left.double() @ right.double()).to(dtype)
+
+    monkeypatch.setattr(linear_module, "_multiplies_16_bits", lambda device: True)
+    monkeypatch.setattr(
+        linear_module, "_mm", lambda left, right, out: out.copy_(product(left, right, out.dtype))
+    )
+    monkeypatch.setattr(
+        linear_module,
+        "_add_mm",
+        lambda total, left, right: total.add_(product(left, right, total.dtype)),
+    )
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="4 GiB that a CPU never touches")
+def test_rows_beyond_32_bits():
+    """Rows 2^31 elements apart, read and written where they are."""
+    apart, vocab = 2**31 + 16, 17
+    logits = torch.empty(apart + 64, dtype=torch.bfloat16).as_strided((2, vocab), (apart, 1))
+    logits.copy_(random_logits(2, vocab))
+    ids = torch.tensor([3, 16])
+    expected = logits.double().requires_grad_()
+    wanted = oracle(expected, ids)[0]
+    (grad,) = torch.autograd.grad(wanted.sum(), expected)
+    logps, norms, _ = triton_rows.rows_forward(logits, ids, 1.0)
+    torch.testing.assert_close(logps.double(), wanted.detach(), atol=1e-5, rtol=1e-5)
+    triton_rows.rows_backward(logits, ids, norms, None, torch.ones(2), None, 1.0, logits)
+    torch.testing.assert_close(logits.double(), grad, atol=1e-3, rtol=1e-2)

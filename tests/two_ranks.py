@@ -1,10 +1,13 @@
 """Child of test_distributed.py: a few steps on this rank, then rank 0 saves the parameters.
 
-    torchrun --nproc_per_node W two_ranks.py OUT STAGE BATCH KIND
+    torchrun --nproc_per_node W two_ranks.py OUT BATCH STAGE:KIND [STAGE:KIND ...]
 
 STAGE is a ZeRO stage, or -1 for the plain engine; BATCH is this rank's number of prompts; KIND is
-`images`, `mixed` (rank 1 has text only), `nan` (rank 1 alone gets a loss that is not finite) or
-`lora` (an adapter is trained, with gradient checkpointing and the adapter off as the reference).
+`images`, `mixed` (rank 1 has text only), `nan` (rank 1 alone gets a loss that is not finite),
+`lora` (an adapter is trained, with gradient checkpointing and the adapter off as the reference),
+`dropped` (no KL term, microbatches by tokens, and groups of equal rewards: rank 1's in the first
+step, most of rank 1's in the second, rank 0's in the third) or `frozen` (as `dropped`, with the
+vision tower frozen). One run after another, each with a model of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import sys
 import torch
 from helpers import CPU, letter_count, make_prompts, make_sample
 
-from virft_fast import dist
+from virft_fast import dist, grpo
 from virft_fast.config import GRPOConfig
 from virft_fast.engine import (
     DeepSpeedEngine,
@@ -27,7 +30,7 @@ from virft_fast.engine import (
 )
 from virft_fast.grpo import TrainState, train_step
 from virft_fast.models.processing import load_processor
-from virft_fast.models.qwen_vl import Policy, add_lora, load_model
+from virft_fast.models.qwen_vl import Policy, add_lora, freeze_vision_tower, load_model
 from virft_fast.models.tiny import resolve_model_path
 from virft_fast.rollout.backends import make_rollout
 from virft_fast.train import end_process
@@ -35,12 +38,16 @@ from virft_fast.train import end_process
 STEPS = 3
 
 
-def make_engine(stage, policy, settings):
+# The step's prompts whose completions all get the same reward.
+EQUAL = [{4, 5, 6, 7}, {0, 4, 6, 7}, {0, 1, 2, 3}]
+DROPPING = ("dropped", "frozen")
+
+
+def make_engine(stage, policy, settings, config, kind):
     if stage < 0:
-        return PlainEngine(policy, settings, device=CPU), None
+        return PlainEngine(policy, settings, device=CPU)
     make_empty = lambda: make_policy(kind, empty=True)  # noqa: E731
-    engine = DeepSpeedEngine(policy, settings, config=CONFIG, device=CPU, make_empty=make_empty)
-    return engine, CONFIG
+    return DeepSpeedEngine(policy, settings, config=config, device=CPU, make_empty=make_empty)
 
 
 def all_prompts(processor, kind):
@@ -52,10 +59,6 @@ def all_prompts(processor, kind):
     )
 
 
-def reward(prompts, completions, **columns):
-    return letter_count(prompts, completions)
-
-
 def make_policy(kind, empty=False):
     model = load_model("tiny", empty=empty).train()
     if kind == "lora":
@@ -63,60 +66,116 @@ def make_policy(kind, empty=False):
         model = add_lora(model, r=4, alpha=8, target_modules=["q_proj", "down_proj"])
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
+    if kind == "frozen":
+        freeze_vision_tower(model)
     return Policy(model)
 
 
-out, stage, batch, kind = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-torch.set_num_threads(1)
-dist.init()
-processor = load_processor(resolve_model_path("tiny"))
-# A large epsilon: see test_grpo.SMOOTH.
-settings = OptimizerSettings(learning_rate=2e-3, epsilon=1e-3, max_grad_norm=0.05)
-CONFIG, settings = resolve_deepspeed_config(
-    {"zero_optimization": {"stage": max(stage, 0), "stage3_param_persistence_threshold": 0}},
-    settings=settings,
-    micro_batch_size=batch // 2,
-    gradient_accumulation_steps=2,
-    bf16=False,
-    hidden_size=128,
-    world_size=dist.world_size(),
-)
-alive = prepare_deepspeed(CONFIG, CPU) if stage >= 0 else None
-policy = make_policy(kind)
-reference = None if kind == "lora" else Policy(load_model("tiny"))
-del alive
-engine, config = make_engine(stage, policy, settings)
-grpo = GRPOConfig(num_generations=2, max_completion_length=6, beta=0.1, loss_type="dapo")
-state = TrainState(
-    config=grpo,
-    policy=policy,
-    engine=engine,
-    reference=make_reference(reference, engine, config) if reference else engine.forward,
-    rollout=make_rollout("native", engine.whole_weights, processor.tokenizer, device=CPU),
-    tokenizer=processor.tokenizer,
-    reward_funcs=[("letters", reward)],
-    reward_weights=[1.0],
-    learning_rate=lambda step: settings.learning_rate,
-    prompts_per_microbatch=batch // 2,
-    gradient_accumulation_steps=2,
-)
-prompts = all_prompts(processor, kind)
-mine = prompts[dist.rank() * batch : (dist.rank() + 1) * batch]
-start = engine.model_state(policy.model, torch.float32)
-if kind == "nan" and dist.rank() == dist.world_size() - 1:
+def prepare(stage, batch, kind, processor):
+    """The state of a run, its metrics still to come."""
+    # A large epsilon: see test_grpo.SMOOTH.
+    settings = OptimizerSettings(learning_rate=2e-3, epsilon=1e-3, max_grad_norm=0.05)
+    config, settings = resolve_deepspeed_config(
+        {"zero_optimization": {"stage": max(stage, 0), "stage3_param_persistence_threshold": 0}},
+        settings=settings,
+        micro_batch_size=batch // 2,
+        gradient_accumulation_steps=2,
+        bf16=False,
+        hidden_size=128,
+        world_size=dist.world_size(),
+    )
+    alive = prepare_deepspeed(config, CPU) if stage >= 0 else None
+    policy = make_policy(kind)
+    reference = None if kind in ("lora", *DROPPING) else Policy(load_model("tiny"))
+    del alive
+    engine = make_engine(stage, policy, settings, config, kind)
+    call_reference = make_reference(reference, engine, config) if reference else engine.forward
+
+    def reward(prompts, completions, problem, **columns):
+        values = letter_count(prompts, completions)
+        equal = EQUAL[state.step] if kind in DROPPING else ()
+        return [
+            1.0 if index_of(text) in equal else value
+            for text, value in zip(problem, values, strict=True)
+        ]
+
+    beta = 0.0 if kind in DROPPING else 0.1
+    state = TrainState(
+        config=GRPOConfig(num_generations=2, max_completion_length=6, beta=beta, loss_type="dapo"),
+        policy=policy,
+        engine=engine,
+        reference=call_reference,
+        rollout=make_rollout("native", engine.whole_weights, processor.tokenizer, device=CPU),
+        tokenizer=processor.tokenizer,
+        reward_funcs=[("letters", reward)],
+        reward_weights=[1.0],
+        learning_rate=lambda step: settings.learning_rate,
+        prompts_per_microbatch=batch // 2,
+        gradient_accumulation_steps=2,
+        # The longest group is split; of the short ones two fit.
+        max_tokens_per_microbatch=60 if kind in DROPPING else None,
+    )
+    return state
+
+
+def index_of(problem):
+    return int(problem.removeprefix("Detect ").removesuffix("."))
+
+
+def spoil(engine):
+    """Make the loss NaN on the last rank."""
     forward = engine.forward
 
     def spoiled(*args, **kwargs):
         fields = forward(*args, **kwargs)
         return (fields[0] * torch.nan, *fields[1:]) if kwargs.get("loss") else fields
 
-    engine.forward = spoiled
-metrics = [train_step(state, mine)[0] for _ in range(STEPS)]
-saved = engine.model_state(policy.model, torch.float32)
-if dist.is_main():
-    torch.save({"start": start, "end": saved}, f"{out}.pt")
-    with open(f"{out}.json", "w") as file:
-        json.dump(metrics, file)
-dist.barrier()
+    if dist.rank() == dist.world_size() - 1:
+        engine.forward = spoiled
+
+
+def count_plans(engine):
+    """Of each step: how many microbatches this rank had itself, and how many it went through."""
+    plans, plan, backward = [], grpo.plan_microbatches, engine.backward
+
+    def planned(*args, **kwargs):
+        made = plan(*args, **kwargs)
+        plans.append([len(made), 0])
+        return made
+
+    def counted(*args, **kwargs):
+        plans[-1][1] += 1
+        return backward(*args, **kwargs)
+
+    grpo.plan_microbatches, engine.backward = planned, counted
+    return plans
+
+
+def take_steps(out, stage, batch, kind, processor):
+    state = prepare(stage, batch, kind, processor)
+    engine, model = state.engine, state.policy.model
+    mine = all_prompts(processor, kind)[dist.rank() * batch : (dist.rank() + 1) * batch]
+    start = engine.model_state(model, torch.float32)
+    if kind == "nan":
+        spoil(engine)
+    original = grpo.plan_microbatches
+    plans = count_plans(engine)
+    metrics = [train_step(state, mine)[0] for _ in range(STEPS)]
+    grpo.plan_microbatches = original
+    plans = dist.all_gather_object(plans)
+    end = engine.model_state(model, torch.float32)
+    if dist.is_main():
+        torch.save({"start": start, "end": end}, f"{out}-{stage}-{kind}.pt")
+        with open(f"{out}-{stage}-{kind}.json", "w") as file:
+            json.dump({"metrics": metrics, "plans": plans}, file)
+    dist.barrier()
+
+
+torch.set_num_threads(1)
+dist.init()
+processor = load_processor(resolve_model_path("tiny"))
+for run in sys.argv[3:]:
+    stage, kind = run.split(":")
+    take_steps(sys.argv[1], int(stage), int(sys.argv[2]), kind, processor)
 dist.shutdown()
 end_process(0)

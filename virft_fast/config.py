@@ -161,7 +161,7 @@ class GRPOConfig:
     num_iterations: int = arg(1, "Optimizer passes over one batch of rollouts (mu).")
     loss_type: str = arg("grpo", f"One of {', '.join(LOSS_TYPES)}.")
     loss_impl: str = arg(
-        "fused", "fused, or reference: whole logits and plain autograd, to compare with."
+        "fused", "fused, or reference: whole logits and their log-softmax, to compare with."
     )
     scale_rewards: str = arg("group", "group, batch or none: what divides the centred rewards.")
     importance_sampling_level: str = arg("token", "token or sequence.")

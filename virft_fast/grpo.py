@@ -50,7 +50,7 @@ class TrainState:
         learning_rate: step -> rate.
         step: steps done.
         bad_steps: non-finite steps in a row, up to now.
-        num_tokens: completion tokens trained on, all ranks.
+        num_tokens: completion tokens drawn so far on all ranks, those nothing was learnt from too.
     """
 
     config: GRPOConfig

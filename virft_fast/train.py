@@ -73,8 +73,8 @@ from virft_fast.models.qwen_vl import (
 )
 from virft_fast.models.tiny import resolve_model_path
 from virft_fast.report import format_table, write_report, write_summary
-from virft_fast.rollout.backends import make_rollout
-from virft_fast.rollout.native import cache_numbers
+from virft_fast.rollout.backends import check_cache_limit, check_model, make_rollout
+from virft_fast.rollout.native import KEPT_SHARE, CachePlan, cache_numbers
 
 logger = logging.getLogger("virft_fast")
 
@@ -193,6 +193,14 @@ def run(config: RunConfig, device: torch.device) -> int:
     stop = StopSignal()
     output_dir = Path(config.train.output_dir)
     with usage():
+        check_cache_limit(
+            config.grpo.rollout_backend,
+            config.grpo.rollout_cache_tokens,
+            num_generations=config.grpo.num_generations,
+            max_prompt_length=config.data.max_prompt_length,
+            max_completion_length=config.grpo.max_completion_length,
+            device=device,
+        )
         resume = prepare_output_dir(config)
         processor = load_processor(
             resolve_model_path(config.model.model_name_or_path),
@@ -397,6 +405,7 @@ def prepare_training(
     partitioning = prepare_deepspeed(ds_config, device) if ds_config else None
     dtype = training_dtype(config.model, bf16=train.bf16, deepspeed=ds_config is not None)
     policy = build_policy(config.model, grpo, dtype, device)
+    check_model(grpo.rollout_backend, policy)
     reference = None
     if grpo.beta > 0 and not config.model.use_peft:
         frozen = replace(config.model, gradient_checkpointing=False)
@@ -814,6 +823,7 @@ def dry_run(config: RunConfig, data: Data, processor: Any) -> int:
     learning_rates(config, num_steps(config, len(data.train)))
     _deepspeed(config, OptimizerSettings(learning_rate=config.train.learning_rate))
     policy = build_policy(config.model, config.grpo, torch.float32, dist.local_device(), empty=True)
+    check_model(config.grpo.rollout_backend, policy)
     _print_model(config, policy)
     print("\n# one prompt as the model reads it")
     sample, reasons = None, []
@@ -854,7 +864,8 @@ def memory_estimate(
     config: RunConfig, total: int, trainable: int, policy: Policy, stage: int
 ) -> list[str]:
     """Bytes per process by formula: weights, gradients and optimizer state as ZeRO divides them,
-    the KV cache of one rollout. Activations depend on the images and are left out."""
+    the keys and values of the largest rollout. Activations depend on the images and are left out,
+    as is what CUDA needs for itself and for graphs."""
     world = dist.world_size()
     low = 2 if config.train.bf16 and config.train.deepspeed else 4
     masters = 4 if low == 2 else 0
@@ -863,24 +874,42 @@ def memory_estimate(
     gradients = trainable * low / (world if stage >= 2 else 1)
     optimizer = trainable * (8 + masters) / (world if stage >= 1 else 1)
     copied = total * low if stage == 3 else 0
-    prompt = config.data.max_prompt_length or 1024
-    prompts = prompts_per_step(config) // world
-    rows = prompts * config.grpo.num_generations
-    copies_of_prompt = rows if config.grpo.rollout_backend == "hf" else prompts
-    tokens = copies_of_prompt * prompt + rows * config.grpo.max_completion_length
-    tokens = min(tokens, config.grpo.rollout_cache_tokens or tokens)
+    tokens, how = rollout_tokens(config, dist.local_device())
     cache = tokens * cache_numbers(policy.config.get_text_config())
-    cache *= 2 if config.train.bf16 else 4
+    narrow = config.train.bf16 or config.model.dtype == "bfloat16"
+    cache *= 2 if narrow else 4
     parts = {
         "weights" + (" (with the reference)" if copies == 2 else ""): weights,
         "gradients": gradients,
         "optimizer state": optimizer,
         "copy of the whole weights for rollouts": copied,
-        f"keys and values of a rollout, {tokens:,} tokens": cache,
+        f"keys and values of a rollout, {tokens:,} tokens ({how})": cache,
     }
     lines = [f"\n# memory of one process, by formula (ZeRO stage {stage}, {world} processes)"]
     lines += [f"{size / 2**20:>12,.1f} MiB  {name}" for name, size in parts.items() if size]
     return [*lines, f"{sum(parts.values()) / 2**20:>12,.1f} MiB  in all, without activations"]
+
+
+def rollout_tokens(config: RunConfig, device: torch.device) -> tuple[int, str]:
+    """Tokens whose keys and values the largest rollout of a process holds at once, a step's or the
+    evaluation's, and how that is meant."""
+    grpo, world = config.grpo, dist.world_size()
+    prompt = config.data.max_prompt_length or 1024
+    batch = min(config.train.eval_batch_size, math.ceil(config.train.eval_samples / world))
+    batches = [(prompts_per_step(config) // world, grpo.num_generations), (batch, 1)]
+    how = f"prompts of {prompt:,}"
+    if grpo.rollout_backend == "hf":
+        return max(b * g * (prompt + grpo.max_completion_length) for b, g in batches), how
+    tokens = max(
+        CachePlan.rounded(b, g, prompt, grpo.max_completion_length, device.type).num_tokens
+        for b, g in batches
+    )
+    # Without a limit a GPU's free memory is one; what doesn't fit is decoded in several batches.
+    tokens = min(tokens, grpo.rollout_cache_tokens or tokens)
+    graphs = device.type == "cuda" and (config.train.deepspeed or not config.train.bf16)
+    if not graphs:
+        return tokens, f"{how}; free while training"
+    return tokens, f"{how}; kept while training, if below {KEPT_SHARE:.0%} of the GPU's memory"
 
 
 def _check_solutions(data: Data) -> int:

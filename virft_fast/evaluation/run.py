@@ -47,7 +47,7 @@ from virft_fast.models.processing import load_processor, resized
 from virft_fast.models.qwen_vl import Policy, load_model, read_config
 from virft_fast.models.tiny import resolve_model_path
 from virft_fast.rollout import Rollout
-from virft_fast.rollout.backends import make_rollout
+from virft_fast.rollout.backends import check_cache_limit, check_model, make_rollout
 from virft_fast.tasks.answers import ClosedSet
 from virft_fast.tasks.coordinates import FAMILY_SPACE
 
@@ -114,6 +114,14 @@ class Evaluation:
         self.journal: Journal | None = None  # the main process's
         self._finished: dict[str, list[Record]] = {}
         with usage():
+            check_cache_limit(
+                config.rollout_backend,
+                config.rollout_cache_tokens,
+                num_generations=1,
+                max_prompt_length=config.max_prompt_length,
+                max_completion_length=config.max_completion_length,
+                device=device,
+            )
             self.path = resolve_model_path(config.model_name_or_path)
             self.processor = load_processor(
                 self.path,
@@ -196,7 +204,8 @@ class Evaluation:
                 dtype=dtype,
                 attn_implementation=config.attn_implementation,
             )
-        policy = Policy(model.to(self.device)).eval()
+            policy = Policy(model.to(self.device)).eval()
+            check_model(config.rollout_backend, policy)
         return make_rollout(
             config.rollout_backend,
             lambda: contextlib.nullcontext(policy),

@@ -108,9 +108,10 @@ def grpo_loss(
             "k2" d^2/2, "k3" exp(d) - d - 1.
         temperature: > 0, divides the logits.
         max_completion_length: of dr_grpo; None: T. Needed when packed.
-        num_items: denominator of bnpo, dapo and cispo; 0-d tensors stay on their device. None: the
-            active tokens of this call. Pass the count of all microbatches (over the ranks: count /
-            world size, if gradients are averaged) to make accumulation equal one big batch.
+        num_items: denominator of bnpo, dapo and cispo, >= 0, where 0 stands for no token at all;
+            0-d tensors stay on their device. None: the active tokens of this call. Pass the count
+            of all microbatches (over the ranks: count / world size, if gradients are averaged) to
+            make accumulation equal one big batch.
         cu_seqlens: packed layout: (N+1,) int32 offsets, with logits (S, V), ids, old and reference
             log-probs (S,); `completion_mask` may then be None.
         inplace: the backward pass writes the gradient over `logits`; nothing may need them after.
@@ -190,6 +191,11 @@ class LossTerms:
     by_sequence: bool
     capped: bool
     kl: str
+
+    @property
+    def may_clip(self) -> bool:
+        """Whether a token with an advantage can be without a gradient, KL term aside."""
+        return not self.capped and (self.old_logps is not None or self.delta is not None)
 
     @cached_property
     def advantages(self) -> Tensor:
@@ -365,7 +371,7 @@ def make_terms(
     epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
     numbers = {"beta": beta, "epsilon_low": epsilon_low, "epsilon_high": epsilon_high}
     for name, value in numbers.items():
-        if not value >= 0:
+        if not value >= 0 or (name == "beta" and value == math.inf):
             raise ValueError(f"{name}: expected a number >= 0, got {value}")
     if delta is not None and not delta > 0:
         raise ValueError(f"delta: expected a number > 0 or None, got {delta}")
@@ -424,7 +430,7 @@ def _token_weights(
     max_completion_length: int | None,
     num_items: int | float | Tensor | None,
 ) -> Tensor:
-    """(R,) weight of each token's term in the loss; denominators are at least 1."""
+    """(R,) weight of each token's term in the loss; no denominator is 0."""
     mask = layout.mask.to(dtype)
     num_sequences = max(layout.num_sequences, 1)
     if loss_type in ("grpo", "gspo"):
@@ -443,7 +449,9 @@ def _token_weights(
         num_items = layout.lengths.sum()
     elif not isinstance(num_items, Tensor) and not 0 <= num_items < math.inf:
         raise ValueError(f"num_items: expected a count of tokens or None, got {num_items}")
-    return mask / torch.as_tensor(num_items, dtype=dtype, device=mask.device).clamp(min=1)
+    # A fraction is right: the share of one of several ranks.
+    count = torch.as_tensor(num_items, dtype=dtype, device=mask.device)
+    return mask / torch.where(count > 0, count, 1.0)
 
 
 def _flat_logps(

@@ -1,6 +1,8 @@
 """Log-probs and the GRPO loss straight from hidden states: the LM head without its logits.
 
-Logits are formed, used and dropped tile by tile, some rows at a time, in float32.
+Logits are formed, used and dropped tile by tile, some rows at a time, in float32. The host waits
+for the device where it must know how many rows there are: once a call for the tokens that count,
+and once a tile for those that aren't clipped, where old log-probs make clipping possible.
 """
 
 from __future__ import annotations
@@ -63,15 +65,18 @@ def linear_logps(
     check_ids("index", index, weight.shape[0])
     rows = chunk_tokens or _tile_rows(weight)
     logps, entropy = _LinearLogps.apply(
-        hidden.flatten(0, -2), weight, bias, index.reshape(-1), 1 / temperature, rows
-    )
+        hidden.flatten(0, -2), weight, bias, index.reshape(-1), 1 / temperature, rows,
+        factor_dtype(hidden, weight),
+    )  # fmt: skip
     return logps.view(index.shape), entropy.view(index.shape)
 
 
 def linear_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """(n, D) @ (V, D).T in float32, however narrow the inputs, as the losses here form logits."""
-    head = _Head(weight, None, hidden.dtype, len(hidden), False, False)
-    return head.logits(hidden)
+    factor = factor_dtype(hidden, weight)
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = _Head(weight, None, compute_dtype(hidden, weight), factor, len(hidden))
+        return head.logits(hidden)
 
 
 def linear_grpo_loss(
@@ -103,7 +108,8 @@ def linear_grpo_loss(
 
     The gradients are computed together with the loss, so that each tile of logits serves both and
     `weight` is read in the forward pass alone (under ZeRO-3: one gather). The backward pass only
-    scales them. Ratios of sequences need all log-probs first and form the logits twice.
+    scales them. With ratios of sequences, a sequence longer than a tile needs all its log-probs
+    first: its logits are formed twice.
 
     Args:
         hidden: (N, T, D) at the positions that predict `completion_ids`, or packed (S, D) with
@@ -146,82 +152,112 @@ def linear_grpo_loss(
         ids,
         1 / temperature,
         chunk_tokens or _tile_rows(weight),
+        factor_dtype(hidden, weight),
         terms,
         torch.is_grad_enabled(),
     )
     return make_result(terms, *values)
 
 
+def factor_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What the matrix products take their factors in; called where autocast is still on.
+
+    A GPU multiplies bfloat16 into float32: bfloat16 inputs and bfloat16 autocast go that way. So
+    would float16, but the gradient of a logit, p / (N T) and less, underflows in it; and a CPU
+    gains nothing. Those take float32, or float64 if an input is.
+    """
+    dtype = compute_dtype(hidden, weight)
+    if dtype == torch.float64 or not _multiplies_16_bits(hidden.device):
+        return dtype
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        narrow = torch.get_autocast_dtype(kind) == torch.bfloat16
+    else:
+        narrow = torch.bfloat16 in (hidden.dtype, weight.dtype)
+    return torch.bfloat16 if narrow else dtype
+
+
+def _multiplies_16_bits(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _mm(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """left @ right into `out`, rounded to its dtype alone."""
+    if left.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    return torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def _add_mm(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in the dtype of `total`."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
 class _Head:
     """Tiles of logits of (R, D) hidden states, and the gradients back through them.
 
-    16-bit products are formed in float32 on a GPU, on the CPU in float32 from the start; a gradient
-    tile is rounded to the inputs' 16 bits before its two products. grad_weight is one float32
-    accumulator over the tiles in their order: no atomics, the same bits in every run.
+    Products of 16-bit factors are formed in `dtype`, float32 or float64; a gradient tile is rounded
+    to `factor` before its two products. grad_weight is one accumulator in `dtype` over the tiles in
+    their order: no atomics, the same bits in every run.
     """
 
-    def __init__(self, weight, bias, hidden_dtype, tile_rows, wants_weight, wants_bias):
-        self.dtype = torch.promote_types(compute_dtype(weight), hidden_dtype)
-        narrow = [t for t in (hidden_dtype, weight.dtype) if t in (torch.bfloat16, torch.float16)]
-        self.factor_dtype = self.dtype
-        if weight.is_cuda and narrow and self.dtype != torch.float64:
-            self.factor_dtype = narrow[0]
-        self.weight = weight.detach().to(self.factor_dtype)
-        self.bias = None if bias is None else bias.detach().to(self.dtype)
+    def __init__(
+        self, weight, bias, dtype, factor, tile_rows, wants_weight=False, wants_bias=False
+    ):
+        self.dtype, self.factor = dtype, factor
+        self.weight = weight.detach().to(factor)
+        self.bias = None if bias is None else bias.detach().to(dtype)
         vocab = weight.shape[0]
-        self.buffer = torch.empty((tile_rows, vocab), dtype=self.dtype, device=weight.device)
+        self.buffer = torch.empty((tile_rows, vocab), dtype=dtype, device=weight.device)
         zeros = lambda wanted, like: (  # noqa: E731
-            torch.zeros(like.shape, dtype=self.dtype, device=like.device) if wanted else None
+            torch.zeros(like.shape, dtype=dtype, device=like.device) if wanted else None
         )
         self.grad_weight = zeros(wants_weight, weight)
         self.grad_bias = zeros(wants_bias and bias is not None, self.bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, D) -> (n, V), valid until the next tile is asked for."""
-        tile = self.buffer[: len(hidden)]
-        hidden = hidden.to(self.factor_dtype)
-        if self.factor_dtype == self.dtype:
-            torch.mm(hidden, self.weight.T, out=tile)
-        else:
-            torch.mm(hidden, self.weight.T, out_dtype=self.dtype, out=tile)
+        tile = _mm(hidden.to(self.factor), self.weight.T, self.buffer[: len(hidden)])
         return tile if self.bias is None else tile.add_(self.bias)
 
-    def backward(self, tile: Tensor, hidden: Tensor, *gradient, grad_hidden: Tensor | None) -> None:
+    def backward(self, tile: Tensor, hidden: Tensor, *gradient, wants_hidden: bool = True):
         """Through the tile, which it overwrites; `gradient` as `rows_backward` takes it.
 
-        grad_hidden: (n, D), filled here, or None where nobody asks for it.
+        Returns:
+            (n, D) gradient of `hidden` in `dtype`, or None where nobody asks for it.
         """
         grad = self._grad_logits(tile, *gradient)
-        hidden = hidden.to(self.factor_dtype)
-        if grad_hidden is not None:
-            grad_hidden.copy_(grad @ self.weight)
         if self.grad_weight is not None:
-            if self.factor_dtype == self.dtype:
-                self.grad_weight.addmm_(grad.T, hidden)
-            else:
-                torch.addmm(
-                    self.grad_weight, grad.T, hidden, out_dtype=self.dtype, out=self.grad_weight
-                )
+            _add_mm(self.grad_weight, grad.T, hidden.to(self.factor))
         if self.grad_bias is not None:
             self.grad_bias += grad.sum(0, dtype=self.dtype)
+        if wants_hidden:
+            return _mm(grad, self.weight, hidden.new_empty(hidden.shape, dtype=self.dtype))
 
     def _grad_logits(self, tile, ids, norms, entropy, grad_logps, grad_entropy, inv_temp) -> Tensor:
         triton_rows = triton_for(tile)
-        if triton_rows is not None and self.factor_dtype != self.dtype:
+        if triton_rows is not None and self.factor != self.dtype:
             return triton_rows.tile_backward(
-                tile, ids, norms, entropy, grad_logps, grad_entropy, inv_temp, self.factor_dtype
+                tile, ids, norms, entropy, grad_logps, grad_entropy, inv_temp, self.factor
             )
         rows_backward(tile, ids, norms, entropy, grad_logps, grad_entropy, inv_temp, tile)
-        return tile.to(self.factor_dtype)
+        return tile.to(self.factor)
 
 
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, index, inv_temp, tile_rows):
-        ctx.inv_temp, ctx.tile_rows = inv_temp, tile_rows
+    def forward(ctx, hidden, weight, bias, index, inv_temp, tile_rows, factor):
+        ctx.inv_temp, ctx.tile_rows, ctx.factor = (
+            inv_temp,
+            max(1, min(tile_rows, len(index))),
+            factor,
+        )
         ctx.set_materialize_grads(False)
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(weight, bias, hidden.dtype, min(tile_rows, len(index)), False, False)
+            head = _Head(weight, bias, compute_dtype(hidden, weight), factor, ctx.tile_rows)
             logps, norms, entropy = _all_logps(head, hidden.detach(), index, inv_temp)
         ctx.save_for_backward(hidden, weight, bias, index, norms, entropy)
         return logps, entropy
@@ -231,14 +267,15 @@ class _LinearLogps(torch.autograd.Function):
     def backward(ctx, grad_logps, grad_entropy):
         hidden, weight, bias, index, norms, entropy = ctx.saved_tensors
         if grad_logps is None and grad_entropy is None:
-            return (None,) * 6
+            return (None,) * 7
         wants_hidden, *wants = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(weight, bias, hidden.dtype, min(ctx.tile_rows, len(index)), *wants)
+            dtype = compute_dtype(hidden, weight)
+            head = _Head(weight, bias, dtype, ctx.factor, ctx.tile_rows, *wants)
             grad_hidden = torch.empty_like(hidden) if wants_hidden else None
             for rows in _tiles(len(index), ctx.tile_rows):
                 part = hidden.detach()[rows]
-                head.backward(
+                grad = head.backward(
                     head.logits(part),
                     part,
                     index[rows],
@@ -247,31 +284,32 @@ class _LinearLogps(torch.autograd.Function):
                     None if grad_logps is None else grad_logps[rows].contiguous(),
                     None if grad_entropy is None else grad_entropy[rows].contiguous(),
                     ctx.inv_temp,
-                    grad_hidden=None if grad_hidden is None else grad_hidden[rows],
+                    wants_hidden=wants_hidden,
                 )
-        return (
-            grad_hidden,
-            _as(head.grad_weight, weight),
-            _as(head.grad_bias, bias),
-            None,
-            None,
-            None,
-        )
+                if wants_hidden:
+                    grad_hidden[rows] = grad
+            del head.buffer  # before the gradient's cast takes its own memory
+        grads = [
+            None if grad is None else grad.to(parameter.dtype)
+            for grad, parameter in ((head.grad_weight, weight), (head.grad_bias, bias))
+        ]
+        return (grad_hidden, *grads, None, None, None, None)
 
 
 class _LinearGRPO(torch.autograd.Function):
     """Loss, statistics and, where anybody asks for them, the gradients, all in the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, inv_temp, tile_rows, terms, grad_enabled):
+    def forward(ctx, hidden, weight, bias, ids, inv_temp, tile_rows, factor, terms, grad_enabled):
         wants = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
         with torch.autocast(hidden.device.type, enabled=False):
-            run = _GRPORun(hidden.detach(), weight, bias, ids, inv_temp, tile_rows, terms, wants)
+            tile_rows = max(1, min(tile_rows, len(ids)))
+            head = _Head(weight, bias, compute_dtype(hidden, weight), factor, tile_rows, *wants[1:])
+            run = _GRPORun(head, hidden.detach(), ids, inv_temp, tile_rows, terms, wants)
             run.all()
-        head = run.head
-        ctx.save_for_backward(
-            run.grad_hidden, _as(head.grad_weight, weight), _as(head.grad_bias, bias)
-        )
+        # Rounded to the inputs' dtypes after the scaling of the backward pass: once.
+        ctx.save_for_backward(run.grad_hidden, head.grad_weight, head.grad_bias)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         rest = (run.logps, run.entropy, run.kl, run.clipped)
         ctx.mark_non_differentiable(*rest)
         return (run.loss, *rest)
@@ -280,20 +318,24 @@ class _LinearGRPO(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, *_):
         # Out of place, so that retain_graph works; and no test against 1, which would synchronise.
-        grads = [None if g is None else (g * grad_loss).to(g.dtype) for g in ctx.saved_tensors]
-        return (*grads, None, None, None, None, None)
+        grads = [
+            None
+            if grad is None
+            else torch.mul(grad, grad_loss, out=grad.new_empty(grad.shape, dtype=dtype))
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*grads, None, None, None, None, None, None)
 
 
 class _GRPORun:
     """One call of `linear_grpo_loss`: the tokens that count, tile by tile."""
 
-    def __init__(self, hidden, weight, bias, ids, inv_temp, tile_rows, terms, wants):
-        self.hidden, self.ids, self.inv_temp = hidden, ids, inv_temp
-        self.tile_rows = max(1, min(tile_rows, len(ids)))
+    def __init__(self, head, hidden, ids, inv_temp, tile_rows, terms, wants):
+        self.head, self.hidden, self.ids, self.inv_temp = head, hidden, ids, inv_temp
+        self.tile_rows = tile_rows
         self.terms = terms.normalised()
         self.with_gradient = any(wants)
-        self.head = _Head(weight, bias, hidden.dtype, self.tile_rows, *wants[1:])
-        self.grad_hidden = torch.zeros_like(hidden) if wants[0] else None
+        self.grad_hidden = torch.zeros_like(hidden, dtype=head.dtype) if wants[0] else None
         vector = lambda: torch.zeros(len(ids), dtype=self.head.dtype, device=ids.device)  # noqa: E731
         self.logps, self.entropy, self.kl, self.clipped = vector(), vector(), vector(), vector()
         self.loss = torch.zeros((), dtype=self.head.dtype, device=ids.device)
@@ -352,33 +394,36 @@ class _GRPORun:
         self.clipped[rows] = evaluated.clipped
 
     def _backward(self, tile, hidden, rows, ids, norms, d_logps) -> None:
-        """Gradients of a tile, without the tokens whose own is 0: clipped, or without advantage."""
-        if self.terms.beta == 0:
+        """Gradients of a tile, without the tokens that have none: clipped ones."""
+        if self.terms.may_clip and self.terms.beta == 0:
             keep = d_logps.nonzero()[:, 0]
             if not len(keep):
                 return
             if len(keep) < len(rows):
-                tile = _compacted(tile, keep)
+                tile, keep = _compacted(tile, keep)
                 hidden, rows = hidden[keep], rows[keep]
                 ids, norms, d_logps = ids[keep], norms[keep], d_logps[keep]
-        grad_hidden = None
-        if self.grad_hidden is not None:
-            grad_hidden = torch.empty_like(hidden)
-        self.head.backward(
-            tile, hidden, ids, norms, None, d_logps, None, self.inv_temp, grad_hidden=grad_hidden
+        wants_hidden = self.grad_hidden is not None
+        grad_hidden = self.head.backward(
+            tile, hidden, ids, norms, None, d_logps, None, self.inv_temp, wants_hidden=wants_hidden
         )
-        if grad_hidden is not None:
+        if wants_hidden:
             self.grad_hidden[rows] = grad_hidden
 
 
-def _compacted(tile: Tensor, keep: Tensor) -> Tensor:
-    """Rows `keep`, ascending, at the top of the tile; each is read before it is overwritten."""
-    in_place = keep == torch.arange(len(keep), device=keep.device)
+def _compacted(tile: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `keep`, ascending, at the top of the tile, and their order there: the last of them go
+    where one has been dropped, the others stay."""
+    top = torch.zeros(len(tile), dtype=torch.bool, device=keep.device)
+    top[keep] = True
+    moved = keep[keep >= len(keep)]
+    holes = top[: len(keep)].to(torch.int8).argsort(stable=True)[: len(moved)]
     size = max(1, len(tile) // 8)
-    for start in range(int(in_place.sum()), len(keep), size):
-        some = keep[start : start + size]
-        tile[start : start + len(some)] = tile[some]
-    return tile[: len(keep)]
+    for some, where in zip(moved.split(size), holes.split(size), strict=True):
+        tile[where] = tile[some]
+    order = torch.arange(len(keep), device=keep.device)
+    order[holes] = moved
+    return tile[: len(keep)], order
 
 
 def _whole_sequences(layout: Layout, tile_rows: int) -> Iterator[tuple[int, int, slice]]:
@@ -416,10 +461,6 @@ def _tile_rows(weight: Tensor) -> int:
     return max(1, min(elements // max(weight.shape[0], 1), MAX_TILE_ROWS))
 
 
-def _as(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    return None if grad is None else grad.to(parameter.dtype)
-
-
 def _check(
     hidden: Tensor,
     weight: Tensor,
@@ -439,6 +480,12 @@ def _check(
             f"hidden: expected {expected} floating point for ids {tuple(index.shape)} and weight "
             f"{tuple(weight.shape)}, got {tuple(hidden.shape)} {hidden.dtype}"
         )
+    devices = {"weight": weight, "bias": bias, "the token ids": index}
+    for name, tensor in devices.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"{name}: expected on {hidden.device} like hidden, got {tensor.device}; move it"
+            )
     if index.dtype != torch.int64:
         raise ValueError(f"index: expected int64 token ids, got {index.dtype}")
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):

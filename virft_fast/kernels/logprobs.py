@@ -137,7 +137,7 @@ def rows_forward_reference(
         log_total = total.log()
         logps[rows] = (picked - log_total)[:, 0]
         norms[rows, :1], norms[rows, 1:] = highest, log_total
-        entropy[rows] = (log_total - torch.linalg.vecdot(e, z)[:, None] / total)[:, 0]
+        entropy[rows] = (log_total - (e * z).sum(-1, keepdim=True) / total)[:, 0]
     # Rounding alone can leave the range, by an ulp; NaN stays NaN.
     return logps, norms, entropy.clamp_(0.0, math.log(logits.shape[-1]))
 
@@ -181,6 +181,8 @@ def rows_backward_reference(
     inv_temp: float,
     out: Tensor,
 ) -> None:
+    if not len(ids):
+        return
     if logits.ndim == 1:
         logits, out = logits[None], out[None]
     if logits.ndim > 2:  # row by row of the leading dimension: a reshape might copy, `out` must not

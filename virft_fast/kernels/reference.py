@@ -1,12 +1,16 @@
-"""What the fused functions replace: whole logits, plain autograd; for `--loss_impl reference`."""
+"""What the fused functions replace: whole logits and autograd's log-softmax over them.
+
+For `--loss_impl reference`. The loss of a token from its log-prob is `token_loss` in both.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from virft_fast.kernels.grpo_loss import GRPOLoss, make_result, make_terms
+from virft_fast.kernels.grpo_loss import GRPOLoss, grpo_loss, make_result, make_terms
 from virft_fast.kernels.layout import make_layout
 from virft_fast.kernels.logprobs import compute_dtype
 
@@ -33,14 +37,14 @@ def grpo_loss_reference(
 ) -> GRPOLoss:
     """`linear_grpo_loss` by the same mathematics on autograd's log-probs."""
     layout = make_layout(completion_ids, completion_mask, cu_seqlens)
-    defaults = {
-        "rewards": None, "advantages": None, "num_generations": None, "old_logps": None,
-        "ref_logps": None, "beta": 0.0, "epsilon_low": 0.2, "epsilon_high": None, "delta": None,
-        "loss_type": "grpo", "importance_sampling_level": "token", "kl": "k3",
-        "max_completion_length": None, "num_items": None,
-    }  # fmt: skip
+    others = ("temperature", "cu_seqlens", "inplace")
+    defaults = {k: v for k, v in grpo_loss.__kwdefaults__.items() if k not in others}
     terms = make_terms(layout, dtype=compute_dtype(hidden, weight), **(defaults | options))
-    logps, entropy = logps_reference(hidden, weight, completion_ids, temperature=temperature)
+    # Where masked, hidden states and ids may hold anything.
+    mask = layout.mask.view(layout.shape)
+    hidden = torch.where(mask[..., None], hidden, 0.0)
+    ids = completion_ids.masked_fill(~mask, 0)
+    logps, entropy = logps_reference(hidden, weight, ids, temperature=temperature)
     logps = logps.reshape(-1).masked_fill(~layout.mask, 0.0)
     evaluated = terms.evaluate(logps)
     # The value of the loss, with its gradient in the log-probs.

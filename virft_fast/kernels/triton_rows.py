@@ -20,6 +20,10 @@ from virft_fast.kernels.token_loss import KL_KINDS, MAX_EXPONENT
 
 FORWARD_BLOCK, FORWARD_WARPS = 4096, 4
 BACKWARD_BLOCK, BACKWARD_WARPS = 4096, 4
+# A stride in 64 bits for each element of a block: fewer of them, or registers run out.
+STRIDED_BLOCK = 512
+# A vocabulary that is no multiple of 16 is read number by number.
+ODD_TILE_BLOCK = 2048
 _MAX_EXPONENT = tl.constexpr(MAX_EXPONENT)
 _RUNTIME = (
     "inner", "stride_outer", "stride_inner", "stride_v", "out_outer", "out_inner", "out_v",
@@ -350,7 +354,10 @@ def token_loss_kernel(
 
 @dataclass(frozen=True)
 class _Rows:
-    """How to address the rows of a (..., V) tensor: (outer, inner, V), in units of elements."""
+    """How to address the rows of a (..., V) tensor: (outer, inner, V).
+
+    The row strides and `vocab` count units of `unit` elements, `column_stride` counts elements.
+    """
 
     count: int
     inner: int
@@ -395,7 +402,7 @@ def rows_forward(logits: Tensor, ids: Tensor, inv_temp: float) -> tuple[Tensor, 
             rows_forward_kernel[(rows.count,)](
                 logits, ids.contiguous(), logps, norms, entropy,
                 *_addresses(rows), rows.vocab, inv_temp,
-                UNIT=rows.unit, CONTIGUOUS=rows.column_stride == 1, BLOCK=FORWARD_BLOCK,
+                UNIT=rows.unit, CONTIGUOUS=rows.column_stride == 1, BLOCK=_forward_block(rows),
                 num_warps=FORWARD_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
     return logps, norms, entropy
@@ -421,7 +428,9 @@ def rows_backward(
         _, out_rows = rows_of(out, rows.unit)
     if not rows.count:
         return
-    blocks = triton.cdiv(rows.vocab * rows.unit, BACKWARD_BLOCK)
+    contiguous = rows.column_stride == out_rows.column_stride == 1
+    block = BACKWARD_BLOCK if contiguous else STRIDED_BLOCK
+    blocks = triton.cdiv(rows.vocab * rows.unit, block)
     with _on(logits.device):
         rows_backward_kernel[(rows.count * blocks,)](
             logits, out, ids.contiguous(), norms, norms if entropy is None else entropy,
@@ -433,7 +442,7 @@ def rows_backward(
             HAS_LOGPS=grad_logps is not None, HAS_ENTROPY=grad_entropy is not None,
             HAS_SCALE=scale is not None,
             UNIT=rows.unit, CONTIGUOUS=rows.column_stride == 1,
-            OUT_CONTIGUOUS=out_rows.column_stride == 1, BLOCK=BACKWARD_BLOCK,
+            OUT_CONTIGUOUS=out_rows.column_stride == 1, BLOCK=block,
             num_warps=BACKWARD_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     if copied:
@@ -462,7 +471,8 @@ def tile_backward(
                 norms if grad_entropy is None else grad_entropy,
                 vocab // unit, inv_temp,
                 HAS_LOGPS=grad_logps is not None, HAS_ENTROPY=grad_entropy is not None, UNIT=unit,
-                BLOCK=FORWARD_BLOCK, num_warps=FORWARD_WARPS, enable_fp_fusion=True,
+                BLOCK=FORWARD_BLOCK if unit == 16 else ODD_TILE_BLOCK,
+                num_warps=FORWARD_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
     return out
 
@@ -528,10 +538,14 @@ def grpo_forward(
                 GROUP_BLOCK=triton.next_power_of_2(num_generations or 1), EPS=eps,
                 HAS_OLD=old_logps is not None, HAS_REF=ref_logps is not None,
                 HAS_DELTA=delta is not None, CAPPED=capped, KL=KL_KINDS.index(kl) + 1,
-                UNIT=rows.unit, CONTIGUOUS=rows.column_stride == 1, BLOCK=FORWARD_BLOCK,
+                UNIT=rows.unit, CONTIGUOUS=rows.column_stride == 1, BLOCK=_forward_block(rows),
                 num_warps=FORWARD_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
     return outs
+
+
+def _forward_block(rows: _Rows) -> int:
+    return FORWARD_BLOCK if rows.column_stride == 1 else STRIDED_BLOCK
 
 
 def _addresses(rows: _Rows) -> tuple[int, int, int, int]:

@@ -321,6 +321,9 @@ class Policy(nn.Module):
     DeepSpeed wraps this module. The head owns the (maybe tied) lm_head weight, so that ZeRO-3
     gathers it for the fused loss as it does for any layer.
 
+    Attributes:
+        unreachable: why neither training nor rollout can share prompts; None where they can.
+
     Args:
         prefix_sharing: "auto", "on" or "off": whether the language model reads a prompt once for
             all its completions. "auto" does where the model's attention can be reached.
@@ -344,8 +347,7 @@ class Policy(nn.Module):
         _project_patches(visual)
         self.vision_frozen = not any(p.requires_grad for p in visual.parameters())
         # The attention is always routed, because the rollout shares prompts too.
-        reason = shared_prefix.install(core(model).language_model)
-        self.attention_reached = reason is None
+        self.unreachable = reason = shared_prefix.install(core(model).language_model)
         if reason is not None and prefix_sharing == "on":
             raise ValueError(
                 f"--prefix_sharing on: expected a model whose attention can be reached, but "
@@ -469,12 +471,15 @@ class Policy(nn.Module):
         Args:
             completions: for each prompt its completions, (length,) int64 each, on the CPU; any
                 number of them, of any lengths.
+            pad_token_id: fills up rows that are not packed.
             packed: into one row, each prompt once; None: where the policy shares prompts.
         """
         packed = self.shares_prefix if packed is None else packed
         positions = [self.prompt_positions(prompt) for prompt in prompts]
-        arrange = _pack if packed else _pad
-        rows = arrange(prompts, positions, completions, pad_token_id)
+        if packed:
+            rows = _pack(prompts, positions, completions)
+        else:
+            rows = _pad(prompts, positions, completions, pad_token_id)
         flat = [ids for group in completions for ids in group]
         offsets = torch.tensor([0, *(len(ids) for ids in flat)]).cumsum(0)
         copies = [1 if packed else len(group) for group in completions]
@@ -534,7 +539,6 @@ def _pack(
     prompts: Sequence[Prompt],
     positions: Sequence[Tensor],
     completions: Sequence[Sequence[Tensor]],
-    pad_token_id: int,
 ) -> _Rows:
     """One row. A completion's last token predicts nothing, so it is left out."""
     ids, position_ids, images, predictors, groups = [], [], [], [], []

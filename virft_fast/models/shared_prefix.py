@@ -110,7 +110,20 @@ def attend(
 
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
-    return function(module, query, key, value, attention_mask, scaling=scaling, **options)
+    # The flash functions choose their kernel by the name they find in the configuration.
+    named = _View(module, config=_View(module.config, _attn_implementation=inner))
+    return function(named, query, key, value, attention_mask, scaling=scaling, **options)
+
+
+class _View:
+    """An object as it is but for some attributes."""
+
+    def __init__(self, whole: Any, **attributes: Any) -> None:
+        self._whole = whole
+        vars(self).update(attributes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
 
 
 # A mask of four dimensions is handed on as it is by transformers; the cores never look at it.

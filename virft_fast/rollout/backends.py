@@ -1,15 +1,19 @@
-"""A rollout backend by its name."""
+"""A rollout backend by its name, and what can be known about it before it is used."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 
 from virft_fast.config import ROLLOUT_BACKENDS
+from virft_fast.models.qwen_vl import Policy
 from virft_fast.rollout import Rollout, Weights
 from virft_fast.rollout.hf import HFRollout
-from virft_fast.rollout.native import NativeRollout
+from virft_fast.rollout.native import CachePlan, NativeRollout, check_reachable
+
+logger = logging.getLogger(__name__)
 
 
 def make_rollout(
@@ -26,3 +30,34 @@ def make_rollout(
     if backend != "native":
         raise ValueError(f"backend: expected one of {ROLLOUT_BACKENDS}, got {backend!r}")
     return NativeRollout(weights, tokenizer, device=device, max_cache_tokens=max_cache_tokens)
+
+
+def check_model(backend: str, policy: Policy) -> None:
+    """Raise ValueError if the backend can't run this model."""
+    if backend == "native":
+        check_reachable(policy)
+
+
+def check_cache_limit(
+    backend: str,
+    limit: int | None,
+    *,
+    num_generations: int,
+    max_prompt_length: int | None,
+    max_completion_length: int,
+    device: torch.device,
+) -> None:
+    """Raise ValueError if the longest prompt that is let in and its completions can't fit into
+    `limit` tokens (--rollout_cache_tokens)."""
+    if limit is None:
+        return
+    if backend != "native":
+        logger.warning("--rollout_cache_tokens has no effect with --rollout_backend %s", backend)
+        return
+    plan = CachePlan.rounded(
+        1, num_generations, max_prompt_length or 1, max_completion_length, device.type
+    )
+    what = "any prompt"
+    if max_prompt_length is not None:
+        what = f"a prompt of --max_prompt_length {max_prompt_length} tokens"
+    plan.check(limit, f"--rollout_cache_tokens {limit}: {what}")

@@ -5,16 +5,18 @@ and values are stored once and read by all its completions, whose own are stored
 static buffers. One step decodes one token of every completion: attention over the prompt for a
 whole group at once, attention over the own completion, one softmax over both. When enough
 completions have ended, the others move together and the batch shrinks. On CUDA a step is a captured
-graph, one for each size of the batch; the host looks at the device every `CHECK_EVERY` tokens only.
+graph, one for each size of batch, prompts and completions (the key in `_Decoding._run_step`), at
+most `MAX_GRAPHS` of them; the host looks at the device every `CHECK_EVERY` tokens only.
 
 Shapes: B prompts (groups), G completions each, R = B*G rows, P prompt tokens, padded on the right,
-T completion tokens, W of them in sight of a step; H query heads, K key/value heads, E numbers a
-head, V vocabulary.
+T completion tokens, both rounded up as in `CachePlan`, W of the T in sight of a step; H query
+heads, K key/value heads, E numbers a head, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +41,65 @@ CHECK_EVERY = {"cpu": 4, "cuda": 16}
 SHRINK_AT = 0.75
 # Share of the free memory of a GPU that keys and values may take.
 CACHE_SHARE = 0.8
+# Share of a GPU's whole memory that is kept for the next rollout, and its graphs with it. Larger
+# buffers make room for training, at the price of capturing anew (a choice, not measured yet).
+KEPT_SHARE = 0.1
+# A prompt's place on CUDA is a multiple of this or of an eighth of the next power of two, whichever
+# is more: about 20 lengths up to 4,096, so that the next rollout finds its graphs.
+PROMPT_STEP = 64
+# More graphs than this are forgotten together, so that their memory has a bound (not measured yet).
+MAX_GRAPHS = 128
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """The keys and values of groups that are decoded together, as they are allocated.
+
+    Attributes:
+        groups: B. num_generations: G.
+        prompt_length: P. completion_length: T.
+    """
+
+    groups: int
+    num_generations: int
+    prompt_length: int
+    completion_length: int
+
+    @classmethod
+    def rounded(
+        cls,
+        groups: int,
+        num_generations: int,
+        prompt_length: int,
+        completion_length: int,
+        device_type: str,
+    ) -> CachePlan:
+        """For prompts and completions of at most so many tokens."""
+        width = WIDTH_STEP.get(device_type, WIDTH_STEP["cpu"])
+        step = 1
+        if device_type == "cuda":
+            step = max(PROMPT_STEP, (1 << (prompt_length - 1).bit_length()) // 8)
+        return cls(
+            groups,
+            num_generations,
+            -(-prompt_length // step) * step,
+            -(-completion_length // width) * width,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return self.groups * (self.prompt_length + self.num_generations * self.completion_length)
+
+    def check(self, limit: float, what: str) -> None:
+        """Raise ValueError, which begins with `what`, if this is more than `limit` tokens."""
+        if self.num_tokens > limit:
+            raise ValueError(
+                f"{what}: with {self.num_generations} completions it needs a cache of "
+                f"{self.num_tokens:,} tokens ({self.prompt_length:,} + {self.num_generations} * "
+                f"{self.completion_length:,}, as they are allocated), expected at most {limit:,}; "
+                "lower --max_prompt_length, --num_generations or --max_completion_length, or raise "
+                "--rollout_cache_tokens"
+            )
 
 
 class NativeRollout:
@@ -52,7 +113,8 @@ class NativeRollout:
         max_cache_tokens: prompt and completion tokens whose keys and values are held at once; None:
             what fits into the GPU's free memory, without limit on a CPU. More prompts than fit are
             decoded one batch after another, with the same result.
-        graphs: capture steps as CUDA graphs; None: on CUDA outside autocast.
+        graphs: capture steps as CUDA graphs; None: on CUDA outside autocast. With graphs the memory
+            of a rollout stays for the next one, up to `KEPT_SHARE` of the GPU's; else it is freed.
     """
 
     def __init__(
@@ -83,11 +145,7 @@ class NativeRollout:
         """See `virft_fast.rollout.Rollout.generate`."""
         check_request(prompts, num_generations)
         with self.weights() as policy:
-            if not policy.attention_reached:
-                raise ValueError(
-                    "--rollout_backend native: expected a model whose attention can be reached; "
-                    "use --rollout_backend hf"
-                )
+            check_reachable(policy)
             batches = list(self._batches(policy, prompts, num_generations, sampling))
             training = policy.training
             policy.eval()
@@ -104,6 +162,7 @@ class NativeRollout:
                 ]
             finally:
                 policy.train(training)
+                self._let_go()
             frozen = policy.vision_frozen
         tokens, logps, features = zip(*parts, strict=True)
         return make_rollouts(
@@ -129,22 +188,27 @@ class NativeRollout:
             ValueError: not even one prompt and its completions fit.
         """
         limit = self._cache_limit(policy)
-        new = num_generations * sampling.max_completion_length
-        first, longest = 0, 0
+        first = 0
         for last, prompt in enumerate(prompts):
-            length = len(prompt.input_ids)
-            if length + new > limit:
-                raise ValueError(
-                    f"rollout: row {prompt.sample.index} has a prompt of {length} tokens, with "
-                    f"{num_generations} completions of {sampling.max_completion_length} it needs a "
-                    f"cache of {length + new:,} tokens, expected at most {limit:,}; lower "
-                    "--max_prompt_length, --num_generations or --max_completion_length"
-                )
-            if last > first and (max(longest, length) + new) * (last + 1 - first) > limit:
+            what = f"rollout: row {prompt.sample.index} has a prompt of {len(prompt.input_ids)}"
+            self._plan([prompt], num_generations, sampling).check(limit, f"{what} tokens")
+            together = self._plan(prompts[first : last + 1], num_generations, sampling)
+            if together.num_tokens > limit:
                 yield first, last
-                first, longest = last, 0
-            longest = max(longest, length)
+                first = last
         yield first, len(prompts)
+
+    def _plan(
+        self, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling
+    ) -> CachePlan:
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        return CachePlan.rounded(
+            len(prompts),
+            num_generations,
+            longest,
+            sampling.max_completion_length,
+            self.device.type,
+        )
 
     def _cache_limit(self, policy: Policy) -> float:
         if self.max_cache_tokens is not None:
@@ -157,6 +221,19 @@ class NativeRollout:
         free += self._buffers.num_bytes()
         size = policy.head.weight.element_size()
         return int(CACHE_SHARE * free / (cache_numbers(policy.config.text_config) * size))
+
+    def _with_graphs(self) -> bool:
+        if self.graphs is not None:
+            return self.graphs
+        return self.device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+
+    def _let_go(self) -> None:
+        """Free the memory of the rollout, unless graphs hold its addresses and it is little."""
+        most = float("inf")
+        if self.device.type == "cuda":
+            most = KEPT_SHARE * torch.cuda.get_device_properties(self.device).total_memory
+        if not self._with_graphs() or self._buffers.num_bytes() > most:
+            self._buffers.release()
 
     def banned(self, policy: Policy) -> list[int]:
         """Token ids that are never drawn."""
@@ -180,23 +257,27 @@ class NativeRollout:
             device=self.device,
             take=self._buffers.take,
         )
-        graphs = self.graphs
-        if graphs is None:
-            graphs = self.device.type == "cuda" and not torch.is_autocast_enabled("cuda")
         decoding = _Decoding(
             policy,
             self._buffers,
             sampler,
-            groups=len(prompts),
-            num_generations=num_generations,
-            prompt_length=max(len(prompt.input_ids) for prompt in prompts),
+            plan=self._plan(prompts, num_generations, sampling),
             stop_ids=(self.tokenizer.eos_token_id, *sampling.stop_token_ids),
             pad_token_id=self.tokenizer.pad_token_id,
-            graphs=graphs,
+            graphs=self._with_graphs(),
         )
         features = decoding.prefill(prompts)
         tokens, logps = decoding.run()
         return tokens, logps, features
+
+
+def check_reachable(policy: Policy) -> None:
+    """Raise ValueError if this engine can't decode with the policy."""
+    if policy.unreachable is not None:
+        raise ValueError(
+            f"--rollout_backend native: expected a model whose attention can be reached, but "
+            f"{policy.unreachable}; pass --rollout_backend hf"
+        )
 
 
 def cache_numbers(text_config: Any) -> int:
@@ -230,12 +311,22 @@ class _Buffers:
             count *= size
         flat = self._flat.get(name)
         if flat is None or flat.numel() < count or flat.dtype != dtype:
-            self.graphs.clear()  # they hold the old addresses
-            self.pool = None  # a pool without graphs can't be captured into again
+            self.forget_graphs()  # they hold the old addresses
             self._flat.pop(name, None)
             # Zeros, not whatever: a key that is masked must still not be NaN.
             flat = self._flat[name] = torch.zeros(count, dtype=dtype, device=self.device)
         return flat[:count].view(*shape)
+
+    def forget_graphs(self) -> None:
+        if self.graphs and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the last of them may not have ended
+        self.graphs.clear()
+        self.pool = None  # a pool without graphs can't be captured into again
+
+    def release(self) -> None:
+        """Give everything back."""
+        self.forget_graphs()
+        self._flat.clear()
 
 
 @dataclass
@@ -262,9 +353,7 @@ class _Decoding:
         buffers: _Buffers,
         sampler: Sampler,
         *,
-        groups: int,
-        num_generations: int,
-        prompt_length: int,
+        plan: CachePlan,
         stop_ids: Sequence[int],
         pad_token_id: int,
         graphs: bool,
@@ -274,15 +363,11 @@ class _Decoding:
         self.read_token = DecodeStep(core(policy.model).language_model)
         self.pad_token_id = pad_token_id
         self.with_graphs = graphs
-        self.B, self.G = groups, num_generations
+        self.B, self.G = plan.groups, plan.num_generations
+        self.P, self.T = plan.prompt_length, plan.completion_length
         self.length = sampler.sampling.max_completion_length
-        step = WIDTH_STEP.get(self.device.type, WIDTH_STEP["cpu"])
-        self.width_step = step
-        # A multiple on CUDA, so that the next rollout's graphs fit this one's sizes.
-        whole = 64 if graphs else 1
-        self.P = -(-prompt_length // whole) * whole
-        self.T = -(-self.length // step) * step
-        rows = groups * num_generations
+        self.width_step = WIDTH_STEP.get(self.device.type, WIDTH_STEP["cpu"])
+        rows = self.B * self.G
         state = lambda name, dtype, *shape: buffers.take(name, shape, dtype)  # noqa: E731
         self.tokens = state("tokens", torch.long, rows)
         self.positions = state("positions", torch.long, rows)  # of the token being read
@@ -291,7 +376,7 @@ class _Decoding:
         self.slots = state("slots", torch.long, rows)  # the row of `drawn` a row writes to
         self.drawn = state("drawn", torch.long, rows, self.length + 1)
         self.logps = state("logps", torch.float32, rows, self.length + 1)
-        self.prompt_bias = state("prompt_bias", torch.float32, groups, self.P)
+        self.prompt_bias = state("prompt_bias", torch.float32, self.B, self.P)
         self.stop_ids = state("stop_ids", torch.long, len(stop_ids))
         self.stop_ids.copy_(torch.tensor(list(stop_ids)))
         self.caches: list[_Caches] = []
@@ -389,29 +474,25 @@ class _Decoding:
         if not self.with_graphs:
             self._decode(width)
             return
+        # All that decides addresses, shapes and operations; the seed is in memory.
         sampling = replace(self.sampler.sampling, seed=0)
         key = (self.B, self.G, self.P, self.T, width, len(self.drawn), sampling)
-        if key not in self.buffers.graphs:
-            self.buffers.graphs[key] = self._capture(width)
-        self.buffers.graphs[key].replay()
+        graphs = self.buffers.graphs
+        if key not in graphs:
+            if len(graphs) >= MAX_GRAPHS:
+                self.buffers.forget_graphs()
+            graphs[key] = self._capture(width)
+        graphs[key].replay()
 
     def _capture(self, width: int) -> Any:
-        """The step as a CUDA graph. Capturing runs nothing, but the warm-up before it does, so the
-        state is put back."""
+        """The step as a CUDA graph, the state as it was."""
         state = (self.tokens, self.positions, self.done, self.step, self.drawn, self.logps)
         if self.sampler.seen is not None:
             state = (*state, self.sampler.seen)
         before = [part.clone() for part in state]
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            self._decode(width)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
         if self.buffers.pool is None:
             self.buffers.pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self.buffers.pool):
-            self._decode(width)
+        graph = _record(functools.partial(self._decode, width), self.buffers.pool, self.device)
         for part, value in zip(state, before, strict=True):
             part.copy_(value)
         return graph
@@ -474,6 +555,19 @@ class _Decoding:
         self.prompt_bias = to_front(self.prompt_bias, self.prompt_bias[kept])
         self.sampler.keep(flat)
         self.B, self.G = groups, rows
+
+
+def _record(run: Callable[[], None], pool: Any, device: torch.device) -> Any:
+    """`run` as a CUDA graph. Recording it runs nothing, but the warm-up before it does."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        run()
+    return graph
 
 
 class _DecodeAttention:
