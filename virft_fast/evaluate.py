@@ -37,20 +37,9 @@ from virft_fast.evaluation.run import Evaluation
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns the exit status: 0, 2 for arguments that name nothing to evaluate, 1 for
     too many unusable rows."""
-    from transformers import HfArgumentParser
-
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    parser = HfArgumentParser(EvalConfig, prog="python -m virft_fast.evaluate")
-    parser.allow_abbrev = False
-    argv = sys.argv[1:] if argv is None else argv
     try:
-        with usage():
-            config, unknown = parser.parse_args_into_dataclasses(
-                argv, return_remaining_strings=True
-            )
-            if unknown:
-                known = known_flags((EvalConfig,))
-                raise ValueError("; ".join(unknown_flag_message(flag, known) for flag in unknown))
+        config = parse_args(sys.argv[1:] if argv is None else argv)
         with usage():
             device = dist.init()
             if dist.is_main():
@@ -64,6 +53,24 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     finally:
         dist.shutdown()
+
+
+def parse_args(argv: list[str]) -> EvalConfig:
+    """Flags -> configuration.
+
+    Raises:
+        UsageError: an unknown or misspelt flag, or a value out of range.
+    """
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(EvalConfig, prog="python -m virft_fast.evaluate")
+    parser.allow_abbrev = False
+    with usage():
+        config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        if unknown:
+            known = known_flags((EvalConfig,))
+            raise ValueError("; ".join(unknown_flag_message(flag, known) for flag in unknown))
+    return config
 
 
 def run(config: EvalConfig, device: torch.device) -> int:
