@@ -30,3 +30,32 @@ def prompts(processor):
         make_sample(2, [], "Detect every blue. Think, then answer."),
         make_sample(3, [(84, 84)]),
     )
+
+
+@pytest.fixture(scope="session")
+def sam_path(tmp_path_factory):
+    """A SAM of random weights for images of 64 pixels."""
+    import torch
+    from transformers import SamConfig, SamModel
+    from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+
+    shape = {"hidden_size": 16, "image_size": 64, "patch_size": 8}
+    config = SamConfig(
+        vision_config={
+            "hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": 64, "patch_size": 8,
+            "global_attn_indexes": [1], "window_size": 4, "mlp_dim": 64, "num_pos_feats": 8,
+        },
+        prompt_encoder_config=shape,
+        mask_decoder_config={
+            "hidden_size": 16, "mlp_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "iou_head_hidden_dim": 16,
+        },
+    )  # fmt: skip
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("sam")
+    SamModel(config).save_pretrained(path)
+    SamImageProcessorPil(
+        size={"longest_edge": 64}, pad_size={"height": 64, "width": 64}
+    ).save_pretrained(path)
+    return path

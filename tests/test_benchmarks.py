@@ -12,6 +12,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 @pytest.mark.parametrize(
     "suite",
     [
+        "test_bench_evaluate",
         "test_bench_loss",
         "test_bench_rollout",
         "test_bench_mia",

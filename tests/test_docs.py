@@ -14,8 +14,9 @@ import torch
 import yaml
 from packaging.requirements import Requirement
 
+from virft_fast import evaluate
 from virft_fast.config import TRAIN_GROUPS, EvalConfig, known_flags
-from virft_fast.data.__main__ import _parser as data_parser
+from virft_fast.data.__main__ import make_parser
 from virft_fast.tasks import REWARDS
 from virft_fast.train import parse_args
 
@@ -35,18 +36,17 @@ TOOLS = {"no-build-isolation", "build", "install", "prefix", "save-results"}  # 
 OTHERS = {*TORCHRUN, *SLURM, *TOOLS}
 
 
-def flags_of(parser):
-    """Those of an argparse parser and of its commands, without dashes."""
+def parser_flags(parser):
+    """Flags of a parser and of all its commands, without dashes."""
     for action in parser._actions:
         yield from (option.lstrip("-") for option in action.option_strings)
-        for command in getattr(action, "choices", None) or ():
-            if isinstance(action, argparse._SubParsersAction):
-                yield from flags_of(action.choices[command])
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from parser_flags(command)
 
 
-KNOWN = {
-    *known_flags(TRAIN_GROUPS), *known_flags((EvalConfig,)), *flags_of(data_parser()), *OTHERS,
-}  # fmt: skip
+KNOWN = {*known_flags(TRAIN_GROUPS), *known_flags((EvalConfig,)), *parser_flags(make_parser()),
+         *OTHERS}  # fmt: skip
 # The flags of src/scripts/2B_base65cate_6k.sh in Visual-RFT, as in its README.
 VISUAL_RFT_FLAGS = {
     "output_dir", "model_name_or_path", "dataset_name", "deepspeed", "max_prompt_length",
@@ -72,6 +72,42 @@ def launch_words(text):
 def test_flags_exist(path):
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", path.read_text()))
     assert named <= KNOWN
+
+
+def commands(text):
+    """(module, arguments) of the commands of ours in a page's shell blocks."""
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            modules = [word for word in words if word.startswith("virft_fast.")]
+            if modules and words[words.index(modules[0]) - 1] == "-m":
+                yield modules[0], words[words.index(modules[0]) + 1 :]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=by_name)
+def test_commands_are_accepted(path):
+    accept = {
+        "virft_fast.data": make_parser().parse_args,
+        "virft_fast.train": parse_args,
+        "virft_fast.evaluate": evaluate.parse_args,
+    }
+    for module, arguments in commands(path.read_text()):
+        accept[module](arguments)
+
+
+def test_readme_builds_and_evaluates_every_set_of_visual_rft():
+    """As tests/test_visual_rft_sets.py does it, small."""
+    found = list(commands((ROOT / "README.md").read_text()))
+    built = [make_parser().parse_args(a) for m, a in found if a[0] == "build"]
+    wanted = [evaluate.parse_args(a) for m, a in found if m == "virft_fast.evaluate"]
+    readers = {build.reader for build in built if hasattr(build, "reader")}
+    assert readers >= {"flowers102", "aircraft", "cars196", "pets37"}
+    sets = {(b.kind, b.categories) for b in built if hasattr(b, "categories")}
+    assert sets >= {("coco", "all"), ("coco", "base65"), ("coco", "few8"), ("lvis", "lvis6")}
+    assert {c.task for c in wanted} >= {"coco", "lvis", "classification", "grounding"}
+    outputs = {str(build.output) for build in built}
+    named = {c.dataset_name for c in wanted if not c.annotations}
+    assert {c.split(":")[0] for c in named} - {"shapes_detection"} <= outputs
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=by_name)

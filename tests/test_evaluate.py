@@ -1,16 +1,25 @@
-"""Held-out evaluation: same numbers on any number of ranks, and measures worked out by hand."""
+"""`python -m virft_fast.evaluate`: same numbers on any number of ranks, resumed, side by side."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import read_jsonl, run
+from helpers import environment, read_jsonl, run
+from PIL import Image
 
-from virft_fast.data.demo import build_demo
+from virft_fast.data.__main__ import main as data_main
+from virft_fast.data.demo import _split_examples, build_demo
 from virft_fast.evaluate import main
 from virft_fast.evaluation.scoring import average_precision, task_measures
+from virft_fast.rollout.native import NativeRollout
 
 
 @pytest.fixture(scope="module")
@@ -20,22 +29,406 @@ def shapes(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """Six images of different sizes in COCO's layout: one red shape each, in two a blue one, and a
+    category without a box."""
+    folder = tmp_path_factory.mktemp("coco")
+    examples = (e for e in _split_examples("shapes_detection", "test", 0) if e["colour"] == "red")
+    images, annotations = [], []
+    (folder / "images").mkdir()
+    for number, size in enumerate(
+        [(112, 112), (84, 140), (168, 56), (56, 56), (100, 90), (60, 80)]
+    ):
+        example = next(examples)
+        example["image"].resize(size).save(folder / f"images/{number:04d}.png")
+        images.append(
+            {"id": number + 1, "file_name": f"{number:04d}.png", "width": size[0],
+             "height": size[1]}
+        )  # fmt: skip
+        x1, y1, x2, y2 = (v / 1000 * side for v, side in zip(example["box"], 2 * size, strict=True))
+        for category in (1, 2) if number < 2 else (1,):
+            annotations.append(
+                {"id": len(annotations), "image_id": number + 1, "category_id": category,
+                 "bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": 0}
+            )  # fmt: skip
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(("red", "blue", "horse"))]
+    data = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(data))
+    return folder
+
+
+def coco_argv(coco, output, *more):
+    argv = ["--task", "coco", "--annotations", coco / "instances.json", "--images",
+            coco / "images", "--output", output, "--batch_size", 3, "--max_completion_length", 12,
+            "--pictures", 2, "--bootstrap", 20, *more]  # fmt: skip
+    return [str(part) for part in argv]
+
+
+BOXES = "<answer>[{'Position': [0, 0, 1000, 1000], 'Confidence': 0.8}]</answer>"
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Canned answers in the place of the model's: a call of the rollout is written down, and says
+    what `say` makes of a sample."""
+
+    class Answers:
+        calls = 0
+        asked: list = []
+        say = staticmethod(lambda sample: BOXES)
+
+    def generate(self, prompts, num_generations, sampling, *, first_row=0):
+        from dataclasses import replace
+
+        Answers.calls += 1
+        Answers.asked += [prompt.sample for prompt in prompts]
+        rollouts = make(self, prompts, num_generations, replace(sampling, max_completion_length=1))
+        return replace(rollouts, texts=tuple(Answers.say(prompt.sample) for prompt in prompts))
+
+    make = NativeRollout.generate
+    Answers.asked = []
+    monkeypatch.setattr(NativeRollout, "generate", generate)
+    return Answers
+
+
 def evaluate(shapes, output, **options):
     argv = ["--dataset_name", shapes, "--output", output, "--batch_size", 2,
             "--max_completion_length", 48]  # fmt: skip
     return run(*argv, module="virft_fast.evaluate", **options)
 
 
-def test_two_ranks_give_what_one_gives(shapes, tmp_path):
+def test_two_ranks_give_what_one_gives(coco, tmp_path):
+    """Images of different sizes, and fewer in the last batch than ranks."""
     for processes in (1, 2):
-        done = evaluate(shapes, tmp_path / f"{processes}.jsonl", processes=processes)
+        argv = coco_argv(coco, tmp_path / f"{processes}.jsonl", "--categories", "red,blue")
+        done = run(*argv, "--max_samples", 7, module="virft_fast.evaluate", processes=processes)
         assert done.returncode == 0, done.stderr[-2000:]
         assert "accuracy_iou" in done.stdout
     one, two = (read_jsonl(tmp_path / f"{n}.jsonl") for n in (1, 2))
-    assert one == two and [record["index"] for record in one] == list(range(5))
-    summary = json.loads((tmp_path / "1.summary.json").read_text())
-    assert summary["num_samples"] == 5
-    assert set(summary["means"]) >= {"accuracy_iou", "format", "mean_iou", "ap50"}
+    assert one == two and [record["index"] for record in one] == list(range(7))
+    summaries = [json.loads((tmp_path / f"{n}.summary.json").read_text()) for n in (1, 2)]
+    assert summaries[0]["num_samples"] == 7
+    assert set(summaries[0]["means"]) >= {"accuracy_iou", "format", "mean_iou", "ap50", "mAP"}
+    for key in ("means", "intervals", "categories", "counts"):
+        assert summaries[0][key] == summaries[1][key]
+    assert (tmp_path / "1.predictions.json").read_bytes() == (
+        tmp_path / "2.predictions.json"
+    ).read_bytes()
+
+
+def test_the_tiny_model_finds_some_of_its_shapes(shapes, tmp_path, capsys):
+    """End to end with the model's own answers."""
+    output = tmp_path / "out.jsonl"
+    argv = ["--dataset_name", shapes, "--output", output, "--task", "coco", "--bootstrap", 20]
+    assert main([str(part) for part in argv]) == 0
+    means = json.loads(output.with_suffix(".summary.json").read_text())["means"]
+    assert means["format"] == 1.0
+    assert 0 < means["mean_iou"] < 1
+    # All of one class and every image asked about: COCO's AP50 is the pooled one.
+    assert means["mAP50"] == pytest.approx(means["ap50"], abs=1e-6)
+    assert "mAP" in capsys.readouterr().out
+
+
+def test_coco_from_annotations(coco, tmp_path, answers):
+    """Whole-image boxes for red on every image, 'No Objects' for blue."""
+    from virft_fast.tasks.prompts import detection_problem
+
+    answers.say = lambda s: BOXES if s.columns["category"] == "red" else "No Objects"
+    output = tmp_path / "out.jsonl"
+    assert main(coco_argv(coco, output, "--categories", "red,blue")) == 0
+    assert len(answers.asked) == 12
+    assert answers.asked[0].columns["problem"] == detection_problem("red")
+    predictions = json.loads(output.with_suffix(".predictions.json").read_text())
+    sizes = [list(Image.open(path).size) for path in sorted((coco / "images").iterdir())]
+    assert predictions == [
+        {"image_id": i + 1, "category_id": 1, "bbox": [0, 0, *size], "score": 0.8}
+        for i, size in enumerate(sizes)
+    ]
+    summary = json.loads(output.with_suffix(".summary.json").read_text())
+    found = {row["category"]: row for row in summary["categories"]}
+    assert (found["red"]["objects"], found["red"]["predictions"]) == (6, 6)
+    assert (found["blue"]["objects"], found["blue"]["AP"]) == (2, 0)
+    assert summary["means"]["mAP"] == pytest.approx(found["red"]["AP"] / 2)
+    assert set(summary["intervals"]) >= {"mAP", "AP/red", "mean_iou"}
+    page = output.with_suffix(".html").read_text()
+    assert page.count("data:image/jpeg") == 2 and "AP50" in page
+    report = output.with_suffix(".md").read_text()
+    assert re.search(r"\| red \| 6 \| 6 \| ", report) and "| mAP | " in report
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {f"out.{e}" for e in ("jsonl", "summary.json", "predictions.json", "truth.json",
+                                         "md", "html")}  # fmt: skip
+
+
+def test_pycocotools_reads_what_is_written(coco, tmp_path, answers):
+    from pycocotools.coco import COCO
+
+    output = tmp_path / "out.jsonl"
+    assert main(coco_argv(coco, output)) == 0
+    truth = COCO(str(output.with_suffix(".truth.json")))
+    results = truth.loadRes(str(output.with_suffix(".predictions.json")))
+    assert len(results.anns) == 12 and len(truth.anns) == 8
+
+
+def test_only_what_exists_is_asked_about(coco, tmp_path, answers):
+    given = tmp_path / "map.json"
+    given.write_text(json.dumps({"1": ["red", "blue", "zebra"], "0003.png": ["red"], "5": []}))
+    assert main(coco_argv(coco, tmp_path / "out.jsonl", "--exists_map", given)) == 0
+    asked = [(s.columns["image_id"], s.columns["category"]) for s in answers.asked]
+    assert asked == [(1, "red"), (1, "blue"), (4, "red")]
+    summary = json.loads((tmp_path / "out.summary.json").read_text())
+    # What nobody asked about is still to be found.
+    assert [row["objects"] for row in summary["categories"]] == [6, 2]
+    assert summary["counts"]["images"] == 6
+
+
+def test_the_model_is_asked_what_exists(coco, tmp_path, answers):
+    def say(sample):
+        if "Which of these categories are in the image: red, blue?" not in str(sample.messages):
+            return BOXES
+        return "<answer>Blue</answer>" if sample.columns["image_id"] == 2 else "I can't see any."
+
+    answers.say = say
+    output = tmp_path / "out.jsonl"
+    assert main(coco_argv(coco, output, "--ask_exists")) == 0
+    assert [s.columns["category"] for s in answers.asked[6:]] == ["blue"]
+    exists = {str(n): ["blue"] if n == 2 else [] for n in range(1, 7)}
+    assert json.loads(output.with_suffix(".exists_map.json").read_text()) == exists
+    # The map it made is one to be given.
+    assert main(coco_argv(coco, tmp_path / "again.jsonl", "--exists_map",
+                          output.with_suffix(".exists_map.json"))) == 0  # fmt: skip
+    for name in ("out", "again"):
+        assert [r["category"] for r in read_jsonl(tmp_path / f"{name}.jsonl")] == ["blue"]
+
+
+def test_a_model_that_sees_nothing_has_an_ap_of_zero(coco, tmp_path, answers):
+    answers.say = lambda sample: "nothing"
+    assert main(coco_argv(coco, tmp_path / "out.jsonl", "--ask_exists")) == 0
+    summary = json.loads((tmp_path / "out.summary.json").read_text())
+    assert summary["means"]["mAP"] == 0 and summary["num_samples"] == 0
+
+
+KILLED = """
+import os, signal, sys
+from virft_fast.evaluate import main
+from virft_fast.evaluation.journal import Journal
+
+add, calls = Journal.add, []
+
+def add_or_die(self, stage, records):
+    calls.append(stage)
+    if len(calls) == 3:
+        with self.path.open("a") as file:
+            file.write('{"stage": "answer", "record": {"ind')
+        os.kill(os.getpid(), signal.SIGKILL)
+    add(self, stage, records)
+
+Journal.add = add_or_die
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_evaluation_goes_on_without_asking_again(coco, tmp_path, monkeypatch, capsys):
+    output, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    argv = coco_argv(coco, output)
+    command = [sys.executable, "-c", KILLED, *argv]
+    done = subprocess.run(command, env=environment(), capture_output=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL
+    assert not output.exists() and not output.with_suffix(".summary.json").exists()
+    journal = output.with_suffix(".journal")
+    assert journal.read_text().count("\n") == 1 + 6 and not journal.read_text().endswith("\n")
+    # Under other settings nothing is asked, and nothing of it is lost.
+    before = journal.read_bytes()
+    assert main([*argv, "--max_completion_length", "13"]) == 2
+    assert "max_completion_length 12 there and 13 here" in capsys.readouterr().err
+    assert journal.read_bytes() == before
+    asked = []
+    generate = NativeRollout.generate
+
+    def note(self, prompts, *more, **options):
+        asked.extend(prompt.sample.index for prompt in prompts)
+        return generate(self, prompts, *more, **options)
+
+    monkeypatch.setattr(NativeRollout, "generate", note)
+    assert main(argv) == 0
+    assert asked == list(range(6, 12))
+    assert not journal.exists()
+    assert main(coco_argv(coco, whole)) == 0
+    assert read_jsonl(output) == read_jsonl(whole)
+    for name in ("means", "intervals", "categories"):
+        one, two = (
+            json.loads(p.with_suffix(".summary.json").read_text())[name] for p in (output, whole)
+        )
+        assert one == two
+
+
+def test_what_is_done_is_not_asked_again_unless_the_model_changes(shapes, tmp_path, answers):
+    model = tmp_path / "model"
+    from virft_fast.models.tiny import resolve_model_path
+
+    shutil.copytree(resolve_model_path("tiny"), model)
+    argv = ["--model_name_or_path", str(model), "--dataset_name", str(shapes), "--output",
+            str(tmp_path / "out.jsonl"), "--max_samples", "3", "--pictures", "0"]  # fmt: skip
+    assert main(argv) == 0
+    assert main([*argv, "--bootstrap", "10"]) == 0
+    assert len(answers.asked) == 3
+    assert main([*argv, "--max_samples", "5"]) == 0
+    assert len(answers.asked) == 5
+    assert main([*argv, "--overwrite"]) == 0
+    assert len(answers.asked) == 8
+    weights = next(model.glob("*.safetensors"))
+    os.utime(weights, ns=(0, 0))
+    assert main(argv) == 0
+    assert len(answers.asked) == 11
+
+
+def test_models_side_by_side(shapes, tmp_path, answers, capsys):
+    """The second answers every second question with the truth."""
+    from virft_fast.models.tiny import resolve_model_path
+
+    model = tmp_path / "trained"
+    shutil.copytree(resolve_model_path("tiny"), model)
+    answers.say = lambda s: s.solution if answers.calls > 1 and s.index % 2 else "nothing"
+    output = tmp_path / "both.jsonl"
+    argv = ["--compare", "tiny", str(model), "--dataset_name", str(shapes), "--output", str(output),
+            "--bootstrap", "100", "--pictures", "3"]  # fmt: skip
+    assert main(argv) == 0
+    assert re.search(r"measure +tiny +\S+trained +change", capsys.readouterr().out)
+    summary = json.loads(output.with_suffix(".summary.json").read_text())
+    assert summary["models"]["tiny"]["mean_iou"] == 0
+    assert summary["change"]["mean_iou"]["change"] == pytest.approx(0.4)
+    low, high = summary["change"]["mean_iou"]["interval"]
+    assert 0 <= low < 0.4 < high <= 1
+    assert (
+        "| mean_iou | 0.0000 (0.0000 to 0.0000) | 0.4000 (" in output.with_suffix(".md").read_text()
+    )
+    assert output.with_suffix(".html").read_text().count("data:image/jpeg") == 6
+    assert len(list(tmp_path.glob("both.*.jsonl"))) == 2
+    asked = len(answers.asked)
+    assert main(argv) == 0  # a comparison that was interrupted does nothing twice
+    assert len(answers.asked) == asked
+
+
+def test_classification_names_what_is_confused(tmp_path, answers, monkeypatch):
+    monkeypatch.setenv("VIRFT_FAST_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "digits"
+    build_demo("digits_classification", path, num_train=1, num_test=6)
+    answers.say = lambda sample: "<answer>The digit is Three.</answer>"
+    argv = ["--dataset_name", str(path), "--output", str(tmp_path / "out.jsonl")]
+    assert main(argv) == 0
+    summary = json.loads((tmp_path / "out.summary.json").read_text())
+    records = read_jsonl(tmp_path / "out.jsonl")
+    known = {record["true_label"] for record in records}
+    expected = "three" if "three" in known else "(none of the labels)"
+    assert {record["predicted_label"] for record in records} == {expected}
+    assert summary["confusions"][0]["predicted"] == expected
+    right = sum(record["true_label"] == "three" for record in records) / 6
+    assert summary["means"]["closed_set_accuracy"] == pytest.approx(right)
+    assert "Confusions of tiny" in (tmp_path / "out.md").read_text()
+
+
+@pytest.fixture
+def lisa(tmp_path):
+    folder = tmp_path / "ReasonSeg/test"
+    folder.mkdir(parents=True)
+    for name, size in (("one", (100, 50)), ("two", (60, 90))):
+        Image.new("RGB", size, (9, 90, 200)).save(folder / f"{name}.jpg")
+        square = [[10, 10], [39, 10], [39, 39], [10, 39]]
+        shapes = [{"label": "target", "points": square}]
+        text = json.dumps({"text": ["what shines"], "shapes": shapes})
+        (folder / f"{name}.json").write_text(text)
+    out = tmp_path / "lisa"
+    assert (
+        data_main(["build", "grounding", "--source", str(folder.parent), "--output", str(out)]) == 0
+    )
+    return out
+
+
+def test_grounding_with_masks(lisa, sam_path, tmp_path, answers):
+    """The first answer has a box, whose mask is SAM's; the second has none, and an empty mask."""
+    from virft_fast.data import load_rows
+    from virft_fast.evaluation.grounding import MaskModel
+
+    answers.say = lambda s: "<answer>(0,0),(1000,1000)</answer>" if s.index == 0 else "where?"
+    output = tmp_path / "out.jsonl"
+    argv = ["--dataset_name", str(lisa), "--output", str(output), "--sam_path", str(sam_path),
+            "--task", "grounding", "--pictures", "0", "--bootstrap", "10"]  # fmt: skip
+    assert main(argv) == 0
+    one, two = read_jsonl(output)
+    assert two["mask"]["intersection"] == 0 and two["mask"]["union"] == 30 * 30
+    row = load_rows(str(lisa), "test")[0]
+    mask = torch.from_numpy(
+        MaskModel(str(sam_path), torch.device("cpu"))(row["image"], (0, 0, 1000, 1000))
+    )
+    true = torch.tensor(list(row["mask"].get_flattened_data())).view(50, 100) > 0
+    assert one["mask"]["intersection"] == int((mask & true).sum())
+    assert one["mask"]["union"] == int((mask | true).sum())
+    means = json.loads(output.with_suffix(".summary.json").read_text())["means"]
+    areas = one["mask"]["intersection"], one["mask"]["union"]
+    assert means["gIoU"] == pytest.approx(areas[0] / areas[1] / 2, abs=1e-6)
+    assert means["cIoU"] == pytest.approx(areas[0] / (areas[1] + 900))
+    assert main(argv) == 0 and len(answers.asked) == 2
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"--categories": "rde"}, "no 'rde' (did you mean 'red'?)"),
+        ({"--categories": "horse"}, "not a single box of horse"),
+        ({"--annotations": "captions"}, "these are captions"),
+        ({"--annotations": "keypoints"}, "person keypoints"),
+        ({"--annotations": "list"}, "expected COCO's instances file"),
+        ({"--annotations": "none"}, "no such file"),
+        ({"--images": "elsewhere"}, "6 of 6 images are missing: "),
+        ({"--task": "detection"}, "--task: expected coco or lvis with --annotations"),
+        ({"--images": ""}, "--images: expected the folder"),
+        ({"--exists_map": "none"}, "--exists_map"),
+        ({"--sam_path": "x"}, "--sam_path: expected --task grounding"),
+        ({"--dataset_name": "x"}, "--dataset_name: expected none beside --annotations"),
+        ({"--compare": "tiny"}, "--compare: expected two models"),
+        ({"--output": "out.md"}, "expected a name for the records"),
+    ],
+    ids=str,
+)
+def test_input_that_cant_be_evaluated(coco, tmp_path, capsys, answers, change, said):
+    base = json.loads((coco / "instances.json").read_text())
+    kinds = {
+        "captions": base | {"annotations": [{"image_id": 1, "caption": "a cat"}]},
+        "keypoints": base | {"annotations": [{"bbox": [0, 0, 1, 1], "keypoints": [1]}]},
+        "list": [1],
+    }
+    flat = []
+    for flag, value in change.items():
+        if value in kinds:
+            (tmp_path / "kind.json").write_text(json.dumps(kinds[value]))
+            value = tmp_path / "kind.json"
+        elif flag in ("--annotations", "--exists_map", "--output") or value == "elsewhere":
+            value = tmp_path / value
+        flat += [flag, str(value)]
+    before = set(tmp_path.iterdir())
+    assert main([*coco_argv(coco, tmp_path / "out.jsonl"), *flat]) == 2
+    assert said in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) - {tmp_path / "kind.json"} == before - {tmp_path / "kind.json"}
+    assert not answers.calls
+
+
+def test_missing_and_odd_images_are_counted(coco, tmp_path, capsys, answers):
+    folder = tmp_path / "coco"
+    shutil.copytree(coco, folder)
+    (folder / "images/0000.png").unlink()
+    (folder / "images/0001.png").write_bytes(b"no image")
+    Image.new("RGB", (9, 99)).save(folder / "images/0002.png")
+    output = tmp_path / "out.jsonl"
+    assert main(coco_argv(folder, output)) == 2
+    assert "1 of 6 images are missing: " in capsys.readouterr().err and not output.exists()
+    assert main(coco_argv(folder, output, "--categories", "red", "--allow_missing")) == 0
+    summary = json.loads(output.with_suffix(".summary.json").read_text())
+    assert summary["counts"] == {
+        "questions": 5, "answers": 3, "images": 5, "images missing": 1,
+        "rows that can't be used": 2,
+    }  # fmt: skip
+    # An image that is there is to be found in, also where it can't be read.
+    assert summary["categories"][0]["objects"] == 5
 
 
 @pytest.mark.parametrize(

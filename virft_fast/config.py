@@ -16,6 +16,7 @@ from typing import Any
 
 ALGORITHMS = ("grpo", "sft", "dpo")
 TASKS = ("auto", "detection", "classification", "grounding")
+EVAL_TASKS = (*TASKS, "coco", "lvis")
 DTYPES = ("auto", "float32", "bfloat16")
 LOSS_IMPLS = ("fused", "reference")
 ROLLOUT_BACKENDS = ("native", "hf")
@@ -341,10 +342,30 @@ class EvalConfig:
 
     model_name_or_path: str = arg("tiny", "A checkpoint folder, a hub id, or `tiny`.")
     model_revision: str | None = arg(None, "Revision of a hub id.")
-    dataset_name: str = arg("shapes_detection", "As in training.")
+    compare: list[str] = arg([], "Several models in the place of one, side by side in one table.")
+    dataset_name: str | None = arg(None, "As in training; default: shapes_detection.")
     dataset_config: str | None = arg(None, "Configuration name of a hub data set.")
     split: str = arg("test", "Split to evaluate.", "dataset_test_split")
-    task: str = arg("auto", "detection, classification, grounding or auto.")
+    task: str = arg(
+        "auto",
+        "detection, classification, grounding or auto; coco or lvis: detection by COCO's protocol.",
+    )
+    annotations: str | None = arg(
+        None, "An instances file of COCO or LVIS in the place of a data set."
+    )
+    images: str | None = arg(None, "Folder of its images.")
+    categories: str = arg(
+        "all",
+        "coco and lvis: all, names separated by commas, or base65, novel15, few8, lvis13, lvis6.",
+    )
+    exists_map: str | None = arg(
+        None, "JSON {image: [category, ...]}: ask about these alone, as Visual-RFT does."
+    )
+    ask_exists: bool = arg(
+        False, "First ask the model which categories an image has, then about these alone."
+    )
+    allow_missing: bool = arg(False, "Evaluate without the images that are missing.")
+    sam_path: str | None = arg(None, "grounding: a SamModel, for gIoU and cIoU of masks.")
     reward_funcs: list[str] = arg([], "As in training; empty: the task's default rewards.")
     max_samples: int = arg(0, "Evaluate the first so many rows; 0: all.")
     batch_size: int = arg(16, "Prompts in one batch.", "per_device_eval_batch_size")
@@ -358,10 +379,15 @@ class EvalConfig:
     min_pixels: int | None = arg(None, "As in training; both budgets should agree.")
     max_pixels: int | None = arg(None, "As in training; both budgets should agree.")
     output: str | None = arg(None, "Per-sample JSONL; default: beside the model or in runs/eval.")
+    overwrite: bool = arg(False, "Start again where an evaluation was interrupted, or is done.")
+    bootstrap: int = arg(1000, "Draws behind the 95 % intervals; 0: none.")
+    seed: int = arg(0, "Seed of these draws.")
+    pictures: int = arg(24, "Answers drawn on the page.")
     local_rank: int = arg(-1, "Set by the deepspeed launcher; the environment is what counts.")
 
     def __post_init__(self) -> None:
-        _require(self.task in TASKS, "task", f"one of {TASKS}", self.task)
+        _require(self.task in EVAL_TASKS, "task", f"one of {EVAL_TASKS}", self.task)
+        self._check_source()
         _require(self.dtype in DTYPES, "dtype", f"one of {DTYPES}", self.dtype)
         backend = self.rollout_backend
         _require(
@@ -370,10 +396,34 @@ class EvalConfig:
         most = self.rollout_cache_tokens
         _require(most is None or most > 0, "rollout_cache_tokens", "a positive number", most)
         _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
-        _require(self.max_samples >= 0, "max_samples", "0 or more", self.max_samples)
-        _require(self.max_bad_rows >= 0, "max_bad_rows", "0 or more", self.max_bad_rows)
+        for name in ("max_samples", "max_bad_rows", "bootstrap", "seed", "pictures"):
+            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         length = self.max_completion_length
         _require(length > 0, "max_completion_length", "a positive number", length)
+        several = len(self.compare)
+        _require(several != 1, "compare", "two models or more", self.compare)
+        _require(len(set(self.compare)) == several, "compare", "different models", self.compare)
+
+    def _check_source(self) -> None:
+        """That flags which belong together are together."""
+        by_coco = self.task in ("coco", "lvis")
+        if self.annotations:
+            _require(by_coco, "task", "coco or lvis with --annotations", self.task)
+            _require(bool(self.images), "images", "the folder of the images", self.images)
+            _require(not self.dataset_name, "dataset_name", "none beside --annotations",
+                     self.dataset_name)  # fmt: skip
+        else:
+            self.dataset_name = self.dataset_name or "shapes_detection"
+            for name in ("images", "allow_missing", "ask_exists"):
+                given = getattr(self, name)
+                _require(not given, name, "--annotations with it", given)
+        for name, default in (("categories", "all"), ("exists_map", None)):
+            given = getattr(self, name)
+            _require(by_coco or given == default, name, "--task coco or lvis with it", given)
+        both = bool(self.exists_map and self.ask_exists)
+        _require(not both, "ask_exists", "no --exists_map beside it", self.ask_exists)
+        grounded = self.task in ("auto", "grounding")
+        _require(not self.sam_path or grounded, "sam_path", "--task grounding with it", self.task)
 
 
 TRAIN_GROUPS = (ModelConfig, DataConfig, GRPOConfig, DPOConfig, TrainConfig)

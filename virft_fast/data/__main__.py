@@ -40,7 +40,7 @@ from virft_fast.tasks.prompts import CLASSIFICATION_SETS
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, or 2 for input that can't be used."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     try:
         with usage():
             arguments.run(arguments)
@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Of all commands."""
     parser = argparse.ArgumentParser(prog="python -m virft_fast.data", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="command")
     build = commands.add_parser("build", help="make a data set").add_subparsers(

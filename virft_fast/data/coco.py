@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -31,6 +31,7 @@ class Annotations:
         negatives: image id -> category ids known to be absent (LVIS); None: every other one (COCO).
         incomplete: image id -> category ids of which not every object is annotated (LVIS).
         bad_boxes: boxes left out because they have no area inside the image.
+        records: the annotations as the file has them, crowds included.
     """
 
     images: dict[int, dict[str, Any]]
@@ -39,6 +40,7 @@ class Annotations:
     negatives: dict[int, set[int]] | None
     incomplete: dict[int, set[int]]
     bad_boxes: int
+    records: list[dict[str, Any]]
 
 
 def read_annotations(path: Path, kind: str) -> Annotations:
@@ -79,7 +81,9 @@ def read_annotations(path: Path, kind: str) -> Annotations:
     if kind == "lvis":
         negatives = {i: set(r.get("neg_category_ids", ())) for i, r in images.items()}
         incomplete = {i: set(r.get("not_exhaustive_category_ids", ())) for i, r in images.items()}
-    return Annotations(images, categories, dict(boxes), negatives, incomplete or {}, bad)
+    return Annotations(
+        images, categories, dict(boxes), negatives, incomplete or {}, bad, data["annotations"]
+    )
 
 
 def _read(path: Path, kind: str) -> dict[str, Any]:
@@ -135,32 +139,42 @@ def pick_categories(annotations: Annotations, kind: str, wanted: str) -> list[in
         ValueError: an unknown name (says which are close), or a category without a single box.
     """
     by_name = {name: number for number, name in annotations.categories.items()}
+    seen = {category for _, category in annotations.boxes}
+    with_boxes = {name for name, number in by_name.items() if number in seen}
+    return [by_name[name] for name in pick_names(by_name, with_boxes, kind, wanted)]
+
+
+def pick_names(known: Iterable[str], seen: Collection[str], kind: str, wanted: str) -> list[str]:
+    """As `pick_categories`, of categories by name.
+
+    Args:
+        known: all names. seen: those with a box.
+    """
+    known = list(known)
     if wanted == "all":
-        names = [n for n in by_name if any(c == by_name[n] for _, c in annotations.boxes)]
+        names = [name for name in known if name in seen]
     elif wanted == "base65" and kind == "coco":
-        names = [name for name in by_name if name not in NOVEL_15]
+        names = [name for name in known if name not in NOVEL_15]
     else:
         names = CATEGORY_SETS[kind].get(wanted) or [n.strip() for n in wanted.split(",")]
-    unknown = [name for name in names if name not in by_name]
+    unknown = [name for name in names if name not in known]
     if unknown:
         sets = ["all", *(["base65"] if kind == "coco" else []), *CATEGORY_SETS[kind]]
         hints = [
             f"{name!r}" + (f" (did you mean {' or '.join(map(repr, close))}?)" if close else "")
             for name in unknown
-            for close in [get_close_matches(name, [*by_name, *sets], n=2, cutoff=0.6)]
+            for close in [get_close_matches(name, [*known, *sets], n=2, cutoff=0.6)]
         ]
         raise ValueError(
-            f"--categories: the annotations know no {', '.join(hints)}; expected names of theirs, "
+            f"--categories: the data know no {', '.join(hints)}; expected names of theirs, "
             f"separated by commas, or {', '.join(sets)}"
         )
-    seen = {category for _, category in annotations.boxes}
-    empty = [name for name in names if by_name[name] not in seen]
+    empty = [name for name in names if name not in seen]
     if empty:
         raise ValueError(
-            f"--categories: not a single box of {listing(empty)} in these annotations; leave them "
-            "out"
+            f"--categories: not a single box of {listing(empty)} in these data; leave them out"
         )
-    return [by_name[name] for name in dict.fromkeys(names)]
+    return list(dict.fromkeys(names))
 
 
 def find_image(folder: Path, file: str) -> Path:

@@ -1,8 +1,4 @@
-"""Greedy answers to held-out prompts, their rewards and the task's own measure.
-
-Runs on any number of ranks: rank r takes every world-size-th sample, and all ranks call the rollout
-equally often, because under ZeRO-3 each call gathers the weights.
-"""
+"""Held-out prompts answered greedily, their rewards and the task's own measure in training."""
 
 from __future__ import annotations
 
@@ -13,13 +9,17 @@ from typing import Any
 
 import torch
 
-from virft_fast import dist
-from virft_fast.batch import Prompt
-from virft_fast.data import BadRow, BadRows, NoUsableRows
+from virft_fast.batch import Rollouts
+from virft_fast.data import BadRows
+from virft_fast.evaluation.answering import Load, answer
+from virft_fast.evaluation.journal import Record
 from virft_fast.grpo import completion_records, reward_arguments
 from virft_fast.matching import match_boxes, pad_boxes
-from virft_fast.rollout import Rollout, Sampling
+from virft_fast.rollout import Rollout
 from virft_fast.tasks import parse_detection, score
+
+# Columns of a row that its record keeps, beside the answer.
+KEPT_COLUMNS = ("image_id", "category", "label")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Evaluation:
 
 def evaluate_rewards(
     rollout: Rollout,
-    load: Callable[[int], Prompt | BadRow],
+    load: Load,
     indices: Sequence[int],
     *,
     reward_funcs: list[tuple[str, Callable[..., Any]]],
@@ -40,49 +40,36 @@ def evaluate_rewards(
     task: str,
     batch_size: int,
     max_completion_length: int,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Greedy answers to the rows `indices`, scored.
+    """Greedy answers to the rows `indices`, scored; see `answering.answer`.
 
-    Args:
-        load: row -> prompt, or the reason why it can't be used; such rows are skipped and counted.
-        batch_size: prompts in one call of the rollout.
-        progress: told how many of this rank's rows are done.
     Returns:
         The mean of each reward and of the task's measures (`task_measures`), the same on all ranks.
     """
-    mine = list(indices[dist.rank() :: dist.world_size()])
-    calls = math.ceil(len(indices) / dist.world_size() / batch_size)
-    sampling = Sampling(max_completion_length=max_completion_length, greedy=True)
-    names = [name for name, _ in reward_funcs]
-    records, bad = [], []
-    spare: Prompt | None = None
-    for call in range(calls):
-        rows = mine[call * batch_size : (call + 1) * batch_size]
-        loaded = [load(index) for index in rows]
-        prompts = [prompt for prompt in loaded if not isinstance(prompt, BadRow)]
-        bad += [row for row in loaded if isinstance(row, BadRow)]
-        spare = prompts[0] if prompts else spare or _first_usable(load, indices)
-        rollouts = rollout.generate(prompts or [spare], 1, sampling)
-        if prompts:
-            rewards, _ = score(reward_funcs, [1.0] * len(names), *reward_arguments(rollouts))
-            records += completion_records(rollouts, names, rewards)
-        progress(min((call + 1) * batch_size, len(mine)))
-    for part in dist.all_gather_object(bad):
-        for row in part:
-            bad_rows.add(row.index, row.reason)
-    parts = dist.all_gather_object(records)
-    records = sorted((r for part in parts for r in part), key=lambda record: record["index"])
-    means = _means(records, names)
+    records = answer(
+        rollout,
+        load,
+        indices,
+        lambda rollouts: scored(rollouts, reward_funcs),
+        bad_rows=bad_rows,
+        batch_size=batch_size,
+        max_completion_length=max_completion_length,
+    )
+    means = _means(records, [name for name, _ in reward_funcs])
     return Evaluation(means | task_measures(task, records), records)
 
 
-def _first_usable(load: Callable[[int], Prompt | BadRow], indices: Sequence[int]) -> Prompt:
-    for index in indices:
-        prompt = load(index)
-        if not isinstance(prompt, BadRow):
-            return prompt
-    raise NoUsableRows("expected at least one usable row to evaluate, got none")
+def scored(rollouts: Rollouts, reward_funcs: list[tuple[str, Callable[..., Any]]]) -> list[Record]:
+    """A record for each answer: prompt, completion, solution, rewards, the first image's size."""
+    names = [name for name, _ in reward_funcs]
+    rewards, _ = score(reward_funcs, [1.0] * len(names), *reward_arguments(rollouts))
+    records = completion_records(rollouts, names, rewards)
+    for record, prompt in zip(records, rollouts.prompts, strict=True):
+        columns, images = prompt.sample.columns, prompt.sample.images
+        record |= {name: columns[name] for name in KEPT_COLUMNS if columns.get(name) is not None}
+        if images:
+            record["size"] = list(images[0].size)
+    return records
 
 
 def _means(records: list[dict[str, Any]], names: list[str]) -> dict[str, float]:
@@ -93,7 +80,39 @@ def _means(records: list[dict[str, Any]], names: list[str]) -> dict[str, float]:
     return means
 
 
-def task_measures(task: str, records: list[dict[str, Any]]) -> dict[str, float]:
+@dataclass(frozen=True)
+class Matched:
+    """Predicted and true boxes of N answers.
+
+    Attributes:
+        num_true: (N,) int64. iou_sum: (N,) float32, summed IoU of the best matching.
+        answer: (S,) int64, the answer a prediction is from. scores: (S,) float32. hit: (S,) bool,
+            whether it found a true box with IoU > 0.5, the surest first.
+    """
+
+    num_true: torch.Tensor
+    iou_sum: torch.Tensor
+    answer: torch.Tensor
+    scores: torch.Tensor
+    hit: torch.Tensor
+
+
+def match_answers(records: list[Record]) -> Matched:
+    """All boxes of an answer count as of one class."""
+    predicted = [parse_detection(r["completion"], r.get("extent")) for r in records]
+    true = [parse_detection(r["solution"], r.get("extent")) for r in records]
+    pred, num_pred = pad_boxes([p.boxes if p else [] for p in predicted])
+    gt, num_gt = pad_boxes([t.boxes if t else [] for t in true])
+    _, ious = match_boxes(pred, gt, num_pred, num_gt, min_iou=0.0)
+    scores = _confidences(predicted, pred.shape[1])
+    matches, _ = match_boxes(pred, gt, num_pred, num_gt, method="greedy", scores=scores)
+    exists = torch.arange(pred.shape[1]) < num_pred[:, None]
+    return Matched(
+        num_gt, ious.sum(1), exists.nonzero()[:, 0], scores[exists], matches[exists] >= 0
+    )
+
+
+def task_measures(task: str, records: list[Record]) -> dict[str, float]:
     """Detection: `ap50` and `mean_iou`; grounding: `mean_iou`; classification has its reward.
 
     `mean_iou` is the mean over true boxes of the IoU with the box matched to it, 0 if none;
@@ -102,18 +121,11 @@ def task_measures(task: str, records: list[dict[str, Any]]) -> dict[str, float]:
     """
     if task == "classification" or not records:
         return {}
-    predicted = [parse_detection(r["completion"], r.get("extent")) for r in records]
-    true = [parse_detection(r["solution"], r.get("extent")) for r in records]
-    pred, num_pred = pad_boxes([p.boxes if p else [] for p in predicted])
-    gt, num_gt = pad_boxes([t.boxes if t else [] for t in true])
-    total = max(int(num_gt.sum()), 1)
-    _, ious = match_boxes(pred, gt, num_pred, num_gt, min_iou=0.0)
-    measures = {"mean_iou": float(ious.sum()) / total}
+    matched = match_answers(records)
+    total = max(int(matched.num_true.sum()), 1)
+    measures = {"mean_iou": float(matched.iou_sum.sum()) / total}
     if task == "detection":
-        scores = _confidences(predicted, pred.shape[1])
-        matches, _ = match_boxes(pred, gt, num_pred, num_gt, method="greedy", scores=scores)
-        exists = torch.arange(pred.shape[1]) < num_pred[:, None]
-        measures["ap50"] = average_precision(scores[exists], matches[exists] >= 0, total)
+        measures["ap50"] = average_precision(matched.scores, matched.hit, total)
     return measures
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from virft_fast.tasks.coordinates import Box, to_thousand
 
 NOT_A_BOX: Box = (math.nan,) * 4
+MAX_EXTRA_WORDS = 3  # around the class name, as in "this is a petunia"
 
 _POSITION_KEYS = ("position", "bbox_2d", "bbox", "box_2d", "box")
 _CONFIDENCE_KEYS = ("confidence", "score")
@@ -102,6 +103,60 @@ def parse_label(text: str) -> list[str]:
 def words(text: str) -> list[str]:
     """Lower-case words; spaces, _, - and punctuation only separate them."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def mentioned(text: str, names: Sequence[str]) -> list[str]:
+    """Which of `names` an answer mentions, in the order of `names`.
+
+    A name counts where its words stand in a row; of two that start at the same word the longer one
+    does, so that 'hot dog' is no dog.
+    """
+    found = _mentioned(parse_label(text), {tuple(words(name)): name for name in names})
+    return [name for name in names if name in found]
+
+
+def _mentioned(written: list[str], by_words: dict[tuple[str, ...], str]) -> set[str]:
+    longest = max(map(len, by_words), default=0)
+    found, at = set(), 0
+    while at < len(written):
+        runs = (tuple(written[at : at + n]) for n in range(min(longest, len(written) - at), 0, -1))
+        run = next((run for run in runs if run in by_words), None)
+        found |= {by_words[run]} if run else set()
+        at += len(run) if run else 1
+    return found
+
+
+class ClosedSet:
+    """The label out of a fixed set that an answer gives.
+
+    Case, spaces, _, - and punctuation don't count. It is the label the answer equals, or else the
+    only one it mentions among at most MAX_EXTRA_WORDS further words.
+
+    Args:
+        labels: as they are to be named; of several that differ in spelling only, the first.
+    """
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self.labels: list[str] = []
+        self._by_letters: dict[str, str] = {}
+        for label in labels:
+            letters = "".join(words(label))
+            if letters and letters not in self._by_letters:
+                self._by_letters[letters] = label
+                self.labels.append(label)
+        self._by_words = {tuple(words(label)): label for label in self.labels}
+
+    def __call__(self, text: str) -> str | None:
+        """None if the answer gives none of the labels, or several."""
+        written = parse_label(text)
+        same = self._by_letters.get("".join(written))
+        if same is not None:
+            return same
+        found = _mentioned(written, self._by_words)
+        label = next(iter(found), "")
+        if len(found) != 1 or len(written) - len(words(label)) > MAX_EXTRA_WORDS:
+            return None
+        return label
 
 
 def valid_box(box: Box) -> bool:

@@ -53,6 +53,16 @@ def detection_problem(category: str, space: str = "thousand") -> str:
     )
 
 
+def presence_problem(categories: list[str]) -> str:
+    """Which of the categories are in the image? Ours: the original ships the answers only."""
+    return (
+        f"Which of these categories are in the image: {', '.join(categories)}?\n"
+        "Output the thinking process in <think> </think> and final answer in <answer> </answer> "
+        "tags. The final answer is the names of the categories that are in the image, separated by "
+        "commas, or 'No Objects'."
+    )
+
+
 def classification_problem(thing: str, kind: str) -> str:
     """Visual-RFT's question for a class, e.g. ("plant", "species")."""
     return (

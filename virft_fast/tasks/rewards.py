@@ -19,6 +19,7 @@ from torch import Tensor
 
 from virft_fast.matching import match_boxes, pad_boxes, pairwise_iou
 from virft_fast.tasks.answers import (
+    MAX_EXTRA_WORDS,
     NOT_A_BOX,
     Detection,
     parse_detection,
@@ -26,7 +27,6 @@ from virft_fast.tasks.answers import (
     valid_box,
 )
 
-MAX_EXTRA_WORDS = 3  # around the class name, as in "this is a petunia"
 _THOUGHT_TO_ANSWER = re.compile(r"</think>\s*<answer>")
 
 

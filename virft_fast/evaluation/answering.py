@@ -1,0 +1,86 @@
+"""Greedy answers to the rows of a data set, batch by batch, on any number of ranks.
+
+Rank r takes every world-size-th row that is still to do, and all ranks call the rollout equally
+often, because under ZeRO-3 each call gathers the weights. While a batch is answered, the next one's
+images are read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from virft_fast import dist
+from virft_fast.batch import Prompt, Rollouts
+from virft_fast.data import BadRow, BadRows, NoUsableRows
+from virft_fast.evaluation.journal import Record
+from virft_fast.rollout import Rollout, Sampling
+
+Load = Callable[[int], "Prompt | BadRow"]
+
+
+def answer(
+    rollout: Rollout,
+    load: Load,
+    indices: Sequence[int],
+    describe: Callable[[Rollouts], list[Record]],
+    *,
+    bad_rows: BadRows,
+    batch_size: int,
+    max_completion_length: int,
+    done: Iterable[Record] = (),
+    keep: Callable[[list[Record]], None] = lambda records: None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Record]:
+    """One record for each usable row of `indices`, in order, on all ranks.
+
+    Args:
+        load: row -> prompt, or the reason why it can't be used; such rows are skipped and counted.
+        describe: answers -> a record each, with the row as `index`.
+        batch_size: prompts in one call of the rollout.
+        done: records there already; their rows are not asked again.
+        keep: called on all ranks with the new records of all ranks, after each batch.
+        progress: told how many rows are done, of all.
+    """
+    wanted = set(indices)
+    records = [record for record in done if record["index"] in wanted]
+    there = {record["index"] for record in records}
+    rows = [index for index in indices if index not in there]
+    mine = rows[dist.rank() :: dist.world_size()]
+    calls = math.ceil(len(rows) / dist.world_size() / batch_size)
+    sampling = Sampling(max_completion_length=max_completion_length, greedy=True)
+    spare: Prompt | None = None
+    progress(len(records))
+
+    def read(call: int) -> list[Prompt | BadRow]:
+        return [load(index) for index in mine[call * batch_size : (call + 1) * batch_size]]
+
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(read, 0)
+        for call in range(calls):
+            loaded = coming.result()
+            coming = reader.submit(read, call + 1)
+            prompts = [prompt for prompt in loaded if not isinstance(prompt, BadRow)]
+            bad = [row for row in loaded if isinstance(row, BadRow)]
+            spare = prompts[0] if prompts else spare or _first_usable(load, indices)
+            rollouts = rollout.generate(prompts or [spare], 1, sampling)
+            parts = dist.all_gather_object((describe(rollouts) if prompts else [], bad))
+            new = [record for part, _ in parts for record in part]
+            keep(new)
+            records += new
+            for _, part in parts:
+                for row in part:
+                    bad_rows.add(row.index, row.reason)
+            progress(min((call + 1) * batch_size * dist.world_size(), len(rows)) + len(there))
+    return sorted(records, key=lambda record: record["index"])
+
+
+def _first_usable(load: Load, indices: Sequence[int]) -> Prompt:
+    reason = "there are none"
+    for index in indices:
+        prompt = load(index)
+        if not isinstance(prompt, BadRow):
+            return prompt
+        reason = f"the last, {prompt.index}: {prompt.reason}"
+    raise NoUsableRows(f"expected at least one usable row to evaluate, got none; {reason}")

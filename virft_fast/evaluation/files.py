@@ -1,0 +1,115 @@
+"""What an evaluation leaves: each file written aside, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from virft_fast.evaluation import pages
+from virft_fast.evaluation.journal import Record
+from virft_fast.evaluation.results import Result
+from virft_fast.metrics import null_for_nan
+
+TAKEN = (".json", ".md", ".html", ".journal")
+
+
+def check_output(path: Path) -> None:
+    """Better before the evaluation than after it.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    if path.is_dir():
+        raise ValueError(f"--output {path}: expected a file's name, got a folder")
+    if path.suffix in TAKEN:
+        raise ValueError(f"--output {path}: expected a name for the records, such as answers.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"--output {path}: expected a place that can be written")
+
+
+def of_model(output: Path, model: str) -> Path:
+    """Where one of several models' records go."""
+    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in model.strip("/")).strip("-")
+    return output.with_name(f"{output.stem}.{name}{output.suffix}")
+
+
+def write_result(
+    output: Path,
+    result: Result,
+    *,
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
+    presence: Sequence[Record] = (),
+    exists: Mapping[int, Sequence[str]] | None = None,
+) -> None:
+    """Records and summary, and what belongs to the task: predictions in COCO's results format and
+    the truth they are measured against, the map of what exists."""
+    _write_lines(output, result.records)
+    if presence:
+        _write_lines(output.with_suffix(".presence.jsonl"), presence)
+        _write(output.with_suffix(".exists_map.json"), json.dumps(exists))
+    if result.predictions is not None and result.truth is not None:
+        _write(output.with_suffix(".predictions.json"), json.dumps(result.predictions))
+        _write(output.with_suffix(".truth.json"), json.dumps(result.truth.as_coco()))
+    summary = {
+        "model": result.model,
+        "means": result.means,
+        "intervals": {name: result.interval(name) for name in result.draws},
+        "task": result.task,
+        "num_samples": len(result.records),
+        "bad_rows": result.counts.get("rows that can't be used", 0),
+        "counts": result.counts,
+        "categories": result.categories,
+        "confusions": result.confusions,
+        "settings": settings,
+        "config": config,
+    }
+    # Last: with it, the evaluation is done.
+    write_json(output.with_suffix(".summary.json"), summary)
+
+
+def write_comparison(path: Path, results: Sequence[Result]) -> None:
+    """The measures of several models and how the last differs from the first, as JSON."""
+    first, last = results[0], results[-1]
+    changes = {}
+    for name in first.means:
+        difference, interval = pages.change(first, last, name)
+        changes[name] = {"change": difference, "interval": interval}
+    models = {result.model: result.means for result in results}
+    write_json(path, {"models": models, "change": changes})
+
+
+def write_report(
+    output: Path,
+    title: str,
+    results: Sequence[Result],
+    *,
+    num_pictures: int,
+    load: Callable[[int], Any],
+    question: Callable[[Any], str],
+) -> list[pages.Table]:
+    """The tables in Markdown and, with pictures, as a page; returns the tables."""
+    shown = pages.tables(results)
+    found = pages.pictures(results, num_pictures, load, question) if num_pictures else []
+    _write(output.with_suffix(".md"), pages.markdown(title, shown))
+    names = [result.model for result in results]
+    _write(output.with_suffix(".html"), pages.html(title, shown, found, names))
+    return shown
+
+
+def write_json(path: Path, value: Any) -> None:
+    _write(path, json.dumps(null_for_nan(value), indent=1) + "\n")
+
+
+def _write_lines(path: Path, records: Sequence[Record]) -> None:
+    _write(path, "".join(json.dumps(null_for_nan(record)) + "\n" for record in records))
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)

@@ -1,0 +1,139 @@
+"""Grounding as Visual-RFT evaluates LISA's: the IoU of the first box, and of SAM's mask for it.
+
+The protocol is the original's, its 1e-6 in every denominator included (on boxes in the unit
+square, so that a perfect small box stays a little below 1). What it isn't: an inverted or
+unreadable box is worth 0, where the original can be led to any number.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from virft_fast.data.loading import IMAGE_FORMATS
+from virft_fast.evaluation.bootstrap import Ratios
+from virft_fast.evaluation.journal import Record
+from virft_fast.tasks import parse_detection
+from virft_fast.tasks.answers import Box
+from virft_fast.tasks.coordinates import THOUSAND
+
+EPSILON = 1e-6
+
+
+def first_box(text: str, extent: Any = None) -> Box | None:
+    """The first box of an answer in 0..1000; None without one, or if it has no area."""
+    read = parse_detection(text, extent)
+    if read is None or not read.boxes or not all(map(math.isfinite, read.boxes[0])):
+        return None
+    x1, y1, x2, y2 = read.boxes[0]
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+
+
+def box_iou(record: Record) -> float:
+    """Of the answer's first box with the solution's, in [0, 1)."""
+    predicted = first_box(record["completion"], record.get("extent"))
+    true = first_box(record["solution"], record.get("extent"))
+    if predicted is None or true is None:
+        return 0.0
+    wide = min(predicted[2], true[2]) - max(predicted[0], true[0])
+    high = min(predicted[3], true[3]) - max(predicted[1], true[1])
+    shared = max(wide, 0.0) * max(high, 0.0) / THOUSAND**2
+    return shared / (_area(predicted) + _area(true) - shared + EPSILON)
+
+
+def _area(box: Box) -> float:
+    """In the unit square."""
+    return (box[2] - box[0]) * (box[3] - box[1]) / THOUSAND**2
+
+
+def add_measures(ratios: Ratios, records: Iterable[Record], units: Iterable[Any]) -> None:
+    """`box_iou` (the mean), `box_acc50` (the share above 0.5), and where the records have masks
+    `gIoU` (the mean of their IoU) and `cIoU` (all intersections over all unions)."""
+    pairs = list(zip(records, units, strict=True))
+    ious = [(unit, box_iou(record)) for record, unit in pairs]
+    ratios.add("box_iou", [(unit, iou, 1.0) for unit, iou in ious])
+    ratios.add("box_acc50", [(unit, float(iou > 0.5), 1.0) for unit, iou in ious])
+    masks = [(unit, record["mask"]) for record, unit in pairs if "union" in record.get("mask", {})]
+    if masks:
+        areas = [(u, float(m["intersection"]), float(m["union"])) for u, m in masks]
+        ratios.add("gIoU", [(u, shared / (whole + EPSILON), 1.0) for u, shared, whole in areas])
+        ratios.add("cIoU", areas)
+
+
+# --- Masks -----------------------------------------------------------------------------------
+
+
+class MaskModel:
+    """SAM from transformers, asked with a box.
+
+    Args:
+        path: a folder or hub id of a SamModel, with its preprocessor.
+    Raises:
+        ValueError: there is none.
+    """
+
+    def __init__(self, path: str, device: torch.device) -> None:
+        from transformers import SamModel, SamProcessor
+        from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+
+        try:
+            # PIL's image processor needs no torchvision.
+            self.processor = SamProcessor(SamImageProcessorPil.from_pretrained(path))
+            self.model = SamModel.from_pretrained(path).to(device).eval()
+        except Exception as error:  # files that are missing, damaged or of another model
+            line = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"--sam_path {path}: expected a SamModel of transformers with its "
+                f"preprocessor_config.json, such as facebook/sam-vit-huge; got "
+                f"{type(error).__name__}: {line}"
+            ) from error
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image, box: Box) -> np.ndarray:
+        """(H, W) bool mask of what is in a box of 0..1000."""
+        sides = zip(box, 2 * image.size, strict=True)
+        pixels = [[[int(side / THOUSAND * size) for side, size in sides]]]  # as the original rounds
+        inputs = self.processor(image, input_boxes=pixels, return_tensors="pt")
+        sizes = (inputs.pop("original_sizes"), inputs.pop("reshaped_input_sizes"))
+        inputs = {name: part.to(self.device) for name, part in inputs.items()}
+        inputs["input_boxes"] = inputs["input_boxes"].float()
+        low = self.model(**inputs, multimask_output=False).pred_masks.float().cpu()
+        (mask,) = self.processor.image_processor.post_process_masks(low, *sizes)  # (1, 1, H, W)
+        return mask[0, 0].numpy()
+
+
+def mask_areas(
+    model: MaskModel, record: Record, sample: Any, true: np.ndarray | None
+) -> dict[str, int]:
+    """`intersection` and `union`, in pixels, of SAM's mask for the answer's box with the true one.
+
+    An answer without a box has an empty mask. Empty where the true mask is missing, or not of the
+    image's size.
+    """
+    image = sample.images[0]
+    if true is None or true.shape != image.size[::-1]:
+        return {}
+    box = first_box(record["completion"], record.get("extent"))
+    found = np.zeros_like(true) if box is None else model(image, box)
+    return {"intersection": int((found & true).sum()), "union": int((found | true).sum())}
+
+
+def true_mask(row: Mapping[str, Any]) -> np.ndarray | None:
+    """(H, W) bool of a row's column `mask`, as `data build grounding` writes it; None without."""
+    stored = row.get("mask")
+    data = stored.get("bytes") if isinstance(stored, Mapping) else stored
+    if not data and isinstance(stored, Mapping) and stored.get("path"):
+        path = Path(stored["path"])
+        data = path.read_bytes() if path.is_file() else None
+    if not isinstance(data, bytes):
+        return None
+    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+        return np.asarray(image.convert("1"))

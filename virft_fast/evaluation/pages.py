@@ -1,0 +1,251 @@
+"""Results to look at: one table for any number of models, in Markdown and as a page with pictures.
+
+What a model or a data set wrote is text like any other here: escaped, never markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from virft_fast.data.drawing import PREDICTED, TRUE, draw_boxes
+from virft_fast.evaluation import bootstrap
+from virft_fast.evaluation.journal import Record
+from virft_fast.evaluation.results import Result
+from virft_fast.tasks import parse_detection
+from virft_fast.tasks.answers import answer_text
+
+PICTURE_SIDE = 420  # pixels
+MOST_TEXT = 400  # characters of an answer
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells are texts; the first of a row is its name."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A question and what each model made of it.
+
+    Attributes:
+        caption: what was asked. shown: (JPEG as a data URL, the answer's text) of each model.
+    """
+
+    caption: str
+    solution: str
+    shown: list[tuple[str, str]]
+
+
+def measure_table(results: Sequence[Result]) -> Table:
+    """Every measure of every model with its interval; of two or more the last one's change over
+    the first, taken on the same draws."""
+    header = ["measure", *(result.model for result in results)]
+    if len(results) > 1:
+        header.append("change")
+    rows = []
+    for name in dict.fromkeys(name for result in results for name in result.means):
+        row = [name, *(_cell(result, name) for result in results)]
+        if len(results) > 1:
+            row.append(_change(results[0], results[-1], name))
+        rows.append(row)
+    return Table("Measures, with 95 % intervals over resampled images", header, rows)
+
+
+def change(first: Result, last: Result, name: str) -> tuple[float, bootstrap.Interval | None]:
+    """How much a measure differs, and the interval of the difference on the same draws."""
+    nan = math.nan
+    difference = last.means.get(name, nan) - first.means.get(name, nan)
+    drawn = [result.draws.get(name) for result in (first, last)]
+    if any(part is None for part in drawn) or first.units != last.units:
+        return difference, None
+    return difference, bootstrap.interval(drawn[1] - drawn[0])
+
+
+def _cell(result: Result, name: str) -> str:
+    return _with_interval(result.means.get(name, math.nan), result.interval(name), "")
+
+
+def _change(first: Result, last: Result, name: str) -> str:
+    return _with_interval(*change(first, last, name), "+")
+
+
+def _with_interval(value: float, interval: bootstrap.Interval | None, sign: str) -> str:
+    shown = _number(value, sign)
+    if interval is None:
+        return shown
+    return f"{shown} ({_number(interval[0], sign)} to {_number(interval[1], sign)})"
+
+
+def _number(value: Any, sign: str = "") -> str:
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:{sign}.4f}"
+
+
+def tables(results: Sequence[Result]) -> list[Table]:
+    """What a report shows, in its order."""
+    shown = [measure_table(results)]
+    if all(result.categories for result in results):
+        shown.append(_category_table(results))
+    for result in results:
+        if result.confusions:
+            rows = [
+                [row["true"], row["predicted"], str(row["count"]), f"{row['share']:.0%}"]
+                for row in result.confusions
+            ]
+            header = ["true", "predicted", "images", "of the true class"]
+            shown.append(Table(f"Confusions of {result.model}", header, rows))
+    counts = dict.fromkeys(name for result in results for name in result.counts)
+    rows = [[name, *(str(r.counts.get(name, 0)) for r in results)] for name in counts]
+    shown.append(Table("Counts", ["", *(result.model for result in results)], rows))
+    return shown
+
+
+def _category_table(results: Sequence[Result]) -> Table:
+    names = ("predictions", "AP", "AP50", "AP75")
+    header = ["category", "objects"]
+    for result in results:
+        header += [f"{name}, {result.model}" if len(results) > 1 else name for name in names]
+    rows = []
+    for place, row in enumerate(results[0].categories):
+        cells = [row["category"], str(row["objects"])]
+        for result in results:
+            of_model = result.categories[place]
+            interval = result.interval(f"AP/{row['category']}")
+            cells += [str(of_model["predictions"]), _with_interval(of_model["AP"], interval, "")]
+            cells += [_number(of_model[name]) for name in names[2:]]
+        rows.append(cells)
+    return Table("Average precision of each category", header, rows)
+
+
+def markdown(title: str, shown: Sequence[Table]) -> str:
+    parts = [f"# {_plain(title)}"]
+    for table in shown:
+        lines = [table.header, ["---"] * len(table.header), *table.rows]
+        rows = "\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines)
+        parts.append(f"## {_plain(table.title)}\n\n{rows}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _plain(text: str) -> str:
+    """One line without a meaning of its own in a Markdown table."""
+    text = " ".join(str(text).split()).replace("\\", "\\\\").replace("|", "\\|")
+    return text.replace("<", "&lt;")
+
+
+# --- Pictures --------------------------------------------------------------------------------
+
+
+def pictures(
+    results: Sequence[Result], most: int, load: Callable[[int], Any], question: Callable[[Any], str]
+) -> list[Picture]:
+    """Some of the questions that all models answered, evenly spread.
+
+    Args:
+        load: row -> its sample. question: sample -> what it asks, in a few words.
+    """
+    by_index = [{record["index"]: record for record in result.records} for result in results]
+    common = [index for index in by_index[0] if all(index in other for other in by_index)]
+    step = max(1, len(common) // max(1, most))
+    found = []
+    for index in common[::step][:most]:
+        sample = load(index)
+        if not sample.images:
+            continue
+        shown = []
+        for records, result in zip(by_index, results, strict=True):
+            drawn = draw(sample.images[0], records[index], boxes=result.task != "classification")
+            text = answer_text(records[index]["completion"]) or "(nothing)"
+            shown.append((_data_url(drawn), text[:MOST_TEXT]))
+        solution = answer_text(by_index[0][index]["solution"])[:MOST_TEXT]
+        found.append(Picture(f"{index}: {question(sample)}", solution, shown))
+    return found
+
+
+def draw(image: Image.Image, record: Record, *, boxes: bool) -> Image.Image:
+    """The image, small, with the true boxes in white and the predicted ones in pink."""
+    image = image.copy()
+    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    if min(image.size) and max(image.size) < PICTURE_SIDE // 2:
+        factor = PICTURE_SIDE // 2 / max(image.size)
+        sides = (max(1, round(side * factor)) for side in image.size)
+        image = image.resize(tuple(sides), Image.Resampling.NEAREST)
+    if not boxes:
+        return image
+    true = parse_detection(record["solution"], record.get("extent"))
+    predicted = parse_detection(record["completion"], record.get("extent"))
+    if true:
+        image = draw_boxes(image, true.boxes, TRUE)
+    if predicted:
+        labels = ["" if c is None else f"{c:.2g}" for c in predicted.confidences]
+        image = draw_boxes(image, predicted.boxes, PREDICTED, labels)
+    return image
+
+
+def _data_url(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<style>
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem;
+       color: #222; background: #fff; }
+table { border-collapse: collapse; margin: 0 0 2rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .75rem; border-bottom: 1px solid #ddd; text-align: left; }
+.scroll { overflow-x: auto; }
+.pictures { display: grid; gap: 1.25rem;
+            grid-template-columns: repeat(auto-fill, minmax({{ width }}px, 1fr)); }
+.models { display: flex; gap: .5rem; }
+figure { margin: 0; } figure img { max-width: 100%; }
+code { display: block; font-size: 12px; white-space: pre-wrap; overflow-wrap: anywhere; }
+.pink { color: #c2187a; }
+</style></head><body>
+<h1>{{ title }}</h1>
+{% for table in tables %}
+<h2>{{ table.title }}</h2>
+<div class="scroll"><table>
+<tr>{% for cell in table.header %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table></div>
+{% endfor %}
+{% if pictures %}
+<h2>Some answers</h2>
+<p>True boxes are white, <span class="pink">predicted ones pink</span> with their confidence.</p>
+<div class="pictures">
+{% for picture in pictures %}
+<div><b>{{ picture.caption }}</b><div class="models">
+{% for url, text in picture.shown %}
+<figure><img src="{{ url }}" alt="">
+{% if models|length > 1 %}<div>{{ models[loop.index0] }}</div>{% endif %}
+<code class="pink">{{ text }}</code></figure>
+{% endfor %}</div><code>{{ picture.solution }}</code></div>
+{% endfor %}</div>
+{% endif %}
+</body></html>
+"""
+
+
+def html(
+    title: str, shown: Sequence[Table], found: Sequence[Picture], models: Sequence[str]
+) -> str:
+    """One page that needs no other file."""
+    import jinja2
+
+    template = jinja2.Environment(autoescape=True).from_string(_PAGE)
+    return template.render(
+        title=title, tables=shown, pictures=found, models=models, width=240 * max(1, len(models))
+    )

@@ -1,0 +1,504 @@
+"""One model's evaluation from questions to measures: resumable, on any number of ranks.
+
+Beside the records, `X.jsonl`, lie `X.journal` while it runs, and `X.summary.json` when it is done.
+Answers that are there, in either, are not asked for again, as long as the settings on which they
+depend are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from virft_fast import dist, tasks
+from virft_fast.batch import Rollouts, Sample
+from virft_fast.config import EvalConfig, UsageError, usage
+from virft_fast.data import BadRow, BadRows, SampleDataset, load_rows
+from virft_fast.data.coco import pick_categories, pick_names, read_annotations
+from virft_fast.data.prompts import PromptSource
+from virft_fast.evaluation import grounding
+from virft_fast.evaluation.answering import answer
+from virft_fast.evaluation.classification import closed_set
+from virft_fast.evaluation.detection import Truth, make_truth, need_coco_eval, truth_of_records
+from virft_fast.evaluation.journal import Journal, Record
+from virft_fast.evaluation.questions import (
+    ExistsMap,
+    Images,
+    detection_rows,
+    exists_of_answers,
+    files_of,
+    find_images,
+    other_size,
+    presence_rows,
+    read_exists_map,
+)
+from virft_fast.evaluation.results import Result, measure
+from virft_fast.evaluation.scoring import scored
+from virft_fast.models.processing import load_processor, resized
+from virft_fast.models.qwen_vl import Policy, load_model, read_config
+from virft_fast.models.tiny import resolve_model_path
+from virft_fast.rollout import Rollout
+from virft_fast.rollout.backends import check_cache_limit, check_model, make_rollout
+from virft_fast.tasks.answers import ClosedSet
+from virft_fast.tasks.coordinates import FAMILY_SPACE
+
+# (what is counted, how many) -> told how many are done.
+Progress = Callable[[str, int], Callable[[int], None]]
+Value = TypeVar("Value")
+_TEXT_COLUMNS = (
+    "problem", "prompt", "conversations", "solution", "extent", "category", "image_id",
+)  # fmt: skip
+_QUOTED = re.compile(r"category '([^']+)'")
+# What an answer depends on. Batch size and number of ranks are not among it, but for rounding.
+_SETTINGS = (
+    "model_name_or_path", "model_revision", "dataset_name", "dataset_config", "split", "task",
+    "annotations", "images", "categories", "exists_map", "ask_exists", "reward_funcs",
+    "max_completion_length", "max_prompt_length", "rollout_backend", "dtype",
+    "attn_implementation", "min_pixels", "max_pixels",
+)  # fmt: skip
+
+
+@dataclass
+class Questions:
+    """What is asked, and what is known of the answers.
+
+    Attributes:
+        rows: of `load_rows`, or made from annotations.
+        task: detection, classification or grounding.
+        indices: the rows that are asked about.
+        digest: changes with the questions.
+        check: sample -> what is wrong with it, or None.
+        truth: what COCO's protocol measures against, where the annotations say it.
+        labels: the closed set of a classification.
+        counts: what was left out, by name.
+    """
+
+    rows: Any
+    task: str
+    indices: Sequence[int]
+    digest: str
+    check: Callable[[Sample], str | None] | None = None
+    truth: Truth | None = None
+    labels: ClosedSet | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def samples(self) -> SampleDataset:
+        return SampleDataset(self.rows, check_solution=partial(tasks.check_solution, self.task))
+
+
+class Evaluation:
+    """One model under evaluation.
+
+    Args:
+        config: `model_name_or_path` is the model.
+        output: where the records go.
+        progress: makes a progress bar, on the main process.
+    Raises:
+        UsageError: model, data or settings can't be used.
+    """
+
+    def __init__(
+        self, config: EvalConfig, output: Path, device: torch.device, progress: Progress
+    ) -> None:
+        self.config, self.output, self.device, self.progress = config, output, device, progress
+        self.bad_rows = BadRows(config.max_bad_rows)
+        self.journal: Journal | None = None  # the main process's
+        self._finished: dict[str, list[Record]] = {}
+        with usage():
+            check_cache_limit(
+                config.rollout_backend,
+                config.rollout_cache_tokens,
+                num_generations=1,
+                max_prompt_length=config.max_prompt_length,
+                max_completion_length=config.max_completion_length,
+                device=device,
+            )
+            self.path = resolve_model_path(config.model_name_or_path)
+            self.processor = load_processor(
+                self.path,
+                revision=config.model_revision,
+                min_pixels=config.min_pixels,
+                max_pixels=config.max_pixels,
+            )
+            self.family = read_config(self.path, config.model_revision).model_type
+
+    def run(self, exists: ExistsMap | None = None) -> tuple[Result | None, ExistsMap | None]:
+        """Ask, then measure.
+
+        Args:
+            exists: which categories to ask about, where another model has said that already.
+        Returns:
+            The result, on the main process; and which categories were asked about, if not all.
+        """
+        config = self.config
+        with usage():
+            if config.task in ("coco", "lvis"):
+                need_coco_eval()
+            images = images_of(config) if config.annotations else None
+        if images is not None:
+            if config.exists_map:
+                exists = read_exists_map(Path(config.exists_map), files_of(images.annotations))
+            elif config.ask_exists and exists is None:
+                exists = self._ask_exists(images)
+        with usage():
+            if images is None:
+                questions = of_dataset(config)
+            else:
+                questions = of_annotations(config, images, exists, self._extent_for())
+            names = config.reward_funcs or tasks.DEFAULT_REWARDS[questions.task]
+            reward_funcs = tasks.load_reward_funcs(names)
+            sam = self._sam(questions) if config.sam_path else None
+        samples = questions.samples()
+        self.load_sample = samples.get
+        records = self._stage(
+            "answer", questions, samples, partial(scored, reward_funcs=reward_funcs)
+        )
+        records = [record | _named(record) for record in records]
+        if sam is not None:
+            records = self._masks(questions, sam, records)
+        if not dist.is_main():
+            return None, exists
+        truth = questions.truth
+        if config.task in ("coco", "lvis") and truth is None:
+            truth = truth_of_records(records)
+        result = measure(
+            config.model_name_or_path,
+            questions.task,
+            records,
+            [name for name, _ in reward_funcs],
+            truth=truth,
+            federated=config.task == "lvis" and images is not None,
+            labels=questions.labels,
+            counts={
+                "questions": len(questions.indices),
+                "answers": len(records),
+                **questions.counts,
+                "rows that can't be used": len(self.bad_rows),
+            },
+            num_draws=config.bootstrap,
+            seed=config.seed,
+        )
+        return result, exists
+
+    # The model
+
+    @cached_property
+    def rollout(self) -> Rollout:
+        """Loaded when the first question is asked: an evaluation that is done needs none."""
+        config = self.config
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+        with usage():
+            model = load_model(
+                self.path,
+                revision=config.model_revision,
+                dtype=dtype,
+                attn_implementation=config.attn_implementation,
+            )
+            policy = Policy(model.to(self.device)).eval()
+            check_model(config.rollout_backend, policy)
+        return make_rollout(
+            config.rollout_backend,
+            lambda: contextlib.nullcontext(policy),
+            self.processor.tokenizer,
+            device=self.device,
+            max_cache_tokens=config.rollout_cache_tokens,
+        )
+
+    def generate(self, *arguments: Any, **options: Any) -> Rollouts:
+        """See `virft_fast.rollout.Rollout.generate`."""
+        return self.rollout.generate(*arguments, **options)
+
+    def _extent_for(self) -> Callable[[int, int], tuple[int, int]] | None:
+        """The space in which the model's family counts boxes; None: 0..1000."""
+        if FAMILY_SPACE[self.family] != "pixels":
+            return None
+        images = self.processor.image_processor
+        return partial(
+            resized,
+            min_pixels=images.size["shortest_edge"],
+            max_pixels=images.size["longest_edge"],
+            factor=images.patch_size * images.merge_size,
+        )
+
+    # Stages
+
+    def _ask_exists(self, images: Images) -> ExistsMap:
+        rows = presence_rows(images)
+        questions = Questions(
+            rows,
+            "presence",
+            range(len(rows)),
+            _digest([list(images.paths), images.names]),
+            check=partial(other_size, images.annotations),
+        )
+        records = self._stage("presence", questions, SampleDataset(rows), _described)
+        return exists_of_answers(records, images.names)
+
+    def _stage(
+        self,
+        name: str,
+        questions: Questions,
+        samples: SampleDataset,
+        describe: Callable[[Rollouts], list[Record]],
+    ) -> list[Record]:
+        """Answers to all questions, those that are there already included."""
+        config = self.config
+        source = PromptSource(
+            samples,
+            self.processor,
+            max_prompt_length=config.max_prompt_length,
+            check=questions.check,
+        )
+        return answer(
+            self,
+            source.load,
+            questions.indices,
+            describe,
+            # A row is known by its number, and another stage has rows of its own.
+            bad_rows=self.bad_rows if name == "answer" else BadRows(config.max_bad_rows),
+            batch_size=config.batch_size,
+            max_completion_length=config.max_completion_length,
+            done=_on_main(lambda: self._done(name, questions)),
+            keep=partial(self._keep, name),
+            progress=self.progress(name, len(questions.indices)),
+        )
+
+    def _sam(self, questions: Questions) -> grounding.MaskModel:
+        """Loaded before the questions, so that a wrong path is not found out after them."""
+        if questions.task != "grounding":
+            raise ValueError(f"--sam_path: expected a grounding task, got {questions.task}")
+        if "mask" not in questions.rows.column_names:
+            raise ValueError(
+                f"--sam_path: expected a column mask in {self.config.dataset_name}, it has "
+                f"{', '.join(questions.rows.column_names)}; build the data set with python -m "
+                "virft_fast.data build grounding"
+            )
+        return grounding.MaskModel(self.config.sam_path, self.device)
+
+    def _masks(
+        self, questions: Questions, sam: grounding.MaskModel, records: list[Record]
+    ) -> list[Record]:
+        """The records with SAM's masks measured against the true ones, where the row has one."""
+        stamp = _digest([self.config.sam_path, _weights_stamp(self.config.sam_path)])
+        done = _on_main(lambda: self._done("mask", questions))
+        masks = {mask["index"]: mask for mask in done if mask["sam"] == stamp}
+        todo = [record for record in records if record["index"] not in masks]
+        mine = todo[dist.rank() :: dist.world_size()]
+        told = self.progress("mask", len(records))
+        rows = questions.rows.with_format("arrow")
+        for number in range(-(-len(todo) // dist.world_size())):
+            found = []
+            for record in mine[number : number + 1]:
+                index = record["index"]
+                true = grounding.true_mask(rows[index].to_pylist()[0])
+                areas = grounding.mask_areas(sam, record, self.load_sample(index), true)
+                found.append({"index": index, "sam": stamp, **areas})
+            new = [mask for part in dist.all_gather_object(found) for mask in part]
+            self._keep("mask", new)
+            masks |= {mask["index"]: mask for mask in new}
+            told(len(records) - len(todo) + min((number + 1) * dist.world_size(), len(todo)))
+        questions.counts["rows without a true mask"] = sum("union" not in m for m in masks.values())
+        return [record | {"mask": masks[record["index"]]} for record in records]
+
+    # The journal
+
+    def _done(self, stage: str, questions: Questions) -> list[Record]:
+        """What there is of a stage; the first one opens the journal."""
+        if self.journal is None:
+            settings = {name: getattr(self.config, name) for name in _SETTINGS}
+            settings["weights"] = _weights_stamp(self.path)
+            settings["questions"] = questions.digest
+            path, afresh = self.output.with_suffix(".journal"), self.config.overwrite
+            self.journal = Journal(path, settings, overwrite=afresh)
+            if not afresh:
+                self._finished = read_finished(self.output, self.journal.settings)
+        records = [*self._finished.get(stage, []), *self.journal.records.get(stage, [])]
+        return list({record["index"]: record for record in records}.values())
+
+    def _keep(self, stage: str, records: list[Record]) -> None:
+        if self.journal is not None:
+            self.journal.add(stage, records)
+
+    def presence(self) -> list[Record]:
+        """The answers to which categories there are, on the main process."""
+        assert self.journal is not None, "the main process has one once it has run"
+        return [*self._finished.get("presence", []), *self.journal.records.get("presence", [])]
+
+
+def read_finished(output: Path, settings: Mapping[str, Any]) -> dict[str, list[Record]]:
+    """The records of an evaluation that is done, by stage; none under other settings."""
+    try:
+        summary = json.loads(output.with_suffix(".summary.json").read_text())
+        if summary.get("settings") != settings:
+            return {}
+        records = [json.loads(line) for line in output.read_text().splitlines()]
+        path = output.with_suffix(".presence.jsonl")
+        lines = path.read_text().splitlines() if path.exists() else []
+        presence = [json.loads(line) for line in lines]
+    except (OSError, ValueError, AttributeError):
+        return {}
+    masks = [record["mask"] for record in records if record.get("mask")]
+    return {"answer": records, "mask": masks, "presence": presence}
+
+
+def _on_main(make: Callable[[], Value]) -> Value:
+    """What the main process makes, on all ranks, and its error as well."""
+    found = error = None
+    if dist.is_main():
+        try:
+            found = make()
+        except (ValueError, OSError) as caught:
+            error = str(caught)
+    found, error = dist.all_gather_object((found, error))[0]
+    if error is not None:
+        raise UsageError(error)
+    return found
+
+
+def _described(rollouts: Rollouts) -> list[Record]:
+    return [
+        {
+            "index": prompt.sample.index,
+            "image_id": prompt.sample.columns["image_id"],
+            "completion": text,
+            "solution": prompt.sample.solution,
+        }
+        for prompt, text in zip(rollouts.prompts, rollouts.texts, strict=True)
+    ]
+
+
+def _weights_stamp(path: str) -> str:
+    """Changes when a model's files do; empty for a hub id, which has its revision."""
+    if not Path(path).is_dir():
+        return ""
+    files = [f for f in Path(path).iterdir() if f.suffix in (".safetensors", ".bin")]
+    return _digest(sorted([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _named(record: Record) -> Record:
+    """Category and image, where the rows don't name them."""
+    quoted = _QUOTED.search(record["prompt"])
+    image = record.get("image_id")
+    return {
+        "category": str(record.get("category") or (quoted[1] if quoted else "object")),
+        "image_id": image if isinstance(image, int) else record["index"],
+    }
+
+
+# --- Questions -------------------------------------------------------------------------------
+
+
+def images_of(config: EvalConfig) -> Images:
+    """The images that an annotation file names."""
+    annotations = read_annotations(Path(config.annotations), config.task)
+    categories = pick_categories(annotations, config.task, config.categories)
+    only = None
+    if config.exists_map:
+        only = read_exists_map(Path(config.exists_map), files_of(annotations))
+    return find_images(
+        annotations,
+        Path(config.images),
+        categories,
+        only=only,
+        allow_missing=config.allow_missing,
+    )
+
+
+def of_annotations(
+    config: EvalConfig, images: Images, exists: ExistsMap | None, extent_for: Any
+) -> Questions:
+    """About the images of an annotation file. The truth is all of its images but the missing."""
+    annotations = images.annotations
+    rows = detection_rows(images, exists=exists, extent_for=extent_for)
+    if not len(rows) and config.exists_map:
+        raise ValueError(
+            f"--exists_map {config.exists_map}: expected some of the chosen categories in it "
+            f"({', '.join(images.names[:5])}, ...), got none; without a question there is no answer"
+        )
+    chosen = {number: annotations.categories[number] for number in images.categories}
+    there = {
+        number: {**record, "id": number}
+        for number, record in annotations.images.items()
+        if number not in images.missing
+    }
+    said = None if exists is None else sorted((key, list(value)) for key, value in exists.items())
+    file = hashlib.sha256(Path(config.annotations).read_bytes()).hexdigest()
+    return Questions(
+        rows,
+        "detection",
+        _first(range(len(rows)), config),
+        _digest([file, list(images.paths), list(images.categories), said]),
+        check=partial(other_size, annotations),
+        truth=make_truth(there, chosen, annotations.records),
+        counts={"images": len(there), "images missing": len(images.missing)},
+    )
+
+
+def of_dataset(config: EvalConfig) -> Questions:
+    """About the rows of a data set."""
+    rows = load_rows(config.dataset_name, config.split, dataset_config=config.dataset_config)
+    task = "detection" if config.task in ("coco", "lvis") else config.task
+    if task == "auto":
+        task = tasks.detect_task(_solutions(rows))
+    texts = [name for name in _TEXT_COLUMNS if name in rows.column_names]
+    table = rows.select_columns(texts).with_format("arrow")
+    digest, records = hashlib.sha256(), []
+    for part in table.iter(1000):
+        records += part.to_pylist()
+        digest.update(json.dumps(part.to_pylist(), default=str).encode())
+    labels = None
+    if task == "classification":
+        known = [record.get("solution") for record in records]
+        labels = closed_set(s for s in known if isinstance(s, str)) if any(known) else None
+    indices = range(len(rows))
+    if config.categories != "all" or config.exists_map:
+        indices = _chosen(config, records)
+    return Questions(rows, task, _first(indices, config), digest.hexdigest()[:16], labels=labels)
+
+
+def _chosen(config: EvalConfig, records: Sequence[Record]) -> list[int]:
+    """The rows about the chosen categories, or what is said to exist of them."""
+    names = []
+    for record in records:
+        quoted = _QUOTED.search(str(record.get("problem")))
+        names.append(str(record.get("category") or (quoted[1] if quoted else "object")))
+    known = sorted(set(names))
+    wanted = pick_names(known, known, config.task, config.categories)
+    exists = None
+    if config.exists_map:
+        numbers = {record.get("image_id") for record in records}
+        if None in numbers:
+            raise ValueError(
+                f"--exists_map: expected a column image_id in {config.dataset_name}; build the "
+                "data set with python -m virft_fast.data build, or pass --annotations"
+            )
+        exists = read_exists_map(Path(config.exists_map), {n: str(n) for n in numbers})
+    return [
+        index
+        for index, (name, record) in enumerate(zip(names, records, strict=True))
+        if name in wanted and (exists is None or name in exists.get(record["image_id"], ()))
+    ]
+
+
+def _first(indices: Sequence[int], config: EvalConfig) -> Sequence[int]:
+    return indices[: config.max_samples or len(indices)]
+
+
+def _solutions(rows: Any, most: int = 50) -> list[str]:
+    samples = SampleDataset(rows)
+    loaded = (samples.get(index) for index in range(min(len(samples), most)))
+    return [sample.solution for sample in loaded if not isinstance(sample, BadRow)]
