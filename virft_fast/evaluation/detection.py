@@ -86,7 +86,16 @@ def make_truth(
 
 
 def truth_of_records(records: Sequence[Record]) -> Truth:
-    """From the solutions of a built data set, whose rows name category and image."""
+    """From the solutions of a built data set, whose rows name category and image.
+
+    Raises:
+        ValueError: a row has no image.
+    """
+    bare = [record["index"] for record in records if "size" not in record]
+    if bare:
+        raise ValueError(
+            f"--task coco and lvis: expected an image in every row, row {bare[0]} has none"
+        )
     names = sorted({str(record["category"]) for record in records})
     numbers = {name: number for number, name in enumerate(names, start=1)}
     images, annotations = {}, []
