@@ -248,7 +248,7 @@ class Curve:
 
 
 class AveragePrecision:
-    """mAP, mAP50 and `AP/category` as functions of the images' counts, for the bootstrap."""
+    """mAP, mAP50, mAP75 and `AP/category` as functions of the images' counts, for the bootstrap."""
 
     def __init__(
         self,
@@ -270,7 +270,7 @@ class AveragePrecision:
             np.where(known, together, 0).sum(0), known.sum(0),
             out=np.full(together.shape[1:], np.nan), where=known.any(0),
         )  # fmt: skip
-        whole = {"mAP": mean.mean(1), "mAP50": mean[:, 0]}
+        whole = {"mAP": mean.mean(1), "mAP50": mean[:, 0], "mAP75": mean[:, 5]}
         return whole | {f"AP/{name}": values.mean(1) for name, values in found.items()}
 
 
