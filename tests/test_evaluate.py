@@ -208,6 +208,66 @@ def test_a_model_that_sees_nothing_has_an_ap_of_zero(coco, tmp_path, answers):
     assert summary["means"]["mAP"] == 0 and summary["num_samples"] == 0
 
 
+def test_a_built_data_set_has_its_own_truth(coco, tmp_path, answers):
+    """The same AP as from the annotations where the same is asked, boxes in thousandths apart."""
+    built = tmp_path / "built"
+    argv = ["build", "coco", "--annotations", coco / "instances.json", "--images", coco / "images",
+            "--output", built]  # fmt: skip
+    assert data_main([str(part) for part in argv]) == 0
+    given = tmp_path / "map.json"
+    given.write_text(json.dumps({str(n): ["red", "blue"][: 1 + (n < 3)] for n in range(1, 7)}))
+    common = ["--task", "coco", "--bootstrap", "0", "--pictures", "0"]
+    own = [*common, "--dataset_name", built, "--split", "train", "--output", tmp_path / "own.jsonl"]
+    assert main([str(part) for part in own]) == 0
+    assert main([*coco_argv(coco, tmp_path / "file.jsonl"), "--exists_map", str(given)]) == 0
+    one, two = (
+        json.loads((tmp_path / f"{name}.summary.json").read_text()) for name in ("own", "file")
+    )
+    assert one["num_samples"] == two["num_samples"] == 8
+    by_name = [{row["category"]: row["objects"] for row in s["categories"]} for s in (one, two)]
+    assert by_name[0] == by_name[1] == {"red": 6, "blue": 2}
+    assert one["means"]["mAP50"] == pytest.approx(two["means"]["mAP50"], abs=1e-6)
+    answers.asked.clear()
+    assert main([*map(str, own), "--categories", "blue"]) == 0
+    assert [s.columns["image_id"] for s in answers.asked] and {
+        s.columns["category"] for s in answers.asked
+    } == {"blue"}
+    given.write_text(json.dumps({"1": ["blue"], "2": []}))
+    answers.asked.clear()
+    assert main([*map(str, own), "--exists_map", str(given)]) == 0
+    asked = [(s.columns["image_id"], s.columns["category"]) for s in answers.asked]
+    assert asked == [(1, "blue")]
+
+
+def test_questions_are_in_the_space_of_the_models_family(coco, tmp_path, processor):
+    """Qwen2.5-VL counts pixels of the image as its processor resizes it."""
+    from virft_fast.config import EvalConfig
+    from virft_fast.data.prompts import PromptSource
+    from virft_fast.evaluation.run import Evaluation, images_of, of_annotations
+    from virft_fast.tasks import parse_detection
+
+    config = EvalConfig(
+        task="coco", annotations=str(coco / "instances.json"), images=str(coco / "images")
+    )
+    cpu = torch.device("cpu")
+    evaluation = Evaluation(config, tmp_path / "x.jsonl", cpu, lambda *_: lambda done: None)
+    boxes = {}
+    for family in ("qwen2_vl", "qwen2_5_vl"):
+        evaluation.family = family
+        asked = of_annotations(config, images_of(config), None, evaluation._extent_for())
+        source = PromptSource(asked.samples(), processor, check=asked.check)
+        prompts = [source.load(index) for index in asked.indices]
+        boxes[family] = []
+        for prompt in prompts:
+            extent = prompt.sample.columns["extent"]
+            pixels = "absolute pixel" in prompt.sample.columns["problem"]
+            assert pixels == (family == "qwen2_5_vl") == (extent is not None)
+            boxes[family] += parse_detection(prompt.sample.solution, extent).boxes
+    assert len(boxes["qwen2_vl"]) == 8
+    for one, two in zip(*boxes.values(), strict=True):
+        assert one == pytest.approx(two, abs=1 + 1000 / 56)  # a pixel of the smallest side
+
+
 KILLED = """
 import os, signal, sys
 from virft_fast.evaluate import main

@@ -135,6 +135,7 @@ def test_ap_is_pycocotools():
     ours = bootstrap.values([AveragePrecision(truth, predictions, units)], len(units))
     assert ours["mAP"] == pytest.approx(run.stats[0], abs=1e-6)
     assert ours["mAP50"] == pytest.approx(run.stats[1], abs=1e-6)
+    assert ours["mAP75"] == pytest.approx(run.stats[2], abs=1e-6)
 
 
 def test_a_resampled_ap_is_that_of_the_images_in_it():

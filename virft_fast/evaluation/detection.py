@@ -86,7 +86,16 @@ def make_truth(
 
 
 def truth_of_records(records: Sequence[Record]) -> Truth:
-    """From the solutions of a built data set, whose rows name category and image."""
+    """From the solutions of a built data set, whose rows name category and image.
+
+    Raises:
+        ValueError: a row has no image.
+    """
+    bare = [record["index"] for record in records if "size" not in record]
+    if bare:
+        raise ValueError(
+            f"--task coco and lvis: expected an image in every row, row {bare[0]} has none"
+        )
     names = sorted({str(record["category"]) for record in records})
     numbers = {name: number for number, name in enumerate(names, start=1)}
     images, annotations = {}, []
@@ -239,7 +248,7 @@ class Curve:
 
 
 class AveragePrecision:
-    """mAP, mAP50 and `AP/category` as functions of the images' counts, for the bootstrap."""
+    """mAP, mAP50, mAP75 and `AP/category` as functions of the images' counts, for the bootstrap."""
 
     def __init__(
         self,
@@ -261,7 +270,7 @@ class AveragePrecision:
             np.where(known, together, 0).sum(0), known.sum(0),
             out=np.full(together.shape[1:], np.nan), where=known.any(0),
         )  # fmt: skip
-        whole = {"mAP": mean.mean(1), "mAP50": mean[:, 0]}
+        whole = {"mAP": mean.mean(1), "mAP50": mean[:, 0], "mAP75": mean[:, 5]}
         return whole | {f"AP/{name}": values.mean(1) for name, values in found.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,13 +135,13 @@ def _by_category(
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """A row for each category, and mAP, mAP50, mAP75 (and `mAP_lvis`)."""
     found = detection.average_precisions(truth, predictions)
+    objects = Counter(a["category_id"] for a in truth.annotations if not a["iscrowd"])
+    boxes = Counter(p["category_id"] for p in predictions)
     rows = [
         {
             "category": name,
-            "objects": sum(
-                a["category_id"] == number and not a["iscrowd"] for a in truth.annotations
-            ),
-            "predictions": sum(p["category_id"] == number for p in predictions),
+            "objects": objects[number],
+            "predictions": boxes[number],
             **found[number],
         }
         for number, name in truth.categories.items()

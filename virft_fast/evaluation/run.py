@@ -162,14 +162,16 @@ class Evaluation:
         records = self._stage(
             "answer", questions, samples, partial(scored, reward_funcs=reward_funcs)
         )
-        records = [record | _named(record) for record in records]
+        if questions.task == "detection":
+            records = [record | _named(record) for record in records]
         if sam is not None:
             records = self._masks(questions, sam, records)
         if not dist.is_main():
             return None, exists
         truth = questions.truth
         if config.task in ("coco", "lvis") and truth is None:
-            truth = truth_of_records(records)
+            with usage():
+                truth = truth_of_records(records)
         result = measure(
             config.model_name_or_path,
             questions.task,
