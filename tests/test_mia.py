@@ -30,7 +30,7 @@ from virft_fast.data.mia import (
 )
 from virft_fast.mia import Answer, Selection, attention_ratio, reasons_against
 from virft_fast.models.image_attention import attention_to_prompts, coverage, image_tokens
-from virft_fast.models.qwen_vl import Policy, encode_prompt, load_model
+from virft_fast.models.qwen_vl import Policy, encode_prompt, load_model, weights_stamp
 
 COLOURS = [(10 * n, 250 - 10 * n, 5 * n) for n in range(1, 10)]
 WHITE = (255, 255, 255)
@@ -492,9 +492,9 @@ def test_other_rows_and_weights_do_not_mix(llava, tmp_path):
     assert mia.text_digest(rows) == first
     assert mia.text_digest(rows.select(range(13, -1, -1))) != first
     (tmp_path / "model.safetensors").write_bytes(b"x")
-    stamp = mia.weights_stamp(str(tmp_path))
+    stamp = weights_stamp(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"xy")
-    assert mia.weights_stamp(str(tmp_path)) != stamp
+    assert weights_stamp(str(tmp_path)) != stamp
 
 
 def test_rows_that_make_no_scene_are_named_and_keep_their_sources(tmp_path):

@@ -44,6 +44,7 @@ from virft_fast.data.writing import written_aside
 from virft_fast.models.image_attention import attention_to_prompts, coverage, image_tokens
 from virft_fast.models.qwen_vl import Policy, encode_prompt
 from virft_fast.rollout import Rollout, Sampling
+from virft_fast.rollout.native import token_chunks
 
 # Tokens that are read together to measure attention.
 ATTENTION_TOKENS = 8_192
@@ -210,7 +211,7 @@ def measure(
         answers: (C,) int64 tokens of each, on the CPU.
     """
     lengths = [len(p.input_ids) + len(a) for p, a in zip(prompts, answers, strict=True)]
-    for first, last in _runs(lengths, ATTENTION_TOKENS):
+    for first, last in token_chunks(lengths, ATTENTION_TOKENS):
         inputs = policy.collate(
             prompts[first:last],
             [[answer] for answer in answers[first:last]],
@@ -220,17 +221,6 @@ def measure(
         )
         for attention in attention_to_prompts(policy, inputs, layer):
             yield attention.cpu()
-
-
-def _runs(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    first, total = 0, 0
-    for last, length in enumerate(lengths):
-        if last > first and total + length > most:
-            yield first, last
-            first, total = last, 0
-        total += length
-    if lengths:
-        yield first, len(lengths)
 
 
 # ---- scenes and answers --------------------------------------------------------------------------
@@ -517,15 +507,6 @@ def text_digest(rows: Any) -> str:
             for value in rows[name]:
                 found.update(repr(value).encode("utf-8", "replace"))
     return found.hexdigest()
-
-
-def weights_stamp(path: str) -> list[Any]:
-    """Changes with the files of a model's folder; of a hub id, nothing is known."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return []
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def table(answers: Mapping[int, Answer], reasons: Mapping[int, Sequence[str]]) -> list[str]:

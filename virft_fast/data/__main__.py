@@ -450,6 +450,8 @@ def _mia(arguments: argparse.Namespace) -> None:
 def _mia_on_each_rank(arguments: argparse.Namespace, device: Any, mia: Any, dist: Any) -> None:
     from tqdm import tqdm
 
+    from virft_fast.models.qwen_vl import weights_stamp
+
     out = arguments.output
     check_output(out, arguments.overwrite)
     mia.edit_distance("", "")  # better without its package now than after the answers
@@ -489,7 +491,7 @@ def _mia_on_each_rank(arguments: argparse.Namespace, device: Any, mia: Any, dist
              "dtype")  # fmt: skip
     settings = {name: getattr(arguments, name) for name in asked}
     folder = out.with_name(f".{out.name}.answers")
-    known = {"rows": mia.text_digest(rows), "weights": mia.weights_stamp(answering.path)}
+    known = {"rows": mia.text_digest(rows), "weights": weights_stamp(answering.path)}
     journal = mia.Journal(folder, settings | known)
     indices = range(min(len(rows), arguments.max_rows or len(rows)))
     with tqdm(total=len(indices), unit="scene", disable=not dist.is_main()) as bar:

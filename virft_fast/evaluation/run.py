@@ -44,7 +44,7 @@ from virft_fast.evaluation.questions import (
 from virft_fast.evaluation.results import Result, measure
 from virft_fast.evaluation.scoring import scored
 from virft_fast.models.processing import load_processor, resized
-from virft_fast.models.qwen_vl import Policy, load_model, read_config
+from virft_fast.models.qwen_vl import Policy, load_model, read_config, weights_stamp
 from virft_fast.models.tiny import resolve_model_path
 from virft_fast.rollout import Rollout
 from virft_fast.rollout.backends import check_cache_limit, check_model, make_rollout
@@ -291,7 +291,7 @@ class Evaluation:
         self, questions: Questions, sam: grounding.MaskModel, records: list[Record]
     ) -> list[Record]:
         """The records with SAM's masks measured against the true ones, where the row has one."""
-        stamp = _digest([self.config.sam_path, _weights_stamp(self.config.sam_path)])
+        stamp = _digest([self.config.sam_path, weights_stamp(self.config.sam_path)])
         done = _on_main(lambda: self._done("mask", questions))
         masks = {mask["index"]: mask for mask in done if mask["sam"] == stamp}
         todo = [record for record in records if record["index"] not in masks]
@@ -318,7 +318,7 @@ class Evaluation:
         """What there is of a stage; the first one opens the journal."""
         if self.journal is None:
             settings = {name: getattr(self.config, name) for name in _SETTINGS}
-            settings["weights"] = _weights_stamp(self.path)
+            settings["weights"] = weights_stamp(self.path)
             settings["questions"] = questions.digest
             path, afresh = self.output.with_suffix(".journal"), self.config.overwrite
             self.journal = Journal(path, settings, overwrite=afresh)
@@ -377,14 +377,6 @@ def _described(rollouts: Rollouts) -> list[Record]:
         }
         for prompt, text in zip(rollouts.prompts, rollouts.texts, strict=True)
     ]
-
-
-def _weights_stamp(path: str) -> str:
-    """Changes when a model's files do; empty for a hub id, which has its revision."""
-    if not Path(path).is_dir():
-        return ""
-    files = [f for f in Path(path).iterdir() if f.suffix in (".safetensors", ".bin")]
-    return _digest(sorted([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files))
 
 
 def _digest(value: Any) -> str:

@@ -161,6 +161,15 @@ def read_config(name_or_path: str, revision: str | None = None) -> Any:
     return config
 
 
+def weights_stamp(path: str) -> list[Any]:
+    """Changes when the weight files of a model's folder do; empty for a hub id, which has its
+    revision."""
+    if not Path(path).is_dir():
+        return []
+    files = [f for f in Path(path).iterdir() if f.suffix in (".safetensors", ".bin")]
+    return sorted([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files)
+
+
 def _adapter_base(name_or_path: str) -> str | None:
     """The base model that a folder with a LoRA adapter names; None for any other folder."""
     path = Path(name_or_path) / "adapter_config.json"

@@ -387,7 +387,7 @@ class _Decoding:
         """Read all prompts, draw the first token of every row; returns each prompt's image
         features."""
         features, lasts, starts = [], [], []
-        for first, last in _token_chunks([len(p.input_ids) for p in prompts], PREFILL_TOKENS):
+        for first, last in token_chunks([len(p.input_ids) for p in prompts], PREFILL_TOKENS):
             part = prompts[first:last]
             inputs = self.policy.collate(
                 part,
@@ -640,7 +640,7 @@ def _bucket(count: int) -> int:
     return size
 
 
-def _token_chunks(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+def token_chunks(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
     """(first, last) of runs that add up to at most `most`, or of one that is longer alone."""
     first, total = 0, 0
     for last, length in enumerate(lengths):
@@ -648,4 +648,5 @@ def _token_chunks(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]
             yield first, last
             first, total = last, 0
         total += length
-    yield first, len(lengths)
+    if lengths:
+        yield first, len(lengths)
