@@ -108,6 +108,9 @@ class DataConfig:
     dataset_config: str | None = arg(None, "Configuration name of a hub data set.")
     dataset_train_split: str = arg("train", "Split to train on.")
     dataset_test_split: str = arg("test", "Split for --eval_samples.")
+    dataset_streaming: bool = arg(
+        False, "Read parquet files, of this machine or the hub, in parts while training."
+    )
     task: str = arg("auto", "detection, classification, grounding, or auto: read off the data.")
     max_prompt_length: int | None = arg(
         None, "A longer prompt, in tokens with its images, is skipped and counted, never cut."

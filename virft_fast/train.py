@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from virft_fast import checkpoint as checkpoints
@@ -43,6 +44,7 @@ from virft_fast.data import (
     BadRow,
     BadRows,
     NoUsableRows,
+    ParquetRows,
     PromptSampler,
     SampleDataset,
     TooManyBadRows,
@@ -93,7 +95,7 @@ NUM_REPORT_EXAMPLES = 5
 
 @dataclass
 class Data:
-    """The training rows, the held-out rows, and how they are scored."""
+    """The training rows and their order, the held-out rows, and how they are scored."""
 
     train: PromptSource
     test: PromptSource | None
@@ -101,6 +103,7 @@ class Data:
     reward_funcs: list[tuple[str, Callable[..., Any]]]
     reward_weights: list[float]
     bad_rows: BadRows
+    permutation: Callable[[np.random.Generator], np.ndarray] | None = None
 
 
 def parse_args(argv: list[str]) -> RunConfig:
@@ -226,6 +229,7 @@ def run(config: RunConfig, device: torch.device) -> int:
         seed=config.train.seed,
         rank=dist.rank(),
         world_size=dist.world_size(),
+        permutation=data.permutation,
     )
     total_steps = num_steps(config, len(data.train))
     saved = _resume(resume, state, sampler, data, config) if resume else {}
@@ -328,6 +332,7 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
         config.data.dataset_name,
         config.data.dataset_train_split,
         dataset_config=config.data.dataset_config,
+        streaming=config.data.dataset_streaming,
     )
     samples = SampleDataset(rows)
     task = config.data.task
@@ -359,6 +364,7 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
             config.data.dataset_name,
             config.data.dataset_test_split,
             dataset_config=config.data.dataset_config,
+            streaming=config.data.dataset_streaming,
         )
         test = replace_rows(train, SampleDataset(test_rows, check_solution=check))
     names = [] if preferences else config.grpo.reward_funcs or tasks.DEFAULT_REWARDS[task]
@@ -369,6 +375,7 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
         reward_funcs=tasks.load_reward_funcs(names),
         reward_weights=config.grpo.weights_of(names),
         bad_rows=BadRows(config.data.max_bad_rows),
+        permutation=rows.permutation if isinstance(rows, ParquetRows) else None,
     )
 
 
@@ -722,6 +729,7 @@ SAME_ON_RESUME = (
     "seed",
     "dataset_name",
     "dataset_train_split",
+    "dataset_streaming",
     "model_name_or_path",
     "freeze_vision_tower",
     "bf16",

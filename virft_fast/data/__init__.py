@@ -1,19 +1,14 @@
 """Data sets as samples and prompts: loading, bad rows, the order of training."""
 
-from virft_fast.data.loading import (
-    BadRow,
-    BadRows,
-    NoUsableRows,
-    PromptSampler,
-    SampleDataset,
-    TooManyBadRows,
-    load_rows,
-)
+from virft_fast.data.loading import BadRow, SampleDataset, load_rows
+from virft_fast.data.order import BadRows, NoUsableRows, PromptSampler, TooManyBadRows
+from virft_fast.data.streaming import ParquetRows
 
 __all__ = [
     "BadRow",
     "BadRows",
     "NoUsableRows",
+    "ParquetRows",
     "PromptSampler",
     "SampleDataset",
     "TooManyBadRows",

@@ -140,6 +140,7 @@ def _dataset_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--dataset_name", required=True, help="as in training")
     add("--dataset_config", help="configuration of a hub data set")
+    add("--dataset_streaming", action="store_true", help="read parquet in parts, as in training")
     add("--split", default="train")
     add("--task", choices=("auto", "detection", "classification", "grounding"), default="auto")
 
@@ -589,10 +590,17 @@ def _mia_card(arguments: argparse.Namespace, lines: Sequence[str]) -> str:
 # --- Looking and exporting -------------------------------------------------------------------
 
 
-def _inspect(arguments: argparse.Namespace) -> None:
-    rows = load_rows(
-        arguments.dataset_name, arguments.split, dataset_config=arguments.dataset_config
+def _load(arguments: argparse.Namespace) -> Any:
+    return load_rows(
+        arguments.dataset_name,
+        arguments.split,
+        dataset_config=arguments.dataset_config,
+        streaming=arguments.dataset_streaming,
     )
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    rows = _load(arguments)
     found = inspect(rows, task=arguments.task, pictures=arguments.pictures, progress=_progress)
     print("\n".join(found.lines()))
     if found.pictures:
@@ -602,9 +610,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    rows = load_rows(
-        arguments.dataset_name, arguments.split, dataset_config=arguments.dataset_config
-    )
+    rows = _load(arguments)
     plain = SampleDataset(rows)
     task = arguments.task
     if task == "auto":

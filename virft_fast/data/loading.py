@@ -1,15 +1,14 @@
-"""Rows of a data set, the samples made of them, and the order in which training takes them.
+"""Rows of a data set and the samples made of them.
 
-Three steps, each of which can be used alone: `load_rows` finds the data set, `SampleDataset` makes
-a `Sample` of a row or says why it can't (`BadRow`), `PromptSampler` hands out batches in which bad
-rows are replaced. Nothing that comes out of a data set is evaluated, unpickled or run.
+Two steps, each of which can be used alone: `load_rows` finds the data set, `SampleDataset` makes a
+`Sample` of a row or says why it can't (`BadRow`). Nothing that comes out of a data set is
+evaluated, unpickled or run.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from virft_fast.batch import Sample
+from virft_fast.data.streaming import ParquetRows
 
 if TYPE_CHECKING:
     import datasets
-
-logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("image", "images", "image_path")
 PROBLEM_COLUMNS = ("problem", "prompt", "conversations")
@@ -38,7 +36,6 @@ IMAGE_TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 USER_NAMES, ASSISTANT_NAMES = ("user", "human"), ("assistant", "gpt")
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 SHARD_NAME = re.compile(r"(?P<split>\w+)-\d+-of-\d+")
-MAX_LISTED = 10
 
 Row = Mapping[str, Any]
 
@@ -52,7 +49,8 @@ def load_rows(
     *,
     dataset_config: str | None = None,
     image_folder: Path | None = None,
-) -> datasets.Dataset:
+    streaming: bool = False,
+) -> datasets.Dataset | ParquetRows:
     """Load one split of a data set.
 
     Args:
@@ -61,13 +59,20 @@ def load_rows(
         split: to load.
         dataset_config: configuration name, for a hub id only.
         image_folder: where relative image paths of a JSON file start; None: at the file's folder.
+        streaming: read rows out of the parquet files when they are asked for, over the network too,
+            instead of making a copy of the whole set first.
     Returns:
         The rows, images still encoded. Relative image paths of a JSON file are made absolute.
     Raises:
         FileNotFoundError: there is no such data set.
-        ValueError: it can't be read, or lacks the split, a needed column or any row.
+        ValueError: it can't be read, or lacks the split, a needed column or any row, or is to be
+            streamed and not in parquet.
     """
-    rows = _find_rows(dataset_name, split, dataset_config, image_folder)
+    rows: datasets.Dataset | ParquetRows
+    if streaming:
+        rows = _stream_rows(dataset_name, split, dataset_config)
+    else:
+        rows = _find_rows(dataset_name, split, dataset_config, image_folder)
     if not len(rows):
         raise ValueError(f"--dataset_name {dataset_name}: split {split!r} has no rows")
     check_columns(rows.column_names, f"--dataset_name {dataset_name}")
@@ -147,19 +152,13 @@ def _check_split(split: str, splits: Sequence[str], name: str | Path) -> None:
 def _load_folder(path: Path, split: str) -> datasets.Dataset:
     import datasets
 
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if _saved_to_disk(path):
         try:
             data = datasets.load_from_disk(str(path))
         except Exception as error:  # whatever a damaged folder makes arrow or json raise
             raise ValueError(f"--dataset_name {path}: can't be read: {_line(error)}") from error
         return _pick_split(data, split, path)
-    files = sorted(path.rglob("*.parquet"))
-    if not files:
-        raise FileNotFoundError(
-            f"--dataset_name {path}: the folder holds neither dataset_dict.json or state.json "
-            f"(written by save_to_disk) nor .parquet files; {_accepted()}"
-        )
-    return _load_parquet(files, split, path)
+    return _load_parquet(_parquet_files(path), split, path)
 
 
 def _load_file(path: Path, split: str, image_folder: Path | None = None) -> datasets.Dataset:
@@ -175,16 +174,31 @@ def _load_file(path: Path, split: str, image_folder: Path | None = None) -> data
 def _load_parquet(files: Sequence[Path], split: str, where: Path) -> datasets.Dataset:
     import datasets
 
-    splits: dict[str, list[str]] = {}
-    for file in files:
-        splits.setdefault(_parquet_split(file, where), []).append(str(file))
-    _check_split(split, list(splits), where)
+    chosen = _files_of(split, files, where)
     try:
-        return datasets.Dataset.from_parquet(splits[split])
+        return datasets.Dataset.from_parquet(chosen)
     except Exception as error:  # `datasets` wraps arrow's errors in its own, none of them public
         raise ValueError(
             f"--dataset_name {where}: can't be read: {_line(error.__cause__ or error)}"
         ) from error
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    files = sorted(folder.rglob("*.parquet"))
+    if not files:
+        raise FileNotFoundError(
+            f"--dataset_name {folder}: the folder holds neither dataset_dict.json or state.json "
+            f"(written by save_to_disk) nor .parquet files; {_accepted()}"
+        )
+    return files
+
+
+def _files_of(split: str, files: Sequence[Path], where: Path) -> list[str]:
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        splits.setdefault(_parquet_split(file, where), []).append(str(file))
+    _check_split(split, list(splits), where)
+    return splits[split]
 
 
 def _parquet_split(file: Path, where: Path) -> str:
@@ -208,11 +222,68 @@ def _load_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
         unknown = re.match(r"Unknown split .* Should be one of (\[.*\])", str(error))
         if unknown:
             _check_split(split, re.findall(r"'([^']*)'", unknown[1]), name)
-        kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
-        raise kind(
-            f"--dataset_name {name}: no such file, folder or demo, and the hub says: "
-            f"{_line(error)}; {_accepted()}"
-        ) from error
+        raise _hub_error(name, error) from error
+
+
+def _hub_error(name: str, error: Exception) -> Exception:
+    kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
+    return kind(
+        f"--dataset_name {name}: no such file, folder or demo, and the hub says: "
+        f"{_line(error)}; {_accepted()}"
+    )
+
+
+def _stream_rows(name: str, split: str, config: str | None) -> ParquetRows:
+    """The rows of a parquet file, a folder of them, or a hub set that is stored in parquet."""
+    path = Path(name).expanduser()
+    open_file = None
+    if path.is_file() and path.suffix == ".parquet":
+        files = _files_of(split, [path], path)
+    elif path.is_dir() and not _saved_to_disk(path):
+        files = _files_of(split, _parquet_files(path), path)
+    elif path.exists() or _looks_like_path(name):
+        raise ValueError(
+            f"--dataset_name {name}: expected a parquet file, a folder of them or a hub id, for "
+            f"those are what --dataset_streaming can read in parts; leave it out (a folder "
+            f"written by save_to_disk is not read whole anyway)"
+        )
+    else:
+        files, open_file = _hub_parquet(name, split, config), _open_remote
+    try:
+        return ParquetRows(files, open_file=open_file)
+    except Exception as error:  # files, network and damaged metadata share no base
+        raise ValueError(f"--dataset_name {name}: can't be read: {_line(error)}") from error
+
+
+def _saved_to_disk(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _hub_parquet(name: str, split: str, config: str | None) -> list[str]:
+    """Addresses of a split's parquet files, as the hub set's own settings or their names say."""
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(name, config)
+    except Exception as error:  # as in _load_hub
+        raise _hub_error(name, error) from error
+    splits = {str(name): list(files) for name, files in (builder.config.data_files or {}).items()}
+    kinds = {file.rsplit(".", 1)[-1] for files in splits.values() for file in files}
+    if kinds != {"parquet"}:
+        raise ValueError(
+            f"--dataset_name {name}: expected a hub set stored in .parquet files, the only ones "
+            f"that --dataset_streaming reads, got {', '.join(sorted(kinds)) or 'none'}; leave it "
+            f"out"
+        )
+    _check_split(split, list(splits), name)
+    return splits[split]
+
+
+def _open_remote(address: str) -> Any:
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(address)
+    return system.open(path, "rb")
 
 
 def _line(error: BaseException, most: int = 300) -> str:
@@ -366,7 +437,7 @@ class SampleDataset:
 
     def __init__(
         self,
-        rows: datasets.Dataset | Sequence[Row],
+        rows: datasets.Dataset | ParquetRows | Sequence[Row],
         *,
         check_solution: Callable[..., str | None] | None = None,
     ) -> None:
@@ -607,193 +678,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
-
-
-# --- Bad rows --------------------------------------------------------------------------------
-
-
-class NoUsableRows(ValueError):
-    """Not one row of the data set can be used; the text says why of some."""
-
-
-class TooManyBadRows(RuntimeError):
-    """More rows than allowed can't be used; the text lists some."""
-
-
-class BadRows:
-    """Counts the distinct rows that could not be used and stops the run when there are too many.
-
-    Args:
-        max_bad_rows: allowed before `add` raises.
-    """
-
-    def __init__(self, max_bad_rows: int) -> None:
-        self.max_bad_rows = max_bad_rows
-        self._reasons: dict[int, str] = {}
-
-    def __len__(self) -> int:
-        return len(self._reasons)
-
-    def add(self, index: int, reason: str) -> None:
-        """Count row `index`, once, and log it.
-
-        Raises:
-            TooManyBadRows: this one is one too many.
-        """
-        if index in self._reasons:
-            return
-        self._reasons[index] = reason
-        logger.warning("skipped row %d: %s", index, reason)
-        if len(self) > self.max_bad_rows:
-            raise TooManyBadRows(
-                f"{len(self)} rows can't be used, allowed are {self.max_bad_rows} "
-                f"(--max_bad_rows); mend the data or raise it:\n{self._listing()}"
-            )
-
-    def _listing(self) -> str:
-        lines = [f"  row {i}: {reason}" for i, reason in list(self._reasons.items())[:MAX_LISTED]]
-        left = len(self) - len(lines)
-        return "\n".join([*lines, f"  and {left} more"] if left else lines)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The rows so far, in JSON's types."""
-        return {"rows": [[index, reason] for index, reason in self._reasons.items()]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        self._reasons = {int(index): str(reason) for index, reason in state["rows"]}
-
-
-# --- Order -----------------------------------------------------------------------------------
-
-
-class PromptSampler:
-    """Hands out the rows of a data set, epoch after epoch, to any number of ranks.
-
-    A global batch is the next `world_size * batch_size` usable rows of the epoch's permutation;
-    rank r gets its r-th part. So it does not depend on the number of ranks which rows make up a
-    global batch of a given size, nor which bad ones are met on the way.
-
-    Args:
-        num_rows: rows of the data set.
-        batch_size: rows this rank gets at a time.
-        seed: of the permutations; each epoch has its own.
-        shuffle: False takes the rows as they come.
-    Raises:
-        ValueError: no rows, or no batch.
-    """
-
-    def __init__(
-        self,
-        num_rows: int,
-        batch_size: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        shuffle: bool = True,
-    ) -> None:
-        if num_rows < 1 or batch_size < 1:
-            raise ValueError(f"expected rows and a batch, got {num_rows=}, {batch_size=}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"expected 0 <= rank < world_size, got {rank=}, {world_size=}")
-        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
-        self.rank, self.world_size, self.shuffle = rank, world_size, shuffle
-        self._epoch = self._position = 0
-        self._order = self._permutation()
-        self._bad: dict[int, str] = {}
-
-    def next_batch(
-        self,
-        load: Callable[[int], Any],
-        gather: Callable[[Any], list[Any]],
-        add_bad: Callable[[int, str], None],
-    ) -> list[Any]:
-        """This rank's next `batch_size` usable rows, loaded.
-
-        Every rank has to call it, with the same data; `gather` is called equally often on all.
-
-        Args:
-            load: row -> what to return for it, or a `BadRow`. Not called again for a bad row.
-            gather: value -> the values of all ranks, in their order.
-            add_bad: told of each bad row (index, reason), on all ranks in the same order.
-        Raises:
-                NoUsableRows: none is.
-        """
-        batch: list[int] = []
-        loaded: dict[int, Any] = {}
-        while True:
-            self._fill(batch)
-            mine = batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-            bad = self._load_missing(mine, loaded, load)
-            # A row that moves to another rank because one before it is bad is loaded there too:
-            # the round after checks it, so no rank ever finds out alone.
-            found = dict(row for part in gather(bad) for row in part)
-            if not found:
-                return [loaded[index] for index in mine]
-            self._bad.update(found)
-            for index, reason in found.items():
-                add_bad(index, reason)
-            batch = [index for index in batch if index not in found]
-
-    def _fill(self, batch: list[int]) -> None:
-        """Append the next rows not known to be bad until the global batch is full."""
-        while len(batch) < self.world_size * self.batch_size:
-            if len(self._bad) == self.num_rows:
-                raise NoUsableRows(
-                    f"expected at least one usable row, but none of the {self.num_rows} rows is; "
-                    f"the last: {list(self._bad.items())[-1][1]}"
-                )
-            if self._position == self.num_rows:
-                self._epoch, self._position = self._epoch + 1, 0
-                self._order = self._permutation()
-            index = int(self._order[self._position])
-            self._position += 1
-            if index not in self._bad:
-                batch.append(index)
-
-    def _load_missing(
-        self, indices: Sequence[int], loaded: dict[int, Any], load: Callable[[int], Any]
-    ) -> list[tuple[int, str]]:
-        """Load what is not yet in `loaded`; returns the bad ones, in the order of `indices`."""
-        bad: dict[int, str] = {}
-        for index in indices:
-            if index in loaded or index in bad:
-                continue
-            item = load(index)
-            if isinstance(item, BadRow):
-                bad[index] = item.reason
-            else:
-                loaded[index] = item
-        return list(bad.items())
-
-    def _permutation(self) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.num_rows)
-        return np.random.default_rng((self.seed, self._epoch)).permutation(self.num_rows)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the next batch starts, in JSON's types; the same on all ranks."""
-        return {
-            "num_rows": self.num_rows,
-            "seed": self.seed,
-            "epoch": self._epoch,
-            "position": self._position,
-            "bad": [[index, reason] for index, reason in self._bad.items()],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`, on any number of ranks.
-
-        Raises:
-            ValueError: it is the state of another data set or seed.
-        """
-        for key in ("num_rows", "seed"):
-            if state[key] != getattr(self, key):
-                raise ValueError(
-                    f"{key}: expected {state[key]}, as saved, got {getattr(self, key)}; go on "
-                    f"with the same data set and seed"
-                )
-        self._epoch, self._position = int(state["epoch"]), int(state["position"])
-        self._order = self._permutation()
-        self._bad = {int(index): str(reason) for index, reason in state["bad"]}
