@@ -21,13 +21,16 @@ import math
 import random
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
-from virft_fast import tasks
+from virft_fast import sft, tasks
 from virft_fast.batch import Sample
+from virft_fast.config import GRPOConfig
 from virft_fast.data.demo import (
     COLOURS,
     DIGITS_PROBLEM,
@@ -39,6 +42,8 @@ from virft_fast.data.demo import (
     digits,
     shapes,
 )
+from virft_fast.engine import OptimizerSettings, PlainEngine
+from virft_fast.grpo import StepStats, TrainState, update
 from virft_fast.models.processing import build_tiny_processor
 from virft_fast.models.qwen_vl import Policy, encode_prompt
 from virft_fast.models.tiny import (
@@ -47,7 +52,7 @@ from virft_fast.models.tiny import (
     tokenizer_corpus,
 )
 from virft_fast.rollout import Sampling
-from virft_fast.rollout.hf import HFRollout
+from virft_fast.rollout.backends import make_rollout
 
 SHAPES_SEED, DIGITS_SEED, CHECK_SEED = 11, 12, 13
 DIGITS_EVERY = 2  # steps; they are learned sooner than shapes
@@ -109,50 +114,65 @@ def noisy_answer(row, rng, *, jitter, swap):
     return shapes_answer(row["colour"], box, rng.choice(CONFIDENCES))
 
 
-def sft_loss(policy, tokenizer, prompts, answers):
-    """Mean token cross entropy of the answers, EOS included."""
-    ids = [torch.tensor(tokenizer(a).input_ids + [tokenizer.eos_token_id]) for a in answers]
-    inputs = policy.collate(
-        prompts,
-        [[row] for row in ids],
-        pad_token_id=tokenizer.pad_token_id,
-        device=torch.device("cpu"),
+def train_state(policy, tokenizer, rate):
+    """What `--algorithm sft` works on, on one process."""
+    settings = OptimizerSettings(0.0, betas=(0.9, 0.98), weight_decay=0.01)
+    engine = PlainEngine(policy, settings, device=torch.device("cpu"))
+    return TrainState(
+        config=replace(GRPOConfig(), **sft.AS_CROSS_ENTROPY),
+        policy=policy,
+        engine=engine,
+        reference=None,
+        rollout=answers_of(policy, tokenizer),
+        tokenizer=tokenizer,
+        reward_funcs=[],
+        reward_weights=[],
+        learning_rate=rate,
+        prompts_per_microbatch=64,
     )
-    logps, _ = policy(inputs)
-    return -logps.mean()
 
 
-def sft(
+def train(
     policy, tokenizer, pools, answer, *, steps, learning_rate, warmup, batch_sizes, report, seed=0
 ):
-    """AdamW with a cosine schedule to a tenth; shapes in each step, digits in some."""
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    """Steps of `virft_fast.sft` with a cosine schedule to a tenth; shapes in each step, digits in
+    some, each task's mean cross entropy counting alike."""
+
+    def rate(step):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        return learning_rate * min(1, step / warmup) * (0.1 + 0.9 * cosine)
+
+    state = train_state(policy, tokenizer, rate)
     rng, start = random.Random(seed), time.time()
     for step in range(1, steps + 1):
-        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1, step / warmup) * (0.1 + 0.9 * cosine)
         policy.train()
-        losses = []
+        microbatches, weights, losses = [], [], []
         for pool, size, every in zip(pools, batch_sizes, (1, DIGITS_EVERY), strict=True):
             if step % every:
                 continue
             chosen = [rng.randrange(len(pool.rows)) for _ in range(size)]
             answers = [answer(pool.rows[i], rng) for i in chosen]
-            loss = sft_loss(policy, tokenizer, [pool.prompts[i] for i in chosen], answers)
-            loss.backward()
-            losses.append(round(float(loss.detach()), 3))
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+            prompts = [pool.prompts[i] for i in chosen]
+            _, parts, shares = sft.prepare(state, prompts, answers, StepStats())
+            microbatches += parts
+            weights += shares
+
+        def note(stats, out, microbatch, losses=losses):
+            losses.append(round(-float(out.logps.sum() / microbatch.loss_mask.sum()), 3))
+
+        update(state, microbatches, weights, rate(step), StepStats(), note)
         report(step, losses, time.time() - start)
+
+
+def answers_of(policy, tokenizer):
+    return make_rollout(
+        "native", lambda: nullcontext(policy), tokenizer, device=torch.device("cpu")
+    )
 
 
 def check(policy, processor, pools, names):
     """Held-out greedy rewards of each pool."""
-    rollout = HFRollout(policy, processor.tokenizer, device=torch.device("cpu"))
+    rollout = answers_of(policy, processor.tokenizer)
     scores = {}
     for pool, reward_names in zip(pools, names, strict=True):
         out = rollout.generate(pool.prompts, 1, Sampling(48, greedy=True))
@@ -181,6 +201,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1100, help="steps of the clean SFT")
     parser.add_argument("--more_steps", type=int, default=500, help="again, at a lower rate")
     parser.add_argument("--blur_steps", type=int, default=60)
+    parser.add_argument("--max_examples", type=int, default=10_000, help="fewer, to try it out")
     parser.add_argument("--jitter", type=float, default=0.6, help="how far boxes are pushed")
     parser.add_argument("--swap", type=float, default=0.62, help="share of swapped digits")
     parser.add_argument("--threads", type=int, default=1, help="more are hardly faster")
@@ -191,12 +212,13 @@ def main() -> int:
     processor = build_tiny_processor(tokenizer)
     glyphs = digit_glyphs()
     shape_examples = shapes(SHAPES_SEED)
-    digit_pool = Pool(digits(DIGITS_SEED, glyphs["train"]), 6_000, processor)
-    pools = [Pool(shape_examples, 8_000, processor), digit_pool]
-    held_out = [
-        Pool(shapes(CHECK_SEED), 256, processor),
-        Pool(digits(CHECK_SEED, glyphs["test"]), 256, processor),
-    ]
+
+    def pool(examples, count):
+        return Pool(examples, min(count, args.max_examples), processor)
+
+    digit_pool = pool(digits(DIGITS_SEED, glyphs["train"]), 6_000)
+    pools = [pool(shape_examples, 8_000), digit_pool]
+    held_out = [pool(shapes(CHECK_SEED), 256), pool(digits(CHECK_SEED, glyphs["test"]), 256)]
     names = [("accuracy_iou", "accuracy_confidence", "format"), ("accuracy",)]
     if args.clean_from:
         model = Qwen2VLForConditionalGeneration.from_pretrained(
@@ -214,16 +236,16 @@ def main() -> int:
             print(f"{step:5} {seconds:6.0f} s  loss {losses}  {scores}", flush=True)
 
     if not args.clean_from:
-        sft(policy, tokenizer, pools, clean_answer, steps=args.steps, learning_rate=2e-3,
-            warmup=50, batch_sizes=(32, 24), report=report)  # fmt: skip
-    pools = [Pool(shape_examples, 10_000, processor), digit_pool]
+        train(policy, tokenizer, pools, clean_answer, steps=args.steps, learning_rate=2e-3,
+              warmup=50, batch_sizes=(32, 24), report=report)  # fmt: skip
+    pools = [pool(shape_examples, 10_000), digit_pool]
     if args.more_steps:
-        sft(policy, tokenizer, pools, clean_answer, steps=args.more_steps, learning_rate=1.2e-3,
-            warmup=50, batch_sizes=(32, 24), report=report, seed=1)  # fmt: skip
+        train(policy, tokenizer, pools, clean_answer, steps=args.more_steps, learning_rate=1.2e-3,
+              warmup=50, batch_sizes=(32, 24), report=report, seed=1)  # fmt: skip
     if args.clean_out:
         save(policy, processor, args.clean_out)
     print("clean ", check(policy, processor, held_out, names), flush=True)
-    sft(
+    train(
         policy,
         tokenizer,
         pools,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import runpy
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +23,8 @@ from virft_fast.models.tiny import SPECIAL_TOKENS, TAGS, TINY_PATH, resolve_mode
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.backends import make_rollout
 from virft_fast.tasks import REWARDS
+
+ROOT = Path(__file__).parent.parent
 
 # The template of Qwen2-VL-2B-Instruct, without its video branch and its image numbering. The
 # embedded model's differs in one thing only: it adds no default system prompt.
@@ -212,3 +216,24 @@ def test_the_warm_start_is_miscalibrated_but_not_ignorant(processor):
     assert greedy_reward(processor, boxes, "format") > 0.9
     words = list(itertools.islice(digits(21, digit_glyphs()["test"]), 128))
     assert 0.3 < greedy_reward(processor, words, "accuracy") < 0.8  # clean: 0.94
+
+
+def test_its_maker_runs(tmp_path, monkeypatch, capsys):
+    """All three stages on a handful of images: what comes out loads and is no copy of the start."""
+    script = str(ROOT / "scripts/make_tiny_model.py")
+    argv = [script, "--out", str(tmp_path / "blurred"),
+            "--clean_out", str(tmp_path / "clean"),
+            "--steps", "2", "--more_steps", "1", "--blur_steps", "2",
+            "--max_examples", "8"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", argv)
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(script, run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    assert ended.value.code == 0 and "saved " in capsys.readouterr().out
+    blurred, clean = (load_model(str(tmp_path / name)) for name in ("blurred", "clean"))
+    assert [p.shape for p in blurred.parameters()] == [p.shape for p in clean.parameters()]
+    assert not torch.equal(blurred.lm_head.weight, clean.lm_head.weight)
+    assert load_processor(str(tmp_path / "blurred")).tokenizer.eos_token == "<|im_end|>"

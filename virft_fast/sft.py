@@ -65,13 +65,11 @@ def train_step(
     """
     stats, start = StepStats(), time.perf_counter()
     torch.manual_seed(state.seed + state.step)
-    texts = [[answer_text(prompt.sample)] for prompt in prompts]
-    answers = given_answers(state.tokenizer, prompts, texts)
+    texts = [answer_text(prompt.sample) for prompt in prompts]
     with stats.timed("train"):
-        microbatches = make_microbatches(state, answers, torch.ones(len(prompts)), stats)
-        weights = loss_weights(microbatches, answers, state.config)
+        answers, microbatches, weights = prepare(state, prompts, texts, stats)
         learning_rate = state.learning_rate(state.step)
-        applied = update(state, microbatches, weights, learning_rate, stats, _note_cross_entropy)
+        applied = update(state, microbatches, weights, learning_rate, stats, note_cross_entropy)
     # The surrogate's value says nothing: at a ratio of 1 it is -1, whatever the model knows.
     del stats.totals["loss"]
     for name in ("clip_fraction_low", "clip_fraction_high", "dropped_fraction"):
@@ -82,7 +80,18 @@ def train_step(
     return finish(state, stats, answers, learning_rate, applied, start), []
 
 
-def _note_cross_entropy(stats: StepStats, out: GRPOLoss, mb: Microbatch) -> None:
+def prepare(
+    state: TrainState, prompts: Sequence[Prompt], texts: Sequence[str], stats: StepStats
+) -> tuple[Rollouts, list[Microbatch], list[dict[str, Any]]]:
+    """Microbatches of prompts and their answers, and the weights that make their loss the mean
+    cross entropy of a token; `grpo.update` takes both, of several data sets one after another
+    too."""
+    answers = given_answers(state.tokenizer, prompts, [[text] for text in texts])
+    microbatches = make_microbatches(state, answers, torch.ones(len(prompts)), stats)
+    return answers, microbatches, loss_weights(microbatches, answers, state.config)
+
+
+def note_cross_entropy(stats: StepStats, out: GRPOLoss, mb: Microbatch) -> None:
     stats.add("loss", -float(out.logps.sum()), float(mb.loss_mask.sum()))
 
 
