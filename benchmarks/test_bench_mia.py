@@ -27,7 +27,7 @@ from virft_fast.rollout.native import NativeRollout
 
 ROUNDS = 3
 # kind, images, side of an image in pixels, scenes, tokens of an answer
-CASES = [("collage", 9, 448, 4, 16), ("sequence", 3, 224, 8, 16)]
+CASES = [("collage", 9, 448, 4, 64), ("sequence", 3, 224, 16, 64)]
 
 
 class FixedLength(NativeRollout):
@@ -56,7 +56,7 @@ def test_selection(race, request, kind, count, side, number, length):
     scenes = list(make_scenes(kind, count, side, number))
     processor.image_processor.size["longest_edge"] = 28 * 28 * 4000
     prompts = [encode_prompt(processor, scene.sample(i)) for i, scene in enumerate(scenes)]
-    model = make_model(size).eval()
+    model = make_model(size).eval().requires_grad_(False)
     plain = make_model(size).eval()  # the same weights, as transformers makes it
     plain.set_attn_implementation("eager")
     policy, device = Policy(model), torch.device(DEVICE)
@@ -95,8 +95,17 @@ def test_selection(race, request, kind, count, side, number, length):
 
     def ours():
         sampling = Sampling(max_completion_length=length, greedy=True)
-        ids = rollout.generate(prompts, 1, sampling).completion_ids.cpu()
-        attentions = measure(policy, prompts, list(ids), layer=layer, pad_token_id=0, device=device)
+        drawn = rollout.generate(prompts, 1, sampling)
+        ids = drawn.completion_ids.cpu()
+        attentions = measure(
+            policy,
+            prompts,
+            list(ids),
+            layer=layer,
+            pad_token_id=0,
+            device=device,
+            image_features=drawn.image_features,
+        )
         return [
             (row, attention_ratio(attention, prompt, scene, kind, 2))
             for row, attention, prompt, scene in zip(ids, attentions, prompts, scenes, strict=True)

@@ -135,7 +135,7 @@ def run(*words: Any) -> None:
 def measure(model: Path, scenes: mia.Scenes) -> dict[str, dict[str, float]]:
     """MEASURES of the held-out scenes, as shares: of each kind, and of all."""
     processor = load_processor(resolve_model_path(str(model)))
-    policy = Policy(load_model(str(model))).eval()
+    policy = Policy(load_model(str(model)).requires_grad_(False)).eval()
     rollout = make_rollout("native", lambda: nullcontext(policy), processor.tokenizer, device=CPU)
     layer = policy.config.text_config.num_hidden_layers // 2
     answering = mia.Answering(policy, rollout, processor, layer, 32, CPU)

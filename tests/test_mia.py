@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from virft_fast.data.mia import (
 from virft_fast.mia import Answer, Selection, attention_ratio, reasons_against
 from virft_fast.models.image_attention import attention_to_prompts, coverage, image_tokens
 from virft_fast.models.qwen_vl import Policy, encode_prompt, load_model, weights_stamp
+from virft_fast.rollout.backends import make_rollout
 
 COLOURS = [(10 * n, 250 - 10 * n, 5 * n) for n in range(1, 10)]
 WHITE = (255, 255, 255)
@@ -244,6 +246,27 @@ def test_attention_equals_full_maps_of_eager_attention(processor, scenes, layer)
         plan, scene, _ = scenes[kind]
         ratio = attention_ratio(attention, prompt, scene, plan.kind, 2)
         assert ratio == pytest.approx(brute_ratio(expected, prompt, scene, plan), abs=1e-5)
+
+
+def test_a_frozen_tower_reads_the_images_once(processor, scenes, monkeypatch):
+    """What the rollout's prefill made of them is used again; the answers are the same."""
+    plans, made, _ = zip(*scenes.values(), strict=True)
+    found, seen = [], []
+    for frozen in (False, True):
+        policy = Policy(load_model("tiny").requires_grad_(not frozen)).eval()
+        images_of, grids = policy.image_features, []
+        monkeypatch.setattr(
+            policy, "image_features", lambda inputs: grids.append(inputs) or images_of(inputs)
+        )
+        rollout = make_rollout(
+            "native", lambda: nullcontext(policy), processor.tokenizer, device=CPU
+        )
+        answering = mia.Answering(policy, rollout, processor, 1, 12, CPU)
+        found.append(answering.answers(plans, made))
+        seen.append(len(grids))
+    assert seen == [2, 1]
+    for one, other in zip(*found, strict=True):
+        assert one.text == other.text and one.ratio == pytest.approx(other.ratio, abs=1e-6)
 
 
 def brute_ratio(attention, prompt, scene, plan):

@@ -204,11 +204,14 @@ def measure(
     layer: int,
     pad_token_id: int,
     device: torch.device,
+    image_features: Sequence[Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """(P,) attention on each prompt's tokens, on the CPU, several prompts read together.
 
     Args:
         answers: (C,) int64 tokens of each, on the CPU.
+        image_features: of each prompt, where a rollout has computed them already: the vision tower
+            costs more than the layers up to the measured one.
     """
     lengths = [len(p.input_ids) + len(a) for p, a in zip(prompts, answers, strict=True)]
     for first, last in token_chunks(lengths, ATTENTION_TOKENS):
@@ -219,7 +222,10 @@ def measure(
             device=device,
             packed=True,
         )
-        for attention in attention_to_prompts(policy, inputs, layer):
+        known = None
+        if image_features is not None and inputs.pixel_values is not None:
+            known = torch.cat(list(image_features[first:last]))
+        for attention in attention_to_prompts(policy, inputs, layer, known):
             yield attention.cpu()
 
 
@@ -374,6 +380,7 @@ class Answering:
             layer=self.layer,
             pad_token_id=self.processor.tokenizer.pad_token_id,
             device=self.device,
+            image_features=drawn.image_features,
         )
         means = drawn.sampling_logps.sum(1).cpu() / torch.tensor(lengths)
         for number, ((plan, scene, prompt), attention) in enumerate(
