@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -251,21 +252,24 @@ def test_attention_equals_full_maps_of_eager_attention(processor, scenes, layer)
 def test_a_frozen_tower_reads_the_images_once(processor, scenes, monkeypatch):
     """What the rollout's prefill made of them is used again; the answers are the same."""
     plans, made, _ = zip(*scenes.values(), strict=True)
-    found, seen = [], []
-    for frozen in (False, True):
-        policy = Policy(load_model("tiny").requires_grad_(not frozen)).eval()
-        images_of, grids = policy.image_features, []
-        monkeypatch.setattr(
-            policy, "image_features", lambda inputs: grids.append(inputs) or images_of(inputs)
-        )
-        rollout = make_rollout(
-            "native", lambda: nullcontext(policy), processor.tokenizer, device=CPU
-        )
-        answering = mia.Answering(policy, rollout, processor, 1, 12, CPU)
-        found.append(answering.answers(plans, made))
-        seen.append(len(grids))
-    assert seen == [2, 1]
-    for one, other in zip(*found, strict=True):
+    passes = []
+    image_features = Policy.image_features
+    monkeypatch.setattr(
+        Policy, "image_features", lambda *given: passes.append(1) or image_features(*given)
+    )
+
+    def answers(policy):
+        weights = partial(nullcontext, policy)
+        rollout = make_rollout("native", weights, processor.tokenizer, device=CPU)
+        found = mia.Answering(policy, rollout, processor, 1, 12, CPU).answers(plans, made)
+        count = len(passes)
+        passes.clear()
+        return found, count
+
+    trained, frozen = load_model("tiny"), load_model("tiny").requires_grad_(False)
+    (plain, twice), (reused, once) = (answers(Policy(model).eval()) for model in (trained, frozen))
+    assert (twice, once) == (2, 1)
+    for one, other in zip(plain, reused, strict=True):
         assert one.text == other.text and one.ratio == pytest.approx(other.ratio, abs=1e-6)
 
 
