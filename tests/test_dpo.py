@@ -18,7 +18,7 @@ from virft_fast.config import DPOConfig
 from virft_fast.data import SampleDataset
 from virft_fast.dpo import DPOState, dpo_loss
 from virft_fast.engine import PlainEngine, make_reference
-from virft_fast.models.qwen_vl import Policy, add_lora, load_model
+from virft_fast.models.qwen_vl import Policy, add_lora, core, freeze_vision_tower, load_model
 from virft_fast.train import main
 
 # ---- the loss ------------------------------------------------------------------------------------
@@ -222,6 +222,36 @@ def test_reference_by_copy_adapter_off_or_beforehand(processor, pairs):
     adapter = state_for(processor, lora=True, prompts_per_microbatch=4)
     losses = [dpo.train_step(adapter, pairs)[0]["loss"] for _ in range(3)]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_frozen_tower_runs_once_for_policy_and_reference(processor, pairs, monkeypatch, lora):
+    def state():
+        made = state_for(processor, lora=lora, prompts_per_microbatch=4)
+        if not lora:
+            freeze_vision_tower(made.policy.model)
+        made.policy.vision_frozen = True  # set where a policy is made, here before it was frozen
+        made.reference = watched(made.reference)
+        return made
+
+    def watched(reference):
+        def call(inputs, **options):
+            own.append(options.get("image_features"))
+            return reference(inputs, **options)
+
+        return call
+
+    own: list = []
+    counted, calls = state(), []
+    hook = core(counted.policy.model).visual.register_forward_hook(lambda *_: calls.append(1))
+    metrics, grads = gradients_of(counted, pairs, monkeypatch)
+    hook.remove()
+    assert len(calls) == 1 and own[0] is not None
+    apart_from = state()
+    monkeypatch.setattr(apart_from.engine, "zero_stage", 3)  # there each computes its own
+    others, wanted = gradients_of(apart_from, pairs, monkeypatch)
+    assert own[1] is None and metrics["loss"] == others["loss"]
+    assert apart(grads, wanted) == 0.0
 
 
 # ---- runs ----------------------------------------------------------------------------------------

@@ -145,9 +145,10 @@ def train_step(
         for number, pairs in enumerate(batches, 1):
             # Engines average gradients over ranks, hence the factor.
             loss = _loss(state, pairs, stats, *counts) * dist.world_size()
-            finite &= bool(torch.isfinite(loss.detach()))
             state.engine.backward(loss, last=number == len(batches))
-            stats.add_total("loss", float(loss.detach()))
+            value = float(loss.detach())
+            finite &= math.isfinite(value)
+            stats.add_total("loss", value)
         veto = dist.any_rank(not finite, state.engine.device)
         result = state.engine.step(learning_rate, veto=veto)
         stats.add("grad_norm", result.grad_norm)
@@ -246,12 +247,17 @@ def _batches(state: DPOState, prompts: Sequence[Prompt], answers: Rollouts | Non
 @torch.no_grad()
 def _add_reference(state: DPOState, batches: list[Pairs], known: RefLogps | None) -> None:
     for pairs in batches:
+        batch = pairs.batch
         if known is not None:
             values = [known[row] for row in pairs.rows]
             pairs.ref_logps = torch.tensor(values, device=state.engine.device).view(-1, 2)
         elif state.reference is not None:
+            # A frozen tower is the reference's too. Whole weights are free but under ZeRO-3.
+            if state.policy.vision_frozen and state.engine.zero_stage < 3 and pairs.rows:
+                with state.engine.whole_weights() as policy:
+                    batch.image_features = policy.image_features(batch.inputs)
             with as_reference(state):
-                logps, _ = state.reference(pairs.batch.inputs)
+                logps, _ = state.reference(batch.inputs, image_features=batch.image_features)
             pairs.ref_logps = _sums(pairs, logps)
 
 
@@ -260,30 +266,49 @@ def _loss(
 ) -> Tensor:
     """This microbatch's share of the loss of all `num_pairs` pairs and `num_tokens` tokens of
     chosen answers, over all ranks."""
-    logps, entropy = state.engine.forward(pairs.batch.inputs)
+    logps, entropy = state.engine.forward(
+        pairs.batch.inputs, image_features=pairs.batch.image_features
+    )
     if not pairs.rows:
         return 0.0 * logps.sum()
     sums = _sums(pairs, logps)
-    lengths = pairs.batch.inputs.cu_seqlens.diff().view(-1, 2)
-    nll, tokens = -sums[:, 0].sum(), float(lengths[:, 0].sum())
-    stats.add("nll", float(nll.detach()), tokens)
-    stats.add("entropy", float(entropy.detach().sum()), float(lengths.sum()))
-    for number, name in enumerate(("chosen", "rejected")):
-        stats.add(f"logps/{name}", float(sums.detach()[:, number].sum()), len(sums))
-    # Unlike the rewards' it says something before training, too.
-    stats.add("logps/accuracies", float((sums[:, 0] > sums[:, 1]).sum()), len(sums))
-    if pairs.ref_logps is None:
+    losses, rewards, ref_logps = None, None, pairs.ref_logps
+    if ref_logps is not None:
+        losses, rewards = dpo_loss(
+            sums, ref_logps, beta=state.dpo.dpo_beta, label_smoothing=state.dpo.label_smoothing
+        )
+    _note(stats, pairs, sums.detach(), entropy.detach(), losses, rewards)
+    if losses is None:
         return 0.0 * logps.sum()
-    losses, rewards = dpo_loss(
-        sums, pairs.ref_logps, beta=state.dpo.dpo_beta, label_smoothing=state.dpo.label_smoothing
-    )
-    margins = rewards[:, 0] - rewards[:, 1]
-    stats.add("dpo_loss", float(losses.detach().sum()), len(losses))
-    for number, name in enumerate(("chosen", "rejected")):
-        stats.add(f"rewards/{name}", float(rewards[:, number].sum()), len(losses))
-    stats.add("rewards/margins", float(margins.sum()), len(losses))
-    stats.add("rewards/accuracies", float((margins > 0).sum()), len(losses))
-    return losses.sum() / num_pairs + state.dpo.dpo_gamma * nll / num_tokens
+    return losses.sum() / num_pairs - state.dpo.dpo_gamma * sums[:, 0].sum() / num_tokens
+
+
+def _note(
+    stats: StepStats,
+    pairs: Pairs,
+    sums: Tensor,
+    entropy: Tensor,
+    losses: Tensor | None,
+    rewards: Tensor | None,
+) -> None:
+    """Sums over pairs, or tokens, for the means of the step; one wait for the device."""
+    lengths = pairs.batch.inputs.cu_seqlens.diff().view(-1, 2)
+    # Of the log-probs it says something before training too, unlike of the rewards.
+    parts = {"num_chosen": lengths[:, 0], "num_tokens": lengths, "entropy": entropy,
+             "logps/chosen": sums[:, 0], "logps/rejected": sums[:, 1],
+             "logps/accuracies": sums[:, 0] > sums[:, 1]}  # fmt: skip
+    if losses is not None and rewards is not None:
+        margins = rewards[:, 0] - rewards[:, 1]
+        parts |= {"dpo_loss": losses.detach(), "rewards/chosen": rewards[:, 0],
+                  "rewards/rejected": rewards[:, 1], "rewards/margins": margins,
+                  "rewards/accuracies": margins > 0}  # fmt: skip
+    totals = torch.stack([part.sum().double() for part in parts.values()]).tolist()
+    found = dict(zip(parts, totals, strict=True))
+    num_chosen, num_tokens = found.pop("num_chosen"), found.pop("num_tokens")
+    stats.add("nll", -found["logps/chosen"], num_chosen)
+    stats.add("entropy", found.pop("entropy"), num_tokens)
+    for name, total in found.items():
+        stats.add(name, total, len(sums))
 
 
 def _sums(pairs: Pairs, logps: Tensor) -> Tensor:
