@@ -570,6 +570,17 @@ def test_bad_input_is_named_and_nothing_half_written(llava, tmp_path, capsys, mo
     assert not out.exists() and not (tmp_path / ".pairs.writing").exists()
 
 
+def test_a_scene_larger_than_the_rollouts_memory_is_left_out_and_counted(llava, tmp_path, capsys):
+    out = tmp_path / "pairs"
+    more = ["--shares", "sequence=1", "--sequence_images", "2,4", "--rollout_cache_tokens", "100"]
+    assert main(arguments(llava, out, *more)) == 0
+    reason = "more tokens than the rollout holds (--rollout_cache_tokens)"
+    assert reason in capsys.readouterr().out
+    records = [json.loads(line) for line in lines_of(out)]
+    counts = {r["num_images"]: r["dropped"] for r in records if r["kind"]}
+    assert counts[4] == [reason] and reason not in counts[2]
+
+
 def test_one_token_answers_have_a_ratio(llava, tmp_path):
     out = tmp_path / "pairs"
     assert main(arguments(llava, out, "--max_completion_length", "1")) == 0

@@ -43,8 +43,8 @@ from virft_fast.data.mia import (
 from virft_fast.data.writing import written_aside
 from virft_fast.models.image_attention import attention_to_prompts, coverage, image_tokens
 from virft_fast.models.qwen_vl import Policy, encode_prompt
-from virft_fast.rollout import Rollout, Sampling
-from virft_fast.rollout.native import token_chunks
+from virft_fast.rollout import Sampling
+from virft_fast.rollout.native import NativeRollout, token_chunks
 
 # Tokens that are read together to measure attention.
 ATTENTION_TOKENS = 8_192
@@ -328,7 +328,7 @@ class Answering:
     """
 
     policy: Policy
-    rollout: Rollout
+    rollout: NativeRollout
     processor: Any
     layer: int
     max_completion_length: int
@@ -339,6 +339,10 @@ class Answering:
     @property
     def merge(self) -> int:
         return self.processor.image_processor.merge_size
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(max_completion_length=self.max_completion_length, greedy=True)
 
     def prompt(self, index: int, scene: Scene) -> Prompt | str:
         """The scene as the model reads it, or why it can't be."""
@@ -358,6 +362,8 @@ class Answering:
         kept: list[tuple[Plan, Scene, Prompt]] = []
         for plan, scene in zip(plans, scenes, strict=True):
             prompt = self.prompt(plan.index, scene)
+            if isinstance(prompt, Prompt) and not self.rollout.fits(prompt, 1, self.sampling):
+                prompt = "more tokens than the rollout holds (--rollout_cache_tokens)"
             if isinstance(prompt, str):
                 found[plan.index] = Answer(plan.index, plan.kind, plan.num_images, problem=prompt)
             else:
@@ -369,8 +375,7 @@ class Answering:
 
     def _answers(self, kept: Sequence[tuple[Plan, Scene, Prompt]]) -> Iterator[Answer]:
         prompts = [prompt for _, _, prompt in kept]
-        sampling = Sampling(max_completion_length=self.max_completion_length, greedy=True)
-        drawn = self.rollout.generate(prompts, 1, sampling)
+        drawn = self.rollout.generate(prompts, 1, self.sampling)
         lengths = drawn.completion_mask.sum(1).tolist()
         ids = [row[:n].cpu() for row, n in zip(drawn.completion_ids, lengths, strict=True)]
         attentions = measure(

@@ -175,6 +175,12 @@ class NativeRollout:
             [part for parts in features for part in parts] if frozen else None,
         )
 
+    def fits(self, prompt: Prompt, num_generations: int, sampling: Sampling) -> bool:
+        """Whether there is room for the prompt and its completions; `generate` raises otherwise."""
+        with self.weights() as policy:
+            limit = self._cache_limit(policy)
+        return self._plan([prompt], num_generations, sampling).num_tokens <= limit
+
     def _batches(
         self,
         policy: Policy,
