@@ -103,3 +103,14 @@ def test_ranks_with_unequal_microbatches_and_dropped_groups(tmp_path):
         made = [[rank[step][1] for rank in noted["plans"]] for step in range(3)]
         assert own[0][1] == 0 and own[2][0] == 0 and 0 < own[1][1] < own[1][0]
         assert own[0][0] > 2 and made == [[max(step)] * 2 for step in own]
+
+
+def test_fine_tuning_with_a_frozen_tower_and_unequal_microbatches_hangs_nobody(tmp_path):
+    """Nobody knows the tower's features beforehand, so that the rank with fewer microbatches goes
+    through the tower, too."""
+    one = steps(tmp_path, stage=-1, processes=1, batch=8, kind="sft")
+    start, end, metrics = steps(tmp_path, stage=3, processes=2, batch=4, kind="sft")
+    assert largest_difference(start, end) > 1e-4
+    assert largest_difference(end, one[1]) <= 1e-5
+    for ours, theirs in zip(metrics, one[2], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3, abs=1e-5)

@@ -320,12 +320,21 @@ def test_run_and_resume_bit_for_bit(preferences, tmp_path, capsys, more):
     assert losses_of(whole)[0][0] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_two_ranks_with_zero3_equal_one(preferences, tmp_path):
+@pytest.mark.parametrize(
+    "stage, more",
+    [(None, ()), (0, ()), (2, ("--use_peft", "--lora_r", "4")), (3, ()), (3, ("--use_peft",))],
+    ids=["plain", "zero0", "zero2-adapter", "zero3", "zero3-adapter"],
+)
+def test_two_ranks_equal_one(preferences, tmp_path, stage, more):
     one, two = tmp_path / "one", tmp_path / "two"
     # All held-out rows are of one batch, so that the other rank has none.
     common = ["--max_steps", "2", "--dpo_gamma", "0.2", "--save_steps", "0", "--eval_samples", "5"]
-    assert main(arguments(preferences, one, *common)) == 0
-    argv = [*arguments(preferences, two, *common), "--deepspeed", "configs/zero3.json"]
+    assert main(arguments(preferences, one, *common, *more)) == 0
+    argv = arguments(preferences, two, *common, *more)
+    if stage is not None:
+        config = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": "auto"}
+        (tmp_path / "ds.json").write_text(json.dumps(config))
+        argv += ["--deepspeed", str(tmp_path / "ds.json")]
     argv[argv.index("--gradient_accumulation_steps") + 1] = "1"
     done = run(*argv, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]

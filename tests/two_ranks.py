@@ -6,8 +6,9 @@ STAGE is a ZeRO stage, or -1 for the plain engine; BATCH is this rank's number o
 `images`, `mixed` (rank 1 has text only), `nan` (rank 1 alone gets a loss that is not finite),
 `lora` (an adapter is trained, with gradient checkpointing and the adapter off as the reference),
 `dropped` (no KL term, microbatches by tokens, and groups of equal rewards: rank 1's in the first
-step, most of rank 1's in the second, rank 0's in the third) or `frozen` (as `dropped`, with the
-vision tower frozen). One run after another, each with a model of its own.
+step, most of rank 1's in the second, rank 0's in the third), `frozen` (as `dropped`, with the
+vision tower frozen) or `sft` (fine-tuning with the tower frozen, rank 1 with text only and fewer
+microbatches). One run after another, each with a model of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import torch
 from helpers import CPU, letter_count, make_prompts, make_sample
 
-from virft_fast import dist, grpo
+from virft_fast import dist, grpo, sft
 from virft_fast.config import GRPOConfig
 from virft_fast.engine import (
     DeepSpeedEngine,
@@ -53,7 +54,7 @@ def make_engine(stage, policy, settings, config, kind):
 def all_prompts(processor, kind):
     """Eight prompts: the first half is rank 0's with two ranks, the others rank 1's."""
     sizes = [[(112, 112)], [(56, 84)], [(84, 84), (56, 56)], [(112, 56)]]
-    second = [[] for _ in sizes] if kind == "mixed" else sizes
+    second = [[] for _ in sizes] if kind in ("mixed", "sft") else sizes
     return make_prompts(
         processor, *(make_sample(i, s, f"Detect {i}.") for i, s in enumerate([*sizes, *second]))
     )
@@ -66,7 +67,7 @@ def make_policy(kind, empty=False):
         model = add_lora(model, r=4, alpha=8, target_modules=["q_proj", "down_proj"])
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
-    if kind == "frozen":
+    if kind in ("frozen", "sft"):
         freeze_vision_tower(model)
     return Policy(model)
 
@@ -86,7 +87,7 @@ def prepare(stage, batch, kind, processor):
     )
     alive = prepare_deepspeed(config, CPU) if stage >= 0 else None
     policy = make_policy(kind)
-    reference = None if kind in ("lora", *DROPPING) else Policy(load_model("tiny"))
+    reference = None if kind in ("lora", "sft", *DROPPING) else Policy(load_model("tiny"))
     del alive
     engine = make_engine(stage, policy, settings, config, kind)
     call_reference = make_reference(reference, engine, config) if reference else engine.forward
@@ -100,8 +101,11 @@ def prepare(stage, batch, kind, processor):
         ]
 
     beta = 0.0 if kind in DROPPING else 0.1
+    settings_of = {
+        "num_generations": 2, "max_completion_length": 6, "beta": beta, "loss_type": "dapo"
+    }  # fmt: skip
     state = TrainState(
-        config=GRPOConfig(num_generations=2, max_completion_length=6, beta=beta, loss_type="dapo"),
+        config=GRPOConfig(**(sft.AS_CROSS_ENTROPY if kind == "sft" else settings_of)),
         policy=policy,
         engine=engine,
         reference=call_reference,
@@ -113,7 +117,7 @@ def prepare(stage, batch, kind, processor):
         prompts_per_microbatch=batch // 2,
         gradient_accumulation_steps=2,
         # The longest group is split; of the short ones two fit.
-        max_tokens_per_microbatch=60 if kind in DROPPING else None,
+        max_tokens_per_microbatch=60 if kind in ("sft", *DROPPING) else None,
     )
     return state
 
@@ -160,7 +164,8 @@ def take_steps(out, stage, batch, kind, processor):
         spoil(engine)
     original = grpo.plan_microbatches
     plans = count_plans(engine)
-    metrics = [train_step(state, mine)[0] for _ in range(STEPS)]
+    step = sft.train_step if kind == "sft" else train_step
+    metrics = [step(state, mine)[0] for _ in range(STEPS)]
     grpo.plan_microbatches = original
     plans = dist.all_gather_object(plans)
     end = engine.model_state(model, torch.float32)

@@ -241,7 +241,7 @@ def _batches(state: DPOState, prompts: Sequence[Prompt], answers: Rollouts | Non
         for parts in plan
     ]
     most = max(1, *dist.all_gather_object(len(made)))
-    return made + [Pairs(empty_microbatch(state), ())] * (most - len(made))
+    return made + [Pairs(empty_microbatch(state, tower=True), ())] * (most - len(made))
 
 
 @torch.no_grad()

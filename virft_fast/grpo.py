@@ -241,7 +241,8 @@ def make_microbatches(
     )
     most = max(1, *dist.all_gather_object(len(plan)))
     made = [microbatch(state, rollouts, parts, advantages, mask) for parts in plan]
-    return made + [empty_microbatch(state)] * (most - len(plan))
+    known = rollouts.image_features is not None
+    return made + [empty_microbatch(state, tower=not known)] * (most - len(plan))
 
 
 def _loss_mask(state: TrainState, rollouts: Rollouts, advantages: Tensor) -> Tensor:
@@ -333,8 +334,9 @@ def microbatch(
     )
 
 
-def empty_microbatch(state: TrainState) -> Microbatch:
-    """A token that counts for nothing: under ZeRO-3 every rank has to make the same calls."""
+def empty_microbatch(state: TrainState, *, tower: bool) -> Microbatch:
+    """A token that counts for nothing: under ZeRO-3 every rank has to make the same calls, the
+    vision tower's among them where the others' features are not known (`tower`)."""
     device = state.engine.device
     pad = torch.tensor([state.tokenizer.pad_token_id])
     nothing = Sample(-1, (), (), "")
@@ -345,9 +347,7 @@ def empty_microbatch(state: TrainState) -> Microbatch:
         device=device,
     )
     zero = torch.zeros(1, device=device)
-    features = None
-    if state.policy.vision_frozen:
-        features = torch.zeros(0, 1, device=device)
+    features = None if tower else torch.zeros(0, 1, device=device)
     return Microbatch(inputs, zero, zero.bool(), zero, image_features=features)
 
 
