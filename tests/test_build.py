@@ -104,6 +104,39 @@ def test_few_shot_rows_follow_the_seed(coco, tmp_path):
     assert solutions["a"] == solutions["b"] != solutions["c"]
 
 
+def test_a_category_with_fewer_images_gives_them_all_and_says_so(coco, tmp_path, capsys):
+    assert build_coco(coco, tmp_path / "out", "--categories", "cat,dog", "--shots", 3) == 0
+    rows = [row.columns["category"] for row in samples(tmp_path / "out")]
+    assert rows.count("cat") == 3 and rows.count("dog") == 2
+    note = "fewer than 3 images, all of them taken: dog 2"
+    assert note in capsys.readouterr().out and note in (tmp_path / "out/README.md").read_text()
+
+
+def test_missing_images_are_left_out_before_so_many_are_drawn(coco, tmp_path, capsys):
+    for number in (1, 2, 3):
+        (tmp_path / f"images/{number:012d}.jpg").unlink()
+    for seed in range(4):
+        more = ("--categories", "cat", "--shots", 3, "--allow_missing", "--seed", seed)
+        assert build_coco(coco, tmp_path / str(seed), *more) == 0
+        assert len(samples(tmp_path / str(seed))) == 3
+        assert "left out, image missing: 3" in capsys.readouterr().out
+
+
+def test_names_with_commas_and_test_files_without_a_category(coco, tmp_path, capsys):
+    data = json.loads(coco.read_text())
+    data["categories"] = [c | {"name": f" {c['name']}, parked"} for c in data["categories"]]
+    coco.write_text(json.dumps(data))
+    dogless = data | {"annotations": [a for a in data["annotations"] if a["category_id"] != 18]}
+    (tmp_path / "test.json").write_text(json.dumps(dogless))
+    more = ("--test_annotations", tmp_path / "test.json")
+    assert build_coco(coco, tmp_path / "out", *more) == 0
+    shown = capsys.readouterr().out
+    assert "category without a box in the test annotations: 1 ( dog, parked)" in shown
+    assert {r.columns["category"] for r in samples(tmp_path / "out", "test")} == {" cat, parked"}
+    assert build_coco(coco, tmp_path / "one", "--categories", " dog, parked") == 0
+    assert len(samples(tmp_path / "one")) == 2
+
+
 def test_negatives_ask_for_what_is_not_there(coco, tmp_path):
     assert build_coco(coco, tmp_path / "out", "--categories", "cat,dog", "--negatives", 0.5) == 0
     rows = samples(tmp_path / "out")
@@ -170,6 +203,8 @@ def test_lvis_finds_images_by_url_and_heeds_what_it_left_open(tmp_path):
     argv = ("build", "lvis", "--annotations", path, "--images", tmp_path / "images")
     assert run(*argv, "--output", tmp_path / "out", "--negatives", 0.9) == 0
     rows = [(r.columns["image_id"], r.columns["category"]) for r in samples(tmp_path / "out")]
+    argv = ("build", "coco", *argv[2:], "--output", tmp_path / "coco")
+    assert run(*argv) == 2  # what LVIS has not looked for would be absent
     # Image 3 may hold more egg rolls than are marked; only of image 1 a sugar bowl is known absent.
     assert sorted(rows) == [(1, "egg_roll"), (1, "sugar_bowl"), (2, "egg_roll"), (2, "sugar_bowl")]
 
@@ -179,11 +214,24 @@ def test_lvis_finds_images_by_url_and_heeds_what_it_left_open(tmp_path):
     [
         ({"--categories": "catt"}, "no 'catt' (did you mean 'cat'?)"),
         ({"--categories": "horse"}, "not a single box of horse"),
-        ({"--categories": "dog", "--shots": 3}, "expected as many images, dog has fewer"),
         ({"--annotations": "captions"}, "these are captions"),
         ({"--annotations": "keypoints"}, "person keypoints"),
         ({"--annotations": "list"}, "expected COCO's instances file"),
         ({"--annotations": "text"}, "expected JSON"),
+        ({"--annotations": "numbers"}, "images: expected a list of objects, got 1"),
+        ({"--annotations": "null"}, "annotations: expected a list of objects, got None"),
+        ({"--annotations": "no id"}, "expected images with id (a whole number)"),
+        ({"--annotations": "texts as ids"}, "expected images with id (a whole number)"),
+        ({"--annotations": "huge id"}, "expected images with id (a whole number)"),
+        ({"--annotations": "no name"}, "expected categories with id (a whole number) and name"),
+        ({"--annotations": "same name"}, "names of their own, got 'cat'"),
+        ({"--annotations": "list as id"}, "names image [1] and category"),
+        ({"--annotations": "nothing"}, "there is not a single box"),
+        (
+            {"--annotations": "lvis"},
+            "this is LVIS's (its images have neg_category_ids); use `build lvis`",
+        ),
+        ({"--test_annotations": "nothing"}, "not a single box of the chosen categories"),
         ({"--annotations": "none"}, "no such file"),
         ({"--images": "elsewhere"}, "6 of 6 images are missing"),
     ],
@@ -196,10 +244,22 @@ def test_input_that_cant_be_built_from(coco, tmp_path, capsys, change, said):
         "keypoints": json.dumps(base | {"annotations": [{"bbox": [0, 0, 1, 1], "keypoints": [1]}]}),
         "list": "[1]",
         "text": "not json",
+        "numbers": json.dumps(base | {"images": [1]}),
+        "null": json.dumps(base | {"annotations": None}),
+        "no id": json.dumps(base | {"images": [{"file_name": "a", "width": 1, "height": 1}]}),
+        "texts as ids": json.dumps(base | {"images": [i | {"id": "x"} for i in base["images"]]}),
+        "huge id": json.dumps(base | {"images": [i | {"id": 2**63} for i in base["images"]]}),
+        "no name": json.dumps(base | {"categories": [{"id": 1}]}),
+        "same name": json.dumps(base | {"categories": [{"id": i, "name": "cat"} for i in (1, 2)]}),
+        "list as id": json.dumps(base | {"annotations": [{"bbox": [], "image_id": [1]}]}),
+        "nothing": json.dumps(base | {"annotations": []}),
+        "lvis": json.dumps(
+            base | {"images": [i | {"neg_category_ids": []} for i in base["images"]]}
+        ),
     }
     arguments = {"--annotations": coco, "--images": tmp_path / "images"}
     for flag, value in change.items():
-        if flag == "--annotations":
+        if flag.endswith("annotations"):
             path = tmp_path / f"{value}.json"
             if value in kinds:
                 path.write_text(kinds[value])

@@ -24,6 +24,7 @@ from virft_fast.data.classification import READERS, Labelled, plan_classificatio
 from virft_fast.data.coco import (
     Annotations,
     describe,
+    missing_images,
     pick_categories,
     plan_detection,
     read_annotations,
@@ -109,7 +110,7 @@ def _detection_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="all, names separated by commas, or base65, novel15, few8 (COCO), lvis13, lvis6",
     )
-    add("--shots", type=_positive, help="images of each category in train; default: all")
+    add("--shots", type=_positive, help="images of each category in train, at most; default: all")
     add("--max_rows", type=_positive, help="rows of a split, chosen by the seed; default: all")
     add("--negatives", type=_share, default=0.0, help="rows without objects, a share of the others")
 
@@ -263,12 +264,21 @@ def _build_detection(arguments: argparse.Namespace) -> None:
     built = Built()
     describe(annotations, built)
 
-    def plan(source: Annotations, images: Path, **more: Any) -> list[Plan]:
-        names = ",".join(annotations.categories[number] for number in categories)
+    def plan(
+        source: Annotations,
+        images: Path,
+        chosen: Sequence[int] = categories,
+        keep: Callable[[int], bool] = lambda image: True,
+        **more: Any,
+    ) -> list[Plan]:
+        missing = set()
+        if arguments.allow_missing:  # before so many of each category are drawn
+            missing = missing_images(source, images, chosen, built)
         return plan_detection(
             source,
             images,
-            pick_categories(source, arguments.kind, names),
+            chosen,
+            keep_image=lambda image: keep(image) and image not in missing,
             seed=arguments.seed,
             max_rows=arguments.max_rows,
             negatives=arguments.negatives,
@@ -287,19 +297,40 @@ def _build_detection(arguments: argparse.Namespace) -> None:
             annotations,
             arguments.images,
             shots=arguments.shots,
-            keep_image=lambda image: image not in held_out,
+            keep=lambda image: image not in held_out,
+            built=built,
         )
     }
     if arguments.test_annotations:
         other = read_annotations(arguments.test_annotations, arguments.kind)
         describe(other, built)
-        splits["test"] = plan(other, arguments.test_images or arguments.images)
+        chosen = _same_categories(annotations, categories, other, built, arguments.test_annotations)
+        splits["test"] = plan(other, arguments.test_images or arguments.images, chosen)
     elif held_out:
-        splits["test"] = plan(
-            annotations, arguments.images, keep_image=lambda image: image in held_out
-        )
+        splits["test"] = plan(annotations, arguments.images, keep=lambda image: image in held_out)
     columns = {"problem": "string", "solution": "string", "category": "string", "image_id": "int64"}
     _write(arguments, splits, columns, built, f"{arguments.kind.upper()} detection")
+
+
+def _same_categories(
+    annotations: Annotations,
+    categories: Sequence[int],
+    other: Annotations,
+    built: Built,
+    path: Path,
+) -> list[int]:
+    """The categories by their names in another file, without those of which it has no box."""
+    numbers = {name: number for number, name in other.categories.items()}
+    seen = {number for _, number in other.boxes}
+    chosen = []
+    for name in (annotations.categories[number] for number in categories):
+        if numbers.get(name) in seen:
+            chosen.append(numbers[name])
+        else:
+            built.leave_out("category without a box in the test annotations", name)
+    if not chosen:
+        raise ValueError(f"--test_annotations {path}: not a single box of the chosen categories")
+    return chosen
 
 
 def _build_classification(arguments: argparse.Namespace) -> None:

@@ -53,22 +53,24 @@ def read_annotations(path: Path, kind: str) -> Annotations:
     data = _read(path, kind)
     images = {}
     for record in data["images"]:
-        file = record.get("file_name") or urlsplit(record.get("coco_url", "")).path.lstrip("/")
-        if not file or not all(_positive(record.get(side)) for side in ("width", "height")):
+        file = _file(record)
+        sides = all(_positive(record.get(side)) for side in ("width", "height"))
+        if not (file and sides and _whole(record.get("id"))):
             raise ValueError(
-                f"{path}: expected images with id, width, height and file_name or coco_url, got "
-                f"{record!r:.200}"
+                f"--annotations {path}: expected images with id (a whole number), width, height "
+                f"and file_name or coco_url, got {record!r:.200}"
             )
         images[record["id"]] = {**record, "file": file}
-    categories = {record["id"]: str(record["name"]) for record in data["categories"]}
+    categories = _categories(path, data["categories"])
     boxes: dict[tuple[int, int], list[Any]] = defaultdict(list)
     bad = 0
     for record in data["annotations"]:
         image, category = record.get("image_id"), record.get("category_id")
-        if image not in images or category not in categories:
+        known = _whole(image) and image in images and _whole(category) and category in categories
+        if not known:
             raise ValueError(
-                f"{path}: annotation {record.get('id')} names image {image!r} and category "
-                f"{category!r}, expected some that the file lists"
+                f"--annotations {path}: annotation {record.get('id')!r} names image {image!r} and "
+                f"category {category!r}, expected some that the file lists"
             )
         if record.get("iscrowd"):
             continue
@@ -93,6 +95,12 @@ def _read(path: Path, kind: str) -> dict[str, Any]:
         raise FileNotFoundError(f"--annotations {path}: no such file") from None
     except (ValueError, RecursionError, OSError) as error:
         raise ValueError(f"--annotations {path}: expected JSON, got {error}") from error
+    _check_kind(path, kind, data)
+    return data
+
+
+def _check_kind(path: Path, kind: str, data: Any) -> None:
+    """Raise ValueError if this is something else than an instances file of `kind`."""
     keys = set(data) if isinstance(data, dict) else set()
     if not {"images", "annotations", "categories"} <= keys:
         looks = ", ".join(sorted(map(str, keys))[:8]) or f"a {type(data).__name__}"
@@ -100,6 +108,13 @@ def _read(path: Path, kind: str) -> dict[str, Any]:
             f"--annotations {path}: expected {kind.upper()}'s instances file, with images, "
             f"annotations and categories; got {looks}"
         )
+    for name in ("images", "annotations", "categories"):
+        items = data[name]
+        odd = [x for x in items if not isinstance(x, dict)] if isinstance(items, list) else [items]
+        if odd:
+            raise ValueError(
+                f"--annotations {path}: {name}: expected a list of objects, got {odd[0]!r:.80}"
+            )
     first = next(iter(data["annotations"]), {})
     if data["annotations"] and "bbox" not in first:
         what = "captions" if "caption" in first else "other annotations"
@@ -110,21 +125,68 @@ def _read(path: Path, kind: str) -> dict[str, Any]:
         raise ValueError(
             f"--annotations {path}: expected the instances file, these are person keypoints"
         )
-    return data
+    # Only LVIS says which categories it has looked for in an image. Taken for COCO's, what it has
+    # not looked for would be absent; taken for LVIS's, no false alarm of COCO's would be one.
+    marks = {"neg_category_ids", "not_exhaustive_category_ids"}
+    federated = any(marks & set(record) for record in data["images"])
+    if data["images"] and federated != (kind == "lvis"):
+        is_, other = ("LVIS's", "lvis") if federated else ("COCO's", "coco")
+        raise ValueError(
+            f"--annotations {path}: expected {kind.upper()}'s instances file, this is {is_} (its "
+            f"images have {'' if federated else 'no '}neg_category_ids); use `build {other}` or "
+            f"`--task {other}`"
+        )
+
+
+def _categories(path: Path, records: Iterable[Mapping[str, Any]]) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for record in records:
+        name, number = record.get("name"), record.get("id")
+        if not (isinstance(name, str) and name.strip() and _whole(number)):
+            raise ValueError(
+                f"--annotations {path}: expected categories with id (a whole number) and name, got "
+                f"{record!r:.200}"
+            )
+        if name in found.values() or number in found:
+            raise ValueError(
+                f"--annotations {path}: expected categories with ids and names of their own, got "
+                f"{name!r} with id {number} twice or beside another; rename or merge them"
+            )
+        found[number] = name
+    return found
+
+
+def _file(record: Mapping[str, Any]) -> str:
+    """Relative path of an image; empty without one."""
+    name, address = record.get("file_name"), record.get("coco_url")
+    if isinstance(name, str) and name:
+        return name
+    return urlsplit(address).path.lstrip("/") if isinstance(address, str) else ""
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e6
 
 
+def is_box(bbox: Any) -> bool:
+    """Whether it is four finite numbers."""
+    return (
+        isinstance(bbox, list)
+        and len(bbox) == 4
+        and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in bbox)
+        and all(abs(x) < 1e9 for x in bbox)
+    )
+
+
 def _xyxy(bbox: Any, image: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
     """Inside the image; None if nothing of it is."""
-    if not isinstance(bbox, list) or len(bbox) != 4:
+    if not is_box(bbox):
         return None
-    try:
-        x, y, width, height = map(float, bbox)
-    except (TypeError, ValueError):
-        return None
+    x, y, width, height = map(float, bbox)
     x1, y1 = max(x, 0.0), max(y, 0.0)
     x2, y2 = min(x + width, float(image["width"])), min(y + height, float(image["height"]))
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
@@ -134,7 +196,7 @@ def pick_categories(annotations: Annotations, kind: str, wanted: str) -> list[in
     """Category ids for `all`, a named set (base65, novel15, few8, lvis13, lvis6) or names.
 
     Args:
-        wanted: as on the command line; names are separated by commas.
+        wanted: as on the command line; names are separated by commas, unless it is a name itself.
     Raises:
         ValueError: an unknown name (says which are close), or a category without a single box.
     """
@@ -153,8 +215,12 @@ def pick_names(known: Iterable[str], seen: Collection[str], kind: str, wanted: s
     known = list(known)
     if wanted == "all":
         names = [name for name in known if name in seen]
+        if not names:
+            raise ValueError("--categories all: there is not a single box in these data")
     elif wanted == "base65" and kind == "coco":
         names = [name for name in known if name not in NOVEL_15]
+    elif wanted in known:
+        names = [wanted]
     else:
         names = CATEGORY_SETS[kind].get(wanted) or [n.strip() for n in wanted.split(",")]
     unknown = [name for name in names if name not in known]
@@ -195,17 +261,17 @@ def plan_detection(
     negatives: float = 0.0,
     keep_image: Callable[[int], bool] = lambda image: True,
     extent_for: Callable[[int, int], Extent] | None = None,
+    built: Built | None = None,
 ) -> list[Plan]:
     """One row for each image and category that is in it, as Visual-RFT's sets have them.
 
     Args:
-        shots: so many images of each category, chosen by the seed; None: all.
+        shots: at most so many images of each category, chosen by the seed; None: all.
         max_rows: so many rows, chosen by the seed; None: all.
         negatives: rows about a category that is absent, as a share of the others.
         keep_image: which images to use.
         extent_for: (width, height) of an image -> the space of its boxes; None: 0..1000.
-    Raises:
-        ValueError: a category has fewer than `shots` images.
+        built: told of the categories with fewer images than `shots`; LVIS's rare ones have that.
     """
     rng = random.Random(seed)
     chosen = set(categories)
@@ -215,10 +281,11 @@ def plan_detection(
         if category in chosen and keep_image(image) and complete:
             by_category[category].append(image)
     if shots is not None:
-        few = [annotations.categories[c] for c, i in by_category.items() if len(i) < shots]
-        if few:
-            raise ValueError(f"--shots {shots}: expected as many images, {listing(few)} has fewer")
-        by_category = {c: sorted(rng.sample(i, shots)) for c, i in by_category.items()}
+        names = annotations.categories
+        few = {names[c]: len(i) for c, i in by_category.items() if len(i) < shots}
+        if built is not None:
+            built.note_few(few, shots)
+        by_category = {c: sorted(rng.sample(i, min(shots, len(i)))) for c, i in by_category.items()}
     pairs = [(image, category) for category, found in by_category.items() for image in found]
     rng.shuffle(pairs)
     if max_rows is not None:
@@ -278,3 +345,18 @@ def _plan(
 def describe(annotations: Annotations, built: Built) -> None:
     if annotations.bad_boxes:
         built.leave_out("box without area inside its image", f"{annotations.bad_boxes} boxes")
+
+
+def missing_images(
+    annotations: Annotations, folder: Path, categories: Collection[int], built: Built
+) -> set[int]:
+    """Ids of the images with such objects that are not in the folder; `built` is told of them."""
+    chosen, told = set(categories), set(built.left_out.get("image missing", ()))
+    missing = set()
+    for image in sorted({i for i, category in annotations.boxes if category in chosen}):
+        path = find_image(folder, annotations.images[image]["file"])
+        if not path.is_file():
+            missing.add(image)
+            if str(path) not in told:
+                built.leave_out("image missing", str(path))
+    return missing

@@ -44,19 +44,26 @@ class Plan:
 
 @dataclass
 class Built:
-    """What came of it: rows a split, and what was left out, by reason."""
+    """What came of it: rows a split, what was left out, by reason, and what else is to be known."""
 
     rows: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def leave_out(self, reason: str, what: str) -> None:
         self.left_out.setdefault(reason, []).append(what)
+
+    def note_few(self, few: Mapping[str, int], shots: int) -> None:
+        """That these have fewer images than asked for."""
+        if few:
+            counts = listing([f"{name} {count}" for name, count in few.items()])
+            self.notes.append(f"fewer than {shots} images, all of them taken: {counts}")
 
     def lines(self) -> list[str]:
         lines = [f"{split}: {count} rows" for split, count in self.rows.items()]
         for reason, items in self.left_out.items():
             lines.append(f"left out, {reason}: {len(items)} ({listing(items)})")
-        return lines
+        return lines + self.notes
 
 
 def listing(items: Sequence[Any], most: int = MAX_LISTED) -> str:
