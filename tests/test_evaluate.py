@@ -100,9 +100,18 @@ def evaluate(shapes, output, **options):
 
 def test_two_ranks_give_what_one_gives(coco, tmp_path):
     """Images of different sizes, and fewer in the last batch than ranks."""
+    (tmp_path / "map.json").write_text(
+        json.dumps({n: ["red", "blue"][: 1 + (n < 2)] for n in range(1, 7)})
+    )
     for processes in (1, 2):
         argv = coco_argv(coco, tmp_path / f"{processes}.jsonl", "--categories", "red,blue")
-        done = run(*argv, "--max_samples", 7, module="virft_fast.evaluate", processes=processes)
+        done = run(
+            *argv,
+            "--exists_map",
+            tmp_path / "map.json",
+            module="virft_fast.evaluate",
+            processes=processes,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         assert "accuracy_iou" in done.stdout
     one, two = (read_jsonl(tmp_path / f"{n}.jsonl") for n in (1, 2))
@@ -115,6 +124,27 @@ def test_two_ranks_give_what_one_gives(coco, tmp_path):
     assert (tmp_path / "1.predictions.json").read_bytes() == (
         tmp_path / "2.predictions.json"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("most, images, questions", [(1, 1, 2), (5, 2, 4), (99, 6, 12)])
+def test_a_part_of_the_questions_is_about_whole_images(
+    coco, tmp_path, answers, most, images, questions
+):
+    """What is in the others is not missed."""
+    argv = coco_argv(coco, tmp_path / "out.jsonl", "--categories", "red,blue")
+    assert main([*argv, "--max_samples", str(most)]) == 0
+    summary = json.loads((tmp_path / "out.summary.json").read_text())
+    assert summary["counts"]["images"] == images and summary["num_samples"] == questions
+    assert len(json.loads((tmp_path / "out.truth.json").read_text())["images"]) == images
+
+
+def test_models_and_outputs_with_similar_names_do_not_collide(tmp_path):
+    from virft_fast.evaluation.files import of_models
+    from virft_fast.evaluation.journal import beside
+
+    places = of_models(tmp_path / "x.jsonl", ["a/b", "a-b", "c"])
+    assert len(set(places)) == 3 and places[2] == tmp_path / "x.c.jsonl"
+    assert beside(tmp_path / "v1.5", ".summary.json") == tmp_path / "v1.5.summary.json"
 
 
 def test_the_tiny_model_finds_some_of_its_shapes(shapes, tmp_path, capsys):
@@ -417,9 +447,8 @@ def test_grounding_with_masks(lisa, sam_path, tmp_path, answers):
     one, two = read_jsonl(output)
     assert two["mask"]["intersection"] == 0 and two["mask"]["union"] == 30 * 30
     row = load_rows(str(lisa), "test")[0]
-    mask = torch.from_numpy(
-        MaskModel(str(sam_path), torch.device("cpu"))(row["image"], (0, 0, 1000, 1000))
-    )
+    sam = MaskModel(str(sam_path), torch.device("cpu"))
+    mask = torch.from_numpy(sam([row["image"]], [(0, 0, 1000, 1000)])[0])
     true = torch.tensor(list(row["mask"].get_flattened_data())).view(50, 100) > 0
     assert one["mask"]["intersection"] == int((mask & true).sum())
     assert one["mask"]["union"] == int((mask | true).sum())
@@ -487,6 +516,9 @@ def test_missing_and_odd_images_are_counted(coco, tmp_path, capsys, answers):
         "questions": 5, "answers": 3, "images": 5, "images missing": 1,
         "rows that can't be used": 2,
     }  # fmt: skip
+    (missing,) = summary["images_missing"]
+    assert missing.startswith(str(folder / "images"))
+    assert "without 1 images that are missing: " in capsys.readouterr().out
     # An image that is there is to be found in, also where it can't be read.
     assert summary["categories"][0]["objects"] == 5
 

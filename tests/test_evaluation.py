@@ -321,7 +321,10 @@ def test_sam_is_asked_with_the_box_in_pixels(sam_path):
 
     model = grounding.MaskModel(str(sam_path), torch.device("cpu"))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 100, 3)).astype("u1"))
-    mask = model(image, (100.0, 200.0, 600.0, 900.0))
+    box, other = (100.0, 200.0, 600.0, 900.0), (0.0, 0.0, 500.0, 500.0)
+    (mask,) = model([image], [box])
+    together = model([image.resize((64, 64)), image], [other, box])  # of different sizes
+    assert together[0].shape == (64, 64) and (together[1] == mask).all()
     assert mask.shape == (50, 100) and mask.dtype == bool
     pixels = model.processor.image_processor(image, return_tensors="pt")
     with torch.no_grad():

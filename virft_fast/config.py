@@ -372,7 +372,7 @@ class EvalConfig:
     reward_funcs: list[str] = arg([], "As in training; empty: the task's default rewards.")
     max_samples: int = arg(0, "Evaluate the first so many rows; 0: all.")
     batch_size: int = arg(16, "Prompts in one batch.", "per_device_eval_batch_size")
-    max_completion_length: int = arg(256, "Longest completion in tokens.")
+    max_completion_length: int = arg(1024, "Longest completion in tokens; as the original's.")
     max_prompt_length: int | None = arg(None, "A longer prompt is skipped and counted.")
     max_bad_rows: int = arg(100, "Stop when more rows than this can't be used.")
     rollout_backend: str = arg("native", "native, or hf: transformers' generate.")

@@ -28,7 +28,9 @@ from virft_fast.config import (
 )
 from virft_fast.data import NoUsableRows, TooManyBadRows
 from virft_fast.data.inspection import subject
+from virft_fast.data.writing import listing
 from virft_fast.evaluation import files
+from virft_fast.evaluation.journal import beside
 from virft_fast.evaluation.pages import Table
 from virft_fast.evaluation.results import Result
 from virft_fast.evaluation.run import Evaluation
@@ -78,9 +80,10 @@ def run(config: EvalConfig, device: torch.device) -> int:
     output, several = output_path(config), len(config.compare) > 1
     results: list[Result] = []
     exists, load = None, None
-    for model in config.compare or [config.model_name_or_path]:
+    models = config.compare or [config.model_name_or_path]
+    places = files.of_models(output, models) if several else [output]
+    for model, place in zip(models, places, strict=True):
         one = replace(config, model_name_or_path=model, compare=[])
-        place = files.of_model(output, model) if several else output
         with contextlib.ExitStack() as bars:
             evaluation = Evaluation(one, place, device, lambda *what: _bar(bars, *what))  # noqa: B023
             # What the first model says is there, the others are asked about too.
@@ -100,7 +103,7 @@ def run(config: EvalConfig, device: torch.device) -> int:
         del evaluation  # and its model, before the next one is loaded
     if dist.is_main():
         if several:
-            files.write_comparison(output.with_suffix(".summary.json"), results)
+            files.write_comparison(beside(output, ".summary.json"), results)
         title = f"{', '.join(r.model for r in results)} on {_source(config)}"
         tables = files.write_report(
             output,
@@ -111,7 +114,7 @@ def run(config: EvalConfig, device: torch.device) -> int:
             question=lambda sample: subject(sample, results[0].task),
         )
         _show(config, results, tables[0])
-        print(f"written: {output.with_suffix('')}.* (summary.json, md, html, ...)")
+        print(f"written: {beside(output, '')}.* (summary.json, md, html, ...)")
     dist.barrier()
     return 0
 
@@ -141,6 +144,8 @@ def _show(config: EvalConfig, results: list[Result], table: Table) -> None:
         bad = result.counts["rows that can't be used"]
         if bad:
             print(f"{result.model}: skipped {bad} rows that can't be used")
+    if first.missing:
+        print(f"without {len(first.missing)} images that are missing: {listing(first.missing)}")
 
 
 def output_path(config: EvalConfig) -> Path:

@@ -174,12 +174,12 @@ def _positive(value: Any) -> bool:
 
 def is_box(bbox: Any) -> bool:
     """Whether it is four finite numbers."""
-    return (
-        isinstance(bbox, list)
-        and len(bbox) == 4
-        and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in bbox)
-        and all(abs(x) < 1e9 for x in bbox)
-    )
+    return isinstance(bbox, list) and len(bbox) == 4 and all(map(is_number, bbox))
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one that can be a place in an image, or an area."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12
 
 
 def _xyxy(bbox: Any, image: Mapping[str, Any]) -> tuple[float, float, float, float] | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from virft_fast.data.coco import is_box, is_number
 from virft_fast.evaluation.bootstrap import Array
 from virft_fast.evaluation.journal import Record
 from virft_fast.tasks import parse_detection
@@ -64,8 +65,8 @@ def make_truth(
     """Of these images and categories; annotations about others are left out."""
     kept = []
     for record in annotations:
-        box = record.get("bbox")
-        usable = isinstance(box, list) and len(box) == 4
+        box, area = record.get("bbox"), record.get("area")
+        usable = is_box(box)
         if record["image_id"] in images and record["category_id"] in categories and usable:
             kept.append(
                 {
@@ -73,7 +74,7 @@ def make_truth(
                     "image_id": record["image_id"],
                     "category_id": record["category_id"],
                     "bbox": [float(side) for side in box],
-                    "area": float(record.get("area") or box[2] * box[3]),
+                    "area": float(area if area and is_number(area) else box[2] * box[3]),
                     "iscrowd": int(bool(record.get("iscrowd"))),
                 }
             )

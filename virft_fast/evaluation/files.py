@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from virft_fast.evaluation import pages
-from virft_fast.evaluation.journal import Record
+from virft_fast.evaluation.journal import Record, beside
 from virft_fast.evaluation.results import Result
 from virft_fast.metrics import null_for_nan
 
@@ -31,10 +32,20 @@ def check_output(path: Path) -> None:
         raise ValueError(f"--output {path}: expected a place that can be written")
 
 
-def of_model(output: Path, model: str) -> Path:
-    """Where one of several models' records go."""
-    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in model.strip("/")).strip("-")
-    return output.with_name(f"{output.stem}.{name}{output.suffix}")
+def of_models(output: Path, models: Sequence[str]) -> list[Path]:
+    """Where each of several models' records go."""
+    names = [
+        "".join(c if c.isalnum() or c in "-_" else "-" for c in model.strip("/")).strip("-")
+        for model in models
+    ]
+    # Of paths that differ only in signs, such as a/b and a-b.
+    told_apart = [
+        f"{name}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
+        if names.count(name) > 1
+        else name
+        for name, model in zip(names, models, strict=True)
+    ]
+    return [beside(output, f".{name}.jsonl") for name in told_apart]
 
 
 def write_result(
@@ -50,11 +61,11 @@ def write_result(
     the truth they are measured against, the map of what exists."""
     _write_lines(output, result.records)
     if presence:
-        _write_lines(output.with_suffix(".presence.jsonl"), presence)
-        _write(output.with_suffix(".exists_map.json"), json.dumps(exists))
+        _write_lines(beside(output, ".presence.jsonl"), presence)
+        _write(beside(output, ".exists_map.json"), json.dumps(exists))
     if result.predictions is not None and result.truth is not None:
-        _write(output.with_suffix(".predictions.json"), json.dumps(result.predictions))
-        _write(output.with_suffix(".truth.json"), json.dumps(result.truth.as_coco()))
+        _write(beside(output, ".predictions.json"), json.dumps(result.predictions))
+        _write(beside(output, ".truth.json"), json.dumps(result.truth.as_coco()))
     summary = {
         "model": result.model,
         "means": result.means,
@@ -63,13 +74,14 @@ def write_result(
         "num_samples": len(result.records),
         "bad_rows": result.counts.get("rows that can't be used", 0),
         "counts": result.counts,
+        "images_missing": result.missing,
         "categories": result.categories,
         "confusions": result.confusions,
         "settings": settings,
         "config": config,
     }
     # Last: with it, the evaluation is done.
-    write_json(output.with_suffix(".summary.json"), summary)
+    write_json(beside(output, ".summary.json"), summary)
 
 
 def write_comparison(path: Path, results: Sequence[Result]) -> None:
@@ -95,9 +107,9 @@ def write_report(
     """The tables in Markdown and, with pictures, as a page; returns the tables."""
     shown = pages.tables(results)
     found = pages.pictures(results, num_pictures, load, question) if num_pictures else []
-    _write(output.with_suffix(".md"), pages.markdown(title, shown))
+    _write(beside(output, ".md"), pages.markdown(title, shown))
     names = [result.model for result in results]
-    _write(output.with_suffix(".html"), pages.html(title, shown, found, names))
+    _write(beside(output, ".html"), pages.html(title, shown, found, names))
     return shown
 
 

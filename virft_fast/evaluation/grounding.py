@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from virft_fast.tasks.answers import Box
 from virft_fast.tasks.coordinates import THOUSAND
 
 EPSILON = 1e-6
+# SAM sees each at 1024x1024.
+IMAGES_TOGETHER = 8
 
 
 def first_box(text: str, extent: Any = None) -> Box | None:
@@ -97,33 +99,53 @@ class MaskModel:
         self.device = device
 
     @torch.no_grad()
-    def __call__(self, image: Image.Image, box: Box) -> np.ndarray:
-        """(H, W) bool mask of what is in a box of 0..1000."""
-        sides = zip(box, 2 * image.size, strict=True)
-        pixels = [[[int(side / THOUSAND * size) for side, size in sides]]]  # as the original rounds
-        inputs = self.processor(image, input_boxes=pixels, return_tensors="pt")
+    def __call__(self, images: Sequence[Image.Image], boxes: Sequence[Box]) -> list[np.ndarray]:
+        """(H, W) bool mask of what is in each image's box of 0..1000, all images together."""
+        pixels = [
+            # As the original rounds.
+            [[int(at / THOUSAND * size) for at, size in zip(box, 2 * image.size, strict=True)]]
+            for image, box in zip(images, boxes, strict=True)
+        ]
+        inputs = self.processor(list(images), input_boxes=pixels, return_tensors="pt")
         sizes = (inputs.pop("original_sizes"), inputs.pop("reshaped_input_sizes"))
         inputs = {name: part.to(self.device) for name, part in inputs.items()}
         inputs["input_boxes"] = inputs["input_boxes"].float()
         low = self.model(**inputs, multimask_output=False).pred_masks.float().cpu()
-        (mask,) = self.processor.image_processor.post_process_masks(low, *sizes)  # (1, 1, H, W)
-        return mask[0, 0].numpy()
+        masks = self.processor.image_processor.post_process_masks(low, *sizes)
+        return [mask[0, 0].numpy() for mask in masks]  # of (1, 1, H, W)
 
 
 def mask_areas(
-    model: MaskModel, record: Record, sample: Any, true: np.ndarray | None
-) -> dict[str, int]:
-    """`intersection` and `union`, in pixels, of SAM's mask for the answer's box with the true one.
+    model: MaskModel,
+    records: Sequence[Record],
+    samples: Sequence[Any],
+    trues: Sequence[np.ndarray | None],
+) -> list[dict[str, int]]:
+    """`intersection` and `union`, in pixels, of SAM's masks for the answers' boxes with the true
+    ones.
 
-    An answer without a box has an empty mask. Empty where the true mask is missing, or not of the
-    image's size.
+    An answer without a box has an empty mask. Nothing is said where the true mask is missing, or
+    not of the image's size.
     """
-    image = sample.images[0]
-    if true is None or true.shape != image.size[::-1]:
-        return {}
-    box = first_box(record["completion"], record.get("extent"))
-    found = np.zeros_like(true) if box is None else model(image, box)
-    return {"intersection": int((found & true).sum()), "union": int((found | true).sum())}
+    boxes = [first_box(record["completion"], record.get("extent")) for record in records]
+    images = [sample.images[0] for sample in samples]
+    usable = [
+        true is not None and true.shape == image.size[::-1]
+        for true, image in zip(trues, images, strict=True)
+    ]
+    asked = [n for n, box in enumerate(boxes) if usable[n] and box is not None]
+    found: dict[int, np.ndarray] = {}
+    if asked:
+        masks = model([images[n] for n in asked], [boxes[n] for n in asked])
+        found = dict(zip(asked, masks, strict=True))
+    areas: list[dict[str, int]] = []
+    for number, true in enumerate(trues):
+        if not usable[number]:
+            areas.append({})
+            continue
+        mask = found.get(number, np.zeros_like(true))
+        areas.append({"intersection": int((mask & true).sum()), "union": int((mask | true).sum())})
+    return areas
 
 
 def true_mask(row: Mapping[str, Any]) -> np.ndarray | None:

@@ -16,6 +16,11 @@ from virft_fast.metrics import null_for_nan
 Record = dict[str, Any]
 
 
+def beside(output: Path, ending: str) -> Path:
+    """A file that belongs to the records in X.jsonl: X and the ending."""
+    return output.with_name(output.name.removesuffix(".jsonl") + ending)
+
+
 class Journal:
     """Records by stage, e.g. "answer", read back when the file is there already.
 

@@ -33,6 +33,7 @@ class Result:
             `AP50`, `AP75`.
         confusions: classification: see `classification.confusions`.
         predictions: in COCO's results format, with the `truth` they are measured against.
+        missing: files of the images that were left out.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Result:
     confusions: list[dict[str, Any]] = field(default_factory=list)
     predictions: list[dict[str, Any]] | None = None
     truth: Truth | None = None
+    missing: list[str] = field(default_factory=list)
 
     def interval(self, name: str) -> Interval | None:
         """95 % of the draws of a measure."""

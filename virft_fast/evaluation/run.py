@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from virft_fast.evaluation import grounding
 from virft_fast.evaluation.answering import answer
 from virft_fast.evaluation.classification import closed_set
 from virft_fast.evaluation.detection import Truth, make_truth, need_coco_eval, truth_of_records
-from virft_fast.evaluation.journal import Journal, Record
+from virft_fast.evaluation.journal import Journal, Record, beside
 from virft_fast.evaluation.questions import (
     ExistsMap,
     Images,
@@ -50,6 +51,8 @@ from virft_fast.rollout import Rollout
 from virft_fast.rollout.backends import check_cache_limit, check_model, make_rollout
 from virft_fast.tasks.answers import ClosedSet
 from virft_fast.tasks.coordinates import FAMILY_SPACE
+
+logger = logging.getLogger(__name__)
 
 # (what is counted, how many) -> told how many are done.
 Progress = Callable[[str, int], Callable[[int], None]]
@@ -79,7 +82,7 @@ class Questions:
         check: sample -> what is wrong with it, or None.
         truth: what COCO's protocol measures against, where the annotations say it.
         labels: the closed set of a classification.
-        counts: what was left out, by name.
+        counts: what was left out, by name. missing: files of images that are not there.
     """
 
     rows: Any
@@ -90,6 +93,7 @@ class Questions:
     truth: Truth | None = None
     labels: ClosedSet | None = None
     counts: dict[str, int] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
 
     def samples(self) -> SampleDataset:
         return SampleDataset(self.rows, check_solution=partial(tasks.check_solution, self.task))
@@ -159,6 +163,7 @@ class Evaluation:
             sam = self._sam(questions) if config.sam_path else None
         samples = questions.samples()
         self.load_sample = samples.get
+        self._check_space(questions)
         records = self._stage(
             "answer", questions, samples, partial(scored, reward_funcs=reward_funcs)
         )
@@ -189,6 +194,7 @@ class Evaluation:
             num_draws=config.bootstrap,
             seed=config.seed,
         )
+        result.missing = questions.missing
         return result, exists
 
     # The model
@@ -231,6 +237,21 @@ class Evaluation:
             max_pixels=images.size["longest_edge"],
             factor=images.patch_size * images.merge_size,
         )
+
+    def _check_space(self, questions: Questions) -> None:
+        """Boxes asked for in a space that the model's family does not count in."""
+        in_pixels = "extent" in questions.rows.column_names
+        if questions.task == "classification" or not dist.is_main() or self.config.annotations:
+            return
+        if in_pixels != (FAMILY_SPACE[self.family] == "pixels"):
+            logger.warning(
+                "%s counts boxes in %s, but %s asks for %s; build it with another --model_family, "
+                "unless the model was trained on such rows",
+                self.family,
+                "0..1000" if in_pixels else "pixels",
+                self.config.dataset_name,
+                "pixels" if in_pixels else "0..1000",
+            )
 
     # Stages
 
@@ -298,17 +319,23 @@ class Evaluation:
         mine = todo[dist.rank() :: dist.world_size()]
         told = self.progress("mask", len(records))
         rows = questions.rows.with_format("arrow")
-        for number in range(-(-len(todo) // dist.world_size())):
-            found = []
-            for record in mine[number : number + 1]:
-                index = record["index"]
-                true = grounding.true_mask(rows[index].to_pylist()[0])
-                areas = grounding.mask_areas(sam, record, self.load_sample(index), true)
-                found.append({"index": index, "sam": stamp, **areas})
+        together = grounding.IMAGES_TOGETHER * dist.world_size()
+        for first in range(0, len(todo), together):
+            part = mine[first // dist.world_size() :][: grounding.IMAGES_TOGETHER]
+            areas = grounding.mask_areas(
+                sam,
+                part,
+                [self.load_sample(record["index"]) for record in part],
+                [grounding.true_mask(rows[record["index"]].to_pylist()[0]) for record in part],
+            )
+            found = [
+                {"index": record["index"], "sam": stamp, **area}
+                for record, area in zip(part, areas, strict=True)
+            ]
             new = [mask for part in dist.all_gather_object(found) for mask in part]
             self._keep("mask", new)
             masks |= {mask["index"]: mask for mask in new}
-            told(len(records) - len(todo) + min((number + 1) * dist.world_size(), len(todo)))
+            told(len(records) - len(todo) + min(first + together, len(todo)))
         questions.counts["rows without a true mask"] = sum("union" not in m for m in masks.values())
         return [record | {"mask": masks[record["index"]]} for record in records]
 
@@ -320,7 +347,7 @@ class Evaluation:
             settings = {name: getattr(self.config, name) for name in _SETTINGS}
             settings["weights"] = weights_stamp(self.path)
             settings["questions"] = questions.digest
-            path, afresh = self.output.with_suffix(".journal"), self.config.overwrite
+            path, afresh = beside(self.output, ".journal"), self.config.overwrite
             self.journal = Journal(path, settings, overwrite=afresh)
             if not afresh:
                 self._finished = read_finished(self.output, self.journal.settings)
@@ -340,11 +367,11 @@ class Evaluation:
 def read_finished(output: Path, settings: Mapping[str, Any]) -> dict[str, list[Record]]:
     """The records of an evaluation that is done, by stage; none under other settings."""
     try:
-        summary = json.loads(output.with_suffix(".summary.json").read_text())
+        summary = json.loads(beside(output, ".summary.json").read_text())
         if summary.get("settings") != settings:
             return {}
         records = [json.loads(line) for line in output.read_text().splitlines()]
-        path = output.with_suffix(".presence.jsonl")
+        path = beside(output, ".presence.jsonl")
         lines = path.read_text().splitlines() if path.exists() else []
         presence = [json.loads(line) for line in lines]
     except (OSError, ValueError, AttributeError):
@@ -429,17 +456,35 @@ def of_annotations(
         for number, record in annotations.images.items()
         if number not in images.missing
     }
+    indices = range(len(rows))
+    if 0 < config.max_samples < len(rows):
+        # Nothing is missed in images that were not asked about, or about half of them.
+        indices = range(_whole_images(rows, config.max_samples))
+        asked = {rows[index]["image_id"] for index in indices}
+        there = {number: record for number, record in there.items() if number in asked}
     said = None if exists is None else sorted((key, list(value)) for key, value in exists.items())
     file = hashlib.sha256(Path(config.annotations).read_bytes()).hexdigest()
     return Questions(
         rows,
         "detection",
-        _first(range(len(rows)), config),
+        indices,
         _digest([file, list(images.paths), list(images.categories), said]),
         check=partial(other_size, annotations),
         truth=make_truth(there, chosen, annotations.records),
         counts={"images": len(there), "images missing": len(images.missing)},
+        missing=[str(path) for path in images.missing.values()],
     )
+
+
+def _whole_images(rows: Any, most: int) -> int:
+    """How many of the first rows to ask so that every image is asked about as a whole: at most so
+    many, but for the first image."""
+    count = most
+    while count and rows[count]["image_id"] == rows[count - 1]["image_id"]:
+        count -= 1
+    while not count or (count < len(rows) and rows[count]["image_id"] == rows[0]["image_id"]):
+        count += 1
+    return count
 
 
 def of_dataset(config: EvalConfig) -> Questions:
