@@ -14,6 +14,7 @@ from scipy.io import savemat
 from virft_fast.data import BadRow, SampleDataset, load_rows
 from virft_fast.data.__main__ import main
 from virft_fast.data.classification import FLOWERS
+from virft_fast.data.coco import find_image
 from virft_fast.tasks import check_solution, parse_detection
 from virft_fast.tasks.coordinates import extent_of, rescale, to_thousand, written
 from virft_fast.tasks.prompts import NOVEL_15, detection_problem, grounding_problem
@@ -137,13 +138,59 @@ def test_names_with_commas_and_test_files_without_a_category(coco, tmp_path, cap
     assert len(samples(tmp_path / "one")) == 2
 
 
-def test_negatives_ask_for_what_is_not_there(coco, tmp_path):
+def test_negatives_ask_for_what_is_not_there(coco, tmp_path, capsys):
+    """Neither where there is a crowd, nor where a box lies outside the image."""
     assert build_coco(coco, tmp_path / "out", "--categories", "cat,dog", "--negatives", 0.5) == 0
     rows = samples(tmp_path / "out")
     absent = [row for row in rows if "No Objects" in row.solution]
-    assert len(absent) == 4 and len(rows) == 12
-    assert all(row.columns["category"] == "dog" for row in absent)
-    assert all(row.columns["image_id"] not in (10, 11) for row in absent)
+    assert len(absent) == 2 and len(rows) == 10
+    assert {(r.columns["category"], r.columns["image_id"]) for r in absent} == {
+        ("dog", 14), ("dog", 15)
+    }  # fmt: skip
+    assert "2 rows without objects, not 4" in capsys.readouterr().out
+    more = ("--categories", "cat,dog", "--negatives", 0.5, "--max_rows", 3)
+    assert build_coco(coco, tmp_path / "three", *more) == 0
+    assert sum("No" in row.solution for row in samples(tmp_path / "three")) == 1
+    assert len(samples(tmp_path / "three")) == 3
+
+
+def test_what_is_replaced_is_a_data_set_and_holds_no_source(coco, tmp_path, capsys):
+    folder = coco.parent / "images"
+    assert run("build", "coco", "--annotations", coco, "--images", folder, "--output", folder,
+               "--overwrite") == 2  # fmt: skip
+    assert "expected a data set that was built here" in capsys.readouterr().err
+    assert build_coco(coco, tmp_path / "out") == 0
+    inside = coco.rename(tmp_path / "out/instances.json")
+    assert run("build", "coco", "--annotations", inside, "--images", folder, "--output",
+               tmp_path / "out", "--overwrite") == 2  # fmt: skip
+    assert "which is read" in capsys.readouterr().err and inside.is_file()
+    for place in (inside, inside / "below"):
+        assert run("build", "coco", "--annotations", inside, "--images", folder, "--output",
+                   place, "--overwrite") == 2  # fmt: skip
+        assert "--output" in capsys.readouterr().err
+
+
+def test_two_images_are_never_one_file_and_none_lies_elsewhere(coco, tmp_path, capsys):
+    data = json.loads(coco.read_text())
+    for image, folder in zip(data["images"], "ab", strict=False):
+        image["file_name"] = f"{folder}/000000000000.jpg"
+    coco.write_text(json.dumps(data))
+    assert build_coco(coco, tmp_path / "out") == 2
+    assert "expected an image of its own for each of" in capsys.readouterr().err
+    assert find_image(tmp_path / "images", "/../etc/passwd") == tmp_path / "images/passwd"
+
+
+@pytest.mark.parametrize("orientation, size, rows", [(1, (200, 100), 8), (3, (200, 100), 6),
+                                                     (6, (100, 200), 8)])  # fmt: skip
+def test_images_that_are_shown_turned(coco, tmp_path, capsys, orientation, size, rows):
+    """Sideways, the annotated size tells that boxes are of the image as it is shown."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "images/000000000000.jpg"
+    Image.new("RGB", size).save(path, exif=exif)
+    assert build_coco(coco, tmp_path / "out") == 0
+    assert len(samples(tmp_path / "out")) == rows
+    assert ("turned by its EXIF data" in capsys.readouterr().out) == (rows < 8)
 
 
 def test_test_split_shares_no_image_with_train(coco, tmp_path):
@@ -226,6 +273,7 @@ def test_lvis_finds_images_by_url_and_heeds_what_it_left_open(tmp_path):
         ({"--annotations": "no name"}, "expected categories with id (a whole number) and name"),
         ({"--annotations": "same name"}, "names of their own, got 'cat'"),
         ({"--annotations": "list as id"}, "names image [1] and category"),
+        ({"--annotations": "same id"}, "expected one image of each id, got two of 10"),
         ({"--annotations": "nothing"}, "there is not a single box"),
         (
             {"--annotations": "lvis"},
@@ -252,6 +300,7 @@ def test_input_that_cant_be_built_from(coco, tmp_path, capsys, change, said):
         "no name": json.dumps(base | {"categories": [{"id": 1}]}),
         "same name": json.dumps(base | {"categories": [{"id": i, "name": "cat"} for i in (1, 2)]}),
         "list as id": json.dumps(base | {"annotations": [{"bbox": [], "image_id": [1]}]}),
+        "same id": json.dumps(base | {"images": base["images"][:1] * 2}),
         "nothing": json.dumps(base | {"annotations": []}),
         "lvis": json.dumps(
             base | {"images": [i | {"neg_category_ids": []} for i in base["images"]]}
@@ -294,9 +343,9 @@ def test_a_build_that_stops_leaves_what_was_there(coco, tmp_path, capsys, monkey
     def stop(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("virft_fast.data.writing.SplitWriter.add", stop)
-        build_coco(coco, out, "--overwrite")
+        assert build_coco(coco, out, "--overwrite") == 130
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert not list(tmp_path.glob(".out*"))
     assert build_coco(coco, out, "--overwrite", "--categories", "dog") == 0

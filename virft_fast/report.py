@@ -26,8 +26,8 @@ ParsedBoxes = list[tuple[list[float], float | None]]
 
 def format_table(before: dict[str, float], after: dict[str, float]) -> str:
     """Name, before, after and change, one line a measure."""
-    width = max([len("reward"), *map(len, after)])
-    lines = [f"{'reward':{width}}  {'before':>8}  {'after':>8}  {'change':>8}"]
+    width = max([len("measure"), *map(len, after)])
+    lines = [f"{'measure':{width}}  {'before':>8}  {'after':>8}  {'change':>8}"]
     for name, value in after.items():
         old = before.get(name, math.nan)
         lines.append(f"{name:{width}}  {old:8.4f}  {value:8.4f}  {value - old:+8.4f}")

@@ -40,7 +40,7 @@ from virft_fast.tasks.prompts import CLASSIFICATION_SETS
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, or 2 for input that can't be used."""
+    """Run a command; returns the exit status: 0, 2 for input that can't be used, 130 for Ctrl-C."""
     arguments = make_parser().parse_args(argv)
     try:
         with usage():
@@ -48,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"virft_fast.data: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("virft_fast.data: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -93,8 +96,13 @@ def _space_arguments(parser: argparse.ArgumentParser) -> None:
         default="qwen2_vl",
         help="whose boxes: 0..1000, or pixels of the resized image (qwen2_5_vl)",
     )
-    add("--min_pixels", type=int, default=3136, help="of the processor, for boxes in pixels")
-    add("--max_pixels", type=int, default=401_408, help="of the processor, for boxes in pixels")
+    add("--min_pixels", type=_positive, default=3136, help="of the processor, for boxes in pixels")
+    add(
+        "--max_pixels",
+        type=_positive,
+        default=401_408,
+        help="of the processor, for boxes in pixels",
+    )
 
 
 def _detection_arguments(parser: argparse.ArgumentParser) -> None:
@@ -257,7 +265,9 @@ def _progress(items: Any, total: int | None = None) -> Any:
 
 
 def _build_detection(arguments: argparse.Namespace) -> None:
-    check_output(arguments.output, arguments.overwrite)
+    sources = (arguments.annotations, arguments.images, arguments.test_annotations,
+               arguments.test_images)  # fmt: skip
+    check_output(arguments.output, arguments.overwrite, sources)
     annotations = read_annotations(arguments.annotations, arguments.kind)
     categories = pick_categories(annotations, arguments.kind, arguments.categories)
     extent_for = _extent_for(arguments)
@@ -334,7 +344,7 @@ def _same_categories(
 
 
 def _build_classification(arguments: argparse.Namespace) -> None:
-    check_output(arguments.output, arguments.overwrite)
+    check_output(arguments.output, arguments.overwrite, (arguments.source, arguments.images))
     reader = READERS[arguments.reader]
     if not arguments.source.exists():
         raise FileNotFoundError(f"--source {arguments.source}: no such file or folder")
@@ -362,7 +372,7 @@ def _build_classification(arguments: argparse.Namespace) -> None:
 def _build_grounding(arguments: argparse.Namespace) -> None:
     import datasets
 
-    check_output(arguments.output, arguments.overwrite)
+    check_output(arguments.output, arguments.overwrite, (arguments.source,))
     built = Built()
     names = {"train": "train", "val": "validation", "test": "test"}
     folders = {
@@ -399,6 +409,11 @@ def _hold_out(plans: Sequence[Plan], share: float, seed: int) -> dict[str, list[
 def _extent_for(arguments: argparse.Namespace) -> Callable[[int, int], Extent] | None:
     if FAMILY_SPACE[arguments.model_family] != "pixels":
         return None
+    if arguments.min_pixels > arguments.max_pixels:
+        raise ValueError(
+            f"--min_pixels {arguments.min_pixels}: expected at most --max_pixels "
+            f"{arguments.max_pixels}"
+        )
     from virft_fast.models.processing import resized
 
     def extent(width: int, height: int) -> Extent:
@@ -485,7 +500,8 @@ def _mia_on_each_rank(arguments: argparse.Namespace, device: Any, mia: Any, dist
     from virft_fast.models.qwen_vl import weights_stamp
 
     out = arguments.output
-    check_output(out, arguments.overwrite)
+    sources = (arguments.dataset_name, arguments.images, arguments.model_name_or_path)
+    check_output(out, arguments.overwrite, sources)
     mia.edit_distance("", "")  # better without its package now than after the answers
     rows = load_rows(
         arguments.dataset_name,

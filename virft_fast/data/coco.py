@@ -30,6 +30,7 @@ class Annotations:
             out.
         negatives: image id -> category ids known to be absent (LVIS); None: every other one (COCO).
         incomplete: image id -> category ids of which not every object is annotated (LVIS).
+        marked: (image id, category id) of everything annotated, crowds and boxes left out as well.
         bad_boxes: boxes left out because they have no area inside the image.
         records: the annotations as the file has them, crowds included.
     """
@@ -39,6 +40,7 @@ class Annotations:
     boxes: dict[tuple[int, int], list[tuple[float, float, float, float]]]
     negatives: dict[int, set[int]] | None
     incomplete: dict[int, set[int]]
+    marked: set[tuple[int, int]]
     bad_boxes: int
     records: list[dict[str, Any]]
 
@@ -60,10 +62,14 @@ def read_annotations(path: Path, kind: str) -> Annotations:
                 f"--annotations {path}: expected images with id (a whole number), width, height "
                 f"and file_name or coco_url, got {record!r:.200}"
             )
+        if record["id"] in images:
+            raise ValueError(
+                f"--annotations {path}: expected one image of each id, got two of {record['id']}"
+            )
         images[record["id"]] = {**record, "file": file}
     categories = _categories(path, data["categories"])
     boxes: dict[tuple[int, int], list[Any]] = defaultdict(list)
-    bad = 0
+    marked, bad = set(), 0
     for record in data["annotations"]:
         image, category = record.get("image_id"), record.get("category_id")
         known = _whole(image) and image in images and _whole(category) and category in categories
@@ -72,6 +78,7 @@ def read_annotations(path: Path, kind: str) -> Annotations:
                 f"--annotations {path}: annotation {record.get('id')!r} names image {image!r} and "
                 f"category {category!r}, expected some that the file lists"
             )
+        marked.add((image, category))
         if record.get("iscrowd"):
             continue
         box = _xyxy(record.get("bbox"), images[image])
@@ -81,16 +88,23 @@ def read_annotations(path: Path, kind: str) -> Annotations:
             boxes[image, category].append(box)
     negatives = incomplete = None
     if kind == "lvis":
-        negatives = {i: set(r.get("neg_category_ids", ())) for i, r in images.items()}
-        incomplete = {i: set(r.get("not_exhaustive_category_ids", ())) for i, r in images.items()}
+        negatives = {i: set(r.get("neg_category_ids") or ()) for i, r in images.items()}
+        incomplete = {i: set(r.get("not_exhaustive_category_ids") or ()) for i, r in images.items()}
     return Annotations(
-        images, categories, dict(boxes), negatives, incomplete or {}, bad, data["annotations"]
+        images,
+        categories,
+        dict(boxes),
+        negatives,
+        incomplete or {},
+        marked,
+        bad,
+        data["annotations"],
     )
 
 
 def _read(path: Path, kind: str) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"--annotations {path}: no such file") from None
     except (ValueError, RecursionError, OSError) as error:
@@ -244,10 +258,30 @@ def pick_names(known: Iterable[str], seen: Collection[str], kind: str, wanted: s
 
 
 def find_image(folder: Path, file: str) -> Path:
-    """Where the image is: under its whole path, the end of it, or its name alone."""
-    parts = Path(file).parts
+    """Where the image is: under its whole path, the end of it, or its name alone; in the folder,
+    whatever the path says."""
+    parts = [part for part in Path(file).parts if part not in ("/", "..")]
     candidates = [folder.joinpath(*parts[start:]) for start in range(len(parts))]
     return next((path for path in candidates if path.is_file()), folder / parts[-1])
+
+
+def image_paths(annotations: Annotations, folder: Path, images: Iterable[int]) -> dict[int, Path]:
+    """Image id -> where it is, or would be.
+
+    Raises:
+        ValueError: two of them are one file, because the folder lacks those of the annotations.
+    """
+    paths = {image: find_image(folder, annotations.images[image]["file"]) for image in images}
+    owners: dict[Path, int] = {}
+    for image, path in paths.items():
+        other = owners.setdefault(path, image)
+        one, two = (annotations.images[number]["file"] for number in (other, image))
+        if one != two and path.is_file():
+            raise ValueError(
+                f"{path}: expected an image of its own for each of {one} and {two}; give the "
+                "folder where the annotations' paths start"
+            )
+    return paths
 
 
 def plan_detection(
@@ -289,10 +323,19 @@ def plan_detection(
     pairs = [(image, category) for category, found in by_category.items() for image in found]
     rng.shuffle(pairs)
     if max_rows is not None:
-        pairs = pairs[:max_rows]
-    pairs += _absent_pairs(annotations, pairs, categories, round(negatives * len(pairs)), rng)
+        pairs = pairs[: max(1, round(max_rows / (1 + negatives)))]
+    wanted = round(negatives * len(pairs))
+    absent = _absent_pairs(annotations, pairs, categories, wanted, rng)
+    if len(absent) < wanted and built is not None:
+        built.notes.append(
+            f"{len(absent)} rows without objects, not {wanted}: no more are known to have none"
+        )
+    pairs = [*pairs, *absent][:max_rows]
     rng.shuffle(pairs)
-    return [_plan(annotations, images, image, category, extent_for) for image, category in pairs]
+    paths = image_paths(annotations, images, dict.fromkeys(image for image, _ in pairs))
+    return [
+        _plan(annotations, paths[image], image, category, extent_for) for image, category in pairs
+    ]
 
 
 def _absent_pairs(
@@ -305,7 +348,7 @@ def _absent_pairs(
     candidates = []
     for image in sorted({image for image, _ in pairs}):
         for category in categories:
-            if (image, category) in annotations.boxes:
+            if (image, category) in annotations.marked:
                 continue
             if annotations.negatives is None or category in annotations.negatives[image]:
                 candidates.append((image, category))
@@ -314,7 +357,7 @@ def _absent_pairs(
 
 def _plan(
     annotations: Annotations,
-    folder: Path,
+    path: Path,
     image: int,
     category: int,
     extent_for: Callable[[int, int], Extent] | None,
@@ -339,7 +382,7 @@ def _plan(
         filled = {"solution": detection_solution(boxes)}
         return filled | ({"extent": [int(side) for side in extent]} if extent_for else {})
 
-    return Plan(find_image(folder, record["file"]), row, fill)
+    return Plan(path, row, fill, has_boxes=True)
 
 
 def describe(annotations: Annotations, built: Built) -> None:
@@ -353,8 +396,8 @@ def missing_images(
     """Ids of the images with such objects that are not in the folder; `built` is told of them."""
     chosen, told = set(categories), set(built.left_out.get("image missing", ()))
     missing = set()
-    for image in sorted({i for i, category in annotations.boxes if category in chosen}):
-        path = find_image(folder, annotations.images[image]["file"])
+    images = sorted({i for i, category in annotations.boxes if category in chosen})
+    for image, path in image_paths(annotations, folder, images).items():
         if not path.is_file():
             missing.add(image)
             if str(path) not in told:

@@ -106,7 +106,7 @@ def _plan(
         }
         return filled | ({"extent": [int(side) for side in extent]} if extent_for else {})
 
-    return Plan(image, row, fill)
+    return Plan(image, row, fill, has_boxes=True)
 
 
 def _mask(polygons: Sequence[Polygon], width: int, height: int) -> bytes:

@@ -661,12 +661,17 @@ def _open_image(source: Any) -> Image.Image:
 
 def _decode(file: Path | io.BytesIO) -> Image.Image:
     with Image.open(file, formats=IMAGE_FORMATS) as image:
-        limit = Image.MAX_IMAGE_PIXELS
-        # PIL itself only warns up to twice this limit.
-        if limit is not None and image.width * image.height > limit:
-            raise ValueError(f"{image.width}x{image.height} is more than {limit} pixels")
+        check_pixels(image)
         # As `datasets` does on decoding, so that boxes fit the image whoever opens it.
         return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def check_pixels(image: Image.Image) -> None:
+    """Raise ValueError for an image too large to be decoded."""
+    limit = Image.MAX_IMAGE_PIXELS
+    # PIL itself only warns up to twice this limit.
+    if limit is not None and image.width * image.height > limit:
+        raise ValueError(f"{image.width}x{image.height} is more than {limit} pixels")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

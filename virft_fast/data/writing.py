@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from virft_fast.data.loading import IMAGE_FORMATS
+from virft_fast.data.loading import IMAGE_FORMATS, check_pixels
 
 ROWS_A_GROUP = 64
 SHARD_BYTES = 400 * 2**20
@@ -35,11 +35,13 @@ class Plan:
         row: column -> value, without the image.
         fill: (width, height) of the image -> further columns, or why the row can't be used; for
             what can only be said once the image is open.
+        has_boxes: places in the image are given.
     """
 
     image: Path
     row: Mapping[str, Any]
     fill: Callable[[int, int], Mapping[str, Any] | str] = lambda width, height: {}
+    has_boxes: bool = False
 
 
 @dataclass
@@ -71,15 +73,36 @@ def listing(items: Sequence[Any], most: int = MAX_LISTED) -> str:
     return named if len(items) <= most else f"{named} and {len(items) - most} more"
 
 
-def check_output(out: Path, overwrite: bool) -> None:
+def check_output(out: Path, overwrite: bool, sources: Iterable[Path | str | None] = ()) -> None:
     """Better before the work than after it.
 
+    Args:
+        sources: what is going to be read, some of which may be no files at all.
     Raises:
-        ValueError: there is something already.
+        ValueError: there is something already; with `overwrite`, if it is no data set of ours, or
+            holds what is going to be read.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise ValueError(f"--output {out}: exists already; pass --overwrite or another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--output {out}: expected a folder, or a name for a new one, got a file")
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise ValueError(f"--output {out}: exists already; pass --overwrite or another folder")
+        if not (out / "README.md").is_file() or not any(out.glob("data/*.parquet")):
+            raise ValueError(
+                f"--output {out}: expected a data set that was built here, for that alone is "
+                "replaced by --overwrite; take another folder, or delete this one yourself"
+            )
+        whole = out.resolve()
+        for source in sources:
+            if source is not None and whole in (
+                Path(source).resolve(),
+                *Path(source).resolve().parents,
+            ):
+                raise ValueError(f"--output {out}: holds {source}, which is read; take another")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file in its way, or no right to make it
+        raise ValueError(f"--output {out}: expected a place for a folder: {error}") from error
     if not os.access(out.parent, os.W_OK):
         raise ValueError(f"--output {out}: expected a place that can be written")
 
@@ -177,10 +200,18 @@ def _row(plan: Plan, built: Built) -> dict[str, Any] | None:
     try:
         data = plan.image.read_bytes()
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            check_pixels(image)
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            raw = image.size
             # As `SampleDataset` will show it.
             width, height = ImageOps.exif_transpose(image).size
     except Exception as error:  # PIL's decoders raise nearly anything on damaged input
         built.leave_out("image can't be read", f"{plan.image}: {type(error).__name__}")
+        return None
+    if plan.has_boxes and turned and raw == (width, height):
+        # Sideways, the sizes tell whether boxes are of the picture as it is stored or as it is
+        # shown; upside down and mirrored, nothing does.
+        built.leave_out("image turned by its EXIF data, its boxes may not be", str(plan.image))
         return None
     try:
         filled = plan.fill(width, height)

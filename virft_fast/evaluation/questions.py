@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from virft_fast.batch import Sample
-from virft_fast.data.coco import Annotations, find_image
+from virft_fast.data.coco import Annotations, image_paths
 from virft_fast.data.writing import listing
 from virft_fast.evaluation.journal import Record
 from virft_fast.tasks.answers import mentioned
@@ -88,11 +88,8 @@ def find_images(
         FileNotFoundError: some are missing and `allow_missing` is false; names them.
     """
     wanted = annotations.images if only is None else set(only)
-    paths = {
-        number: find_image(folder, annotations.images[number]["file"])
-        for number in sorted(annotations.images)
-        if number in wanted
-    }
+    numbers = [number for number in sorted(annotations.images) if number in wanted]
+    paths = image_paths(annotations, folder, numbers)
     missing = {number: path for number, path in paths.items() if not path.is_file()}
     if missing and (not allow_missing or len(missing) == len(paths)):
         raise FileNotFoundError(
