@@ -215,7 +215,8 @@ def test_reference_by_copy_adapter_off_or_beforehand(processor, pairs):
     copied = state_for(processor, prompts_per_microbatch=4)
     beforehand = state_for(processor, prompts_per_microbatch=4, reference=False)
     table = {p.sample.index: p for p in pairs}
-    beforehand.ref_logps = dpo.reference_logps(beforehand, table.get, 4, 3)
+    beforehand.ref_logps, digests = dpo.reference_logps(beforehand, table.get, 4, 3)
+    assert all(digests[row] == dpo.pair_digest(table[row].sample) for row in range(4))
     assert sorted(beforehand.ref_logps) == [0, 1, 2, 3]
     runs = [[dpo.train_step(s, pairs)[0]["loss"] for _ in range(3)] for s in (copied, beforehand)]
     assert runs[0] == pytest.approx(runs[1], abs=1e-5)
@@ -268,7 +269,7 @@ def preferences(tmp_path_factory):
     digits = build_demo("digits_classification", folder / "digits", num_train=12, num_test=6)
 
     def row(example):
-        chosen = example["solution"]
+        chosen = example["solution"] + " Yes." * (len(example["problem"]) % 3)  # of any length
         wrong = next(w for w in ("zero", "one") if w not in chosen.lower())
         chat = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
         return {
@@ -357,6 +358,93 @@ def test_the_reference_beforehand_outlives_an_overwritten_run_and_knows_its_limi
     capsys.readouterr()
     assert main([*again, "--max_completion_length", "99"]) == 2
     assert "it was made with" in capsys.readouterr().err
+
+
+def test_rows_that_changed_since_their_reference_was_computed_are_left_out(tmp_path, caplog):
+    """One was missing its image then, another has another answer now."""
+    from virft_fast.data.demo import build_demo
+
+    images = build_demo("digits_classification", tmp_path / "digits", num_train=4, num_test=1)
+    rows = []
+    for number in range(4):
+        images["train"][number]["image"].save(tmp_path / f"{number}.png")
+        rows.append({"images": [f"{number}.png"], "prompt": "Which digit?", "chosen": "three",
+                     "rejected": f"no {number}"})  # fmt: skip
+    data = tmp_path / "pairs.json"
+    data.write_text(json.dumps(rows))
+    (tmp_path / "2.png").rename(tmp_path / "away.png")
+    argv = ["--algorithm", "dpo", "--dataset_name", str(data), "--output_dir",
+            str(tmp_path / "out"), "--precompute_ref_log_probs", "--save_steps", "1",
+            "--per_device_train_batch_size", "2"]  # fmt: skip
+    assert main([*argv, "--max_steps", "1"]) == 0
+    (tmp_path / "away.png").rename(tmp_path / "2.png")
+    rows[1]["rejected"] = "another"
+    data.write_text(json.dumps(rows))
+    caplog.clear()
+    again = ["--max_steps", "6", "--resume_from_checkpoint", "latest"]
+    assert main([*argv, *again]) == 0
+    assert "row 1: it has changed since the reference's log-probs were computed" in caplog.text
+    assert "row 2: it could not be used when" in caplog.text
+
+
+def test_other_weights_under_the_reference_are_refused_on_resume(preferences, tmp_path, capsys):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from virft_fast.models.tiny import TINY_PATH
+
+    model = tmp_path / "model"
+    shutil.copytree(TINY_PATH, model)
+    common = ("--model_name_or_path", str(model))
+    argv = arguments(preferences, tmp_path / "out", *common)
+    assert main([*argv, "--max_steps", "2"]) == 0
+    again = [*argv, "--max_steps", "3", "--resume_from_checkpoint", "latest"]
+    (weights,) = model.glob("*.safetensors")
+    shutil.copy(weights, tmp_path / "kept")
+    save_file({k: v * 1.1 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
+    assert main(again) == 2
+    assert "as they were when the run began" in capsys.readouterr().err
+    shutil.copy(tmp_path / "kept", weights)  # a copy is the same
+    assert main(again) == 0
+
+
+def test_held_out_pairs_are_counted_as_they_are_used(tmp_path, capsys, caplog):
+    import datasets
+
+    def rows(*rejected):
+        return datasets.Dataset.from_list(
+            [{"prompt": "Which?", "chosen": "a", "rejected": text} for text in rejected]
+        )
+
+    good, bad = rows("b", "c"), rows("a", "a")
+    argv = ["--algorithm", "dpo", "--max_steps", "1", "--eval_samples", "3"]
+    for name, test in (("some", rows("b", "a", "a")), ("none", bad)):
+        datasets.DatasetDict({"train": good, "test": test}).save_to_disk(tmp_path / name)
+        out = [
+            "--dataset_name",
+            str(tmp_path / name),
+            "--output_dir",
+            str(tmp_path / f"{name}-out"),
+        ]
+        status = main([*argv, *out])
+        if name == "some":
+            assert status == 0 and "held-out pairs, 1 samples" in capsys.readouterr().out
+            assert "left out row 1: chosen and rejected are the same answer" in caplog.text
+        else:
+            assert status == 1
+            assert "expected a held-out pair that can be used" in capsys.readouterr().err
+
+
+def test_flags_of_grpo_are_not_swallowed(preferences, tmp_path, capsys, caplog):
+    argv = ["--algorithm", "dpo", "--dataset_name", str(preferences), "--dry_run"]
+    assert main([*argv, "--beta", "0.9"]) == 2
+    assert "pass --dpo_beta 0.9" in capsys.readouterr().err
+    caplog.clear()
+    assert main([*argv, "--temperature", "0.5", "--num_generations", "4"]) == 0
+    assert "without effect on --algorithm dpo: --num_generations, --temperature" in caplog.text
+    shown = capsys.readouterr().out
+    assert "chosen: " in shown and "rejected: " in shown and "0 problems" in shown
 
 
 def test_an_adapter_begins_the_same_in_every_run(preferences, tmp_path):

@@ -237,7 +237,11 @@ class DPOConfig:
     """Direct preference optimisation, with --algorithm dpo."""
 
     dpo_beta: float = arg(0.1, "How far the policy may go from the reference for a preference.")
-    label_smoothing: float = arg(0.0, "Share of preferences taken to be the wrong way round.")
+    label_smoothing: float = arg(
+        0.0,
+        "Share of preferences taken to be the wrong way round (conservative DPO; TRL's sigmoid has "
+        "none).",
+    )
     dpo_gamma: float = arg(0.0, "Weight of the chosen answers' mean cross entropy in the loss.")
     precompute_ref_log_probs: bool = arg(
         False, "Compute the reference's log-probs once, before training, and keep no reference."

@@ -8,9 +8,11 @@ MIA-DPO's cross entropy of the chosen answer beside it.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch.nn import functional as F
 from virft_fast import dist
 from virft_fast.batch import Prompt, Rollouts, Sample
 from virft_fast.config import DPOConfig
-from virft_fast.data import BadRow
+from virft_fast.data import BadRow, NoUsableRows
 from virft_fast.grpo import (
     Microbatch,
     Part,
@@ -36,10 +38,13 @@ from virft_fast.grpo import (
 from virft_fast.metrics import reduce_metrics
 from virft_fast.sft import answer_ids, given_answers
 
+logger = logging.getLogger(__name__)
+
 # What the parts of GRPO that are used here have to take for granted.
 AS_PAIRS: dict[str, Any] = {"beta": 0.0, "num_iterations": 1, "temperature": 1.0}
 
 
+# Row -> the reference's log-probs of its (chosen, rejected) answer.
 RefLogps = dict[int, tuple[float, float]]
 
 
@@ -48,9 +53,8 @@ class DPOState(TrainState):
     """`TrainState` with what pairs need.
 
     Attributes:
-        ref_logps, test_ref_logps: row of the training, of the held-out data -> the reference's
-            log-probs of its (chosen, rejected) answer, where they were computed beforehand; None:
-            `reference` computes them.
+        ref_logps, test_ref_logps: of the training, of the held-out data, where they were computed
+            beforehand; None: `reference` computes them.
     """
 
     dpo: DPOConfig = field(default_factory=DPOConfig)
@@ -81,7 +85,8 @@ def dpo_loss(
         logps: (n, 2) summed log-probs of the chosen and the rejected answer.
         ref_logps: (n, 2), the reference's.
         beta: > 0.
-        label_smoothing: share of pairs taken to be the wrong way round, in [0, 0.5).
+        label_smoothing: share of pairs taken to be the wrong way round, in [0, 0.5): conservative
+            DPO's, which TRL 1.16's "sigmoid" has not.
     Returns:
         losses (n,), and rewards (n, 2), beta times the log-ratios, detached.
     Raises:
@@ -119,6 +124,24 @@ def check_pair(tokenizer: Any, most: int, sample: Sample) -> str | None:
             return f"{name}: holds a special token of the tokenizer; remove it from the text"
     if sample.columns["chosen"] == sample.columns["rejected"]:
         return "chosen and rejected are the same answer, which prefers nothing"
+    return None
+
+
+def pair_digest(sample: Sample) -> str:
+    """Changes with anything the model reads of a row: chat, answers, pictures."""
+    found = hashlib.sha1(repr((sample.messages, pair_of(sample))).encode("utf-8", "replace"))
+    for image in sample.images:
+        found.update(repr(image.size).encode() + image.tobytes())
+    return found.hexdigest()
+
+
+def check_known(digests: Mapping[int, str], sample: Sample) -> str | None:
+    """What is wrong with a row whose reference log-probs were computed beforehand, or None."""
+    digest = digests.get(sample.index)
+    if digest is None:
+        return "it could not be used when the reference's log-probs were computed; start again"
+    if digest != pair_digest(sample):
+        return "it has changed since the reference's log-probs were computed; start again"
     return None
 
 
@@ -162,13 +185,19 @@ def train_step(
 def evaluate(
     state: DPOState, load: Callable[[int], Prompt | BadRow], count: int, batch_size: int
 ) -> dict[str, float]:
-    """Means over rows 0 to count - 1 as they are: loss, rewards, preference accuracy.
+    """Means over rows 0 to count - 1 as they are: loss, rewards, preference accuracy; `num_pairs`
+    is how many of them could be used.
 
-    Every rank has to call it; rows that can't be used are left out.
+    Every rank has to call it.
+
+    Raises:
+        NoUsableRows: none could be used.
     """
     sums = StepStats()
     state.policy.eval()
+    num_pairs = 0
     for prompts in _shares(load, count, batch_size):
+        num_pairs += len(prompts)
         answers = _answers(state, prompts)
         batches = _batches(state, prompts, answers)
         _add_reference(state, batches, state.test_ref_logps)
@@ -176,11 +205,15 @@ def evaluate(
             _loss(state, pairs, sums, 1.0, 1.0)
     state.policy.train()
     device = state.engine.device
+    num_pairs = sum(dist.all_gather_object(num_pairs))
+    if not num_pairs:
+        raise NoUsableRows(f"expected a held-out pair that can be used, got none in {count} rows")
     # A rank without a usable row has counted nothing, and takes part all the same.
     names = {name for part in dist.all_gather_object(sorted(sums.sums)) for name in part}
     counted = {name: sums.sums.get(name, (0.0, 0.0)) for name in sorted(names)}
     means = reduce_metrics(counted, lambda t: dist.all_reduce_sum(t.to(device)).to(t.device))
-    return {name: value for name, value in means.items() if not math.isnan(value)}
+    means = {name: value for name, value in means.items() if not math.isnan(value)}
+    return means | {"num_pairs": float(num_pairs)}
 
 
 @torch.no_grad()
@@ -190,18 +223,25 @@ def reference_logps(
     count: int,
     batch_size: int,
     progress: Callable[[int], None] = lambda rows: None,
-) -> RefLogps:
-    """The untrained policy's log-probs of every usable row's answers, the same on all ranks."""
+) -> tuple[RefLogps, dict[int, str]]:
+    """The untrained policy's log-probs of every usable row's answers, and the digests of these
+    rows, the same on all ranks."""
     found: RefLogps = {}
+    digests: dict[int, str] = {}
     state.policy.eval()
     for prompts in _shares(load, count, batch_size):
+        digests |= {prompt.sample.index: pair_digest(prompt.sample) for prompt in prompts}
         for pairs in _batches(state, prompts, _answers(state, prompts)):
             with as_reference(state):
                 logps, _ = state.engine.forward(pairs.batch.inputs)
             found |= dict(zip(pairs.rows, map(tuple, _sums(pairs, logps).tolist()), strict=True))
         progress(len(prompts))
     state.policy.train()
-    return {row: sums for part in dist.all_gather_object(found) for row, sums in part.items()}
+    parts = dist.all_gather_object((found, digests))
+    return (
+        {row: sums for part, _ in parts for row, sums in part.items()},
+        {row: digest for _, part in parts for row, digest in part.items()},
+    )
 
 
 def _shares(load: Callable[[int], Prompt | BadRow], count: int, batch_size: int) -> Any:
@@ -209,8 +249,13 @@ def _shares(load: Callable[[int], Prompt | BadRow], count: int, batch_size: int)
     world, rank = dist.world_size(), dist.rank()
     for first in range(0, count, batch_size * world):
         rows = range(first + rank * batch_size, min(first + (rank + 1) * batch_size, count))
-        loaded = (load(row) for row in rows)
-        yield [prompt for prompt in loaded if not isinstance(prompt, BadRow)]
+        prompts = []
+        for loaded in map(load, rows):
+            if isinstance(loaded, BadRow):
+                logger.warning("left out row %d: %s", loaded.index, loaded.reason)
+            else:
+                prompts.append(loaded)
+        yield prompts
 
 
 def _answers(state: DPOState, prompts: Sequence[Prompt]) -> Rollouts | None:
@@ -316,4 +361,6 @@ def _sums(pairs: Pairs, logps: Tensor) -> Tensor:
     if not pairs.rows:
         return logps.new_zeros(0, 2)
     lengths = pairs.batch.inputs.cu_seqlens.diff().long()
-    return torch.segment_reduce(logps, "sum", lengths=lengths, initial=0.0).view(-1, 2)
+    # Its checks would wait for the device, and the lengths are ours.
+    sums = torch.segment_reduce(logps, "sum", lengths=lengths, initial=0.0, unsafe=True)
+    return sums.view(-1, 2)

@@ -18,8 +18,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ from virft_fast.models.qwen_vl import (
     freeze_vision_tower,
     load_model,
     read_config,
+    weights_stamp,
 )
 from virft_fast.models.tiny import resolve_model_path
 from virft_fast.report import format_table, write_report, write_summary
@@ -123,7 +124,30 @@ def parse_args(argv: list[str]) -> RunConfig:
     *groups, unknown = _parse(parser, argv)
     if unknown:
         raise UsageError("; ".join(_explain(flag, known) for flag in unknown))
-    return RunConfig(*groups)
+    config = RunConfig(*groups)
+    _check_algorithm(config)
+    return config
+
+
+def _check_algorithm(config: RunConfig) -> None:
+    """Say which of GRPO's flags have no effect on another algorithm. TRL's DPO has a --beta, too."""
+    algorithm, grpo = config.train.algorithm, config.grpo
+    if algorithm == "grpo":
+        return
+    if algorithm == "dpo" and grpo.beta != GRPOConfig().beta:
+        raise UsageError(
+            f"--beta {grpo.beta}: it is the weight of GRPO's KL term; for --algorithm dpo pass "
+            f"--dpo_beta {grpo.beta}"
+        )
+    idle = [f.name for f in fields(GRPOConfig) if f.name not in ALSO_BESIDE_GRPO]
+    given = [name for name in idle if getattr(grpo, name) != getattr(GRPOConfig(), name)]
+    if algorithm == "sft" and config.train.eval_samples:  # its evaluation scores answers
+        given = [name for name in given if not name.startswith("reward_")]
+    if algorithm == "dpo" and config.data.task != "auto":
+        given.append("task")
+    if given:
+        flags = ", ".join(f"--{name}" for name in given)
+        logger.warning("without effect on --algorithm %s: %s", algorithm, flags)
 
 
 def _parse(parser: Any, argv: list[str]) -> tuple[Any, ...]:
@@ -507,7 +531,8 @@ def keeps_reference(config: RunConfig) -> bool:
 def _reference_beforehand(
     config: RunConfig, state: dpo.DPOState, data: Data, *, resumed: bool
 ) -> None:
-    """The reference's log-probs of all rows: computed at the start of a run, read later on."""
+    """The reference's log-probs of all rows: computed at the start of a run, read later on. From
+    then on only rows that are as they were can be used."""
     path = Path(config.train.output_dir) / REFERENCE_FILE
     held_out = 0 if data.test is None else min(config.train.eval_samples, len(data.test))
     counts = {"train": len(data.train), "test": held_out}
@@ -522,12 +547,18 @@ def _reference_beforehand(
                 raise ValueError(f"it is of {had} rows, these are {counts}")
             if saved["limits"] != limits:
                 raise ValueError(f"it was made with {saved['limits']}, these are {limits}")
-            tables = [{int(k): tuple(v) for k, v in saved[name].items()} for name in counts]
+            tables = [
+                (
+                    {int(row): (float(c), float(r)) for row, (c, r) in saved[name].items()},
+                    {int(row): str(d) for row, d in saved["digests"][name].items()},
+                )
+                for name in counts
+            ]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
                 f"{path}: expected the reference's log-probs of this run: {error}; start it again"
             ) from error
-        state.ref_logps, state.test_ref_logps = tables
+        _use_reference(state, data, tables)
         return
     from tqdm import tqdm
 
@@ -537,12 +568,28 @@ def _reference_beforehand(
             size = max(config.train.eval_batch_size, state.prompts_per_microbatch)
             load = source.load if source is not None else None
             tables.append(dpo.reference_logps(state, load, count, size, bar.update))
-    state.ref_logps, state.test_ref_logps = tables
+    _use_reference(state, data, tables)
     if dist.is_main():
         aside = path.with_suffix(".writing")
-        content = {"counts": counts, "limits": limits, "train": tables[0], "test": tables[1]}
+        content = {"counts": counts, "limits": limits, "digests": {}}
+        for name, (logps, digests) in zip(counts, tables, strict=True):
+            content |= {name: logps}
+            content["digests"] |= {name: digests}
         aside.write_text(json.dumps(content))
         aside.replace(path)
+
+
+def _use_reference(
+    state: dpo.DPOState, data: Data, tables: Sequence[tuple[dpo.RefLogps, dict[int, str]]]
+) -> None:
+    (state.ref_logps, of_train), (state.test_ref_logps, of_test) = tables
+    for source, digests in ((data.train, of_train), (data.test, of_test)):
+        if source is not None:
+            source.check = partial(_all_checks, (source.check, partial(dpo.check_known, digests)))
+
+
+def _all_checks(checks: Sequence[Callable[[Sample], str | None]], sample: Sample) -> str | None:
+    return next((wrong for wrong in (check(sample) for check in checks) if wrong), None)
 
 
 def _deepspeed(
@@ -717,8 +764,25 @@ def _state_dict(
         "writer": writer.state_dict(),
         "before": before,
         "config": config.flat(),
+        "weights": _base_weights(config),
     }
 
+
+def _base_weights(config: RunConfig) -> list[Any] | None:
+    """Of the model a run began with, where it goes on needing them; None where not."""
+    needed = keeps_reference(config) or config.model.use_peft
+    return weights_stamp(resolve_model_path(config.model.model_name_or_path)) if needed else None
+
+
+# What of GRPO's the other algorithms have, too.
+ALSO_BESIDE_GRPO = (
+    "max_completion_length",
+    "loss_impl",
+    "prefix_sharing",
+    "prefix_attention",
+    "rollout_backend",
+    "rollout_cache_tokens",
+)
 
 # What must not change between a run and its continuation; anything else may.
 SAME_ON_RESUME = (
@@ -757,6 +821,13 @@ def _resume(
                 f"processes with {was or 'the same flags'}, this is {dist.world_size()} with "
                 f"{ {k: now[k] for k in changed} or 'the same flags' }"
             )
+        if "weights" in saved and saved["weights"] != _base_weights(config):
+            raise UsageError(
+                f"--resume_from_checkpoint {folder}: expected the weights in "
+                f"--model_name_or_path {config.model.model_name_or_path} as they were when the run "
+                "began, for they are its reference or under its adapter; put them back or start "
+                "again"
+            )
         state.engine.load_state(folder / "engine")
         try:
             _restore(saved, state, sampler, data)
@@ -788,7 +859,7 @@ def _evaluate(config: RunConfig, state: TrainState, data: Data) -> dict[str, Any
     if isinstance(state, dpo.DPOState):
         count = min(config.train.eval_samples, len(data.test))
         means = dpo.evaluate(state, data.test.load, count, config.train.eval_batch_size)
-        return {"means": means, "answers": {}, "num_samples": count}
+        return {"means": means, "answers": {}, "num_samples": int(means.pop("num_pairs"))}
     result: Evaluation = evaluate_rewards(
         state.rollout,
         data.test.load,
@@ -950,7 +1021,11 @@ def dry_run(config: RunConfig, data: Data, processor: Any) -> int:
         raise UsageError(f"expected at least one usable row of {len(reasons)}, got none: {first}")
     print(sample.text)
     images = [f"{image.width}x{image.height}" for image in sample.sample.images]
-    print(f"solution: {sample.sample.solution}")
+    if config.train.algorithm == "dpo":
+        for name, text in zip(("chosen", "rejected"), dpo.pair_of(sample.sample), strict=True):
+            print(f"{name}: {text}")
+    else:
+        print(f"solution: {sample.sample.solution}")
     print(f"prompt tokens: {len(sample.input_ids)}; images: {', '.join(images) or 'none'}")
     return _check_solutions(data)
 
@@ -1038,6 +1113,9 @@ def _check_solutions(data: Data) -> int:
         if isinstance(sample, BadRow):
             wrong.append(f"row {index}: {sample.reason}")
             continue
+        unfit = data.train.check(sample) if data.train.check else None
+        if unfit:
+            wrong.append(f"row {index}: {unfit}")
         columns = {name: [value] for name, value in sample.columns.items()}
         for name, function in checked:
             completion = [[{"role": "assistant", "content": sample.solution}]]

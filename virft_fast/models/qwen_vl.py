@@ -15,6 +15,7 @@ import contextlib
 import json
 import logging
 import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -162,12 +163,22 @@ def read_config(name_or_path: str, revision: str | None = None) -> Any:
 
 
 def weights_stamp(path: str) -> list[Any]:
-    """Changes when the weight files of a model's folder do; empty for a hub id, which has its
-    revision."""
+    """Changes when the weight files of a model's folder do, and not when they are copied; empty for
+    a hub id, which has its revision. Read are some blocks of each file, so that it costs nothing.
+    """
     if not Path(path).is_dir():
         return []
     files = [f for f in Path(path).iterdir() if f.suffix in (".safetensors", ".bin")]
-    return sorted([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files)
+    return sorted([file.name, file.stat().st_size, _crc_of_blocks(file)] for file in files)
+
+
+def _crc_of_blocks(file: Path, count: int = 64, size: int = 2**16) -> int:
+    total, crc = file.stat().st_size, 0
+    with file.open("rb") as opened:
+        for number in range(count):
+            opened.seek(number * max(0, total - size) // (count - 1))
+            crc = zlib.crc32(opened.read(size), crc)
+    return crc
 
 
 def _adapter_base(name_or_path: str) -> str | None:
