@@ -648,3 +648,85 @@ def test_a_row_that_python_can_not_hold_is_a_bad_one(tmp_path):
     samples = SampleDataset(load_rows(str(tmp_path / "rows.parquet"), "train"))
     assert samples.get(0).solution == "a"
     assert "the row can't be read" in samples.get(1).reason
+
+
+# --- Preferences -----------------------------------------------------------------------------
+
+
+def turn(role, text):
+    return {"role": role, "content": text}
+
+
+def pair_of(tmp_path, *rows):
+    (tmp_path / "pairs.json").write_text(json.dumps(list(rows)))
+    found = SampleDataset(load_rows(str(tmp_path / "pairs.json"), "train"))
+    return [found.get(index) for index in range(len(rows))]
+
+
+def spoken(sample):
+    """Role and text of each turn, an image as <>."""
+    return [
+        (m["role"], m["content"] if isinstance(m["content"], str)
+         else "".join(part.get("text", "<>") for part in m["content"]))
+        for m in sample.messages
+    ]  # fmt: skip
+
+
+def test_texts_and_chats_in_one_column_are_read_alike(tmp_path):
+    parts = [{"type": "text", "text": "hi "}, {"type": "text", "text": "there"}]
+    rows = pair_of(
+        tmp_path,
+        {"prompt": "What?", "chosen": "hi", "rejected": "no"},
+        {"prompt": [turn("user", "Who?")], "chosen": [turn("assistant", "you")], "rejected": "I"},
+        {"prompt": "How?", "chosen": [turn("assistant", parts)], "rejected": "so"},
+    )
+    asked = [spoken(row)[0][1] for row in rows]
+    assert asked == ["What?", "Who?", "How?"]
+    assert [row.columns["chosen"] for row in rows] == ["hi", "you", "hi there"]
+    assert [row.columns["rejected"] for row in rows] == ["no", "I", "so"]
+
+
+def test_earlier_turns_of_answers_belong_to_the_prompt(tmp_path):
+    first = [turn("assistant", "A"), turn("user", "Sure?")]
+    ask = turn("user", "What?")
+    whole, behind, repeated, apart = pair_of(
+        tmp_path,
+        {"chosen": [ask, turn("assistant", "a")], "rejected": [ask, turn("assistant", "b")]},
+        {"prompt": [ask], "chosen": [*first, turn("assistant", "a")],
+         "rejected": [*first, turn("assistant", "b")]},
+        {"prompt": "What?", "chosen": [ask, turn("assistant", "a")],
+         "rejected": [ask, turn("assistant", "b")]},
+        {"prompt": [ask], "chosen": [*first, turn("assistant", "a")],
+         "rejected": [turn("assistant", "b")]},
+    )  # fmt: skip
+    assert spoken(whole) == spoken(repeated) == [("user", "What?")]
+    assert spoken(behind) == [("user", "What?"), ("assistant", "A"), ("user", "Sure?")]
+    assert all(row.columns["chosen"] == "a" for row in (whole, behind, repeated))
+    assert "expected the same turns before the last in both, got 2 and 0" in apart.reason
+
+
+def test_images_go_where_the_text_has_a_place_for_them(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    images = ["a.png", "a.png"]
+    pair = {"images": images, "chosen": "a", "rejected": "b"}
+    placed, before, wrong = pair_of(
+        tmp_path,
+        {"prompt": "Image1:<image>\nImage2:<image>\nWhich?", **pair},
+        {"prompt": "Which?", **pair},
+        {"prompt": "<image> <image> <image>?", **pair},
+    )
+    assert spoken(placed) == [("user", "Image1:<>\nImage2:<>\nWhich?")]
+    assert spoken(before) == [("user", "<><>Which?")]
+    assert "as many <image> as images or none, got 3 and 2 images" in wrong.reason
+
+
+def test_an_answer_comes_after_its_question(tmp_path):
+    talk = [{"from": "gpt", "value": "Hello!"}, {"from": "human", "value": "What colour?"},
+            {"from": "gpt", "value": "red"}]  # fmt: skip
+    (row,) = pair_of(tmp_path, {"conversations": talk})
+    assert row.solution == "<answer> red </answer>"
+
+
+def test_an_empty_name_is_no_data_set():
+    with pytest.raises(ValueError, match="got an empty name"):
+        load_rows(" ", "train")

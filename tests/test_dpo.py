@@ -375,7 +375,7 @@ def test_rows_that_changed_since_their_reference_was_computed_are_left_out(tmp_p
     (tmp_path / "2.png").rename(tmp_path / "away.png")
     argv = ["--algorithm", "dpo", "--dataset_name", str(data), "--output_dir",
             str(tmp_path / "out"), "--precompute_ref_log_probs", "--save_steps", "1",
-            "--per_device_train_batch_size", "2"]  # fmt: skip
+            "--per_device_train_batch_size", "1"]  # fmt: skip
     assert main([*argv, "--max_steps", "1"]) == 0
     (tmp_path / "away.png").rename(tmp_path / "2.png")
     rows[1]["rejected"] = "another"

@@ -130,7 +130,7 @@ def parse_args(argv: list[str]) -> RunConfig:
 
 
 def _check_algorithm(config: RunConfig) -> None:
-    """Say which of GRPO's flags have no effect on another algorithm. TRL's DPO has a --beta, too."""
+    """Say which of GRPO's flags have no effect on another algorithm; TRL's DPO has a --beta too."""
     algorithm, grpo = config.train.algorithm, config.grpo
     if algorithm == "grpo":
         return

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 IMAGE_COLUMNS = ("image", "images", "image_path")
 PROBLEM_COLUMNS = ("problem", "prompt", "conversations")
+ANSWER_COLUMNS = ("chosen", "rejected", "completion")  # texts or chats, too
+IMAGE_PLACE = "<image>"
 ACCEPTED = (
     "a demo ({demos}), a folder written by save_to_disk, a .json, .jsonl or .parquet file, a "
     "folder of .parquet files, or a hub id such as laolao77/ViRFT_COCO_base65"
@@ -81,7 +83,7 @@ def load_rows(
 
 def check_columns(names: Sequence[str], where: str) -> None:
     """Raise ValueError if a data set with these columns can't be made into samples."""
-    if not set(names) & set(PROBLEM_COLUMNS):
+    if not set(names) & set(PROBLEM_COLUMNS) and not {"chosen", "rejected"} <= set(names):
         missing = f"one of the columns {', '.join(PROBLEM_COLUMNS)}"
     elif not set(names) & {"solution", "conversations", "chosen"}:
         missing = (
@@ -101,6 +103,8 @@ def _find_rows(
 ) -> datasets.Dataset:
     from virft_fast.data.demo import DEMO_DATASETS, demo_dataset
 
+    if not name.strip():
+        raise ValueError(f"--dataset_name: {_accepted()}, got an empty name")
     if name in DEMO_DATASETS:
         return _pick_split(demo_dataset(name), split, name)
     path = Path(name).expanduser()
@@ -341,8 +345,8 @@ def _json_rows(records: list[dict[str, Any]], folder: Path) -> datasets.Dataset:
             values = [_absolute_paths(value, folder) for value in values]
         elif name == "conversations":
             values = [_absolute_tags(value, folder) for value in values]
-        if name in PROBLEM_COLUMNS:
-            values = [_parts_of_chat(_utf8(value)) for value in values]
+        if name in (*PROBLEM_COLUMNS, *ANSWER_COLUMNS):
+            values = _one_kind_of_chat([_utf8(value) for value in values], name)
         columns[name] = _column(values)
     return datasets.Dataset.from_dict(columns)
 
@@ -380,6 +384,18 @@ def _utf8(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _utf8(item) for key, item in value.items()}
     return value
+
+
+def _one_kind_of_chat(values: list[Any], name: str) -> list[Any]:
+    """Texts and chats of all kinds so that they fit one column: where some are chats, all are."""
+    values = [_parts_of_chat(value) for value in values]
+    if not any(isinstance(value, list) for value in values):
+        return values
+    role = "assistant" if name in ANSWER_COLUMNS else "user"
+    return [
+        _parts_of_chat([{"role": role, "content": value}]) if isinstance(value, str) else value
+        for value in values
+    ]
 
 
 def _parts_of_chat(value: Any) -> Any:
@@ -446,7 +462,7 @@ class SampleDataset:
         # In arrow format images (and sound, and video) come as they are stored: nothing is decoded
         # that is not asked for, and a corrupt image raises where it can be caught.
         self._rows = rows.with_format("arrow") if hasattr(rows, "with_format") else rows
-        self._problem_column = next(name for name in PROBLEM_COLUMNS if name in names)
+        self._problem_column = next((name for name in PROBLEM_COLUMNS if name in names), "prompt")
         if {"chosen", "prompt"} <= set(names):  # a preference set in TRL's form
             self._problem_column = "prompt"
         self._image_columns = _image_columns(rows)
@@ -482,6 +498,8 @@ class SampleDataset:
         stored = next((row[c] for c in IMAGE_COLUMNS if row.get(c) is not None), None)
         sources = _as_list(stored)
         value, solution = row.get(self._problem_column), row.get("solution")
+        if "chosen" in row and self._problem_column == "prompt":
+            value, row = _read_pair(value, row)
         if self._problem_column == "conversations":
             problem, paths, answer = _read_conversation(value)
             sources = paths or sources
@@ -493,6 +511,11 @@ class SampleDataset:
         else:
             problem = _non_empty(value, self._problem_column)
             messages = _user_turn(problem, len(sources))
+            if "chosen" in row and problem.count(IMAGE_PLACE) not in (0, len(sources)):
+                raise _Unusable(
+                    f"prompt: expected as many {IMAGE_PLACE} as images or none, got "
+                    f"{problem.count(IMAGE_PLACE)} and {len(sources)} images"
+                )
         columns = {k: v for k, v in row.items() if k not in self._image_columns}
         if "chosen" in row:  # a preference pair, of texts or chats
             columns |= {name: spoken_text(row.get(name)) for name in ("chosen", "rejected")}
@@ -570,15 +593,56 @@ def spoken_text(value: Any) -> str | None:
 
 
 def _user_turn(problem: str, num_images: int) -> list[dict[str, Any]]:
+    """The images where the text has a place for each, else before it."""
+    texts = problem.split(IMAGE_PLACE)
+    if num_images and len(texts) - 1 == num_images:
+        content: list[dict[str, Any]] = [{"type": "text", "text": texts[0]}]
+        for text in texts[1:]:
+            content += [{"type": "image"}, {"type": "text", "text": text}]
+        content = [part for part in content if part.get("text") != ""]
+        if content[-1]["type"] == "text":
+            return [{"role": "user", "content": content}]
     content = [{"type": "image"} for _ in range(num_images)]
     return [{"role": "user", "content": [*content, {"type": "text", "text": problem}]}]
+
+
+def _read_pair(prompt: Any, row: Row) -> tuple[Any, dict[str, Any]]:
+    """The prompt and the row of a preference pair whose answers may be chats: turns before the
+    last are the prompt's, or go behind it, where both answers have the same."""
+    leads = []
+    for name in ("chosen", "rejected"):
+        chat = row.get(name)
+        leads.append(list(chat[:-1]) if isinstance(chat, (list, tuple)) else [])
+    lead, other = leads
+    if list(map(_spoken, lead)) != list(map(_spoken, other)):
+        raise _Unusable(
+            f"chosen, rejected: expected the same turns before the last in both, got {len(lead)} "
+            f"and {len(other)} that differ; make the earlier ones the prompt"
+        )
+    if lead and prompt is not None:
+        said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        repeated = list(map(_spoken, lead[: len(said)])) == list(map(_spoken, said))
+        lead = lead if repeated else [*said, *lead]
+    answers = {name: spoken_text(row.get(name)) for name in ("chosen", "rejected")}
+    return lead or prompt, {**row, **answers}
+
+
+def _spoken(turn: Any) -> tuple[Any, str]:
+    """Role and text of a turn, however its content is written."""
+    content = turn.get("content") if isinstance(turn, Mapping) else None
+    if isinstance(content, list):
+        parts = [p.get("text") or f"<{p.get('type')}>" for p in content if isinstance(p, Mapping)]
+        content = "".join(str(part) for part in parts)
+    return (turn.get("role") if isinstance(turn, Mapping) else None, str(content))
 
 
 def _read_conversation(turns: Any) -> tuple[str, list[str], str | None]:
     """LISA's form: (the user's text, image paths in it, the assistant's answer in its tags)."""
     turns = [turn for turn in _as_list(turns) if isinstance(turn, Mapping)]
-    asked = next((t.get("value") for t in turns if t.get("from") in USER_NAMES), None)
-    said = next((t.get("value") for t in turns if t.get("from") in ASSISTANT_NAMES), None)
+    places = [n for n, turn in enumerate(turns) if turn.get("from") in USER_NAMES]
+    asked = turns[places[0]].get("value") if places else None
+    later = turns[places[0] :] if places else []  # what was said before is no answer to it
+    said = next((t.get("value") for t in later if t.get("from") in ASSISTANT_NAMES), None)
     asked = _non_empty(asked, "conversations: user's value")
     problem = _non_empty(IMAGE_TAG.sub("", asked).strip(), "conversations: user's text")
     paths = [path.strip() for path in IMAGE_TAG.findall(asked)]
