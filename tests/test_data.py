@@ -336,6 +336,8 @@ def test_image_modes():
     assert one_image(encoded(palette, transparency=0)).getpixel((0, 0)) == (255,) * 3
     sixteen = Image.fromarray(np.full((1, 1), 0x8000, np.uint16))
     assert one_image(encoded(sixteen)).getpixel((0, 0)) == (128,) * 3
+    ramp = b"P5 2 1 65535\n" + bytes([0x80, 0, 0xFF, 0xFF])  # PIL reads it as 32 bits
+    assert [one_image(ramp).getpixel((x, 0)) for x in (0, 1)] == [(128,) * 3, (255,) * 3]
     assert one_image(encoded(Image.new("CMYK", (1, 1)), "JPEG")).size == (1, 1)
 
 
@@ -369,6 +371,32 @@ def test_bad_images(tmp_path, monkeypatch):
         assert "64x64 is more than 4095 pixels" in reason({"image": whole})
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert "DecompressionBombError" in reason({"image": whole})
+
+
+@pytest.mark.parametrize("mode, value", [("I", 70_000), ("I", -1), ("F", 0.5)])
+def test_images_of_more_than_16_bits_are_named(mode, value):
+    row = {
+        "image": encoded(Image.new(mode, (1, 1), value), "TIFF"),
+        "problem": "a",
+        "solution": "b",
+    }
+    assert "expected an image of 8 or 16 bits" in SampleDataset([row]).get(0).reason
+
+
+def test_a_shard_that_is_not_there_is_named(tmp_path):
+    for number in (0, 2):
+        rows = datasets.Dataset.from_dict({"problem": ["a"], "solution": ["b"]})
+        rows.to_parquet(tmp_path / f"train-{number:05d}-of-00003.parquet")
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="expected 3 files of the split, number 1 is not"):
+            load_rows(str(tmp_path), "train", streaming=streaming)
+
+
+def test_json_nested_too_deep_is_named(tmp_path):
+    deep = "[" * 800 + "]" * 800
+    (tmp_path / "a.json").write_text(f'[{{"problem": {deep}, "solution": "b"}}]')
+    with pytest.raises(ValueError, match="nested too deep|can't be read|not valid"):
+        load_rows(str(tmp_path / "a.json"), "train")
 
 
 def test_one_corrupt_image_in_a_saved_set(tmp_path):

@@ -37,7 +37,7 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 IMAGE_TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 USER_NAMES, ASSISTANT_NAMES = ("user", "human"), ("assistant", "gpt")
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
-SHARD_NAME = re.compile(r"(?P<split>\w+)-\d+-of-\d+")
+SHARD_NAME = re.compile(r"(?P<split>\w+)-(?P<number>\d+)-of-(?P<total>\d+)")
 
 Row = Mapping[str, Any]
 
@@ -149,7 +149,7 @@ def _check_split(split: str, splits: Sequence[str], name: str | Path) -> None:
     if split not in splits:
         raise ValueError(
             f"--dataset_name {name}: no split {split!r}, it has {', '.join(splits) or 'none'}; "
-            f"choose with --dataset_train_split and --dataset_test_split"
+            f"choose with --split, in training --dataset_train_split and --dataset_test_split"
         )
 
 
@@ -172,7 +172,12 @@ def _load_file(path: Path, split: str, image_folder: Path | None = None) -> data
         raise ValueError(f"--dataset_name {path}: unknown kind of file; {_accepted()}")
     _check_split(split, ["train"], path)
     folder = path.parent if image_folder is None else image_folder
-    return _json_rows(_read_json(path), folder.resolve())
+    try:
+        return _json_rows(_read_json(path), folder.resolve())
+    except RecursionError:
+        raise ValueError(
+            f"--dataset_name {path}: expected rows, got values nested too deep"
+        ) from None
 
 
 def _load_parquet(files: Sequence[Path], split: str, where: Path) -> datasets.Dataset:
@@ -180,6 +185,12 @@ def _load_parquet(files: Sequence[Path], split: str, where: Path) -> datasets.Da
 
     chosen = _files_of(split, files, where)
     try:
+        import pyarrow.parquet as pq
+
+        if not any(pq.read_metadata(file).num_rows for file in chosen):
+            return datasets.Dataset.from_dict(
+                {name: [] for name in pq.read_schema(chosen[0]).names}
+            )
         return datasets.Dataset.from_parquet(chosen)
     except Exception as error:  # `datasets` wraps arrow's errors in its own, none of them public
         raise ValueError(
@@ -188,7 +199,7 @@ def _load_parquet(files: Sequence[Path], split: str, where: Path) -> datasets.Da
 
 
 def _parquet_files(folder: Path) -> list[Path]:
-    files = sorted(folder.rglob("*.parquet"))
+    files = sorted(file for file in folder.rglob("*.parquet") if file.is_file())
     if not files:
         raise FileNotFoundError(
             f"--dataset_name {folder}: the folder holds neither dataset_dict.json or state.json "
@@ -202,7 +213,21 @@ def _files_of(split: str, files: Sequence[Path], where: Path) -> list[str]:
     for file in files:
         splits.setdefault(_parquet_split(file, where), []).append(str(file))
     _check_split(split, list(splits), where)
+    _check_shards(splits[split], where)
     return splits[split]
+
+
+def _check_shards(files: Sequence[str], where: Path) -> None:
+    """Raise ValueError if a file of train-00000-of-00002, train-00001-of-00002 is not there."""
+    shards = [found for file in files if (found := SHARD_NAME.fullmatch(Path(file).stem))]
+    for total in {found["total"] for found in shards}:
+        there = {int(found["number"]) for found in shards if found["total"] == total}
+        missing = sorted(set(range(int(total))) - there)
+        if missing:
+            raise ValueError(
+                f"--dataset_name {where}: expected {int(total)} files of the split, number "
+                f"{', '.join(map(str, missing[:5]))} is not there"
+            )
 
 
 def _parquet_split(file: Path, where: Path) -> str:
@@ -740,8 +765,14 @@ def check_pixels(image: Image.Image) -> None:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """RGB in memory; what is transparent becomes white."""
-    if image.mode.startswith("I;16"):  # convert() would clip instead of scale
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith("I"):  # convert() would clip instead of scale
+        values = np.asarray(image)
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65_535:
+            raise ValueError("expected an image of 8 or 16 bits a channel, got 32")
+        if image.mode != "I" or values.max(initial=0) > 255:
+            image = Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("expected an image of 8 or 16 bits a channel, got floating point numbers")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
