@@ -498,9 +498,10 @@ def llamafactory_rules(folder, name):
             messages = messages[1:]
         roles = [message[tags["role_tag"]] for message in messages]
         assert roles == [tags["user_tag"], tags["assistant_tag"]] * (len(roles) // 2) and roles
-        text = "".join(message[tags["content_tag"]] for message in messages)
+        text = "".join(message[tags["content_tag"]] for message in record[columns["messages"]])
         images = record[columns["images"]]
         assert text.count("<image>") == len(images)
+        assert "<video>" not in text and "<audio>" not in text
         for image in images:
             with Image.open(folder / image) as opened:
                 opened.load()
@@ -528,3 +529,80 @@ def test_export_follows_llamafactorys_rules(coco, lisa, tmp_path, capsys, task):
     assert [r["messages"][1]["content"] for r in records] == [row.solution for row in rows]
     assert records[0]["messages"][0]["content"] == "<image>" + rows[0].columns["problem"]
     assert "other" in json.loads((out / "dataset_info.json").read_text())
+
+
+def export(source, out, *more):
+    return run("export", "llamafactory", "--dataset_name", source, "--output", out, *more)
+
+
+def json_rows(path, rows):
+    path.write_text(json.dumps(rows))
+    return path
+
+
+CAT = {"problem": "What is it?", "solution": "<answer>cat</answer>"}
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "dataset_info", "x.json", ".x", "a b"])
+def test_export_deletes_nothing_by_a_name(tmp_path, capsys, name):
+    out = tmp_path / "factory"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    source = json_rows(tmp_path / "rows.json", [CAT])
+    assert export(source, out, "--name", name) == 2
+    assert "--name: expected letters" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["precious.txt"]
+
+
+def test_export_of_the_folder_one_is_in_takes_its_name(tmp_path, monkeypatch):
+    source = tmp_path / "mine"
+    source.mkdir()
+    rows = load_rows(str(json_rows(tmp_path / "rows.json", [CAT])), "train")
+    rows.to_parquet(source / "train.parquet")
+    monkeypatch.chdir(source)
+    assert export(".", tmp_path / "out") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "dataset_info.json", "mine", "mine.json",
+    ]  # fmt: skip
+    assert len(llamafactory_rules(tmp_path / "out", "mine")) == 1
+
+
+@pytest.mark.parametrize("theirs", ["mine/photo.png", "mine.json"])
+def test_export_replaces_what_is_there_only_when_told(tmp_path, capsys, theirs):
+    source, out = json_rows(tmp_path / "rows.json", [CAT]), tmp_path / "out"
+    (out / theirs).parent.mkdir(parents=True)
+    (out / theirs).write_text("mine")
+    assert export(source, out, "--name", "mine") == 2
+    assert "exists already; pass --overwrite" in capsys.readouterr().err
+    assert (out / theirs).read_text() == "mine"
+    assert export(json_rows(tmp_path / "bad.json", [{**CAT, "image": "no.png"}]), out,
+                  "--name", "mine", "--overwrite") == 2  # fmt: skip
+    assert (out / theirs).read_text() == "mine"
+    for _ in range(2):
+        assert export(source, out, "--name", "mine", "--overwrite") == 0
+    assert len(llamafactory_rules(out, "mine")) == 1
+    assert not list(out.glob(".*"))
+
+
+def test_export_of_odd_rows(tmp_path, capsys):
+    """What is learnt is the column completion, as in fine-tuning; no text counts as a file."""
+    user, model = {"role": "user", "content": "<video> <audio>?"}, {"role": "assistant"}
+    chats = [[user], [{"role": "system", "content": "<image>"}, user, user], [model, user],
+             [user, model | {"content": "b"}, user]]  # fmt: skip
+    rows = [
+        {"prompt": chat, "solution": "<answer>cat</answer>", "completion": completion}
+        for chat, completion in zip(
+            [[{"content": "a"} | turn for turn in chat] for chat in chats],
+            ["It is <audio>.", None, None, None],
+            strict=True,
+        )
+    ]
+    assert export(json_rows(tmp_path / "rows.json", rows), tmp_path / "out") == 0
+    records = llamafactory_rules(tmp_path / "out", "rows")
+    asked = "< video > < audio >?"
+    assert [m["content"] for m in records[0]["messages"]] == [asked, "It is < audio >."]
+    assert [m["content"] for m in records[1]["messages"]] == [
+        "< image >", f"{asked}\n{asked}", "<answer>cat</answer>",
+    ]  # fmt: skip
+    assert len(records) == 3 and len(records[2]["messages"]) == 4
+    assert "row 2 left out: prompt: expected user and assistant" in capsys.readouterr().out

@@ -50,6 +50,7 @@ from virft_fast.data import (
     TooManyBadRows,
     load_rows,
 )
+from virft_fast.data.loading import taught_answer
 from virft_fast.data.prompts import PromptSource
 from virft_fast.engine import (
     DeepSpeedEngine,
@@ -380,7 +381,7 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
 
 
 def _answer_fits(tokenizer: Any, most: int, sample: Sample) -> str | None:
-    count = len(sft.answer_ids(tokenizer, sft.answer_text(sample)))
+    count = len(sft.answer_ids(tokenizer, taught_answer(sample)))
     if count <= most:
         return None
     return f"the answer has {count} tokens, more than --max_completion_length {most}; raise it"

@@ -28,7 +28,7 @@ from virft_fast.data.coco import (
     plan_detection,
     read_annotations,
 )
-from virft_fast.data.export import export_llamafactory
+from virft_fast.data.export import check_export, export_llamafactory
 from virft_fast.data.inspection import inspect
 from virft_fast.data.lisa import plan_grounding, read_lisa
 from virft_fast.data.mia import Layout
@@ -214,6 +214,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output", type=Path, required=True, help="LLaMA-Factory's data folder, or a new one")
     add("--name", help="of the data set there; default: the source's name")
+    add("--overwrite", action="store_true", help="replace a data set of that name")
     parser.set_defaults(run=_export)
 
 
@@ -611,6 +612,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    source = Path(arguments.dataset_name).expanduser().resolve()
+    known = source.suffix in (".json", ".jsonl", ".parquet")
+    name = arguments.name if arguments.name is not None else source.stem if known else source.name
+    check_export(arguments.output, name, overwrite=arguments.overwrite)
     rows = _load(arguments)
     plain = SampleDataset(rows)
     task = arguments.task
@@ -618,8 +623,9 @@ def _export(arguments: argparse.Namespace) -> None:
         first = (plain.get(index) for index in range(min(len(plain), 50)))
         task = detect_task([s.solution for s in first if hasattr(s, "solution")])
     samples = SampleDataset(rows, check_solution=partial(check_solution, task))
-    name = arguments.name or Path(arguments.dataset_name).stem
-    count, bad = export_llamafactory(samples, arguments.output, name, progress=_progress)
+    count, bad = export_llamafactory(
+        samples, arguments.output, name, overwrite=arguments.overwrite, progress=_progress
+    )
     for row in bad[:10]:
         print(f"row {row.index} left out: {row.reason}")
     print(f"{count} rows, {len(bad)} left out")

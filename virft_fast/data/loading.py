@@ -569,6 +569,12 @@ def spoken_text(value: Any) -> str | None:
     return value if isinstance(value, str) and value.strip() else None
 
 
+def taught_answer(sample: Sample) -> str:
+    """What a model is to learn to say: the column `completion` where the row has one, else its
+    solution."""
+    return spoken_text(sample.columns.get("completion")) or sample.solution
+
+
 def _user_turn(problem: str, num_images: int) -> list[dict[str, Any]]:
     content = [{"type": "image"} for _ in range(num_images)]
     return [{"role": "user", "content": [*content, {"type": "text", "text": problem}]}]

@@ -72,9 +72,24 @@ def check_output(out: Path, overwrite: bool) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise ValueError(f"--output {out}: exists already; pass --overwrite or another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(out.parent, os.W_OK):
-        raise ValueError(f"--output {out}: expected a place that can be written")
+    make_folder(out.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """The folder of an output.
+
+    Raises:
+        ValueError: it can't be, or can't be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # such as a file where a folder should be
+        raise ValueError(
+            f"--output: expected a folder {folder}, it can't be made: {error.strerror}; pass "
+            "another place"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output: expected a folder that can be written, got {folder}")
 
 
 def drop_missing(
