@@ -197,17 +197,47 @@ LISA = [
 ]
 
 
-def test_lisa(tmp_path):
+@pytest.mark.parametrize("compat", [False, True])
+def test_lisa(tmp_path, compat):
+    """The box is asked for as Visual-RFT does when it loads the file; its spelling on demand."""
     (tmp_path / "images").mkdir()
     red().save(tmp_path / "images" / "a.png")
     (tmp_path / "lisa.json").write_text(json.dumps([{"id": "1", "conversations": LISA}]))
-    sample = SampleDataset(load_rows(str(tmp_path / "lisa.json"), "train")).get(0)
+    rows = load_rows(str(tmp_path / "lisa.json"), "train")
+    sample = SampleDataset(rows, compat_prompt=compat).get(0)
     assert sample.solution == "<answer> (1,2),(300,400) </answer>"
     assert sample.images[0].size == (4, 3)
-    text = {"type": "text", "text": "Output the bounding box of the cat."}
+    box, end = ("grouding", ")") if compat else ("grounding", "")
+    asked = (
+        "Output the bounding box of the cat. Output the thinking process in <think> </think> and "
+        f'your {box} box. Following "<think> thinking process </think>\n'
+        f'<answer>(x1,y1),(x2,y2)</answer>{end}" format.'
+    )
+    text = {"type": "text", "text": asked}
     assert sample.messages == ({"role": "user", "content": [{"type": "image"}, text]},)
     assert sample.columns["problem"] == text["text"] and sample.columns["id"] == "1"
     assert sample.columns["solution"] == sample.solution
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        ("<image>\nWhere is the cat?", "(1,2),(300,400)"),  # LLaVA's
+        ("<img>{}</img> What is it?", "A cat at (1,2),(300,400)."),
+        ("<img>{}</img> Answer <answer>(x1,y1),(x2,y2)</answer>", "(1,2),(300,400)"),
+    ],
+)
+def test_other_conversations_are_asked_as_they_stand(tmp_path, asked, said):
+    red().save(tmp_path / "a.png")
+    asked = asked.format(tmp_path / "a.png")
+    turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
+    sample = one({"conversations": turns, "image": red()}, compat_prompt=True)
+    assert sample.columns["problem"] == asked.rpartition("</img>")[2].strip()
+
+
+def test_compat_prompt_without_conversations_is_refused():
+    with pytest.raises(ValueError, match="--compat_prompt: expected LISA's conversations"):
+        SampleDataset([{"problem": "p", "solution": SOLUTION}], compat_prompt=True)
 
 
 @pytest.mark.parametrize(

@@ -335,7 +335,8 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
         dataset_config=config.data.dataset_config,
         streaming=config.data.dataset_streaming,
     )
-    samples = SampleDataset(rows)
+    compat = config.data.compat_prompt
+    samples = SampleDataset(rows, compat_prompt=compat)
     task = config.data.task
     preferences = config.train.algorithm == "dpo"
     if preferences:
@@ -354,7 +355,7 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
     elif preferences:
         fits = partial(dpo.check_pair, processor.tokenizer, longest)
     train = PromptSource(
-        SampleDataset(rows, check_solution=check),
+        SampleDataset(rows, check_solution=check, compat_prompt=compat),
         processor,
         max_prompt_length=config.data.max_prompt_length,
         check=fits,
@@ -367,7 +368,9 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
             dataset_config=config.data.dataset_config,
             streaming=config.data.dataset_streaming,
         )
-        test = replace_rows(train, SampleDataset(test_rows, check_solution=check))
+        test = replace_rows(
+            train, SampleDataset(test_rows, check_solution=check, compat_prompt=compat)
+        )
     names = [] if preferences else config.grpo.reward_funcs or tasks.DEFAULT_REWARDS[task]
     return Data(
         train=train,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -17,9 +16,9 @@ from virft_fast.data.drawing import TRUE, contact_sheet, draw_boxes
 from virft_fast.data.loading import BadRow, SampleDataset
 from virft_fast.tasks import check_solution, detect_task, parse_detection
 from virft_fast.tasks.answers import answer_text
+from virft_fast.tasks.prompts import asked_category
 
 MOST_COMMON = 10
-_QUOTED = re.compile(r"category '([^']+)'")
 
 
 @dataclass
@@ -112,10 +111,8 @@ def subject(sample: Sample, task: str) -> str:
     """What a row asks about, in a few words."""
     if task == "classification":
         return answer_text(sample.solution)
-    quoted = _QUOTED.search(sample.columns["problem"])
-    if quoted:
-        return quoted[1]
-    return str(sample.columns.get("category") or sample.columns["problem"])[:80]
+    problem, columns = sample.columns["problem"], sample.columns
+    return asked_category(problem) or str(columns.get("category") or problem)[:80]
 
 
 def true_boxes(sample: Sample) -> list[Any]:

@@ -20,6 +20,8 @@ from PIL import Image, ImageOps
 
 from virft_fast.batch import Sample
 from virft_fast.data.streaming import ParquetRows
+from virft_fast.tasks.answers import answer_text
+from virft_fast.tasks.prompts import grounding_format
 
 if TYPE_CHECKING:
     import datasets
@@ -33,6 +35,7 @@ ACCEPTED = (
 # Left out on purpose: formats that PIL hands to another program (EPS runs Ghostscript).
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 IMAGE_TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)
+BOX_ANSWER = re.compile(r"\(\s*[\d.]+\s*,\s*[\d.]+\s*\)\s*,\s*\(\s*[\d.]+\s*,\s*[\d.]+\s*\)")
 USER_NAMES, ASSISTANT_NAMES = ("user", "human"), ("assistant", "gpt")
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 SHARD_NAME = re.compile(r"(?P<split>\w+)-\d+-of-\d+")
@@ -431,8 +434,10 @@ class SampleDataset:
         rows: what `load_rows` returns, or any sequence of mappings.
         check_solution: solution (and the row's `extent`, where it has one) -> what is wrong with
             it, or None.
+        compat_prompt: LISA's conversations ask for a box as the original does, to the letter.
     Raises:
-        ValueError: no column holds the problem, or none the solution.
+        ValueError: no column holds the problem, or none the solution; or `compat_prompt` and no
+            conversations.
     """
 
     def __init__(
@@ -440,6 +445,7 @@ class SampleDataset:
         rows: datasets.Dataset | ParquetRows | Sequence[Row],
         *,
         check_solution: Callable[..., str | None] | None = None,
+        compat_prompt: bool = False,
     ) -> None:
         names = _column_names(rows)
         check_columns(names, "data set")
@@ -452,6 +458,13 @@ class SampleDataset:
         self._image_columns = _image_columns(rows)
         self._json_columns = _json_columns(rows)
         self._check_solution = check_solution
+        if compat_prompt and self._problem_column != "conversations":
+            raise ValueError(
+                f"--compat_prompt: expected LISA's conversations, got the column "
+                f"{self._problem_column}, which is asked as it stands; leave it out (`build "
+                "grounding` has a flag of that name)"
+            )
+        self._compat_prompt = compat_prompt
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -483,7 +496,7 @@ class SampleDataset:
         sources = _as_list(stored)
         value, solution = row.get(self._problem_column), row.get("solution")
         if self._problem_column == "conversations":
-            problem, paths, answer = _read_conversation(value)
+            problem, paths, answer = _read_conversation(value, compat=self._compat_prompt)
             sources = paths or sources
             solution = answer if solution is None else solution
             messages = _user_turn(problem, len(sources))
@@ -580,14 +593,21 @@ def _user_turn(problem: str, num_images: int) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*content, {"type": "text", "text": problem}]}]
 
 
-def _read_conversation(turns: Any) -> tuple[str, list[str], str | None]:
-    """LISA's form: (the user's text, image paths in it, the assistant's answer in its tags)."""
+def _read_conversation(turns: Any, *, compat: bool) -> tuple[str, list[str], str | None]:
+    """LISA's form: (the user's text, image paths in it, the assistant's answer in its tags).
+
+    Where the answer is a box, the text ends with the form it is to have, as Visual-RFT has it end;
+    other conversations, such as LLaVA's, stay as they are.
+    """
     turns = [turn for turn in _as_list(turns) if isinstance(turn, Mapping)]
     asked = next((t.get("value") for t in turns if t.get("from") in USER_NAMES), None)
     said = next((t.get("value") for t in turns if t.get("from") in ASSISTANT_NAMES), None)
     asked = _non_empty(asked, "conversations: user's value")
     problem = _non_empty(IMAGE_TAG.sub("", asked).strip(), "conversations: user's text")
     paths = [path.strip() for path in IMAGE_TAG.findall(asked)]
+    boxed = paths and isinstance(said, str) and BOX_ANSWER.fullmatch(answer_text(said))
+    if boxed and "<answer>" not in problem:
+        problem = f"{problem} {grounding_format(compat=compat)}"
     if isinstance(said, str) and said.strip() and "<answer>" not in said:
         said = f"<answer> {said.strip()} </answer>"
     return problem, paths, said
