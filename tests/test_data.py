@@ -141,6 +141,91 @@ def test_parquet_folder(tmp_path, names, splits):
         load_rows(str(folder), "other")
 
 
+def hub_folder(folder):
+    """Two configurations; the names of the files alone would mislead."""
+    for name in ("easy/first", "easy/second", "train-easy", "hard/train-00000-of-00001"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        rows_of(2, name).to_parquet(folder / f"{name}.parquet")
+    (folder / "README.md").write_text(
+        "---\nlicense: mit\nconfigs:\n- config_name: easy\n  data_files:\n"
+        "  - split: train\n    path: [easy/first.parquet, train-*]\n"
+        "  - split: test\n    path: easy/second.parquet\n"
+        "- config_name: hard\n  data_files: hard/*.parquet\n---\n# A set\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "config, split, files",
+    [
+        ("easy", "train", ["easy/first", "train-easy"]),
+        ("easy", "test", ["easy/second"]),
+        ("hard", "train", ["hard/train-00000-of-00001"]),
+    ],
+)
+def test_a_folders_readme_says_which_files_are_which_split(
+    tmp_path, streaming, config, split, files
+):
+    folder = hub_folder(tmp_path / "set")
+    rows = load_rows(str(folder), split, dataset_config=config, streaming=streaming)
+    samples = SampleDataset(rows)
+    asked = [samples.get(index).columns["problem"] for index in range(len(samples))]
+    assert asked == [f"{name}{i}?" for name in files for i in range(2)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "config, split, said",
+    [
+        (None, "train", "Config name is missing.*easy.*hard"),
+        ("other", "train", "'other' not found.*easy"),
+        ("hard", "test", "no split 'test', it has train"),
+    ],
+)
+def test_what_a_readme_does_not_have(tmp_path, streaming, config, split, said):
+    folder = hub_folder(tmp_path / "set")
+    with pytest.raises(ValueError, match=said):
+        load_rows(str(folder), split, dataset_config=config, streaming=streaming)
+
+
+@pytest.mark.parametrize(
+    "card, said",
+    [
+        ("---\nconfigs:\n- config_name: a\n  data_files: '*.csv'\n---\n", "name .parquet.*got csv"),
+        ("---\nconfigs:\n- config_name: a\n  data_files: no-*\n---\n", "can't be followed"),
+        ("---\nconfigs: [\n---\n", "README.md: its head can't be read"),
+        ("---\nconfigs: 3\n---\n", "can't be followed"),
+    ],
+)
+def test_a_readme_that_cant_be_followed(tmp_path, card, said):
+    rows_of().to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "rows.csv").write_text("problem,solution\na,b\n")
+    (tmp_path / "README.md").write_text(card)
+    with pytest.raises(ValueError, match=said):
+        load_rows(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("kind", ["demo", "json", "parquet", "disk", "folder"])
+def test_a_config_that_cant_be_heeded_is_refused(tmp_path, kind):
+    name = str(tmp_path / f"set.{kind}")
+    if kind == "demo":
+        name = "shapes_detection"
+    elif kind == "json":
+        (tmp_path / "set.json").write_text(json.dumps([{"problem": "p", "solution": "s"}]))
+    elif kind == "parquet":
+        rows_of().to_parquet(name)
+    elif kind == "disk":
+        rows_of().save_to_disk(name)
+    else:
+        (tmp_path / "set.folder").mkdir()
+        rows_of().to_parquet(tmp_path / "set.folder/train.parquet")
+    streams = [False, True] if kind in ("parquet", "folder") else [False]
+    for streaming in streams:
+        with pytest.raises(ValueError, match="--dataset_config small: expected a hub id"):
+            load_rows(name, "train", dataset_config="small", streaming=streaming)
+
+
 def test_parquet_file_without_metadata(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

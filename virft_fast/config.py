@@ -105,7 +105,9 @@ class DataConfig:
         "A save_to_disk folder, JSON, JSONL or parquet file, hub id, or a demo data set: "
         "shapes_detection, digits_classification.",
     )
-    dataset_config: str | None = arg(None, "Configuration name of a hub data set.")
+    dataset_config: str | None = arg(
+        None, "Configuration name of a hub data set, or of a folder with a README.md like one."
+    )
     dataset_train_split: str = arg("train", "Split to train on.")
     dataset_test_split: str = arg("test", "Split for --eval_samples.")
     dataset_streaming: bool = arg(

@@ -58,9 +58,10 @@ def load_rows(
 
     Args:
         dataset_name: a demo's name, a `save_to_disk` folder, a .json/.jsonl/.parquet file, a folder
-            of parquet files, or a hub id. A set without splits is its own "train".
+            of parquet files, or a hub id. A set without splits is its own "train". Where a folder's
+            README.md has configurations, as on the hub, they say which files are which split.
         split: to load.
-        dataset_config: configuration name, for a hub id only.
+        dataset_config: configuration name, for a hub id or such a folder.
         image_folder: where relative image paths of a JSON file start; None: at the file's folder.
         streaming: read rows out of the parquet files when they are asked for, over the network too,
             instead of making a copy of the whole set first.
@@ -68,8 +69,8 @@ def load_rows(
         The rows, images still encoded. Relative image paths of a JSON file are made absolute.
     Raises:
         FileNotFoundError: there is no such data set.
-        ValueError: it can't be read, or lacks the split, a needed column or any row, or is to be
-            streamed and not in parquet.
+        ValueError: it can't be read, or lacks the split, the configuration, a needed column or any
+            row, or is to be streamed and not in parquet.
     """
     rows: datasets.Dataset | ParquetRows
     if streaming:
@@ -105,17 +106,27 @@ def _find_rows(
     from virft_fast.data.demo import DEMO_DATASETS, demo_dataset
 
     if name in DEMO_DATASETS:
+        _without_config(config, name)
         return _pick_split(demo_dataset(name), split, name)
     path = Path(name).expanduser()
     if path.is_dir():
-        return _load_folder(path, split)
+        return _load_folder(path, split, config)
     if path.is_file():
+        _without_config(config, path)
         return _load_file(path, split, image_folder)
     if _looks_like_path(name):
         raise FileNotFoundError(
             f"--dataset_name {name}: no such file, folder or demo; {_accepted()}"
         )
     return _load_hub(name, split, config)
+
+
+def _without_config(config: str | None, name: str | Path) -> None:
+    if config is not None:
+        raise ValueError(
+            f"--dataset_config {config}: expected a hub id, or a folder of parquet files whose "
+            f"README.md has configs, got --dataset_name {name}; leave it out"
+        )
 
 
 def _accepted() -> str:
@@ -152,21 +163,22 @@ def _check_split(split: str, splits: Sequence[str], name: str | Path) -> None:
         )
 
 
-def _load_folder(path: Path, split: str) -> datasets.Dataset:
+def _load_folder(path: Path, split: str, config: str | None) -> datasets.Dataset:
     import datasets
 
     if _saved_to_disk(path):
+        _without_config(config, path)
         try:
             data = datasets.load_from_disk(str(path))
         except Exception as error:  # whatever a damaged folder makes arrow or json raise
             raise ValueError(f"--dataset_name {path}: can't be read: {_line(error)}") from error
         return _pick_split(data, split, path)
-    return _load_parquet(_parquet_files(path), split, path)
+    return _load_parquet(_folder_files(path, split, config), path)
 
 
 def _load_file(path: Path, split: str, image_folder: Path | None = None) -> datasets.Dataset:
     if path.suffix == ".parquet":
-        return _load_parquet([path], split, path)
+        return _load_parquet(_files_of(split, [path], path), path)
     if path.suffix not in (".json", ".jsonl"):
         raise ValueError(f"--dataset_name {path}: unknown kind of file; {_accepted()}")
     _check_split(split, ["train"], path)
@@ -174,16 +186,56 @@ def _load_file(path: Path, split: str, image_folder: Path | None = None) -> data
     return _json_rows(_read_json(path), folder.resolve())
 
 
-def _load_parquet(files: Sequence[Path], split: str, where: Path) -> datasets.Dataset:
+def _load_parquet(files: Sequence[str], where: Path) -> datasets.Dataset:
     import datasets
 
-    chosen = _files_of(split, files, where)
     try:
-        return datasets.Dataset.from_parquet(chosen)
+        return datasets.Dataset.from_parquet(list(files))
     except Exception as error:  # `datasets` wraps arrow's errors in its own, none of them public
         raise ValueError(
             f"--dataset_name {where}: can't be read: {_line(error.__cause__ or error)}"
         ) from error
+
+
+def _folder_files(folder: Path, split: str, config: str | None) -> list[str]:
+    """A split's parquet files: as README.md says where it has configurations, else by name."""
+    if not _has_configs(folder / "README.md"):
+        _without_config(config, folder)
+        return _files_of(split, _parquet_files(folder), folder)
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(str(folder), config)
+    except Exception as error:  # a missing configuration, file or key: they share no base
+        pattern = re.search(r"[*?\[]", str(folder.resolve()))
+        hint = f"; rename the folder, its {pattern[0]} is taken for a pattern" if pattern else ""
+        raise ValueError(
+            f"--dataset_name {folder}: README.md's configs can't be followed: {_line(error)}{hint}"
+        ) from error
+    files = _builder_files(builder, split, str(folder), "README.md to name .parquet files")
+    elsewhere = next((file for file in files if not Path(file).is_file()), None)
+    if elsewhere:  # an address: nothing of a folder is downloaded
+        raise ValueError(f"--dataset_name {folder}: README.md: no file {elsewhere}; fetch it")
+    return files
+
+
+def _has_configs(card: Path) -> bool:
+    from huggingface_hub import metadata_load
+
+    try:
+        return bool(card.is_file() and (metadata_load(card) or {}).get("configs"))
+    except Exception as error:  # YAML's errors and those of the text's encoding
+        raise ValueError(f"{card}: its head can't be read: {_line(error)}") from error
+
+
+def _builder_files(builder: Any, split: str, name: str, expected: str, hint: str = "") -> list[str]:
+    splits = {str(key): list(files) for key, files in (builder.config.data_files or {}).items()}
+    kinds = {file.rsplit(".", 1)[-1] for files in splits.values() for file in files}
+    if kinds != {"parquet"}:
+        found = ", ".join(sorted(kinds)) or "none"
+        raise ValueError(f"--dataset_name {name}: expected {expected}, got {found}{hint}")
+    _check_split(split, list(splits), name)
+    return splits[split]
 
 
 def _parquet_files(folder: Path) -> list[Path]:
@@ -241,9 +293,10 @@ def _stream_rows(name: str, split: str, config: str | None) -> ParquetRows:
     path = Path(name).expanduser()
     open_file = None
     if path.is_file() and path.suffix == ".parquet":
+        _without_config(config, path)
         files = _files_of(split, [path], path)
     elif path.is_dir() and not _saved_to_disk(path):
-        files = _files_of(split, _parquet_files(path), path)
+        files = _folder_files(path, split, config)
     elif path.exists() or _looks_like_path(name):
         raise ValueError(
             f"--dataset_name {name}: expected a parquet file, a folder of them or a hub id, for "
@@ -270,16 +323,8 @@ def _hub_parquet(name: str, split: str, config: str | None) -> list[str]:
         builder = datasets.load_dataset_builder(name, config)
     except Exception as error:  # as in _load_hub
         raise _hub_error(name, error) from error
-    splits = {str(name): list(files) for name, files in (builder.config.data_files or {}).items()}
-    kinds = {file.rsplit(".", 1)[-1] for files in splits.values() for file in files}
-    if kinds != {"parquet"}:
-        raise ValueError(
-            f"--dataset_name {name}: expected a hub set stored in .parquet files, the only ones "
-            f"that --dataset_streaming reads, got {', '.join(sorted(kinds)) or 'none'}; leave it "
-            f"out"
-        )
-    _check_split(split, list(splits), name)
-    return splits[split]
+    expected = "a hub set stored in .parquet files, the only ones that --dataset_streaming reads"
+    return _builder_files(builder, split, name, expected, "; leave it out")
 
 
 def _open_remote(address: str) -> Any:
