@@ -14,6 +14,7 @@ from scipy.io import savemat
 from virft_fast.data import BadRow, SampleDataset, load_rows
 from virft_fast.data.__main__ import main
 from virft_fast.data.classification import FLOWERS
+from virft_fast.data.lisa import IGNORED, TARGET
 from virft_fast.tasks import check_solution, parse_detection
 from virft_fast.tasks.coordinates import extent_of, rescale, to_thousand, written
 from virft_fast.tasks.prompts import NOVEL_15, detection_problem, grounding_problem
@@ -455,8 +456,11 @@ def test_lisa_folder(lisa, tmp_path, capsys):
     stored = load_rows(str(tmp_path / "out"), "train")
     assert isinstance(stored.features["mask"], datasets.Image)
     mask = np.asarray(stored[0]["mask"])
-    assert mask.shape == (50, 100) and mask[20, 55] and mask[10, 29] and not mask[45, 95]
-    assert 300 < mask.sum() < 640
+    # The small targets are painted over the large triangle of what is ignored.
+    assert mask.shape == (50, 100) and mask.dtype == np.uint8 and not mask[45, 5]
+    assert mask[20, 55] == mask[10, 29] == TARGET and mask[45, 95] == mask[2, 90] == IGNORED
+    assert 460 < (mask == TARGET).sum() < 640
+    assert stored["image_id"][:] == [0, 0]  # two instructions, one image
 
 
 def test_lisa_as_visual_rft_took_it(lisa, tmp_path):
@@ -465,6 +469,70 @@ def test_lisa_as_visual_rft_took_it(lisa, tmp_path):
     (row,) = samples(tmp_path / "out")
     assert row.solution == "<answer> (100,100),(300,500) </answer>"
     assert row.columns["problem"].endswith('<answer>(x1,y1),(x2,y2)</answer>)" format.')
+    mask = np.asarray(load_rows(str(tmp_path / "out"), "train")[0]["mask"])
+    assert mask[10, 29] == TARGET and set(np.unique(mask)) == {0, TARGET}
+    assert not mask[20, 55]
+
+
+def lisa_annotation(folder, shapes, text="what shines", encoding="utf-8"):
+    save_image(folder / "one.png", 100, 50)
+    data = json.dumps({"text": [text], "shapes": shapes}, ensure_ascii=False)
+    (folder / "one.json").write_bytes(data.encode(encoding))
+    return folder
+
+
+def box(x1, y1, x2, y2, label="target"):
+    return {"label": label, "points": [[x1, y1], [x2, y1], [x2, y2], [x1, y2]]}
+
+
+def test_lisas_labels_and_order(tmp_path):
+    """The smallest on top, whatever stands first; a label says what it is in any case."""
+    shapes = [
+        box(10, 10, 20.9, 20, "Target"),
+        box(12, 12, 14, 14, " IGNORE this"),
+        box(0, 0, 99, 49, "Flag "),
+        box(5, 5, 40, 40, "ignore"),
+        box(60, 5, 70, 9, "the cup"),
+    ]
+    source = lisa_annotation(tmp_path / "source", shapes)
+    assert run("build", "grounding", "--source", source, "--output", tmp_path / "out") == 0
+    row = load_rows(str(tmp_path / "out"), "train")[0]
+    expected = np.zeros((50, 100), np.uint8)
+    expected[5:41, 5:41] = IGNORED
+    expected[10:21, 10:21] = expected[5:10, 60:71] = TARGET
+    expected[12:15, 12:15] = IGNORED
+    assert (np.asarray(row["mask"]) == expected).all()
+    assert row["solution"] == "<answer> (100,100),(700,400) </answer>"
+
+
+def test_lisas_files_in_cp1252(tmp_path):
+    text = "the driver\u2019s seat"
+    source = lisa_annotation(tmp_path / "source", [box(1, 1, 9, 9)], text, "cp1252")
+    assert run("build", "grounding", "--source", source, "--output", tmp_path / "out") == 0
+    assert samples(tmp_path / "out")[0].columns["problem"] == grounding_problem(text)
+
+
+@pytest.mark.parametrize(
+    "shapes, said",
+    [
+        (None, "shapes: expected a list, got None"),
+        ([None], "shapes: expected objects with label and points, got None"),
+        ([{"label": "target"}], "points: expected pairs of numbers, got None"),
+        ([{"label": None, "points": []}], "expected objects with label and points"),
+        ([{"label": "target", "points": [1, 2, 3]}], "expected pairs of numbers, got [1, 2, 3]"),
+        ([{"label": "target", "points": [[1, 2, 3]] * 3}], "expected pairs of numbers"),
+        ([{"label": "target", "points": [[1, None]] * 3}], "expected pairs of numbers"),
+        ([box(1, 1, float("nan"), 9)], "expected pairs of numbers"),
+        ([box(1, 1, 10**400, 9)], "expected pairs of numbers"),
+        ([box(1, 1, 9, 9, "ignore")], "no polygon labelled target"),
+    ],
+)
+def test_a_lisa_annotation_that_cant_be_used(tmp_path, capsys, shapes, said):
+    source = lisa_annotation(tmp_path / "source", shapes)
+    assert run("build", "grounding", "--source", source, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "left out, annotation can't be used: 1 (one.json: " in error
+    assert said in error
 
 
 # --- Looking and exporting -------------------------------------------------------------------

@@ -415,6 +415,7 @@ def test_grounding_with_masks(lisa, sam_path, tmp_path, answers):
             "--task", "grounding", "--pictures", "0", "--bootstrap", "10"]  # fmt: skip
     assert main(argv) == 0
     one, two = read_jsonl(output)
+    assert [one["image_id"], two["image_id"]] == [0, 1]
     assert two["mask"]["intersection"] == 0 and two["mask"]["union"] == 30 * 30
     row = load_rows(str(lisa), "test")[0]
     mask = torch.from_numpy(

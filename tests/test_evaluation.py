@@ -7,6 +7,7 @@ import io
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -301,6 +302,30 @@ def test_box_iou_by_hand():
     found = results("grounding", [half, record(1, solution, solution)])
     assert found.means["box_acc50"] == 0.5
     assert found.means["box_iou"] == pytest.approx((0.02 / 0.060001 + 0.04 / 0.040001) / 2)
+
+
+def png(pixels, mode):
+    file = io.BytesIO()
+    Image.fromarray(np.array(pixels, np.uint8)).convert(mode).save(file, "PNG")
+    return {"mask": {"bytes": file.getvalue()}}
+
+
+@pytest.mark.parametrize(
+    "mode, pixels, areas",
+    [
+        # SAM takes the whole row: the ignored third pixel is neither shared nor more.
+        ("L", [[255, 0, 128, 255]], {"intersection": 2, "union": 3}),
+        ("1", [[255, 0, 0, 255]], {"intersection": 2, "union": 4}),  # as sets had it before
+    ],
+)
+def test_ignored_pixels_count_neither_way(mode, pixels, areas):
+    sample = SimpleNamespace(images=(Image.new("RGB", (4, 1)),))
+    true = grounding.true_mask(png(pixels, mode))
+    whole = lambda image, box: np.ones((1, 4), bool)  # noqa: E731
+    answer = record(0, "<answer>(0,0),(1000,1000)</answer>", "")
+    assert grounding.mask_areas(whole, answer, sample, true) == areas
+    none = grounding.mask_areas(whole, record(0, "where?", ""), sample, true)
+    assert none == {"intersection": 0, "union": 2}
 
 
 def test_mask_measures_by_hand():

@@ -352,7 +352,8 @@ def _build_grounding(arguments: argparse.Namespace) -> None:
         if set(splits) != {"train"}:
             raise ValueError("--test_share: the source has splits of its own; leave it out")
         splits = _hold_out(splits["train"], arguments.test_share, arguments.seed)
-    columns = {"problem": "string", "solution": "string", "mask": datasets.Image()}
+    columns = {"problem": "string", "solution": "string", "image_id": "int64",
+               "mask": datasets.Image()}  # fmt: skip
     _write(arguments, splits, columns, built, "LISA grounding")
 
 

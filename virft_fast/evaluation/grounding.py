@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from virft_fast.data.lisa import IGNORED
 from virft_fast.data.loading import IMAGE_FORMATS
 from virft_fast.evaluation.bootstrap import Ratios
 from virft_fast.evaluation.journal import Record
@@ -115,19 +116,21 @@ def mask_areas(
 ) -> dict[str, int]:
     """`intersection` and `union`, in pixels, of SAM's mask for the answer's box with the true one.
 
-    An answer without a box has an empty mask. Empty where the true mask is missing, or not of the
-    image's size.
+    An answer without a box has an empty mask. What the true mask ignores counts in neither. Empty
+    where the true mask is missing, or not of the image's size.
     """
     image = sample.images[0]
     if true is None or true.shape != image.size[::-1]:
         return {}
     box = first_box(record["completion"], record.get("extent"))
-    found = np.zeros_like(true) if box is None else model(image, box)
-    return {"intersection": int((found & true).sum()), "union": int((found | true).sum())}
+    meant, counted = true > IGNORED, true != IGNORED
+    found = np.zeros_like(meant) if box is None else model(image, box) & counted
+    return {"intersection": int((found & meant).sum()), "union": int((found | meant).sum())}
 
 
 def true_mask(row: Mapping[str, Any]) -> np.ndarray | None:
-    """(H, W) bool of a row's column `mask`, as `data build grounding` writes it; None without."""
+    """(H, W) uint8 of a row's column `mask`, as `data build grounding` writes it: 255 what is
+    meant, IGNORED, or 0; one of a bit a pixel is 255 and 0. None without."""
     stored = row.get("mask")
     data = stored.get("bytes") if isinstance(stored, Mapping) else stored
     if not data and isinstance(stored, Mapping) and stored.get("path"):
@@ -136,4 +139,4 @@ def true_mask(row: Mapping[str, Any]) -> np.ndarray | None:
     if not isinstance(data, bytes):
         return None
     with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-        return np.asarray(image.convert("1"))
+        return np.asarray(image.convert("L"))
