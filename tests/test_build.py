@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -424,6 +425,169 @@ def test_a_folder_of_another_layout(tmp_path, capsys, reader):
     assert "no such file or folder" in capsys.readouterr().err
 
 
+def change_flowers(root, **fields):
+    flowers(root)
+    labels, splits = np.arange(1, 103).repeat(3), np.arange(1, 4)[None]
+    given = {"labels": labels[None], "trnid": splits, "valid": splits, "tstid": splits} | fields
+    given = {name: value for name, value in given.items() if value is not None}
+    savemat(root / "imagelabels.mat", given)
+    savemat(root / "setid.mat", given)
+
+
+def change_cars(root, records=None, names=("a", "b"), field="class"):
+    cars(root)
+    kind = [(field, "O"), ("fname", "O")]
+    given = np.array(records if records else [(1, "00001.jpg")], dtype=kind)
+    savemat(root / "devkit/cars_train_annos.mat", {"annotations": given[None]})
+    savemat(root / "devkit/cars_meta.mat", {"class_names": np.array(names, dtype=object)[None]})
+
+
+def change_lines(make, file):
+    def made(root):
+        make(root)
+        (root / file).write_bytes(b"0000001 caf\xe9\n")
+
+    return made
+
+
+@pytest.mark.parametrize(
+    "reader, make, said",
+    [
+        ("flowers102", partial(change_flowers, labels=None), "the field labels, got trnid"),
+        ("flowers102", partial(change_flowers, tstid=None), "setid.mat: expected the field tstid"),
+        ("flowers102", partial(change_flowers, labels=np.ones((1, 2))),
+         "setid.mat: image: expected a number from 1 to 2, got 3"),
+        ("flowers102", partial(change_flowers, labels=np.full((1, 9), 103)),
+         "label of image 1: expected a number from 1 to 102, got 103"),
+        ("flowers102", partial(change_flowers, labels=np.full((1, 9), np.nan)), "got nan"),
+        ("cars196", partial(change_cars, records=[(3, "00001.jpg")]),
+         "annotation 1: class: expected a number from 1 to 2, got 3"),
+        ("cars196", partial(change_cars, records=[("x", "00001.jpg")]), "from 1 to 2, got x"),
+        ("cars196", partial(change_cars, records=[([], "00001.jpg")]), "expected one value"),
+        ("cars196", partial(change_cars, field="kind"),
+         "expected annotations with class and fname, got kind, fname"),
+        ("aircraft", change_lines(aircraft, "data/images_variant_test.txt"),
+         "images_variant_test.txt: expected UTF-8 text"),
+        ("pets37", change_lines(pets, "annotations/test.txt"), "test.txt: expected UTF-8 text"),
+    ],
+)  # fmt: skip
+def test_a_damaged_archive(tmp_path, capsys, reader, make, said):
+    make(tmp_path / "source")
+    argv = ("build", "classification", "--reader", reader, "--source", tmp_path / "source")
+    assert run(*argv, "--output", tmp_path / "out") == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"image,label\na.png,caf\xe9\n", "expected CSV in UTF-8"),
+        (b"image,label\na.png,cat\nhttp://host/b.png,cat\n",
+         "line 3: image http://host/b.png: nothing is downloaded"),
+        (b"image,label\ndata:image/png;base64,iVBO\n", "line 2: image data:image/png"),
+        (b"image,label\na.png,___\n", "expected a class name, got an empty solution"),
+    ],
+)  # fmt: skip
+def test_csv_files_that_cant_be_used(tmp_path, capsys, content, said):
+    save_image(tmp_path / "a.png")
+    (tmp_path / "rows.csv").write_bytes(content)
+    argv = ("build", "classification", "--reader", "csv", "--source", tmp_path / "rows.csv")
+    assert run(*argv, "--output", tmp_path / "out") == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_could_never_be_scored_are_left_out(tmp_path, capsys):
+    for name in ("cat/1.png", "___/2.png"):
+        save_image(tmp_path / "source" / name)
+    argv = ("build", "classification", "--source", tmp_path / "source")
+    assert run(*argv, "--output", tmp_path / "out") == 0
+    assert [row.columns["label"] for row in samples(tmp_path / "out")] == ["cat"]
+    shown = capsys.readouterr().out
+    assert "left out, solution can't be scored: 1 (" in shown and "2.png: expected a class" in shown
+
+
+def test_shots_are_drawn_from_the_images_that_are_there(tmp_path, capsys, coco):
+    lines = ["image,label"] + [f"{i}.png,cat" for i in range(20)]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    save_image(tmp_path / "7.png"), save_image(tmp_path / "13.png")
+    argv = ("build", "classification", "--reader", "csv", "--source", tmp_path / "rows.csv")
+    more = ("--shots", 2, "--allow_missing")
+    assert run(*argv, "--output", tmp_path / "out", *more) == 0
+    assert len(samples(tmp_path / "out")) == 2
+    assert "image missing: 18 (" in capsys.readouterr().out
+    for number in range(4):
+        (tmp_path / f"images/{number:012d}.jpg").unlink()
+    assert build_coco(coco, tmp_path / "coco", "--categories", "cat", *more) == 0
+    assert {row.columns["image_id"] for row in samples(tmp_path / "coco")} == {14, 15}
+    assert "image missing: 4 (" in capsys.readouterr().out
+    assert build_coco(coco, tmp_path / "few", "--categories", "cat", "--shots", 3, more[2]) == 2
+    assert "expected as many images, cat has fewer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_folders_of_a_split_of_their_own(tmp_path, capsys, name):
+    for part in ("train", name):
+        save_image(tmp_path / "source" / part / "cat/1.png")
+    argv = ("build", "classification", "--source", tmp_path / "source", "--output")
+    assert run(*argv, tmp_path / "out", "--test_share", 0.5) == 2
+    assert "--test_share: the source has splits of its own" in capsys.readouterr().err
+    assert run(*argv, tmp_path / "out") == 0
+    assert len(samples(tmp_path / "out")) == len(samples(tmp_path / "out", "test")) == 1
+
+
+def test_flags_that_exclude_each_other(coco, tmp_path, capsys):
+    more = ("--test_share", 0.5, "--test_annotations", coco)
+    assert build_coco(coco, tmp_path / "out", *more) == 2
+    assert "--test_share: expected no --test_annotations beside it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["coco", "classification", "grounding"])
+@pytest.mark.parametrize("share, split", [(0.99, "train"), (0.01, "test")])
+def test_an_empty_split_is_no_split(coco, lisa, tmp_path, capsys, kind, share, split):
+    sources = {"classification": tmp_path / "labelled", "grounding": lisa / "train"}
+    save_image(tmp_path / "labelled/cat/1.png")
+    more = ("--source", sources.get(kind)) if kind != "coco" else (
+        "--annotations", coco, "--images", coco.parent / "images")  # fmt: skip
+    out = tmp_path / "out"
+    assert run("build", kind, *more, "--output", out, "--test_share", share) == 2
+    assert f"no row could be written to split {split}" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "flag, value, said",
+    [
+        ("--test_share", "abc", "expected a share in [0, 1), got 'abc'"),
+        ("--test_share", "nan", "expected a share in [0, 1), got 'nan'"),
+        ("--shots", "x", "expected a number, 1 or more, got 'x'"),
+        ("--shots", "0", "expected a number, 1 or more, got '0'"),
+    ],
+)
+def test_what_a_flag_expects(tmp_path, capsys, flag, value, said):
+    with pytest.raises(SystemExit):
+        run(
+            "build", "classification", "--source", tmp_path, "--output", tmp_path / "o", flag, value
+        )
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["build", "inspect", "export"])
+def test_an_output_below_a_file(tmp_path, capsys, command):
+    (tmp_path / "file").write_text("")
+    save_image(tmp_path / "source/cat/1.png")
+    source = json_rows(tmp_path / "rows.json", [CAT])
+    output = ("--output", tmp_path / "file/x/out.png")
+    argv = {
+        "build": ("build", "classification", "--source", tmp_path / "source"),
+        "inspect": ("inspect", "--dataset_name", source),
+        "export": ("export", "llamafactory", "--dataset_name", source),
+    }
+    assert run(*argv[command], *output) == 2
+    error = capsys.readouterr().err
+    assert "--output: expected a folder" in error and "Errno" not in error
+
+
 # --- Grounding -------------------------------------------------------------------------------
 
 
@@ -552,6 +716,14 @@ def test_inspect_counts_and_draws(coco, tmp_path, capsys):
         colours = np.asarray(image.convert("RGB")).reshape(-1, 3)
     red = (abs(colours.astype(int) - (200, 30, 30)) < 20).all(1)
     assert red.mean() > 0.1  # the pictures are in it
+
+
+@pytest.mark.parametrize("name", ["sheet.pngg", "sheet", "sheet.pdf", "folder.png"])
+def test_inspect_needs_a_place_for_its_picture_first(tmp_path, capsys, monkeypatch, name):
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr("virft_fast.data.__main__.load_rows", lambda *_, **__: pytest.fail("read"))
+    assert run("inspect", "--dataset_name", "any", "--output", tmp_path / name) == 2
+    assert f"{name}: expected a" in capsys.readouterr().err
 
 
 def llamafactory_rules(folder, name):

@@ -341,6 +341,32 @@ def test_bad_conversation(turns, match):
     assert isinstance(bad, BadRow) and match in bad.reason
 
 
+@pytest.mark.parametrize(
+    "address",
+    ["https://host/a.png", "s3://bucket/a.png", "file:///a.png", "data:image/png;base64,a"],
+)
+def test_an_address_is_refused_wherever_it_stands(tmp_path, address):
+    talk = [{"from": "user", "value": f"<img>{address}</img>What?"}, LISA[1]]
+    rows = [
+        {"image_path": address, "problem": "p", "solution": "s"},
+        {"image_path": [address], "problem": "p", "solution": "s"},
+    ]
+    for name, records in (("rows", rows), ("talk", [{"conversations": talk}])):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(records))
+        samples = SampleDataset(load_rows(str(path), "train"))
+        for index in range(len(samples)):
+            bad = samples.get(index)
+            assert bad.reason.startswith(f"image {address}: ValueError: nothing is downloaded")
+
+
+def test_a_file_with_a_colon_in_its_name_is_no_address(tmp_path):
+    red().save(tmp_path / "frame:1.png")
+    rows = [{"image_path": "frame:1.png", "problem": "p", "solution": "s"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert SampleDataset(load_rows(str(tmp_path / "rows.json"), "train")).get(0).images
+
+
 def test_hub(monkeypatch):
     calls = []
 

@@ -29,7 +29,7 @@ from virft_fast.data.coco import (
     read_annotations,
 )
 from virft_fast.data.export import check_export, export_llamafactory
-from virft_fast.data.inspection import inspect
+from virft_fast.data.inspection import check_picture, inspect
 from virft_fast.data.lisa import plan_grounding, read_lisa
 from virft_fast.data.mia import Layout
 from virft_fast.data.writing import Built, Plan, check_output, drop_missing, write_dataset
@@ -234,17 +234,17 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"expected a share in [0, 1), got {text}")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a share in [0, 1), got {text!r}")
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
-    return value
+    with contextlib.suppress(ValueError):
+        if int(text) >= 1:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"expected a number, 1 or more, got {text!r}")
 
 
 def _progress(items: Any, total: int | None = None) -> Any:
@@ -258,6 +258,8 @@ def _progress(items: Any, total: int | None = None) -> Any:
 
 def _build_detection(arguments: argparse.Namespace) -> None:
     check_output(arguments.output, arguments.overwrite)
+    if arguments.test_share and arguments.test_annotations:
+        raise ValueError("--test_share: expected no --test_annotations beside it; leave one out")
     annotations = read_annotations(arguments.annotations, arguments.kind)
     categories = pick_categories(annotations, arguments.kind, arguments.categories)
     extent_for = _extent_for(arguments)
@@ -274,6 +276,7 @@ def _build_detection(arguments: argparse.Namespace) -> None:
             max_rows=arguments.max_rows,
             negatives=arguments.negatives,
             extent_for=extent_for,
+            skip_missing=built if arguments.allow_missing else None,
             **more,
         )
 
@@ -295,12 +298,12 @@ def _build_detection(arguments: argparse.Namespace) -> None:
         other = read_annotations(arguments.test_annotations, arguments.kind)
         describe(other, built)
         splits["test"] = plan(other, arguments.test_images or arguments.images)
-    elif held_out:
+    elif arguments.test_share:
         splits["test"] = plan(
             annotations, arguments.images, keep_image=lambda image: image in held_out
         )
     columns = {"problem": "string", "solution": "string", "category": "string", "image_id": "int64"}
-    _write(arguments, splits, columns, built, f"{arguments.kind.upper()} detection")
+    _write(arguments, splits, columns, built, f"{arguments.kind.upper()} detection", "detection")
 
 
 def _build_classification(arguments: argparse.Namespace) -> None:
@@ -316,6 +319,9 @@ def _build_classification(arguments: argparse.Namespace) -> None:
         rows = read_csv(arguments.source, arguments.images)
     else:
         rows = reader(arguments.source)
+    built = Built()
+    if arguments.allow_missing:  # before so many of them are drawn
+        rows = drop_missing({"": rows}, built, allow_missing=True)[""]
     thing, kind = CLASSIFICATION_SETS.get(arguments.reader, ("object", "class"))
     splits = plan_classification(
         rows,
@@ -326,7 +332,8 @@ def _build_classification(arguments: argparse.Namespace) -> None:
         test_share=arguments.test_share,
     )
     columns = {"problem": "string", "solution": "string", "label": "string"}
-    _write(arguments, splits, columns, Built(), f"{arguments.reader} classification")
+    title = f"{arguments.reader} classification"
+    _write(arguments, splits, columns, built, title, "classification")
 
 
 def _build_grounding(arguments: argparse.Namespace) -> None:
@@ -354,7 +361,7 @@ def _build_grounding(arguments: argparse.Namespace) -> None:
         splits = _hold_out(splits["train"], arguments.test_share, arguments.seed)
     columns = {"problem": "string", "solution": "string", "image_id": "int64",
                "mask": datasets.Image()}  # fmt: skip
-    _write(arguments, splits, columns, built, "LISA grounding")
+    _write(arguments, splits, columns, built, "LISA grounding", "grounding")
 
 
 def _hold_out(plans: Sequence[Plan], share: float, seed: int) -> dict[str, list[Plan]]:
@@ -386,6 +393,7 @@ def _write(
     columns: Mapping[str, Any],
     built: Built,
     title: str,
+    task: str,
 ) -> None:
     import datasets
 
@@ -402,6 +410,7 @@ def _write(
         features,
         built,
         card=lambda built: _card(arguments, title, built),
+        check=lambda row: check_solution(task, row["solution"], row.get("extent")),
         progress=_progress,
     )
     print("\n".join(built.lines()))
@@ -603,11 +612,11 @@ def _load(arguments: argparse.Namespace) -> Any:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
+    check_picture(arguments.output)
     rows = _load(arguments)
     found = inspect(rows, task=arguments.task, pictures=arguments.pictures, progress=_progress)
     print("\n".join(found.lines()))
     if found.pictures:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         found.sheet().save(arguments.output)
         print(f"written: {arguments.output}")
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 import csv
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from virft_fast.data.loading import NOT_DOWNLOADED, is_address, placed
 from virft_fast.data.writing import Plan, listing
 from virft_fast.tasks.prompts import classification_problem
 
@@ -28,8 +31,9 @@ class Labelled(NamedTuple):
 
 
 def read_folder(root: Path) -> list[Labelled]:
-    """CLASS/image, or train/CLASS/image and test/CLASS/image (val and valid count as test)."""
-    splits = {"train": "train", "test": "test", "val": "test", "valid": "test"}
+    """CLASS/image, or train/CLASS/image and test/CLASS/image (val, valid and validation count as
+    test)."""
+    splits = {"train": "train", **dict.fromkeys(("test", "val", "valid", "validation"), "test")}
     found = [root / name for name in splits if (root / name).is_dir()]
     if found:
         rows = [row._replace(split=splits[f.name]) for f in found for row in _classes(f)]
@@ -57,43 +61,54 @@ def read_csv(path: Path, images: Path | None = None) -> list[Labelled]:
     """Columns image and label, maybe split; paths start at `images` or at the file's folder."""
     names = {"image": ("image", "image_path", "path", "file", "filename"),
              "label": ("label", "class", "species", "name")}  # fmt: skip
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        header = [name.strip() for name in reader.fieldnames or ()]
-        reader.fieldnames = header
-        column = {
-            key: next((name for name in options if name in header), None)
-            for key, options in names.items()
-        }
-        if None in column.values():
-            raise ValueError(
-                f"{path}: expected the columns image and label (and maybe split), got "
-                f"{', '.join(header) or 'none'}"
-            )
-        rows = []
-        for number, row in enumerate(reader, start=2):
-            image, label = row[column["image"]], row[column["label"]]
-            split = (row.get("split") or "").strip() or None
-            if not image or not (label or "").strip():
-                raise ValueError(f"{path}: line {number}: expected an image and a label")
-            if split not in (None, "train", "test"):
-                raise ValueError(
-                    f"{path}: line {number}: split: expected train or test, got {split!r}"
-                )
-            rows.append(Labelled((images or path.parent) / image.strip(), label.strip(), split))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(_csv_rows(csv.DictReader(file), names, path, images or path.parent))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: expected CSV in UTF-8: {error}") from error
     if not rows:
         raise ValueError(f"{path}: expected rows, got a header only")
     return rows
 
 
+def _csv_rows(
+    reader: csv.DictReader, names: Mapping[str, Sequence[str]], path: Path, folder: Path
+) -> Iterator[Labelled]:
+    header = [name.strip() for name in reader.fieldnames or ()]
+    reader.fieldnames = header
+    column = {
+        key: next((name for name in options if name in header), None)
+        for key, options in names.items()
+    }
+    if None in column.values():
+        raise ValueError(
+            f"{path}: expected the columns image and label (and maybe split), got "
+            f"{', '.join(header) or 'none'}"
+        )
+    for number, row in enumerate(reader, start=2):
+        image, label = row[column["image"]], row[column["label"]]
+        split = (row.get("split") or "").strip() or None
+        if not image or not (label or "").strip():
+            raise ValueError(f"{path}: line {number}: expected an image and a label")
+        if split not in (None, "train", "test"):
+            raise ValueError(f"{path}: line {number}: split: expected train or test, got {split!r}")
+        file = placed(folder, image.strip())
+        if is_address(file):
+            raise ValueError(f"{path}: line {number}: image {file:.200}: {NOT_DOWNLOADED}")
+        yield Labelled(Path(file), label.strip(), split)
+
+
 def read_flowers102(root: Path) -> list[Labelled]:
     """jpg/image_00001.jpg, imagelabels.mat and setid.mat. Train and valid are "train"."""
-    labels = _matlab(root, "imagelabels.mat")["labels"].ravel()
-    sets = _matlab(root, "setid.mat")
+    (labels,) = _matlab(root, "imagelabels.mat", "labels")
+    sets = _matlab(root, "setid.mat", "trnid", "valid", "tstid")
     rows = []
-    for split, keys in (("train", ("trnid", "valid")), ("test", ("tstid",))):
-        for number in sorted(int(n) for key in keys for n in sets[key].ravel()):
-            label = FLOWERS[int(labels[number - 1]) - 1]
+    for split, parts in (("train", sets[:2]), ("test", sets[2:])):
+        for number in sorted(
+            _place(n, len(labels), f"{root / 'setid.mat'}: image") for p in parts for n in p
+        ):
+            where = f"{root / 'imagelabels.mat'}: label of image {number}"
+            label = FLOWERS[_place(labels[number - 1], len(FLOWERS), where) - 1]
             rows.append(Labelled(root / "jpg" / f"image_{number:05d}.jpg", label, split))
     return rows
 
@@ -112,16 +127,24 @@ def read_aircraft(root: Path) -> list[Labelled]:
 def read_cars196(root: Path) -> list[Labelled]:
     """Stanford Cars: cars_train/, cars_test/, devkit/cars_meta.mat and cars_train_annos.mat, and
     cars_test_annos_withlabels.mat, here or in devkit/."""
-    names = [str(name[0]) for name in _matlab(root, "cars_meta.mat")["class_names"].ravel()]
+    (names,) = _matlab(root, "cars_meta.mat", "class_names")
     rows = []
     for split, file in (
         ("train", "cars_train_annos.mat"),
         ("test", "cars_test_annos_withlabels.mat"),
     ):
-        for record in _matlab(root, file)["annotations"].ravel():
-            label = names[int(record["class"].item()) - 1]
-            image = root / f"cars_{split}" / str(record["fname"].item())
-            rows.append(Labelled(image, label, split))
+        (records,) = _matlab(root, file, "annotations")
+        fields = records.dtype.names or ()
+        if not {"class", "fname"} <= set(fields):
+            raise ValueError(
+                f"{root}: {file}: expected annotations with class and fname, got "
+                f"{', '.join(fields) or 'none'}; take the file with labels"
+            )
+        for number, record in enumerate(records, start=1):
+            where = f"{root}: {file}: annotation {number}"
+            kind = _place(_only(record["class"], where), len(names), f"{where}: class")
+            image = root / f"cars_{split}" / str(_only(record["fname"], where))
+            rows.append(Labelled(image, str(_only(names[kind - 1], where)), split))
     return rows
 
 
@@ -148,22 +171,51 @@ READERS: dict[str, Callable[[Path], list[Labelled]]] = {
 }
 
 
-def _matlab(root: Path, name: str) -> dict:
+def _matlab(root: Path, name: str, *fields: str) -> list[Any]:
+    """The fields of a MATLAB file, each as a flat array."""
     from scipy.io import loadmat
 
     path = next((p for p in (root / name, root / "devkit" / name) if p.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{root}: expected {name} in it or in its devkit/")
     try:
-        return loadmat(path)
+        data = loadmat(path)
     except Exception as error:  # a damaged file raises whatever its bytes led to
         raise ValueError(f"{path}: expected a MATLAB file: {error}") from error
+    missing = [field for field in fields if field not in data]
+    if missing:
+        found = ", ".join(name for name in data if not name.startswith("__")) or "none"
+        raise ValueError(f"{path}: expected the field {missing[0]}, got {found}")
+    return [np.asarray(data[field]).ravel() for field in fields]
+
+
+def _place(number: Any, most: int, where: str) -> int:
+    """A place in a list, counted from 1."""
+    try:
+        place = int(number)
+    except (TypeError, ValueError, OverflowError):
+        place = 0
+    if not 1 <= place <= most:
+        raise ValueError(f"{where}: expected a number from 1 to {most}, got {number!s:.60}")
+    return place
+
+
+def _only(value: Any, where: str) -> Any:
+    """What MATLAB has in a cell."""
+    found = np.asarray(value).ravel()
+    if len(found) != 1:
+        raise ValueError(f"{where}: expected one value, got {value!r:.60}")
+    return found.item()
 
 
 def _lines(path: Path, what: str) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the layout of {what}'s archive")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def plan_classification(
@@ -182,8 +234,11 @@ def plan_classification(
         shots: so many images of each class in "train", chosen by the seed; None: all.
         test_share: of each class that goes to "test", where the source has no split of its own.
     Raises:
-        ValueError: a class has fewer than `shots` images.
+        ValueError: a class has fewer than `shots` images, or the source has splits of its own and
+            `test_share` is not 0.
     """
+    if test_share and all(row.split for row in rows):
+        raise ValueError("--test_share: the source has splits of its own; leave it out")
     rng = random.Random(seed)
     splits: dict[str, list[Labelled]] = {"train": [], "test": []}
     unsplit: dict[str, list[Labelled]] = defaultdict(list)
@@ -208,7 +263,7 @@ def plan_classification(
             for r in part
         ]
         for name, part in splits.items()
-        if part
+        if part or test_share  # what was asked for and is empty is found out when it is written
     }  # fmt: skip
 
 

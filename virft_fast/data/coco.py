@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -195,6 +196,7 @@ def plan_detection(
     negatives: float = 0.0,
     keep_image: Callable[[int], bool] = lambda image: True,
     extent_for: Callable[[int, int], Extent] | None = None,
+    skip_missing: Built | None = None,
 ) -> list[Plan]:
     """One row for each image and category that is in it, as Visual-RFT's sets have them.
 
@@ -204,15 +206,26 @@ def plan_detection(
         negatives: rows about a category that is absent, as a share of the others.
         keep_image: which images to use.
         extent_for: (width, height) of an image -> the space of its boxes; None: 0..1000.
+        skip_missing: told of the images that are not there, which are then not drawn; None: they
+            are.
     Raises:
         ValueError: a category has fewer than `shots` images.
     """
+
+    @cache
+    def there(image: int) -> bool:
+        file = find_image(images, annotations.images[image]["file"])
+        if skip_missing is None or file.is_file():
+            return True
+        skip_missing.leave_out("image missing", str(file))
+        return False
+
     rng = random.Random(seed)
     chosen = set(categories)
     by_category: dict[int, list[int]] = {category: [] for category in categories}
     for image, category in sorted(annotations.boxes):
         complete = category not in annotations.incomplete.get(image, ())
-        if category in chosen and keep_image(image) and complete:
+        if category in chosen and keep_image(image) and complete and there(image):
             by_category[category].append(image)
     if shots is not None:
         few = [annotations.categories[c] for c, i in by_category.items() if len(i) < shots]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ ACCEPTED = (
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 IMAGE_TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 BOX_ANSWER = re.compile(r"\(\s*[\d.]+\s*,\s*[\d.]+\s*\)\s*,\s*\(\s*[\d.]+\s*,\s*[\d.]+\s*\)")
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+NOT_DOWNLOADED = "nothing is downloaded while training; fetch it and give its path"
 USER_NAMES, ASSISTANT_NAMES = ("user", "human"), ("assistant", "gpt")
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 SHARD_NAME = re.compile(r"(?P<split>\w+)-\d+-of-\d+")
@@ -400,7 +403,18 @@ def _absolute_paths(value: Any, folder: Path) -> Any:
     if value is None:
         return None
     paths = value if isinstance(value, list) else [value]
-    return [str(folder / item) if isinstance(item, str) and item else "" for item in paths]
+    return [placed(folder, item) if isinstance(item, str) and item else "" for item in paths]
+
+
+def placed(folder: Path, name: str) -> str:
+    """A path that starts at `folder`; an address stays as it is, to be refused as one."""
+    path = str(folder / name)
+    return name if ADDRESS.match(name) and not os.path.exists(path) else path
+
+
+def is_address(name: str) -> bool:
+    """Whether it is no path but such as https://... or data:..."""
+    return bool(ADDRESS.match(name)) and not os.path.exists(name)
 
 
 def _absolute_tags(turns: Any, folder: Path) -> Any:
@@ -411,7 +425,8 @@ def _absolute_tags(turns: Any, folder: Path) -> Any:
         {
             **turn,
             "value": IMAGE_TAG.sub(
-                lambda tag: f"<img>{folder / tag[1].strip()}</img>", str(turn.get("value", ""))
+                lambda tag: f"<img>{placed(folder, tag[1].strip())}</img>",
+                str(turn.get("value", "")),
             ),
         }
         for turn in turns
@@ -718,9 +733,9 @@ def _open_image(source: Any) -> Image.Image:
         if isinstance(source, (bytes, bytearray)):
             return _decode(io.BytesIO(source))
         if isinstance(source, (str, Path)) and str(source):
-            name = str(source)
-            if re.match(r"[a-z][a-z0-9+.-]*://", name, re.IGNORECASE):
-                raise ValueError("nothing is downloaded while training; fetch it and give its path")
+            name = f"{source!s:.200}"
+            if is_address(str(source)):
+                raise ValueError(NOT_DOWNLOADED)
             path = Path(source).expanduser()
             if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe is waited for
                 raise ValueError("expected a file")
