@@ -266,6 +266,38 @@ def test_closed_set(text, label):
     assert ClosedSet(["saint bernard", "pug", "bulldog", "french bulldog"])(text) == label
 
 
+CRAFT = ["737-200", "747-100", "A300B4", "MD-11", "DC-10", "707-320"]
+OTHERS = ["saint bernard", "wallflower", "ant", "american pit bull terrier", "cat", "lotus"]
+
+
+@pytest.mark.parametrize(
+    "text, label",
+    [
+        ("Airbus A300-B4", "A300B4"),
+        ("Airbus A300 B4", "A300B4"),
+        ("McDonnell Douglas MD11", "MD-11"),
+        ("the Boeing 737200", "737-200"),
+        ("a SaintBernard dog", "saint bernard"),
+        ("an American pitbull terrier", "american pit bull terrier"),
+        ("a wall flower", "wallflower"),
+    ],
+)
+def test_a_label_is_found_however_its_words_are_joined(text, label):
+    assert ClosedSet([*CRAFT, *OTHERS])(f"<answer>{text}</answer>") == label
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Boeing 737-2000", "Boeing 1737-200", "Boeing 7 37200", "Boeing 737-20 0", "the MD-1 1",
+        "an A300B42", "an A3 00B4", "an T shirt", "the concatenation", "a c at",
+        "SaintBernards are", "a Boeing 737-200 or MD11", "it may well be some MD11",
+    ],
+)  # fmt: skip
+def test_no_label_is_found_by_halves(text):
+    assert ClosedSet([*CRAFT, *OTHERS])(f"<answer>{text}</answer>") is None
+
+
 def test_closed_set_measures_by_hand():
     """Three cats, of which two are named so and one is taken for a dog; one dog without a label: 2
     of 4 are right, the classes have 2/3 and 0."""
