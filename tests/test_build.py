@@ -536,10 +536,24 @@ def test_folders_of_a_split_of_their_own(tmp_path, capsys, name):
     assert len(samples(tmp_path / "out")) == len(samples(tmp_path / "out", "test")) == 1
 
 
-def test_flags_that_exclude_each_other(coco, tmp_path, capsys):
+def test_flags_that_would_not_be_heeded(coco, tmp_path, capsys):
     more = ("--test_share", 0.5, "--test_annotations", coco)
     assert build_coco(coco, tmp_path / "out", *more) == 2
     assert "--test_share: expected no --test_annotations beside it" in capsys.readouterr().err
+    assert build_coco(coco, tmp_path / "out", "--test_images", tmp_path) == 2
+    assert "--test_images: expected --test_annotations with it" in capsys.readouterr().err
+    argv = ("build", "classification", "--source", tmp_path / "images", "--images", tmp_path)
+    assert run(*argv, "--output", tmp_path / "out") == 2
+    assert "--images: expected --reader csv with it, got folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [(), ("--test_share", 0.5)])
+def test_a_build_without_any_image_is_none(tmp_path, capsys, more):
+    (tmp_path / "rows.csv").write_text("image,label\na.png,cat\n")
+    argv = ("build", "classification", "--reader", "csv", "--source", tmp_path / "rows.csv")
+    assert run(*argv, "--output", tmp_path / "out", "--allow_missing", *more) == 2
+    error = capsys.readouterr().err
+    assert "no row could be written" in error and "left out, image missing: 1 (" in error
 
 
 @pytest.mark.parametrize("kind", ["coco", "classification", "grounding"])
@@ -822,6 +836,18 @@ def test_export_replaces_what_is_there_only_when_told(tmp_path, capsys, theirs):
         assert export(source, out, "--name", "mine", "--overwrite") == 0
     assert len(llamafactory_rules(out, "mine")) == 1
     assert not list(out.glob(".*"))
+
+
+def test_export_never_replaces_its_source(tmp_path, capsys):
+    source = json_rows(tmp_path / "rows.json", [CAT])
+    assert export(source, tmp_path, "--overwrite") == 2
+    assert "the source" in capsys.readouterr().err
+    assert json.loads(source.read_text()) == [CAT]
+    folder = tmp_path / "v1.5"
+    folder.mkdir()
+    load_rows(str(source), "train").to_parquet(folder / "train.parquet")
+    assert export(folder, tmp_path, "--overwrite") == 2
+    assert list(folder.iterdir())
 
 
 def test_export_of_odd_rows(tmp_path, capsys):

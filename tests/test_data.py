@@ -206,6 +206,15 @@ def test_a_readme_that_cant_be_followed(tmp_path, card, said):
         load_rows(str(tmp_path), "train")
 
 
+@pytest.mark.parametrize(
+    "card", [b"caf\xe9", b"", b"---\nlicense: mit\n---\nA set.", b"--- a line"]
+)
+def test_a_readme_without_configs_says_nothing(tmp_path, card):
+    rows_of().to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "README.md").write_bytes(card)
+    assert len(load_rows(str(tmp_path), "train")) == 3
+
+
 @pytest.mark.parametrize("kind", ["demo", "json", "parquet", "disk", "folder"])
 def test_a_config_that_cant_be_heeded_is_refused(tmp_path, kind):
     name = str(tmp_path / f"set.{kind}")

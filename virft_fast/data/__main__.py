@@ -139,7 +139,7 @@ def _grounding_arguments(parser: argparse.ArgumentParser) -> None:
 def _dataset_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--dataset_name", required=True, help="as in training")
-    add("--dataset_config", help="configuration of a hub data set")
+    add("--dataset_config", help="configuration of a hub data set, or of a folder like one")
     add("--dataset_streaming", action="store_true", help="read parquet in parts, as in training")
     add("--split", default="train")
     add("--task", choices=("auto", "detection", "classification", "grounding"), default="auto")
@@ -260,6 +260,8 @@ def _build_detection(arguments: argparse.Namespace) -> None:
     check_output(arguments.output, arguments.overwrite)
     if arguments.test_share and arguments.test_annotations:
         raise ValueError("--test_share: expected no --test_annotations beside it; leave one out")
+    if arguments.test_images and not arguments.test_annotations:
+        raise ValueError("--test_images: expected --test_annotations with it; pass both")
     annotations = read_annotations(arguments.annotations, arguments.kind)
     categories = pick_categories(annotations, arguments.kind, arguments.categories)
     extent_for = _extent_for(arguments)
@@ -314,6 +316,8 @@ def _build_classification(arguments: argparse.Namespace) -> None:
     if arguments.source.is_dir() == (arguments.reader == "csv"):
         expected = "a CSV file" if arguments.reader == "csv" else "a folder"
         raise ValueError(f"--source {arguments.source}: expected {expected}; see --reader")
+    if arguments.images and arguments.reader != "csv":
+        raise ValueError(f"--images: expected --reader csv with it, got {arguments.reader}")
     rows: list[Labelled]
     if arguments.reader == "csv":
         rows = read_csv(arguments.source, arguments.images)
@@ -626,6 +630,8 @@ def _export(arguments: argparse.Namespace) -> None:
     known = source.suffix in (".json", ".jsonl", ".parquet")
     name = arguments.name if arguments.name is not None else source.stem if known else source.name
     check_export(arguments.output, name, overwrite=arguments.overwrite)
+    if source in [(arguments.output / file).resolve() for file in (name, f"{name}.json")]:
+        raise ValueError(f"--name {name}: the source {source} would be replaced; pass another")
     rows = _load(arguments)
     plain = SampleDataset(rows)
     task = arguments.task

@@ -237,7 +237,7 @@ def plan_classification(
         ValueError: a class has fewer than `shots` images, or the source has splits of its own and
             `test_share` is not 0.
     """
-    if test_share and all(row.split for row in rows):
+    if test_share and rows and all(row.split for row in rows):
         raise ValueError("--test_share: the source has splits of its own; leave it out")
     rng = random.Random(seed)
     splits: dict[str, list[Labelled]] = {"train": [], "test": []}

@@ -225,8 +225,10 @@ def _folder_files(folder: Path, split: str, config: str | None) -> list[str]:
 def _has_configs(card: Path) -> bool:
     from huggingface_hub import metadata_load
 
+    if not card.is_file() or not card.read_bytes().startswith(b"---"):
+        return False
     try:
-        return bool(card.is_file() and (metadata_load(card) or {}).get("configs"))
+        return bool((metadata_load(card) or {}).get("configs"))
     except Exception as error:  # YAML's errors and those of the text's encoding
         raise ValueError(f"{card}: its head can't be read: {_line(error)}") from error
 

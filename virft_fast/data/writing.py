@@ -155,9 +155,10 @@ def write_dataset(
 
 def _need_rows(counts: Mapping[str, int], built: Built) -> None:
     empty = [name for name, count in counts.items() if not count]
-    if empty:
+    if empty or not counts:
+        where = f" to split {' or '.join(empty)}" if empty else ""
         lines = "; ".join(built.lines()) or "choose another share, or more images"
-        raise ValueError(f"no row could be written to split {' or '.join(empty)}; {lines}")
+        raise ValueError(f"no row could be written{where}; {lines}")
 
 
 class _Writers(dict[str, "SplitWriter"]):
