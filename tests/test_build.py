@@ -838,6 +838,15 @@ def test_export_replaces_what_is_there_only_when_told(tmp_path, capsys, theirs):
     assert not list(out.glob(".*"))
 
 
+def test_export_leaves_what_dataset_info_says_of_a_name(tmp_path, capsys):
+    source, info = json_rows(tmp_path / "rows.json", [CAT]), tmp_path / "out/dataset_info.json"
+    info.parent.mkdir()
+    info.write_text('{"rows": {"hf_hub_url": "owner/name"}}')
+    assert export(source, info.parent) == 2
+    assert "dataset_info.json has rows already; pass --overwrite" in capsys.readouterr().err
+    assert info.read_text() == '{"rows": {"hf_hub_url": "owner/name"}}'
+
+
 def test_export_never_replaces_its_source(tmp_path, capsys):
     source = json_rows(tmp_path / "rows.json", [CAT])
     assert export(source, tmp_path, "--overwrite") == 2

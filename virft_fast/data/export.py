@@ -37,12 +37,11 @@ def check_export(out: Path, name: str, *, overwrite: bool) -> None:
             f"end, and not dataset_info, got {name!r}; pass --name"
         )
     make_folder(out)
-    _read_info(out / INFO)
-    there = [path for path in (out / name, out / f"{name}.json") if os.path.lexists(path)]
-    if there and not overwrite:
-        raise ValueError(
-            f"--output {out}: {there[0].name} exists already; pass --overwrite or another --name"
-        )
+    listed = name in _read_info(out / INFO)
+    files = [file for file in (name, f"{name}.json") if os.path.lexists(out / file)]
+    if (listed or files) and not overwrite:
+        there = f"{files[0]} exists" if files else f"{INFO} has {name}"
+        raise ValueError(f"--output {out}: {there} already; pass --overwrite or another --name")
 
 
 def export_llamafactory(
