@@ -847,6 +847,16 @@ def test_export_leaves_what_dataset_info_says_of_a_name(tmp_path, capsys):
     assert info.read_text() == '{"rows": {"hf_hub_url": "owner/name"}}'
 
 
+def test_export_of_lisas_conversations_in_the_originals_words(tmp_path):
+    talk = [{"from": "user", "value": f"<img>{save_image(tmp_path / 'a.png')}</img>\n Where?"},
+            {"from": "assistant", "value": "(1,2),(300,400)"}]  # fmt: skip
+    source = json_rows(tmp_path / "rows.json", [{"conversations": talk}])
+    assert export(source, tmp_path / "out", "--compat_prompt") == 0
+    (record,) = llamafactory_rules(tmp_path / "out", "rows")
+    assert record["messages"][0]["content"].startswith("<image>Where? Output the thinking process")
+    assert "grouding" in record["messages"][0]["content"]
+
+
 def test_export_never_replaces_its_source(tmp_path, capsys):
     source = json_rows(tmp_path / "rows.json", [CAT])
     assert export(source, tmp_path, "--overwrite") == 2

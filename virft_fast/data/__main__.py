@@ -215,6 +215,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, required=True, help="LLaMA-Factory's data folder, or a new one")
     add("--name", help="of the data set there; default: the source's name")
     add("--overwrite", action="store_true", help="replace a data set of that name")
+    add("--compat_prompt", action="store_true", help="as in training")
     parser.set_defaults(run=_export)
 
 
@@ -633,12 +634,16 @@ def _export(arguments: argparse.Namespace) -> None:
     if source in [(arguments.output / file).resolve() for file in (name, f"{name}.json")]:
         raise ValueError(f"--name {name}: the source {source} would be replaced; pass another")
     rows = _load(arguments)
-    plain = SampleDataset(rows)
+    plain = SampleDataset(rows, compat_prompt=arguments.compat_prompt)
     task = arguments.task
     if task == "auto":
         first = (plain.get(index) for index in range(min(len(plain), 50)))
         task = detect_task([s.solution for s in first if hasattr(s, "solution")])
-    samples = SampleDataset(rows, check_solution=partial(check_solution, task))
+    samples = SampleDataset(
+        rows,
+        check_solution=partial(check_solution, task),
+        compat_prompt=arguments.compat_prompt,
+    )
     count, bad = export_llamafactory(
         samples, arguments.output, name, overwrite=arguments.overwrite, progress=_progress
     )
