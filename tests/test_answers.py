@@ -11,6 +11,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from virft_fast.tasks.answers import answer_text, parse_detection, parse_label, valid_box, words
+from virft_fast.tasks.prompts import (
+    CLASSIFICATION_SETS,
+    asked_category,
+    classification_problem,
+    detection_problem,
+)
 
 BOX = (1.0, 2.0, 30.0, 40.0)
 
@@ -144,3 +150,39 @@ def best_time_s(action, runs=5):
 @pytest.mark.parametrize("text", HUNDRED_KB, ids=range(len(HUNDRED_KB)))
 def test_100_kb_of_brackets_take_less_than_50_ms(text):
     assert best_time_s(lambda: parse_detection(text)) < 0.05
+
+
+@pytest.mark.parametrize(
+    "name, containing",
+    [
+        ("flowers102", "a plant. Please identify the species of the plant"),
+        ("pets37", "a pet. Please identify the species of the pet"),
+        ("cars196", "a car. Please identify the model of the car"),
+        ("aircraft", "an aircraft. Please identify the model of the aircraft"),
+    ],
+)
+def test_classification_is_asked_as_the_original_does(name, containing):
+    assert classification_problem(*CLASSIFICATION_SETS[name]) == (
+        f"This is an image containing {containing} based on the image.\n"
+        "Output the thinking process in <think> </think> and final answer in <answer> </answer> "
+        "tags.The output answer format should be as follows:\n"
+        "<think> ... </think> <answer>species name</answer>\nPlease strictly follow the format."
+    )
+
+
+def test_classification_of_ones_own():
+    asked = classification_problem("object", "class")
+    assert "containing an object." in asked and "<answer>class name</answer>" in asked
+
+
+@pytest.mark.parametrize("category", ["cat", "rubik's cube", "'", "hot dog", "dogs' bowl's"])
+@pytest.mark.parametrize("space", ["thousand", "pixels"])
+def test_the_category_is_read_back_from_the_question(category, space):
+    assert asked_category(detection_problem(category, space)) == category
+
+
+@pytest.mark.parametrize(
+    "problem, category", [("Find category 'cat'.", "cat"), ("A cat?", None), ("category ''", None)]
+)
+def test_the_category_of_other_prompts(problem, category):
+    assert asked_category(problem) == category

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from virft_fast.data import BadRow, SampleDataset, load_rows
 from virft_fast.data.__main__ import main
 from virft_fast.data.classification import FLOWERS
 from virft_fast.data.coco import find_image
+from virft_fast.data.lisa import IGNORED, TARGET
 from virft_fast.tasks import check_solution, parse_detection
 from virft_fast.tasks.coordinates import extent_of, rescale, to_thousand, written
 from virft_fast.tasks.prompts import NOVEL_15, detection_problem, grounding_problem
@@ -532,6 +534,190 @@ def test_a_folder_of_another_layout(tmp_path, capsys, reader):
     assert "no such file or folder" in capsys.readouterr().err
 
 
+def change_flowers(root, **fields):
+    flowers(root)
+    labels, splits = np.arange(1, 103).repeat(3), np.arange(1, 4)[None]
+    given = {"labels": labels[None], "trnid": splits, "valid": splits, "tstid": splits} | fields
+    given = {name: value for name, value in given.items() if value is not None}
+    savemat(root / "imagelabels.mat", given)
+    savemat(root / "setid.mat", given)
+
+
+def change_cars(root, records=None, names=("a", "b"), field="class"):
+    cars(root)
+    kind = [(field, "O"), ("fname", "O")]
+    given = np.array(records if records else [(1, "00001.jpg")], dtype=kind)
+    savemat(root / "devkit/cars_train_annos.mat", {"annotations": given[None]})
+    savemat(root / "devkit/cars_meta.mat", {"class_names": np.array(names, dtype=object)[None]})
+
+
+def change_lines(make, file):
+    def made(root):
+        make(root)
+        (root / file).write_bytes(b"0000001 caf\xe9\n")
+
+    return made
+
+
+@pytest.mark.parametrize(
+    "reader, make, said",
+    [
+        ("flowers102", partial(change_flowers, labels=None), "the field labels, got trnid"),
+        ("flowers102", partial(change_flowers, tstid=None), "setid.mat: expected the field tstid"),
+        ("flowers102", partial(change_flowers, labels=np.ones((1, 2))),
+         "setid.mat: image: expected a number from 1 to 2, got 3"),
+        ("flowers102", partial(change_flowers, labels=np.full((1, 9), 103)),
+         "label of image 1: expected a number from 1 to 102, got 103"),
+        ("flowers102", partial(change_flowers, labels=np.full((1, 9), np.nan)), "got nan"),
+        ("cars196", partial(change_cars, records=[(3, "00001.jpg")]),
+         "annotation 1: class: expected a number from 1 to 2, got 3"),
+        ("cars196", partial(change_cars, records=[("x", "00001.jpg")]), "from 1 to 2, got x"),
+        ("cars196", partial(change_cars, records=[([], "00001.jpg")]), "expected one value"),
+        ("cars196", partial(change_cars, field="kind"),
+         "expected annotations with class and fname, got kind, fname"),
+        ("aircraft", change_lines(aircraft, "data/images_variant_test.txt"),
+         "images_variant_test.txt: expected UTF-8 text"),
+        ("pets37", change_lines(pets, "annotations/test.txt"), "test.txt: expected UTF-8 text"),
+    ],
+)  # fmt: skip
+def test_a_damaged_archive(tmp_path, capsys, reader, make, said):
+    make(tmp_path / "source")
+    argv = ("build", "classification", "--reader", reader, "--source", tmp_path / "source")
+    assert run(*argv, "--output", tmp_path / "out") == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"image,label\na.png,oak,red\n", "line 2: expected 2 cells, got more"),
+        (b'image,label\na.png,"oak\nb.png,red"\n', "expected a label of one line, got 'oak"),
+        (b"image,label\na.png,</answer><answer>x\n", "expected a label of one line"),
+        (b'image,label\na.png,"oak\n', "expected CSV"),
+        (b"image,label\na.png,oak\na.png,elm\n", "line 3: image "),
+        (b"image,label\na.png,caf\xe9\n", "expected CSV in UTF-8"),
+        (b"image,label\na.png,cat\nhttp://host/b.png,cat\n",
+         "line 3: image http://host/b.png: nothing is downloaded"),
+        (b"image,label\ndata:image/png;base64,iVBO\n", "line 2: image data:image/png"),
+        (b"image,label\na.png,___\n", "expected a class name, got an empty solution"),
+    ],
+)  # fmt: skip
+def test_csv_files_that_cant_be_used(tmp_path, capsys, content, said):
+    save_image(tmp_path / "a.png")
+    (tmp_path / "rows.csv").write_bytes(content)
+    argv = ("build", "classification", "--reader", "csv", "--source", tmp_path / "rows.csv")
+    assert run(*argv, "--output", tmp_path / "out") == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_could_never_be_scored_are_left_out(tmp_path, capsys):
+    for name in ("cat/1.png", "___/2.png"):
+        save_image(tmp_path / "source" / name)
+    argv = ("build", "classification", "--source", tmp_path / "source")
+    assert run(*argv, "--output", tmp_path / "out") == 0
+    assert [row.columns["label"] for row in samples(tmp_path / "out")] == ["cat"]
+    shown = capsys.readouterr().out
+    assert "left out, solution can't be scored: 1 (" in shown and "2.png: expected a class" in shown
+
+
+def test_shots_are_drawn_from_the_images_that_are_there(tmp_path, capsys, coco):
+    lines = ["image,label"] + [f"{i}.png,cat" for i in range(20)]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    save_image(tmp_path / "7.png"), save_image(tmp_path / "13.png")
+    argv = ("build", "classification", "--reader", "csv", "--source", tmp_path / "rows.csv")
+    more = ("--shots", 2, "--allow_missing")
+    assert run(*argv, "--output", tmp_path / "out", *more) == 0
+    assert len(samples(tmp_path / "out")) == 2
+    assert "image missing: 18 (" in capsys.readouterr().out
+    for number in range(4):
+        (tmp_path / f"images/{number:012d}.jpg").unlink()
+    assert build_coco(coco, tmp_path / "coco", "--categories", "cat", *more) == 0
+    assert {row.columns["image_id"] for row in samples(tmp_path / "coco")} == {14, 15}
+    assert "image missing: 4 (" in capsys.readouterr().out
+    assert build_coco(coco, tmp_path / "few", "--categories", "cat", "--shots", 3, more[2]) == 0
+    assert "fewer than 3 images, all of them taken: cat 2" in capsys.readouterr().out
+    assert run(*argv, "--output", tmp_path / "three", "--shots", 3, "--allow_missing") == 0
+    assert "fewer than 3 images, all of them taken: cat 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_folders_of_a_split_of_their_own(tmp_path, capsys, name):
+    for part in ("train", name):
+        save_image(tmp_path / "source" / part / "cat/1.png")
+    argv = ("build", "classification", "--source", tmp_path / "source", "--output")
+    assert run(*argv, tmp_path / "out", "--test_share", 0.5) == 2
+    assert "--test_share: the source has splits of its own" in capsys.readouterr().err
+    assert run(*argv, tmp_path / "out") == 0
+    assert len(samples(tmp_path / "out")) == len(samples(tmp_path / "out", "test")) == 1
+
+
+def test_flags_that_would_not_be_heeded(coco, tmp_path, capsys):
+    more = ("--test_share", 0.5, "--test_annotations", coco)
+    assert build_coco(coco, tmp_path / "out", *more) == 2
+    assert "--test_share: expected no --test_annotations beside it" in capsys.readouterr().err
+    assert build_coco(coco, tmp_path / "out", "--test_images", tmp_path) == 2
+    assert "--test_images: expected --test_annotations with it" in capsys.readouterr().err
+    argv = ("build", "classification", "--source", tmp_path / "images", "--images", tmp_path)
+    assert run(*argv, "--output", tmp_path / "out") == 2
+    assert "--images: expected --reader csv with it, got folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [(), ("--test_share", 0.5)])
+def test_a_build_without_any_image_is_none(tmp_path, capsys, more):
+    (tmp_path / "rows.csv").write_text("image,label\na.png,cat\n")
+    argv = ("build", "classification", "--reader", "csv", "--source", tmp_path / "rows.csv")
+    assert run(*argv, "--output", tmp_path / "out", "--allow_missing", *more) == 2
+    error = capsys.readouterr().err
+    assert "no row could be written" in error and "left out, image missing: 1 (" in error
+
+
+@pytest.mark.parametrize("kind", ["coco", "classification", "grounding"])
+@pytest.mark.parametrize("share, split", [(0.99, "train"), (0.01, "test")])
+def test_an_empty_split_is_no_split(coco, lisa, tmp_path, capsys, kind, share, split):
+    sources = {"classification": tmp_path / "labelled", "grounding": lisa / "train"}
+    save_image(tmp_path / "labelled/cat/1.png")
+    more = ("--source", sources.get(kind)) if kind != "coco" else (
+        "--annotations", coco, "--images", coco.parent / "images")  # fmt: skip
+    out = tmp_path / "out"
+    assert run("build", kind, *more, "--output", out, "--test_share", share) == 2
+    assert f"no row could be written to split {split}" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "flag, value, said",
+    [
+        ("--test_share", "abc", "expected a share in [0, 1), got 'abc'"),
+        ("--test_share", "nan", "expected a share in [0, 1), got 'nan'"),
+        ("--shots", "x", "expected a number, 1 or more, got 'x'"),
+        ("--shots", "0", "expected a number, 1 or more, got '0'"),
+    ],
+)
+def test_what_a_flag_expects(tmp_path, capsys, flag, value, said):
+    with pytest.raises(SystemExit):
+        run(
+            "build", "classification", "--source", tmp_path, "--output", tmp_path / "o", flag, value
+        )
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["build", "inspect", "export"])
+def test_an_output_below_a_file(tmp_path, capsys, command):
+    (tmp_path / "file").write_text("")
+    save_image(tmp_path / "source/cat/1.png")
+    source = json_rows(tmp_path / "rows.json", [CAT])
+    output = ("--output", tmp_path / "file/x/out.png")
+    argv = {
+        "build": ("build", "classification", "--source", tmp_path / "source"),
+        "inspect": ("inspect", "--dataset_name", source),
+        "export": ("export", "llamafactory", "--dataset_name", source),
+    }
+    assert run(*argv[command], *output) == 2
+    error = capsys.readouterr().err
+    assert "--output: expected a folder" in error and "Errno" not in error
+
+
 # --- Grounding -------------------------------------------------------------------------------
 
 
@@ -564,8 +750,11 @@ def test_lisa_folder(lisa, tmp_path, capsys):
     stored = load_rows(str(tmp_path / "out"), "train")
     assert isinstance(stored.features["mask"], datasets.Image)
     mask = np.asarray(stored[0]["mask"])
-    assert mask.shape == (50, 100) and mask[20, 55] and mask[10, 29] and not mask[45, 95]
-    assert 300 < mask.sum() < 640
+    # The small targets are painted over the large triangle of what is ignored.
+    assert mask.shape == (50, 100) and mask.dtype == np.uint8 and not mask[45, 5]
+    assert mask[20, 55] == mask[10, 29] == TARGET and mask[45, 95] == mask[2, 90] == IGNORED
+    assert 460 < (mask == TARGET).sum() < 640
+    assert stored["image_id"][:] == [0, 0]  # two instructions, one image
 
 
 def test_lisa_as_visual_rft_took_it(lisa, tmp_path):
@@ -574,6 +763,70 @@ def test_lisa_as_visual_rft_took_it(lisa, tmp_path):
     (row,) = samples(tmp_path / "out")
     assert row.solution == "<answer> (100,100),(300,500) </answer>"
     assert row.columns["problem"].endswith('<answer>(x1,y1),(x2,y2)</answer>)" format.')
+    mask = np.asarray(load_rows(str(tmp_path / "out"), "train")[0]["mask"])
+    assert mask[10, 29] == TARGET and set(np.unique(mask)) == {0, TARGET}
+    assert not mask[20, 55]
+
+
+def lisa_annotation(folder, shapes, text="what shines", encoding="utf-8"):
+    save_image(folder / "one.png", 100, 50)
+    data = json.dumps({"text": [text], "shapes": shapes}, ensure_ascii=False)
+    (folder / "one.json").write_bytes(data.encode(encoding))
+    return folder
+
+
+def box(x1, y1, x2, y2, label="target"):
+    return {"label": label, "points": [[x1, y1], [x2, y1], [x2, y2], [x1, y2]]}
+
+
+def test_lisas_labels_and_order(tmp_path):
+    """The smallest on top, whatever stands first; a label says what it is in any case."""
+    shapes = [
+        box(10, 10, 20.9, 20, "Target"),
+        box(12, 12, 14, 14, " IGNORE this"),
+        box(0, 0, 99, 49, "Flag "),
+        box(5, 5, 40, 40, "ignore"),
+        box(60, 5, 70, 9, "the cup"),
+    ]
+    source = lisa_annotation(tmp_path / "source", shapes)
+    assert run("build", "grounding", "--source", source, "--output", tmp_path / "out") == 0
+    row = load_rows(str(tmp_path / "out"), "train")[0]
+    expected = np.zeros((50, 100), np.uint8)
+    expected[5:41, 5:41] = IGNORED
+    expected[10:21, 10:21] = expected[5:10, 60:71] = TARGET
+    expected[12:15, 12:15] = IGNORED
+    assert (np.asarray(row["mask"]) == expected).all()
+    assert row["solution"] == "<answer> (100,100),(700,400) </answer>"
+
+
+def test_lisas_files_in_cp1252(tmp_path):
+    text = "the driver\u2019s seat"
+    source = lisa_annotation(tmp_path / "source", [box(1, 1, 9, 9)], text, "cp1252")
+    assert run("build", "grounding", "--source", source, "--output", tmp_path / "out") == 0
+    assert samples(tmp_path / "out")[0].columns["problem"] == grounding_problem(text)
+
+
+@pytest.mark.parametrize(
+    "shapes, said",
+    [
+        (None, "shapes: expected a list, got None"),
+        ([None], "shapes: expected objects with label and points, got None"),
+        ([{"label": "target"}], "points: expected pairs of numbers, got None"),
+        ([{"label": None, "points": []}], "expected objects with label and points"),
+        ([{"label": "target", "points": [1, 2, 3]}], "expected pairs of numbers, got [1, 2, 3]"),
+        ([{"label": "target", "points": [[1, 2, 3]] * 3}], "expected pairs of numbers"),
+        ([{"label": "target", "points": [[1, None]] * 3}], "expected pairs of numbers"),
+        ([box(1, 1, float("nan"), 9)], "expected pairs of numbers"),
+        ([box(1, 1, 10**400, 9)], "expected pairs of numbers"),
+        ([box(1, 1, 9, 9, "ignore")], "no polygon labelled target"),
+    ],
+)
+def test_a_lisa_annotation_that_cant_be_used(tmp_path, capsys, shapes, said):
+    source = lisa_annotation(tmp_path / "source", shapes)
+    assert run("build", "grounding", "--source", source, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "left out, annotation can't be used: 1 (one.json: " in error
+    assert said in error
 
 
 # --- Looking and exporting -------------------------------------------------------------------
@@ -595,6 +848,14 @@ def test_inspect_counts_and_draws(coco, tmp_path, capsys):
     assert red.mean() > 0.1  # the pictures are in it
 
 
+@pytest.mark.parametrize("name", ["sheet.pngg", "sheet", "sheet.pdf", "folder.png"])
+def test_inspect_needs_a_place_for_its_picture_first(tmp_path, capsys, monkeypatch, name):
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr("virft_fast.data.__main__.load_rows", lambda *_, **__: pytest.fail("read"))
+    assert run("inspect", "--dataset_name", "any", "--output", tmp_path / name) == 2
+    assert f"{name}: expected a" in capsys.readouterr().err
+
+
 def llamafactory_rules(folder, name):
     """What LLaMA-Factory's loader asks of a multimodal sharegpt set, as its documentation says."""
     info = json.loads((folder / "dataset_info.json").read_text())[name]
@@ -607,9 +868,10 @@ def llamafactory_rules(folder, name):
             messages = messages[1:]
         roles = [message[tags["role_tag"]] for message in messages]
         assert roles == [tags["user_tag"], tags["assistant_tag"]] * (len(roles) // 2) and roles
-        text = "".join(message[tags["content_tag"]] for message in messages)
+        text = "".join(message[tags["content_tag"]] for message in record[columns["messages"]])
         images = record[columns["images"]]
         assert text.count("<image>") == len(images)
+        assert "<video>" not in text and "<audio>" not in text
         for image in images:
             with Image.open(folder / image) as opened:
                 opened.load()
@@ -637,3 +899,111 @@ def test_export_follows_llamafactorys_rules(coco, lisa, tmp_path, capsys, task):
     assert [r["messages"][1]["content"] for r in records] == [row.solution for row in rows]
     assert records[0]["messages"][0]["content"] == "<image>" + rows[0].columns["problem"]
     assert "other" in json.loads((out / "dataset_info.json").read_text())
+
+
+def export(source, out, *more):
+    return run("export", "llamafactory", "--dataset_name", source, "--output", out, *more)
+
+
+def json_rows(path, rows):
+    path.write_text(json.dumps(rows))
+    return path
+
+
+CAT = {"problem": "What is it?", "solution": "<answer>cat</answer>"}
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "dataset_info", "x.json", ".x", "a b"])
+def test_export_deletes_nothing_by_a_name(tmp_path, capsys, name):
+    out = tmp_path / "factory"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    source = json_rows(tmp_path / "rows.json", [CAT])
+    assert export(source, out, "--name", name) == 2
+    assert "--name: expected letters" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["precious.txt"]
+
+
+def test_export_of_the_folder_one_is_in_takes_its_name(tmp_path, monkeypatch):
+    source = tmp_path / "mine"
+    source.mkdir()
+    rows = load_rows(str(json_rows(tmp_path / "rows.json", [CAT])), "train")
+    rows.to_parquet(source / "train.parquet")
+    monkeypatch.chdir(source)
+    assert export(".", tmp_path / "out") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "dataset_info.json", "mine", "mine.json",
+    ]  # fmt: skip
+    assert len(llamafactory_rules(tmp_path / "out", "mine")) == 1
+
+
+@pytest.mark.parametrize("theirs", ["mine/photo.png", "mine.json"])
+def test_export_replaces_what_is_there_only_when_told(tmp_path, capsys, theirs):
+    source, out = json_rows(tmp_path / "rows.json", [CAT]), tmp_path / "out"
+    (out / theirs).parent.mkdir(parents=True)
+    (out / theirs).write_text("mine")
+    assert export(source, out, "--name", "mine") == 2
+    assert "exists already; pass --overwrite" in capsys.readouterr().err
+    assert (out / theirs).read_text() == "mine"
+    assert export(json_rows(tmp_path / "bad.json", [{**CAT, "image": "no.png"}]), out,
+                  "--name", "mine", "--overwrite") == 2  # fmt: skip
+    assert (out / theirs).read_text() == "mine"
+    for _ in range(2):
+        assert export(source, out, "--name", "mine", "--overwrite") == 0
+    assert len(llamafactory_rules(out, "mine")) == 1
+    assert not list(out.glob(".*"))
+
+
+def test_export_leaves_what_dataset_info_says_of_a_name(tmp_path, capsys):
+    source, info = json_rows(tmp_path / "rows.json", [CAT]), tmp_path / "out/dataset_info.json"
+    info.parent.mkdir()
+    info.write_text('{"rows": {"hf_hub_url": "owner/name"}}')
+    assert export(source, info.parent) == 2
+    assert "dataset_info.json has rows already; pass --overwrite" in capsys.readouterr().err
+    assert info.read_text() == '{"rows": {"hf_hub_url": "owner/name"}}'
+
+
+def test_export_of_lisas_conversations_in_the_originals_words(tmp_path):
+    talk = [{"from": "user", "value": f"<img>{save_image(tmp_path / 'a.png')}</img>\n Where?"},
+            {"from": "assistant", "value": "(1,2),(300,400)"}]  # fmt: skip
+    source = json_rows(tmp_path / "rows.json", [{"conversations": talk}])
+    assert export(source, tmp_path / "out", "--compat_prompt") == 0
+    (record,) = llamafactory_rules(tmp_path / "out", "rows")
+    assert record["messages"][0]["content"].startswith("<image>Where? Output the thinking process")
+    assert "grouding" in record["messages"][0]["content"]
+
+
+def test_export_never_replaces_its_source(tmp_path, capsys):
+    source = json_rows(tmp_path / "rows.json", [CAT])
+    assert export(source, tmp_path, "--overwrite") == 2
+    assert "the source" in capsys.readouterr().err
+    assert json.loads(source.read_text()) == [CAT]
+    folder = tmp_path / "v1.5"
+    folder.mkdir()
+    load_rows(str(source), "train").to_parquet(folder / "train.parquet")
+    assert export(folder, tmp_path, "--overwrite") == 2
+    assert list(folder.iterdir())
+
+
+def test_export_of_odd_rows(tmp_path, capsys):
+    """What is learnt is the column completion, as in fine-tuning; no text counts as a file."""
+    user, model = {"role": "user", "content": "<video> <audio>?"}, {"role": "assistant"}
+    chats = [[user], [{"role": "system", "content": "<image>"}, user, user], [model, user],
+             [user, model | {"content": "b"}, user]]  # fmt: skip
+    rows = [
+        {"prompt": chat, "solution": "<answer>cat</answer>", "completion": completion}
+        for chat, completion in zip(
+            [[{"content": "a"} | turn for turn in chat] for chat in chats],
+            ["It is <audio>.", None, None, None],
+            strict=True,
+        )
+    ]
+    assert export(json_rows(tmp_path / "rows.json", rows), tmp_path / "out") == 0
+    records = llamafactory_rules(tmp_path / "out", "rows")
+    asked = "< video > < audio >?"
+    assert [m["content"] for m in records[0]["messages"]] == [asked, "It is < audio >."]
+    assert [m["content"] for m in records[1]["messages"]] == [
+        "< image >", f"{asked}\n{asked}", "<answer>cat</answer>",
+    ]  # fmt: skip
+    assert len(records) == 3 and len(records[2]["messages"]) == 4
+    assert "row 2 left out: prompt: expected user and assistant" in capsys.readouterr().out

@@ -141,6 +141,100 @@ def test_parquet_folder(tmp_path, names, splits):
         load_rows(str(folder), "other")
 
 
+def hub_folder(folder):
+    """Two configurations; the names of the files alone would mislead."""
+    for name in ("easy/first", "easy/second", "train-easy", "hard/train-00000-of-00001"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        rows_of(2, name).to_parquet(folder / f"{name}.parquet")
+    (folder / "README.md").write_text(
+        "---\nlicense: mit\nconfigs:\n- config_name: easy\n  data_files:\n"
+        "  - split: train\n    path: [easy/first.parquet, train-*]\n"
+        "  - split: test\n    path: easy/second.parquet\n"
+        "- config_name: hard\n  data_files: hard/*.parquet\n---\n# A set\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "config, split, files",
+    [
+        ("easy", "train", ["easy/first", "train-easy"]),
+        ("easy", "test", ["easy/second"]),
+        ("hard", "train", ["hard/train-00000-of-00001"]),
+    ],
+)
+def test_a_folders_readme_says_which_files_are_which_split(
+    tmp_path, streaming, config, split, files
+):
+    folder = hub_folder(tmp_path / "set")
+    rows = load_rows(str(folder), split, dataset_config=config, streaming=streaming)
+    samples = SampleDataset(rows)
+    asked = [samples.get(index).columns["problem"] for index in range(len(samples))]
+    assert asked == [f"{name}{i}?" for name in files for i in range(2)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "config, split, said",
+    [
+        (None, "train", "Config name is missing.*easy.*hard"),
+        ("other", "train", "'other' not found.*easy"),
+        ("hard", "test", "no split 'test', it has train"),
+    ],
+)
+def test_what_a_readme_does_not_have(tmp_path, streaming, config, split, said):
+    folder = hub_folder(tmp_path / "set")
+    with pytest.raises(ValueError, match=said):
+        load_rows(str(folder), split, dataset_config=config, streaming=streaming)
+
+
+@pytest.mark.parametrize(
+    "card, said",
+    [
+        ("---\nconfigs:\n- config_name: a\n  data_files: '*.csv'\n---\n", "name .parquet.*got csv"),
+        ("---\nconfigs:\n- config_name: a\n  data_files: no-*\n---\n", "can't be followed"),
+        ("---\nconfigs: [\n---\n", "README.md: its head can't be read"),
+        ("---\nconfigs: 3\n---\n", "can't be followed"),
+    ],
+)
+def test_a_readme_that_cant_be_followed(tmp_path, card, said):
+    rows_of().to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "rows.csv").write_text("problem,solution\na,b\n")
+    (tmp_path / "README.md").write_text(card)
+    with pytest.raises(ValueError, match=said):
+        load_rows(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    "card", [b"caf\xe9", b"", b"---\nlicense: mit\n---\nA set.", b"--- a line"]
+)
+def test_a_readme_without_configs_says_nothing(tmp_path, card):
+    rows_of().to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "README.md").write_bytes(card)
+    assert len(load_rows(str(tmp_path), "train")) == 3
+
+
+@pytest.mark.parametrize("kind", ["demo", "json", "parquet", "disk", "folder"])
+def test_a_config_that_cant_be_heeded_is_refused(tmp_path, kind):
+    name = str(tmp_path / f"set.{kind}")
+    if kind == "demo":
+        name = "shapes_detection"
+    elif kind == "json":
+        (tmp_path / "set.json").write_text(json.dumps([{"problem": "p", "solution": "s"}]))
+    elif kind == "parquet":
+        rows_of().to_parquet(name)
+    elif kind == "disk":
+        rows_of().save_to_disk(name)
+    else:
+        (tmp_path / "set.folder").mkdir()
+        rows_of().to_parquet(tmp_path / "set.folder/train.parquet")
+    streams = [False, True] if kind in ("parquet", "folder") else [False]
+    for streaming in streams:
+        with pytest.raises(ValueError, match="--dataset_config small: expected a hub id"):
+            load_rows(name, "train", dataset_config="small", streaming=streaming)
+
+
 def test_parquet_file_without_metadata(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -197,17 +291,47 @@ LISA = [
 ]
 
 
-def test_lisa(tmp_path):
+@pytest.mark.parametrize("compat", [False, True])
+def test_lisa(tmp_path, compat):
+    """The box is asked for as Visual-RFT does when it loads the file; its spelling on demand."""
     (tmp_path / "images").mkdir()
     red().save(tmp_path / "images" / "a.png")
     (tmp_path / "lisa.json").write_text(json.dumps([{"id": "1", "conversations": LISA}]))
-    sample = SampleDataset(load_rows(str(tmp_path / "lisa.json"), "train")).get(0)
+    rows = load_rows(str(tmp_path / "lisa.json"), "train")
+    sample = SampleDataset(rows, compat_prompt=compat).get(0)
     assert sample.solution == "<answer> (1,2),(300,400) </answer>"
     assert sample.images[0].size == (4, 3)
-    text = {"type": "text", "text": "Output the bounding box of the cat."}
+    box, end = ("grouding", ")") if compat else ("grounding", "")
+    asked = (
+        "Output the bounding box of the cat. Output the thinking process in <think> </think> and "
+        f'your {box} box. Following "<think> thinking process </think>\n'
+        f'<answer>(x1,y1),(x2,y2)</answer>{end}" format.'
+    )
+    text = {"type": "text", "text": asked}
     assert sample.messages == ({"role": "user", "content": [{"type": "image"}, text]},)
     assert sample.columns["problem"] == text["text"] and sample.columns["id"] == "1"
     assert sample.columns["solution"] == sample.solution
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        ("<image>\nWhere is the cat?", "(1,2),(300,400)"),  # LLaVA's
+        ("<img>{}</img> What is it?", "A cat at (1,2),(300,400)."),
+        ("<img>{}</img> Answer <answer>(x1,y1),(x2,y2)</answer>", "(1,2),(300,400)"),
+    ],
+)
+def test_other_conversations_are_asked_as_they_stand(tmp_path, asked, said):
+    red().save(tmp_path / "a.png")
+    asked = asked.format(tmp_path / "a.png")
+    turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
+    sample = one({"conversations": turns, "image": red()}, compat_prompt=True)
+    assert sample.columns["problem"] == asked.rpartition("</img>")[2].strip()
+
+
+def test_compat_prompt_without_conversations_is_refused():
+    with pytest.raises(ValueError, match="--compat_prompt: expected LISA's conversations"):
+        SampleDataset([{"problem": "p", "solution": SOLUTION}], compat_prompt=True)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +348,32 @@ def test_lisa(tmp_path):
 def test_bad_conversation(turns, match):
     bad = one({"conversations": turns})
     assert isinstance(bad, BadRow) and match in bad.reason
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["https://host/a.png", "s3://bucket/a.png", "file:///a.png", "data:image/png;base64,a"],
+)
+def test_an_address_is_refused_wherever_it_stands(tmp_path, address):
+    talk = [{"from": "user", "value": f"<img>{address}</img>What?"}, LISA[1]]
+    rows = [
+        {"image_path": address, "problem": "p", "solution": "s"},
+        {"image_path": [address], "problem": "p", "solution": "s"},
+    ]
+    for name, records in (("rows", rows), ("talk", [{"conversations": talk}])):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(records))
+        samples = SampleDataset(load_rows(str(path), "train"))
+        for index in range(len(samples)):
+            bad = samples.get(index)
+            assert bad.reason.startswith(f"image {address}: ValueError: nothing is downloaded")
+
+
+def test_a_file_with_a_colon_in_its_name_is_no_address(tmp_path):
+    red().save(tmp_path / "frame:1.png")
+    rows = [{"image_path": "frame:1.png", "problem": "p", "solution": "s"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert SampleDataset(load_rows(str(tmp_path / "rows.json"), "train")).get(0).images
 
 
 def test_hub(monkeypatch):

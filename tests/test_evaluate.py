@@ -367,7 +367,12 @@ def test_what_is_done_is_not_asked_again_unless_the_model_changes(shapes, tmp_pa
     assert main([*argv, "--overwrite"]) == 0
     assert len(answers.asked) == 8
     weights = next(model.glob("*.safetensors"))
-    os.utime(weights, ns=(0, 0))
+    os.utime(weights, ns=(0, 0))  # a copy is the same model
+    assert main(argv) == 0
+    assert len(answers.asked) == 8
+    with weights.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\0\0\0\1")
     assert main(argv) == 0
     assert len(answers.asked) == 11
 
@@ -445,6 +450,7 @@ def test_grounding_with_masks(lisa, sam_path, tmp_path, answers):
             "--task", "grounding", "--pictures", "0", "--bootstrap", "10"]  # fmt: skip
     assert main(argv) == 0
     one, two = read_jsonl(output)
+    assert [one["image_id"], two["image_id"]] == [0, 1]
     assert two["mask"]["intersection"] == 0 and two["mask"]["union"] == 30 * 30
     row = load_rows(str(lisa), "test")[0]
     sam = MaskModel(str(sam_path), torch.device("cpu"))

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -265,6 +266,38 @@ def test_closed_set(text, label):
     assert ClosedSet(["saint bernard", "pug", "bulldog", "french bulldog"])(text) == label
 
 
+CRAFT = ["737-200", "747-100", "A300B4", "MD-11", "DC-10", "707-320"]
+OTHERS = ["saint bernard", "wallflower", "ant", "american pit bull terrier", "cat", "lotus"]
+
+
+@pytest.mark.parametrize(
+    "text, label",
+    [
+        ("Airbus A300-B4", "A300B4"),
+        ("Airbus A300 B4", "A300B4"),
+        ("McDonnell Douglas MD11", "MD-11"),
+        ("the Boeing 737200", "737-200"),
+        ("a SaintBernard dog", "saint bernard"),
+        ("an American pitbull terrier", "american pit bull terrier"),
+        ("a wall flower", "wallflower"),
+    ],
+)
+def test_a_label_is_found_however_its_words_are_joined(text, label):
+    assert ClosedSet([*CRAFT, *OTHERS])(f"<answer>{text}</answer>") == label
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Boeing 737-2000", "Boeing 1737-200", "Boeing 7 37200", "Boeing 737-20 0", "the MD-1 1",
+        "an A300B42", "an A3 00B4", "an T shirt", "the concatenation", "a c at",
+        "SaintBernards are", "a Boeing 737-200 or MD11", "it may well be some MD11",
+    ],
+)  # fmt: skip
+def test_no_label_is_found_by_halves(text):
+    assert ClosedSet([*CRAFT, *OTHERS])(f"<answer>{text}</answer>") is None
+
+
 def test_closed_set_measures_by_hand():
     """Three cats, of which two are named so and one is taken for a dog; one dog without a label: 2
     of 4 are right, the classes have 2/3 and 0."""
@@ -301,6 +334,29 @@ def test_box_iou_by_hand():
     found = results("grounding", [half, record(1, solution, solution)])
     assert found.means["box_acc50"] == 0.5
     assert found.means["box_iou"] == pytest.approx((0.02 / 0.060001 + 0.04 / 0.040001) / 2)
+
+
+def png(pixels, mode):
+    file = io.BytesIO()
+    Image.fromarray(np.array(pixels, np.uint8)).convert(mode).save(file, "PNG")
+    return {"mask": {"bytes": file.getvalue()}}
+
+
+@pytest.mark.parametrize(
+    "mode, pixels, areas",
+    [
+        # SAM takes the whole row: the ignored third pixel is neither shared nor more.
+        ("L", [[255, 0, 128, 255]], {"intersection": 2, "union": 3}),
+        ("1", [[255, 0, 0, 255]], {"intersection": 2, "union": 4}),  # as sets had it before
+    ],
+)
+def test_ignored_pixels_count_neither_way(mode, pixels, areas):
+    sample = SimpleNamespace(images=(Image.new("RGB", (4, 1)),))
+    true = grounding.true_mask(png(pixels, mode))
+    whole = lambda images, boxes: [np.ones((1, 4), bool)] * len(images)  # noqa: E731
+    answers = [record(0, text, "") for text in ("<answer>(0,0),(1000,1000)</answer>", "where?")]
+    found = grounding.mask_areas(whole, answers, [sample] * 2, [true] * 2)
+    assert found == [areas, {"intersection": 0, "union": 2}]
 
 
 def test_mask_measures_by_hand():

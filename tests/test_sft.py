@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from virft_fast import sft
 from virft_fast.batch import Sample
+from virft_fast.data.loading import taught_answer
 from virft_fast.train import main
 
 
@@ -25,7 +26,7 @@ from virft_fast.train import main
     ],
 )
 def test_what_is_learnt(columns, expected):
-    assert sft.answer_text(Sample(0, (), (), "<answer>cat</answer>", columns)) == expected
+    assert taught_answer(Sample(0, (), (), "<answer>cat</answer>", columns)) == expected
 
 
 def state_for(processor, **more):
@@ -42,7 +43,7 @@ def test_loss_and_gradient_are_those_of_plain_cross_entropy(processor, prompts, 
     model = state.policy.model
     total, count = 0.0, 0
     for prompt in prompts:
-        answer = sft.answer_ids(processor.tokenizer, sft.answer_text(prompt.sample))
+        answer = sft.answer_ids(processor.tokenizer, taught_answer(prompt.sample))
         inputs = state.policy.collate(
             [prompt], [[answer]], pad_token_id=0, device=CPU, packed=False
         )

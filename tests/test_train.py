@@ -15,18 +15,21 @@ import psutil
 import pytest
 import torch
 from helpers import command, environment, read_jsonl, run
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
 from virft_fast import checkpoint
+from virft_fast.config import DataConfig, EvalConfig, RunConfig
 from virft_fast.data.demo import build_demo
+from virft_fast.evaluation.run import of_dataset
 from virft_fast.metrics import MetricsWriter
 from virft_fast.models import shared_prefix
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import load_model
 from virft_fast.models.tiny import TINY_PATH
 from virft_fast.rollout.native import cache_numbers
-from virft_fast.train import _read_curve, main, parse_args
+from virft_fast.train import _read_curve, main, parse_args, prepare_data
 
 ROOT = Path(__file__).parent.parent
 TINY_WEIGHTS = TINY_PATH / "model.safetensors"
@@ -577,3 +580,19 @@ def test_bad_rows_are_skipped_counted_and_named(tmp_path, caplog):
     assert read_jsonl(tmp_path / "o/metrics.jsonl")[-1]["bad_rows"] == 3
     argv = [*argv, "--overwrite_output_dir", "--max_bad_rows", 1]
     assert main([str(a) for a in argv]) == 1
+
+
+def test_compat_prompt_reaches_training_and_evaluation(tmp_path, processor):
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    talk = [{"from": "user", "value": "<img>a.png</img>Where?"},
+            {"from": "assistant", "value": "(1,2),(300,400)"}]  # fmt: skip
+    path = tmp_path / "lisa.json"
+    path.write_text(json.dumps([{"conversations": talk}]))
+    for compat in (False, True):
+        config = RunConfig(data=DataConfig(dataset_name=str(path), compat_prompt=compat))
+        asked = prepare_data(config, processor).train.load(0).sample.columns["problem"]
+        questions = of_dataset(
+            EvalConfig(dataset_name=str(path), split="train", compat_prompt=compat)
+        )
+        assert questions.samples().get(0).columns["problem"] == asked
+        assert ("your grouding box" in asked) is compat

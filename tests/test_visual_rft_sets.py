@@ -59,7 +59,7 @@ DETECTION = {
     "coco_all": ("coco", ("person", "cat", "dog"), ("all",), "all"),
     "coco_base65": ("coco", ("person", "dog", *NOVEL_15), ("base65",), "novel15"),
     "coco_8_cate_4_shot": ("coco", COCO_8, ("few8", "--shots", "4"), "few8"),
-    "lvis_few_shot": ("lvis", (*LVIS_6, "zebra"), ("lvis6", "--shots", "4"), "lvis6"),
+    "lvis_few_shot": ("lvis", (*LVIS_6, "zebra"), ("lvis6", "--shots", "10"), "lvis6"),
 }
 CLASSIFICATION = {"flowers102": flowers, "aircraft": aircraft, "cars196": cars, "pets37": pets}
 

@@ -105,13 +105,18 @@ class DataConfig:
         "A save_to_disk folder, JSON, JSONL or parquet file, hub id, or a demo data set: "
         "shapes_detection, digits_classification.",
     )
-    dataset_config: str | None = arg(None, "Configuration name of a hub data set.")
+    dataset_config: str | None = arg(
+        None, "Configuration name of a hub data set, or of a folder with a README.md like one."
+    )
     dataset_train_split: str = arg("train", "Split to train on.")
     dataset_test_split: str = arg("test", "Split for --eval_samples.")
     dataset_streaming: bool = arg(
         False, "Read parquet files, of this machine or the hub, in parts while training."
     )
     task: str = arg("auto", "detection, classification, grounding, or auto: read off the data.")
+    compat_prompt: bool = arg(
+        False, "LISA's conversations: ask for the box as the original does, to the letter."
+    )
     max_prompt_length: int | None = arg(
         None, "A longer prompt, in tokens with its images, is skipped and counted, never cut."
     )
@@ -365,6 +370,7 @@ class EvalConfig:
         "all",
         "coco and lvis: all, names separated by commas, or base65, novel15, few8, lvis13, lvis6.",
     )
+    compat_prompt: bool = arg(False, "As in training.")
     exists_map: str | None = arg(
         None, "JSON {image: [category, ...]}: ask about these alone, as Visual-RFT does."
     )
@@ -419,6 +425,8 @@ class EvalConfig:
             _require(bool(self.images), "images", "the folder of the images", self.images)
             _require(not self.dataset_name, "dataset_name", "none beside --annotations",
                      self.dataset_name)  # fmt: skip
+            _require(not self.compat_prompt, "compat_prompt", "--dataset_name with it",
+                     self.compat_prompt)  # fmt: skip
         else:
             self.dataset_name = self.dataset_name or "shapes_detection"
             for name in ("images", "allow_missing", "ask_exists"):

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from virft_fast.batch import Prompt, Rollouts, Sample
-from virft_fast.data.loading import spoken_text
+from virft_fast.batch import Prompt, Rollouts
+from virft_fast.data.loading import taught_answer
 from virft_fast.grpo import (
     Microbatch,
     StepStats,
@@ -39,12 +39,6 @@ AS_CROSS_ENTROPY: dict[str, Any] = {
 }
 
 
-def answer_text(sample: Sample) -> str:
-    """What the model is to learn to say: the column `completion` where the row has one, else its
-    solution."""
-    return spoken_text(sample.columns.get("completion")) or sample.solution
-
-
 def answer_ids(tokenizer: Any, text: str) -> Tensor:
     """(C,) tokens of an answer, EOS included."""
     ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -65,7 +59,7 @@ def train_step(
     """
     stats, start = StepStats(), time.perf_counter()
     torch.manual_seed(state.seed + state.step)
-    texts = [answer_text(prompt.sample) for prompt in prompts]
+    texts = [taught_answer(prompt.sample) for prompt in prompts]
     with stats.timed("train"):
         answers, microbatches, weights = prepare(state, prompts, texts, stats)
         learning_rate = state.learning_rate(state.step)

@@ -50,6 +50,7 @@ from virft_fast.data import (
     TooManyBadRows,
     load_rows,
 )
+from virft_fast.data.loading import taught_answer
 from virft_fast.data.prompts import PromptSource
 from virft_fast.engine import (
     DeepSpeedEngine,
@@ -358,7 +359,8 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
         dataset_config=config.data.dataset_config,
         streaming=config.data.dataset_streaming,
     )
-    samples = SampleDataset(rows)
+    compat = config.data.compat_prompt
+    samples = SampleDataset(rows, compat_prompt=compat)
     task = config.data.task
     preferences = config.train.algorithm == "dpo"
     if preferences:
@@ -377,7 +379,7 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
     elif preferences:
         fits = partial(dpo.check_pair, processor.tokenizer, longest)
     train = PromptSource(
-        SampleDataset(rows, check_solution=check),
+        SampleDataset(rows, check_solution=check, compat_prompt=compat),
         processor,
         max_prompt_length=config.data.max_prompt_length,
         check=fits,
@@ -390,7 +392,9 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
             dataset_config=config.data.dataset_config,
             streaming=config.data.dataset_streaming,
         )
-        test = replace_rows(train, SampleDataset(test_rows, check_solution=check))
+        test = replace_rows(
+            train, SampleDataset(test_rows, check_solution=check, compat_prompt=compat)
+        )
     names = [] if preferences else config.grpo.reward_funcs or tasks.DEFAULT_REWARDS[task]
     return Data(
         train=train,
@@ -404,7 +408,7 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
 
 
 def _answer_fits(tokenizer: Any, most: int, sample: Sample) -> str | None:
-    count = len(sft.answer_ids(tokenizer, sft.answer_text(sample)))
+    count = len(sft.answer_ids(tokenizer, taught_answer(sample)))
     if count <= most:
         return None
     return f"the answer has {count} tokens, more than --max_completion_length {most}; raise it"

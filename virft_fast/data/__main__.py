@@ -29,8 +29,8 @@ from virft_fast.data.coco import (
     plan_detection,
     read_annotations,
 )
-from virft_fast.data.export import export_llamafactory
-from virft_fast.data.inspection import inspect
+from virft_fast.data.export import check_export, export_llamafactory
+from virft_fast.data.inspection import check_picture, inspect
 from virft_fast.data.lisa import plan_grounding, read_lisa
 from virft_fast.data.mia import Layout
 from virft_fast.data.writing import Built, Plan, check_output, drop_missing, write_dataset
@@ -129,7 +129,7 @@ def _classification_arguments(parser: argparse.ArgumentParser) -> None:
     add("--source", type=Path, required=True, help="folder or CSV file")
     add("--reader", choices=sorted(READERS), default="folder", help="layout of the source")
     add("--images", type=Path, help="where the paths of a CSV file start; default: its folder")
-    add("--shots", type=_positive, help="images of each class in train; default: all")
+    add("--shots", type=_positive, help="images of each class in train, at most; default: all")
     add("--thing", help='what the images show, as in "an image containing a plant"')
     add("--kind", help='what is asked for, as in "the species of the plant"')
     parser.set_defaults(run=_build_classification)
@@ -148,7 +148,7 @@ def _grounding_arguments(parser: argparse.ArgumentParser) -> None:
 def _dataset_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--dataset_name", required=True, help="as in training")
-    add("--dataset_config", help="configuration of a hub data set")
+    add("--dataset_config", help="configuration of a hub data set, or of a folder like one")
     add("--dataset_streaming", action="store_true", help="read parquet in parts, as in training")
     add("--split", default="train")
     add("--task", choices=("auto", "detection", "classification", "grounding"), default="auto")
@@ -223,6 +223,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output", type=Path, required=True, help="LLaMA-Factory's data folder, or a new one")
     add("--name", help="of the data set there; default: the source's name")
+    add("--overwrite", action="store_true", help="replace a data set of that name")
+    add("--compat_prompt", action="store_true", help="as in training")
     parser.set_defaults(run=_export)
 
 
@@ -242,17 +244,17 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"expected a share in [0, 1), got {text}")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a share in [0, 1), got {text!r}")
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
-    return value
+    with contextlib.suppress(ValueError):
+        if int(text) >= 1:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"expected a number, 1 or more, got {text!r}")
 
 
 def _progress(items: Any, total: int | None = None) -> Any:
@@ -268,6 +270,10 @@ def _build_detection(arguments: argparse.Namespace) -> None:
     sources = (arguments.annotations, arguments.images, arguments.test_annotations,
                arguments.test_images)  # fmt: skip
     check_output(arguments.output, arguments.overwrite, sources)
+    if arguments.test_share and arguments.test_annotations:
+        raise ValueError("--test_share: expected no --test_annotations beside it; leave one out")
+    if arguments.test_images and not arguments.test_annotations:
+        raise ValueError("--test_images: expected --test_annotations with it; pass both")
     annotations = read_annotations(arguments.annotations, arguments.kind)
     categories = pick_categories(annotations, arguments.kind, arguments.categories)
     extent_for = _extent_for(arguments)
@@ -316,10 +322,10 @@ def _build_detection(arguments: argparse.Namespace) -> None:
         describe(other, built)
         chosen = _same_categories(annotations, categories, other, built, arguments.test_annotations)
         splits["test"] = plan(other, arguments.test_images or arguments.images, chosen)
-    elif held_out:
+    elif arguments.test_share:
         splits["test"] = plan(annotations, arguments.images, keep=lambda image: image in held_out)
     columns = {"problem": "string", "solution": "string", "category": "string", "image_id": "int64"}
-    _write(arguments, splits, columns, built, f"{arguments.kind.upper()} detection")
+    _write(arguments, splits, columns, built, f"{arguments.kind.upper()} detection", "detection")
 
 
 def _same_categories(
@@ -351,11 +357,16 @@ def _build_classification(arguments: argparse.Namespace) -> None:
     if arguments.source.is_dir() == (arguments.reader == "csv"):
         expected = "a CSV file" if arguments.reader == "csv" else "a folder"
         raise ValueError(f"--source {arguments.source}: expected {expected}; see --reader")
+    if arguments.images and arguments.reader != "csv":
+        raise ValueError(f"--images: expected --reader csv with it, got {arguments.reader}")
     rows: list[Labelled]
     if arguments.reader == "csv":
         rows = read_csv(arguments.source, arguments.images)
     else:
         rows = reader(arguments.source)
+    built = Built()
+    if arguments.allow_missing:  # before so many of them are drawn
+        rows = drop_missing({"": rows}, built, allow_missing=True)[""]
     thing, kind = CLASSIFICATION_SETS.get(arguments.reader, ("object", "class"))
     splits = plan_classification(
         rows,
@@ -364,9 +375,11 @@ def _build_classification(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         shots=arguments.shots,
         test_share=arguments.test_share,
+        built=built,
     )
     columns = {"problem": "string", "solution": "string", "label": "string"}
-    _write(arguments, splits, columns, Built(), f"{arguments.reader} classification")
+    title = f"{arguments.reader} classification"
+    _write(arguments, splits, columns, built, title, "classification")
 
 
 def _build_grounding(arguments: argparse.Namespace) -> None:
@@ -392,8 +405,9 @@ def _build_grounding(arguments: argparse.Namespace) -> None:
         if set(splits) != {"train"}:
             raise ValueError("--test_share: the source has splits of its own; leave it out")
         splits = _hold_out(splits["train"], arguments.test_share, arguments.seed)
-    columns = {"problem": "string", "solution": "string", "mask": datasets.Image()}
-    _write(arguments, splits, columns, built, "LISA grounding")
+    columns = {"problem": "string", "solution": "string", "image_id": "int64",
+               "mask": datasets.Image()}  # fmt: skip
+    _write(arguments, splits, columns, built, "LISA grounding", "grounding")
 
 
 def _hold_out(plans: Sequence[Plan], share: float, seed: int) -> dict[str, list[Plan]]:
@@ -430,6 +444,7 @@ def _write(
     columns: Mapping[str, Any],
     built: Built,
     title: str,
+    task: str,
 ) -> None:
     import datasets
 
@@ -446,6 +461,7 @@ def _write(
         features,
         built,
         card=lambda built: _card(arguments, title, built),
+        check=lambda row: check_solution(task, row["solution"], row.get("extent")),
         progress=_progress,
     )
     print("\n".join(built.lines()))
@@ -648,25 +664,36 @@ def _load(arguments: argparse.Namespace) -> Any:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
+    check_picture(arguments.output)
     rows = _load(arguments)
     found = inspect(rows, task=arguments.task, pictures=arguments.pictures, progress=_progress)
     print("\n".join(found.lines()))
     if found.pictures:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         found.sheet().save(arguments.output)
         print(f"written: {arguments.output}")
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    source = Path(arguments.dataset_name).expanduser().resolve()
+    known = source.suffix in (".json", ".jsonl", ".parquet")
+    name = arguments.name if arguments.name is not None else source.stem if known else source.name
+    check_export(arguments.output, name, overwrite=arguments.overwrite)
+    if source in [(arguments.output / file).resolve() for file in (name, f"{name}.json")]:
+        raise ValueError(f"--name {name}: the source {source} would be replaced; pass another")
     rows = _load(arguments)
-    plain = SampleDataset(rows)
+    plain = SampleDataset(rows, compat_prompt=arguments.compat_prompt)
     task = arguments.task
     if task == "auto":
         first = (plain.get(index) for index in range(min(len(plain), 50)))
         task = detect_task([s.solution for s in first if hasattr(s, "solution")])
-    samples = SampleDataset(rows, check_solution=partial(check_solution, task))
-    name = arguments.name or Path(arguments.dataset_name).stem
-    count, bad = export_llamafactory(samples, arguments.output, name, progress=_progress)
+    samples = SampleDataset(
+        rows,
+        check_solution=partial(check_solution, task),
+        compat_prompt=arguments.compat_prompt,
+    )
+    count, bad = export_llamafactory(
+        samples, arguments.output, name, overwrite=arguments.overwrite, progress=_progress
+    )
     for row in bad[:10]:
         print(f"row {row.index} left out: {row.reason}")
     print(f"{count} rows, {len(bad)} left out")

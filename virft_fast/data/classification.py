@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import csv
 import random
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from virft_fast.data.writing import Plan, listing
+import numpy as np
+
+from virft_fast.data.loading import NOT_DOWNLOADED, is_address, placed
+from virft_fast.data.writing import Built, Plan
 from virft_fast.tasks.prompts import classification_problem
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -28,8 +31,9 @@ class Labelled(NamedTuple):
 
 
 def read_folder(root: Path) -> list[Labelled]:
-    """CLASS/image, or train/CLASS/image and test/CLASS/image (val and valid count as test)."""
-    splits = {"train": "train", "test": "test", "val": "test", "valid": "test"}
+    """CLASS/image, or train/CLASS/image and test/CLASS/image (val, valid and validation count as
+    test)."""
+    splits = {"train": "train", **dict.fromkeys(("test", "val", "valid", "validation"), "test")}
     found = [root / name for name in splits if (root / name).is_dir()]
     if found:
         rows = [row._replace(split=splits[f.name]) for f in found for row in _classes(f)]
@@ -57,43 +61,73 @@ def read_csv(path: Path, images: Path | None = None) -> list[Labelled]:
     """Columns image and label, maybe split; paths start at `images` or at the file's folder."""
     names = {"image": ("image", "image_path", "path", "file", "filename"),
              "label": ("label", "class", "species", "name")}  # fmt: skip
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        header = [name.strip() for name in reader.fieldnames or ()]
-        reader.fieldnames = header
-        column = {
-            key: next((name for name in options if name in header), None)
-            for key, options in names.items()
-        }
-        if None in column.values():
-            raise ValueError(
-                f"{path}: expected the columns image and label (and maybe split), got "
-                f"{', '.join(header) or 'none'}"
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(
+                _csv_rows(csv.DictReader(file, strict=True), names, path, images or path.parent)
             )
-        rows = []
-        for number, row in enumerate(reader, start=2):
-            image, label = row[column["image"]], row[column["label"]]
-            split = (row.get("split") or "").strip() or None
-            if not image or not (label or "").strip():
-                raise ValueError(f"{path}: line {number}: expected an image and a label")
-            if split not in (None, "train", "test"):
-                raise ValueError(
-                    f"{path}: line {number}: split: expected train or test, got {split!r}"
-                )
-            rows.append(Labelled((images or path.parent) / image.strip(), label.strip(), split))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: expected CSV in UTF-8: {error}") from error
     if not rows:
         raise ValueError(f"{path}: expected rows, got a header only")
     return rows
 
 
+def _csv_rows(
+    reader: csv.DictReader, names: Mapping[str, Sequence[str]], path: Path, folder: Path
+) -> Iterator[Labelled]:
+    header = [name.strip() for name in reader.fieldnames or ()]
+    reader.fieldnames = header
+    column = {
+        key: next((name for name in options if name in header), None)
+        for key, options in names.items()
+    }
+    if None in column.values():
+        raise ValueError(
+            f"{path}: expected the columns image and label (and maybe split), got "
+            f"{', '.join(header) or 'none'}"
+        )
+    lines: dict[Path, int] = {}
+    for row in reader:
+        number = reader.line_num
+        if None in row:  # such as a comma in a label without quotes around it
+            raise ValueError(
+                f"{path}: line {number}: expected {len(header)} cells, got more; put a text that "
+                "holds a comma in quotes"
+            )
+        image, label = row[column["image"]], row[column["label"]]
+        split = (row.get("split") or "").strip() or None
+        if not (image or "").strip() or not (label or "").strip():
+            raise ValueError(f"{path}: line {number}: expected an image and a label")
+        if not label.strip().isprintable() or "answer>" in label:
+            raise ValueError(
+                f"{path}: line {number}: expected a label of one line, got {label!r:.80}"
+            )
+        if split not in (None, "train", "test"):
+            raise ValueError(f"{path}: line {number}: split: expected train or test, got {split!r}")
+        file = placed(folder, image.strip())
+        if is_address(file):
+            raise ValueError(f"{path}: line {number}: image {file:.200}: {NOT_DOWNLOADED}")
+        if Path(file) in lines:
+            raise ValueError(
+                f"{path}: line {number}: image {file} is in line {lines[Path(file)]} already; give "
+                "each one once"
+            )
+        lines[Path(file)] = number
+        yield Labelled(Path(file), label.strip(), split)
+
+
 def read_flowers102(root: Path) -> list[Labelled]:
     """jpg/image_00001.jpg, imagelabels.mat and setid.mat. Train and valid are "train"."""
-    labels = _matlab(root, "imagelabels.mat")["labels"].ravel()
-    sets = _matlab(root, "setid.mat")
+    (labels,) = _matlab(root, "imagelabels.mat", "labels")
+    sets = _matlab(root, "setid.mat", "trnid", "valid", "tstid")
     rows = []
-    for split, keys in (("train", ("trnid", "valid")), ("test", ("tstid",))):
-        for number in sorted(int(n) for key in keys for n in sets[key].ravel()):
-            label = FLOWERS[int(labels[number - 1]) - 1]
+    for split, parts in (("train", sets[:2]), ("test", sets[2:])):
+        for number in sorted(
+            _place(n, len(labels), f"{root / 'setid.mat'}: image") for p in parts for n in p
+        ):
+            where = f"{root / 'imagelabels.mat'}: label of image {number}"
+            label = FLOWERS[_place(labels[number - 1], len(FLOWERS), where) - 1]
             rows.append(Labelled(root / "jpg" / f"image_{number:05d}.jpg", label, split))
     return rows
 
@@ -112,16 +146,24 @@ def read_aircraft(root: Path) -> list[Labelled]:
 def read_cars196(root: Path) -> list[Labelled]:
     """Stanford Cars: cars_train/, cars_test/, devkit/cars_meta.mat and cars_train_annos.mat, and
     cars_test_annos_withlabels.mat, here or in devkit/."""
-    names = [str(name[0]) for name in _matlab(root, "cars_meta.mat")["class_names"].ravel()]
+    (names,) = _matlab(root, "cars_meta.mat", "class_names")
     rows = []
     for split, file in (
         ("train", "cars_train_annos.mat"),
         ("test", "cars_test_annos_withlabels.mat"),
     ):
-        for record in _matlab(root, file)["annotations"].ravel():
-            label = names[int(record["class"].item()) - 1]
-            image = root / f"cars_{split}" / str(record["fname"].item())
-            rows.append(Labelled(image, label, split))
+        (records,) = _matlab(root, file, "annotations")
+        fields = records.dtype.names or ()
+        if not {"class", "fname"} <= set(fields):
+            raise ValueError(
+                f"{root}: {file}: expected annotations with class and fname, got "
+                f"{', '.join(fields) or 'none'}; take the file with labels"
+            )
+        for number, record in enumerate(records, start=1):
+            where = f"{root}: {file}: annotation {number}"
+            kind = _place(_only(record["class"], where), len(names), f"{where}: class")
+            image = root / f"cars_{split}" / str(_only(record["fname"], where))
+            rows.append(Labelled(image, str(_only(names[kind - 1], where)), split))
     return rows
 
 
@@ -148,22 +190,51 @@ READERS: dict[str, Callable[[Path], list[Labelled]]] = {
 }
 
 
-def _matlab(root: Path, name: str) -> dict:
+def _matlab(root: Path, name: str, *fields: str) -> list[Any]:
+    """The fields of a MATLAB file, each as a flat array."""
     from scipy.io import loadmat
 
     path = next((p for p in (root / name, root / "devkit" / name) if p.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{root}: expected {name} in it or in its devkit/")
     try:
-        return loadmat(path)
+        data = loadmat(path)
     except Exception as error:  # a damaged file raises whatever its bytes led to
         raise ValueError(f"{path}: expected a MATLAB file: {error}") from error
+    missing = [field for field in fields if field not in data]
+    if missing:
+        found = ", ".join(name for name in data if not name.startswith("__")) or "none"
+        raise ValueError(f"{path}: expected the field {missing[0]}, got {found}")
+    return [np.asarray(data[field]).ravel() for field in fields]
+
+
+def _place(number: Any, most: int, where: str) -> int:
+    """A place in a list, counted from 1."""
+    try:
+        place = int(number)
+    except (TypeError, ValueError, OverflowError):
+        place = 0
+    if not 1 <= place <= most:
+        raise ValueError(f"{where}: expected a number from 1 to {most}, got {number!s:.60}")
+    return place
+
+
+def _only(value: Any, where: str) -> Any:
+    """What MATLAB has in a cell."""
+    found = np.asarray(value).ravel()
+    if len(found) != 1:
+        raise ValueError(f"{where}: expected one value, got {value!r:.60}")
+    return found.item()
 
 
 def _lines(path: Path, what: str) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the layout of {what}'s archive")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def plan_classification(
@@ -174,16 +245,20 @@ def plan_classification(
     seed: int,
     shots: int | None = None,
     test_share: float = 0.0,
+    built: Built | None = None,
 ) -> dict[str, list[Plan]]:
     """Splits of rows that ask for the class.
 
     Args:
         thing, kind: of the question, e.g. "plant" and "species".
-        shots: so many images of each class in "train", chosen by the seed; None: all.
+        shots: at most so many images of each class in "train", chosen by the seed; None: all.
         test_share: of each class that goes to "test", where the source has no split of its own.
+        built: told of the classes with fewer images than `shots`.
     Raises:
-        ValueError: a class has fewer than `shots` images.
+        ValueError: the source has splits of its own and `test_share` is not 0.
     """
+    if test_share and rows and all(row.split for row in rows):
+        raise ValueError("--test_share: the source has splits of its own; leave it out")
     rng = random.Random(seed)
     splits: dict[str, list[Labelled]] = {"train": [], "test": []}
     unsplit: dict[str, list[Labelled]] = defaultdict(list)
@@ -198,7 +273,7 @@ def plan_classification(
         splits["test"] += of_class[:held_out]
         splits["train"] += of_class[held_out:]
     if shots is not None:
-        splits["train"] = list(_few(splits["train"], shots, rng))
+        splits["train"] = list(_few(splits["train"], shots, rng, built or Built()))
     rng.shuffle(splits["train"])
     problem = classification_problem(thing, kind)
     return {
@@ -208,17 +283,21 @@ def plan_classification(
             for r in part
         ]
         for name, part in splits.items()
-        if part
+        if part or test_share  # what was asked for and is empty is found out when it is written
     }  # fmt: skip
 
 
-def _few(rows: Sequence[Labelled], shots: int, rng: random.Random) -> Iterator[Labelled]:
-    counts = Counter(row.label for row in rows)
-    few = sorted(label for label, count in counts.items() if count < shots)
-    if few:
-        raise ValueError(f"--shots {shots}: expected as many images, {listing(few)} has fewer")
-    for label in sorted(counts):
-        yield from rng.sample([row for row in rows if row.label == label], shots)
+def _few(
+    rows: Sequence[Labelled], shots: int, rng: random.Random, built: Built
+) -> Iterator[Labelled]:
+    by_label: dict[str, list[Labelled]] = defaultdict(list)
+    for row in rows:
+        by_label[row.label].append(row)
+    built.note_few(
+        {k: len(by_label[k]) for k in sorted(by_label) if len(by_label[k]) < shots}, shots
+    )
+    for label in sorted(by_label):
+        yield from rng.sample(by_label[label], min(shots, len(by_label[label])))
 
 
 # The archive has numbers only.

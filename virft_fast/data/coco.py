@@ -307,6 +307,7 @@ def plan_detection(
         extent_for: (width, height) of an image -> the space of its boxes; None: 0..1000.
         built: told of the categories with fewer images than `shots`; LVIS's rare ones have that.
     """
+
     rng = random.Random(seed)
     chosen = set(categories)
     by_category: dict[int, list[int]] = {category: [] for category in categories}

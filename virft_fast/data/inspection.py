@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import re
+import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from virft_fast.batch import Sample
 from virft_fast.data.drawing import TRUE, contact_sheet, draw_boxes
-from virft_fast.data.loading import BadRow, SampleDataset
+from virft_fast.data.loading import IMAGE_FORMATS, BadRow, SampleDataset
+from virft_fast.data.writing import make_folder
 from virft_fast.tasks import check_solution, detect_task, parse_detection
 from virft_fast.tasks.answers import answer_text
+from virft_fast.tasks.prompts import asked_category
 
 MOST_COMMON = 10
-_QUOTED = re.compile(r"category '([^']+)'")
 
 
 @dataclass
@@ -70,6 +72,20 @@ class Inspection:
         return contact_sheet(self.pictures)
 
 
+def check_picture(path: Path) -> None:
+    """Better before the work than after it.
+
+    Raises:
+        ValueError: no picture can be saved there.
+    """
+    kinds = Image.registered_extensions()
+    if kinds.get(path.suffix.lower()) not in IMAGE_FORMATS:
+        raise ValueError(f"--output {path}: expected a picture's name, such as sheet.png")
+    make_folder(path.parent)
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+        raise ValueError(f"--output {path}: expected a file that can be written")
+
+
 def inspect(
     rows: Any,
     *,
@@ -112,10 +128,8 @@ def subject(sample: Sample, task: str) -> str:
     """What a row asks about, in a few words."""
     if task == "classification":
         return answer_text(sample.solution)
-    quoted = _QUOTED.search(sample.columns["problem"])
-    if quoted:
-        return quoted[1]
-    return str(sample.columns.get("category") or sample.columns["problem"])[:80]
+    problem, columns = sample.columns["problem"], sample.columns
+    return asked_category(problem) or str(columns.get("category") or problem)[:80]
 
 
 def true_boxes(sample: Sample) -> list[Any]:

@@ -1,7 +1,7 @@
 """Grounding rows from LISA's ReasonSeg folders: an image, and beside it what is meant in it.
 
-Each IMAGE.json holds `text`, the instructions, and `shapes`, polygons labelled "target" (what is
-meant) or "ignore".
+Each IMAGE.json holds `text`, the instructions, and `shapes`, labelled polygons: "target" is what is
+meant, "ignore" what may or may not be part of it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw
 
@@ -20,17 +20,33 @@ from virft_fast.tasks.coordinates import Extent, rescale, written
 from virft_fast.tasks.prompts import grounding_problem, grounding_solution
 
 Polygon = list[tuple[float, float]]
+# What a mask's pixels are; an ignored one counts neither way.
+TARGET, IGNORED = 255, 128
 
 
-def read_lisa(
-    folder: Path, built: Built, *, first_only: bool = False
-) -> list[tuple[Path, str, list[Polygon]]]:
-    """(image, instruction, target polygons) of every instruction in the folder.
+class Shape(NamedTuple):
+    """A polygon in pixels, and what its pixels are."""
+
+    polygon: Polygon
+    value: int
+
+
+class Asked(NamedTuple):
+    """An instruction about an image, the image's number in its folder, and the answer's shapes."""
+
+    image: Path
+    number: int
+    instruction: str
+    shapes: list[Shape]
+
+
+def read_lisa(folder: Path, built: Built, *, first_only: bool = False) -> list[Asked]:
+    """Every instruction in the folder.
 
     Args:
         built: told of the annotations that can't be used.
-        first_only: the first instruction and the first polygon of an image alone, as Visual-RFT
-            evaluates.
+        first_only: the first instruction and the first target of an image alone, nothing ignored,
+            as Visual-RFT evaluates.
     Raises:
         FileNotFoundError: no annotations.
     """
@@ -40,11 +56,9 @@ def read_lisa(
             f"{folder}: expected images with a .json file beside each, got none"
         )
     rows = []
-    for file in files:
+    for number, file in enumerate(files):
         try:
-            texts, polygons = _annotation(
-                json.loads(file.read_text(encoding="utf-8", errors="replace"))
-            )
+            texts, shapes = _annotation(_load(file))
         except (ValueError, RecursionError) as error:
             built.leave_out("annotation can't be used", f"{file.name}: {error}")
             continue
@@ -52,32 +66,63 @@ def read_lisa(
             (file.with_suffix(s) for s in IMAGE_SUFFIXES if file.with_suffix(s).is_file()),
             file.with_suffix(".jpg"),
         )
-        for text in texts[:1] if first_only else texts:
-            rows.append((image, text, polygons[:1] if first_only else polygons))
+        if first_only:
+            texts = texts[:1]
+            shapes = [next(shape for shape in shapes if shape.value == TARGET)]
+        rows += [Asked(image, number, text, shapes) for text in texts]
     return rows
 
 
-def _annotation(data: Any) -> tuple[list[str], list[Polygon]]:
+def _load(file: Path) -> Any:
+    """As LISA reads them: some of its files are cp1252, with typographic quotes."""
+    data = file.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("cp1252")
+    return json.loads(text)
+
+
+def _annotation(data: Any) -> tuple[list[str], list[Shape]]:
     if not isinstance(data, dict) or "shapes" not in data or "text" not in data:
         raise ValueError("expected text and shapes")
     texts = data["text"] if isinstance(data["text"], list) else [data["text"]]
     texts = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
-    polygons = [
-        [(float(x), float(y)) for x, y in shape["points"]]
-        for shape in data["shapes"]
-        if isinstance(shape, Mapping) and shape.get("label") == "target"
-    ]
-    polygons = [polygon for polygon in polygons if len(polygon) >= 3]
-    if not texts or not polygons:
-        raise ValueError("no instruction" if not texts else "no polygon labelled target")
-    return texts, polygons
+    if not isinstance(data["shapes"], list):
+        raise ValueError(f"shapes: expected a list, got {data['shapes']!r:.60}")
+    shapes = [shape for shape in map(_shape, data["shapes"]) if shape is not None]
+    if not texts or not any(shape.value == TARGET for shape in shapes):
+        raise ValueError("no polygon labelled target" if texts else "no instruction")
+    return texts, shapes
+
+
+def _shape(data: Any) -> Shape | None:
+    """None for what LISA does not paint, and for what has no area."""
+    if not isinstance(data, Mapping) or not isinstance(data.get("label"), str):
+        raise ValueError(f"shapes: expected objects with label and points, got {data!r:.60}")
+    label = data["label"].strip().lower()
+    if label == "flag":  # LISA: meaningless, deprecated
+        return None
+    points = data.get("points")
+    if not isinstance(points, list) or not all(map(_is_point, points)):
+        raise ValueError(f"points: expected pairs of numbers, got {points!r:.60}")
+    polygon = [(float(x), float(y)) for x, y in points]
+    if len(polygon) < 3:
+        return None
+    return Shape(polygon, IGNORED if "ignore" in label else TARGET)
+
+
+def _is_point(point: Any) -> bool:
+    return (
+        isinstance(point, list)
+        and len(point) == 2
+        and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in point)
+        and all(abs(v) < 1e6 for v in point)  # NaN is not
+    )
 
 
 def plan_grounding(
-    rows: Sequence[tuple[Path, str, list[Polygon]]],
-    *,
-    compat: bool = False,
-    extent_for: Any = None,
+    rows: Sequence[Asked], *, compat: bool = False, extent_for: Any = None
 ) -> list[Plan]:
     """Rows that ask for the box around the target; the mask goes along for gIoU and cIoU.
 
@@ -85,36 +130,45 @@ def plan_grounding(
         compat: the original's prompt, misspelling included.
         extent_for: (width, height) of an image -> the space of its boxes; None: 0..1000.
     """
-    return [_plan(*row, compat, extent_for) for row in rows]
+    return [_plan(row, compat, extent_for) for row in rows]
 
 
-def _plan(
-    image: Path, instruction: str, polygons: list[Polygon], compat: bool, extent_for: Any
-) -> Plan:
+def _plan(asked: Asked, compat: bool, extent_for: Any) -> Plan:
     space = "pixels" if extent_for else "thousand"
-    row = {"problem": grounding_problem(instruction, space, compat=compat)}
+    problem = grounding_problem(asked.instruction, space, compat=compat)
+    targets = [shape.polygon for shape in asked.shapes if shape.value == TARGET]
 
     def fill(width: int, height: int) -> Mapping[str, Any] | str:
-        xs, ys = zip(*(point for polygon in polygons for point in polygon), strict=True)
+        xs, ys = zip(*(point for polygon in targets for point in polygon), strict=True)
         box = (max(min(xs), 0), max(min(ys), 0), min(max(xs), width), min(max(ys), height))
         if box[0] >= box[2] or box[1] >= box[3]:
             return "target outside its image"
         extent: Extent = extent_for(width, height) if extent_for else (1000, 1000)
         filled = {
             "solution": grounding_solution(written(rescale(box, (width, height), extent), extent)),
-            "mask": {"bytes": _mask(polygons, width, height), "path": "mask.png"},
+            "mask": {"bytes": _mask(asked.shapes, width, height), "path": "mask.png"},
         }
         return filled | ({"extent": [int(side) for side in extent]} if extent_for else {})
 
-    return Plan(image, row, fill, has_boxes=True)
+    row = {"problem": problem, "image_id": asked.number}
+    return Plan(asked.image, row, fill, has_boxes=True)
 
 
-def _mask(polygons: Sequence[Polygon], width: int, height: int) -> bytes:
-    """PNG of one bit a pixel."""
-    mask = Image.new("1", (width, height))
-    draw = ImageDraw.Draw(mask)
-    for polygon in polygons:
-        draw.polygon(polygon, fill=1)
+def _mask(shapes: Sequence[Shape], width: int, height: int) -> bytes:
+    """PNG of one byte a pixel: TARGET, IGNORED or 0. The smaller shape is painted over the larger,
+    and corners are whole pixels, as LISA does."""
+
+    def paint(on: Image.Image, shape: Shape) -> Image.Image:
+        corners = [(int(x), int(y)) for x, y in shape.polygon]
+        ImageDraw.Draw(on).polygon(corners, fill=shape.value, outline=shape.value)
+        return on
+
+    def area(shape: Shape) -> int:
+        return width * height - paint(Image.new("L", (width, height)), shape).histogram()[0]
+
+    mask = Image.new("L", (width, height))
+    for shape in sorted(shapes, key=area)[::-1]:
+        paint(mask, shape)
     file = io.BytesIO()
     mask.save(file, "PNG")
     return file.getvalue()

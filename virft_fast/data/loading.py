@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from PIL import Image, ImageOps
 
 from virft_fast.batch import Sample
 from virft_fast.data.streaming import ParquetRows
+from virft_fast.tasks.answers import answer_text
+from virft_fast.tasks.prompts import grounding_format
 
 if TYPE_CHECKING:
     import datasets
@@ -35,6 +38,9 @@ ACCEPTED = (
 # Left out on purpose: formats that PIL hands to another program (EPS runs Ghostscript).
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 IMAGE_TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)
+BOX_ANSWER = re.compile(r"\(\s*[\d.]+\s*,\s*[\d.]+\s*\)\s*,\s*\(\s*[\d.]+\s*,\s*[\d.]+\s*\)")
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+NOT_DOWNLOADED = "nothing is downloaded while training; fetch it and give its path"
 USER_NAMES, ASSISTANT_NAMES = ("user", "human"), ("assistant", "gpt")
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 SHARD_NAME = re.compile(r"(?P<split>\w+)-(?P<number>\d+)-of-(?P<total>\d+)")
@@ -57,9 +63,10 @@ def load_rows(
 
     Args:
         dataset_name: a demo's name, a `save_to_disk` folder, a .json/.jsonl/.parquet file, a folder
-            of parquet files, or a hub id. A set without splits is its own "train".
+            of parquet files, or a hub id. A set without splits is its own "train". Where a folder's
+            README.md has configurations, as on the hub, they say which files are which split.
         split: to load.
-        dataset_config: configuration name, for a hub id only.
+        dataset_config: configuration name, for a hub id or such a folder.
         image_folder: where relative image paths of a JSON file start; None: at the file's folder.
         streaming: read rows out of the parquet files when they are asked for, over the network too,
             instead of making a copy of the whole set first.
@@ -67,8 +74,8 @@ def load_rows(
         The rows, images still encoded. Relative image paths of a JSON file are made absolute.
     Raises:
         FileNotFoundError: there is no such data set.
-        ValueError: it can't be read, or lacks the split, a needed column or any row, or is to be
-            streamed and not in parquet.
+        ValueError: it can't be read, or lacks the split, the configuration, a needed column or any
+            row, or is to be streamed and not in parquet.
     """
     rows: datasets.Dataset | ParquetRows
     if streaming:
@@ -106,17 +113,27 @@ def _find_rows(
     if not name.strip():
         raise ValueError(f"--dataset_name: {_accepted()}, got an empty name")
     if name in DEMO_DATASETS:
+        _without_config(config, name)
         return _pick_split(demo_dataset(name), split, name)
     path = Path(name).expanduser()
     if path.is_dir():
-        return _load_folder(path, split)
+        return _load_folder(path, split, config)
     if path.is_file():
+        _without_config(config, path)
         return _load_file(path, split, image_folder)
     if _looks_like_path(name):
         raise FileNotFoundError(
             f"--dataset_name {name}: no such file, folder or demo; {_accepted()}"
         )
     return _load_hub(name, split, config)
+
+
+def _without_config(config: str | None, name: str | Path) -> None:
+    if config is not None:
+        raise ValueError(
+            f"--dataset_config {config}: expected a hub id, or a folder of parquet files whose "
+            f"README.md has configs, got --dataset_name {name}; leave it out"
+        )
 
 
 def _accepted() -> str:
@@ -153,21 +170,22 @@ def _check_split(split: str, splits: Sequence[str], name: str | Path) -> None:
         )
 
 
-def _load_folder(path: Path, split: str) -> datasets.Dataset:
+def _load_folder(path: Path, split: str, config: str | None) -> datasets.Dataset:
     import datasets
 
     if _saved_to_disk(path):
+        _without_config(config, path)
         try:
             data = datasets.load_from_disk(str(path))
         except Exception as error:  # whatever a damaged folder makes arrow or json raise
             raise ValueError(f"--dataset_name {path}: can't be read: {_line(error)}") from error
         return _pick_split(data, split, path)
-    return _load_parquet(_parquet_files(path), split, path)
+    return _load_parquet(_folder_files(path, split, config), path)
 
 
 def _load_file(path: Path, split: str, image_folder: Path | None = None) -> datasets.Dataset:
     if path.suffix == ".parquet":
-        return _load_parquet([path], split, path)
+        return _load_parquet(_files_of(split, [path], path), path)
     if path.suffix not in (".json", ".jsonl"):
         raise ValueError(f"--dataset_name {path}: unknown kind of file; {_accepted()}")
     _check_split(split, ["train"], path)
@@ -180,22 +198,63 @@ def _load_file(path: Path, split: str, image_folder: Path | None = None) -> data
         ) from None
 
 
-def _load_parquet(files: Sequence[Path], split: str, where: Path) -> datasets.Dataset:
+def _load_parquet(files: Sequence[str], where: Path) -> datasets.Dataset:
     import datasets
 
-    chosen = _files_of(split, files, where)
     try:
         import pyarrow.parquet as pq
 
-        if not any(pq.read_metadata(file).num_rows for file in chosen):
-            return datasets.Dataset.from_dict(
-                {name: [] for name in pq.read_schema(chosen[0]).names}
-            )
-        return datasets.Dataset.from_parquet(chosen)
+        if not any(pq.read_metadata(file).num_rows for file in files):
+            names = pq.read_schema(files[0]).names
+            return datasets.Dataset.from_dict({name: [] for name in names})
+        return datasets.Dataset.from_parquet(list(files))
     except Exception as error:  # `datasets` wraps arrow's errors in its own, none of them public
         raise ValueError(
             f"--dataset_name {where}: can't be read: {_line(error.__cause__ or error)}"
         ) from error
+
+
+def _folder_files(folder: Path, split: str, config: str | None) -> list[str]:
+    """A split's parquet files: as README.md says where it has configurations, else by name."""
+    if not _has_configs(folder / "README.md"):
+        _without_config(config, folder)
+        return _files_of(split, _parquet_files(folder), folder)
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(str(folder), config)
+    except Exception as error:  # a missing configuration, file or key: they share no base
+        pattern = re.search(r"[*?\[]", str(folder.resolve()))
+        hint = f"; rename the folder, its {pattern[0]} is taken for a pattern" if pattern else ""
+        raise ValueError(
+            f"--dataset_name {folder}: README.md's configs can't be followed: {_line(error)}{hint}"
+        ) from error
+    files = _builder_files(builder, split, str(folder), "README.md to name .parquet files")
+    elsewhere = next((file for file in files if not Path(file).is_file()), None)
+    if elsewhere:  # an address: nothing of a folder is downloaded
+        raise ValueError(f"--dataset_name {folder}: README.md: no file {elsewhere}; fetch it")
+    return files
+
+
+def _has_configs(card: Path) -> bool:
+    from huggingface_hub import metadata_load
+
+    if not card.is_file() or not card.read_bytes().startswith(b"---"):
+        return False
+    try:
+        return bool((metadata_load(card) or {}).get("configs"))
+    except Exception as error:  # YAML's errors and those of the text's encoding
+        raise ValueError(f"{card}: its head can't be read: {_line(error)}") from error
+
+
+def _builder_files(builder: Any, split: str, name: str, expected: str, hint: str = "") -> list[str]:
+    splits = {str(key): list(files) for key, files in (builder.config.data_files or {}).items()}
+    kinds = {file.rsplit(".", 1)[-1] for files in splits.values() for file in files}
+    if kinds != {"parquet"}:
+        found = ", ".join(sorted(kinds)) or "none"
+        raise ValueError(f"--dataset_name {name}: expected {expected}, got {found}{hint}")
+    _check_split(split, list(splits), name)
+    return splits[split]
 
 
 def _parquet_files(folder: Path) -> list[Path]:
@@ -267,9 +326,10 @@ def _stream_rows(name: str, split: str, config: str | None) -> ParquetRows:
     path = Path(name).expanduser()
     open_file = None
     if path.is_file() and path.suffix == ".parquet":
+        _without_config(config, path)
         files = _files_of(split, [path], path)
     elif path.is_dir() and not _saved_to_disk(path):
-        files = _files_of(split, _parquet_files(path), path)
+        files = _folder_files(path, split, config)
     elif path.exists() or _looks_like_path(name):
         raise ValueError(
             f"--dataset_name {name}: expected a parquet file, a folder of them or a hub id, for "
@@ -296,16 +356,8 @@ def _hub_parquet(name: str, split: str, config: str | None) -> list[str]:
         builder = datasets.load_dataset_builder(name, config)
     except Exception as error:  # as in _load_hub
         raise _hub_error(name, error) from error
-    splits = {str(name): list(files) for name, files in (builder.config.data_files or {}).items()}
-    kinds = {file.rsplit(".", 1)[-1] for files in splits.values() for file in files}
-    if kinds != {"parquet"}:
-        raise ValueError(
-            f"--dataset_name {name}: expected a hub set stored in .parquet files, the only ones "
-            f"that --dataset_streaming reads, got {', '.join(sorted(kinds)) or 'none'}; leave it "
-            f"out"
-        )
-    _check_split(split, list(splits), name)
-    return splits[split]
+    expected = "a hub set stored in .parquet files, the only ones that --dataset_streaming reads"
+    return _builder_files(builder, split, name, expected, "; leave it out")
 
 
 def _open_remote(address: str) -> Any:
@@ -381,7 +433,18 @@ def _absolute_paths(value: Any, folder: Path) -> Any:
     if value is None:
         return None
     paths = value if isinstance(value, list) else [value]
-    return [str(folder / item) if isinstance(item, str) and item else "" for item in paths]
+    return [placed(folder, item) if isinstance(item, str) and item else "" for item in paths]
+
+
+def placed(folder: Path, name: str) -> str:
+    """A path that starts at `folder`; an address stays as it is, to be refused as one."""
+    path = str(folder / name)
+    return name if ADDRESS.match(name) and not os.path.exists(path) else path
+
+
+def is_address(name: str) -> bool:
+    """Whether it is no path but such as https://... or data:..."""
+    return bool(ADDRESS.match(name)) and not os.path.exists(name)
 
 
 def _absolute_tags(turns: Any, folder: Path) -> Any:
@@ -392,7 +455,8 @@ def _absolute_tags(turns: Any, folder: Path) -> Any:
         {
             **turn,
             "value": IMAGE_TAG.sub(
-                lambda tag: f"<img>{folder / tag[1].strip()}</img>", str(turn.get("value", ""))
+                lambda tag: f"<img>{placed(folder, tag[1].strip())}</img>",
+                str(turn.get("value", "")),
             ),
         }
         for turn in turns
@@ -472,8 +536,10 @@ class SampleDataset:
         rows: what `load_rows` returns, or any sequence of mappings.
         check_solution: solution (and the row's `extent`, where it has one) -> what is wrong with
             it, or None.
+        compat_prompt: LISA's conversations ask for a box as the original does, to the letter.
     Raises:
-        ValueError: no column holds the problem, or none the solution.
+        ValueError: no column holds the problem, or none the solution; or `compat_prompt` and no
+            conversations.
     """
 
     def __init__(
@@ -481,6 +547,7 @@ class SampleDataset:
         rows: datasets.Dataset | ParquetRows | Sequence[Row],
         *,
         check_solution: Callable[..., str | None] | None = None,
+        compat_prompt: bool = False,
     ) -> None:
         names = _column_names(rows)
         check_columns(names, "data set")
@@ -493,6 +560,13 @@ class SampleDataset:
         self._image_columns = _image_columns(rows)
         self._json_columns = _json_columns(rows)
         self._check_solution = check_solution
+        if compat_prompt and self._problem_column != "conversations":
+            raise ValueError(
+                f"--compat_prompt: expected LISA's conversations, got the column "
+                f"{self._problem_column}, which is asked as it stands; leave it out (`build "
+                "grounding` has a flag of that name)"
+            )
+        self._compat_prompt = compat_prompt
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -526,7 +600,7 @@ class SampleDataset:
         if "chosen" in row and self._problem_column == "prompt":
             value, row = _read_pair(value, row)
         if self._problem_column == "conversations":
-            problem, paths, answer = _read_conversation(value)
+            problem, paths, answer = _read_conversation(value, compat=self._compat_prompt)
             sources = paths or sources
             solution = answer if solution is None else solution
             messages = _user_turn(problem, len(sources))
@@ -617,6 +691,12 @@ def spoken_text(value: Any) -> str | None:
     return value if isinstance(value, str) and value.strip() else None
 
 
+def taught_answer(sample: Sample) -> str:
+    """What a model is to learn to say: the column `completion` where the row has one, else its
+    solution."""
+    return spoken_text(sample.columns.get("completion")) or sample.solution
+
+
 def _user_turn(problem: str, num_images: int) -> list[dict[str, Any]]:
     """The images where the text has a place for each, else before it."""
     texts = problem.split(IMAGE_PLACE)
@@ -661,8 +741,12 @@ def _spoken(turn: Any) -> tuple[Any, str]:
     return (turn.get("role") if isinstance(turn, Mapping) else None, str(content))
 
 
-def _read_conversation(turns: Any) -> tuple[str, list[str], str | None]:
-    """LISA's form: (the user's text, image paths in it, the assistant's answer in its tags)."""
+def _read_conversation(turns: Any, *, compat: bool) -> tuple[str, list[str], str | None]:
+    """LISA's form: (the user's text, image paths in it, the assistant's answer in its tags).
+
+    Where the answer is a box, the text ends with the form it is to have, as Visual-RFT has it end;
+    other conversations, such as LLaVA's, stay as they are.
+    """
     turns = [turn for turn in _as_list(turns) if isinstance(turn, Mapping)]
     places = [n for n, turn in enumerate(turns) if turn.get("from") in USER_NAMES]
     asked = turns[places[0]].get("value") if places else None
@@ -671,6 +755,9 @@ def _read_conversation(turns: Any) -> tuple[str, list[str], str | None]:
     asked = _non_empty(asked, "conversations: user's value")
     problem = _non_empty(IMAGE_TAG.sub("", asked).strip(), "conversations: user's text")
     paths = [path.strip() for path in IMAGE_TAG.findall(asked)]
+    boxed = paths and isinstance(said, str) and BOX_ANSWER.fullmatch(answer_text(said))
+    if boxed and "<answer>" not in problem:
+        problem = f"{problem} {grounding_format(compat=compat)}"
     if isinstance(said, str) and said.strip() and "<answer>" not in said:
         said = f"<answer> {said.strip()} </answer>"
     return problem, paths, said
@@ -736,9 +823,9 @@ def _open_image(source: Any) -> Image.Image:
         if isinstance(source, (bytes, bytearray)):
             return _decode(io.BytesIO(source))
         if isinstance(source, (str, Path)) and str(source):
-            name = str(source)
-            if re.match(r"[a-z][a-z0-9+.-]*://", name, re.IGNORECASE):
-                raise ValueError("nothing is downloaded while training; fetch it and give its path")
+            name = f"{source!s:.200}"
+            if is_address(str(source)):
+                raise ValueError(NOT_DOWNLOADED)
             path = Path(source).expanduser()
             if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe is waited for
                 raise ValueError("expected a file")

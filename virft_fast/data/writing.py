@@ -15,12 +15,13 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import ExifTags, Image, ImageOps
 
 from virft_fast.data.loading import IMAGE_FORMATS, check_pixels
 
+Pictured = TypeVar("Pictured", bound=Any)  # has an `image`
 ROWS_A_GROUP = 64
 SHARD_BYTES = 400 * 2**20
 MAX_LISTED = 10
@@ -99,18 +100,30 @@ def check_output(out: Path, overwrite: bool, sources: Iterable[Path | str | None
                 *Path(source).resolve().parents,
             ):
                 raise ValueError(f"--output {out}: holds {source}, which is read; take another")
+    make_folder(out.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """The folder of an output.
+
+    Raises:
+        ValueError: it can't be, or can't be written to.
+    """
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # a file in its way, or no right to make it
-        raise ValueError(f"--output {out}: expected a place for a folder: {error}") from error
-    if not os.access(out.parent, os.W_OK):
-        raise ValueError(f"--output {out}: expected a place that can be written")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # such as a file where a folder should be
+        raise ValueError(
+            f"--output: expected a folder {folder}, it can't be made: {error.strerror}; pass "
+            "another place"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output: expected a folder that can be written, got {folder}")
 
 
 def drop_missing(
-    splits: Mapping[str, Sequence[Plan]], built: Built, *, allow_missing: bool
-) -> dict[str, list[Plan]]:
-    """The plans whose image is there.
+    splits: Mapping[str, Sequence[Pictured]], built: Built, *, allow_missing: bool
+) -> dict[str, list[Pictured]]:
+    """The plans, or other things with an `image`, whose image is there.
 
     Raises:
         FileNotFoundError: some are not and `allow_missing` is false; names them.
@@ -134,6 +147,7 @@ def write_dataset(
     built: Built,
     *,
     card: Callable[[Built], str],
+    check: Callable[[Mapping[str, Any]], str | None] = lambda row: None,
     progress: Callable[[Iterable[Plan], int], Iterable[Plan]] = lambda plans, total: plans,
 ) -> Built:
     """Write the plans of every split.
@@ -142,27 +156,36 @@ def write_dataset(
         columns: name -> `datasets` feature, without the image.
         built: what was left out so far; completed here.
         card: the text of README.md, once everything is known.
+        check: row -> why it could never be used, or None.
         progress: wraps the plans of all splits, to show how far it is.
     Raises:
-        ValueError: no row could be written.
+        ValueError: a split has no row, or none could be written.
     """
     import datasets
 
+    _need_rows({name: len(plans) for name, plans in splits.items()}, built)
     features = datasets.Features({"image": datasets.Image(), **columns})
     with written_aside(out, splits, features) as writers:
         together = [(name, plan) for name, plans in splits.items() for plan in plans]
         names = iter([name for name, _ in together])
         for plan in progress([plan for _, plan in together], len(together)):
-            row = _row(plan, built)
+            row = _row(plan, built, check)
             name = next(names)
             if row is not None:
                 writers[name].add(row, len(row["image"]["bytes"]))
         for name, writer in writers.items():
             built.rows[name] = writer.close()
-        if not sum(built.rows.values()):
-            raise ValueError("no row could be written; " + "; ".join(built.lines()))
+        _need_rows(built.rows, built)
         writers.folder.parent.joinpath("README.md").write_text(card(built), encoding="utf-8")
     return built
+
+
+def _need_rows(counts: Mapping[str, int], built: Built) -> None:
+    empty = [name for name, count in counts.items() if not count]
+    if empty or not counts:
+        where = f" to split {' or '.join(empty)}" if empty else ""
+        lines = "; ".join(built.lines()) or "choose another share, or more images"
+        raise ValueError(f"no row could be written{where}; {lines}")
 
 
 class _Writers(dict[str, "SplitWriter"]):
@@ -195,7 +218,9 @@ def _put_in_place(aside: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _row(plan: Plan, built: Built) -> dict[str, Any] | None:
+def _row(
+    plan: Plan, built: Built, check: Callable[[Mapping[str, Any]], str | None]
+) -> dict[str, Any] | None:
     """The row with its image's bytes, or None and a note in `built`."""
     try:
         data = plan.image.read_bytes()
@@ -220,7 +245,12 @@ def _row(plan: Plan, built: Built) -> dict[str, Any] | None:
     if isinstance(filled, str):
         built.leave_out(filled, str(plan.image))
         return None
-    return {"image": {"bytes": data, "path": plan.image.name}, **plan.row, **filled}
+    row = {"image": {"bytes": data, "path": plan.image.name}, **plan.row, **filled}
+    wrong = check(row)
+    if wrong:
+        built.leave_out("solution can't be scored", f"{plan.image}: {wrong}")
+        return None
+    return row
 
 
 class SplitWriter:

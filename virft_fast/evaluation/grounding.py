@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from virft_fast.data.lisa import IGNORED
 from virft_fast.data.loading import IMAGE_FORMATS
 from virft_fast.evaluation.bootstrap import Ratios
 from virft_fast.evaluation.journal import Record
@@ -124,8 +125,8 @@ def mask_areas(
     """`intersection` and `union`, in pixels, of SAM's masks for the answers' boxes with the true
     ones.
 
-    An answer without a box has an empty mask. Nothing is said where the true mask is missing, or
-    not of the image's size.
+    An answer without a box has an empty mask. What the true mask ignores counts in neither. Nothing
+    is said where the true mask is missing, or not of the image's size.
     """
     boxes = [first_box(record["completion"], record.get("extent")) for record in records]
     images = [sample.images[0] for sample in samples]
@@ -143,13 +144,17 @@ def mask_areas(
         if not usable[number]:
             areas.append({})
             continue
-        mask = found.get(number, np.zeros_like(true))
-        areas.append({"intersection": int((mask & true).sum()), "union": int((mask | true).sum())})
+        meant, counted = true > IGNORED, true != IGNORED
+        mask = found.get(number, np.zeros_like(meant)) & counted
+        areas.append(
+            {"intersection": int((mask & meant).sum()), "union": int((mask | meant).sum())}
+        )
     return areas
 
 
 def true_mask(row: Mapping[str, Any]) -> np.ndarray | None:
-    """(H, W) bool of a row's column `mask`, as `data build grounding` writes it; None without."""
+    """(H, W) uint8 of a row's column `mask`, as `data build grounding` writes it: 255 what is
+    meant, IGNORED, or 0; one of a bit a pixel is 255 and 0. None without."""
     stored = row.get("mask")
     data = stored.get("bytes") if isinstance(stored, Mapping) else stored
     if not data and isinstance(stored, Mapping) and stored.get("path"):
@@ -158,4 +163,4 @@ def true_mask(row: Mapping[str, Any]) -> np.ndarray | None:
     if not isinstance(data, bytes):
         return None
     with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-        return np.asarray(image.convert("1"))
+        return np.asarray(image.convert("L"))

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -51,6 +50,7 @@ from virft_fast.rollout import Rollout
 from virft_fast.rollout.backends import check_cache_limit, check_model, make_rollout
 from virft_fast.tasks.answers import ClosedSet
 from virft_fast.tasks.coordinates import FAMILY_SPACE
+from virft_fast.tasks.prompts import asked_category
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +60,11 @@ Value = TypeVar("Value")
 _TEXT_COLUMNS = (
     "problem", "prompt", "conversations", "solution", "extent", "category", "image_id",
 )  # fmt: skip
-_QUOTED = re.compile(r"category '([^']+)'")
 # What an answer depends on. Batch size and number of ranks are not among it, but for rounding.
 _SETTINGS = (
     "model_name_or_path", "model_revision", "dataset_name", "dataset_config", "split", "task",
     "annotations", "images", "categories", "exists_map", "ask_exists", "reward_funcs",
+    "compat_prompt",
     "max_completion_length", "max_prompt_length", "rollout_backend", "dtype",
     "attn_implementation", "min_pixels", "max_pixels",
 )  # fmt: skip
@@ -83,6 +83,7 @@ class Questions:
         truth: what COCO's protocol measures against, where the annotations say it.
         labels: the closed set of a classification.
         counts: what was left out, by name. missing: files of images that are not there.
+        compat_prompt: see `SampleDataset`.
     """
 
     rows: Any
@@ -94,9 +95,14 @@ class Questions:
     labels: ClosedSet | None = None
     counts: dict[str, int] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    compat_prompt: bool = False
 
     def samples(self) -> SampleDataset:
-        return SampleDataset(self.rows, check_solution=partial(tasks.check_solution, self.task))
+        return SampleDataset(
+            self.rows,
+            check_solution=partial(tasks.check_solution, self.task),
+            compat_prompt=self.compat_prompt,
+        )
 
 
 class Evaluation:
@@ -412,10 +418,9 @@ def _digest(value: Any) -> str:
 
 def _named(record: Record) -> Record:
     """Category and image, where the rows don't name them."""
-    quoted = _QUOTED.search(record["prompt"])
     image = record.get("image_id")
     return {
-        "category": str(record.get("category") or (quoted[1] if quoted else "object")),
+        "category": str(record.get("category") or asked_category(record["prompt"]) or "object"),
         "image_id": image if isinstance(image, int) else record["index"],
     }
 
@@ -491,8 +496,9 @@ def of_dataset(config: EvalConfig) -> Questions:
     """About the rows of a data set."""
     rows = load_rows(config.dataset_name, config.split, dataset_config=config.dataset_config)
     task = "detection" if config.task in ("coco", "lvis") else config.task
+    samples = SampleDataset(rows, compat_prompt=config.compat_prompt)  # refuses other columns
     if task == "auto":
-        task = tasks.detect_task(_solutions(rows))
+        task = tasks.detect_task(_solutions(samples))
     texts = [name for name in _TEXT_COLUMNS if name in rows.column_names]
     table = rows.select_columns(texts).with_format("arrow")
     digest, records = hashlib.sha256(), []
@@ -506,15 +512,22 @@ def of_dataset(config: EvalConfig) -> Questions:
     indices = range(len(rows))
     if config.categories != "all" or config.exists_map:
         indices = _chosen(config, records)
-    return Questions(rows, task, _first(indices, config), digest.hexdigest()[:16], labels=labels)
+    return Questions(
+        rows,
+        task,
+        _first(indices, config),
+        digest.hexdigest()[:16],
+        labels=labels,
+        compat_prompt=config.compat_prompt,
+    )
 
 
 def _chosen(config: EvalConfig, records: Sequence[Record]) -> list[int]:
     """The rows about the chosen categories, or what is said to exist of them."""
-    names = []
-    for record in records:
-        quoted = _QUOTED.search(str(record.get("problem")))
-        names.append(str(record.get("category") or (quoted[1] if quoted else "object")))
+    names = [
+        str(record.get("category") or asked_category(str(record.get("problem"))) or "object")
+        for record in records
+    ]
     known = sorted(set(names))
     wanted = pick_names(known, known, config.task, config.categories)
     exists = None
@@ -537,7 +550,6 @@ def _first(indices: Sequence[int], config: EvalConfig) -> Sequence[int]:
     return indices[: config.max_samples or len(indices)]
 
 
-def _solutions(rows: Any, most: int = 50) -> list[str]:
-    samples = SampleDataset(rows)
+def _solutions(samples: SampleDataset, most: int = 50) -> list[str]:
     loaded = (samples.get(index) for index in range(min(len(samples), most)))
     return [sample.solution for sample in loaded if not isinstance(sample, BadRow)]

@@ -18,6 +18,7 @@ from virft_fast.tasks.coordinates import Box, to_thousand
 
 NOT_A_BOX: Box = (math.nan,) * 4
 MAX_EXTRA_WORDS = 3  # around the class name, as in "this is a petunia"
+MAX_SPLITS = 2  # more words than a class name has that its letters may be written as
 
 _POSITION_KEYS = ("position", "bbox_2d", "bbox", "box_2d", "box")
 _CONFIDENCE_KEYS = ("confidence", "score")
@@ -111,26 +112,68 @@ def mentioned(text: str, names: Sequence[str]) -> list[str]:
     A name counts where its words stand in a row; of two that start at the same word the longer one
     does, so that 'hot dog' is no dog.
     """
-    found = _mentioned(parse_label(text), {tuple(words(name)): name for name in names})
+    found = _Names(names).in_words(parse_label(text))
     return [name for name in names if name in found]
 
 
-def _mentioned(written: list[str], by_words: dict[tuple[str, ...], str]) -> set[str]:
-    longest = max(map(len, by_words), default=0)
-    found, at = set(), 0
-    while at < len(written):
-        runs = (tuple(written[at : at + n]) for n in range(min(longest, len(written) - at), 0, -1))
-        run = next((run for run in runs if run in by_words), None)
-        found |= {by_words[run]} if run else set()
-        at += len(run) if run else 1
-    return found
+class _Names:
+    """Names to be found in a row of words.
+
+    Args:
+        joined: also where the words are joined differently: 'saintbernard' is 'saint bernard' and
+            'a300-b4' is 'A300B4'. Both ends are those of words, so '737-2000' is no '737-200'. A
+            name's word may be in parts where a letter and a digit meet, and between parts of two
+            letters or more: 'wall flower', but 'an T' is no ant and '1 1' no 11.
+    """
+
+    def __init__(self, names: Sequence[str], *, joined: bool = False) -> None:
+        self._by_words = {tuple(words(name)): name for name in names}
+        self._by_letters: dict[str, tuple[str, set[int]]] = {}
+        self._longest = max(map(len, self._by_words), default=0)
+        if joined:
+            for parts, name in self._by_words.items():
+                self._by_letters.setdefault("".join(parts), (name, _borders(parts)))
+            self._longest += MAX_SPLITS
+
+    def in_words(self, written: list[str]) -> dict[str, int]:
+        """Each name that is found, and how many words it has there."""
+        found: dict[str, int] = {}
+        at = 0
+        while at < len(written):
+            run: tuple[str, ...] = ()
+            for size in range(min(self._longest, len(written) - at), 0, -1):
+                run = tuple(written[at : at + size])
+                name = self._by_words.get(run) or self._joined(run)
+                if name is not None:
+                    found.setdefault(name, size)
+                    break
+            else:
+                run = run[:1]
+            at += len(run)
+        return found
+
+    def _joined(self, run: tuple[str, ...]) -> str | None:
+        name, borders = self._by_letters.get("".join(run), (None, set()))
+        place = 0
+        for left, right in itertools.pairwise(run) if name is not None else ():
+            place += len(left)
+            digits = left[-1].isdecimal(), right[0].isdecimal()
+            apart = digits[0] != digits[1] or (not any(digits) and min(len(left), len(right)) > 1)
+            if place not in borders and not apart:
+                return None
+        return name
+
+
+def _borders(parts: Sequence[str]) -> set[int]:
+    """Where words end, counted in the letters of all."""
+    return set(itertools.accumulate(map(len, parts)))
 
 
 class ClosedSet:
     """The label out of a fixed set that an answer gives.
 
     Case, spaces, _, - and punctuation don't count. It is the label the answer equals, or else the
-    only one it mentions among at most MAX_EXTRA_WORDS further words.
+    only one it mentions among at most MAX_EXTRA_WORDS further words, be its words joined or not.
 
     Args:
         labels: as they are to be named; of several that differ in spelling only, the first.
@@ -144,7 +187,7 @@ class ClosedSet:
             if letters and letters not in self._by_letters:
                 self._by_letters[letters] = label
                 self.labels.append(label)
-        self._by_words = {tuple(words(label)): label for label in self.labels}
+        self._names = _Names(self.labels, joined=True)
 
     def __call__(self, text: str) -> str | None:
         """None if the answer gives none of the labels, or several."""
@@ -152,11 +195,11 @@ class ClosedSet:
         same = self._by_letters.get("".join(written))
         if same is not None:
             return same
-        found = _mentioned(written, self._by_words)
-        label = next(iter(found), "")
-        if len(found) != 1 or len(written) - len(words(label)) > MAX_EXTRA_WORDS:
+        found = self._names.in_words(written)
+        if len(found) != 1:
             return None
-        return label
+        ((label, size),) = found.items()
+        return label if len(written) - size <= MAX_EXTRA_WORDS else None
 
 
 def valid_box(box: Box) -> bool:

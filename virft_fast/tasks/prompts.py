@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 # Every detection prompt asks for boxes in this space; see `virft_fast.tasks.coordinates`.
 _SPACES = {
     "thousand": "between 0 and 1000, integer",
@@ -32,6 +34,10 @@ CATEGORY_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "lvis": {"lvis13": LVIS_13, "lvis6": LVIS_6},
 }
 
+# Ends where detection_problem's first sentence goes on, for a name may hold a quote: rubik's cube.
+_CATEGORY = re.compile(r"category '(.+?)' in the image")
+_QUOTED = re.compile(r"category '([^']+)'")
+
 NO_OBJECTS = "<answer>No Objects</answer>"
 
 
@@ -53,6 +59,12 @@ def detection_problem(category: str, space: str = "thousand") -> str:
     )
 
 
+def asked_category(problem: str) -> str | None:
+    """The category that a detection prompt asks about, read back; None in another prompt."""
+    found = _CATEGORY.search(problem) or _QUOTED.search(problem)
+    return found[1] if found else None
+
+
 def presence_problem(categories: list[str]) -> str:
     """Which of the categories are in the image? Ours: the original ships the answers only."""
     return (
@@ -64,13 +76,18 @@ def presence_problem(categories: list[str]) -> str:
 
 
 def classification_problem(thing: str, kind: str) -> str:
-    """Visual-RFT's question for a class, e.g. ("plant", "species")."""
+    """Visual-RFT's question for a class, e.g. ("plant", "species").
+
+    Of its four sets the answer is to be a "species name", whatever the question is.
+    """
+    article = "an" if thing[:1].lower() in ("a", "e", "i", "o", "u") else "a"
+    name = "species" if (thing, kind) in CLASSIFICATION_SETS.values() else kind
     return (
-        f"This is an image containing a {thing}. Please identify the {kind} of the {thing} based "
-        "on the image.\n"
+        f"This is an image containing {article} {thing}. Please identify the {kind} of the {thing} "
+        "based on the image.\n"
         "Output the thinking process in <think> </think> and final answer in <answer> </answer> "
         "tags.The output answer format should be as follows:\n"
-        f"<think> ... </think> <answer>{kind} name</answer>\nPlease strictly follow the format."
+        f"<think> ... </think> <answer>{name} name</answer>\nPlease strictly follow the format."
     )
 
 
@@ -78,13 +95,24 @@ def grounding_problem(instruction: str, space: str = "thousand", *, compat: bool
     """Visual-RFT's question for the one box that an instruction is about.
 
     Args:
-        compat: with the original's misspelling and stray parenthesis.
+        compat: as of `grounding_format`.
     """
     scale = "" if space == "thousand" else f" ({_SPACES[space]})"
-    box, end = ("grouding", ")") if compat else ("grounding", "")
     return (
         f"Output the bounding box{scale} in the image corresponding to the instruction: "
-        f"{instruction} Output the thinking process in <think> </think> and your {box} box. "
+        f"{instruction} {grounding_format(compat=compat)}"
+    )
+
+
+def grounding_format(*, compat: bool = False) -> str:
+    """How Visual-RFT has a box answered; it adds this to LISA's conversations when it loads them.
+
+    Args:
+        compat: with the original's misspelling and stray parenthesis.
+    """
+    box, end = ("grouding", ")") if compat else ("grounding", "")
+    return (
+        f"Output the thinking process in <think> </think> and your {box} box. "
         'Following "<think> thinking process </think>\n'
         f'<answer>(x1,y1),(x2,y2)</answer>{end}" format.'
     )
