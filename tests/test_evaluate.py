@@ -258,13 +258,13 @@ def test_a_built_data_set_has_its_own_truth(coco, tmp_path, answers):
     assert by_name[0] == by_name[1] == {"red": 6, "blue": 2}
     assert one["means"]["mAP50"] == pytest.approx(two["means"]["mAP50"], abs=1e-6)
     answers.asked.clear()
-    assert main([*map(str, own), "--categories", "blue"]) == 0
+    assert main([*map(str, own), "--categories", "blue", "--overwrite"]) == 0
     assert [s.columns["image_id"] for s in answers.asked] and {
         s.columns["category"] for s in answers.asked
     } == {"blue"}
     given.write_text(json.dumps({"1": ["blue"], "2": []}))
     answers.asked.clear()
-    assert main([*map(str, own), "--exists_map", str(given)]) == 0
+    assert main([*map(str, own), "--exists_map", str(given), "--overwrite"]) == 0
     asked = [(s.columns["image_id"], s.columns["category"]) for s in answers.asked]
     assert asked == [(1, "blue")]
 
@@ -352,7 +352,9 @@ def test_a_killed_evaluation_goes_on_without_asking_again(coco, tmp_path, monkey
         assert one == two
 
 
-def test_what_is_done_is_not_asked_again_unless_the_model_changes(shapes, tmp_path, answers):
+def test_what_is_done_is_not_asked_again_unless_the_model_changes(
+    shapes, tmp_path, answers, capsys
+):
     model = tmp_path / "model"
     from virft_fast.models.tiny import resolve_model_path
 
@@ -364,12 +366,137 @@ def test_what_is_done_is_not_asked_again_unless_the_model_changes(shapes, tmp_pa
     assert len(answers.asked) == 3
     assert main([*argv, "--max_samples", "5"]) == 0
     assert len(answers.asked) == 5
+    # The answers beyond are not counted, and not lost.
+    for _ in range(2):
+        assert main([*argv, "--max_samples", "2"]) == 0
+        assert len(read_jsonl(tmp_path / "out.jsonl")) == 2
+    assert main([*argv, "--max_samples", "5"]) == 0
+    assert len(answers.asked) == 5 and not (tmp_path / "out.journal").exists()
+    assert len(read_jsonl(tmp_path / "out.jsonl")) == 5
     assert main([*argv, "--overwrite"]) == 0
     assert len(answers.asked) == 8
     weights = next(model.glob("*.safetensors"))
     os.utime(weights, ns=(0, 0))
-    assert main(argv) == 0
+    before = (tmp_path / "out.jsonl").read_bytes()
+    assert main(argv) == 2
+    assert (
+        "out.summary.json holds an evaluation that is done, made under" in capsys.readouterr().err
+    )
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert main([*argv, "--overwrite"]) == 0
     assert len(answers.asked) == 11
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"out.jsonl": "5\n{}\n"},
+        {"out.jsonl": '{"index": 0}\n[1]\n'},
+        {"out.jsonl": "\udcff"},
+        {"out.summary.json": "[]", "out.journal": ""},
+        {"out.journal": '{"settings": 0}\n{"settings": 1}\n{"stage": [], "record": {}}\n'},
+        {"out.journal": '{"settings": 0}\n{"stage": "answer", "record": {"index": 0}}\n'},
+        {"out.journal": '{"settings": 0}\n{"stage": "answer", "record": 5}\n'},
+    ],
+    ids=str,
+)
+def test_records_that_nobody_wrote_are_asked_again(shapes, tmp_path, answers, damage):
+    argv = ["--dataset_name", str(shapes), "--output", str(tmp_path / "out.jsonl"), "--pictures",
+            "0", "--bootstrap", "0"]  # fmt: skip
+    assert main(argv) == 0
+    summary = tmp_path / "out.summary.json"
+    settings = json.dumps(json.loads(summary.read_text())["settings"])
+    if "out.journal" in damage:
+        summary.unlink()
+    for name, text in damage.items():
+        text = text.replace('"settings": 0', f'"settings": {settings}')
+        (tmp_path / name).write_text(text, errors="surrogateescape")
+    assert main(argv) == 0
+    assert len(answers.asked) == 10 and len(read_jsonl(tmp_path / "out.jsonl")) == 5
+
+
+def test_what_is_read_or_something_else_is_not_written_over(
+    coco, shapes, tmp_path, answers, capsys
+):
+    """What is read not with --overwrite either."""
+    for name, file in (
+        ("--annotations", "val.truth.json"),
+        ("--exists_map", "val.exists_map.json"),
+    ):
+        shutil.copy(coco / "instances.json", tmp_path / file)
+        before = (tmp_path / file).read_bytes()
+        argv = coco_argv(coco, tmp_path / "val.jsonl", name, tmp_path / file, "--overwrite")
+        assert main(argv) == 2
+        assert f"{file} is read by this evaluation" in capsys.readouterr().err
+        assert (tmp_path / file).read_bytes() == before
+        (tmp_path / file).unlink()
+    rows = tmp_path / "mydata.jsonl"
+    rows.write_text('{"problem": "?", "solution": "<answer>cat</answer>"}\n')
+    argv = ["--dataset_name", str(rows), "--split", "train", "--output", str(rows)]
+    assert main([*argv, "--overwrite"]) == 2
+    other = ["--dataset_name", str(shapes), "--output", str(rows), "--pictures", "0"]
+    assert main(other) == 2
+    assert "mydata.jsonl is something else; --overwrite replaces it" in capsys.readouterr().err
+    (tmp_path / "out.md").write_text("mine")
+    assert main([*other, "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert rows.read_text().startswith('{"problem"') and not answers.calls
+    assert main([*other, "--overwrite"]) == 0 and len(read_jsonl(rows)) == 5
+
+
+def test_different_questions_have_different_default_names(tmp_path, monkeypatch):
+    from virft_fast.config import EvalConfig
+    from virft_fast.evaluate import output_path
+
+    monkeypatch.chdir(tmp_path)
+    common = {"task": "coco", "annotations": "instances_val2017.json", "images": "val2017"}
+    configs = [
+        EvalConfig(**common, categories="novel15", exists_map="exist_map.json"),
+        EvalConfig(**common, categories="few8", ask_exists=True),
+        EvalConfig(**common, categories="few8"),
+        EvalConfig(**common | {"annotations": "b/instances_val2017.json"}, categories="few8"),
+        EvalConfig(**common, categories="few8", model_name_or_path="Qwen/Qwen2-VL-2B"),
+        EvalConfig(**common, categories="few8", compare=["tiny", "Qwen/Qwen2-VL-2B"]),
+        EvalConfig(**common, categories="few8", compare=["tiny", "Qwen/Qwen2-VL-7B"]),
+        EvalConfig(dataset_name="x/data"),
+        EvalConfig(dataset_name="y/data"),
+        EvalConfig(dataset_name="y/data", task="classification"),
+        EvalConfig(dataset_name="y/data", split="train"),
+    ]
+    names = [output_path(config).name for config in configs]
+    assert len(set(names)) == len(names)
+    assert re.fullmatch(r"eval_tiny_instances_val2017_coco_few8_ask_\w{6}\.jsonl", names[1])
+    # Fewer samples or other rewards are no other questions.
+    fewer = EvalConfig(dataset_name="x/data", max_samples=3, reward_funcs=["format"])
+    assert output_path(fewer) == output_path(configs[7])
+
+
+def test_side_files_of_an_earlier_evaluation_go(coco, shapes, tmp_path, answers):
+    output = tmp_path / "out.jsonl"
+    assert main(coco_argv(coco, output, "--ask_exists")) == 0
+    argv = ["--dataset_name", str(shapes), "--output", str(output), "--pictures", "0"]
+    assert main([*argv, "--overwrite"]) == 0
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {f"out.{ending}" for ending in ("jsonl", "summary.json", "md", "html")}
+
+
+def test_ctrl_c_leaves_the_journal(shapes, tmp_path, answers, capsys):
+    def say(sample):
+        if sample.index == 2:
+            raise KeyboardInterrupt
+        return BOXES
+
+    answers.say = say
+    argv = ["--dataset_name", str(shapes), "--output", str(tmp_path / "out.jsonl"), "--batch_size",
+            "2"]  # fmt: skip
+    assert main(argv) == 130
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    assert (tmp_path / "out.journal").read_text().count("\n") == 3
+
+
+def test_a_wrong_model_is_said_before_the_first_is_asked(shapes, tmp_path, answers, capsys):
+    argv = ["--dataset_name", str(shapes), "--output", str(tmp_path / "out.jsonl")]
+    assert main([*argv, "--compare", "tiny", "tinny"]) == 2
+    assert "tinny" in capsys.readouterr().err and not answers.calls
 
 
 def test_models_side_by_side(shapes, tmp_path, answers, capsys):

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from virft_fast.evaluation import grounding
 from virft_fast.evaluation.answering import answer
 from virft_fast.evaluation.classification import closed_set
 from virft_fast.evaluation.detection import Truth, make_truth, need_coco_eval, truth_of_records
-from virft_fast.evaluation.journal import Journal, Record, beside
+from virft_fast.evaluation.journal import Journal, Record, beside, check_settings, is_record
 from virft_fast.evaluation.questions import (
     ExistsMap,
     Images,
@@ -61,6 +61,12 @@ _TEXT_COLUMNS = (
     "problem", "prompt", "conversations", "solution", "extent", "category", "image_id",
 )  # fmt: skip
 _QUOTED = re.compile(r"category '([^']+)'")
+# What a record that is taken over must have.
+_NEEDED = {
+    "answer": ("prompt", "completion", "solution", "rewards"),
+    "presence": ("image_id", "completion"),
+    "mask": ("sam",),
+}
 # What an answer depends on. Batch size and number of ranks are not among it, but for rounding.
 _SETTINGS = (
     "model_name_or_path", "model_revision", "dataset_name", "dataset_config", "split", "task",
@@ -348,11 +354,17 @@ class Evaluation:
             settings["weights"] = weights_stamp(self.path)
             settings["questions"] = questions.digest
             path, afresh = beside(self.output, ".journal"), self.config.overwrite
-            self.journal = Journal(path, settings, overwrite=afresh)
+            journal = Journal(path, settings, overwrite=afresh)
             if not afresh:
-                self._finished = read_finished(self.output, self.journal.settings)
+                self._finished = read_finished(self.output, journal)
+            self.journal = journal
+        return self._there(stage)
+
+    def _there(self, stage: str) -> list[Record]:
+        assert self.journal is not None, "the main process has one once it has run"
         records = [*self._finished.get(stage, []), *self.journal.records.get(stage, [])]
-        return list({record["index"]: record for record in records}.values())
+        known = [record for record in records if is_record(record, _NEEDED[stage])]
+        return list({record["index"]: record for record in known}.values())
 
     def _keep(self, stage: str, records: list[Record]) -> None:
         if self.journal is not None:
@@ -360,24 +372,51 @@ class Evaluation:
 
     def presence(self) -> list[Record]:
         """The answers to which categories there are, on the main process."""
-        assert self.journal is not None, "the main process has one once it has run"
-        return [*self._finished.get("presence", []), *self.journal.records.get("presence", [])]
+        return self._there("presence")
+
+    def keep_others(self, result: Result) -> bool:
+        """Answers that are there and were not asked for this time, as with fewer --max_samples, go
+        to the journal, where the next run finds them; returns whether there are any."""
+        asked = {record["index"] for record in result.records}
+        others = 0
+        for stage in ("answer", "mask"):
+            there = {record["index"] for record in self.journal.records.get(stage, [])}
+            rest = [record for record in self._there(stage) if record["index"] not in asked]
+            self._keep(stage, [record for record in rest if record["index"] not in there])
+            others += len(rest)
+        return others > 0
 
 
-def read_finished(output: Path, settings: Mapping[str, Any]) -> dict[str, list[Record]]:
-    """The records of an evaluation that is done, by stage; none under other settings."""
+def read_finished(output: Path, journal: Journal) -> dict[str, list[Record]]:
+    """The records of an evaluation that is done, by stage; none if they can't be read.
+
+    Raises:
+        ValueError: it was made under other settings, and not begun again with --overwrite since.
+    """
+    path = beside(output, ".summary.json")
     try:
-        summary = json.loads(beside(output, ".summary.json").read_text())
-        if summary.get("settings") != settings:
-            return {}
-        records = [json.loads(line) for line in output.read_text().splitlines()]
-        path = beside(output, ".presence.jsonl")
-        lines = path.read_text().splitlines() if path.exists() else []
-        presence = [json.loads(line) for line in lines]
-    except (OSError, ValueError, AttributeError):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
-    masks = [record["mask"] for record in records if record.get("mask")]
+    settings = summary.get("settings") if isinstance(summary, dict) else None
+    if settings is None:
+        return {}
+    if not journal.records:
+        check_settings(path, "is done", settings, journal.settings)
+    elif settings != journal.settings:
+        return {}
+    records = _read_lines(output)
+    masks = [record["mask"] for record in records if is_record(record.get("mask"))]
+    presence = _read_lines(beside(output, ".presence.jsonl"))
     return {"answer": records, "mask": masks, "presence": presence}
+
+
+def _read_lines(path: Path) -> list[Record]:
+    try:
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [record for record in found if is_record(record)]
 
 
 def _on_main(make: Callable[[], Value]) -> Value:
