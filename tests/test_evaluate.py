@@ -470,6 +470,110 @@ def test_different_questions_have_different_default_names(tmp_path, monkeypatch)
     assert output_path(fewer) == output_path(configs[7])
 
 
+@pytest.mark.parametrize("kind", ["stored", "named", "annotated"])
+def test_answers_are_about_the_images_that_were_seen(coco, shapes, tmp_path, answers, capsys, kind):
+    import datasets
+
+    def draw(colour):
+        Image.new("RGB", (56, 56), colour).save(tmp_path / "image.png")
+        row = {"problem": "What is it?", "solution": "<answer>cat</answer>"}
+        stored = {"bytes": (tmp_path / "image.png").read_bytes(), "path": None}
+        rows = datasets.Dataset.from_list([row | {"image": stored}])
+        rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "stored.parquet")
+        (tmp_path / "named.jsonl").write_text(json.dumps(row | {"image_path": "image.png"}))
+        shutil.copy(tmp_path / "image.png", coco_copy / "images/0000.png")
+
+    coco_copy = tmp_path / "coco"
+    shutil.copytree(coco, coco_copy)
+    output = tmp_path / "out.jsonl"
+    source = tmp_path / ("named.jsonl" if kind == "named" else "stored.parquet")
+    argv = coco_argv(coco_copy, output) if kind == "annotated" else [
+        "--dataset_name", str(source), "--split", "train", "--task", "classification",
+        "--output", str(output), "--pictures", "0", "--bootstrap", "0"]  # fmt: skip
+    draw("red")
+    assert main(argv) == 0 == main(argv)
+    draw("blue")
+    os.utime(tmp_path / "image.png", ns=(0, 0))
+    assert main(argv) == 2
+    assert re.search("made under other settings: questions '\\w+' there", capsys.readouterr().err)
+
+
+def test_stale_answers_to_what_exists_are_refused(coco, tmp_path, answers, capsys):
+    shutil.copy(coco / "instances.json", tmp_path / "instances.json")
+    argv = coco_argv(coco, tmp_path / "out.jsonl", "--ask_exists", "--annotations",
+                     tmp_path / "instances.json")  # fmt: skip
+    assert main(argv) == 0
+    data = json.loads((coco / "instances.json").read_text())
+    data["annotations"][0]["bbox"][2] += 3
+    (tmp_path / "instances.json").write_text(json.dumps(data))
+    assert main(argv) == 2
+    assert "questions" in capsys.readouterr().err
+
+
+def test_other_rewards_ask_nothing_again(shapes, tmp_path, answers):
+    """Nor does the same function once its file is another one."""
+    file = tmp_path / "mine.py"
+    argv = ["--dataset_name", str(shapes), "--output", str(tmp_path / "out.jsonl"), "--pictures",
+            "0", "--bootstrap", "0"]  # fmt: skip
+    assert main(argv) == 0
+    text = """def mine(prompts, completions, solution, completion_ids, **columns):
+    assert all("Confidence" in c[0]["content"] for c in completions) and all(completion_ids)
+    assert all(text.startswith("<answer>") for text in solution) and prompts[0][0]["role"]
+    return [%s] * len(prompts)
+"""
+    for value in (0.25, 0.75):
+        file.write_text(text % value)
+        assert main([*argv, "--reward_funcs", f"{file}:mine", "format"]) == 0
+        summary = json.loads((tmp_path / "out.summary.json").read_text())
+        assert summary["means"]["mine"] == value and "accuracy_iou" not in summary["means"]
+    assert len(answers.asked) == 5
+
+
+@pytest.mark.parametrize(
+    "given, numbers",
+    [([7, 7, 9], [7, 7, 9]), (["b", "a", "b"], [0, 1, 0]), ([1, None, 1], [0, 1, 0]),
+     ([None, None, None], [0, 1, 2])],
+)  # fmt: skip
+def test_rows_of_an_image_go_together(tmp_path, answers, given, numbers):
+    rows = [
+        {"problem": "A 'category 'red''?", "solution": BOXES, "image_id": image,
+         "image_path": "x.png"} for image in given
+    ]  # fmt: skip
+    Image.new("RGB", (56, 56)).save(tmp_path / "x.png")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    argv = ["--dataset_name", tmp_path / "rows.json", "--split", "train", "--task", "coco",
+            "--output", tmp_path / "out.jsonl", "--pictures", "0"]  # fmt: skip
+    assert main([str(part) for part in argv]) == 0
+    assert [record["image_id"] for record in read_jsonl(tmp_path / "out.jsonl")] == numbers
+    truth = json.loads((tmp_path / "out.truth.json").read_text())
+    assert len(truth["images"]) == len(set(numbers))
+
+
+@pytest.mark.parametrize("column", ["problem", "solution", "category"])
+def test_a_text_that_is_none_spoils_its_row_alone(tmp_path, answers, capsys, column):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    columns = {
+        "problem": ["one", "two", "three"], "solution": [BOXES] * 3, "category": ["red"] * 3,
+    }  # fmt: skip
+    columns["image_path"] = [str(tmp_path / "x.png")] * 3
+    Image.new("RGB", (56, 56)).save(tmp_path / "x.png")
+    table = pa.table(columns)
+    bad = pa.array([b"one", b"\xff\xfe", b"three"]).view(pa.string())
+    place = table.column_names.index(column)
+    bad = bad if column == "problem" else pa.chunked_array(
+        [table.column(place).slice(0, 1).combine_chunks(), bad.slice(1, 1),
+         table.column(place).slice(2).combine_chunks()]
+    )  # fmt: skip
+    pa.parquet.write_table(table.set_column(place, column, bad), tmp_path / "rows.parquet")
+    argv = ["--dataset_name", tmp_path / "rows.parquet", "--split", "train", "--task", "coco",
+            "--output", tmp_path / "out.jsonl", "--pictures", "0"]  # fmt: skip
+    assert main([str(part) for part in argv]) == 0
+    assert [record["index"] for record in read_jsonl(tmp_path / "out.jsonl")] == [0, 2]
+    assert "1 rows that can't be used" in capsys.readouterr().out
+
+
 def test_side_files_of_an_earlier_evaluation_go(coco, shapes, tmp_path, answers):
     output = tmp_path / "out.jsonl"
     assert main(coco_argv(coco, output, "--ask_exists")) == 0

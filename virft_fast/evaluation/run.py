@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from virft_fast.batch import Rollouts, Sample
 from virft_fast.config import EvalConfig, UsageError, usage
 from virft_fast.data import BadRow, BadRows, SampleDataset, load_rows
 from virft_fast.data.coco import pick_categories, pick_names, read_annotations
+from virft_fast.data.loading import IMAGE_COLUMNS, IMAGE_TAG
 from virft_fast.data.prompts import PromptSource
 from virft_fast.evaluation import grounding
 from virft_fast.evaluation.answering import answer
@@ -43,7 +44,7 @@ from virft_fast.evaluation.questions import (
     read_exists_map,
 )
 from virft_fast.evaluation.results import Result, measure
-from virft_fast.evaluation.scoring import scored
+from virft_fast.evaluation.scoring import rescored, scored
 from virft_fast.models.processing import load_processor, resized
 from virft_fast.models.qwen_vl import Policy, load_model, read_config, weights_stamp
 from virft_fast.models.tiny import resolve_model_path
@@ -70,7 +71,7 @@ _NEEDED = {
 # What an answer depends on. Batch size and number of ranks are not among it, but for rounding.
 _SETTINGS = (
     "model_name_or_path", "model_revision", "dataset_name", "dataset_config", "split", "task",
-    "annotations", "images", "categories", "exists_map", "ask_exists", "reward_funcs",
+    "annotations", "images", "categories", "exists_map", "ask_exists",
     "max_completion_length", "max_prompt_length", "rollout_backend", "dtype",
     "attn_implementation", "min_pixels", "max_pixels",
 )  # fmt: skip
@@ -84,10 +85,11 @@ class Questions:
         rows: of `load_rows`, or made from annotations.
         task: detection, classification or grounding.
         indices: the rows that are asked about.
-        digest: changes with the questions.
+        digest: changes with the questions and their images; on the main process.
         check: sample -> what is wrong with it, or None.
         truth: what COCO's protocol measures against, where the annotations say it.
         labels: the closed set of a classification.
+        image_ids: of each row of a data set, as whole numbers.
         counts: what was left out, by name. missing: files of images that are not there.
     """
 
@@ -98,6 +100,7 @@ class Questions:
     check: Callable[[Sample], str | None] | None = None
     truth: Truth | None = None
     labels: ClosedSet | None = None
+    image_ids: Sequence[int] | None = None
     counts: dict[str, int] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
@@ -167,14 +170,22 @@ class Evaluation:
             names = config.reward_funcs or tasks.DEFAULT_REWARDS[questions.task]
             reward_funcs = tasks.load_reward_funcs(names)
             sam = self._sam(questions) if config.sam_path else None
+            stamp = _reward_stamp(names)
         samples = questions.samples()
         self.load_sample = samples.get
         self._check_space(questions)
-        records = self._stage(
-            "answer", questions, samples, partial(scored, reward_funcs=reward_funcs)
-        )
+
+        def describe(rollouts: Rollouts) -> list[Record]:
+            return [record | {"scored_by": stamp} for record in scored(rollouts, reward_funcs)]
+
+        records = self._stage("answer", questions, samples, describe)
+        if dist.is_main():
+            records = self._rescored(records, reward_funcs, stamp)
+        if questions.image_ids is not None:
+            ids = questions.image_ids
+            records = [record | {"image_id": ids[record["index"]]} for record in records]
         if questions.task == "detection":
-            records = [record | _named(record) for record in records]
+            records = [record | {"category": _category(record)} for record in records]
         if sam is not None:
             records = self._masks(questions, sam, records)
         if not dist.is_main():
@@ -267,7 +278,7 @@ class Evaluation:
             rows,
             "presence",
             range(len(rows)),
-            _digest([list(images.paths), images.names]),
+            _digest([*_images_stamp(self.config, images), images.names]),
             check=partial(other_size, images.annotations),
         )
         records = self._stage("presence", questions, SampleDataset(rows), _described)
@@ -302,6 +313,18 @@ class Evaluation:
             progress=self.progress(name, len(questions.indices)),
         )
 
+    def _rescored(self, records: list[Record], reward_funcs: list[Any], stamp: str) -> list[Record]:
+        """Answers are taken over, their rewards only where the functions are the same."""
+        stale = [place for place, r in enumerate(records) if r.get("scored_by") != stamp]
+        for first in range(0, len(stale), self.config.batch_size):
+            places = stale[first : first + self.config.batch_size]
+            part = [records[place] for place in places]
+            samples = [self.load_sample(record["index"]) for record in part]
+            new = rescored(part, samples, self.processor.tokenizer, reward_funcs)
+            for place, record in zip(places, new, strict=True):
+                records[place] = record | {"scored_by": stamp}
+        return records
+
     def _sam(self, questions: Questions) -> grounding.MaskModel:
         """Loaded before the questions, so that a wrong path is not found out after them."""
         if questions.task != "grounding":
@@ -318,7 +341,10 @@ class Evaluation:
         self, questions: Questions, sam: grounding.MaskModel, records: list[Record]
     ) -> list[Record]:
         """The records with SAM's masks measured against the true ones, where the row has one."""
-        stamp = _digest([self.config.sam_path, weights_stamp(self.config.sam_path)])
+        path = self.config.sam_path
+        stamp = _on_main(
+            lambda: _digest([path, weights_stamp(path), _content(questions.rows, ["mask"])])
+        )
         done = _on_main(lambda: self._done("mask", questions))
         masks = {mask["index"]: mask for mask in done if mask["sam"] == stamp}
         todo = [record for record in records if record["index"] not in masks]
@@ -449,14 +475,64 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def _named(record: Record) -> Record:
-    """Category and image, where the rows don't name them."""
-    quoted = _QUOTED.search(record["prompt"])
-    image = record.get("image_id")
-    return {
-        "category": str(record.get("category") or (quoted[1] if quoted else "object")),
-        "image_id": image if isinstance(image, int) else record["index"],
-    }
+def _category(record: Record) -> str:
+    """Also where the rows don't name it."""
+    quoted = _QUOTED.search(str(record.get("problem") or record.get("prompt")))
+    return str(record.get("category") or (quoted[1] if quoted else "object"))
+
+
+def _reward_stamp(names: Sequence[str]) -> str:
+    """Changes with the functions and the files they are from."""
+    files = [name.rpartition(":")[0] for name in names]
+    contents = [file and hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
+    return _digest([list(names), contents])
+
+
+def _plain(part: Any) -> list[Record]:
+    """The rows of an arrow table; one with a text that is not in UTF-8 is empty, and a bad one when
+    it is asked about."""
+    try:
+        return part.to_pylist()
+    except UnicodeDecodeError:
+        if len(part) == 1:
+            return [{}]
+        return [row for at in range(len(part)) for row in _plain(part.slice(at, 1))]
+
+
+def _content(rows: Any, names: Sequence[str]) -> str:
+    """Changes with the images in these columns, stored or in files."""
+    names = [name for name in names if name in rows.column_names]
+    digest = hashlib.sha256()
+    # Few at a time: images may be large.
+    for part in rows.select_columns(names).with_format("arrow").iter(100) if names else ():
+        for row in _plain(part):
+            digest.update(json.dumps([_image_stamp(image) for image in row.values()]).encode())
+    return digest.hexdigest()
+
+
+def _image_stamp(image: Any) -> Any:
+    if isinstance(image, Mapping):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, list):
+        return [_image_stamp(one) for one in image]
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    return _file_stamp(image) if isinstance(image, str) else str(image)
+
+
+def _file_stamp(path: str | Path) -> list[Any]:
+    try:
+        stat = Path(path).stat()
+    except (OSError, ValueError):  # there is no such file, or no such name
+        return [str(path)]
+    return [str(path), stat.st_size, stat.st_mtime_ns]
+
+
+def _images_stamp(config: EvalConfig, images: Images) -> list[Any]:
+    """Changes with the annotations, and with the images and categories that are asked about."""
+    file = hashlib.sha256(Path(config.annotations).read_bytes()).hexdigest()
+    stamps = [[number, *_file_stamp(path)] for number, path in images.paths.items()]
+    return [file, stamps, list(images.categories)]
 
 
 # --- Questions -------------------------------------------------------------------------------
@@ -502,12 +578,11 @@ def of_annotations(
         asked = {rows[index]["image_id"] for index in indices}
         there = {number: record for number, record in there.items() if number in asked}
     said = None if exists is None else sorted((key, list(value)) for key, value in exists.items())
-    file = hashlib.sha256(Path(config.annotations).read_bytes()).hexdigest()
     return Questions(
         rows,
         "detection",
         indices,
-        _digest([file, list(images.paths), list(images.categories), said]),
+        _digest([*_images_stamp(config, images), said]),
         check=partial(other_size, annotations),
         truth=make_truth(there, chosen, annotations.records),
         counts={"images": len(there), "images missing": len(images.missing)},
@@ -536,8 +611,12 @@ def of_dataset(config: EvalConfig) -> Questions:
     table = rows.select_columns(texts).with_format("arrow")
     digest, records = hashlib.sha256(), []
     for part in table.iter(1000):
-        records += part.to_pylist()
-        digest.update(json.dumps(part.to_pylist(), default=str).encode())
+        plain = _plain(part)
+        records += plain
+        digest.update(json.dumps(plain, default=str).encode())
+    if dist.is_main():
+        tagged = [_file_stamp(path) for record in records for path in _tagged_images(record)]
+        digest.update(json.dumps([tagged, _content(rows, IMAGE_COLUMNS)]).encode())
     labels = None
     if task == "classification":
         known = [record.get("solution") for record in records]
@@ -545,21 +624,44 @@ def of_dataset(config: EvalConfig) -> Questions:
     indices = range(len(rows))
     if config.categories != "all" or config.exists_map:
         indices = _chosen(config, records)
-    return Questions(rows, task, _first(indices, config), digest.hexdigest()[:16], labels=labels)
+    return Questions(
+        rows,
+        task,
+        _first(indices, config),
+        digest.hexdigest()[:16],
+        labels=labels,
+        image_ids=_image_ids(records),
+    )
+
+
+def _tagged_images(record: Record) -> list[str]:
+    turns = record.get("conversations")
+    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    return [path.strip() for turn in turns for path in IMAGE_TAG.findall(str(turn.get("value")))]
+
+
+def _image_ids(records: Sequence[Record]) -> list[int]:
+    """The rows' own where all are whole numbers, as in COCO; else new ones, and for a row without
+    one that of no other."""
+    given = [record.get("image_id") for record in records]
+    if all(type(image) is int for image in given):
+        return given
+    known: dict[Any, int] = {}
+    keys = [(n,) if image is None else repr(image) for n, image in enumerate(given)]
+    return [known.setdefault(key, len(known)) for key in keys]
 
 
 def _chosen(config: EvalConfig, records: Sequence[Record]) -> list[int]:
     """The rows about the chosen categories, or what is said to exist of them."""
-    names = []
-    for record in records:
-        quoted = _QUOTED.search(str(record.get("problem")))
-        names.append(str(record.get("category") or (quoted[1] if quoted else "object")))
-    known = sorted(set(names))
+    names = [_category(record) if record else None for record in records]
+    known = sorted({name for name in names if name is not None})
     wanted = pick_names(known, known, config.task, config.categories)
     exists = None
+    ids = [record.get("image_id") for record in records]
+    images = [image if isinstance(image, (int, str)) else None for image in ids]
     if config.exists_map:
-        numbers = {record.get("image_id") for record in records}
-        if None in numbers:
+        numbers = {image for image in images if image is not None}
+        if not numbers:
             raise ValueError(
                 f"--exists_map: expected a column image_id in {config.dataset_name}; build the "
                 "data set with python -m virft_fast.data build, or pass --annotations"
@@ -567,8 +669,9 @@ def _chosen(config: EvalConfig, records: Sequence[Record]) -> list[int]:
         exists = read_exists_map(Path(config.exists_map), {n: str(n) for n in numbers})
     return [
         index
-        for index, (name, record) in enumerate(zip(names, records, strict=True))
-        if name in wanted and (exists is None or name in exists.get(record["image_id"], ()))
+        for index, (name, image) in enumerate(zip(names, images, strict=True))
+        if name is None  # unreadable: asked about, and so counted
+        or (name in wanted and (exists is None or name in exists.get(image, ())))
     ]
 
 
