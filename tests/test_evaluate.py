@@ -667,6 +667,8 @@ def lisa(tmp_path):
 
 def test_grounding_with_masks(lisa, sam_path, tmp_path, answers):
     """The first answer has a box, whose mask is SAM's; the second has none, and an empty mask."""
+    import datasets
+
     from virft_fast.data import load_rows
     from virft_fast.evaluation.grounding import MaskModel
 
@@ -688,6 +690,17 @@ def test_grounding_with_masks(lisa, sam_path, tmp_path, answers):
     assert means["gIoU"] == pytest.approx(areas[0] / areas[1] / 2, abs=1e-6)
     assert means["cIoU"] == pytest.approx(areas[0] / (areas[1] + 900))
     assert main(argv) == 0 and len(answers.asked) == 2
+    # Other masks are measured again, and a damaged one is said to be.
+    rows = load_rows(str(lisa), "test")
+    for name in ("image", "mask"):
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+    damaged = [{**row, "mask": {"bytes": b"junk", "path": None}} for row in rows]
+    shutil.rmtree(lisa)
+    rows = datasets.Dataset.from_list(damaged, features=rows.features)
+    datasets.DatasetDict({"test": rows}).save_to_disk(lisa)
+    assert main(argv) == 0 and len(answers.asked) == 2
+    report = output.with_suffix(".md").read_text()
+    assert "| gIoU | - |" in report and "| rows without a true mask | 2 |" in report
 
 
 @pytest.mark.parametrize(
@@ -745,7 +758,7 @@ def test_missing_and_odd_images_are_counted(coco, tmp_path, capsys, answers):
     summary = json.loads(output.with_suffix(".summary.json").read_text())
     assert summary["counts"] == {
         "questions": 5, "answers": 3, "images": 5, "images missing": 1,
-        "rows that can't be used": 2,
+        "boxes that can't be used": 0, "rows that can't be used": 2,
     }  # fmt: skip
     (missing,) = summary["images_missing"]
     assert missing.startswith(str(folder / "images"))
@@ -754,9 +767,85 @@ def test_missing_and_odd_images_are_counted(coco, tmp_path, capsys, answers):
     assert summary["categories"][0]["objects"] == 5
 
 
+def changed(coco, tmp_path, change):
+    data = json.loads((coco / "instances.json").read_text())
+    change(data)
+    (tmp_path / "changed.json").write_text(json.dumps(data))
+    return coco_argv(coco, tmp_path / "out.jsonl", "--annotations", tmp_path / "changed.json")
+
+
+@pytest.mark.parametrize(
+    "bbox", [[1, 2, 3], [0, 0, float("nan"), 5], [0, 0, 5, float("inf")], [3, 3, 0, 9],
+             [500, 500, 9, 9]], ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("crowd", [0, 1])
+def test_a_true_box_that_cant_be_used_is_not_missed(coco, tmp_path, answers, capsys, bbox, crowd):
+    def change(data):
+        data["annotations"].append(
+            {"id": 99, "image_id": 4, "category_id": 2, "bbox": bbox, "iscrowd": crowd}
+        )
+
+    assert main(changed(coco, tmp_path, change)) == 0
+    assert len(json.loads((tmp_path / "out.truth.json").read_text())["annotations"]) == 8
+    assert ("tiny: 1 boxes that can't be used" in capsys.readouterr().out) == (not crowd)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda data: data["annotations"].clear(), "not a single box"),
+        (lambda data: data["categories"][0].update(name="r\ud800"), "names in UTF-8"),
+    ],
+    ids=["nothing", "half a character"],
+)
+@pytest.mark.parametrize("more", [[], ["--ask_exists"]], ids=str)
+def test_annotations_that_ask_nothing(coco, tmp_path, answers, capsys, change, said, more):
+    assert main([*changed(coco, tmp_path, change), *more]) == 2
+    assert said in capsys.readouterr().err and not answers.calls
+
+
+def test_images_that_cant_be_asked_what_they_show_are_counted(coco, tmp_path, answers, capsys):
+    folder = tmp_path / "coco"
+    shutil.copytree(coco, folder)
+    (folder / "images/0001.png").write_bytes(b"no image")
+    answers.say = lambda sample: "red, blue"
+    assert main(coco_argv(folder, tmp_path / "out.jsonl", "--ask_exists")) == 0
+    summary = json.loads((tmp_path / "out.summary.json").read_text())
+    assert summary["bad_rows"] == summary["counts"]["rows that can't be used"] == 1
+    assert "tiny: 1 rows that can't be used" in capsys.readouterr().out
+
+
+def test_what_a_map_has_beside_is_counted(coco, tmp_path, answers, capsys):
+    (tmp_path / "map.json").write_text(json.dumps({"1": ["red", "rde", "zebra"], "77": ["rde"]}))
+    argv = coco_argv(coco, tmp_path / "out.jsonl", "--exists_map", tmp_path / "map.json")
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "1 images of the map that are unknown" in out
+    assert "2 categories of the map that are unknown" in out
+
+
+@pytest.mark.parametrize("category", ["", "a", "\ud800"])
+def test_rows_about_odd_categories(tmp_path, answers, capsys, category):
+    row = {"problem": "?", "solution": BOXES, "image_path": "x.png", "image_id": 1}
+    Image.new("RGB", (56, 56)).save(tmp_path / "x.png")
+    (tmp_path / "rows.json").write_text(json.dumps([row | {"category": category}]))
+    argv = ["--dataset_name", tmp_path / "rows.json", "--split", "train", "--task", "coco",
+            "--output", tmp_path / "out.jsonl", "--bootstrap", 0]  # fmt: skip
+    argv = [str(part) for part in argv]
+    assert main(argv) == 0
+    answers.asked.clear()
+    (tmp_path / "map.json").write_text('{"1": ["zebra"]}')
+    assert main([*argv, "--exists_map", str(tmp_path / "map.json")]) == 2
+    assert "without a question there is no answer" in capsys.readouterr().err
+    assert not answers.asked
+
+
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
+        (["--max_prompt_length", "0"], "--max_prompt_length: expected a positive number, got 0"),
+        (["--max_pixels", "-1"], "--max_pixels: expected a positive number"),
+        (["--min_pixels", "9", "--max_pixels", "8"], "--min_pixels: expected at most"),
         (["--split", "dev"], "train, test"),
         (["--model_name_or_path", "nothing-here"], "--model_name_or_path"),
         (["--max_sample", "2"], "--max_samples"),

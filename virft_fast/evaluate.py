@@ -39,6 +39,9 @@ from virft_fast.evaluation.pages import Table
 from virft_fast.evaluation.results import Result
 from virft_fast.evaluation.run import Evaluation
 
+# What of the counts is also said in the terminal.
+_LEFT_OUT = ("that can't be used", "without a true mask", "that are unknown")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns the exit status: 0, 2 for arguments that name nothing to evaluate, 1 for
@@ -158,9 +161,9 @@ def _show(config: EvalConfig, results: list[Result], table: Table) -> None:
         cells = zip(row, widths, strict=True)
         print("  ".join(f"{cell:{width}}" for cell, width in cells).rstrip())
     for result in results:
-        bad = result.counts["rows that can't be used"]
-        if bad:
-            print(f"{result.model}: skipped {bad} rows that can't be used")
+        left_out = {n: c for n, c in result.counts.items() if c and n.endswith(_LEFT_OUT)}
+        for name, count in left_out.items():
+            print(f"{result.model}: {count} {name}")
     if first.missing:
         print(f"without {len(first.missing)} images that are missing: {listing(first.missing)}")
 

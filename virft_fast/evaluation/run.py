@@ -13,7 +13,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -159,7 +159,7 @@ class Evaluation:
             images = images_of(config) if config.annotations else None
         if images is not None:
             if config.exists_map:
-                exists = read_exists_map(Path(config.exists_map), files_of(images.annotations))
+                exists = images.exists
             elif config.ask_exists and exists is None:
                 exists = self._ask_exists(images)
         with usage():
@@ -171,6 +171,9 @@ class Evaluation:
             reward_funcs = tasks.load_reward_funcs(names)
             sam = self._sam(questions) if config.sam_path else None
             stamp = _reward_stamp(names)
+        # An image that could not be asked what is in it is not asked about any more.
+        asked = images is not None and config.ask_exists
+        unseen = sum(image not in exists for image in images.paths) if asked else 0
         samples = questions.samples()
         self.load_sample = samples.get
         self._check_space(questions)
@@ -206,7 +209,7 @@ class Evaluation:
                 "questions": len(questions.indices),
                 "answers": len(records),
                 **questions.counts,
-                "rows that can't be used": len(self.bad_rows),
+                "rows that can't be used": len(self.bad_rows) + unseen,
             },
             num_draws=config.bootstrap,
             seed=config.seed,
@@ -541,17 +544,31 @@ def _images_stamp(config: EvalConfig, images: Images) -> list[Any]:
 def images_of(config: EvalConfig) -> Images:
     """The images that an annotation file names."""
     annotations = read_annotations(Path(config.annotations), config.task)
+    odd = [name for name in annotations.categories.values() if not _is_utf8(name)]
+    if odd:
+        raise ValueError(
+            f"--annotations {config.annotations}: expected names in UTF-8, got {odd[0]!a}; "
+            "rename the category"
+        )
     categories = pick_categories(annotations, config.task, config.categories)
-    only = None
+    exists, unknown = None, {}
     if config.exists_map:
-        only = read_exists_map(Path(config.exists_map), files_of(annotations))
-    return find_images(
+        exists, unknown = read_exists_map(
+            Path(config.exists_map), files_of(annotations), annotations.categories.values()
+        )
+    found = find_images(
         annotations,
         Path(config.images),
         categories,
-        only=only,
+        only=exists,
         allow_missing=config.allow_missing,
     )
+    return replace(found, exists=exists, counts=unknown)
+
+
+def _is_utf8(name: str) -> bool:
+    """JSON may hold half a character, which no tokenizer takes."""
+    return name.encode("utf-8", "replace").decode() == name
 
 
 def of_annotations(
@@ -585,7 +602,12 @@ def of_annotations(
         _digest([*_images_stamp(config, images), said]),
         check=partial(other_size, annotations),
         truth=make_truth(there, chosen, annotations.records),
-        counts={"images": len(there), "images missing": len(images.missing)},
+        counts={
+            "images": len(there),
+            "images missing": len(images.missing),
+            "boxes that can't be used": annotations.bad_boxes,
+            **images.counts,
+        },
         missing=[str(path) for path in images.missing.values()],
     )
 
@@ -621,9 +643,9 @@ def of_dataset(config: EvalConfig) -> Questions:
     if task == "classification":
         known = [record.get("solution") for record in records]
         labels = closed_set(s for s in known if isinstance(s, str)) if any(known) else None
-    indices = range(len(rows))
+    indices, unknown = range(len(rows)), {}
     if config.categories != "all" or config.exists_map:
-        indices = _chosen(config, records)
+        indices, unknown = _chosen(config, records)
     return Questions(
         rows,
         task,
@@ -631,6 +653,7 @@ def of_dataset(config: EvalConfig) -> Questions:
         digest.hexdigest()[:16],
         labels=labels,
         image_ids=_image_ids(records),
+        counts=unknown,
     )
 
 
@@ -651,12 +674,13 @@ def _image_ids(records: Sequence[Record]) -> list[int]:
     return [known.setdefault(key, len(known)) for key in keys]
 
 
-def _chosen(config: EvalConfig, records: Sequence[Record]) -> list[int]:
-    """The rows about the chosen categories, or what is said to exist of them."""
+def _chosen(config: EvalConfig, records: Sequence[Record]) -> tuple[list[int], dict[str, int]]:
+    """The rows about the chosen categories, or what is said to exist of them; and what the map has
+    beside."""
     names = [_category(record) if record else None for record in records]
     known = sorted({name for name in names if name is not None})
     wanted = pick_names(known, known, config.task, config.categories)
-    exists = None
+    exists, unknown = None, {}
     ids = [record.get("image_id") for record in records]
     images = [image if isinstance(image, (int, str)) else None for image in ids]
     if config.exists_map:
@@ -666,13 +690,20 @@ def _chosen(config: EvalConfig, records: Sequence[Record]) -> list[int]:
                 f"--exists_map: expected a column image_id in {config.dataset_name}; build the "
                 "data set with python -m virft_fast.data build, or pass --annotations"
             )
-        exists = read_exists_map(Path(config.exists_map), {n: str(n) for n in numbers})
-    return [
+        files = {number: str(number) for number in numbers}
+        exists, unknown = read_exists_map(Path(config.exists_map), files, known)
+    chosen = [
         index
         for index, (name, image) in enumerate(zip(names, images, strict=True))
         if name is None  # unreadable: asked about, and so counted
         or (name in wanted and (exists is None or name in exists.get(image, ())))
     ]
+    if not chosen:
+        raise ValueError(
+            f"--exists_map {config.exists_map}: expected some of what the rows ask about in it "
+            f"({', '.join(wanted[:5])}, ...), got none; without a question there is no answer"
+        )
+    return chosen, unknown
 
 
 def _first(indices: Sequence[int], config: EvalConfig) -> Sequence[int]:
