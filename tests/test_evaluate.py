@@ -456,7 +456,6 @@ def test_different_questions_have_different_default_names(tmp_path, monkeypatch)
         EvalConfig(**common | {"annotations": "b/instances_val2017.json"}, categories="few8"),
         EvalConfig(**common, categories="few8", model_name_or_path="Qwen/Qwen2-VL-2B"),
         EvalConfig(**common, categories="few8", compare=["tiny", "Qwen/Qwen2-VL-2B"]),
-        EvalConfig(**common, categories="few8", compare=["tiny", "Qwen/Qwen2-VL-7B"]),
         EvalConfig(dataset_name="x/data"),
         EvalConfig(dataset_name="y/data"),
         EvalConfig(dataset_name="y/data", task="classification"),
@@ -467,7 +466,7 @@ def test_different_questions_have_different_default_names(tmp_path, monkeypatch)
     assert re.fullmatch(r"eval_tiny_instances_val2017_coco_few8_ask_\w{6}\.jsonl", names[1])
     # Fewer samples or other rewards are no other questions.
     fewer = EvalConfig(dataset_name="x/data", max_samples=3, reward_funcs=["format"])
-    assert output_path(fewer) == output_path(configs[7])
+    assert output_path(fewer) == output_path(configs[6])
 
 
 @pytest.mark.parametrize("kind", ["stored", "named", "annotated"])
@@ -627,7 +626,12 @@ def test_models_side_by_side(shapes, tmp_path, answers, capsys):
     assert len(list(tmp_path.glob("both.*.jsonl"))) == 2
     asked = len(answers.asked)
     assert main(argv) == 0  # a comparison that was interrupted does nothing twice
-    assert len(answers.asked) == asked
+    third = tmp_path / "third"
+    shutil.copytree(model, third)
+    assert main([*argv, "--compare", "tiny", str(model), str(third)]) == 0
+    assert len(answers.asked) == asked + 5
+    assert main([*argv[3:], "--model_name_or_path", "tiny"]) == 2  # would replace the comparison
+    assert "both.summary.json is something else" in capsys.readouterr().err
 
 
 def test_classification_names_what_is_confused(tmp_path, answers, monkeypatch):

@@ -189,7 +189,7 @@ def output_path(config: EvalConfig) -> Path:
     name = "_".join(re.sub(r"[^\w-]+", "-", part)[:40].strip("-") for part in parts if part)
     # Of what is cut off or replaced in the name, and of sources with the same stem.
     exact = [parts, _resolved(source), given and _resolved(given), config.dataset_config]
-    digest = hashlib.sha256(json.dumps([*exact, config.compare]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(exact).encode()).hexdigest()
     return (folder if beside_model else Path("runs/eval")) / f"{name}_{digest[:6]}.jsonl"
 
 

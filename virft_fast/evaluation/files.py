@@ -37,14 +37,13 @@ def check_output(
     if path.suffix in TAKEN:
         raise ValueError(f"--output {path}: expected a name for the records, such as answers.jsonl")
     read = {Path(name).expanduser().resolve() for name in inputs if name}
-    each = of_models(path, models) if models else []
-    for place in (path, *each):
+    for place in (path, *(of_models(path, models) if models else ())):
         there = [f for f in (place, *(beside(place, end) for end in BESIDE)) if f.exists()]
         for file in there:
             if file.is_dir() or file.resolve() in read:
                 what = "a folder" if file.is_dir() else "read by this evaluation"
                 raise ValueError(f"--output {path}: expected another name, {file} is {what}")
-        if there and not overwrite and not _is_ours(place, [] if place in each else models):
+        if there and not overwrite and not _is_ours(place, bool(models) and place == path):
             raise ValueError(
                 f"--output {path}: expected a new name or that of the same evaluation, "
                 f"{there[0]} is something else; --overwrite replaces it"
@@ -54,17 +53,15 @@ def check_output(
         raise ValueError(f"--output {path}: expected a place that can be written")
 
 
-def _is_ours(place: Path, compared: Sequence[str]) -> bool:
-    """Whether an evaluation lies there, or a comparison of these models."""
+def _is_ours(place: Path, compared: bool) -> bool:
+    """Whether an evaluation lies there, or a comparison: its models' own files hold what is in it,
+    so one of other models may replace it."""
     try:
         summary = json.loads(beside(place, ".summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         summary = {}
-    if compared:
-        there = summary.get("models") if isinstance(summary, dict) else None
-        return isinstance(there, dict) and list(there) == list(compared)
-    done = isinstance(summary, dict) and "settings" in summary
-    return done or beside(place, ".journal").exists()
+    done = isinstance(summary, dict) and ("models" if compared else "settings") in summary
+    return done or (not compared and beside(place, ".journal").exists())
 
 
 def of_models(output: Path, models: Sequence[str]) -> list[Path]:
