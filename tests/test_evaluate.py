@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -806,6 +807,15 @@ def test_a_true_box_that_cant_be_used_is_not_missed(coco, tmp_path, answers, cap
 def test_annotations_that_ask_nothing(coco, tmp_path, answers, capsys, change, said, more):
     assert main([*changed(coco, tmp_path, change), *more]) == 2
     assert said in capsys.readouterr().err and not answers.calls
+
+
+def test_a_missing_image_of_an_impossible_name_is_named(coco, tmp_path, answers, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # strict, as a terminal's
+    monkeypatch.setattr(sys, "stdout", stdout)
+    argv = changed(coco, tmp_path, lambda data: data["images"][0].update(file_name="\ud800.png"))
+    assert main([*argv, "--allow_missing"]) == 0
+    stdout.flush()
+    assert b"/?.png" in stdout.buffer.getvalue()
 
 
 def test_images_that_cant_be_asked_what_they_show_are_counted(coco, tmp_path, answers, capsys):

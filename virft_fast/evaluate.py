@@ -165,7 +165,8 @@ def _show(config: EvalConfig, results: list[Result], table: Table) -> None:
         for name, count in left_out.items():
             print(f"{result.model}: {count} {name}")
     if first.missing:
-        print(f"without {len(first.missing)} images that are missing: {listing(first.missing)}")
+        named = listing(first.missing).encode("utf-8", "replace").decode()
+        print(f"without {len(first.missing)} images that are missing: {named}")
 
 
 def output_path(config: EvalConfig) -> Path:
