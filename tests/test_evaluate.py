@@ -851,6 +851,11 @@ def test_rows_about_odd_categories(tmp_path, answers, capsys, category):
     (tmp_path / "map.json").write_text('{"1": ["zebra"]}')
     assert main([*argv, "--exists_map", str(tmp_path / "map.json")]) == 2
     assert "without a question there is no answer" in capsys.readouterr().err
+    # Rows of which nobody knows whether the map is about them are not left out silently.
+    both = [row | {"category": category}, row | {"image_id": None}]
+    (tmp_path / "rows.json").write_text(json.dumps(both))
+    assert main([*argv, "--exists_map", str(tmp_path / "map.json"), "--overwrite"]) == 2
+    assert "expected an image_id in every row" in capsys.readouterr().err
     assert not answers.asked
 
 

@@ -492,11 +492,11 @@ def _reward_stamp(names: Sequence[str]) -> str:
 
 
 def _plain(part: Any) -> list[Record]:
-    """The rows of an arrow table; one with a text that is not in UTF-8 is empty, and a bad one when
-    it is asked about."""
+    """The rows of an arrow table; one that can't be read, such as of text that is not in UTF-8, is
+    empty, and a bad one when it is asked about."""
     try:
         return part.to_pylist()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):
         if len(part) == 1:
             return [{}]
         return [row for at in range(len(part)) for row in _plain(part.slice(at, 1))]
@@ -684,11 +684,11 @@ def _chosen(config: EvalConfig, records: Sequence[Record]) -> tuple[list[int], d
     ids = [record.get("image_id") for record in records]
     images = [image if isinstance(image, (int, str)) else None for image in ids]
     if config.exists_map:
-        numbers = {image for image in images if image is not None}
-        if not numbers:
+        numbers = {image for image, record in zip(images, records, strict=True) if record}
+        if not numbers or None in numbers:
             raise ValueError(
-                f"--exists_map: expected a column image_id in {config.dataset_name}; build the "
-                "data set with python -m virft_fast.data build, or pass --annotations"
+                f"--exists_map: expected an image_id in every row of {config.dataset_name}; "
+                "build it with python -m virft_fast.data build, or pass --annotations"
             )
         files = {number: str(number) for number in numbers}
         exists, unknown = read_exists_map(Path(config.exists_map), files, known)
