@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -258,13 +259,13 @@ def test_a_built_data_set_has_its_own_truth(coco, tmp_path, answers):
     assert by_name[0] == by_name[1] == {"red": 6, "blue": 2}
     assert one["means"]["mAP50"] == pytest.approx(two["means"]["mAP50"], abs=1e-6)
     answers.asked.clear()
-    assert main([*map(str, own), "--categories", "blue"]) == 0
+    assert main([*map(str, own), "--categories", "blue", "--overwrite"]) == 0
     assert [s.columns["image_id"] for s in answers.asked] and {
         s.columns["category"] for s in answers.asked
     } == {"blue"}
     given.write_text(json.dumps({"1": ["blue"], "2": []}))
     answers.asked.clear()
-    assert main([*map(str, own), "--exists_map", str(given)]) == 0
+    assert main([*map(str, own), "--exists_map", str(given), "--overwrite"]) == 0
     asked = [(s.columns["image_id"], s.columns["category"]) for s in answers.asked]
     assert asked == [(1, "blue")]
 
@@ -352,7 +353,9 @@ def test_a_killed_evaluation_goes_on_without_asking_again(coco, tmp_path, monkey
         assert one == two
 
 
-def test_what_is_done_is_not_asked_again_unless_the_model_changes(shapes, tmp_path, answers):
+def test_what_is_done_is_not_asked_again_unless_the_model_changes(
+    shapes, tmp_path, answers, capsys
+):
     model = tmp_path / "model"
     from virft_fast.models.tiny import resolve_model_path
 
@@ -364,6 +367,13 @@ def test_what_is_done_is_not_asked_again_unless_the_model_changes(shapes, tmp_pa
     assert len(answers.asked) == 3
     assert main([*argv, "--max_samples", "5"]) == 0
     assert len(answers.asked) == 5
+    # The answers beyond are not counted, and not lost.
+    for _ in range(2):
+        assert main([*argv, "--max_samples", "2"]) == 0
+        assert len(read_jsonl(tmp_path / "out.jsonl")) == 2
+    assert main([*argv, "--max_samples", "5"]) == 0
+    assert len(answers.asked) == 5 and not (tmp_path / "out.journal").exists()
+    assert len(read_jsonl(tmp_path / "out.jsonl")) == 5
     assert main([*argv, "--overwrite"]) == 0
     assert len(answers.asked) == 8
     weights = next(model.glob("*.safetensors"))
@@ -373,8 +383,229 @@ def test_what_is_done_is_not_asked_again_unless_the_model_changes(shapes, tmp_pa
     with weights.open("r+b") as file:
         file.seek(-4, os.SEEK_END)
         file.write(b"\0\0\0\1")
-    assert main(argv) == 0
+    before = (tmp_path / "out.jsonl").read_bytes()
+    assert main(argv) == 2
+    assert (
+        "out.summary.json holds an evaluation that is done, made under" in capsys.readouterr().err
+    )
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert main([*argv, "--overwrite"]) == 0
     assert len(answers.asked) == 11
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"out.jsonl": "5\n{}\n"},
+        {"out.jsonl": '{"index": 0}\n[1]\n'},
+        {"out.jsonl": "\udcff"},
+        {"out.summary.json": "[]", "out.journal": ""},
+        {"out.journal": '{"settings": 0}\n{"settings": 1}\n{"stage": [], "record": {}}\n'},
+        {"out.journal": '{"settings": 0}\n{"stage": "answer", "record": {"index": 0}}\n'},
+        {"out.journal": '{"settings": 0}\n{"stage": "answer", "record": 5}\n'},
+    ],
+    ids=str,
+)
+def test_records_that_nobody_wrote_are_asked_again(shapes, tmp_path, answers, damage):
+    argv = ["--dataset_name", str(shapes), "--output", str(tmp_path / "out.jsonl"), "--pictures",
+            "0", "--bootstrap", "0"]  # fmt: skip
+    assert main(argv) == 0
+    summary = tmp_path / "out.summary.json"
+    settings = json.dumps(json.loads(summary.read_text())["settings"])
+    if "out.journal" in damage:
+        summary.unlink()
+    for name, text in damage.items():
+        text = text.replace('"settings": 0', f'"settings": {settings}')
+        (tmp_path / name).write_text(text, errors="surrogateescape")
+    assert main(argv) == 0
+    assert len(answers.asked) == 10 and len(read_jsonl(tmp_path / "out.jsonl")) == 5
+
+
+def test_what_is_read_or_something_else_is_not_written_over(
+    coco, shapes, tmp_path, answers, capsys
+):
+    """What is read not with --overwrite either."""
+    for name, file in (
+        ("--annotations", "val.truth.json"),
+        ("--exists_map", "val.exists_map.json"),
+    ):
+        shutil.copy(coco / "instances.json", tmp_path / file)
+        before = (tmp_path / file).read_bytes()
+        argv = coco_argv(coco, tmp_path / "val.jsonl", name, tmp_path / file, "--overwrite")
+        assert main(argv) == 2
+        assert f"{file} is read by this evaluation" in capsys.readouterr().err
+        assert (tmp_path / file).read_bytes() == before
+        (tmp_path / file).unlink()
+    rows = tmp_path / "mydata.jsonl"
+    rows.write_text('{"problem": "?", "solution": "<answer>cat</answer>"}\n')
+    argv = ["--dataset_name", str(rows), "--split", "train", "--output", str(rows)]
+    assert main([*argv, "--overwrite"]) == 2
+    other = ["--dataset_name", str(shapes), "--output", str(rows), "--pictures", "0"]
+    assert main(other) == 2
+    assert "mydata.jsonl is something else; --overwrite replaces it" in capsys.readouterr().err
+    (tmp_path / "out.md").write_text("mine")
+    assert main([*other, "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert rows.read_text().startswith('{"problem"') and not answers.calls
+    assert main([*other, "--overwrite"]) == 0 and len(read_jsonl(rows)) == 5
+
+
+def test_different_questions_have_different_default_names(tmp_path, monkeypatch):
+    from virft_fast.config import EvalConfig
+    from virft_fast.evaluate import output_path
+
+    monkeypatch.chdir(tmp_path)
+    common = {"task": "coco", "annotations": "instances_val2017.json", "images": "val2017"}
+    configs = [
+        EvalConfig(**common, categories="novel15", exists_map="exist_map.json"),
+        EvalConfig(**common, categories="few8", ask_exists=True),
+        EvalConfig(**common, categories="few8"),
+        EvalConfig(**common | {"annotations": "b/instances_val2017.json"}, categories="few8"),
+        EvalConfig(**common, categories="few8", model_name_or_path="Qwen/Qwen2-VL-2B"),
+        EvalConfig(**common, categories="few8", compare=["tiny", "Qwen/Qwen2-VL-2B"]),
+        EvalConfig(dataset_name="x/data"),
+        EvalConfig(dataset_name="y/data"),
+        EvalConfig(dataset_name="y/data", task="classification"),
+        EvalConfig(dataset_name="y/data", split="train"),
+    ]
+    names = [output_path(config).name for config in configs]
+    assert len(set(names)) == len(names)
+    assert re.fullmatch(r"eval_tiny_instances_val2017_coco_few8_ask_\w{6}\.jsonl", names[1])
+    # Fewer samples or other rewards are no other questions.
+    fewer = EvalConfig(dataset_name="x/data", max_samples=3, reward_funcs=["format"])
+    assert output_path(fewer) == output_path(configs[6])
+
+
+@pytest.mark.parametrize("kind", ["stored", "named", "annotated"])
+def test_answers_are_about_the_images_that_were_seen(coco, shapes, tmp_path, answers, capsys, kind):
+    import datasets
+
+    def draw(colour):
+        Image.new("RGB", (56, 56), colour).save(tmp_path / "image.png")
+        row = {"problem": "What is it?", "solution": "<answer>cat</answer>"}
+        stored = {"bytes": (tmp_path / "image.png").read_bytes(), "path": None}
+        rows = datasets.Dataset.from_list([row | {"image": stored}])
+        rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "stored.parquet")
+        (tmp_path / "named.jsonl").write_text(json.dumps(row | {"image_path": "image.png"}))
+        shutil.copy(tmp_path / "image.png", coco_copy / "images/0000.png")
+
+    coco_copy = tmp_path / "coco"
+    shutil.copytree(coco, coco_copy)
+    output = tmp_path / "out.jsonl"
+    source = tmp_path / ("named.jsonl" if kind == "named" else "stored.parquet")
+    argv = coco_argv(coco_copy, output) if kind == "annotated" else [
+        "--dataset_name", str(source), "--split", "train", "--task", "classification",
+        "--output", str(output), "--pictures", "0", "--bootstrap", "0"]  # fmt: skip
+    draw("red")
+    assert main(argv) == 0 == main(argv)
+    draw("blue")
+    os.utime(tmp_path / "image.png", ns=(0, 0))
+    assert main(argv) == 2
+    assert re.search("made under other settings: questions '\\w+' there", capsys.readouterr().err)
+
+
+def test_stale_answers_to_what_exists_are_refused(coco, tmp_path, answers, capsys):
+    shutil.copy(coco / "instances.json", tmp_path / "instances.json")
+    argv = coco_argv(coco, tmp_path / "out.jsonl", "--ask_exists", "--annotations",
+                     tmp_path / "instances.json")  # fmt: skip
+    assert main(argv) == 0
+    data = json.loads((coco / "instances.json").read_text())
+    data["annotations"][0]["bbox"][2] += 3
+    (tmp_path / "instances.json").write_text(json.dumps(data))
+    assert main(argv) == 2
+    assert "questions" in capsys.readouterr().err
+
+
+def test_other_rewards_ask_nothing_again(shapes, tmp_path, answers):
+    """Nor does the same function once its file is another one."""
+    file = tmp_path / "mine.py"
+    argv = ["--dataset_name", str(shapes), "--output", str(tmp_path / "out.jsonl"), "--pictures",
+            "0", "--bootstrap", "0"]  # fmt: skip
+    assert main(argv) == 0
+    text = """def mine(prompts, completions, solution, completion_ids, **columns):
+    assert all("Confidence" in c[0]["content"] for c in completions) and all(completion_ids)
+    assert all(text.startswith("<answer>") for text in solution) and prompts[0][0]["role"]
+    return [%s] * len(prompts)
+"""
+    for value in (0.25, 0.75):
+        file.write_text(text % value)
+        assert main([*argv, "--reward_funcs", f"{file}:mine", "format"]) == 0
+        summary = json.loads((tmp_path / "out.summary.json").read_text())
+        assert summary["means"]["mine"] == value and "accuracy_iou" not in summary["means"]
+    assert len(answers.asked) == 5
+
+
+@pytest.mark.parametrize(
+    "given, numbers",
+    [([7, 7, 9], [7, 7, 9]), (["b", "a", "b"], [0, 1, 0]), ([1, None, 1], [0, 1, 0]),
+     ([None, None, None], [0, 1, 2])],
+)  # fmt: skip
+def test_rows_of_an_image_go_together(tmp_path, answers, given, numbers):
+    rows = [
+        {"problem": "A 'category 'red''?", "solution": BOXES, "image_id": image,
+         "image_path": "x.png"} for image in given
+    ]  # fmt: skip
+    Image.new("RGB", (56, 56)).save(tmp_path / "x.png")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    argv = ["--dataset_name", tmp_path / "rows.json", "--split", "train", "--task", "coco",
+            "--output", tmp_path / "out.jsonl", "--pictures", "0"]  # fmt: skip
+    assert main([str(part) for part in argv]) == 0
+    assert [record["image_id"] for record in read_jsonl(tmp_path / "out.jsonl")] == numbers
+    truth = json.loads((tmp_path / "out.truth.json").read_text())
+    assert len(truth["images"]) == len(set(numbers))
+
+
+@pytest.mark.parametrize("column", ["problem", "solution", "category"])
+def test_a_text_that_is_none_spoils_its_row_alone(tmp_path, answers, capsys, column):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    columns = {
+        "problem": ["one", "two", "three"], "solution": [BOXES] * 3, "category": ["red"] * 3,
+    }  # fmt: skip
+    columns["image_path"] = [str(tmp_path / "x.png")] * 3
+    Image.new("RGB", (56, 56)).save(tmp_path / "x.png")
+    table = pa.table(columns)
+    bad = pa.array([b"one", b"\xff\xfe", b"three"]).view(pa.string())
+    place = table.column_names.index(column)
+    bad = bad if column == "problem" else pa.chunked_array(
+        [table.column(place).slice(0, 1).combine_chunks(), bad.slice(1, 1),
+         table.column(place).slice(2).combine_chunks()]
+    )  # fmt: skip
+    pa.parquet.write_table(table.set_column(place, column, bad), tmp_path / "rows.parquet")
+    argv = ["--dataset_name", tmp_path / "rows.parquet", "--split", "train", "--task", "coco",
+            "--output", tmp_path / "out.jsonl", "--pictures", "0"]  # fmt: skip
+    assert main([str(part) for part in argv]) == 0
+    assert [record["index"] for record in read_jsonl(tmp_path / "out.jsonl")] == [0, 2]
+    assert "1 rows that can't be used" in capsys.readouterr().out
+
+
+def test_side_files_of_an_earlier_evaluation_go(coco, shapes, tmp_path, answers):
+    output = tmp_path / "out.jsonl"
+    assert main(coco_argv(coco, output, "--ask_exists")) == 0
+    argv = ["--dataset_name", str(shapes), "--output", str(output), "--pictures", "0"]
+    assert main([*argv, "--overwrite"]) == 0
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {f"out.{ending}" for ending in ("jsonl", "summary.json", "md", "html")}
+
+
+def test_ctrl_c_leaves_the_journal(shapes, tmp_path, answers, capsys):
+    def say(sample):
+        if sample.index == 2:
+            raise KeyboardInterrupt
+        return BOXES
+
+    answers.say = say
+    argv = ["--dataset_name", str(shapes), "--output", str(tmp_path / "out.jsonl"), "--batch_size",
+            "2"]  # fmt: skip
+    assert main(argv) == 130
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    assert (tmp_path / "out.journal").read_text().count("\n") == 3
+
+
+def test_a_wrong_model_is_said_before_the_first_is_asked(shapes, tmp_path, answers, capsys):
+    argv = ["--dataset_name", str(shapes), "--output", str(tmp_path / "out.jsonl")]
+    assert main([*argv, "--compare", "tiny", "tinny"]) == 2
+    assert "tinny" in capsys.readouterr().err and not answers.calls
 
 
 def test_models_side_by_side(shapes, tmp_path, answers, capsys):
@@ -401,7 +632,12 @@ def test_models_side_by_side(shapes, tmp_path, answers, capsys):
     assert len(list(tmp_path.glob("both.*.jsonl"))) == 2
     asked = len(answers.asked)
     assert main(argv) == 0  # a comparison that was interrupted does nothing twice
-    assert len(answers.asked) == asked
+    third = tmp_path / "third"
+    shutil.copytree(model, third)
+    assert main([*argv, "--compare", "tiny", str(model), str(third)]) == 0
+    assert len(answers.asked) == asked + 5
+    assert main([*argv[3:], "--model_name_or_path", "tiny"]) == 2  # would replace the comparison
+    assert "both.summary.json is something else" in capsys.readouterr().err
 
 
 def test_classification_names_what_is_confused(tmp_path, answers, monkeypatch):
@@ -441,6 +677,8 @@ def lisa(tmp_path):
 
 def test_grounding_with_masks(lisa, sam_path, tmp_path, answers):
     """The first answer has a box, whose mask is SAM's; the second has none, and an empty mask."""
+    import datasets
+
     from virft_fast.data import load_rows
     from virft_fast.evaluation.grounding import MaskModel
 
@@ -463,6 +701,17 @@ def test_grounding_with_masks(lisa, sam_path, tmp_path, answers):
     assert means["gIoU"] == pytest.approx(areas[0] / areas[1] / 2, abs=1e-6)
     assert means["cIoU"] == pytest.approx(areas[0] / (areas[1] + 900))
     assert main(argv) == 0 and len(answers.asked) == 2
+    # Other masks are measured again, and a damaged one is said to be.
+    rows = load_rows(str(lisa), "test")
+    for name in ("image", "mask"):
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+    damaged = [{**row, "mask": {"bytes": b"junk", "path": None}} for row in rows]
+    shutil.rmtree(lisa)
+    rows = datasets.Dataset.from_list(damaged, features=rows.features)
+    datasets.DatasetDict({"test": rows}).save_to_disk(lisa)
+    assert main(argv) == 0 and len(answers.asked) == 2
+    report = output.with_suffix(".md").read_text()
+    assert "| gIoU | - |" in report and "| rows without a true mask | 2 |" in report
 
 
 @pytest.mark.parametrize(
@@ -520,7 +769,7 @@ def test_missing_and_odd_images_are_counted(coco, tmp_path, capsys, answers):
     summary = json.loads(output.with_suffix(".summary.json").read_text())
     assert summary["counts"] == {
         "questions": 5, "answers": 3, "images": 5, "images missing": 1,
-        "rows that can't be used": 2,
+        "boxes that can't be used": 0, "rows that can't be used": 2,
     }  # fmt: skip
     (missing,) = summary["images_missing"]
     assert missing.startswith(str(folder / "images"))
@@ -529,9 +778,99 @@ def test_missing_and_odd_images_are_counted(coco, tmp_path, capsys, answers):
     assert summary["categories"][0]["objects"] == 5
 
 
+def changed(coco, tmp_path, change):
+    data = json.loads((coco / "instances.json").read_text())
+    change(data)
+    (tmp_path / "changed.json").write_text(json.dumps(data))
+    return coco_argv(coco, tmp_path / "out.jsonl", "--annotations", tmp_path / "changed.json")
+
+
+@pytest.mark.parametrize(
+    "bbox", [[1, 2, 3], [0, 0, float("nan"), 5], [0, 0, 5, float("inf")], [3, 3, 0, 9],
+             [500, 500, 9, 9]], ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("crowd", [0, 1])
+def test_a_true_box_that_cant_be_used_is_not_missed(coco, tmp_path, answers, capsys, bbox, crowd):
+    def change(data):
+        data["annotations"].append(
+            {"id": 99, "image_id": 4, "category_id": 2, "bbox": bbox, "iscrowd": crowd}
+        )
+
+    assert main(changed(coco, tmp_path, change)) == 0
+    assert len(json.loads((tmp_path / "out.truth.json").read_text())["annotations"]) == 8
+    assert ("tiny: 1 boxes that can't be used" in capsys.readouterr().out) == (not crowd)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda data: data["annotations"].clear(), "not a single box"),
+        (lambda data: data["categories"][0].update(name="r\ud800"), "names in UTF-8"),
+    ],
+    ids=["nothing", "half a character"],
+)
+@pytest.mark.parametrize("more", [[], ["--ask_exists"]], ids=str)
+def test_annotations_that_ask_nothing(coco, tmp_path, answers, capsys, change, said, more):
+    assert main([*changed(coco, tmp_path, change), *more]) == 2
+    assert said in capsys.readouterr().err and not answers.calls
+
+
+def test_a_missing_image_of_an_impossible_name_is_named(coco, tmp_path, answers, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # strict, as a terminal's
+    monkeypatch.setattr(sys, "stdout", stdout)
+    argv = changed(coco, tmp_path, lambda data: data["images"][0].update(file_name="\ud800.png"))
+    assert main([*argv, "--allow_missing"]) == 0
+    stdout.flush()
+    assert b"/?.png" in stdout.buffer.getvalue()
+
+
+def test_images_that_cant_be_asked_what_they_show_are_counted(coco, tmp_path, answers, capsys):
+    folder = tmp_path / "coco"
+    shutil.copytree(coco, folder)
+    (folder / "images/0001.png").write_bytes(b"no image")
+    answers.say = lambda sample: "red, blue"
+    assert main(coco_argv(folder, tmp_path / "out.jsonl", "--ask_exists")) == 0
+    summary = json.loads((tmp_path / "out.summary.json").read_text())
+    assert summary["bad_rows"] == summary["counts"]["rows that can't be used"] == 1
+    assert "tiny: 1 rows that can't be used" in capsys.readouterr().out
+
+
+def test_what_a_map_has_beside_is_counted(coco, tmp_path, answers, capsys):
+    (tmp_path / "map.json").write_text(json.dumps({"1": ["red", "rde", "zebra"], "77": ["rde"]}))
+    argv = coco_argv(coco, tmp_path / "out.jsonl", "--exists_map", tmp_path / "map.json")
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "1 images of the map that are unknown" in out
+    assert "2 categories of the map that are unknown" in out
+
+
+@pytest.mark.parametrize("category", ["", "a", "\ud800"])
+def test_rows_about_odd_categories(tmp_path, answers, capsys, category):
+    row = {"problem": "?", "solution": BOXES, "image_path": "x.png", "image_id": 1}
+    Image.new("RGB", (56, 56)).save(tmp_path / "x.png")
+    (tmp_path / "rows.json").write_text(json.dumps([row | {"category": category}]))
+    argv = ["--dataset_name", tmp_path / "rows.json", "--split", "train", "--task", "coco",
+            "--output", tmp_path / "out.jsonl", "--bootstrap", 0]  # fmt: skip
+    argv = [str(part) for part in argv]
+    assert main(argv) == 0
+    answers.asked.clear()
+    (tmp_path / "map.json").write_text('{"1": ["zebra"]}')
+    assert main([*argv, "--exists_map", str(tmp_path / "map.json")]) == 2
+    assert "without a question there is no answer" in capsys.readouterr().err
+    # Rows of which nobody knows whether the map is about them are not left out silently.
+    both = [row | {"category": category}, row | {"image_id": None}]
+    (tmp_path / "rows.json").write_text(json.dumps(both))
+    assert main([*argv, "--exists_map", str(tmp_path / "map.json"), "--overwrite"]) == 2
+    assert "expected an image_id in every row" in capsys.readouterr().err
+    assert not answers.asked
+
+
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
+        (["--max_prompt_length", "0"], "--max_prompt_length: expected a positive number, got 0"),
+        (["--max_pixels", "-1"], "--max_pixels: expected a positive number"),
+        (["--min_pixels", "9", "--max_pixels", "8"], "--min_pixels: expected at most"),
         (["--split", "dev"], "train, test"),
         (["--model_name_or_path", "nothing-here"], "--model_name_or_path"),
         (["--max_sample", "2"], "--max_samples"),

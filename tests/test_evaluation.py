@@ -91,6 +91,22 @@ def test_what_is_no_box_counts_as_a_false_alarm_and_twice_the_same_once():
     assert average_precisions(truth, [])[1]["AP"] == 0
 
 
+@pytest.mark.parametrize("far", [1e9, 1e308, 1e30])
+def test_a_box_beyond_measure_is_a_false_alarm(far):
+    """COCO ignores what is larger than 1e10 pixels; here both come before the hit: AP 1/3."""
+    whole = [0, 0, 1000, 1000]
+    boxes = [[0, 0, far, far], [-far, -far, far, far]]
+    one = record(1, answer((whole, 0.4), *((box, 0.9) for box in boxes)), answer((whole, 1)))
+    truth = truth_of_records([one])
+    predictions = results_of_records([one], truth)
+    assert [p["bbox"] for p in predictions[1:]] == [[0, 0, 0, 0]] * 2
+    json.dumps(predictions, allow_nan=False)
+    assert average_precisions(truth, predictions)[1]["AP"] == pytest.approx(1 / 3)
+    units = {1: 0}
+    ours = bootstrap.values([AveragePrecision(truth, predictions, units)], 1)
+    assert ours["mAP"] == pytest.approx(1 / 3)
+
+
 def random_detections(num_images=200, seed=0):
     """Crowds, near misses, ties in score, boxes without area, categories without predictions."""
     rng = np.random.default_rng(seed)
@@ -369,6 +385,21 @@ def test_mask_measures_by_hand():
     assert found.means["gIoU"] == pytest.approx(0.25, abs=1e-6)
     assert found.means["cIoU"] == pytest.approx(5 / 110)
     assert "gIoU" not in results("grounding", [record(0, solution, solution)]).means
+    # Asked for, but no true mask is there: said, not left out.
+    assert math.isnan(results("grounding", [record(0, solution, solution, mask={})]).means["gIoU"])
+
+
+@pytest.mark.parametrize("junk", [b"junk", b"", None, 5, "cut", {"path": "\0"}, {"bytes": b"x"}])
+def test_a_mask_that_cant_be_read_is_none(junk):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 2, (64, 64)).astype("u1")).save(
+        buffer, "PNG"
+    )
+    whole = buffer.getvalue()
+    assert grounding.true_mask({"mask": {"bytes": whole, "path": None}}).shape == (64, 64)
+    assert (
+        grounding.true_mask({"mask": whole[: len(whole) // 2] if junk == "cut" else junk}) is None
+    )
 
 
 def test_sam_is_asked_with_the_box_in_pixels(sam_path):
@@ -412,7 +443,9 @@ def test_exists_map_by_id_or_file(tmp_path):
     path = tmp_path / "map.json"
     data = {"139": ["cat"], "000000000285.jpg": ["dog"], "7": ["bus"]}
     path.write_text(json.dumps(data))
-    assert read_exists_map(path, images) == {139: ["cat"], 285: ["dog"]}
+    found, unknown = read_exists_map(path, images, ["cat", "dog"])
+    assert found == {139: ["cat"], 285: ["dog"]}
+    assert list(unknown.values()) == [1, 1]
     for text, said in (
         ("[1]", 'expected {"image"'),
         ('{"139": "cat"}', 'expected {"image"'),
@@ -421,10 +454,10 @@ def test_exists_map_by_id_or_file(tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(ValueError) as error:
-            read_exists_map(path, images)
+            read_exists_map(path, images, ["cat"])
         assert said in str(error.value)
     with pytest.raises(FileNotFoundError, match="no such file"):
-        read_exists_map(tmp_path / "none.json", images)
+        read_exists_map(tmp_path / "none.json", images, ["cat"])
 
 
 # --- The journal -----------------------------------------------------------------------------

@@ -413,6 +413,12 @@ class EvalConfig:
             _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         length = self.max_completion_length
         _require(length > 0, "max_completion_length", "a positive number", length)
+        for name in ("max_prompt_length", "min_pixels", "max_pixels"):
+            given = getattr(self, name)
+            _require(given is None or given > 0, name, "a positive number", given)
+        low, high = self.min_pixels, self.max_pixels
+        ordered = not (low and high) or low <= high
+        _require(ordered, "min_pixels", f"at most --max_pixels ({high})", low)
         several = len(self.compare)
         _require(several != 1, "compare", "two models or more", self.compare)
         _require(len(set(self.compare)) == several, "compare", "different models", self.compare)

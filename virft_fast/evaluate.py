@@ -9,10 +9,14 @@ where it was.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +39,23 @@ from virft_fast.evaluation.pages import Table
 from virft_fast.evaluation.results import Result
 from virft_fast.evaluation.run import Evaluation
 
+# What of the counts is also said in the terminal.
+_LEFT_OUT = ("that can't be used", "without a true mask", "that are unknown")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns the exit status: 0, 2 for arguments that name nothing to evaluate, 1 for
-    too many unusable rows."""
+    too many unusable rows, 130 after Ctrl-C."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
         with usage():
             device = dist.init()
             if dist.is_main():
-                files.check_output(output_path(config))
+                read = (config.dataset_name, config.annotations, config.exists_map)
+                files.check_output(
+                    output_path(config), config.compare, read, overwrite=config.overwrite
+                )
         return run(config, device)
     except UsageError as error:
         print(f"virft_fast.evaluate: error: {error}", file=sys.stderr)
@@ -53,6 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     except (TooManyBadRows, NoUsableRows) as error:
         print(f"virft_fast.evaluate: stopped: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(
+            "virft_fast.evaluate: interrupted; the same command goes on from here", file=sys.stderr
+        )
+        return 130
     finally:
         dist.shutdown()
 
@@ -82,23 +97,28 @@ def run(config: EvalConfig, device: torch.device) -> int:
     exists, load = None, None
     models = config.compare or [config.model_name_or_path]
     places = files.of_models(output, models) if several else [output]
-    for model, place in zip(models, places, strict=True):
-        one = replace(config, model_name_or_path=model, compare=[])
-        with contextlib.ExitStack() as bars:
-            evaluation = Evaluation(one, place, device, lambda *what: _bar(bars, *what))  # noqa: B023
+    todo = []
+    for model, place in zip(models, places, strict=True):  # a wrong name is said before any work
+        one, bars = replace(config, model_name_or_path=model, compare=[]), contextlib.ExitStack()
+        todo.append((Evaluation(one, place, device, partial(_bar, bars)), bars))
+    while todo:
+        evaluation, bars = todo.pop(0)
+        with bars:
             # What the first model says is there, the others are asked about too.
             result, exists = evaluation.run(exists)
         load = evaluation.load_sample
         if result is not None:
+            others = evaluation.keep_others(result)
             files.write_result(
-                place,
+                evaluation.output,
                 result,
                 settings=evaluation.journal.settings,
-                config=asdict(one),
+                config=asdict(evaluation.config),
                 presence=evaluation.presence(),
                 exists=exists,
             )
-            evaluation.journal.remove()
+            if not others:
+                evaluation.journal.remove()
             results.append(result)
         del evaluation  # and its model, before the next one is loaded
     if dist.is_main():
@@ -141,26 +161,42 @@ def _show(config: EvalConfig, results: list[Result], table: Table) -> None:
         cells = zip(row, widths, strict=True)
         print("  ".join(f"{cell:{width}}" for cell, width in cells).rstrip())
     for result in results:
-        bad = result.counts["rows that can't be used"]
-        if bad:
-            print(f"{result.model}: skipped {bad} rows that can't be used")
+        left_out = {n: c for n, c in result.counts.items() if c and n.endswith(_LEFT_OUT)}
+        for name, count in left_out.items():
+            print(f"{result.model}: {count} {name}")
     if first.missing:
-        print(f"without {len(first.missing)} images that are missing: {listing(first.missing)}")
+        named = listing(first.missing).encode("utf-8", "replace").decode()
+        print(f"without {len(first.missing)} images that are missing: {named}")
 
 
 def output_path(config: EvalConfig) -> Path:
     """--output, or a file in the checkpoint's folder, or in runs/eval for a model without one, and
-    for several."""
+    for several. Other questions have another name."""
     if config.output:
         return Path(config.output)
-    if config.annotations:
-        name = f"eval_{Path(config.annotations).stem}.jsonl"
-    else:
-        name = f"eval_{Path(config.dataset_name).stem}_{config.split}.jsonl"
-    if config.compare:
-        return Path("runs/eval") / f"compare_{name}"
+    source, given = config.annotations or config.dataset_name, config.exists_map
     folder = Path(config.model_name_or_path)
-    return (folder if folder.is_dir() else Path("runs/eval")) / name
+    beside_model = folder.is_dir() and not config.compare
+    model = [] if beside_model or config.compare else [config.model_name_or_path]
+    parts = [
+        "compare" if config.compare else "eval",
+        *model,
+        Path(source).stem,
+        "" if config.annotations else config.split,
+        "" if config.task == "auto" else config.task,
+        "" if config.categories == "all" else config.categories,
+        "ask" if config.ask_exists else Path(given).stem if given else "",
+    ]
+    name = "_".join(re.sub(r"[^\w-]+", "-", part)[:40].strip("-") for part in parts if part)
+    # Of what is cut off or replaced in the name, and of sources with the same stem.
+    exact = [parts, _resolved(source), given and _resolved(given), config.dataset_config]
+    digest = hashlib.sha256(json.dumps(exact).encode()).hexdigest()
+    return (folder if beside_model else Path("runs/eval")) / f"{name}_{digest[:6]}.jsonl"
+
+
+def _resolved(source: str) -> str:
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from virft_fast.tasks.coordinates import THOUSAND, rescale
 IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
 MOST_BOXES = 100  # of an image and category, the surest ones
+MOST_AREA = 1e10  # COCO's protocol ignores larger predictions instead of counting them
 NOTHING = [0.0, 0.0, 0.0, 0.0]
 
 
@@ -62,12 +63,13 @@ def make_truth(
     categories: Mapping[int, str],
     annotations: Iterable[Mapping[str, Any]],
 ) -> Truth:
-    """Of these images and categories; annotations about others are left out."""
+    """Of these images and categories; annotations about others are left out, and boxes without area
+    inside their image."""
     kept = []
     for record in annotations:
         box, area = record.get("bbox"), record.get("area")
-        usable = is_box(box)
-        if record["image_id"] in images and record["category_id"] in categories and usable:
+        image = images.get(record["image_id"])
+        if image and record["category_id"] in categories and _has_area(box, image):
             kept.append(
                 {
                     "id": len(kept) + 1,  # to pycocotools 0 means none
@@ -84,6 +86,13 @@ def make_truth(
         for number, image in images.items()
     }
     return Truth(slim, dict(categories), kept)
+
+
+def _has_area(box: Any, image: Mapping[str, Any]) -> bool:
+    if not is_box(box) or not (box[2] > 0 and box[3] > 0):
+        return False
+    inside = box[0] < image["width"] and box[1] < image["height"]
+    return inside and box[0] + box[2] > 0 and box[1] + box[3] > 0
 
 
 def truth_of_records(records: Sequence[Record]) -> Truth:
@@ -118,10 +127,11 @@ def truth_of_records(records: Sequence[Record]) -> Truth:
 
 
 def xywh(box: Box, width: int, height: int) -> list[float]:
-    """A box in 0..1000 in pixels of the image; a box that is none has no area and finds nothing,
-    but counts as the false alarm it is."""
+    """A box in 0..1000 in pixels of the image; a box that is none, or is beyond measure, has no
+    area and finds nothing, but counts as the false alarm it is."""
     x1, y1, x2, y2 = rescale(box, (THOUSAND, THOUSAND), (width, height))
-    usable = all(map(math.isfinite, box)) and x1 < x2 and y1 < y2
+    usable = all(map(math.isfinite, (x1, y1, x2, y2))) and x1 < x2 and y1 < y2
+    usable = usable and (x2 - x1) * (y2 - y1) <= MOST_AREA
     return [x1, y1, x2 - x1, y2 - y1] if usable else list(NOTHING)
 
 

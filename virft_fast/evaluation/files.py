@@ -15,21 +15,53 @@ from virft_fast.evaluation.results import Result
 from virft_fast.metrics import null_for_nan
 
 TAKEN = (".json", ".md", ".html", ".journal")
+BESIDE = (
+    ".summary.json", ".md", ".html", ".journal", ".predictions.json", ".truth.json",
+    ".exists_map.json", ".presence.jsonl",
+)  # fmt: skip
 
 
-def check_output(path: Path) -> None:
+def check_output(
+    path: Path, models: Sequence[str], inputs: Sequence[str | None], *, overwrite: bool
+) -> None:
     """Better before the evaluation than after it.
 
+    Args:
+        models: that are compared; none for a single one.
+        inputs: files that are read, and so not to be written.
     Raises:
-        ValueError: nothing can be written there.
+        ValueError: nothing can be written there, or what is there is something else.
     """
     if path.is_dir():
         raise ValueError(f"--output {path}: expected a file's name, got a folder")
     if path.suffix in TAKEN:
         raise ValueError(f"--output {path}: expected a name for the records, such as answers.jsonl")
+    read = {Path(name).expanduser().resolve() for name in inputs if name}
+    for place in (path, *(of_models(path, models) if models else ())):
+        there = [f for f in (place, *(beside(place, end) for end in BESIDE)) if f.exists()]
+        for file in there:
+            if file.is_dir() or file.resolve() in read:
+                what = "a folder" if file.is_dir() else "read by this evaluation"
+                raise ValueError(f"--output {path}: expected another name, {file} is {what}")
+        if there and not overwrite and not _is_ours(place, bool(models) and place == path):
+            raise ValueError(
+                f"--output {path}: expected a new name or that of the same evaluation, "
+                f"{there[0]} is something else; --overwrite replaces it"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"--output {path}: expected a place that can be written")
+
+
+def _is_ours(place: Path, compared: bool) -> bool:
+    """Whether an evaluation lies there, or a comparison: its models' own files hold what is in it,
+    so one of other models may replace it."""
+    try:
+        summary = json.loads(beside(place, ".summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        summary = {}
+    done = isinstance(summary, dict) and ("models" if compared else "settings") in summary
+    return done or (not compared and beside(place, ".journal").exists())
 
 
 def of_models(output: Path, models: Sequence[str]) -> list[Path]:
@@ -58,14 +90,24 @@ def write_result(
     exists: Mapping[int, Sequence[str]] | None = None,
 ) -> None:
     """Records and summary, and what belongs to the task: predictions in COCO's results format and
-    the truth they are measured against, the map of what exists."""
+    the truth they are measured against, the map of what exists. What lies there of an earlier
+    evaluation and is not of this one goes."""
     _write_lines(output, result.records)
+    coco = result.predictions is not None and result.truth is not None
+    of_task = {
+        ".exists_map.json": exists if presence else None,
+        ".predictions.json": result.predictions if coco else None,
+        ".truth.json": result.truth.as_coco() if coco else None,
+    }
+    for ending, value in of_task.items():
+        if value is None:
+            beside(output, ending).unlink(missing_ok=True)
+        else:
+            _write(beside(output, ending), _json(value))
     if presence:
         _write_lines(beside(output, ".presence.jsonl"), presence)
-        _write(beside(output, ".exists_map.json"), json.dumps(exists))
-    if result.predictions is not None and result.truth is not None:
-        _write(beside(output, ".predictions.json"), json.dumps(result.predictions))
-        _write(beside(output, ".truth.json"), json.dumps(result.truth.as_coco()))
+    else:
+        beside(output, ".presence.jsonl").unlink(missing_ok=True)
     summary = {
         "model": result.model,
         "means": result.means,
@@ -114,14 +156,19 @@ def write_report(
 
 
 def write_json(path: Path, value: Any) -> None:
-    _write(path, json.dumps(null_for_nan(value), indent=1) + "\n")
+    _write(path, _json(value, indent=1) + "\n")
 
 
 def _write_lines(path: Path, records: Sequence[Record]) -> None:
-    _write(path, "".join(json.dumps(null_for_nan(record)) + "\n" for record in records))
+    _write(path, "".join(_json(record) + "\n" for record in records))
+
+
+def _json(value: Any, **options: Any) -> str:
+    """As every program reads it: without NaN and Infinity."""
+    return json.dumps(null_for_nan(value), allow_nan=False, **options)
 
 
 def _write(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(text, encoding="utf-8")
+    aside.write_text(text, encoding="utf-8", errors="replace")  # JSON may hold lone surrogates
     os.replace(aside, path)

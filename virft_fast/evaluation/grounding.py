@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from virft_fast.data.lisa import IGNORED
-from virft_fast.data.loading import IMAGE_FORMATS
+from virft_fast.data.loading import IMAGE_FORMATS, BadRow
 from virft_fast.evaluation.bootstrap import Ratios
 from virft_fast.evaluation.journal import Record
 from virft_fast.tasks import parse_detection
@@ -63,8 +63,8 @@ def add_measures(ratios: Ratios, records: Iterable[Record], units: Iterable[Any]
     ious = [(unit, box_iou(record)) for record, unit in pairs]
     ratios.add("box_iou", [(unit, iou, 1.0) for unit, iou in ious])
     ratios.add("box_acc50", [(unit, float(iou > 0.5), 1.0) for unit, iou in ious])
-    masks = [(unit, record["mask"]) for record, unit in pairs if "union" in record.get("mask", {})]
-    if masks:
+    if any("mask" in record for record, _ in pairs):  # also if there is none: then they are NaN
+        masks = [(unit, r["mask"]) for r, unit in pairs if "union" in r.get("mask", {})]
         areas = [(u, float(m["intersection"]), float(m["union"])) for u, m in masks]
         ratios.add("gIoU", [(u, shared / (whole + EPSILON), 1.0) for u, shared, whole in areas])
         ratios.add("cIoU", areas)
@@ -129,9 +129,9 @@ def mask_areas(
     is said where the true mask is missing, or not of the image's size.
     """
     boxes = [first_box(record["completion"], record.get("extent")) for record in records]
-    images = [sample.images[0] for sample in samples]
+    images = [None if isinstance(s, BadRow) or not s.images else s.images[0] for s in samples]
     usable = [
-        true is not None and true.shape == image.size[::-1]
+        true is not None and image is not None and true.shape == image.size[::-1]
         for true, image in zip(trues, images, strict=True)
     ]
     asked = [n for n, box in enumerate(boxes) if usable[n] and box is not None]
@@ -154,13 +154,17 @@ def mask_areas(
 
 def true_mask(row: Mapping[str, Any]) -> np.ndarray | None:
     """(H, W) uint8 of a row's column `mask`, as `data build grounding` writes it: 255 what is
-    meant, IGNORED, or 0; one of a bit a pixel is 255 and 0. None without."""
+    meant, IGNORED, or 0; one of a bit a pixel is 255 and 0. None without, or if it can't be read.
+    """
     stored = row.get("mask")
     data = stored.get("bytes") if isinstance(stored, Mapping) else stored
-    if not data and isinstance(stored, Mapping) and stored.get("path"):
-        path = Path(stored["path"])
-        data = path.read_bytes() if path.is_file() else None
-    if not isinstance(data, bytes):
+    try:
+        if not data and isinstance(stored, Mapping) and stored.get("path"):
+            path = Path(stored["path"])
+            data = path.read_bytes() if path.is_file() else None
+        if not isinstance(data, bytes):
+            return None
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            return np.asarray(image.convert("L"))
+    except Exception:  # PIL's decoders raise nearly anything on damaged input
         return None
-    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-        return np.asarray(image.convert("L"))

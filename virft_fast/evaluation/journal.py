@@ -44,13 +44,14 @@ class Journal:
         whole, lines = 0, []
         for line in self.path.read_bytes().splitlines(keepends=True):
             entry = _parse(line)
-            if entry is None:
+            if entry is None or (lines and "stage" not in entry):
                 break
             whole += len(line)
             lines.append(entry)
         torn = b'{"settings": '.startswith(self.path.read_bytes()[:13])  # in its first line
         if lines or not torn:
-            check_settings(self.path, lines[0].get("settings") if lines else None, self.settings)
+            there = lines[0].get("settings") if lines else None
+            check_settings(self.path, "was interrupted", there, self.settings)
         with self.path.open("r+b") as file:
             file.truncate(whole)
         for entry in lines[1:]:
@@ -64,7 +65,7 @@ class Journal:
         with self.path.open("a", encoding="utf-8") as file:
             if not file.tell():
                 file.write(json.dumps({"settings": self.settings}) + "\n")
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
         self.records.setdefault(stage, []).extend(line["record"] for line in lines)
 
     def remove(self) -> None:
@@ -79,13 +80,24 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    known = isinstance(entry, dict) and ("settings" in entry or {"stage", "record"} <= set(entry))
-    return entry if known else None
+    if not isinstance(entry, dict):
+        return None
+    known = "settings" in entry or (isinstance(entry.get("stage"), str) and "record" in entry)
+    return entry if known and ("settings" in entry or is_record(entry["record"])) else None
 
 
-def check_settings(path: Path, there: Any, here: Mapping[str, Any]) -> None:
-    """Raise ValueError, which names what differs, if records made under settings `there` are not
-    those of an evaluation under `here`."""
+def is_record(value: Any, needed: Iterable[str] = ()) -> bool:
+    """Whether it is about a row, and has what is needed; files can be edited."""
+    return isinstance(value, dict) and type(value.get("index")) is int and set(needed) <= set(value)
+
+
+def check_settings(path: Path, state: str, there: Any, here: Mapping[str, Any]) -> None:
+    """Raise ValueError, which names what differs, if an evaluation made under settings `there` is
+    not one under `here`.
+
+    Args:
+        state: what became of it.
+    """
     there = there if isinstance(there, dict) else {}
     differing = [key for key in (*here, *there) if there.get(key) != here.get(key)]
     if differing:
@@ -94,7 +106,6 @@ def check_settings(path: Path, there: Any, here: Mapping[str, Any]) -> None:
             for key in dict.fromkeys(differing)
         )
         raise ValueError(
-            f"{path} holds an evaluation that was interrupted, made under other settings: "
-            f"{changed}; go on under the same ones, pass --overwrite to start again, or another "
-            "--output"
+            f"{path} holds an evaluation that {state}, made under other settings: {changed}; go on "
+            "under the same ones, pass --overwrite to start again, or another --output"
         )

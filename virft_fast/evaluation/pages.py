@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from virft_fast.data import BadRow
 from virft_fast.data.drawing import PREDICTED, TRUE, draw_boxes
 from virft_fast.evaluation import bootstrap
 from virft_fast.evaluation.journal import Record
@@ -161,7 +162,7 @@ def pictures(
     found = []
     for index in common[::step][:most]:
         sample = load(index)
-        if not sample.images:
+        if isinstance(sample, BadRow) or not sample.images:
             continue
         shown = []
         for records, result in zip(by_index, results, strict=True):

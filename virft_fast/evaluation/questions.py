@@ -8,8 +8,8 @@ false alarm elsewhere. Such a map can be given, or made by asking.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +60,16 @@ class Images:
         categories: ids of the chosen ones, in the order of the questions.
         paths: image id -> its file, for those that are there.
         missing: image id -> its file, for those that are not.
+        exists: which of the categories to ask about; None: all of them.
+        counts: what was left out, by name.
     """
 
     annotations: Annotations
     categories: Sequence[int]
     paths: Mapping[int, Path]
     missing: Mapping[int, Path]
+    exists: ExistsMap | None = None
+    counts: dict[str, int] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -192,11 +196,15 @@ def exists_of_answers(records: Iterable[Record], names: Sequence[str]) -> dict[i
     return {record["image_id"]: mentioned(record["completion"], names) for record in records}
 
 
-def read_exists_map(path: Path, images: Mapping[int, str]) -> dict[int, list[str]]:
+def read_exists_map(
+    path: Path, images: Mapping[int, str], names: Collection[str]
+) -> tuple[dict[int, list[str]], dict[str, int]]:
     """Visual-RFT's form, {image: [category, ...]}: an image by its id or its file's name.
 
     Args:
-        images: image id -> its file.
+        images: image id -> its file. names: of all categories.
+    Returns:
+        Image id -> categories, and how many images and categories of the map nobody knows.
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is something else, or about other images.
@@ -225,4 +233,8 @@ def read_exists_map(path: Path, images: Mapping[int, str]) -> dict[int, list[str
             f"--exists_map {path}: none of its images ({listing(list(data), 3)}) is "
             f"known; expected ids or file names such as {listing(list(by_key), 2)}"
         )
-    return found
+    unknown = {name for said in data.values() for name in said} - set(names)
+    return found, {
+        "images of the map that are unknown": sum(key not in by_key for key in data),
+        "categories of the map that are unknown": len(unknown),
+    }

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,12 +24,13 @@ from virft_fast.batch import Rollouts, Sample
 from virft_fast.config import EvalConfig, UsageError, usage
 from virft_fast.data import BadRow, BadRows, SampleDataset, load_rows
 from virft_fast.data.coco import pick_categories, pick_names, read_annotations
+from virft_fast.data.loading import IMAGE_COLUMNS, IMAGE_TAG
 from virft_fast.data.prompts import PromptSource
 from virft_fast.evaluation import grounding
 from virft_fast.evaluation.answering import answer
 from virft_fast.evaluation.classification import closed_set
 from virft_fast.evaluation.detection import Truth, make_truth, need_coco_eval, truth_of_records
-from virft_fast.evaluation.journal import Journal, Record, beside
+from virft_fast.evaluation.journal import Journal, Record, beside, check_settings, is_record
 from virft_fast.evaluation.questions import (
     ExistsMap,
     Images,
@@ -42,7 +43,7 @@ from virft_fast.evaluation.questions import (
     read_exists_map,
 )
 from virft_fast.evaluation.results import Result, measure
-from virft_fast.evaluation.scoring import scored
+from virft_fast.evaluation.scoring import rescored, scored
 from virft_fast.models.processing import load_processor, resized
 from virft_fast.models.qwen_vl import Policy, load_model, read_config, weights_stamp
 from virft_fast.models.tiny import resolve_model_path
@@ -60,10 +61,16 @@ Value = TypeVar("Value")
 _TEXT_COLUMNS = (
     "problem", "prompt", "conversations", "solution", "extent", "category", "image_id",
 )  # fmt: skip
+# What a record that is taken over must have.
+_NEEDED = {
+    "answer": ("prompt", "completion", "solution", "rewards"),
+    "presence": ("image_id", "completion"),
+    "mask": ("sam",),
+}
 # What an answer depends on. Batch size and number of ranks are not among it, but for rounding.
 _SETTINGS = (
     "model_name_or_path", "model_revision", "dataset_name", "dataset_config", "split", "task",
-    "annotations", "images", "categories", "exists_map", "ask_exists", "reward_funcs",
+    "annotations", "images", "categories", "exists_map", "ask_exists",
     "compat_prompt",
     "max_completion_length", "max_prompt_length", "rollout_backend", "dtype",
     "attn_implementation", "min_pixels", "max_pixels",
@@ -78,10 +85,11 @@ class Questions:
         rows: of `load_rows`, or made from annotations.
         task: detection, classification or grounding.
         indices: the rows that are asked about.
-        digest: changes with the questions.
+        digest: changes with the questions and their images; on the main process.
         check: sample -> what is wrong with it, or None.
         truth: what COCO's protocol measures against, where the annotations say it.
         labels: the closed set of a classification.
+        image_ids: of each row of a data set, as whole numbers.
         counts: what was left out, by name. missing: files of images that are not there.
         compat_prompt: see `SampleDataset`.
     """
@@ -93,6 +101,7 @@ class Questions:
     check: Callable[[Sample], str | None] | None = None
     truth: Truth | None = None
     labels: ClosedSet | None = None
+    image_ids: Sequence[int] | None = None
     counts: dict[str, int] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     compat_prompt: bool = False
@@ -156,7 +165,7 @@ class Evaluation:
             images = images_of(config) if config.annotations else None
         if images is not None:
             if config.exists_map:
-                exists = read_exists_map(Path(config.exists_map), files_of(images.annotations))
+                exists = images.exists
             elif config.ask_exists and exists is None:
                 exists = self._ask_exists(images)
         with usage():
@@ -167,14 +176,25 @@ class Evaluation:
             names = config.reward_funcs or tasks.DEFAULT_REWARDS[questions.task]
             reward_funcs = tasks.load_reward_funcs(names)
             sam = self._sam(questions) if config.sam_path else None
+            stamp = _reward_stamp(names)
+        # An image that could not be asked what is in it is not asked about any more.
+        asked = images is not None and config.ask_exists
+        unseen = sum(image not in exists for image in images.paths) if asked else 0
         samples = questions.samples()
         self.load_sample = samples.get
         self._check_space(questions)
-        records = self._stage(
-            "answer", questions, samples, partial(scored, reward_funcs=reward_funcs)
-        )
+
+        def describe(rollouts: Rollouts) -> list[Record]:
+            return [record | {"scored_by": stamp} for record in scored(rollouts, reward_funcs)]
+
+        records = self._stage("answer", questions, samples, describe)
+        if dist.is_main():
+            records = self._rescored(records, reward_funcs, stamp)
+        if questions.image_ids is not None:
+            ids = questions.image_ids
+            records = [record | {"image_id": ids[record["index"]]} for record in records]
         if questions.task == "detection":
-            records = [record | _named(record) for record in records]
+            records = [record | {"category": _category(record)} for record in records]
         if sam is not None:
             records = self._masks(questions, sam, records)
         if not dist.is_main():
@@ -195,7 +215,7 @@ class Evaluation:
                 "questions": len(questions.indices),
                 "answers": len(records),
                 **questions.counts,
-                "rows that can't be used": len(self.bad_rows),
+                "rows that can't be used": len(self.bad_rows) + unseen,
             },
             num_draws=config.bootstrap,
             seed=config.seed,
@@ -267,7 +287,7 @@ class Evaluation:
             rows,
             "presence",
             range(len(rows)),
-            _digest([list(images.paths), images.names]),
+            _digest([*_images_stamp(self.config, images), images.names]),
             check=partial(other_size, images.annotations),
         )
         records = self._stage("presence", questions, SampleDataset(rows), _described)
@@ -302,6 +322,18 @@ class Evaluation:
             progress=self.progress(name, len(questions.indices)),
         )
 
+    def _rescored(self, records: list[Record], reward_funcs: list[Any], stamp: str) -> list[Record]:
+        """Answers are taken over, their rewards only where the functions are the same."""
+        stale = [place for place, r in enumerate(records) if r.get("scored_by") != stamp]
+        for first in range(0, len(stale), self.config.batch_size):
+            places = stale[first : first + self.config.batch_size]
+            part = [records[place] for place in places]
+            samples = [self.load_sample(record["index"]) for record in part]
+            new = rescored(part, samples, self.processor.tokenizer, reward_funcs)
+            for place, record in zip(places, new, strict=True):
+                records[place] = record | {"scored_by": stamp}
+        return records
+
     def _sam(self, questions: Questions) -> grounding.MaskModel:
         """Loaded before the questions, so that a wrong path is not found out after them."""
         if questions.task != "grounding":
@@ -318,7 +350,10 @@ class Evaluation:
         self, questions: Questions, sam: grounding.MaskModel, records: list[Record]
     ) -> list[Record]:
         """The records with SAM's masks measured against the true ones, where the row has one."""
-        stamp = _digest([self.config.sam_path, weights_stamp(self.config.sam_path)])
+        path = self.config.sam_path
+        stamp = _on_main(
+            lambda: _digest([path, weights_stamp(path), _content(questions.rows, ["mask"])])
+        )
         done = _on_main(lambda: self._done("mask", questions))
         masks = {mask["index"]: mask for mask in done if mask["sam"] == stamp}
         todo = [record for record in records if record["index"] not in masks]
@@ -354,11 +389,17 @@ class Evaluation:
             settings["weights"] = weights_stamp(self.path)
             settings["questions"] = questions.digest
             path, afresh = beside(self.output, ".journal"), self.config.overwrite
-            self.journal = Journal(path, settings, overwrite=afresh)
+            journal = Journal(path, settings, overwrite=afresh)
             if not afresh:
-                self._finished = read_finished(self.output, self.journal.settings)
+                self._finished = read_finished(self.output, journal)
+            self.journal = journal
+        return self._there(stage)
+
+    def _there(self, stage: str) -> list[Record]:
+        assert self.journal is not None, "the main process has one once it has run"
         records = [*self._finished.get(stage, []), *self.journal.records.get(stage, [])]
-        return list({record["index"]: record for record in records}.values())
+        known = [record for record in records if is_record(record, _NEEDED[stage])]
+        return list({record["index"]: record for record in known}.values())
 
     def _keep(self, stage: str, records: list[Record]) -> None:
         if self.journal is not None:
@@ -366,24 +407,51 @@ class Evaluation:
 
     def presence(self) -> list[Record]:
         """The answers to which categories there are, on the main process."""
-        assert self.journal is not None, "the main process has one once it has run"
-        return [*self._finished.get("presence", []), *self.journal.records.get("presence", [])]
+        return self._there("presence")
+
+    def keep_others(self, result: Result) -> bool:
+        """Answers that are there and were not asked for this time, as with fewer --max_samples, go
+        to the journal, where the next run finds them; returns whether there are any."""
+        asked = {record["index"] for record in result.records}
+        others = 0
+        for stage in ("answer", "mask"):
+            there = {record["index"] for record in self.journal.records.get(stage, [])}
+            rest = [record for record in self._there(stage) if record["index"] not in asked]
+            self._keep(stage, [record for record in rest if record["index"] not in there])
+            others += len(rest)
+        return others > 0
 
 
-def read_finished(output: Path, settings: Mapping[str, Any]) -> dict[str, list[Record]]:
-    """The records of an evaluation that is done, by stage; none under other settings."""
+def read_finished(output: Path, journal: Journal) -> dict[str, list[Record]]:
+    """The records of an evaluation that is done, by stage; none if they can't be read.
+
+    Raises:
+        ValueError: it was made under other settings, and not begun again with --overwrite since.
+    """
+    path = beside(output, ".summary.json")
     try:
-        summary = json.loads(beside(output, ".summary.json").read_text())
-        if summary.get("settings") != settings:
-            return {}
-        records = [json.loads(line) for line in output.read_text().splitlines()]
-        path = beside(output, ".presence.jsonl")
-        lines = path.read_text().splitlines() if path.exists() else []
-        presence = [json.loads(line) for line in lines]
-    except (OSError, ValueError, AttributeError):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
-    masks = [record["mask"] for record in records if record.get("mask")]
+    settings = summary.get("settings") if isinstance(summary, dict) else None
+    if settings is None:
+        return {}
+    if not journal.records:
+        check_settings(path, "is done", settings, journal.settings)
+    elif settings != journal.settings:
+        return {}
+    records = _read_lines(output)
+    masks = [record["mask"] for record in records if is_record(record.get("mask"))]
+    presence = _read_lines(beside(output, ".presence.jsonl"))
     return {"answer": records, "mask": masks, "presence": presence}
+
+
+def _read_lines(path: Path) -> list[Record]:
+    try:
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [record for record in found if is_record(record)]
 
 
 def _on_main(make: Callable[[], Value]) -> Value:
@@ -416,13 +484,64 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def _named(record: Record) -> Record:
-    """Category and image, where the rows don't name them."""
-    image = record.get("image_id")
-    return {
-        "category": str(record.get("category") or asked_category(record["prompt"]) or "object"),
-        "image_id": image if isinstance(image, int) else record["index"],
-    }
+def _category(record: Record) -> str:
+    """Also where the rows don't name it."""
+    asked = str(record.get("problem") or record.get("prompt"))
+    return str(record.get("category") or asked_category(asked) or "object")
+
+
+def _reward_stamp(names: Sequence[str]) -> str:
+    """Changes with the functions and the files they are from."""
+    files = [name.rpartition(":")[0] for name in names]
+    contents = [file and hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
+    return _digest([list(names), contents])
+
+
+def _plain(part: Any) -> list[Record]:
+    """The rows of an arrow table; one that can't be read, such as of text that is not in UTF-8, is
+    empty, and a bad one when it is asked about."""
+    try:
+        return part.to_pylist()
+    except (ValueError, OverflowError):
+        if len(part) == 1:
+            return [{}]
+        return [row for at in range(len(part)) for row in _plain(part.slice(at, 1))]
+
+
+def _content(rows: Any, names: Sequence[str]) -> str:
+    """Changes with the images in these columns, stored or in files."""
+    names = [name for name in names if name in rows.column_names]
+    digest = hashlib.sha256()
+    # Few at a time: images may be large.
+    for part in rows.select_columns(names).with_format("arrow").iter(100) if names else ():
+        for row in _plain(part):
+            digest.update(json.dumps([_image_stamp(image) for image in row.values()]).encode())
+    return digest.hexdigest()
+
+
+def _image_stamp(image: Any) -> Any:
+    if isinstance(image, Mapping):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, list):
+        return [_image_stamp(one) for one in image]
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    return _file_stamp(image) if isinstance(image, str) else str(image)
+
+
+def _file_stamp(path: str | Path) -> list[Any]:
+    try:
+        stat = Path(path).stat()
+    except (OSError, ValueError):  # there is no such file, or no such name
+        return [str(path)]
+    return [str(path), stat.st_size, stat.st_mtime_ns]
+
+
+def _images_stamp(config: EvalConfig, images: Images) -> list[Any]:
+    """Changes with the annotations, and with the images and categories that are asked about."""
+    file = hashlib.sha256(Path(config.annotations).read_bytes()).hexdigest()
+    stamps = [[number, *_file_stamp(path)] for number, path in images.paths.items()]
+    return [file, stamps, list(images.categories)]
 
 
 # --- Questions -------------------------------------------------------------------------------
@@ -431,17 +550,31 @@ def _named(record: Record) -> Record:
 def images_of(config: EvalConfig) -> Images:
     """The images that an annotation file names."""
     annotations = read_annotations(Path(config.annotations), config.task)
+    odd = [name for name in annotations.categories.values() if not _is_utf8(name)]
+    if odd:
+        raise ValueError(
+            f"--annotations {config.annotations}: expected names in UTF-8, got {odd[0]!a}; "
+            "rename the category"
+        )
     categories = pick_categories(annotations, config.task, config.categories)
-    only = None
+    exists, unknown = None, {}
     if config.exists_map:
-        only = read_exists_map(Path(config.exists_map), files_of(annotations))
-    return find_images(
+        exists, unknown = read_exists_map(
+            Path(config.exists_map), files_of(annotations), annotations.categories.values()
+        )
+    found = find_images(
         annotations,
         Path(config.images),
         categories,
-        only=only,
+        only=exists,
         allow_missing=config.allow_missing,
     )
+    return replace(found, exists=exists, counts=unknown)
+
+
+def _is_utf8(name: str) -> bool:
+    """JSON may hold half a character, which no tokenizer takes."""
+    return name.encode("utf-8", "replace").decode() == name
 
 
 def of_annotations(
@@ -468,15 +601,19 @@ def of_annotations(
         asked = {rows[index]["image_id"] for index in indices}
         there = {number: record for number, record in there.items() if number in asked}
     said = None if exists is None else sorted((key, list(value)) for key, value in exists.items())
-    file = hashlib.sha256(Path(config.annotations).read_bytes()).hexdigest()
     return Questions(
         rows,
         "detection",
         indices,
-        _digest([file, list(images.paths), list(images.categories), said]),
+        _digest([*_images_stamp(config, images), said]),
         check=partial(other_size, annotations),
         truth=make_truth(there, chosen, annotations.records),
-        counts={"images": len(there), "images missing": len(images.missing)},
+        counts={
+            "images": len(there),
+            "images missing": len(images.missing),
+            "boxes that can't be used": annotations.bad_boxes,
+            **images.counts,
+        },
         missing=[str(path) for path in images.missing.values()],
     )
 
@@ -503,15 +640,19 @@ def of_dataset(config: EvalConfig) -> Questions:
     table = rows.select_columns(texts).with_format("arrow")
     digest, records = hashlib.sha256(), []
     for part in table.iter(1000):
-        records += part.to_pylist()
-        digest.update(json.dumps(part.to_pylist(), default=str).encode())
+        plain = _plain(part)
+        records += plain
+        digest.update(json.dumps(plain, default=str).encode())
+    if dist.is_main():
+        tagged = [_file_stamp(path) for record in records for path in _tagged_images(record)]
+        digest.update(json.dumps([tagged, _content(rows, IMAGE_COLUMNS)]).encode())
     labels = None
     if task == "classification":
         known = [record.get("solution") for record in records]
         labels = closed_set(s for s in known if isinstance(s, str)) if any(known) else None
-    indices = range(len(rows))
+    indices, unknown = range(len(rows)), {}
     if config.categories != "all" or config.exists_map:
-        indices = _chosen(config, records)
+        indices, unknown = _chosen(config, records)
     return Questions(
         rows,
         task,
@@ -519,31 +660,58 @@ def of_dataset(config: EvalConfig) -> Questions:
         digest.hexdigest()[:16],
         labels=labels,
         compat_prompt=config.compat_prompt,
+        image_ids=_image_ids(records),
+        counts=unknown,
     )
 
 
-def _chosen(config: EvalConfig, records: Sequence[Record]) -> list[int]:
-    """The rows about the chosen categories, or what is said to exist of them."""
-    names = [
-        str(record.get("category") or asked_category(str(record.get("problem"))) or "object")
-        for record in records
-    ]
-    known = sorted(set(names))
+def _tagged_images(record: Record) -> list[str]:
+    turns = record.get("conversations")
+    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    return [path.strip() for turn in turns for path in IMAGE_TAG.findall(str(turn.get("value")))]
+
+
+def _image_ids(records: Sequence[Record]) -> list[int]:
+    """The rows' own where all are whole numbers, as in COCO; else new ones, and for a row without
+    one that of no other."""
+    given = [record.get("image_id") for record in records]
+    if all(type(image) is int for image in given):
+        return given
+    known: dict[Any, int] = {}
+    keys = [(n,) if image is None else repr(image) for n, image in enumerate(given)]
+    return [known.setdefault(key, len(known)) for key in keys]
+
+
+def _chosen(config: EvalConfig, records: Sequence[Record]) -> tuple[list[int], dict[str, int]]:
+    """The rows about the chosen categories, or what is said to exist of them; and what the map has
+    beside."""
+    names = [_category(record) if record else None for record in records]
+    known = sorted({name for name in names if name is not None})
     wanted = pick_names(known, known, config.task, config.categories)
-    exists = None
+    exists, unknown = None, {}
+    ids = [record.get("image_id") for record in records]
+    images = [image if isinstance(image, (int, str)) else None for image in ids]
     if config.exists_map:
-        numbers = {record.get("image_id") for record in records}
-        if None in numbers:
+        numbers = {image for image, record in zip(images, records, strict=True) if record}
+        if not numbers or None in numbers:
             raise ValueError(
-                f"--exists_map: expected a column image_id in {config.dataset_name}; build the "
-                "data set with python -m virft_fast.data build, or pass --annotations"
+                f"--exists_map: expected an image_id in every row of {config.dataset_name}; "
+                "build it with python -m virft_fast.data build, or pass --annotations"
             )
-        exists = read_exists_map(Path(config.exists_map), {n: str(n) for n in numbers})
-    return [
+        files = {number: str(number) for number in numbers}
+        exists, unknown = read_exists_map(Path(config.exists_map), files, known)
+    chosen = [
         index
-        for index, (name, record) in enumerate(zip(names, records, strict=True))
-        if name in wanted and (exists is None or name in exists.get(record["image_id"], ()))
+        for index, (name, image) in enumerate(zip(names, images, strict=True))
+        if name is None  # unreadable: asked about, and so counted
+        or (name in wanted and (exists is None or name in exists.get(image, ())))
     ]
+    if not chosen:
+        raise ValueError(
+            f"--exists_map {config.exists_map}: expected some of what the rows ask about in it "
+            f"({', '.join(wanted[:5])}, ...), got none; without a question there is no answer"
+        )
+    return chosen, unknown
 
 
 def _first(indices: Sequence[int], config: EvalConfig) -> Sequence[int]:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from virft_fast.batch import Rollouts
-from virft_fast.data import BadRows
+from virft_fast.batch import Rollouts, Sample
+from virft_fast.data import BadRow, BadRows
 from virft_fast.evaluation.answering import Load, answer
 from virft_fast.evaluation.journal import Record
 from virft_fast.grpo import completion_records, reward_arguments
 from virft_fast.matching import match_boxes, pad_boxes
+from virft_fast.metrics import null_for_nan
 from virft_fast.rollout import Rollout
 from virft_fast.tasks import parse_detection, score
 
@@ -70,6 +71,34 @@ def scored(rollouts: Rollouts, reward_funcs: list[tuple[str, Callable[..., Any]]
         if images:
             record["size"] = list(images[0].size)
     return records
+
+
+def rescored(
+    records: Sequence[Record],
+    samples: Sequence[Sample | BadRow],
+    tokenizer: Any,
+    reward_funcs: list[tuple[str, Callable[..., Any]]],
+) -> list[Record]:
+    """The records with these functions' rewards for their completions; none where the row can't be
+    read any more. `completion_ids` are what the tokenizer makes of the text."""
+    names = [name for name, _ in reward_funcs]
+    found = [record | {"rewards": dict.fromkeys(names)} for record in records]
+    usable = [n for n, sample in enumerate(samples) if not isinstance(sample, BadRow)]
+    if not usable:
+        return found
+    known = [samples[n].columns for n in usable]
+    columns = {
+        name: [of_sample.get(name) for of_sample in known]
+        for name in sorted({name for of_sample in known for name in of_sample})
+    }
+    texts = [records[n]["completion"] for n in usable]
+    columns["completion_ids"] = [tokenizer(text)["input_ids"] for text in texts]
+    messages = [list(samples[n].messages) for n in usable]
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    rewards, _ = score(reward_funcs, [1.0] * len(names), messages, completions, columns)
+    for n, values in zip(usable, rewards.tolist(), strict=True):
+        found[n]["rewards"] = null_for_nan(dict(zip(names, values, strict=True)))
+    return found
 
 
 def _means(records: list[dict[str, Any]], names: list[str]) -> dict[str, float]:
