@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
@@ -333,7 +334,7 @@ def test_no_attention_is_no_number(scenes):
 
 
 def made(kind="sequence", count=2, **more):
-    values = {"text": "a dog", "ratio": 0.1, "perplexity": 2.0, "num_tokens": 4} | more
+    values = {"text": "a dog", "truth": "a cat", "ratio": 0.1, "perplexity": 2.0} | more
     return Answer(0, kind, count, 0, **values)
 
 
@@ -346,7 +347,7 @@ def made(kind="sequence", count=2, **more):
 )  # fmt: skip
 def test_attention_limits_at_their_edges(kind, count, limit, at_limit):
     def kept(ratio, selection=Selection()):  # noqa: B008
-        return not reasons_against(made(kind, count, ratio=ratio), "a cat", selection)
+        return not reasons_against(made(kind, count, ratio=ratio), selection)
 
     assert kept(math.nextafter(limit, 0)) and kept(limit) == at_limit
     assert not kept(math.nextafter(limit, 1))
@@ -355,8 +356,8 @@ def test_attention_limits_at_their_edges(kind, count, limit, at_limit):
 
 
 def test_reasons_are_named():
-    def found(truth="a cat", selection=Selection(), **more):  # noqa: B008
-        return reasons_against(made(**more), truth, selection)
+    def found(selection=Selection(), **more):  # noqa: B008
+        return reasons_against(made(**more), selection)
 
     assert found() == []
     assert found(problem="image can't be read") == ["image can't be read"]
@@ -366,6 +367,7 @@ def test_reasons_are_named():
     assert found(ratio=None) == ["no attention on any image"]
     assert found(ratio=0.9) == ["attention on the target: sequence of 2"]
     assert found(perplexity=1.1) == ["perplexity"] and found(perplexity=1.1000001) == []
+    assert found(perplexity=None) == ["perplexity"]
     assert found(truth="x" * 512, selection=Selection(max_length_ratio=1e9)) == [
         "the row's own answer has 512 characters or more"
     ]
@@ -460,63 +462,194 @@ def test_companions_come_from_the_same_source(llava):
             assert 5 not in plan.order and not {0, 1} <= set(plan.order)
 
 
-def lines_of(folder):
-    return sorted((folder / "selection.jsonl").read_text().splitlines())
+@pytest.fixture
+def asked(monkeypatch):
+    """Rows the model is asked about, in order; at number `asked.stop` comes Ctrl-C."""
+
+    class Asked(list):
+        stop = None
+
+    rows, answers = Asked(), mia.Answering.answers
+
+    def watched(self, plans, scenes):
+        rows.extend(plan.index for plan in plans)
+        if rows.stop is not None and len(rows) > rows.stop:
+            raise KeyboardInterrupt
+        return answers(self, plans, scenes)
+
+    monkeypatch.setattr(mia.Answering, "answers", watched)
+    return rows
+
+
+def selected(folder):
+    """selection.jsonl: row -> what is known of it, to the figures that sums in another order
+    keep."""
+    records = map(json.loads, (folder / "selection.jsonl").read_text().splitlines())
+    return {r["index"]: r | {"ratio": 0, "perplexity": 0} for r in records}
+
+
+def interrupted(asked, arguments):
+    """Rows that a run was asked to answer before Ctrl-C in its second batch."""
+    asked.stop = 5
+    assert main(arguments) == 130
+    asked.stop, rows = None, asked[:5]
+    asked.clear()
+    return rows
 
 
 def test_the_number_of_ranks_does_not_matter(llava, tmp_path):
+    """13 rows in batches of 2: one rank has a round more to do than it has rows for."""
     whole, two = tmp_path / "whole", tmp_path / "two"
-    assert main(arguments(llava, whole)) == 0
-    done = run(*arguments(llava, two), module="virft_fast.data", processes=2)
+    more = ["--max_rows", "13", "--batch_size", "2"]
+    assert main(arguments(llava, whole, *more)) == 0
+    done = run(*arguments(llava, two, *more), module="virft_fast.data", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    one, other = (
-        {r["index"]: (r["kind"], r["text"], r["kept"]) for r in map(json.loads, lines_of(f))}
-        for f in (whole, two)
-    )
-    assert one == other
+    assert selected(whole) == selected(two)
+    assert "13/13" in done.stderr and "14/13" not in done.stderr
 
 
-def test_answers_that_are_there_are_not_asked_for_again(llava, tmp_path, monkeypatch):
-    out = tmp_path / "pairs"
-    asked = []
-    answers = mia.Answering.answers
-
-    def stop_after_one(self, plans, scenes):
-        if asked:
-            raise KeyboardInterrupt
-        asked.extend(plan.index for plan in plans)
-        return answers(self, plans, scenes)
-
-    monkeypatch.setattr(mia.Answering, "answers", stop_after_one)
-    assert main(arguments(llava, out)) == 130
-    journal = tmp_path / ".pairs.answers" / "answers-0.jsonl"
-    with journal.open("a") as file:
-        file.write('{"index": 9, "te')
-    later = []
-    monkeypatch.setattr(
-        mia.Answering,
-        "answers",
-        lambda self, plans, scenes: (
-            later.extend(p.index for p in plans) or answers(self, plans, scenes)
-        ),
-    )
-    assert main(arguments(llava, out)) == 0
-    assert asked and later and not set(asked) & set(later)
-    monkeypatch.undo()
-    whole = tmp_path / "whole"
-    assert main(arguments(llava, whole)) == 0
-    keep = lambda folder: [  # noqa: E731
-        {k: v for k, v in json.loads(line).items() if k not in ("ratio", "perplexity")}
-        for line in lines_of(folder)
-    ]
-    assert keep(out) == keep(whole)
-
-
-def test_other_rows_and_weights_do_not_mix(llava, tmp_path):
+def test_ranks_share_the_rows_and_meet_after_every_batch(llava, monkeypatch):
+    """Two ranks, one after the other, with what the first one said."""
     rows = load_rows(str(llava / "llava.json"), "train", image_folder=llava / "images")
-    first = mia.text_digest(rows)
-    assert mia.text_digest(rows) == first
-    assert mia.text_digest(rows.select(range(13, -1, -1))) != first
+    scenes = mia.Scenes(rows, Layout(), seed=0, noise=False)
+    told, answered = {0: [], 1: []}, {0: [], 1: []}
+
+    def answer(scenes, answering, batch, done):
+        answered[rank].extend(batch)
+        return [Answer(index, problem="none") for index in batch]
+
+    def gather(value):
+        told[rank].append(value)
+        return [value]
+
+    monkeypatch.setattr(mia, "_answer", answer)
+    monkeypatch.setattr(mia.dist, "world_size", lambda: 2)
+    monkeypatch.setattr(mia.dist, "all_gather_object", gather)
+    for rank in (0, 1):
+        monkeypatch.setattr(mia.dist, "rank", lambda: rank)  # noqa: B023
+        with pytest.raises(KeyError):  # the other rank's answers
+            mia.answer_all(scenes, None, None, range(13), batch_size=3)
+    assert sorted(answered[0] + answered[1]) == list(range(13))
+    assert abs(len(answered[0]) - len(answered[1])) == 1
+    assert len(told[0]) == len(told[1])
+
+
+def test_answers_that_are_there_are_not_asked_for_again(llava, tmp_path, asked):
+    """Neither after Ctrl-C, in the middle of a line of the journal, nor for other thresholds."""
+    out, whole = tmp_path / "pairs", tmp_path / "whole"
+    first = interrupted(asked, arguments(llava, out))
+    journal = tmp_path / ".pairs.answers.jsonl"
+    with journal.open("a") as file:
+        file.write('{"stage": "answer", "rec')
+    assert main(arguments(llava, out, "--min_perplexity", "1e9")) == 2
+    # 5 has no image, and 8 would need more of them than its source has.
+    assert first == [0, 1, 2, 3, 4] and asked == [6, 7, 9, 10, 11, 12, 13]
+    asked.clear()
+    assert main(arguments(llava, out)) == 0 and not asked
+    assert not journal.exists()
+    assert main(arguments(llava, whole)) == 0
+    assert selected(out) == selected(whole)
+
+
+def test_other_settings_do_not_mix(llava, tmp_path, asked, capsys):
+    """They are named; --overwrite starts again under them, and goes on under the same ones."""
+    out, other = tmp_path / "pairs", ["--gutter", "20"]
+    first = interrupted(asked, arguments(llava, out, "--overwrite"))
+    capsys.readouterr()
+    assert main(arguments(llava, out, *other)) == 2 and not asked
+    assert "gutter 14 there and 20 here" in capsys.readouterr().err
+    assert interrupted(asked, arguments(llava, out, *other, "--overwrite")) == first
+    assert main(arguments(llava, out, *other, "--overwrite")) == 0
+    assert asked and not set(asked) & set(first)
+
+
+def test_an_answer_about_other_images_or_words_is_asked_for_again(llava, tmp_path, asked):
+    """An image in the target's place, or a companion's; a row that is no scene any more."""
+    copy, out = tmp_path / "llava", tmp_path / "pairs"
+    shutil.copytree(llava, copy)
+    more = ["--shares", "sequence=1", "--sequence_images", "2"]
+    assert main(arguments(copy, out, *more, "--min_perplexity", "1e9")) == 2
+    asked.clear()
+    scenes = mia.Scenes(
+        rows := load_rows(str(copy / "llava.json"), "train", image_folder=copy / "images"),
+        Layout({"sequence": 1}, (2,)), seed=0, noise=False, groups=mia.source_groups(rows),
+    )  # fmt: skip
+    plans = {n: plan for n in range(14) if isinstance(plan := scenes.plan(n), Plan)}
+    noisy(99, (56, 56)).save(copy / "images" / "coco" / "3.png")
+    (copy / "images" / "ocr" / "9.png").unlink()
+    talks = json.loads((copy / "llava.json").read_text())
+    talks[12]["conversations"][0]["value"] = "What else is it?"
+    (copy / "llava.json").write_text(json.dumps(talks))
+    assert main(arguments(copy, out, *more)) == 0
+    other = {12} | {n for n, plan in plans.items() if {3, 9} & set(plan.order)} - {9}
+    assert set(asked) == other and len(other) > 2
+    assert selected(out)[9]["problem"] == "image can't be read"
+
+
+def test_only_answers_are_kept(llava, tmp_path, asked):
+    """An image that was missing, a scene that was too large: tried again by the next run."""
+    copy, out = tmp_path / "llava", tmp_path / "pairs"
+    shutil.copytree(llava, copy)
+    more = ["--shares", "sequence=1", "--sequence_images", "2,4"]
+    none = ["--rollout_cache_tokens", "100", "--min_perplexity", "1e9"]
+    assert main(arguments(copy, out, *more, *none)) == 2
+    lines = (tmp_path / ".pairs.answers.jsonl").read_text().splitlines()
+    kept = {entry["record"]["index"] for entry in map(json.loads, lines[1:])}
+    asked.clear()
+    noisy(50, (56, 56)).save(copy / "images" / "coco" / "gone.png")
+    assert main(arguments(copy, out, *more, "--rollout_cache_tokens", "1000")) == 0
+    found = selected(out)
+    assert kept and all(found[index]["num_images"] == 2 for index in kept)
+    assert not any(r["problem"] for r in found.values())
+    assert 5 in asked and any(found[index]["num_images"] == 4 for index in asked)
+
+
+def test_images_that_vanish_while_pairs_are_written_are_counted(llava, tmp_path, monkeypatch):
+    copy, out = tmp_path / "llava", tmp_path / "pairs"
+    shutil.copytree(llava, copy)
+    write = mia.write_pairs
+
+    def after_one_is_gone(*given, **more):
+        (copy / "images" / "coco" / "3.png").unlink()
+        return write(*given, **more)
+
+    monkeypatch.setattr(mia, "write_pairs", after_one_is_gone)
+    assert main(arguments(copy, out)) == 0
+    assert selected(out)[3]["dropped"] == ["image can't be read"]
+    assert "image can't be read" in (out / "README.md").read_text()
+    assert 3 not in load_dataset(str(out), split="train")["source_row"]
+
+
+def test_a_chat_with_a_part_for_its_image_has_its_truth(tmp_path):
+    parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    rows = []
+    for number in range(4):
+        noisy(number, (56, 56)).save(tmp_path / f"{number}.png")
+        chat = [{"role": "user", "content": parts}]
+        rows.append({"image": f"{number}.png", "prompt": chat, "solution": f"Thing {number}."})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    scenes = mia.Scenes(
+        load_rows(str(tmp_path / "rows.json"), "train"), Layout({"pip": 1}), seed=0, noise=False
+    )
+    assert isinstance(scenes.plan(2), Plan) and scenes.truth(2) == "Thing 2."
+
+
+def test_no_scene_has_images_of_both_splits(llava):
+    """Nor are two rows with the same image in two of them."""
+    rows = load_rows(str(llava / "llava.json"), "train", image_folder=llava / "images")
+    for seed in range(6):
+        made = mia.Scenes(
+            rows, Layout({"sequence": 1}, (2, 3)), seed=seed, noise=False, test_share=0.4
+        )
+        assert made.held_out(0) == made.held_out(1)
+        plans = [plan for index in range(14) if isinstance(plan := made.plan(index), Plan)]
+        splits = [{made.held_out(row) for row in plan.order} for plan in plans]
+        assert all(len(split) == 1 for split in splits) and {True} in splits and {False} in splits
+        none = mia.Scenes(rows, Layout(), seed=seed, noise=False)
+        assert not any(none.held_out(index) for index in range(14) if index != 5)
+
+
+def test_other_weights_do_not_mix(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"x")
     stamp = weights_stamp(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"xy")
@@ -545,13 +678,6 @@ def test_rows_that_make_no_scene_are_named_and_keep_their_sources(tmp_path):
     assert plans[6] == "expected one image, got 0"
 
 
-def test_other_settings_do_not_mix(llava, tmp_path, capsys):
-    folder = tmp_path / ".pairs.answers"
-    mia.Journal(folder, {"seed": 1})
-    assert main(arguments(llava, tmp_path / "pairs")) == 2
-    assert "expected answers made with these settings" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "more, message",
     [
@@ -575,7 +701,7 @@ def test_a_scene_larger_than_the_rollouts_memory_is_left_out_and_counted(llava, 
     assert main(arguments(llava, out, *more)) == 0
     reason = "more tokens than the rollout holds (--rollout_cache_tokens)"
     assert reason in capsys.readouterr().out
-    records = [json.loads(line) for line in lines_of(out)]
+    records = selected(out).values()
     counts = {r["num_images"]: r["dropped"] for r in records if r["kind"]}
     assert counts[4] == [reason] and reason not in counts[2]
 
@@ -583,6 +709,6 @@ def test_a_scene_larger_than_the_rollouts_memory_is_left_out_and_counted(llava, 
 def test_one_token_answers_have_a_ratio(llava, tmp_path):
     out = tmp_path / "pairs"
     assert main(arguments(llava, out, "--max_completion_length", "1")) == 0
-    records = [json.loads(line) for line in lines_of(out)]
+    records = map(json.loads, (out / "selection.jsonl").read_text().splitlines())
     answered = [r for r in records if not r["problem"]]
     assert answered and all(r["num_tokens"] == 1 and 0 <= r["ratio"] <= 1 for r in answered)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import random
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -166,7 +165,8 @@ def _mia_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace the folder once the new one is whole")
     add("--seed", type=int, default=0, help="of every choice")
     add("--max_rows", type=_positive, help="take the first so many rows; default: all")
-    add("--test_share", type=_share, default=0.0, help="of the rows, held out as split test")
+    add("--test_share", type=_share, default=0.0,
+        help="of the images, about, whose scenes are the split test")  # fmt: skip
     scenes = parser.add_argument_group("scenes")
     add = scenes.add_argument
     add("--shares", type=_weights, default="sequence=15.1,collage=9.3,pip=4.5",
@@ -530,36 +530,32 @@ def _mia_on_each_rank(arguments: argparse.Namespace, device: Any, mia: Any, dist
         seed=arguments.seed,
         noise=arguments.mode == "corrupted",
         groups=mia.source_groups(rows),
+        test_share=arguments.test_share,
     )
     answering = _answering(arguments, device, mia)
-    # All that an answer depends on; how answers are selected may change from run to run.
+    # All that an answer depends on but its scene; how answers are selected may change.
     asked = ("dataset_name", "dataset_config", "split", "images", "model_name_or_path", "seed",
              "shares", "sequence_images", "collage_images", "cell", "gutter", "label_size", "mode",
              "layer", "max_completion_length", "max_prompt_length", "min_pixels", "max_pixels",
-             "dtype")  # fmt: skip
+             "dtype", "test_share")  # fmt: skip
     settings = {name: getattr(arguments, name) for name in asked}
-    folder = out.with_name(f".{out.name}.answers")
-    known = {"rows": mia.text_digest(rows), "weights": weights_stamp(answering.path)}
-    journal = mia.Journal(folder, settings | known)
+    settings |= {"images": str(arguments.images), "weights": weights_stamp(answering.path)}
+    journal = mia.open_journal(
+        out.with_name(f".{out.name}.answers.jsonl"), settings, overwrite=arguments.overwrite
+    )
     indices = range(min(len(rows), arguments.max_rows or len(rows)))
     with tqdm(total=len(indices), unit="scene", disable=not dist.is_main()) as bar:
         answers = mia.answer_all(
             scenes, answering, journal, indices, batch_size=arguments.batch_size,
             progress=bar.update,
         )  # fmt: skip
-    if not dist.is_main():
+    if journal is None:
         return
-    reasons = {
-        index: mia.reasons_against(answer, scenes.truth(index), selection)
-        for index, answer in answers.items()
-    }
+    reasons = {index: mia.reasons_against(a, selection) for index, a in answers.items()}
     print("\n".join(mia.table(answers, reasons)))
-    test = random.Random(arguments.seed).sample(
-        list(indices), round(arguments.test_share * len(indices))
-    )
     counts = mia.write_pairs(
-        out, scenes, answers, reasons, selection, test=test, progress=_progress,
-        card=_mia_card(arguments, mia.table(answers, reasons)),
+        out, scenes, answers, reasons, selection, progress=_progress,
+        card=lambda: _mia_card(arguments, mia.table(answers, reasons)),
     )  # fmt: skip
     print(", ".join(f"{split}: {count} pairs" for split, count in counts.items()))
     print(f"written: {out}")
@@ -568,7 +564,7 @@ def _mia_on_each_rank(arguments: argparse.Namespace, device: Any, mia: Any, dist
         sheet = out.with_name(f"{out.name}.png")
         mia.attention_sheet(scenes, answering, shown, reasons).save(sheet)
         print(f"written: {sheet}")
-    shutil.rmtree(folder, ignore_errors=True)
+    journal.remove()
 
 
 def _answering(arguments: argparse.Namespace, device: Any, mia: Any) -> Any:

@@ -134,13 +134,13 @@ def plan_scene(
     pool: Sequence[int],
     layout: Layout,
     seed: int,
-    same: Callable[[int, int], bool],
+    apart: Callable[[int, int], bool],
 ) -> Plan | str:
     """What row `index` becomes, or why it can become nothing.
 
     Args:
         pool: rows that companions are drawn from, `index` itself maybe among them.
-        same: whether two rows show the same image.
+        apart: whether two rows can't be in one scene, such as those with the same image.
     """
     rng = np.random.default_rng((seed, index))
     kinds = [kind for kind in KINDS if layout.shares.get(kind)]
@@ -148,7 +148,7 @@ def plan_scene(
     kind = str(rng.choice(kinds, p=weights / weights.sum()))
     numbers = {"sequence": layout.sequence_images, "collage": layout.collage_images, "pip": (2,)}
     count = int(rng.choice(numbers[kind]))
-    companions = _companions(index, pool, count - 1, rng, same)
+    companions = _companions(index, pool, count - 1, rng, apart)
     if len(companions) < count - 1:
         return f"fewer images than asked: {kind} of {count}, only {len(companions) + 1} differ"
     target = 0 if kind == "pip" else int(rng.integers(count))
@@ -164,14 +164,13 @@ def _companions(
     pool: Sequence[int],
     count: int,
     rng: np.random.Generator,
-    same: Callable[[int, int], bool],
+    apart: Callable[[int, int], bool],
 ) -> list[int]:
-    """Up to `count` rows of the pool, uniformly, whose images differ from each other's and the
-    target's."""
+    """Up to `count` rows of the pool, uniformly, that can be with each other and the target."""
     chosen: list[int] = []
 
     def fits(row: int) -> bool:
-        return row != index and not any(row == c or same(row, c) for c in (index, *chosen))
+        return row != index and not any(row == c or apart(row, c) for c in (index, *chosen))
 
     for _ in range(8 * count):
         if len(chosen) == count or not len(pool):
