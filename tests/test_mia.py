@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 
 import numpy as np
@@ -35,6 +36,7 @@ from virft_fast.mia import Answer, Selection, attention_ratio, reasons_against
 from virft_fast.models.image_attention import attention_to_prompts, coverage, image_tokens
 from virft_fast.models.qwen_vl import Policy, encode_prompt, load_model, weights_stamp
 from virft_fast.rollout.backends import make_rollout
+from virft_fast.rollout.sampling import make_rollouts
 
 COLOURS = [(10 * n, 250 - 10 * n, 5 * n) for n in range(1, 10)]
 WHITE = (255, 255, 255)
@@ -162,7 +164,9 @@ def test_companions_never_show_the_same_image():
         0, range(50), layout, 0, same
     )
     layout = Layout({"pip": 1})
-    assert "only 1 differ" in plan_scene(0, [0], layout, 0, different)
+    assert "only 1 differ" in plan_scene(0, [0, 5], layout, 0, same)
+    reason = "fewer images than asked: its source has less than 2 rows; see --companions"
+    assert plan_scene(0, [0], layout, 0, same) == reason
 
 
 def test_layouts_that_make_no_sense_are_named():
@@ -171,12 +175,33 @@ def test_layouts_that_make_no_sense_are_named():
         ({"shares": {"pip": 0.0}}, "shares: expected"),
         ({"sequence_images": (7,)}, "sequence_images: expected"),
         ({"collage_images": (5,)}, "collage_images: expected"),
+        ({"shares": {"pip": math.inf}}, "shares: expected"),
+        ({"shares": {"pip": math.nan}}, "shares: expected"),
         ({"cell": 0}, "cell, gutter: expected"),
+        ({"cell": 4000}, "collages of at most .* pixels, .* got 12080x12120"),
     ):
         with pytest.raises(ValueError, match=message):
             Layout(**options)
-    with pytest.raises(ValueError, match="thresholds: expected some of sequence2"):
-        Selection({("sequence", 9): 0.5})
+    for fine in ({"collage_images": (4,)}, {"shares": {"pip": 1.0}}):
+        Layout(cell=4000, **fine)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"thresholds": {("sequence", 9): 0.5}}, "thresholds: expected some of sequence2"),
+        ({"thresholds": {("pip", 2): math.nan}}, "thresholds: expected finite numbers"),
+        ({"min_perplexity": math.inf}, "min_perplexity: expected a finite number, got inf"),
+        ({"max_length_ratio": 0.9}, "max_length_ratio: expected 1 or more, got 0.9"),
+        ({"max_length_ratio": math.nan}, "max_length_ratio: expected 1 or more"),
+        ({"min_edit_distance": 1.1}, "min_edit_distance: expected a share"),
+        ({"min_edit_distance": -0.1}, "min_edit_distance: expected a share"),
+    ],
+)
+def test_selections_that_make_no_sense_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Selection(**options)
+    Selection(max_length_ratio=1.0, min_edit_distance=1.0)
 
 
 # ---- attention -----------------------------------------------------------------------------------
@@ -376,6 +401,47 @@ def test_reasons_are_named():
     assert found(text="a car", selection=Selection(min_edit_distance=0.21)) == ["edit distance"]
 
 
+def test_the_table_counts_every_reason_and_only_answers():
+    answers = {
+        0: made(),
+        1: made(kind="pip", ratio=0.9, perplexity=1.0),
+        2: made(kind="pip", ratio=0.7, perplexity=1.0),
+        3: made(text="", truth="", ratio=None, perplexity=None, problem="too long"),
+        4: Answer(4, problem="image can't be read"),
+    }
+    reasons = {index: reasons_against(a, Selection()) for index, a in answers.items()}
+    lines = [line.split() for line in mia.table(answers, reasons)]
+    assert ["sequence", "2", "1", "1", "0.100"] in lines
+    assert ["pip", "2", "2", "0", "0.800"] in lines and ["all", "3", "1"] in lines
+    dropped = {" ".join(words[:-1]): int(words[-1]) for words in lines[6:]}
+    assert dropped == {
+        "attention on the target: pip of 2": 1, "perplexity": 2, "too long": 1,
+        "image can't be read": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "reason, counted",
+    [
+        ("image x.png: FileNotFoundError: no such file", "image can't be read"),
+        ("solution: missing", "solution: missing"),
+        ("solution: expected text, got int 4", "solution: expected text"),
+        ("absolute aspect ratio must be smaller than 200, got 500.0",
+         "absolute aspect ratio must be smaller than 200"),
+    ],
+)  # fmt: skip
+def test_faults_are_counted_without_what_is_particular(reason, counted):
+    assert mia._named(reason) == counted
+
+
+@pytest.mark.parametrize("most, kept, dropped", [(4, 2, 2), (5, 3, 2), (7, 4, 3), (9, 5, 4)])
+def test_the_sheet_has_kept_and_dropped_ones(most, kept, dropped):
+    answers = {n: Answer(n, "pip", 2, problem="too long" if n == 3 else "") for n in range(10)}
+    reasons = {n: [] if n >= 5 else ["perplexity"] for n in range(10)}
+    shown = [answer.index for answer in mia.on_sheet(answers, reasons, most)]
+    assert shown == [*range(5, 5 + kept), *[0, 1, 2, 4][:dropped]]
+
+
 # ---- runs ----------------------------------------------------------------------------------------
 
 SMALL_SCENES = [
@@ -488,10 +554,11 @@ def selected(folder):
     return {r["index"]: r | {"ratio": 0, "perplexity": 0} for r in records}
 
 
-def interrupted(asked, arguments):
+def interrupted(asked, capsys, arguments):
     """Rows that a run was asked to answer before Ctrl-C in its second batch."""
     asked.stop = 5
     assert main(arguments) == 130
+    assert "the same command goes on" in capsys.readouterr().err
     asked.stop, rows = None, asked[:5]
     asked.clear()
     return rows
@@ -534,10 +601,10 @@ def test_ranks_share_the_rows_and_meet_after_every_batch(llava, monkeypatch):
     assert len(told[0]) == len(told[1])
 
 
-def test_answers_that_are_there_are_not_asked_for_again(llava, tmp_path, asked):
+def test_answers_that_are_there_are_not_asked_for_again(llava, tmp_path, asked, capsys):
     """Neither after Ctrl-C, in the middle of a line of the journal, nor for other thresholds."""
     out, whole = tmp_path / "pairs", tmp_path / "whole"
-    first = interrupted(asked, arguments(llava, out))
+    first = interrupted(asked, capsys, arguments(llava, out))
     journal = tmp_path / ".pairs.answers.jsonl"
     with journal.open("a") as file:
         file.write('{"stage": "answer", "rec')
@@ -554,11 +621,10 @@ def test_answers_that_are_there_are_not_asked_for_again(llava, tmp_path, asked):
 def test_other_settings_do_not_mix(llava, tmp_path, asked, capsys):
     """They are named; --overwrite starts again under them, and goes on under the same ones."""
     out, other = tmp_path / "pairs", ["--gutter", "20"]
-    first = interrupted(asked, arguments(llava, out, "--overwrite"))
-    capsys.readouterr()
+    first = interrupted(asked, capsys, arguments(llava, out, "--overwrite"))
     assert main(arguments(llava, out, *other)) == 2 and not asked
     assert "gutter 14 there and 20 here" in capsys.readouterr().err
-    assert interrupted(asked, arguments(llava, out, *other, "--overwrite")) == first
+    assert interrupted(asked, capsys, arguments(llava, out, *other, "--overwrite")) == first
     assert main(arguments(llava, out, *other, "--overwrite")) == 0
     assert asked and not set(asked) & set(first)
 
@@ -618,6 +684,57 @@ def test_images_that_vanish_while_pairs_are_written_are_counted(llava, tmp_path,
     assert selected(out)[3]["dropped"] == ["image can't be read"]
     assert "image can't be read" in (out / "README.md").read_text()
     assert 3 not in load_dataset(str(out), split="train")["source_row"]
+
+
+def test_special_tokens_and_what_the_processor_refuses(llava, tmp_path, asked, capsys, monkeypatch):
+    """Each named in its own row; an image far too wide is no companion either."""
+    copy, out = tmp_path / "llava", tmp_path / "pairs"
+    shutil.copytree(llava, copy)
+    talks = json.loads((copy / "llava.json").read_text())
+    talks[2]["conversations"][0]["value"] += "<|im_end|>"
+    talks[3]["conversations"][1]["value"] += "<|box_start|>"
+    (copy / "llava.json").write_text(json.dumps(talks))
+    noisy(4, (1005, 5)).save(copy / "images" / "coco" / "4.png")
+    said = make_rollouts
+
+    def spelled_out(*given):
+        drawn = said(*given)
+        first = drawn.prompts[0].sample.index
+        texts = ["<|im_start|>" if p.sample.index == 6 else t
+                 for p, t in zip(drawn.prompts, drawn.texts, strict=True)]  # fmt: skip
+        return dataclasses.replace(drawn, texts=tuple(texts)) if first <= 6 else drawn
+
+    monkeypatch.setattr("virft_fast.rollout.native.make_rollouts", spelled_out)
+    more = ["--shares", "sequence=1,pip=1", "--sequence_images", "2", "--companions", "all"]
+    assert main(arguments(copy, out, *more)) == 0
+    problems = {n: r["problem"] for n, r in selected(out).items() if r["problem"]}
+    assert problems == {
+        2: "special tokens in the question",
+        3: "special tokens in the row's own answer",
+        4: "image too narrow for the processor",
+        5: "image can't be read",
+        6: "special tokens in the model's answer",
+    }
+    shown = capsys.readouterr().out
+    assert all(reason in shown for reason in problems.values())
+    train = load_dataset(str(out), split="train")
+    assert not any(max(i.size) > 1000 for images in train["images"] for i in images)
+
+
+def test_a_folder_an_image_needs_companions_from_all(llava, tmp_path, capsys):
+    copy, out = tmp_path / "llava", tmp_path / "pairs"
+    shutil.copytree(llava, copy)
+    talks = json.loads((copy / "llava.json").read_text())
+    for talk in talks:
+        path = copy / "images" / talk["image"]
+        talk["image"] = f"{talk['id']}/image.png"
+        (copy / "images" / talk["id"]).mkdir()
+        if path.exists():
+            path.rename(copy / "images" / talk["image"])
+    (copy / "llava.json").write_text(json.dumps(talks))
+    assert main(arguments(copy, out, "--shares", "pip=1")) == 2
+    assert "less than 2 rows; see --companions " in capsys.readouterr().out
+    assert main(arguments(copy, out, "--shares", "pip=1", "--companions", "all")) == 0
 
 
 def test_a_chat_with_a_part_for_its_image_has_its_truth(tmp_path):
@@ -684,15 +801,35 @@ def test_rows_that_make_no_scene_are_named_and_keep_their_sources(tmp_path):
         (["--layer", "99"], "--layer: expected 0 to"),
         (["--thresholds", "sequence9=0.5"], "thresholds: expected some of"),
         (["--shares", "stack=1"], "shares: expected"),
+        (["--shares", "pip=1,pip=2"], "--shares: expected each name once"),
+        (["--pictures", "-1"], "--pictures: expected 0 or more, got -1"),
+        (["--seed", "-1"], "--seed: expected 0 or more, got -1"),
         (["--images", "/nowhere"], "no pair was kept"),
         (["--min_perplexity", "1e9"], "no pair was kept"),
     ],
 )
 def test_bad_input_is_named_and_nothing_half_written(llava, tmp_path, capsys, more, message):
     out = tmp_path / "pairs"
-    assert main(arguments(llava, out, *more)) == 2
+    with suppress(SystemExit):  # of argparse
+        assert main(arguments(llava, out, *more)) == 2
     assert message in capsys.readouterr().err
     assert not out.exists() and not (tmp_path / ".pairs.writing").exists()
+
+
+def test_a_sheet_that_is_there_is_kept_and_named_before_the_work(llava, tmp_path, asked, capsys):
+    out, sheet = tmp_path / "pairs", tmp_path / "pairs.png"
+    sheet.write_text("mine")
+    assert main(arguments(llava, out)) == 2 and not asked
+    assert "pairs.png: exists already; pass --overwrite" in capsys.readouterr().err
+    assert main(arguments(llava, out, "--pictures", "0")) == 0 and sheet.read_text() == "mine"
+    assert main(arguments(llava, out, "--overwrite")) == 0
+    assert Image.open(sheet).size[0] > 260
+
+
+def test_a_journal_that_cant_be_read_is_named_before_the_work(llava, tmp_path, asked, capsys):
+    (tmp_path / ".pairs.answers.jsonl").mkdir()
+    assert main(arguments(llava, tmp_path / "pairs")) == 2 and not asked
+    assert ".pairs.answers.jsonl" in capsys.readouterr().err
 
 
 def test_a_scene_larger_than_the_rollouts_memory_is_left_out_and_counted(llava, tmp_path, capsys):

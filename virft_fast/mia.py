@@ -42,9 +42,11 @@ from virft_fast.data.mia import (
 from virft_fast.data.writing import written_aside
 from virft_fast.evaluation.journal import Journal
 from virft_fast.models.image_attention import attention_to_prompts, coverage, image_tokens
-from virft_fast.models.qwen_vl import Policy, encode_prompt
+from virft_fast.models.processing import resized
+from virft_fast.models.qwen_vl import Policy, banned_token_ids, encode_prompt
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.native import NativeRollout, token_chunks
+from virft_fast.sft import answer_ids
 
 # Tokens that are read together to measure attention.
 ATTENTION_TOKENS = 8_192
@@ -89,6 +91,14 @@ class Selection:
         if unknown:
             names = ", ".join(f"{kind}{count}" for kind, count in THRESHOLDS)
             raise ValueError(f"thresholds: expected some of {names}, got {unknown}")
+        for name, expected, good in (
+            ("thresholds", "finite numbers", all(map(math.isfinite, self.thresholds.values()))),
+            ("min_perplexity", "a finite number", math.isfinite(self.min_perplexity)),
+            ("max_length_ratio", "1 or more", self.max_length_ratio >= 1),
+            ("min_edit_distance", "a share in [0, 1]", 0 <= self.min_edit_distance <= 1),
+        ):
+            if not good:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
 
     def limit(self, answer: Answer) -> tuple[float, bool]:
         """As in THRESHOLDS."""
@@ -338,6 +348,10 @@ class Scenes:
             return Row(problem=_named(sample.reason))
         if len(sample.images) != 1:
             return Row(problem=f"expected one image, got {len(sample.images)}")
+        try:
+            resized(*sample.images[0].size, min_pixels=1, max_pixels=2**40)
+        except ValueError:  # no companion either: it would cost other rows their scenes
+            return Row(problem="image too narrow for the processor")
         question, truth = clean_question(sample.columns["problem"]), sample.solution
         # Conversations are given the tags of the tasks on loading.
         if self._unwrap and truth.startswith("<answer> ") and truth.endswith(" </answer>"):
@@ -349,7 +363,7 @@ class Scenes:
 
 def _named(reason: str) -> str:
     """A row's fault without what is particular to it, so that faults can be counted."""
-    return "image can't be read" if reason.startswith("image") else reason.split(":")[0]
+    return "image can't be read" if reason.startswith("image") else reason.split(", got")[0]
 
 
 @dataclass
@@ -378,12 +392,22 @@ class Answering:
     def sampling(self) -> Sampling:
         return Sampling(max_completion_length=self.max_completion_length, greedy=True)
 
+    def special(self, text: str) -> bool:
+        """Whether the text holds special tokens, which end a turn in a prompt and which DPO
+        refuses in an answer."""
+        tokenizer = self.processor.tokenizer
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        banned = banned_token_ids(tokenizer, len(tokenizer))
+        return not {*banned, tokenizer.eos_token_id}.isdisjoint(ids)
+
     def prompt(self, index: int, scene: Scene) -> Prompt | str:
         """The scene as the model reads it, or why it can't be."""
+        if any(self.special(part.get("text", "")) for part in scene.content):
+            return "special tokens in the question"
         try:
             prompt = encode_prompt(self.processor, scene.sample(index))
         except ValueError as error:
-            return str(error).split(":")[0]
+            return _named(str(error))
         most = self.max_prompt_length
         if most is not None and len(prompt.input_ids) > most:
             return f"a prompt of more than {most} tokens"
@@ -425,6 +449,10 @@ class Answering:
         for number, ((plan, scene, prompt), attention) in enumerate(
             zip(kept, attentions, strict=True)
         ):
+            if self.special(drawn.texts[number]):  # spelled out
+                problem = "special tokens in the model's answer"
+                yield Answer(plan.index, plan.kind, plan.num_images, problem=problem)
+                continue
             yield Answer(
                 index=plan.index,
                 kind=plan.kind,
@@ -505,6 +533,8 @@ def _answer(
             found.append(done[index])
             continue
         scene = scenes.scene(plan) if isinstance(plan, Plan) else plan
+        if not isinstance(scene, str) and answering.special(scenes.truth(index)):
+            scene = "special tokens in the row's own answer"
         if isinstance(scene, str):
             found.append(Answer(index, problem=scene))
         else:
@@ -541,7 +571,7 @@ def source_groups(rows: Any) -> list[str] | None:
 
 def table(answers: Mapping[int, Answer], reasons: Mapping[int, Sequence[str]]) -> list[str]:
     """Kept and dropped rows, by kind and by reason; a row with two reasons counts for both."""
-    kinds = Counter((a.kind or "none", a.num_images) for a in answers.values())
+    kinds = Counter((a.kind, a.num_images) for a in answers.values() if not a.problem)
     kept = Counter((a.kind, a.num_images) for index, a in answers.items() if not reasons[index])
     ratios: dict[tuple[str, int], list[float]] = {}
     for answer in answers.values():
@@ -663,29 +693,20 @@ def _encoded(image: Image.Image) -> dict[str, Any]:
 def attention_sheet(
     scenes: Scenes,
     answering: Answering,
-    answers: Sequence[Answer],
+    answers: Mapping[int, Answer],
     reasons: Mapping[int, Sequence[str]],
-) -> Image.Image:
-    """A contact sheet: each scene under its answer's attention, the target framed."""
+    most: int,
+) -> Image.Image | None:
+    """A contact sheet of kept and dropped answers: each scene under its answer's attention, the
+    target framed; None where nothing was answered."""
     cells = []
-    tokenizer = answering.processor.tokenizer
-    for answer in answers:
+    for answer in on_sheet(answers, reasons, most):
         plan = scenes.plan(answer.index)
         scene = scenes.scene(plan) if isinstance(plan, Plan) else plan
         if isinstance(scene, str):
             continue
         prompt = answering.prompt(answer.index, scene)
-        ids = torch.tensor(
-            [*tokenizer(answer.text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        )
-        (attention,) = measure(
-            answering.policy,
-            [prompt],
-            [ids],
-            layer=answering.layer,
-            pad_token_id=tokenizer.pad_token_id,
-            device=answering.device,
-        )
+        attention = attention_again(answering, prompt, answer)
         images = image_tokens(prompt, answering.merge)
         strongest = max(float(attention[positions].max()) for positions, _ in images)
         shown = [
@@ -693,15 +714,45 @@ def attention_sheet(
             for image, (positions, grid) in zip(scene.images, images, strict=True)
         ]
         target = shown[scene.target_image]
-        frame = max(2, max(target.size) // 100)
-        ImageDraw.Draw(target).rectangle(scene.box, outline=(0, 160, 0), width=frame)
+        left, top, right, bottom = scene.box  # PIL's own boxes hold their last pixel
+        ImageDraw.Draw(target).rectangle(
+            (left, top, right - 1, bottom - 1),
+            outline=(0, 160, 0),
+            width=max(2, max(target.size) // 100),
+        )
         verdict = "kept" if not reasons[answer.index] else "; ".join(reasons[answer.index])
         caption = (
             f"{verdict}; {answer.ratio or 0.0:.2f} on the target. {plan.prefix} true: "
             f"{answer.truth} said: {answer.text}"
         )
         cells.append((_side_by_side(shown), caption))
-    return contact_sheet(cells, columns=4)
+    return contact_sheet(cells, columns=4) if cells else None
+
+
+def on_sheet(
+    answers: Mapping[int, Answer], reasons: Mapping[int, Sequence[str]], most: int
+) -> list[Answer]:
+    """The first answers that were kept, then those dropped, half and half where there are both."""
+    answered = [answer for answer in answers.values() if not answer.problem]
+    kept = [answer for answer in answered if not reasons[answer.index]]
+    dropped = [answer for answer in answered if reasons[answer.index]]
+    kept = kept[: max(-(-most // 2), most - len(dropped))]
+    return kept + dropped[: most - len(kept)]
+
+
+def attention_again(answering: Answering, prompt: Prompt, answer: Answer) -> Tensor:
+    """(P,) attention of an answer that is known by its text."""
+    tokenizer = answering.processor.tokenizer
+    ids = answer_ids(tokenizer, answer.text)
+    (attention,) = measure(
+        answering.policy,
+        [prompt],
+        [ids[:-1] if answer.truncated and len(ids) > 1 else ids],
+        layer=answering.layer,
+        pad_token_id=tokenizer.pad_token_id,
+        device=answering.device,
+    )
+    return attention
 
 
 def overlay(
