@@ -34,7 +34,13 @@ from virft_fast.data.mia import (
 )
 from virft_fast.mia import Answer, Selection, attention_ratio, reasons_against
 from virft_fast.models.image_attention import attention_to_prompts, coverage, image_tokens
-from virft_fast.models.qwen_vl import Policy, encode_prompt, load_model, weights_stamp
+from virft_fast.models.qwen_vl import (
+    Policy,
+    banned_token_ids,
+    encode_prompt,
+    load_model,
+    weights_stamp,
+)
 from virft_fast.rollout.backends import make_rollout
 from virft_fast.rollout.sampling import make_rollouts
 
@@ -215,8 +221,8 @@ def test_coverage_by_hand():
 
 
 SCENES = {
-    "sequence": Plan(0, "sequence", (0, 1, 2), 2, "In Image3,"),
-    "collage": Plan(0, "collage", (0, 1, 2), 1, "In Image2,"),
+    "sequence": Plan(2, "sequence", (0, 1, 2), 2, "In Image3,"),
+    "collage": Plan(1, "collage", (0, 1, 2), 1, "In Image2,"),
     "pip": Plan(0, "pip", (0, 1), 0, PIP_PREFIXES[0]),
 }
 SMALL = Layout(cell=64, gutter=20, label_size=12)
@@ -297,6 +303,89 @@ def test_a_frozen_tower_reads_the_images_once(processor, scenes, monkeypatch):
     assert (twice, once) == (2, 1)
     for one, other in zip(plain, reused, strict=True):
         assert one.text == other.text and one.ratio == pytest.approx(other.ratio, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def answering(processor):
+    policy = Policy(load_model("tiny").requires_grad_(False)).eval()
+    weights = partial(nullcontext, policy)
+    rollout = make_rollout("native", weights, processor.tokenizer, device=CPU)
+    return mia.Answering(policy, rollout, processor, 1, 12, CPU)
+
+
+def test_perplexity_and_tokens_equal_an_eager_forward(answering, scenes):
+    """Over the tokens that may be drawn, of which the likeliest are."""
+    plans, made, prompts = zip(*scenes.values(), strict=True)
+    drawn = answering.rollout.generate(prompts, 1, answering.sampling)
+    model = load_model("tiny", attn_implementation="eager").eval()
+    vocabulary = model.config.text_config.vocab_size
+    banned = banned_token_ids(answering.processor.tokenizer, vocabulary)
+    for number, answer in enumerate(answering.answers(plans, made)):
+        prompt, length = prompts[number], int(drawn.completion_mask[number].sum())
+        tokens = drawn.completion_ids[number, :length]
+        ids = torch.cat([prompt.input_ids, tokens])[None]
+        kinds = torch.nn.functional.pad(prompt.mm_token_type_ids, (0, length))[None]
+        with torch.no_grad():
+            logits = model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds,
+                pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw,
+            ).logits[0, len(prompt.input_ids) - 1 : -1]  # fmt: skip
+        logps = logits.index_fill(1, torch.tensor(banned), -math.inf).log_softmax(-1)
+        assert torch.equal(logps.argmax(-1), tokens)
+        expected = math.exp(-float(logps.max(-1).values.mean()))
+        assert answer.perplexity == pytest.approx(expected, rel=1e-4) and expected > 1.01
+        assert answer.num_tokens == length and answer.text == drawn.texts[number]
+
+
+def test_attention_lies_over_the_image_where_it_is():
+    """1 x 2 tokens over 4 x 2 pixels, the left one half as strong as the strongest of all."""
+    shown = np.asarray(mia.overlay(flat(4, (4, 2)), torch.tensor([0.2, 0.1]), (1, 2), 0.4))
+    red, under = np.array([255, 0, 0]), np.array(COLOURS[4])
+    for column, strength in ((0, 100 / 255), (2, 50 / 255)):
+        mixed = strength * red + (1 - strength) * under
+        assert np.abs(shown[:, column : column + 2] - mixed).max() <= 1
+
+
+@pytest.mark.parametrize("truncated", [True, False])
+def test_the_sheet_shows_the_measured_attention(answering, scenes, monkeypatch, truncated):
+    """An answer that was cut off has no EOS there either; the frame is the box's edge."""
+    (plan, scene, prompt), asked, shown = scenes["collage"], [], []
+    measure = mia.measure
+    monkeypatch.setattr(
+        mia, "measure", lambda *given, **more: asked.append(given[2][0]) or measure(*given, **more)
+    )
+    (answer,) = answering.answers([plan], [scene])
+    assert answer.truncated
+    eos = answering.processor.tokenizer.eos_token_id
+    if not truncated:
+        answer = dataclasses.replace(answer, truncated=False)
+        asked[0] = torch.tensor([*asked[0], eos])
+    attention = mia.attention_again(answering, prompt, answer)
+    assert torch.equal(asked[0], asked[1])
+    if truncated:
+        ratio = attention_ratio(attention, prompt, scene, plan.kind, 2)
+        assert ratio == pytest.approx(answer.ratio, abs=1e-6)
+
+    class One:
+        plan = staticmethod(lambda index: scenes["collage"][0])
+        scene = staticmethod(lambda plan: scene)
+
+    monkeypatch.setattr(mia, "contact_sheet", lambda cells, columns: shown.extend(cells))
+    monkeypatch.setattr(mia, "SHEET_PIXELS", 1)
+    mia.attention_sheet(One, answering, {1: answer}, {1: ["perplexity"]}, 1)
+    ((picture, caption),) = shown
+    assert caption.startswith("perplexity; ") and caption.endswith(f"said: {answer.text}")
+    green = (np.asarray(picture) == (0, 160, 0)).all(-1)
+    left, top, right, bottom = scene.box
+    assert green[top:bottom, left].all() and green[top:bottom, right - 1].all()
+    assert green[top, left:right].all() and green[bottom - 1, left:right].all()
+    edge = np.zeros_like(green)
+    edge[top:bottom, left:right] = True
+    edge[top + 2 : bottom - 2, left + 2 : right - 2] = False
+    assert (green == edge).all()
+    ((positions, grid),) = image_tokens(prompt, 2)
+    under = mia.overlay(scene.images[0], attention[positions], grid, attention[positions].max())
+    assert (np.asarray(picture)[~edge] == np.asarray(under)[~edge]).all()
 
 
 def brute_ratio(attention, prompt, scene, plan):
@@ -512,6 +601,47 @@ def test_from_llavas_json_to_pairs_that_train(llava, tmp_path, capsys):
     argv = ["--algorithm", "dpo", "--dataset_name", str(out), "--max_steps", "2",
             "--output_dir", str(tmp_path / "run")]  # fmt: skip
     assert train_main(argv) == 0
+
+
+KINDS = ["--shares", "sequence=1,collage=1,pip=1", "--collage_images", "2,3"]
+
+
+@pytest.mark.parametrize("mode", ["clean", "corrupted"])
+def test_pairs_are_clean_whatever_the_model_saw(llava, tmp_path, monkeypatch, mode):
+    """Pixel by pixel, of every kind, with where the target is and how much attention it had."""
+    out, seen = tmp_path / "pairs", {}
+    answers = mia.Answering.answers
+
+    def watched(self, plans, scenes):
+        seen.update({plan.index: pair for plan, pair in zip(plans, scenes, strict=True)})
+        assert self.layer == 1  # the middle one of two
+        return answers(self, plans, scenes)
+
+    monkeypatch.setattr(mia.Answering, "answers", watched)
+    assert main(arguments(llava, out, *KINDS, "--mode", mode)) == 0
+    rows = load_rows(str(llava / "llava.json"), "train", image_folder=llava / "images")
+    layout = Layout({"sequence": 1, "collage": 1, "pip": 1}, (2, 3, 4, 5), (2, 3), 56, 14, 12, 7)
+    scenes = mia.Scenes(rows, layout, seed=0, noise=False, groups=mia.source_groups(rows))
+    known = {r["index"]: r for r in map(json.loads, (out / "selection.jsonl").open())}
+    kinds = Counter()
+    bits = lambda images: [image.tobytes() for image in images]  # noqa: E731
+    for row in load_dataset(str(out), split="train"):
+        plan = scenes.plan(row["source_row"])
+        images = [Image.open(rows[n]["image"][0]).convert("RGB") for n in plan.order]
+        scene = compose(plan, images, "What is it?", layout)
+        assert bits(row["images"]) == bits(scene.images)
+        as_seen = bits(seen[plan.index].images) == bits(scene.images)
+        assert as_seen == (mode == "clean" or plan.kind == "sequence")
+        assert (row["kind"], row["num_images"]) == (plan.kind, plan.num_images)
+        assert (row["target"], row["target_image"]) == (plan.target + 1, scene.target_image)
+        assert tuple(row["target_box"]) == scene.box
+        answer = known[plan.index]
+        assert row["attention_ratio"] == answer["ratio"] and answer["target"] == plan.target
+        assert (row["rejected"][0]["content"], row["perplexity"]) == (
+            answer["text"], answer["perplexity"],
+        )  # fmt: skip
+        kinds[plan.kind] += 1
+    assert set(kinds) == {"sequence", "collage", "pip"}
 
 
 def test_companions_come_from_the_same_source(llava):
