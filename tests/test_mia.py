@@ -701,7 +701,7 @@ def test_the_number_of_ranks_does_not_matter(llava, tmp_path):
     assert main(arguments(llava, whole, *more)) == 0
     done = run(*arguments(llava, two, *more), module="virft_fast.data", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert selected(whole) == selected(two)
+    assert selected(whole) == selected(two) and list(selected(two)) == list(range(13))
     assert "13/13" in done.stderr and "14/13" not in done.stderr
 
 
