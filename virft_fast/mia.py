@@ -500,37 +500,42 @@ def answer_all(
     batch_size: int,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> dict[int, Answer]:
-    """Answers to all of the rows, the same on all ranks.
+    """Answers to all of the rows, on the main process; the others know but what is new.
 
     Those of the journal are taken where the scene is still the one they are about. Rows without an
     answer are not written down: they are tried again by the next run, which may have their images,
     or more room.
     """
     written = journal.records.get("answer", []) if journal is not None else []
-    done = {r["index"]: Answer(**r) for r in dist.all_gather_object(written)[0]}
+    done = {record["index"]: Answer(**record) for record in written}
+    digests = dist.all_gather_object({index: a.digest for index, a in done.items()})[0]
     mine = indices[dist.rank() :: dist.world_size()]
     found: dict[int, Answer] = {}
     # Equally many rounds on all ranks, which meet at the end of each.
     for first in range(0, -(-len(indices) // dist.world_size()), batch_size):
-        answers = _answer(scenes, answering, mine[first : first + batch_size], done)
-        together = [a for part in dist.all_gather_object(answers) for a in part]
-        if journal is not None:
-            new = [a for a in together if not a.problem and a != done.get(a.index)]
-            journal.add("answer", map(asdict, new))
-        found |= {answer.index: answer for answer in together}
-        progress(len(together))
-    return {index: found[index] for index in indices}
+        batch = mine[first : first + batch_size]
+        for new, there in dist.all_gather_object(_answer(scenes, answering, batch, digests)):
+            if journal is not None:
+                journal.add("answer", [asdict(answer) for answer in new if not answer.problem])
+            found |= {answer.index: answer for answer in new}
+            found |= {index: done[index] for index in there if index in done}
+            progress(len(new) + len(there))
+    return {index: found[index] for index in indices if index in found}
 
 
 def _answer(
-    scenes: Scenes, answering: Answering, batch: Sequence[int], done: Mapping[int, Answer]
-) -> list[Answer]:
-    """To each row of the batch; `done` is what there is already, maybe about other scenes."""
-    found, asked = [], []
+    scenes: Scenes, answering: Answering, batch: Sequence[int], digests: Mapping[int, str]
+) -> tuple[list[Answer], list[int]]:
+    """New answers to rows of the batch, and the rows whose answer is there already.
+
+    Args:
+        digests: of the scenes that answers are there to.
+    """
+    found, there, asked = [], [], []
     for index in batch:
         plan = scenes.plan(index)
-        if isinstance(plan, Plan) and index in done and done[index].digest == scenes.digest(plan):
-            found.append(done[index])
+        if isinstance(plan, Plan) and digests.get(index) == scenes.digest(plan):
+            there.append(index)
             continue
         scene = scenes.scene(plan) if isinstance(plan, Plan) else plan
         if not isinstance(scene, str) and answering.special(scenes.truth(index)):
@@ -543,7 +548,7 @@ def _answer(
     for (plan, _), answer in zip(asked, answers, strict=True):
         truth = scenes.truth(plan.index)
         found.append(replace(answer, truth=truth, digest=scenes.digest(plan)))
-    return found
+    return found, there
 
 
 def source_groups(rows: Any) -> list[str] | None:
