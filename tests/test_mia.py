@@ -170,7 +170,7 @@ def test_companions_never_show_the_same_image():
         0, range(50), layout, 0, same
     )
     layout = Layout({"pip": 1})
-    assert "only 1 differ" in plan_scene(0, [0, 5], layout, 0, same)
+    assert "only 1 go together" in plan_scene(0, [0, 5], layout, 0, same)
     reason = "fewer images than asked: its source has less than 2 rows; see --companions"
     assert plan_scene(0, [0], layout, 0, same) == reason
 

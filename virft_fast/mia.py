@@ -117,7 +117,7 @@ class Answer:
         perplexity: exp of minus the mean log-prob of the answer's tokens, in the distribution they
             were drawn from: over the tokens that may be drawn.
         num_tokens: EOS included. truncated: no EOS came.
-        problem: why there is no answer; all but the row and the kind is empty then.
+        problem: why there is no answer; its text and figures are empty then.
         digest: of what was asked, see `Scenes.digest`.
     """
 

@@ -168,7 +168,7 @@ def plan_scene(
         return f"fewer images than asked: its source has less than {count} rows; see --companions"
     companions = _companions(index, pool, count - 1, rng, apart)
     if len(companions) < count - 1:
-        return f"fewer images than asked: {kind} of {count}, only {len(companions) + 1} differ"
+        return f"fewer images than asked: {kind} of {count}, only {len(companions) + 1} go together"
     target = 0 if kind == "pip" else int(rng.integers(count))
     order = (*companions[:target], index, *companions[target:])
     prefix = f"In Image{target + 1},"
