@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import shutil
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 
 import numpy as np
@@ -32,8 +34,15 @@ from virft_fast.data.mia import (
 )
 from virft_fast.mia import Answer, Selection, attention_ratio, reasons_against
 from virft_fast.models.image_attention import attention_to_prompts, coverage, image_tokens
-from virft_fast.models.qwen_vl import Policy, encode_prompt, load_model, weights_stamp
+from virft_fast.models.qwen_vl import (
+    Policy,
+    banned_token_ids,
+    encode_prompt,
+    load_model,
+    weights_stamp,
+)
 from virft_fast.rollout.backends import make_rollout
+from virft_fast.rollout.sampling import make_rollouts
 
 COLOURS = [(10 * n, 250 - 10 * n, 5 * n) for n in range(1, 10)]
 WHITE = (255, 255, 255)
@@ -161,7 +170,9 @@ def test_companions_never_show_the_same_image():
         0, range(50), layout, 0, same
     )
     layout = Layout({"pip": 1})
-    assert "only 1 differ" in plan_scene(0, [0], layout, 0, different)
+    assert "only 1 go together" in plan_scene(0, [0, 5], layout, 0, same)
+    reason = "fewer images than asked: its source has less than 2 rows; see --companions"
+    assert plan_scene(0, [0], layout, 0, same) == reason
 
 
 def test_layouts_that_make_no_sense_are_named():
@@ -170,12 +181,33 @@ def test_layouts_that_make_no_sense_are_named():
         ({"shares": {"pip": 0.0}}, "shares: expected"),
         ({"sequence_images": (7,)}, "sequence_images: expected"),
         ({"collage_images": (5,)}, "collage_images: expected"),
+        ({"shares": {"pip": math.inf}}, "shares: expected"),
+        ({"shares": {"pip": math.nan}}, "shares: expected"),
         ({"cell": 0}, "cell, gutter: expected"),
+        ({"cell": 4000}, "collages of at most .* pixels, .* got 12080x12120"),
     ):
         with pytest.raises(ValueError, match=message):
             Layout(**options)
-    with pytest.raises(ValueError, match="thresholds: expected some of sequence2"):
-        Selection({("sequence", 9): 0.5})
+    for fine in ({"collage_images": (4,)}, {"shares": {"pip": 1.0}}):
+        Layout(cell=4000, **fine)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"thresholds": {("sequence", 9): 0.5}}, "thresholds: expected some of sequence2"),
+        ({"thresholds": {("pip", 2): math.nan}}, "thresholds: expected finite numbers"),
+        ({"min_perplexity": math.inf}, "min_perplexity: expected a finite number, got inf"),
+        ({"max_length_ratio": 0.9}, "max_length_ratio: expected 1 or more, got 0.9"),
+        ({"max_length_ratio": math.nan}, "max_length_ratio: expected 1 or more"),
+        ({"min_edit_distance": 1.1}, "min_edit_distance: expected a share"),
+        ({"min_edit_distance": -0.1}, "min_edit_distance: expected a share"),
+    ],
+)
+def test_selections_that_make_no_sense_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Selection(**options)
+    Selection(max_length_ratio=1.0, min_edit_distance=1.0)
 
 
 # ---- attention -----------------------------------------------------------------------------------
@@ -189,8 +221,8 @@ def test_coverage_by_hand():
 
 
 SCENES = {
-    "sequence": Plan(0, "sequence", (0, 1, 2), 2, "In Image3,"),
-    "collage": Plan(0, "collage", (0, 1, 2), 1, "In Image2,"),
+    "sequence": Plan(2, "sequence", (0, 1, 2), 2, "In Image3,"),
+    "collage": Plan(1, "collage", (0, 1, 2), 1, "In Image2,"),
     "pip": Plan(0, "pip", (0, 1), 0, PIP_PREFIXES[0]),
 }
 SMALL = Layout(cell=64, gutter=20, label_size=12)
@@ -273,6 +305,89 @@ def test_a_frozen_tower_reads_the_images_once(processor, scenes, monkeypatch):
         assert one.text == other.text and one.ratio == pytest.approx(other.ratio, abs=1e-6)
 
 
+@pytest.fixture(scope="module")
+def answering(processor):
+    policy = Policy(load_model("tiny").requires_grad_(False)).eval()
+    weights = partial(nullcontext, policy)
+    rollout = make_rollout("native", weights, processor.tokenizer, device=CPU)
+    return mia.Answering(policy, rollout, processor, 1, 12, CPU)
+
+
+def test_perplexity_and_tokens_equal_an_eager_forward(answering, scenes):
+    """Over the tokens that may be drawn, of which the likeliest are."""
+    plans, made, prompts = zip(*scenes.values(), strict=True)
+    drawn = answering.rollout.generate(prompts, 1, answering.sampling)
+    model = load_model("tiny", attn_implementation="eager").eval()
+    vocabulary = model.config.text_config.vocab_size
+    banned = banned_token_ids(answering.processor.tokenizer, vocabulary)
+    for number, answer in enumerate(answering.answers(plans, made)):
+        prompt, length = prompts[number], int(drawn.completion_mask[number].sum())
+        tokens = drawn.completion_ids[number, :length]
+        ids = torch.cat([prompt.input_ids, tokens])[None]
+        kinds = torch.nn.functional.pad(prompt.mm_token_type_ids, (0, length))[None]
+        with torch.no_grad():
+            logits = model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds,
+                pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw,
+            ).logits[0, len(prompt.input_ids) - 1 : -1]  # fmt: skip
+        logps = logits.index_fill(1, torch.tensor(banned), -math.inf).log_softmax(-1)
+        assert torch.equal(logps.argmax(-1), tokens)
+        expected = math.exp(-float(logps.max(-1).values.mean()))
+        assert answer.perplexity == pytest.approx(expected, rel=1e-4) and expected > 1.01
+        assert answer.num_tokens == length and answer.text == drawn.texts[number]
+
+
+def test_attention_lies_over_the_image_where_it_is():
+    """1 x 2 tokens over 4 x 2 pixels, the left one half as strong as the strongest of all."""
+    shown = np.asarray(mia.overlay(flat(4, (4, 2)), torch.tensor([0.2, 0.1]), (1, 2), 0.4))
+    red, under = np.array([255, 0, 0]), np.array(COLOURS[4])
+    for column, strength in ((0, 100 / 255), (2, 50 / 255)):
+        mixed = strength * red + (1 - strength) * under
+        assert np.abs(shown[:, column : column + 2] - mixed).max() <= 1
+
+
+@pytest.mark.parametrize("truncated", [True, False])
+def test_the_sheet_shows_the_measured_attention(answering, scenes, monkeypatch, truncated):
+    """An answer that was cut off has no EOS there either; the frame is the box's edge."""
+    (plan, scene, prompt), asked, shown = scenes["collage"], [], []
+    measure = mia.measure
+    monkeypatch.setattr(
+        mia, "measure", lambda *given, **more: asked.append(given[2][0]) or measure(*given, **more)
+    )
+    (answer,) = answering.answers([plan], [scene])
+    assert answer.truncated
+    eos = answering.processor.tokenizer.eos_token_id
+    if not truncated:
+        answer = dataclasses.replace(answer, truncated=False)
+        asked[0] = torch.tensor([*asked[0], eos])
+    attention = mia.attention_again(answering, prompt, answer)
+    assert torch.equal(asked[0], asked[1])
+    if truncated:
+        ratio = attention_ratio(attention, prompt, scene, plan.kind, 2)
+        assert ratio == pytest.approx(answer.ratio, abs=1e-6)
+
+    class One:
+        plan = staticmethod(lambda index: scenes["collage"][0])
+        scene = staticmethod(lambda plan: scene)
+
+    monkeypatch.setattr(mia, "contact_sheet", lambda cells, columns: shown.extend(cells))
+    monkeypatch.setattr(mia, "SHEET_PIXELS", 1)
+    mia.attention_sheet(One, answering, {1: answer}, {1: ["perplexity"]}, 1)
+    ((picture, caption),) = shown
+    assert caption.startswith("perplexity; ") and caption.endswith(f"said: {answer.text}")
+    green = (np.asarray(picture) == (0, 160, 0)).all(-1)
+    left, top, right, bottom = scene.box
+    assert green[top:bottom, left].all() and green[top:bottom, right - 1].all()
+    assert green[top, left:right].all() and green[bottom - 1, left:right].all()
+    edge = np.zeros_like(green)
+    edge[top:bottom, left:right] = True
+    edge[top + 2 : bottom - 2, left + 2 : right - 2] = False
+    assert (green == edge).all()
+    ((positions, grid),) = image_tokens(prompt, 2)
+    under = mia.overlay(scene.images[0], attention[positions], grid, attention[positions].max())
+    assert (np.asarray(picture)[~edge] == np.asarray(under)[~edge]).all()
+
+
 def brute_ratio(attention, prompt, scene, plan):
     """Pixel by pixel: every pixel of a token has its share of the token's attention."""
     images = image_tokens(prompt, 2)
@@ -333,7 +448,7 @@ def test_no_attention_is_no_number(scenes):
 
 
 def made(kind="sequence", count=2, **more):
-    values = {"text": "a dog", "ratio": 0.1, "perplexity": 2.0, "num_tokens": 4} | more
+    values = {"text": "a dog", "truth": "a cat", "ratio": 0.1, "perplexity": 2.0} | more
     return Answer(0, kind, count, 0, **values)
 
 
@@ -346,7 +461,7 @@ def made(kind="sequence", count=2, **more):
 )  # fmt: skip
 def test_attention_limits_at_their_edges(kind, count, limit, at_limit):
     def kept(ratio, selection=Selection()):  # noqa: B008
-        return not reasons_against(made(kind, count, ratio=ratio), "a cat", selection)
+        return not reasons_against(made(kind, count, ratio=ratio), selection)
 
     assert kept(math.nextafter(limit, 0)) and kept(limit) == at_limit
     assert not kept(math.nextafter(limit, 1))
@@ -355,8 +470,8 @@ def test_attention_limits_at_their_edges(kind, count, limit, at_limit):
 
 
 def test_reasons_are_named():
-    def found(truth="a cat", selection=Selection(), **more):  # noqa: B008
-        return reasons_against(made(**more), truth, selection)
+    def found(selection=Selection(), **more):  # noqa: B008
+        return reasons_against(made(**more), selection)
 
     assert found() == []
     assert found(problem="image can't be read") == ["image can't be read"]
@@ -366,12 +481,54 @@ def test_reasons_are_named():
     assert found(ratio=None) == ["no attention on any image"]
     assert found(ratio=0.9) == ["attention on the target: sequence of 2"]
     assert found(perplexity=1.1) == ["perplexity"] and found(perplexity=1.1000001) == []
+    assert found(perplexity=None) == ["perplexity"]
     assert found(truth="x" * 512, selection=Selection(max_length_ratio=1e9)) == [
         "the row's own answer has 512 characters or more"
     ]
     assert found(truth="c" * 50) == [] and found(truth="c" * 51) == ["length ratio"]
     assert found(text="a car", selection=Selection(min_edit_distance=0.2)) == []
     assert found(text="a car", selection=Selection(min_edit_distance=0.21)) == ["edit distance"]
+
+
+def test_the_table_counts_every_reason_and_only_answers():
+    answers = {
+        0: made(),
+        1: made(kind="pip", ratio=0.9, perplexity=1.0),
+        2: made(kind="pip", ratio=0.7, perplexity=1.0),
+        3: made(text="", truth="", ratio=None, perplexity=None, problem="too long"),
+        4: Answer(4, problem="image can't be read"),
+    }
+    reasons = {index: reasons_against(a, Selection()) for index, a in answers.items()}
+    lines = [line.split() for line in mia.table(answers, reasons)]
+    assert ["sequence", "2", "1", "1", "0.100"] in lines
+    assert ["pip", "2", "2", "0", "0.800"] in lines and ["all", "3", "1"] in lines
+    dropped = {" ".join(words[:-1]): int(words[-1]) for words in lines[6:]}
+    assert dropped == {
+        "attention on the target: pip of 2": 1, "perplexity": 2, "too long": 1,
+        "image can't be read": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "reason, counted",
+    [
+        ("image x.png: FileNotFoundError: no such file", "image can't be read"),
+        ("solution: missing", "solution: missing"),
+        ("solution: expected text, got int 4", "solution: expected text"),
+        ("absolute aspect ratio must be smaller than 200, got 500.0",
+         "absolute aspect ratio must be smaller than 200"),
+    ],
+)  # fmt: skip
+def test_faults_are_counted_without_what_is_particular(reason, counted):
+    assert mia._named(reason) == counted
+
+
+@pytest.mark.parametrize("most, kept, dropped", [(4, 2, 2), (5, 3, 2), (7, 4, 3), (9, 5, 4)])
+def test_the_sheet_has_kept_and_dropped_ones(most, kept, dropped):
+    answers = {n: Answer(n, "pip", 2, problem="too long" if n == 3 else "") for n in range(10)}
+    reasons = {n: [] if n >= 5 else ["perplexity"] for n in range(10)}
+    shown = [answer.index for answer in mia.on_sheet(answers, reasons, most)]
+    assert shown == [*range(5, 5 + kept), *[0, 1, 2, 4][:dropped]]
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -446,6 +603,47 @@ def test_from_llavas_json_to_pairs_that_train(llava, tmp_path, capsys):
     assert train_main(argv) == 0
 
 
+KINDS = ["--shares", "sequence=1,collage=1,pip=1", "--collage_images", "2,3"]
+
+
+@pytest.mark.parametrize("mode", ["clean", "corrupted"])
+def test_pairs_are_clean_whatever_the_model_saw(llava, tmp_path, monkeypatch, mode):
+    """Pixel by pixel, of every kind, with where the target is and how much attention it had."""
+    out, seen = tmp_path / "pairs", {}
+    answers = mia.Answering.answers
+
+    def watched(self, plans, scenes):
+        seen.update({plan.index: pair for plan, pair in zip(plans, scenes, strict=True)})
+        assert self.layer == 1  # the middle one of two
+        return answers(self, plans, scenes)
+
+    monkeypatch.setattr(mia.Answering, "answers", watched)
+    assert main(arguments(llava, out, *KINDS, "--mode", mode)) == 0
+    rows = load_rows(str(llava / "llava.json"), "train", image_folder=llava / "images")
+    layout = Layout({"sequence": 1, "collage": 1, "pip": 1}, (2, 3, 4, 5), (2, 3), 56, 14, 12, 7)
+    scenes = mia.Scenes(rows, layout, seed=0, noise=False, groups=mia.source_groups(rows))
+    known = {r["index"]: r for r in map(json.loads, (out / "selection.jsonl").open())}
+    kinds = Counter()
+    bits = lambda images: [image.tobytes() for image in images]  # noqa: E731
+    for row in load_dataset(str(out), split="train"):
+        plan = scenes.plan(row["source_row"])
+        images = [Image.open(rows[n]["image"][0]).convert("RGB") for n in plan.order]
+        scene = compose(plan, images, "What is it?", layout)
+        assert bits(row["images"]) == bits(scene.images)
+        as_seen = bits(seen[plan.index].images) == bits(scene.images)
+        assert as_seen == (mode == "clean" or plan.kind == "sequence")
+        assert (row["kind"], row["num_images"]) == (plan.kind, plan.num_images)
+        assert (row["target"], row["target_image"]) == (plan.target + 1, scene.target_image)
+        assert tuple(row["target_box"]) == scene.box
+        answer = known[plan.index]
+        assert row["attention_ratio"] == answer["ratio"] and answer["target"] == plan.target
+        assert (row["rejected"][0]["content"], row["perplexity"]) == (
+            answer["text"], answer["perplexity"],
+        )  # fmt: skip
+        kinds[plan.kind] += 1
+    assert set(kinds) == {"sequence", "collage", "pip"}
+
+
 def test_companions_come_from_the_same_source(llava):
     rows = load_rows(str(llava / "llava.json"), "train", image_folder=llava / "images")
     groups = mia.source_groups(rows)
@@ -460,63 +658,247 @@ def test_companions_come_from_the_same_source(llava):
             assert 5 not in plan.order and not {0, 1} <= set(plan.order)
 
 
-def lines_of(folder):
-    return sorted((folder / "selection.jsonl").read_text().splitlines())
+@pytest.fixture
+def asked(monkeypatch):
+    """Rows the model is asked about, in order; at number `asked.stop` comes Ctrl-C."""
 
+    class Asked(list):
+        stop = None
 
-def test_the_number_of_ranks_does_not_matter(llava, tmp_path):
-    whole, two = tmp_path / "whole", tmp_path / "two"
-    assert main(arguments(llava, whole)) == 0
-    done = run(*arguments(llava, two), module="virft_fast.data", processes=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, other = (
-        {r["index"]: (r["kind"], r["text"], r["kept"]) for r in map(json.loads, lines_of(f))}
-        for f in (whole, two)
-    )
-    assert one == other
+    rows, answers = Asked(), mia.Answering.answers
 
-
-def test_answers_that_are_there_are_not_asked_for_again(llava, tmp_path, monkeypatch):
-    out = tmp_path / "pairs"
-    asked = []
-    answers = mia.Answering.answers
-
-    def stop_after_one(self, plans, scenes):
-        if asked:
+    def watched(self, plans, scenes):
+        rows.extend(plan.index for plan in plans)
+        if rows.stop is not None and len(rows) > rows.stop:
             raise KeyboardInterrupt
-        asked.extend(plan.index for plan in plans)
         return answers(self, plans, scenes)
 
-    monkeypatch.setattr(mia.Answering, "answers", stop_after_one)
-    assert main(arguments(llava, out)) == 130
-    journal = tmp_path / ".pairs.answers" / "answers-0.jsonl"
-    with journal.open("a") as file:
-        file.write('{"index": 9, "te')
-    later = []
-    monkeypatch.setattr(
-        mia.Answering,
-        "answers",
-        lambda self, plans, scenes: (
-            later.extend(p.index for p in plans) or answers(self, plans, scenes)
-        ),
-    )
-    assert main(arguments(llava, out)) == 0
-    assert asked and later and not set(asked) & set(later)
-    monkeypatch.undo()
-    whole = tmp_path / "whole"
-    assert main(arguments(llava, whole)) == 0
-    keep = lambda folder: [  # noqa: E731
-        {k: v for k, v in json.loads(line).items() if k not in ("ratio", "perplexity")}
-        for line in lines_of(folder)
-    ]
-    assert keep(out) == keep(whole)
+    monkeypatch.setattr(mia.Answering, "answers", watched)
+    return rows
 
 
-def test_other_rows_and_weights_do_not_mix(llava, tmp_path):
+def selected(folder):
+    """selection.jsonl: row -> what is known of it, to the figures that sums in another order
+    keep."""
+    records = map(json.loads, (folder / "selection.jsonl").read_text().splitlines())
+    return {r["index"]: r | {"ratio": 0, "perplexity": 0} for r in records}
+
+
+def interrupted(asked, capsys, arguments):
+    """Rows that a run was asked to answer before Ctrl-C in its second batch."""
+    asked.stop = 5
+    assert main(arguments) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    asked.stop, rows = None, asked[:5]
+    asked.clear()
+    return rows
+
+
+def test_the_number_of_ranks_does_not_matter(llava, tmp_path, asked, capsys):
+    """13 rows in batches of 2: one rank has a round more to do than it has rows for. Two go on
+    where one was interrupted."""
+    whole, two = tmp_path / "whole", tmp_path / "two"
+    more = ["--max_rows", "13", "--batch_size", "2"]
+    assert main(arguments(llava, whole, *more)) == 0
+    asked.clear()
+    interrupted(asked, capsys, arguments(llava, two, *more))
+    done = run(*arguments(llava, two, *more), module="virft_fast.data", processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert selected(whole) == selected(two) and list(selected(two)) == list(range(13))
+    assert "13/13" in done.stderr and "14/13" not in done.stderr
+
+
+def test_ranks_share_the_rows_and_meet_after_every_batch(llava, monkeypatch):
+    """Two ranks, one after the other, with what the first one said."""
     rows = load_rows(str(llava / "llava.json"), "train", image_folder=llava / "images")
-    first = mia.text_digest(rows)
-    assert mia.text_digest(rows) == first
-    assert mia.text_digest(rows.select(range(13, -1, -1))) != first
+    scenes = mia.Scenes(rows, Layout(), seed=0, noise=False)
+    told, answered = {0: [], 1: []}, {0: [], 1: []}
+
+    def answer(scenes, answering, batch, digests):
+        answered[rank].extend(batch)
+        return [Answer(index, problem="none") for index in batch], []
+
+    def gather(value):
+        told[rank].append(value)
+        return [value]
+
+    monkeypatch.setattr(mia, "_answer", answer)
+    monkeypatch.setattr(mia.dist, "world_size", lambda: 2)
+    monkeypatch.setattr(mia.dist, "all_gather_object", gather)
+    for rank in (0, 1):
+        monkeypatch.setattr(mia.dist, "rank", lambda: rank)  # noqa: B023
+        assert list(mia.answer_all(scenes, None, None, range(13), batch_size=3)) == answered[rank]
+    assert sorted(answered[0] + answered[1]) == list(range(13))
+    assert abs(len(answered[0]) - len(answered[1])) == 1
+    assert len(told[0]) == len(told[1])
+
+
+def test_answers_that_are_there_are_not_asked_for_again(llava, tmp_path, asked, capsys):
+    """Neither after Ctrl-C, in the middle of a line of the journal, nor for other thresholds."""
+    out, whole = tmp_path / "pairs", tmp_path / "whole"
+    first = interrupted(asked, capsys, arguments(llava, out))
+    journal = tmp_path / ".pairs.answers.jsonl"
+    with journal.open("a") as file:
+        file.write('{"stage": "answer", "rec')
+    assert main(arguments(llava, out, "--min_perplexity", "1e9")) == 2
+    # 5 has no image, and 8 would need more of them than its source has.
+    assert first == [0, 1, 2, 3, 4] and asked == [6, 7, 9, 10, 11, 12, 13]
+    asked.clear()
+    assert main(arguments(llava, out)) == 0 and not asked
+    assert not journal.exists()
+    assert main(arguments(llava, whole)) == 0
+    assert selected(out) == selected(whole)
+
+
+def test_other_settings_do_not_mix(llava, tmp_path, asked, capsys):
+    """They are named; --overwrite starts again under them, and goes on under the same ones."""
+    out, other = tmp_path / "pairs", ["--gutter", "20"]
+    first = interrupted(asked, capsys, arguments(llava, out, "--overwrite"))
+    assert main(arguments(llava, out, *other)) == 2 and not asked
+    assert "gutter 14 there and 20 here" in capsys.readouterr().err
+    assert interrupted(asked, capsys, arguments(llava, out, *other, "--overwrite")) == first
+    assert main(arguments(llava, out, *other, "--overwrite")) == 0
+    assert asked and not set(asked) & set(first)
+
+
+def test_an_answer_about_other_images_or_words_is_asked_for_again(llava, tmp_path, asked):
+    """An image in the target's place, or a companion's; a row that is no scene any more."""
+    copy, out = tmp_path / "llava", tmp_path / "pairs"
+    shutil.copytree(llava, copy)
+    more = ["--shares", "sequence=1", "--sequence_images", "2"]
+    assert main(arguments(copy, out, *more, "--min_perplexity", "1e9")) == 2
+    asked.clear()
+    scenes = mia.Scenes(
+        rows := load_rows(str(copy / "llava.json"), "train", image_folder=copy / "images"),
+        Layout({"sequence": 1}, (2,)), seed=0, noise=False, groups=mia.source_groups(rows),
+    )  # fmt: skip
+    plans = {n: plan for n in range(14) if isinstance(plan := scenes.plan(n), Plan)}
+    noisy(99, (56, 56)).save(copy / "images" / "coco" / "3.png")
+    (copy / "images" / "ocr" / "9.png").unlink()
+    talks = json.loads((copy / "llava.json").read_text())
+    talks[12]["conversations"][0]["value"] = "What else is it?"
+    (copy / "llava.json").write_text(json.dumps(talks))
+    assert main(arguments(copy, out, *more)) == 0
+    other = {12} | {n for n, plan in plans.items() if {3, 9} & set(plan.order)} - {9}
+    assert set(asked) == other and len(other) > 2
+    assert selected(out)[9]["problem"] == "image can't be read"
+
+
+def test_only_answers_are_kept(llava, tmp_path, asked):
+    """An image that was missing, a scene that was too large: tried again by the next run."""
+    copy, out = tmp_path / "llava", tmp_path / "pairs"
+    shutil.copytree(llava, copy)
+    more = ["--shares", "sequence=1", "--sequence_images", "2,4"]
+    none = ["--rollout_cache_tokens", "100", "--min_perplexity", "1e9"]
+    assert main(arguments(copy, out, *more, *none)) == 2
+    lines = (tmp_path / ".pairs.answers.jsonl").read_text().splitlines()
+    kept = {entry["record"]["index"] for entry in map(json.loads, lines[1:])}
+    asked.clear()
+    noisy(50, (56, 56)).save(copy / "images" / "coco" / "gone.png")
+    assert main(arguments(copy, out, *more, "--rollout_cache_tokens", "1000")) == 0
+    found = selected(out)
+    assert kept and all(found[index]["num_images"] == 2 for index in kept)
+    assert not any(r["problem"] for r in found.values())
+    assert 5 in asked and any(found[index]["num_images"] == 4 for index in asked)
+
+
+def test_images_that_vanish_while_pairs_are_written_are_counted(llava, tmp_path, monkeypatch):
+    copy, out = tmp_path / "llava", tmp_path / "pairs"
+    shutil.copytree(llava, copy)
+    write = mia.write_pairs
+
+    def after_one_is_gone(*given, **more):
+        (copy / "images" / "coco" / "3.png").unlink()
+        return write(*given, **more)
+
+    monkeypatch.setattr(mia, "write_pairs", after_one_is_gone)
+    assert main(arguments(copy, out)) == 0
+    assert selected(out)[3]["dropped"] == ["image can't be read"]
+    assert "image can't be read" in (out / "README.md").read_text()
+    assert 3 not in load_dataset(str(out), split="train")["source_row"]
+
+
+def test_special_tokens_and_what_the_processor_refuses(llava, tmp_path, asked, capsys, monkeypatch):
+    """Each named in its own row; an image far too wide is no companion either."""
+    copy, out = tmp_path / "llava", tmp_path / "pairs"
+    shutil.copytree(llava, copy)
+    talks = json.loads((copy / "llava.json").read_text())
+    talks[2]["conversations"][0]["value"] += "<|im_end|>"
+    talks[3]["conversations"][1]["value"] += "<|box_start|>"
+    (copy / "llava.json").write_text(json.dumps(talks))
+    noisy(4, (1005, 5)).save(copy / "images" / "coco" / "4.png")
+    said = make_rollouts
+
+    def spelled_out(*given):
+        drawn = said(*given)
+        first = drawn.prompts[0].sample.index
+        texts = ["<|im_start|>" if p.sample.index == 6 else t
+                 for p, t in zip(drawn.prompts, drawn.texts, strict=True)]  # fmt: skip
+        return dataclasses.replace(drawn, texts=tuple(texts)) if first <= 6 else drawn
+
+    monkeypatch.setattr("virft_fast.rollout.native.make_rollouts", spelled_out)
+    more = ["--shares", "sequence=1,pip=1", "--sequence_images", "2", "--companions", "all"]
+    assert main(arguments(copy, out, *more)) == 0
+    problems = {n: r["problem"] for n, r in selected(out).items() if r["problem"]}
+    assert problems == {
+        2: "special tokens in the question",
+        3: "special tokens in the row's own answer",
+        4: "image too narrow for the processor",
+        5: "image can't be read",
+        6: "special tokens in the model's answer",
+    }
+    shown = capsys.readouterr().out
+    assert all(reason in shown for reason in problems.values())
+    train = load_dataset(str(out), split="train")
+    assert not any(max(i.size) > 1000 for images in train["images"] for i in images)
+
+
+def test_a_folder_an_image_needs_companions_from_all(llava, tmp_path, capsys):
+    copy, out = tmp_path / "llava", tmp_path / "pairs"
+    shutil.copytree(llava, copy)
+    talks = json.loads((copy / "llava.json").read_text())
+    for talk in talks:
+        path = copy / "images" / talk["image"]
+        talk["image"] = f"{talk['id']}/image.png"
+        (copy / "images" / talk["id"]).mkdir()
+        if path.exists():
+            path.rename(copy / "images" / talk["image"])
+    (copy / "llava.json").write_text(json.dumps(talks))
+    assert main(arguments(copy, out, "--shares", "pip=1")) == 2
+    assert "less than 2 rows; see --companions " in capsys.readouterr().out
+    assert main(arguments(copy, out, "--shares", "pip=1", "--companions", "all")) == 0
+
+
+def test_a_chat_with_a_part_for_its_image_has_its_truth(tmp_path):
+    parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    rows = []
+    for number in range(4):
+        noisy(number, (56, 56)).save(tmp_path / f"{number}.png")
+        chat = [{"role": "user", "content": parts}]
+        rows.append({"image": f"{number}.png", "prompt": chat, "solution": f"Thing {number}."})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    scenes = mia.Scenes(
+        load_rows(str(tmp_path / "rows.json"), "train"), Layout({"pip": 1}), seed=0, noise=False
+    )
+    assert isinstance(scenes.plan(2), Plan) and scenes.truth(2) == "Thing 2."
+
+
+def test_no_scene_has_images_of_both_splits(llava):
+    """Nor are two rows with the same image in two of them."""
+    rows = load_rows(str(llava / "llava.json"), "train", image_folder=llava / "images")
+    for seed in range(6):
+        made = mia.Scenes(
+            rows, Layout({"sequence": 1}, (2, 3)), seed=seed, noise=False, test_share=0.4
+        )
+        assert made.held_out(0) == made.held_out(1)
+        plans = [plan for index in range(14) if isinstance(plan := made.plan(index), Plan)]
+        splits = [{made.held_out(row) for row in plan.order} for plan in plans]
+        assert all(len(split) == 1 for split in splits) and {True} in splits and {False} in splits
+        none = mia.Scenes(rows, Layout(), seed=seed, noise=False)
+        assert not any(none.held_out(index) for index in range(14) if index != 5)
+
+
+def test_other_weights_do_not_mix(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"x")
     stamp = weights_stamp(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"xy")
@@ -545,28 +927,41 @@ def test_rows_that_make_no_scene_are_named_and_keep_their_sources(tmp_path):
     assert plans[6] == "expected one image, got 0"
 
 
-def test_other_settings_do_not_mix(llava, tmp_path, capsys):
-    folder = tmp_path / ".pairs.answers"
-    mia.Journal(folder, {"seed": 1})
-    assert main(arguments(llava, tmp_path / "pairs")) == 2
-    assert "expected answers made with these settings" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "more, message",
     [
         (["--layer", "99"], "--layer: expected 0 to"),
         (["--thresholds", "sequence9=0.5"], "thresholds: expected some of"),
         (["--shares", "stack=1"], "shares: expected"),
+        (["--shares", "pip=1,pip=2"], "--shares: expected each name once"),
+        (["--pictures", "-1"], "--pictures: expected a number, 0 or more"),
+        (["--seed", "-1"], "--seed: expected a number, 0 or more"),
         (["--images", "/nowhere"], "no pair was kept"),
         (["--min_perplexity", "1e9"], "no pair was kept"),
     ],
 )
 def test_bad_input_is_named_and_nothing_half_written(llava, tmp_path, capsys, more, message):
     out = tmp_path / "pairs"
-    assert main(arguments(llava, out, *more)) == 2
+    with suppress(SystemExit):  # of argparse
+        assert main(arguments(llava, out, *more)) == 2
     assert message in capsys.readouterr().err
     assert not out.exists() and not (tmp_path / ".pairs.writing").exists()
+
+
+def test_a_sheet_that_is_there_is_kept_and_named_before_the_work(llava, tmp_path, asked, capsys):
+    out, sheet = tmp_path / "pairs", tmp_path / "pairs.png"
+    sheet.write_text("mine")
+    assert main(arguments(llava, out)) == 2 and not asked
+    assert "pairs.png: exists already; pass --overwrite" in capsys.readouterr().err
+    assert main(arguments(llava, out, "--pictures", "0")) == 0 and sheet.read_text() == "mine"
+    assert main(arguments(llava, out, "--overwrite")) == 0
+    assert Image.open(sheet).size[0] > 260
+
+
+def test_a_journal_that_cant_be_read_is_named_before_the_work(llava, tmp_path, asked, capsys):
+    (tmp_path / ".pairs.answers.jsonl").mkdir()
+    assert main(arguments(llava, tmp_path / "pairs")) == 2 and not asked
+    assert ".pairs.answers.jsonl" in capsys.readouterr().err
 
 
 def test_a_scene_larger_than_the_rollouts_memory_is_left_out_and_counted(llava, tmp_path, capsys):
@@ -575,7 +970,7 @@ def test_a_scene_larger_than_the_rollouts_memory_is_left_out_and_counted(llava, 
     assert main(arguments(llava, out, *more)) == 0
     reason = "more tokens than the rollout holds (--rollout_cache_tokens)"
     assert reason in capsys.readouterr().out
-    records = [json.loads(line) for line in lines_of(out)]
+    records = selected(out).values()
     counts = {r["num_images"]: r["dropped"] for r in records if r["kind"]}
     assert counts[4] == [reason] and reason not in counts[2]
 
@@ -583,6 +978,6 @@ def test_a_scene_larger_than_the_rollouts_memory_is_left_out_and_counted(llava, 
 def test_one_token_answers_have_a_ratio(llava, tmp_path):
     out = tmp_path / "pairs"
     assert main(arguments(llava, out, "--max_completion_length", "1")) == 0
-    records = [json.loads(line) for line in lines_of(out)]
+    records = map(json.loads, (out / "selection.jsonl").read_text().splitlines())
     answered = [r for r in records if not r["problem"]]
     assert answered and all(r["num_tokens"] == 1 and 0 <= r["ratio"] <= 1 for r in answered)

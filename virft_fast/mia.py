@@ -5,7 +5,7 @@ row's truth chosen, where the share of attention on the target image is low: the
 another one. Thresholds are MIA-DPO's (arXiv:2410.17637 and its code, a85c51a); length ratio and
 edit distance, which the paper names without figures, are ours.
 
-Answers are written down one by one as they come, so that a killed run goes on where it was.
+Answers are written down batch by batch as they come, so that a killed run goes on where it was.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from virft_fast import dist
 from virft_fast.batch import Prompt
 from virft_fast.data import BadRow, SampleDataset
 from virft_fast.data.drawing import contact_sheet
-from virft_fast.data.loading import IMAGE_COLUMNS
 from virft_fast.data.mia import (
     BOX_TEXT,
     Layout,
@@ -41,10 +40,13 @@ from virft_fast.data.mia import (
     plan_scene,
 )
 from virft_fast.data.writing import written_aside
+from virft_fast.evaluation.journal import Journal
 from virft_fast.models.image_attention import attention_to_prompts, coverage, image_tokens
-from virft_fast.models.qwen_vl import Policy, encode_prompt
+from virft_fast.models.processing import resized
+from virft_fast.models.qwen_vl import Policy, banned_token_ids, encode_prompt
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.native import NativeRollout, token_chunks
+from virft_fast.sft import answer_ids
 
 # Tokens that are read together to measure attention.
 ATTENTION_TOKENS = 8_192
@@ -89,6 +91,14 @@ class Selection:
         if unknown:
             names = ", ".join(f"{kind}{count}" for kind, count in THRESHOLDS)
             raise ValueError(f"thresholds: expected some of {names}, got {unknown}")
+        for name, expected, good in (
+            ("thresholds", "finite numbers", all(map(math.isfinite, self.thresholds.values()))),
+            ("min_perplexity", "a finite number", math.isfinite(self.min_perplexity)),
+            ("max_length_ratio", "1 or more", self.max_length_ratio >= 1),
+            ("min_edit_distance", "a share in [0, 1]", 0 <= self.min_edit_distance <= 1),
+        ):
+            if not good:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
 
     def limit(self, answer: Answer) -> tuple[float, bool]:
         """As in THRESHOLDS."""
@@ -102,10 +112,13 @@ class Answer:
     """What the model made of a scene.
 
     Attributes:
+        truth: the row's own answer.
         ratio: share of attention on the target; None where no image got any.
-        perplexity: exp of minus the mean log-prob of the answer's tokens.
+        perplexity: exp of minus the mean log-prob of the answer's tokens, in the distribution they
+            were drawn from: over the tokens that may be drawn.
         num_tokens: EOS included. truncated: no EOS came.
-        problem: why there is no answer; everything else is empty then.
+        problem: why there is no answer; its text and figures are empty then.
+        digest: of what was asked, see `Scenes.digest`.
     """
 
     index: int
@@ -113,21 +126,23 @@ class Answer:
     num_images: int = 0
     target: int = 0
     text: str = ""
+    truth: str = ""
     ratio: float | None = None
-    perplexity: float = 0.0
+    perplexity: float | None = None
     num_tokens: int = 0
     truncated: bool = False
     problem: str = ""
+    digest: str = ""
 
 
 # ---- selection -----------------------------------------------------------------------------------
 
 
-def reasons_against(answer: Answer, truth: str, selection: Selection) -> list[str]:
+def reasons_against(answer: Answer, selection: Selection) -> list[str]:
     """Why this answer makes no pair; empty where it does. Named without figures, to be counted."""
     if answer.problem:
         return [answer.problem]
-    said, truth = answer.text.strip(), truth.strip()
+    said, truth = answer.text.strip(), answer.truth.strip()
     reasons = []
     if not truth:
         return ["the row's own answer is empty"]
@@ -139,11 +154,11 @@ def reasons_against(answer: Answer, truth: str, selection: Selection) -> list[st
         return [*reasons, "the model's answer is right"]
     if BOX_TEXT.search(truth):
         reasons.append("boxes in the text")
-    if answer.ratio is None or not math.isfinite(answer.ratio):
+    if answer.ratio is None:
         reasons.append("no attention on any image")
     elif not looked_away(answer, selection):
         reasons.append(f"attention on the target: {answer.kind} of {answer.num_images}")
-    if not answer.perplexity > selection.min_perplexity:
+    if answer.perplexity is None or answer.perplexity <= selection.min_perplexity:
         reasons.append("perplexity")
     if max(len(said), len(truth)) > selection.max_length_ratio * min(len(said), len(truth)):
         reasons.append("length ratio")
@@ -192,8 +207,11 @@ def attention_ratio(
         weights = coverage(scene.box, scene.images[scene.target_image].size, grid)
         inside = attention[positions]
         total, target = inside.sum(), (inside * weights).sum()
-    ratio = float(target / total) if total > 0 else math.nan
-    return ratio if math.isfinite(ratio) else None
+    return _finite(target / total) if total > 0 else None
+
+
+def _finite(value: Tensor) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def measure(
@@ -232,6 +250,21 @@ def measure(
 # ---- scenes and answers --------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Row:
+    """What is known of a row without opening its image again.
+
+    Attributes:
+        digest: of its image; empty where it has none that can be shown.
+        problem: why it is no target; its image may still be a companion.
+    """
+
+    digest: str = ""
+    question: str = ""
+    truth: str = ""
+    problem: str = ""
+
+
 class Scenes:
     """The scenes of a data set with one image a row.
 
@@ -239,6 +272,7 @@ class Scenes:
         rows: of `load_rows`.
         groups: name of each row's source; companions come from the same one. None: one source.
         noise: whether scenes are corrupted, as `data.mia.corrupted` does.
+        test_share: of the images; no scene has images of both splits.
     """
 
     def __init__(
@@ -249,73 +283,87 @@ class Scenes:
         seed: int,
         noise: bool,
         groups: Sequence[str] | None = None,
+        test_share: float = 0.0,
     ) -> None:
         self.samples = SampleDataset(rows)
-        # The same rows without their images, which need not be decoded to read a text.
-        images = [name for name in IMAGE_COLUMNS if name in getattr(rows, "column_names", ())]
-        self._texts = SampleDataset(rows.remove_columns(images)) if images else self.samples
-        self.layout, self.seed, self.noise = layout, seed, noise
+        self.layout, self.seed, self.noise, self.test_share = layout, seed, noise, test_share
         self._unwrap = "conversations" in getattr(rows, "column_names", ())
         names = groups or [""] * len(self.samples)
         self._pools: dict[str, list[int]] = {}
         for index, name in enumerate(names):
             self._pools.setdefault(name, []).append(index)
         self._names = names
-        self._digests: dict[int, str | None] = {}
+        self._rows: dict[int, Row] = {}
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def truth(self, index: int) -> str:
         """The row's own answer."""
-        sample = self._texts.get(index)
-        text = "" if isinstance(sample, BadRow) else sample.solution
-        # Conversations are given the tags of the tasks on loading.
-        if self._unwrap and text.startswith("<answer> ") and text.endswith(" </answer>"):
-            text = text.removeprefix("<answer> ").removesuffix(" </answer>")
-        return text
+        return self._row(index).truth
+
+    def held_out(self, index: int) -> bool:
+        """Whether the row is of the split test; its image decides, whatever else there is."""
+        drawn = hashlib.sha1(f"{self.seed} {self._row(index).digest}".encode()).digest()[:4]
+        return int.from_bytes(drawn, "big") < self.test_share * 2**32
 
     def plan(self, index: int) -> Plan | str:
-        sample = self.samples.get(index)
-        if isinstance(sample, BadRow):
-            return _named(sample.reason)
-        if len(sample.images) != 1:
-            return f"expected one image, got {len(sample.images)}"
-        question = clean_question(sample.columns["problem"])
-        if not question:
-            return "the question is empty"
-        if BOX_TEXT.search(question):
-            return "boxes in the text"
-        return plan_scene(
-            index, self._pools[self._names[index]], self.layout, self.seed, self._same
-        )
+        problem = self._row(index).problem
+        pool = self._pools[self._names[index]]
+        return problem or plan_scene(index, pool, self.layout, self.seed, self._apart)
 
-    def scene(self, plan: Plan, *, clean: bool = False) -> Scene:
-        """The scene of a plan; `clean` without noise, as it is trained on."""
+    def digest(self, plan: Plan) -> str:
+        """Changes with the images and texts of a scene, and how they are put together."""
+        target = self._row(plan.index)
+        images = [self._row(row).digest for row in plan.order]
+        told = repr((plan, target.question, target.truth, images))
+        return hashlib.sha1(told.encode()).hexdigest()[:16]
+
+    def scene(self, plan: Plan, *, clean: bool = False) -> Scene | str:
+        """The scene of a plan, or which fault has come over its images since; `clean` without
+        noise, as it is trained on."""
         loaded = [self.samples.get(row) for row in plan.order]
+        for sample in loaded:
+            if isinstance(sample, BadRow):
+                return _named(sample.reason)
         images = [sample.images[0] for sample in loaded]
-        question = clean_question(loaded[plan.target].columns["problem"])
-        scene = compose(plan, images, question, self.layout)
+        scene = compose(plan, images, self._row(plan.index).question, self.layout)
         if self.noise and not clean:
             scene = corrupted(scene, plan.kind, self.seed, plan.index)
         return scene
 
-    def _same(self, one: int, other: int) -> bool:
-        """A row without one usable image is the same as any other: never a companion."""
-        one_digest, other_digest = self._digest(one), self._digest(other)
-        return one_digest is None or other_digest is None or one_digest == other_digest
+    def _apart(self, one: int, other: int) -> bool:
+        """Whether two rows can't be in one scene; a row without one usable image is in none."""
+        digests = {self._row(one).digest, self._row(other).digest}
+        return "" in digests or len(digests) == 1 or self.held_out(one) != self.held_out(other)
 
-    def _digest(self, index: int) -> str | None:
-        if index not in self._digests:
-            sample = self.samples.get(index)
-            usable = not isinstance(sample, BadRow) and len(sample.images) == 1
-            self._digests[index] = digest(sample.images[0]) if usable else None
-        return self._digests[index]
+    def _row(self, index: int) -> Row:
+        if index not in self._rows:
+            self._rows[index] = self._read(index)
+        return self._rows[index]
+
+    def _read(self, index: int) -> Row:
+        sample = self.samples.get(index)
+        if isinstance(sample, BadRow):
+            return Row(problem=_named(sample.reason))
+        if len(sample.images) != 1:
+            return Row(problem=f"expected one image, got {len(sample.images)}")
+        try:
+            resized(*sample.images[0].size, min_pixels=1, max_pixels=2**40)
+        except ValueError:  # no companion either: it would cost other rows their scenes
+            return Row(problem="image too narrow for the processor")
+        question, truth = clean_question(sample.columns["problem"]), sample.solution
+        # Conversations are given the tags of the tasks on loading.
+        if self._unwrap and truth.startswith("<answer> ") and truth.endswith(" </answer>"):
+            truth = truth.removeprefix("<answer> ").removesuffix(" </answer>")
+        problem = "boxes in the text" if BOX_TEXT.search(question) else ""
+        problem = problem if question else "the question is empty"
+        return Row(digest(sample.images[0]), question, truth, problem)
 
 
 def _named(reason: str) -> str:
     """A row's fault without what is particular to it, so that faults can be counted."""
-    return "image can't be read" if reason.startswith("image") else reason.split(":")[0]
+    return "image can't be read" if reason.startswith("image") else reason.split(", got")[0]
 
 
 @dataclass
@@ -344,12 +392,22 @@ class Answering:
     def sampling(self) -> Sampling:
         return Sampling(max_completion_length=self.max_completion_length, greedy=True)
 
+    def special(self, text: str) -> bool:
+        """Whether the text holds special tokens, which end a turn in a prompt and which DPO
+        refuses in an answer."""
+        tokenizer = self.processor.tokenizer
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        banned = banned_token_ids(tokenizer, len(tokenizer))
+        return not {*banned, tokenizer.eos_token_id}.isdisjoint(ids)
+
     def prompt(self, index: int, scene: Scene) -> Prompt | str:
         """The scene as the model reads it, or why it can't be."""
+        if any(self.special(part.get("text", "")) for part in scene.content):
+            return "special tokens in the question"
         try:
             prompt = encode_prompt(self.processor, scene.sample(index))
         except ValueError as error:
-            return str(error).split(":")[0]
+            return _named(str(error))
         most = self.max_prompt_length
         if most is not None and len(prompt.input_ids) > most:
             return f"a prompt of more than {most} tokens"
@@ -391,6 +449,10 @@ class Answering:
         for number, ((plan, scene, prompt), attention) in enumerate(
             zip(kept, attentions, strict=True)
         ):
+            if self.special(drawn.texts[number]):  # spelled out
+                problem = "special tokens in the model's answer"
+                yield Answer(plan.index, plan.kind, plan.num_images, problem=problem)
+                continue
             yield Answer(
                 index=plan.index,
                 kind=plan.kind,
@@ -398,7 +460,7 @@ class Answering:
                 target=plan.target,
                 text=drawn.texts[number],
                 ratio=attention_ratio(attention, prompt, scene, plan.kind, self.merge),
-                perplexity=float((-means[number]).exp()),
+                perplexity=_finite((-means[number]).exp()),
                 num_tokens=lengths[number],
                 truncated=bool(drawn.truncated[number]),
             )
@@ -407,84 +469,86 @@ class Answering:
 # ---- the journal ---------------------------------------------------------------------------------
 
 
-class Journal:
-    """Answers on disk, one line each, a file a rank; what is there is not answered again.
+def open_journal(path: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Journal | None:
+    """The journal of answers, on the main process; None on the others.
 
     Args:
-        folder: of the files.
-        settings: all that answers depend on.
+        settings: all that answers depend on but their scenes, whose digests are in the answers.
+        overwrite: start again where answers were made under other settings.
     Raises:
-        ValueError: the folder holds answers made with other settings.
+        ValueError: on all ranks, as `Journal` raises it.
     """
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self._begun = False
-        text = json.dumps(settings, sort_keys=True, default=str)
-        mark = folder / "settings.json"
-        folder.mkdir(parents=True, exist_ok=True)
-        if dist.is_main() and not mark.is_file():
-            aside = mark.with_suffix(".writing")
-            aside.write_text(text)
-            aside.replace(mark)
-        dist.barrier()
-        if mark.read_text() != text:
-            raise ValueError(
-                f"{folder}: expected answers made with these settings from this data and model, "
-                "got others; delete it to start again"
-            )
-
-    def read(self) -> dict[int, Answer]:
-        """Row -> answer, of all files; a line that was cut off is none."""
-        found = {}
-        for path in sorted(self.folder.glob("answers-*.jsonl")):
-            for line in path.read_text().splitlines():
-                try:
-                    answer = Answer(**json.loads(line))
-                except (ValueError, TypeError):
-                    continue
-                found[answer.index] = answer
-        return found
-
-    def write(self, answers: Iterable[Answer]) -> None:
-        path = self.folder / f"answers-{dist.rank()}.jsonl"
-        with path.open("a") as file:
-            # Behind a line that a kill has cut off; an empty one is none.
-            file.write("" if self._begun else "\n")
-            self._begun = True
-            file.writelines(json.dumps(asdict(answer)) + "\n" for answer in answers)
+    journal, error = None, ""
+    if dist.is_main():
+        try:
+            journal = Journal(path, settings)
+        except (ValueError, OSError) as caught:
+            error = "" if overwrite else str(caught)
+            journal = Journal(path, settings, overwrite=True) if overwrite else None
+    error = dist.all_gather_object(error)[0]
+    if error:
+        raise ValueError(error)
+    return journal
 
 
 def answer_all(
     scenes: Scenes,
     answering: Answering,
-    journal: Journal,
+    journal: Journal | None,
     indices: Sequence[int],
     *,
     batch_size: int,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> dict[int, Answer]:
-    """Answers to all of the rows, those of the journal included; the same on all ranks."""
-    done = journal.read()
-    dist.barrier()  # nobody writes before all have read
-    todo = [index for index in indices if index not in done]
-    progress(len(indices) - len(todo))
-    mine = todo[dist.rank() :: dist.world_size()]
-    for first in range(0, len(mine), batch_size):
+    """Answers to all of the rows, on the main process; the others know but what is new.
+
+    Those of the journal are taken where the scene is still the one they are about. Rows without an
+    answer are not written down: they are tried again by the next run, which may have their images,
+    or more room.
+    """
+    written = journal.records.get("answer", []) if journal is not None else []
+    done = {record["index"]: Answer(**record) for record in written}
+    digests = dist.all_gather_object({index: a.digest for index, a in done.items()})[0]
+    mine = indices[dist.rank() :: dist.world_size()]
+    found: dict[int, Answer] = {}
+    # Equally many rounds on all ranks, which meet at the end of each.
+    for first in range(0, -(-len(indices) // dist.world_size()), batch_size):
         batch = mine[first : first + batch_size]
-        planned = [scenes.plan(index) for index in batch]
-        bad = [
-            Answer(index, problem=plan)
-            for index, plan in zip(batch, planned, strict=True)
-            if isinstance(plan, str)
-        ]
-        plans = [plan for plan in planned if isinstance(plan, Plan)]
-        answers = answering.answers(plans, [scenes.scene(plan) for plan in plans])
-        journal.write([*bad, *answers])
-        progress(len(batch) * dist.world_size())
-    dist.barrier()
-    found = journal.read()
-    return {index: found[index] for index in indices}
+        for new, there in dist.all_gather_object(_answer(scenes, answering, batch, digests)):
+            if journal is not None:
+                journal.add("answer", [asdict(answer) for answer in new if not answer.problem])
+            found |= {answer.index: answer for answer in new}
+            found |= {index: done[index] for index in there if index in done}
+            progress(len(new) + len(there))
+    return {index: found[index] for index in indices if index in found}
+
+
+def _answer(
+    scenes: Scenes, answering: Answering, batch: Sequence[int], digests: Mapping[int, str]
+) -> tuple[list[Answer], list[int]]:
+    """New answers to rows of the batch, and the rows whose answer is there already.
+
+    Args:
+        digests: of the scenes that answers are there to.
+    """
+    found, there, asked = [], [], []
+    for index in batch:
+        plan = scenes.plan(index)
+        if isinstance(plan, Plan) and digests.get(index) == scenes.digest(plan):
+            there.append(index)
+            continue
+        scene = scenes.scene(plan) if isinstance(plan, Plan) else plan
+        if not isinstance(scene, str) and answering.special(scenes.truth(index)):
+            scene = "special tokens in the row's own answer"
+        if isinstance(scene, str):
+            found.append(Answer(index, problem=scene))
+        else:
+            asked.append((plan, scene))
+    answers = answering.answers([plan for plan, _ in asked], [scene for _, scene in asked])
+    for (plan, _), answer in zip(asked, answers, strict=True):
+        truth = scenes.truth(plan.index)
+        found.append(replace(answer, truth=truth, digest=scenes.digest(plan)))
+    return found, there
 
 
 def source_groups(rows: Any) -> list[str] | None:
@@ -510,20 +574,9 @@ def source_groups(rows: Any) -> list[str] | None:
     return [p[common] if p is not None and len(p) > common else "" for p in paths]
 
 
-def text_digest(rows: Any) -> str:
-    """Changes with the rows: their number, their texts, and where their images are."""
-    found = hashlib.sha1(str(len(rows)).encode())
-    features = getattr(rows, "features", None) or {}
-    for name in rows.column_names:
-        if not hasattr(features.get(name), "decode") and "Image" not in str(features.get(name)):
-            for value in rows[name]:
-                found.update(repr(value).encode("utf-8", "replace"))
-    return found.hexdigest()
-
-
 def table(answers: Mapping[int, Answer], reasons: Mapping[int, Sequence[str]]) -> list[str]:
     """Kept and dropped rows, by kind and by reason; a row with two reasons counts for both."""
-    kinds = Counter((a.kind or "none", a.num_images) for a in answers.values())
+    kinds = Counter((a.kind, a.num_images) for a in answers.values() if not a.problem)
     kept = Counter((a.kind, a.num_images) for index, a in answers.items() if not reasons[index])
     ratios: dict[tuple[str, int], list[float]] = {}
     for answer in answers.values():
@@ -548,18 +601,17 @@ def write_pairs(
     out: Path,
     scenes: Scenes,
     answers: Mapping[int, Answer],
-    reasons: Mapping[int, Sequence[str]],
+    reasons: dict[int, list[str]],
     selection: Selection,
     *,
-    test: Sequence[int],
-    card: str,
+    card: Callable[[], str],
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda rows: rows,
 ) -> dict[str, int]:
     """Kept pairs as a data set in TRL's form, and selection.jsonl with every row's reasons.
 
     Args:
-        test: rows that go into the split test.
-        card: of README.md.
+        reasons: completed here, where an image can't be read any more.
+        card: of README.md, once everything is known.
     Returns:
         rows of each split.
     Raises:
@@ -570,7 +622,6 @@ def write_pairs(
     kept = [index for index in answers if not reasons[index]]
     if not kept:
         raise ValueError("no pair was kept; nothing is written, see the reasons above")
-    held_out = set(test)
     text, number = datasets.Value("string"), datasets.Value("int64")
     parts = datasets.List({"type": text, "text": text})
     features = datasets.Features(
@@ -588,16 +639,20 @@ def write_pairs(
         reasons=datasets.List(text),
         source_row=number,
     )
-    splits = ["train", *(["test"] if held_out & set(kept) else [])]
-    counts = {}
+    splits = ["train", "test"] if scenes.test_share else ["train"]
     with written_aside(out, splits, features) as writers:
         for index in progress(kept):
             row = _pair(scenes, answers[index], selection)
+            if isinstance(row, str):
+                reasons[index].append(row)
+                continue
             size = sum(len(image["bytes"]) for image in row["images"])
-            writers["test" if index in held_out else "train"].add(row, size)
+            writers["test" if scenes.held_out(index) else "train"].add(row, size)
         counts = {name: writer.close() for name, writer in writers.items()}
+        if not sum(counts.values()):
+            raise ValueError("no pair could be written: the images can't be read any more")
         folder = writers.folder.parent
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(card(), encoding="utf-8")
         with (folder / "selection.jsonl").open("w") as file:
             for index, answer in answers.items():
                 record = asdict(answer) | {"kept": not reasons[index], "dropped": reasons[index]}
@@ -605,16 +660,18 @@ def write_pairs(
     return counts
 
 
-def _pair(scenes: Scenes, answer: Answer, selection: Selection) -> dict[str, Any]:
+def _pair(scenes: Scenes, answer: Answer, selection: Selection) -> dict[str, Any] | str:
     plan = scenes.plan(answer.index)
-    scene = scenes.scene(plan, clean=True)
+    scene = scenes.scene(plan, clean=True) if isinstance(plan, Plan) else plan
+    if isinstance(scene, str):
+        return scene
     limit, _ = selection.limit(answer)
     content = [{"type": part["type"], "text": part.get("text")} for part in scene.content]
     turn = lambda role, said: [{"role": role, "content": said}]  # noqa: E731
     return {
         "images": [_encoded(image) for image in scene.images],
         "prompt": turn("user", content),
-        "chosen": turn("assistant", scenes.truth(answer.index)),
+        "chosen": turn("assistant", answer.truth),
         "rejected": turn("assistant", answer.text),
         "kind": answer.kind,
         "num_images": answer.num_images,
@@ -641,27 +698,20 @@ def _encoded(image: Image.Image) -> dict[str, Any]:
 def attention_sheet(
     scenes: Scenes,
     answering: Answering,
-    answers: Sequence[Answer],
+    answers: Mapping[int, Answer],
     reasons: Mapping[int, Sequence[str]],
-) -> Image.Image:
-    """A contact sheet: each scene under its answer's attention, the target framed."""
+    most: int,
+) -> Image.Image | None:
+    """A contact sheet of kept and dropped answers: each scene under its answer's attention, the
+    target framed; None where nothing was answered."""
     cells = []
-    tokenizer = answering.processor.tokenizer
-    for answer in answers:
+    for answer in on_sheet(answers, reasons, most):
         plan = scenes.plan(answer.index)
-        scene = scenes.scene(plan)
+        scene = scenes.scene(plan) if isinstance(plan, Plan) else plan
+        if isinstance(scene, str):
+            continue
         prompt = answering.prompt(answer.index, scene)
-        ids = torch.tensor(
-            [*tokenizer(answer.text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        )
-        (attention,) = measure(
-            answering.policy,
-            [prompt],
-            [ids],
-            layer=answering.layer,
-            pad_token_id=tokenizer.pad_token_id,
-            device=answering.device,
-        )
+        attention = attention_again(answering, prompt, answer)
         images = image_tokens(prompt, answering.merge)
         strongest = max(float(attention[positions].max()) for positions, _ in images)
         shown = [
@@ -669,15 +719,45 @@ def attention_sheet(
             for image, (positions, grid) in zip(scene.images, images, strict=True)
         ]
         target = shown[scene.target_image]
-        frame = max(2, max(target.size) // 100)
-        ImageDraw.Draw(target).rectangle(scene.box, outline=(0, 160, 0), width=frame)
+        left, top, right, bottom = scene.box  # PIL's own boxes hold their last pixel
+        ImageDraw.Draw(target).rectangle(
+            (left, top, right - 1, bottom - 1),
+            outline=(0, 160, 0),
+            width=max(2, max(target.size) // 100),
+        )
         verdict = "kept" if not reasons[answer.index] else "; ".join(reasons[answer.index])
         caption = (
             f"{verdict}; {answer.ratio or 0.0:.2f} on the target. {plan.prefix} true: "
-            f"{scenes.truth(answer.index)} said: {answer.text}"
+            f"{answer.truth} said: {answer.text}"
         )
         cells.append((_side_by_side(shown), caption))
-    return contact_sheet(cells, columns=4)
+    return contact_sheet(cells, columns=4) if cells else None
+
+
+def on_sheet(
+    answers: Mapping[int, Answer], reasons: Mapping[int, Sequence[str]], most: int
+) -> list[Answer]:
+    """The first answers that were kept, then those dropped, half and half where there are both."""
+    answered = [answer for answer in answers.values() if not answer.problem]
+    kept = [answer for answer in answered if not reasons[answer.index]]
+    dropped = [answer for answer in answered if reasons[answer.index]]
+    kept = kept[: max(-(-most // 2), most - len(dropped))]
+    return kept + dropped[: most - len(kept)]
+
+
+def attention_again(answering: Answering, prompt: Prompt, answer: Answer) -> Tensor:
+    """(P,) attention of an answer that is known by its text."""
+    tokenizer = answering.processor.tokenizer
+    ids = answer_ids(tokenizer, answer.text)
+    (attention,) = measure(
+        answering.policy,
+        [prompt],
+        [ids[:-1] if answer.truncated and len(ids) > 1 else ids],
+        layer=answering.layer,
+        pad_token_id=tokenizer.pad_token_id,
+        device=answering.device,
+    )
+    return attention
 
 
 def overlay(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import random
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -49,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"virft_fast.data: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("virft_fast.data: interrupted", file=sys.stderr)
+        more = "; the same command goes on where it was" if arguments.run is _mia else ""
+        print(f"virft_fast.data: interrupted{more}", file=sys.stderr)
         return 130
     return 0
 
@@ -164,19 +164,27 @@ def _mia_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model_name_or_path", required=True, help="the model that answers, as in training")
     add("--output", type=Path, required=True, help="folder to write; must not exist")
     add("--overwrite", action="store_true", help="replace the folder once the new one is whole")
-    add("--seed", type=int, default=0, help="of every choice")
+    add("--seed", type=_natural, default=0, help="of every choice")
     add("--max_rows", type=_positive, help="take the first so many rows; default: all")
-    add("--test_share", type=_share, default=0.0, help="of the rows, held out as split test")
+    add("--test_share", type=_share, default=0.0,
+        help="of the images, about, whose scenes are the split test")  # fmt: skip
     scenes = parser.add_argument_group("scenes")
     add = scenes.add_argument
     add("--shares", type=_weights, default="sequence=15.1,collage=9.3,pip=4.5",
         help="weights of the kinds of scenes")  # fmt: skip
-    add(
-        "--sequence_images", type=_numbers, default="2,3,4,5", help="numbers of images to draw from"
-    )
-    add("--collage_images", type=_numbers, default="2,3,4,6,9", help="numbers of cells")
+    add("--sequence_images", type=_numbers, default="2,3,4,5",
+        help="numbers of images, each as likely; 2,2,3: twice as often 2 as 3")  # fmt: skip
+    add("--collage_images", type=_numbers, default="2,3,4,6,9", help="numbers of cells, likewise")
+    add("--companions", choices=("source", "all"), default="source",
+        help="other images of a scene: of the row's source (its column source, or the first folder "
+        "in which paths differ), or of any")  # fmt: skip
     add("--cell", type=_positive, default=448, help="side of a collage's cell in pixels")
-    add("--gutter", type=int, default=40, help="between cells, and of the labels' strip, in pixels")
+    add(
+        "--gutter",
+        type=_natural,
+        default=40,
+        help="between cells, and of the labels' strip, in pixels",
+    )
     add("--label_size", type=_positive, default=36, help="of the labels, in pixels")
     answers = parser.add_argument_group("answers")
     add = answers.add_argument
@@ -206,7 +214,8 @@ def _mia_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min_perplexity", type=float, default=1.1, help="of an answer; it has to be above")
     add("--max_length_ratio", type=float, default=10.0, help="of the two answers, in characters")
     add("--min_edit_distance", type=float, default=0.05, help="of the two, share of the longer")
-    add("--pictures", type=int, default=12, help="scenes on the sheet OUTPUT.png; 0: no sheet")
+    add("--pictures", type=_natural, default=12,
+        help="kept and dropped scenes on the sheet OUTPUT.png; 0: no sheet")  # fmt: skip
     parser.set_defaults(run=_mia)
 
 
@@ -230,10 +239,13 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _weights(text: str) -> dict[str, float]:
     try:
-        pairs = (part.split("=") for part in text.split(",") if part.strip())
-        return {name.strip(): float(value) for name, value in pairs}
+        pairs = [part.split("=") for part in text.split(",") if part.strip()]
+        weights = {name.strip(): float(value) for name, value in pairs}
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected name=number,..., got {text!r}") from error
+    if len(weights) < len(pairs):
+        raise argparse.ArgumentTypeError(f"expected each name once, got {text!r}")
+    return weights
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -251,10 +263,14 @@ def _share(text: str) -> float:
 
 
 def _positive(text: str) -> int:
+    return _natural(text, least=1)
+
+
+def _natural(text: str, least: int = 0) -> int:
     with contextlib.suppress(ValueError):
-        if int(text) >= 1:
+        if int(text) >= least:
             return int(text)
-    raise argparse.ArgumentTypeError(f"expected a number, 1 or more, got {text!r}")
+    raise argparse.ArgumentTypeError(f"expected a number, {least} or more, got {text!r}")
 
 
 def _progress(items: Any, total: int | None = None) -> Any:
@@ -518,6 +534,9 @@ def _mia_on_each_rank(arguments: argparse.Namespace, device: Any, mia: Any, dist
     out = arguments.output
     sources = (arguments.dataset_name, arguments.images, arguments.model_name_or_path)
     check_output(out, arguments.overwrite, sources)
+    sheet = out.with_name(f"{out.name}.png")
+    if arguments.pictures and sheet.exists() and not arguments.overwrite:
+        raise ValueError(f"{sheet}: exists already; pass --overwrite, --pictures 0 or another name")
     mia.edit_distance("", "")  # better without its package now than after the answers
     rows = load_rows(
         arguments.dataset_name,
@@ -545,46 +564,40 @@ def _mia_on_each_rank(arguments: argparse.Namespace, device: Any, mia: Any, dist
         layout,
         seed=arguments.seed,
         noise=arguments.mode == "corrupted",
-        groups=mia.source_groups(rows),
+        groups=mia.source_groups(rows) if arguments.companions == "source" else None,
+        test_share=arguments.test_share,
     )
     answering = _answering(arguments, device, mia)
-    # All that an answer depends on; how answers are selected may change from run to run.
+    # All that an answer depends on but its scene; how answers are selected may change.
     asked = ("dataset_name", "dataset_config", "split", "images", "model_name_or_path", "seed",
              "shares", "sequence_images", "collage_images", "cell", "gutter", "label_size", "mode",
              "layer", "max_completion_length", "max_prompt_length", "min_pixels", "max_pixels",
-             "dtype")  # fmt: skip
+             "dtype", "test_share", "companions")  # fmt: skip
     settings = {name: getattr(arguments, name) for name in asked}
-    folder = out.with_name(f".{out.name}.answers")
-    known = {"rows": mia.text_digest(rows), "weights": weights_stamp(answering.path)}
-    journal = mia.Journal(folder, settings | known)
+    settings |= {"images": str(arguments.images), "weights": weights_stamp(answering.path)}
+    journal = mia.open_journal(
+        out.with_name(f".{out.name}.answers.jsonl"), settings, overwrite=arguments.overwrite
+    )
     indices = range(min(len(rows), arguments.max_rows or len(rows)))
     with tqdm(total=len(indices), unit="scene", disable=not dist.is_main()) as bar:
         answers = mia.answer_all(
             scenes, answering, journal, indices, batch_size=arguments.batch_size,
             progress=bar.update,
         )  # fmt: skip
-    if not dist.is_main():
+    if journal is None:
         return
-    reasons = {
-        index: mia.reasons_against(answer, scenes.truth(index), selection)
-        for index, answer in answers.items()
-    }
+    reasons = {index: mia.reasons_against(a, selection) for index, a in answers.items()}
     print("\n".join(mia.table(answers, reasons)))
-    test = random.Random(arguments.seed).sample(
-        list(indices), round(arguments.test_share * len(indices))
-    )
     counts = mia.write_pairs(
-        out, scenes, answers, reasons, selection, test=test, progress=_progress,
-        card=_mia_card(arguments, mia.table(answers, reasons)),
+        out, scenes, answers, reasons, selection, progress=_progress,
+        card=lambda: _mia_card(arguments, mia.table(answers, reasons)),
     )  # fmt: skip
     print(", ".join(f"{split}: {count} pairs" for split, count in counts.items()))
     print(f"written: {out}")
-    shown = [answer for answer in answers.values() if not answer.problem][: arguments.pictures]
-    if shown:
-        sheet = out.with_name(f"{out.name}.png")
-        mia.attention_sheet(scenes, answering, shown, reasons).save(sheet)
+    if picture := mia.attention_sheet(scenes, answering, answers, reasons, arguments.pictures):
+        picture.save(sheet)
         print(f"written: {sheet}")
-    shutil.rmtree(folder, ignore_errors=True)
+    journal.remove()
 
 
 def _answering(arguments: argparse.Namespace, device: Any, mia: Any) -> Any:

@@ -13,6 +13,7 @@ Sizes, labels and the noise of the original's corrupted mode are those of its no
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,7 +54,8 @@ class Layout:
 
     Attributes:
         shares: kind -> weight among the rows.
-        sequence_images, collage_images: numbers of images to draw from.
+        sequence_images, collage_images: numbers of images to draw from, uniformly; a number that
+            is there twice has twice the weight.
         cell, gutter: of a collage, in pixels; the gutter is also the height of the strip above
             each row of cells.
         label_size, label_indent: of the labels in the strips, in pixels.
@@ -70,10 +72,12 @@ class Layout:
     label_indent: int = 20
 
     def __post_init__(self) -> None:
-        unknown = [kind for kind in self.shares if kind not in KINDS]
-        if unknown or not sum(self.shares.values()) > 0 or min(self.shares.values()) < 0:
+        weights = self.shares.values()
+        known = set(self.shares) <= set(KINDS)
+        if not known or not 0 < sum(weights) < math.inf or min(weights) < 0:
             raise ValueError(
-                f"shares: expected weights >= 0 of {', '.join(KINDS)}, got {dict(self.shares)}"
+                f"shares: expected finite weights >= 0 of {', '.join(KINDS)}, not all of them 0, "
+                f"got {dict(self.shares)}"
             )
         for name, allowed in (
             ("sequence_images", range(2, 6)),
@@ -84,6 +88,18 @@ class Layout:
                 raise ValueError(f"{name}: expected some of {list(allowed)}, got {list(numbers)}")
         if self.cell < 1 or self.gutter < 0:
             raise ValueError(f"cell, gutter: expected pixels, got {self.cell} and {self.gutter}")
+        width, height = self.size(max(self.collage_images))
+        limit = Image.MAX_IMAGE_PIXELS or math.inf
+        if self.shares.get("collage") and width * height > limit:
+            raise ValueError(
+                f"cell, gutter: expected collages of at most {limit} pixels, which is what can be "
+                f"read again, got {width}x{height} from {self.cell} and {self.gutter}"
+            )
+
+    def size(self, count: int) -> tuple[int, int]:
+        """Width and height of a collage of so many images, in pixels."""
+        rows, columns = GRIDS[count]
+        return columns * (self.cell + self.gutter) - self.gutter, rows * (self.cell + self.gutter)
 
 
 @dataclass(frozen=True)
@@ -134,13 +150,13 @@ def plan_scene(
     pool: Sequence[int],
     layout: Layout,
     seed: int,
-    same: Callable[[int, int], bool],
+    apart: Callable[[int, int], bool],
 ) -> Plan | str:
     """What row `index` becomes, or why it can become nothing.
 
     Args:
         pool: rows that companions are drawn from, `index` itself maybe among them.
-        same: whether two rows show the same image.
+        apart: whether two rows can't be in one scene, such as those with the same image.
     """
     rng = np.random.default_rng((seed, index))
     kinds = [kind for kind in KINDS if layout.shares.get(kind)]
@@ -148,9 +164,11 @@ def plan_scene(
     kind = str(rng.choice(kinds, p=weights / weights.sum()))
     numbers = {"sequence": layout.sequence_images, "collage": layout.collage_images, "pip": (2,)}
     count = int(rng.choice(numbers[kind]))
-    companions = _companions(index, pool, count - 1, rng, same)
+    if len(pool) < count:
+        return f"fewer images than asked: its source has less than {count} rows; see --companions"
+    companions = _companions(index, pool, count - 1, rng, apart)
     if len(companions) < count - 1:
-        return f"fewer images than asked: {kind} of {count}, only {len(companions) + 1} differ"
+        return f"fewer images than asked: {kind} of {count}, only {len(companions) + 1} go together"
     target = 0 if kind == "pip" else int(rng.integers(count))
     order = (*companions[:target], index, *companions[target:])
     prefix = f"In Image{target + 1},"
@@ -164,14 +182,13 @@ def _companions(
     pool: Sequence[int],
     count: int,
     rng: np.random.Generator,
-    same: Callable[[int, int], bool],
+    apart: Callable[[int, int], bool],
 ) -> list[int]:
-    """Up to `count` rows of the pool, uniformly, whose images differ from each other's and the
-    target's."""
+    """Up to `count` rows of the pool, uniformly, that can be with each other and the target."""
     chosen: list[int] = []
 
     def fits(row: int) -> bool:
-        return row != index and not any(row == c or same(row, c) for c in (index, *chosen))
+        return row != index and not any(row == c or apart(row, c) for c in (index, *chosen))
 
     for _ in range(8 * count):
         if len(chosen) == count or not len(pool):
@@ -219,10 +236,9 @@ def collage(images: Sequence[Image.Image], layout: Layout) -> tuple[Image.Image,
     Returns:
         the image, and the box of each cell.
     """
-    rows, columns = GRIDS[len(images)]
+    _, columns = GRIDS[len(images)]
     cell, gutter = layout.cell, layout.gutter
-    size = (columns * cell + (columns - 1) * gutter, rows * (cell + gutter))
-    whole = Image.new("RGB", size, "white")
+    whole = Image.new("RGB", layout.size(len(images)), "white")
     draw = ImageDraw.Draw(whole)
     font = ImageFont.load_default(layout.label_size)
     boxes: list[Box] = []
