@@ -22,6 +22,7 @@ from virft_fast.data import (
     PromptSampler,
     SampleDataset,
     TooManyBadRows,
+    first_solutions,
     load_rows,
 )
 from virft_fast.data.prompts import PromptSource
@@ -540,6 +541,16 @@ def test_a_shard_that_is_not_there_is_named(tmp_path):
     for streaming in (False, True):
         with pytest.raises(ValueError, match="expected 3 files of the split, number 1 is not"):
             load_rows(str(tmp_path), "train", streaming=streaming)
+
+
+def test_a_task_is_not_read_off_rows_of_which_none_can_be_used():
+    rows = [
+        {"image": "gone.png", "problem": "a", "solution": "b"},
+        {"problem": "a", "solution": "b"},
+    ]
+    assert first_solutions(SampleDataset(rows)) == ["b"]
+    with pytest.raises(ValueError, match="among the first 1, got none; row 0: image gone.png"):
+        first_solutions(SampleDataset(rows[:1]))
 
 
 def test_json_nested_too_deep_is_named(tmp_path):

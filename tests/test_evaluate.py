@@ -385,9 +385,7 @@ def test_what_is_done_is_not_asked_again_unless_the_model_changes(
         file.write(b"\0\0\0\1")
     before = (tmp_path / "out.jsonl").read_bytes()
     assert main(argv) == 2
-    assert (
-        "out.summary.json holds an evaluation that is done, made under" in capsys.readouterr().err
-    )
+    assert "out.summary.json holds a run that is done, made under" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_bytes() == before
     assert main([*argv, "--overwrite"]) == 0
     assert len(answers.asked) == 11

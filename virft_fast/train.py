@@ -48,6 +48,7 @@ from virft_fast.data import (
     PromptSampler,
     SampleDataset,
     TooManyBadRows,
+    first_solutions,
     load_rows,
 )
 from virft_fast.data.loading import taught_answer
@@ -371,7 +372,7 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
             )
         task = "preference"
     elif task == "auto":
-        task = tasks.detect_task(_first_solutions(samples))
+        task = tasks.detect_task(first_solutions(samples))
     check = None if preferences else partial(tasks.check_solution, task)
     fits, longest = None, config.grpo.max_completion_length
     if config.train.algorithm == "sft":
@@ -421,15 +422,6 @@ def replace_rows(source: PromptSource, samples: SampleDataset) -> PromptSource:
         max_prompt_length=source.max_prompt_length,
         check=source.check,
     )
-
-
-def _first_solutions(samples: SampleDataset, most: int = 50) -> list[str]:
-    found = []
-    for index in range(min(len(samples), most)):
-        sample = samples.get(index)
-        if not isinstance(sample, BadRow):
-            found.append(sample.solution)
-    return found
 
 
 def num_steps(config: RunConfig, num_rows: int) -> int:

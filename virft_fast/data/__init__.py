@@ -1,6 +1,6 @@
 """Data sets as samples and prompts: loading, bad rows, the order of training."""
 
-from virft_fast.data.loading import BadRow, SampleDataset, load_rows
+from virft_fast.data.loading import BadRow, SampleDataset, first_solutions, load_rows
 from virft_fast.data.order import BadRows, NoUsableRows, PromptSampler, TooManyBadRows
 from virft_fast.data.streaming import ParquetRows
 
@@ -12,5 +12,6 @@ __all__ = [
     "PromptSampler",
     "SampleDataset",
     "TooManyBadRows",
+    "first_solutions",
     "load_rows",
 ]

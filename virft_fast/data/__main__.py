@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from virft_fast.config import UsageError, usage
-from virft_fast.data import SampleDataset, load_rows
+from virft_fast.data import SampleDataset, first_solutions, load_rows
 from virft_fast.data.classification import READERS, Labelled, plan_classification, read_csv
 from virft_fast.data.coco import (
     Annotations,
@@ -694,11 +694,9 @@ def _export(arguments: argparse.Namespace) -> None:
     if source in [(arguments.output / file).resolve() for file in (name, f"{name}.json")]:
         raise ValueError(f"--name {name}: the source {source} would be replaced; pass another")
     rows = _load(arguments)
-    plain = SampleDataset(rows, compat_prompt=arguments.compat_prompt)
     task = arguments.task
     if task == "auto":
-        first = (plain.get(index) for index in range(min(len(plain), 50)))
-        task = detect_task([s.solution for s in first if hasattr(s, "solution")])
+        task = detect_task(first_solutions(SampleDataset(rows)))
     samples = SampleDataset(
         rows,
         check_solution=partial(check_solution, task),

@@ -15,7 +15,7 @@ from PIL import Image
 
 from virft_fast.batch import Sample
 from virft_fast.data.drawing import TRUE, contact_sheet, draw_boxes
-from virft_fast.data.loading import IMAGE_FORMATS, BadRow, SampleDataset
+from virft_fast.data.loading import IMAGE_FORMATS, BadRow, SampleDataset, first_solutions
 from virft_fast.data.writing import make_folder
 from virft_fast.tasks import check_solution, detect_task, parse_detection
 from virft_fast.tasks.answers import answer_text
@@ -100,9 +100,7 @@ def inspect(
         pictures: how many samples the sheet shows, evenly spread.
     """
     if task == "auto":
-        plain = SampleDataset(rows)
-        first = (plain.get(index) for index in range(min(len(plain), 50)))
-        task = detect_task([s.solution for s in first if isinstance(s, Sample)])
+        task = detect_task(first_solutions(SampleDataset(rows)))
     samples = SampleDataset(rows, check_solution=partial(check_solution, task))
     found = Inspection(task, len(samples))
     step = max(1, len(samples) // max(1, pictures))

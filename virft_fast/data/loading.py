@@ -640,6 +640,22 @@ class SampleDataset:
         return solution
 
 
+def first_solutions(samples: SampleDataset, most: int = 50) -> list[str]:
+    """Of the usable ones among the first rows, to read the task off them.
+
+    Raises:
+        ValueError: none is; says what is wrong with the first.
+    """
+    loaded = [samples.get(index) for index in range(min(len(samples), most))]
+    found = [sample.solution for sample in loaded if isinstance(sample, Sample)]
+    if loaded and not found:
+        raise ValueError(
+            f"expected a row that can be used among the first {len(loaded)}, got none; row 0: "
+            f"{loaded[0].reason}"
+        )
+    return found
+
+
 def _column_names(rows: Any) -> list[str]:
     if hasattr(rows, "column_names"):
         return list(rows.column_names)

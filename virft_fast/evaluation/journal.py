@@ -106,6 +106,6 @@ def check_settings(path: Path, state: str, there: Any, here: Mapping[str, Any]) 
             for key in dict.fromkeys(differing)
         )
         raise ValueError(
-            f"{path} holds an evaluation that {state}, made under other settings: {changed}; go on "
+            f"{path} holds a run that {state}, made under other settings: {changed}; go on "
             "under the same ones, pass --overwrite to start again, or another --output"
         )

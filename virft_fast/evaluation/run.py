@@ -22,7 +22,7 @@ import torch
 from virft_fast import dist, tasks
 from virft_fast.batch import Rollouts, Sample
 from virft_fast.config import EvalConfig, UsageError, usage
-from virft_fast.data import BadRow, BadRows, SampleDataset, load_rows
+from virft_fast.data import BadRows, SampleDataset, first_solutions, load_rows
 from virft_fast.data.coco import pick_categories, pick_names, read_annotations
 from virft_fast.data.loading import IMAGE_COLUMNS, IMAGE_TAG
 from virft_fast.data.prompts import PromptSource
@@ -635,7 +635,7 @@ def of_dataset(config: EvalConfig) -> Questions:
     task = "detection" if config.task in ("coco", "lvis") else config.task
     samples = SampleDataset(rows, compat_prompt=config.compat_prompt)  # refuses other columns
     if task == "auto":
-        task = tasks.detect_task(_solutions(samples))
+        task = tasks.detect_task(first_solutions(samples))
     texts = [name for name in _TEXT_COLUMNS if name in rows.column_names]
     table = rows.select_columns(texts).with_format("arrow")
     digest, records = hashlib.sha256(), []
@@ -716,8 +716,3 @@ def _chosen(config: EvalConfig, records: Sequence[Record]) -> tuple[list[int], d
 
 def _first(indices: Sequence[int], config: EvalConfig) -> Sequence[int]:
     return indices[: config.max_samples or len(indices)]
-
-
-def _solutions(samples: SampleDataset, most: int = 50) -> list[str]:
-    loaded = (samples.get(index) for index in range(min(len(samples), most)))
-    return [sample.solution for sample in loaded if not isinstance(sample, BadRow)]
