@@ -47,7 +47,8 @@ MEASURES = {
     "preference": "right answer preferred over a companion's",
     "attention": "attention on the target",
 }
-WARM_ROWS, WARM_STEPS, PAIR_ROWS, DPO_STEPS, HELD_OUT = 1000, 300, 1000, 120, 240
+WARM_ROWS, WARM_SCENES, WARM_STEPS = 1000, 4, 1000
+PAIR_ROWS, DPO_STEPS, HELD_OUT = 1000, 120, 240
 
 
 def main() -> int:
@@ -82,16 +83,15 @@ def main() -> int:
 
 def warm_start(rows: datasets.Dataset, out: Path) -> Path:
     """A model that has learnt the form of the questions, and some of their answers."""
-    scenes = mia.Scenes(rows, WARM_LAYOUT, seed=2, noise=False)
     made = []
-    for index in range(len(scenes)):
-        plan = scenes.plan(index)
-        if not isinstance(plan, str):
+    for seed in range(2, 2 + WARM_SCENES):
+        scenes = mia.Scenes(rows, WARM_LAYOUT, seed=seed, noise=False)
+        plans = [plan for plan in map(scenes.plan, range(len(scenes))) if not isinstance(plan, str)]
+        for plan in plans:
             scene = scenes.scene(plan)
             content = [{"type": p["type"], "text": p.get("text")} for p in scene.content]
-            prompt = [{"role": "user", "content": content}]
-            images = list(scene.images)
-            made.append({"images": images, "prompt": prompt, "solution": scenes.truth(index)})
+            prompt, truth = [{"role": "user", "content": content}], scenes.truth(plan.index)
+            made.append({"images": list(scene.images), "prompt": prompt, "solution": truth})
     data = datasets.Dataset.from_list(made).cast_column("images", datasets.List(datasets.Image()))
     data.save_to_disk(str(out / "warm-data"))
     run(

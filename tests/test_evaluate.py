@@ -274,7 +274,8 @@ def test_questions_are_in_the_space_of_the_models_family(coco, tmp_path, process
     """Qwen2.5-VL counts pixels of the image as its processor resizes it."""
     from virft_fast.config import EvalConfig
     from virft_fast.data.prompts import PromptSource
-    from virft_fast.evaluation.run import Evaluation, images_of, of_annotations
+    from virft_fast.evaluation.run import Evaluation
+    from virft_fast.evaluation.sources import images_of, of_annotations
     from virft_fast.tasks import parse_detection
 
     config = EvalConfig(
