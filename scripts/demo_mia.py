@@ -120,7 +120,7 @@ def preferred(pairs: Path, model: Path, out: Path, seed: int) -> None:
     run(
         "--algorithm", "dpo", "--dataset_name", pairs, "--model_name_or_path", model,
         "--output_dir", out, "--max_steps", DPO_STEPS, "--per_device_train_batch_size", 16,
-        "--learning_rate", 1e-3, "--dpo_beta", 0.1, "--dpo_gamma", 1.0, "--save_steps", 0,
+        "--learning_rate", 1e-4, "--dpo_beta", 0.1, "--dpo_gamma", 1.0, "--save_steps", 0,
         "--max_completion_length", 64, "--seed", seed, "--precompute_ref_log_probs", "True",
         "--warmup_steps", 5,
     )  # fmt: skip
