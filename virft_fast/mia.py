@@ -17,6 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -395,10 +396,13 @@ class Answering:
     def special(self, text: str) -> bool:
         """Whether the text holds special tokens, which end a turn in a prompt and which DPO
         refuses in an answer."""
+        ids = self.processor.tokenizer(text, add_special_tokens=False).input_ids
+        return not self._special_ids.isdisjoint(ids)
+
+    @cached_property
+    def _special_ids(self) -> set[int]:
         tokenizer = self.processor.tokenizer
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        banned = banned_token_ids(tokenizer, len(tokenizer))
-        return not {*banned, tokenizer.eos_token_id}.isdisjoint(ids)
+        return {*banned_token_ids(tokenizer, len(tokenizer)), tokenizer.eos_token_id}
 
     def prompt(self, index: int, scene: Scene) -> Prompt | str:
         """The scene as the model reads it, or why it can't be."""
