@@ -20,7 +20,7 @@ from PIL import Image
 from vlm import SHAPES, make_model, make_processor
 
 from virft_fast.data.mia import Layout, Plan, compose
-from virft_fast.mia import attention_ratio, measure
+from virft_fast.mia import attention_ratio
 from virft_fast.models.qwen_vl import Policy, banned_token_ids, core, encode_prompt
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.native import NativeRollout
@@ -56,7 +56,7 @@ def test_selection(race, request, kind, count, side, number, length):
     scenes = list(make_scenes(kind, count, side, number))
     processor.image_processor.size["longest_edge"] = 28 * 28 * 4000
     prompts = [encode_prompt(processor, scene.sample(i)) for i, scene in enumerate(scenes)]
-    model = make_model(size).eval().requires_grad_(False)
+    model = make_model(size).eval()
     plain = make_model(size).eval()  # the same weights, as transformers makes it
     plain.set_attn_implementation("eager")
     policy, device = Policy(model), torch.device(DEVICE)
@@ -95,20 +95,11 @@ def test_selection(race, request, kind, count, side, number, length):
 
     def ours():
         sampling = Sampling(max_completion_length=length, greedy=True)
-        drawn = rollout.generate(prompts, 1, sampling)
-        ids = drawn.completion_ids.cpu()
-        attentions = measure(
-            policy,
-            prompts,
-            list(ids),
-            layer=layer,
-            pad_token_id=0,
-            device=device,
-            image_features=drawn.image_features,
-        )
+        drawn = rollout.generate(prompts, 1, sampling, watch_layer=layer)
+        answers = zip(drawn.completion_ids.cpu(), drawn.attention, prompts, scenes, strict=True)
         return [
-            (row, attention_ratio(attention, prompt, scene, kind, 2))
-            for row, attention, prompt, scene in zip(ids, attentions, prompts, scenes, strict=True)
+            (row, attention_ratio(attention.cpu(), prompt, scene, kind, 2))
+            for row, attention, prompt, scene in answers
         ]
 
     for (expected, ratio), (got, own) in zip(full_maps(), ours(), strict=True):

@@ -281,8 +281,7 @@ def test_attention_equals_full_maps_of_eager_attention(processor, scenes, layer)
         assert ratio == pytest.approx(brute_ratio(expected, prompt, scene, plan), abs=1e-5)
 
 
-def test_a_frozen_tower_reads_the_images_once(processor, scenes, monkeypatch):
-    """What the rollout's prefill made of them is used again; the answers are the same."""
+def test_a_scene_is_read_once_for_its_answer_and_where_it_looked(processor, scenes, monkeypatch):
     plans, made, _ = zip(*scenes.values(), strict=True)
     passes = []
     image_features = Policy.image_features
@@ -290,19 +289,15 @@ def test_a_frozen_tower_reads_the_images_once(processor, scenes, monkeypatch):
         Policy, "image_features", lambda *given: passes.append(1) or image_features(*given)
     )
 
-    def answers(policy):
-        weights = partial(nullcontext, policy)
-        rollout = make_rollout("native", weights, processor.tokenizer, device=CPU)
-        found = mia.Answering(policy, rollout, processor, 1, 12, CPU).answers(plans, made)
-        count = len(passes)
-        passes.clear()
-        return found, count
-
-    trained, frozen = load_model("tiny"), load_model("tiny").requires_grad_(False)
-    (plain, twice), (reused, once) = (answers(Policy(model).eval()) for model in (trained, frozen))
-    assert (twice, once) == (2, 1)
-    for one, other in zip(plain, reused, strict=True):
-        assert one.text == other.text and one.ratio == pytest.approx(other.ratio, abs=1e-6)
+    policy = Policy(load_model("tiny")).eval()
+    rollout = make_rollout("native", partial(nullcontext, policy), processor.tokenizer, device=CPU)
+    answering = mia.Answering(policy, rollout, processor, 1, 12, CPU)
+    found = answering.answers(plans, made)
+    assert len(passes) == 1
+    for answer, (plan, scene, prompt) in zip(found, scenes.values(), strict=True):
+        attention = mia.attention_again(answering, prompt, answer)
+        ratio = attention_ratio(attention, prompt, scene, plan.kind, 2)
+        assert answer.ratio == pytest.approx(ratio, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -350,12 +345,17 @@ def test_attention_lies_over_the_image_where_it_is():
 def test_the_sheet_shows_the_measured_attention(answering, scenes, monkeypatch, truncated):
     """An answer that was cut off has no EOS there either; the frame is the box's edge."""
     (plan, scene, prompt), asked, shown = scenes["collage"], [], []
-    measure = mia.measure
+    again = mia.attention_to_prompts
     monkeypatch.setattr(
-        mia, "measure", lambda *given, **more: asked.append(given[2][0]) or measure(*given, **more)
+        mia,
+        "attention_to_prompts",
+        lambda policy, inputs, layer: (
+            asked.append(inputs.completion_ids) or again(policy, inputs, layer)
+        ),
     )
     (answer,) = answering.answers([plan], [scene])
     assert answer.truncated
+    asked.append(answering.rollout.generate([prompt], 1, answering.sampling).completion_ids[0])
     eos = answering.processor.tokenizer.eos_token_id
     if not truncated:
         answer = dataclasses.replace(answer, truncated=False)

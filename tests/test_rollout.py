@@ -13,6 +13,7 @@ import torch
 from helpers import CPU, make_prompts, make_sample
 from models import FAMILIES, random_model
 
+from virft_fast.models.image_attention import attention_to_prompts
 from virft_fast.models.qwen_vl import Policy, core, load_model
 from virft_fast.rollout import Sampling
 from virft_fast.rollout import native as native_module
@@ -226,9 +227,14 @@ def test_replayed_graphs_give_what_the_steps_give(graphs, native, policy, proces
     for number, (some, count, length, options) in enumerate(calls):
         for seed in (number, 100 + number):
             sampling = Sampling(length, seed=seed, **options)
-            out, expected = (r.generate(some, count, sampling) for r in (rollout, native))
+            watch = (1, None, 0)[number % 3]
+            out, expected = (
+                r.generate(some, count, sampling, watch_layer=watch) for r in (rollout, native)
+            )
             assert torch.equal(out.completion_ids, expected.completion_ids)
             assert torch.equal(out.sampling_logps, expected.sampling_logps)
+            for one, other in zip(out.attention or (), expected.attention or (), strict=True):
+                assert torch.equal(one, other)
     assert sum(graph.replays for graph in graphs) > 3 * len(graphs)
 
 
@@ -425,6 +431,31 @@ def test_further_stop_ids_end_a_completion(rollout, prompts, processor):
         own = ids[mask].tolist()
         assert own == long[: len(own)].tolist()
         assert word not in own[:-1]
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_watched_attention_is_that_of_a_second_reading(native, policy, prompts, layer, processor):
+    """Of completions that end at different times, one token long too, in groups of one and three;
+    what is drawn does not change."""
+    sampling = Sampling(24, temperature=1.3, seed=1)
+    for num_generations, length in ((1, 24), (3, 24), (3, 1)):
+        asked = replace(sampling, max_completion_length=length)
+        out = native.generate(prompts, num_generations, asked, watch_layer=layer)
+        plain = native.generate(prompts, num_generations, asked)
+        assert torch.equal(out.completion_ids, plain.completion_ids) and plain.attention is None
+        lengths = out.completion_mask.sum(1).tolist()
+        assert length == 1 or len(set(lengths)) > 1
+        for row, attention in enumerate(out.attention):
+            prompt = prompts[row // num_generations]
+            inputs = policy.collate(
+                [prompt],
+                [[out.completion_ids[row, : lengths[row]]]],
+                pad_token_id=processor.tokenizer.pad_token_id,
+                device=CPU,
+                packed=True,
+            )
+            (expected,) = attention_to_prompts(policy, inputs, layer)
+            torch.testing.assert_close(attention, expected, atol=1e-6, rtol=0)
 
 
 def test_one_token_completions(rollout, prompts):

@@ -46,11 +46,9 @@ from virft_fast.models.image_attention import attention_to_prompts, coverage, im
 from virft_fast.models.processing import resized
 from virft_fast.models.qwen_vl import Policy, banned_token_ids, encode_prompt
 from virft_fast.rollout import Sampling
-from virft_fast.rollout.native import NativeRollout, token_chunks
+from virft_fast.rollout.native import NativeRollout
 from virft_fast.sft import answer_ids
 
-# Tokens that are read together to measure attention.
-ATTENTION_TOKENS = 8_192
 MAX_TRUTH_CHARACTERS = 512
 # Small scenes are shown up to this size.
 SHEET_PIXELS = 260
@@ -213,39 +211,6 @@ def attention_ratio(
 
 def _finite(value: Tensor) -> float | None:
     return float(value) if math.isfinite(value) else None
-
-
-def measure(
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    answers: Sequence[Tensor],
-    *,
-    layer: int,
-    pad_token_id: int,
-    device: torch.device,
-    image_features: Sequence[Tensor] | None = None,
-) -> Iterator[Tensor]:
-    """(P,) attention on each prompt's tokens, on the CPU, several prompts read together.
-
-    Args:
-        answers: (C,) int64 tokens of each, on the CPU.
-        image_features: of each prompt, where a rollout has computed them already: the vision tower
-            costs more than the layers up to the measured one.
-    """
-    lengths = [len(p.input_ids) + len(a) for p, a in zip(prompts, answers, strict=True)]
-    for first, last in token_chunks(lengths, ATTENTION_TOKENS):
-        inputs = policy.collate(
-            prompts[first:last],
-            [[answer] for answer in answers[first:last]],
-            pad_token_id=pad_token_id,
-            device=device,
-            packed=True,
-        )
-        known = None
-        if image_features is not None and inputs.pixel_values is not None:
-            known = torch.cat(list(image_features[first:last]))
-        for attention in attention_to_prompts(policy, inputs, layer, known):
-            yield attention.cpu()
 
 
 # ---- scenes and answers --------------------------------------------------------------------------
@@ -437,21 +402,11 @@ class Answering:
 
     def _answers(self, kept: Sequence[tuple[Plan, Scene, Prompt]]) -> Iterator[Answer]:
         prompts = [prompt for _, _, prompt in kept]
-        drawn = self.rollout.generate(prompts, 1, self.sampling)
+        drawn = self.rollout.generate(prompts, 1, self.sampling, watch_layer=self.layer)
         lengths = drawn.completion_mask.sum(1).tolist()
-        ids = [row[:n].cpu() for row, n in zip(drawn.completion_ids, lengths, strict=True)]
-        attentions = measure(
-            self.policy,
-            prompts,
-            ids,
-            layer=self.layer,
-            pad_token_id=self.processor.tokenizer.pad_token_id,
-            device=self.device,
-            image_features=drawn.image_features,
-        )
         means = drawn.sampling_logps.sum(1).cpu() / torch.tensor(lengths)
         for number, ((plan, scene, prompt), attention) in enumerate(
-            zip(kept, attentions, strict=True)
+            zip(kept, drawn.attention, strict=True)
         ):
             if self.special(drawn.texts[number]):  # spelled out
                 problem = "special tokens in the model's answer"
@@ -463,7 +418,7 @@ class Answering:
                 num_images=plan.num_images,
                 target=plan.target,
                 text=drawn.texts[number],
-                ratio=attention_ratio(attention, prompt, scene, plan.kind, self.merge),
+                ratio=attention_ratio(attention.cpu(), prompt, scene, plan.kind, self.merge),
                 perplexity=_finite((-means[number]).exp()),
                 num_tokens=lengths[number],
                 truncated=bool(drawn.truncated[number]),
@@ -753,15 +708,15 @@ def attention_again(answering: Answering, prompt: Prompt, answer: Answer) -> Ten
     """(P,) attention of an answer that is known by its text."""
     tokenizer = answering.processor.tokenizer
     ids = answer_ids(tokenizer, answer.text)
-    (attention,) = measure(
-        answering.policy,
+    inputs = answering.policy.collate(
         [prompt],
-        [ids[:-1] if answer.truncated and len(ids) > 1 else ids],
-        layer=answering.layer,
+        [[ids[:-1] if answer.truncated and len(ids) > 1 else ids]],
         pad_token_id=tokenizer.pad_token_id,
         device=answering.device,
+        packed=True,
     )
-    return attention
+    (attention,) = attention_to_prompts(answering.policy, inputs, answering.layer)
+    return attention.cpu()
 
 
 def overlay(

@@ -615,8 +615,7 @@ def _answering(arguments: argparse.Namespace, device: Any, mia: Any) -> Any:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if arguments.dtype != "auto":
         dtype = getattr(torch, arguments.dtype)
-    # Frozen, so that the rollout hands on what the vision tower made of the images.
-    policy = Policy(load_model(path, dtype=dtype).to(device).requires_grad_(False)).eval()
+    policy = Policy(load_model(path, dtype=dtype).to(device)).eval()
     layers = policy.config.text_config.num_hidden_layers
     layer = layers // 2 if arguments.layer is None else arguments.layer
     if not 0 <= layer < layers:

@@ -36,12 +36,13 @@ class _Watched:
         if layer < self.layer:
             return self.inner(layer, query, key, value, scaling)
         for group in self.groups:
-            self.found.append(_to_prompt(query[0], key[0], group, scaling))
+            self.found.append(attention_to_prompt(query[0], key[0], group, scaling))
         raise _Enough
 
 
-def _to_prompt(query: Tensor, key: Tensor, group: Group, scaling: float) -> Tensor:
-    """(P,) attention to the prompt, mean over heads and over the completion's queries.
+def attention_to_prompt(query: Tensor, key: Tensor, group: Group, scaling: float) -> Tensor:
+    """(P,) attention to the prompt, mean over heads and over the completion's queries; without a
+    completion, of the prompt's last token.
 
     Args:
         query: (H, S, E). key: (K, S, E).
@@ -65,15 +66,12 @@ def _to_prompt(query: Tensor, key: Tensor, group: Group, scaling: float) -> Tens
 
 
 @torch.no_grad()
-def attention_to_prompts(
-    policy: Policy, inputs: ModelInputs, layer: int, image_features: Tensor | None = None
-) -> list[Tensor]:
+def attention_to_prompts(policy: Policy, inputs: ModelInputs, layer: int) -> list[Tensor]:
     """Attention of each completion to its prompt's tokens.
 
     Args:
         inputs: packed, one completion a prompt.
         layer: number of the layer, from 0.
-        image_features: of all prompts, as `policy.image_features` gives them; None: computed here.
     Returns:
         (P,) float32 for each prompt, on the device of the model; sums to less than 1, by what the
         completion's own tokens get.
@@ -92,10 +90,8 @@ def attention_to_prompts(
     if any(len(group.lengths) != 1 for group in inputs.groups):
         raise ValueError("expected one completion a prompt")
     watched = _Watched(inputs.groups, inputs.input_ids.device, layer)
-    if image_features is None:
-        image_features = policy.image_features(inputs)
     try:
-        policy.language(inputs, image_features, attention_core=watched)
+        policy.language(inputs, policy.image_features(inputs), attention_core=watched)
     except _Enough:
         pass
     return watched.found

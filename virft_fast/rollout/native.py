@@ -25,6 +25,7 @@ from torch import Tensor
 
 from virft_fast.batch import Prompt, Rollouts
 from virft_fast.models.decode_step import DecodeStep
+from virft_fast.models.image_attention import attention_to_prompt
 from virft_fast.models.qwen_vl import ModelInputs, Policy, banned_token_ids, core
 from virft_fast.models.shared_prefix import PackedAttention
 from virft_fast.rollout import Sampling, Weights, check_request
@@ -141,8 +142,13 @@ class NativeRollout:
         sampling: Sampling,
         *,
         first_row: int = 0,
+        watch_layer: int | None = None,
     ) -> Rollouts:
-        """See `virft_fast.rollout.Rollout.generate`."""
+        """See `virft_fast.rollout.Rollout.generate`.
+
+        Args:
+            watch_layer: where attention on the prompt is noted, from 0; None: nowhere.
+        """
         check_request(prompts, num_generations)
         with self.weights() as policy:
             check_reachable(policy)
@@ -157,6 +163,7 @@ class NativeRollout:
                         num_generations,
                         sampling,
                         first_row + first * num_generations,
+                        watch_layer,
                     )
                     for first, last in batches
                 ]
@@ -164,8 +171,8 @@ class NativeRollout:
                 policy.train(training)
                 self._let_go()
             frozen = policy.vision_frozen
-        tokens, logps, features = zip(*parts, strict=True)
-        return make_rollouts(
+        tokens, logps, features, attention = zip(*parts, strict=True)
+        rollouts = make_rollouts(
             prompts,
             num_generations,
             torch.cat(tokens),
@@ -174,6 +181,9 @@ class NativeRollout:
             self.tokenizer,
             [part for parts in features for part in parts] if frozen else None,
         )
+        if watch_layer is None:
+            return rollouts
+        return replace(rollouts, attention=tuple(part for parts in attention for part in parts))
 
     def fits(self, prompt: Prompt, num_generations: int, sampling: Sampling) -> bool:
         """Whether there is room for the prompt and its completions; `generate` raises otherwise."""
@@ -252,8 +262,10 @@ class NativeRollout:
         num_generations: int,
         sampling: Sampling,
         first_row: int,
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """(N, T) tokens, their log-probs, and the image features of each prompt."""
+        watch_layer: int | None,
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """(N, T) tokens, their log-probs, the image features of each prompt, and the attention of
+        each completion on its prompt."""
         sampler = Sampler(
             sampling,
             vocab_size=policy.config.text_config.vocab_size,
@@ -271,10 +283,11 @@ class NativeRollout:
             stop_ids=(self.tokenizer.eos_token_id, *sampling.stop_token_ids),
             pad_token_id=self.tokenizer.pad_token_id,
             graphs=self._with_graphs(),
+            watch_layer=watch_layer,
         )
         features = decoding.prefill(prompts)
         tokens, logps = decoding.run()
-        return tokens, logps, features
+        return tokens, logps, features, decoding.attention(prompts)
 
 
 def check_reachable(policy: Policy) -> None:
@@ -363,7 +376,9 @@ class _Decoding:
         stop_ids: Sequence[int],
         pad_token_id: int,
         graphs: bool,
+        watch_layer: int | None = None,
     ) -> None:
+        self.watch_layer = watch_layer
         self.policy, self.buffers, self.sampler = policy, buffers, sampler
         self.device = buffers.device
         self.read_token = DecodeStep(core(policy.model).language_model)
@@ -386,6 +401,11 @@ class _Decoding:
         self.stop_ids = state("stop_ids", torch.long, len(stop_ids))
         self.stop_ids.copy_(torch.tensor(list(stop_ids)))
         self.caches: list[_Caches] = []
+        if watch_layer is not None:
+            # Sums over the queries of each row, by its first slot, and their number.
+            self.watched = state("watched", torch.float32, rows, self.P)
+            self.num_watched = state("num_watched", torch.float32, rows)
+            self.last_of_prompt = state("last_of_prompt", torch.float32, rows // self.G, self.P)
 
     # Prefill
 
@@ -421,6 +441,9 @@ class _Decoding:
         self.logps.zero_()
         self.done.zero_()
         self.step.zero_()
+        if self.watch_layer is not None:
+            self.watched.zero_()
+            self.num_watched.zero_()
         logits = self.policy.head.logits(torch.cat(lasts))  # (B, V)
         self._note(*self.sampler(logits.repeat_interleave(self.G, 0), self.step[0]))
         return features
@@ -441,6 +464,9 @@ class _Decoding:
                 place = slice(group.start, group.first)
                 caches.prompt_keys[number, :, : group.prompt_length] = key[0, :, place]
                 caches.prompt_values[number, :, : group.prompt_length] = value[0, :, place]
+                if layer == self.watch_layer:
+                    found = attention_to_prompt(query[0], key[0], group, scaling)
+                    self.last_of_prompt[number, : group.prompt_length] = found
             return attention(layer, query, key, value, scaling)
 
         states = self.policy.language(inputs, images, attention_core=keep)
@@ -482,7 +508,7 @@ class _Decoding:
             return
         # All that decides addresses, shapes and operations; the seed is in memory.
         sampling = replace(self.sampler.sampling, seed=0)
-        key = (self.B, self.G, self.P, self.T, width, len(self.drawn), sampling)
+        key = (self.B, self.G, self.P, self.T, width, len(self.drawn), sampling, self.watch_layer)
         graphs = self.buffers.graphs
         if key not in graphs:
             if len(graphs) >= MAX_GRAPHS:
@@ -493,6 +519,8 @@ class _Decoding:
     def _capture(self, width: int) -> Any:
         """The step as a CUDA graph, the state as it was."""
         state = (self.tokens, self.positions, self.done, self.step, self.drawn, self.logps)
+        if self.watch_layer is not None:
+            state = (*state, self.watched, self.num_watched)
         if self.sampler.seen is not None:
             state = (*state, self.sampler.seen)
         before = [part.clone() for part in state]
@@ -506,12 +534,31 @@ class _Decoding:
     def _decode(self, width: int) -> None:
         """Read the last token of each row and draw the next. On CUDA nothing here reaches the host,
         and no Python number in it changes but `width`, by which graphs are kept apart."""
-        attention = _DecodeAttention(self.caches, self.prompt_bias, self.step, width)
+        watch = None if self.watch_layer is None else (self.watch_layer, self._watch)
+        attention = _DecodeAttention(self.caches, self.prompt_bias, self.step, width, watch)
         states = self.read_token(self.tokens, self.positions, attention)
         logits = self.policy.head.logits(states)
         self.step += 1
         self.positions += 1
         self._note(*self.sampler(logits, self.step[0]))
+
+    def _watch(self, shares: Tensor) -> None:
+        """Add (R, P) attention of the tokens being read, but for the rows that have ended."""
+        active = (~self.done).float()
+        self.watched.index_add_(0, self.slots, shares * active[:, None])
+        self.num_watched.index_add_(0, self.slots, active)
+
+    def attention(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+        """Of each completion (P,) on its prompt's tokens: mean over heads and over the queries that
+        predict its tokens after the first, or the only one; empty if nothing is watched."""
+        if self.watch_layer is None:
+            return []
+        alone = self.last_of_prompt.repeat_interleave(len(self.watched) // len(prompts), 0)
+        mean = self.watched / self.num_watched.clamp(min=1)[:, None]
+        found = torch.where(self.num_watched[:, None] > 0, mean, alone)
+        each = len(found) // len(prompts)
+        lengths = [len(prompt.input_ids) for prompt in prompts for _ in range(each)]
+        return [row[:length].clone() for row, length in zip(found, lengths, strict=True)]
 
     def _note(self, tokens: Tensor, logps: Tensor) -> None:
         """Write down what was drawn, at index `step`."""
@@ -580,9 +627,14 @@ class _DecodeAttention:
     """The core of one decoding step: each row's one query over its prompt and its own tokens."""
 
     def __init__(
-        self, caches: list[_Caches], prompt_bias: Tensor, step: Tensor, width: int
+        self,
+        caches: list[_Caches],
+        prompt_bias: Tensor,
+        step: Tensor,
+        width: int,
+        watch: tuple[int, Callable[[Tensor], None]] | None = None,
     ) -> None:
-        self.caches, self.step, self.width = caches, step, width
+        self.caches, self.step, self.width, self.watch = caches, step, width, watch
         # Added to the scores: (B * K, 1, P) and (W,).
         self.prompt_bias = prompt_bias.repeat_interleave(caches[0].keys.shape[1], 0)[:, None]
         seen = torch.arange(width, device=step.device) <= step
@@ -595,11 +647,12 @@ class _DecodeAttention:
         # Under autocast keys come out of the rotation in float32, and products would be narrow.
         with torch.autocast(query.device.type, enabled=False):
             narrow = (part.to(value.dtype) for part in (query, key, value))
-            return self._attend(self.caches[layer], *narrow, scaling)
+            return self._attend(layer, *narrow, scaling)
 
     def _attend(
-        self, caches: _Caches, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
+        caches = self.caches[layer]
         groups, heads, rows, _, size = caches.keys.shape
 
         def by_row(part: Tensor) -> Tensor:  # (R, x, E) -> (B * K * G, x / K, E)
@@ -618,8 +671,12 @@ class _DecodeAttention:
         to_own = _scores(own, keys.transpose(1, 2), self.own_bias, scaling)
         scores = torch.cat([to_prompt, to_own.view(*to_prompt.shape[:2], -1)], -1)
         # One softmax over both parts is what merging two by their log-sum-exp comes to.
-        shares = scores.softmax(-1).to(value.dtype)
+        shares = scores.softmax(-1)
         length = caches.prompt_keys.shape[2]
+        if self.watch is not None and self.watch[0] == layer:
+            to_prompt = shares[..., :length].view(groups, heads, rows, -1, length)
+            self.watch[1](to_prompt.mean((1, 3)).flatten(0, 1))
+        shares = shares.to(value.dtype)
         out = torch.bmm(shares[..., :length], caches.prompt_values.flatten(0, 1))
         to_own = shares[..., length:].unflatten(1, (rows, -1)).flatten(0, 1)
         out = torch.baddbmm(out.view(own.shape), to_own, values)
