@@ -182,6 +182,21 @@ def test_two_images_are_never_one_file_and_none_lies_elsewhere(coco, tmp_path, c
     assert find_image(tmp_path / "images", "/../etc/passwd") == tmp_path / "images/passwd"
 
 
+def test_a_polygon_of_an_image_that_is_shown_turned_is_of_no_known_picture(tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "source").mkdir()
+    for name, more in (("a", {}), ("b", {"exif": exif})):
+        Image.new("RGB", (100, 60)).save(tmp_path / f"source/{name}.jpg", **more)
+        shapes = [{"label": "target", "points": [[10, 10], [40, 10], [40, 40]]}]
+        text = json.dumps({"text": ["what"], "shapes": shapes})
+        (tmp_path / f"source/{name}.json").write_text(text)
+    argv = ("build", "grounding", "--source", tmp_path / "source", "--output", tmp_path / "out")
+    assert run(*argv) == 0
+    assert "turned by its EXIF data, its boxes may not be: 1" in capsys.readouterr().out
+    assert len(samples(tmp_path / "out")) == 1
+
+
 @pytest.mark.parametrize("orientation, size, rows", [(1, (200, 100), 8), (3, (200, 100), 6),
                                                      (6, (100, 200), 8)])  # fmt: skip
 def test_images_that_are_shown_turned(coco, tmp_path, capsys, orientation, size, rows):
@@ -269,6 +284,7 @@ def test_lvis_finds_images_by_url_and_heeds_what_it_left_open(tmp_path):
         ({"--annotations": "text"}, "expected JSON"),
         ({"--annotations": "numbers"}, "images: expected a list of objects, got 1"),
         ({"--annotations": "null"}, "annotations: expected a list of objects, got None"),
+        ({"--annotations": "no file"}, "width, height and file_name or coco_url"),
         ({"--annotations": "no id"}, "expected images with id (a whole number)"),
         ({"--annotations": "texts as ids"}, "expected images with id (a whole number)"),
         ({"--annotations": "huge id"}, "expected images with id (a whole number)"),
@@ -296,6 +312,7 @@ def test_input_that_cant_be_built_from(coco, tmp_path, capsys, change, said):
         "text": "not json",
         "numbers": json.dumps(base | {"images": [1]}),
         "null": json.dumps(base | {"annotations": None}),
+        "no file": json.dumps(base | {"images": [i | {"file_name": ".."} for i in base["images"]]}),
         "no id": json.dumps(base | {"images": [{"file_name": "a", "width": 1, "height": 1}]}),
         "texts as ids": json.dumps(base | {"images": [i | {"id": "x"} for i in base["images"]]}),
         "huge id": json.dumps(base | {"images": [i | {"id": 2**63} for i in base["images"]]}),

@@ -190,6 +190,21 @@ def test_what_a_readme_does_not_have(tmp_path, streaming, config, split, said):
         load_rows(str(folder), split, dataset_config=config, streaming=streaming)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_split_whose_files_are_there_is_read_without_the_others(tmp_path, streaming):
+    folder = hub_folder(tmp_path / "set")
+    (folder / "easy/second.parquet").unlink()
+    rows = load_rows(str(folder), "train", dataset_config="easy", streaming=streaming)
+    assert len(rows) == 4
+    with pytest.raises(ValueError, match="can't be followed for 'test'.*easy, hard"):
+        load_rows(str(folder), "test", dataset_config="easy", streaming=streaming)
+    shard = folder / "hard/train-00000-of-00001.parquet"
+    shard.rename(shard.with_name("train-00000-of-00002.parquet"))
+    (folder / "easy/second.parquet").symlink_to(folder / "easy/first.parquet")
+    with pytest.raises(ValueError, match="expected 2 files of the split, number 1 is not there"):
+        load_rows(str(folder), "train", dataset_config="hard", streaming=streaming)
+
+
 @pytest.mark.parametrize(
     "card, said",
     [
@@ -894,16 +909,47 @@ def test_earlier_turns_of_answers_belong_to_the_prompt(tmp_path):
     assert "expected the same turns before the last in both, got 2 and 0" in apart.reason
 
 
+def test_one_odd_cell_spoils_its_row_alone(tmp_path):
+    chat = [turn("assistant", "a")]
+    pair = {"prompt": [turn("user", "q")], "chosen": chat, "rejected": "b"}
+    odd = [{"prompt": 5}, {"chosen": {"a": 1}}, {"chosen": [turn("assistant", 5)]},
+           {"prompt": [{"role": 3, "content": "q"}]}, {"prompt": ["q"]}]  # fmt: skip
+    for change in odd:
+        spoiled, good = pair_of(tmp_path, pair | change, pair)
+        assert isinstance(spoiled, BadRow), change
+        assert spoken(good) == [("user", "q")] and good.columns["chosen"] == "a"
+
+
+@pytest.mark.parametrize("prompt", ["q", "", None, [("system", "s"), ("user", "q")]])
+def test_a_prompt_within_the_answers_chats_is_asked_once(tmp_path, prompt):
+    lead = [turn("system", "s"), turn("user", "q")]
+    if isinstance(prompt, list):
+        prompt, lead = [turn(*said) for said in prompt], lead[1:]
+    row = {"chosen": [*lead, turn("assistant", "a")], "rejected": [*lead, turn("assistant", "b")]}
+    (found,) = pair_of(tmp_path, {"prompt": prompt, **row})
+    assert spoken(found) == [("system", "s"), ("user", "q")]
+
+
+def test_a_prompt_of_no_kind_is_a_bad_row():
+    lead = [turn("user", "q")]
+    row = {"chosen": [*lead, turn("assistant", "a")], "rejected": [*lead, turn("assistant", "b")]}
+    assert "expected a text or a chat, got 5" in SampleDataset([{"prompt": 5, **row}]).get(0).reason
+
+
 def test_images_go_where_the_text_has_a_place_for_them(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     images = ["a.png", "a.png"]
     pair = {"images": images, "chosen": "a", "rejected": "b"}
-    placed, before, wrong = pair_of(
+    placed, before, wrong, last, chat = pair_of(
         tmp_path,
         {"prompt": "Image1:<image>\nImage2:<image>\nWhich?", **pair},
         {"prompt": "Which?", **pair},
         {"prompt": "<image> <image> <image>?", **pair},
+        {"prompt": "What is <image> beside\n<image>", **pair},
+        {"prompt": [turn("user", "<image><image>Which?")], **pair},
     )
+    assert spoken(last) == [("user", "What is <> beside\n<>")]
+    assert spoken(chat) == [("user", "<><>Which?")]
     assert spoken(placed) == [("user", "Image1:<>\nImage2:<>\nWhich?")]
     assert spoken(before) == [("user", "<><>Which?")]
     assert "as many <image> as images or none, got 3 and 2 images" in wrong.reason

@@ -13,7 +13,7 @@ import torch
 from helpers import CPU, largest_difference, make_sample, make_state, parameters, read_jsonl, run
 from helpers import make_prompts as encode
 
-from virft_fast import dpo
+from virft_fast import dpo, train
 from virft_fast.config import DPOConfig
 from virft_fast.data import SampleDataset
 from virft_fast.dpo import DPOState, dpo_loss
@@ -387,7 +387,9 @@ def test_rows_that_changed_since_their_reference_was_computed_are_left_out(tmp_p
     assert "row 2: it could not be used when" in caplog.text
 
 
-def test_other_weights_under_the_reference_are_refused_on_resume(preferences, tmp_path, capsys):
+def test_other_weights_under_the_reference_are_refused_on_resume(
+    preferences, tmp_path, capsys, monkeypatch
+):
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -398,11 +400,18 @@ def test_other_weights_under_the_reference_are_refused_on_resume(preferences, tm
     shutil.copytree(TINY_PATH, model)
     common = ("--model_name_or_path", str(model))
     argv = arguments(preferences, tmp_path / "out", *common)
-    assert main([*argv, "--max_steps", "2"]) == 0
-    again = [*argv, "--max_steps", "3", "--resume_from_checkpoint", "latest"]
     (weights,) = model.glob("*.safetensors")
     shutil.copy(weights, tmp_path / "kept")
-    save_file({k: v * 1.1 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
+    step = dpo.train_step
+
+    def replace_them_meanwhile(*given):
+        save_file({k: v * 1.1 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
+        return step(*given)
+
+    with monkeypatch.context() as patch:  # they are stamped when the run begins
+        patch.setitem(train.STEPS, "dpo", replace_them_meanwhile)
+        assert main([*argv, "--max_steps", "2"]) == 0
+    again = [*argv, "--max_steps", "3", "--resume_from_checkpoint", "latest"]
     assert main(again) == 2
     assert "as they were when the run began" in capsys.readouterr().err
     shutil.copy(tmp_path / "kept", weights)  # a copy is the same

@@ -903,6 +903,15 @@ def test_other_weights_do_not_mix(tmp_path):
     stamp = weights_stamp(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"xy")
     assert weights_stamp(str(tmp_path)) != stamp
+    adapter = tmp_path / "adapter"  # whose base is what changes
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(tmp_path)})
+    )
+    (adapter / "adapter_model.safetensors").write_bytes(b"a")
+    stamp = weights_stamp(str(adapter))
+    (tmp_path / "model.safetensors").write_bytes(b"xz")
+    assert weights_stamp(str(adapter)) != stamp
 
 
 def test_rows_that_make_no_scene_are_named_and_keep_their_sources(tmp_path):

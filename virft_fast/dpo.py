@@ -207,7 +207,10 @@ def evaluate(
     device = state.engine.device
     num_pairs = sum(dist.all_gather_object(num_pairs))
     if not num_pairs:
-        raise NoUsableRows(f"expected a held-out pair that can be used, got none in {count} rows")
+        raise NoUsableRows(
+            f"expected a held-out pair that can be used, got none in {count} rows, for the reasons "
+            "above; mend them, or leave --eval_samples out"
+        )
     # A rank without a usable row has counted nothing, and takes part all the same.
     names = {name for part in dist.all_gather_object(sorted(sums.sums)) for name in part}
     counted = {name: sums.sums.get(name, (0.0, 0.0)) for name in sorted(names)}

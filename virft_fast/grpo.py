@@ -51,6 +51,7 @@ class TrainState:
         step: steps done.
         bad_steps: non-finite steps in a row, up to now.
         num_tokens: completion tokens drawn so far on all ranks, those nothing was learnt from too.
+        base_weights: stamp of the weights the run began with, where it goes on needing them.
     """
 
     config: GRPOConfig
@@ -71,6 +72,7 @@ class TrainState:
     bad_steps: int = 0
     skipped_steps: int = 0
     num_tokens: int = 0
+    base_weights: list[Any] | None = None
 
     @property
     def prompts_per_step(self) -> int:

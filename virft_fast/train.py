@@ -453,6 +453,9 @@ def prepare_training(
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
     )
+    base_weights = None
+    if keeps_reference(config) or config.model.use_peft:
+        base_weights = weights_stamp(resolve_model_path(config.model.model_name_or_path))
     ds_config, settings = _deepspeed(config, settings)
     partitioning = prepare_deepspeed(ds_config, device) if ds_config else None
     dtype = training_dtype(config.model, bf16=train.bf16, deepspeed=ds_config is not None)
@@ -503,6 +506,7 @@ def prepare_training(
         max_tokens_per_microbatch=train.max_tokens_per_microbatch,
         seed=train.seed,
         max_bad_steps=train.max_bad_steps,
+        base_weights=base_weights,
     )
 
 
@@ -550,7 +554,12 @@ def _reference_beforehand(
                 )
                 for name in counts
             ]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"{path}: expected the reference's log-probs of this run, got a file that is "
+                "damaged or of another version; start the run again"
+            ) from error
+        except (OSError, ValueError) as error:
             raise UsageError(
                 f"{path}: expected the reference's log-probs of this run: {error}; start it again"
             ) from error
@@ -760,14 +769,8 @@ def _state_dict(
         "writer": writer.state_dict(),
         "before": before,
         "config": config.flat(),
-        "weights": _base_weights(config),
+        "weights": state.base_weights,
     }
-
-
-def _base_weights(config: RunConfig) -> list[Any] | None:
-    """Of the model a run began with, where it goes on needing them; None where not."""
-    needed = keeps_reference(config) or config.model.use_peft
-    return weights_stamp(resolve_model_path(config.model.model_name_or_path)) if needed else None
 
 
 # What of GRPO's the other algorithms have, too.
@@ -789,7 +792,9 @@ SAME_ON_RESUME = (
     "seed",
     "dataset_name",
     "dataset_train_split",
+    "dataset_config",
     "dataset_streaming",
+    "compat_prompt",
     "model_name_or_path",
     "freeze_vision_tower",
     "bf16",
@@ -809,7 +814,7 @@ def _resume(
     with usage():
         saved = {"config": {}, "world_size": None} | checkpoints.read_state(folder)
         now = config.flat()
-        changed = [k for k in SAME_ON_RESUME if saved["config"].get(k) != now[k]]
+        changed = [k for k in SAME_ON_RESUME if saved["config"].get(k, now[k]) != now[k]]
         if changed or saved["world_size"] != dist.world_size():
             was = {k: saved["config"].get(k) for k in changed}
             raise UsageError(
@@ -817,7 +822,7 @@ def _resume(
                 f"processes with {was or 'the same flags'}, this is {dist.world_size()} with "
                 f"{ {k: now[k] for k in changed} or 'the same flags' }"
             )
-        if "weights" in saved and saved["weights"] != _base_weights(config):
+        if "weights" in saved and saved["weights"] != state.base_weights:
             raise UsageError(
                 f"--resume_from_checkpoint {folder}: expected the weights in "
                 f"--model_name_or_path {config.model.model_name_or_path} as they were when the run "

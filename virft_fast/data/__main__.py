@@ -81,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _common(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--output", type=Path, required=True, help="folder to write; must not exist")
+    add("--output", type=Path, required=True, help="folder to write; new, or empty")
     add("--overwrite", action="store_true", help="replace the folder once the new one is whole")
     add("--allow_missing", action="store_true", help="leave out rows whose image is missing")
     add("--seed", type=int, default=0, help="of every choice")
@@ -158,7 +158,7 @@ def _mia_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--dataset_name", required=True, help="questions about one image each, as in training; "
         "also LLaVA's JSON")  # fmt: skip
-    add("--dataset_config", help="configuration of a hub data set")
+    add("--dataset_config", help="configuration of a hub data set, or of a folder with a README.md")
     add("--split", default="train")
     add("--images", type=Path, help="where image paths of a JSON file start; default: its folder")
     add("--model_name_or_path", required=True, help="the model that answers, as in training")

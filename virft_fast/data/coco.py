@@ -173,9 +173,14 @@ def _categories(path: Path, records: Iterable[Mapping[str, Any]]) -> dict[int, s
 def _file(record: Mapping[str, Any]) -> str:
     """Relative path of an image; empty without one."""
     name, address = record.get("file_name"), record.get("coco_url")
-    if isinstance(name, str) and name:
-        return name
-    return urlsplit(address).path.lstrip("/") if isinstance(address, str) else ""
+    if not (isinstance(name, str) and name):
+        name = urlsplit(address).path.lstrip("/") if isinstance(address, str) else ""
+    return name if _parts(name) else ""
+
+
+def _parts(file: str) -> list[str]:
+    """Of a path, so that it leads nowhere else than into the folder it is joined to."""
+    return [part for part in Path(file).parts if part not in ("/", "..")]
 
 
 def _whole(value: Any) -> bool:
@@ -260,7 +265,7 @@ def pick_names(known: Iterable[str], seen: Collection[str], kind: str, wanted: s
 def find_image(folder: Path, file: str) -> Path:
     """Where the image is: under its whole path, the end of it, or its name alone; in the folder,
     whatever the path says."""
-    parts = [part for part in Path(file).parts if part not in ("/", "..")]
+    parts = _parts(file)
     candidates = [folder.joinpath(*parts[start:]) for start in range(len(parts))]
     return next((path for path in candidates if path.is_file()), folder / parts[-1])
 
@@ -383,7 +388,7 @@ def _plan(
         filled = {"solution": detection_solution(boxes)}
         return filled | ({"extent": [int(side) for side in extent]} if extent_for else {})
 
-    return Plan(path, row, fill, has_boxes=True)
+    return Plan(path, row, fill, has_boxes=True, sized=True)
 
 
 def describe(annotations: Annotations, built: Built) -> None:

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 IMAGE_TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 BOX_ANSWER = re.compile(r"\(\s*[\d.]+\s*,\s*[\d.]+\s*\)\s*,\s*\(\s*[\d.]+\s*,\s*[\d.]+\s*\)")
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
-NOT_DOWNLOADED = "nothing is downloaded while training; fetch it and give its path"
+NOT_DOWNLOADED = "nothing is downloaded; fetch it and give its path"
 USER_NAMES, ASSISTANT_NAMES = ("user", "human"), ("assistant", "gpt")
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 SHARD_NAME = re.compile(r"(?P<split>\w+)-(?P<number>\d+)-of-(?P<total>\d+)")
@@ -216,7 +216,7 @@ def _load_parquet(files: Sequence[str], where: Path) -> datasets.Dataset:
 
 def _folder_files(folder: Path, split: str, config: str | None) -> list[str]:
     """A split's parquet files: as README.md says where it has configurations, else by name."""
-    if not _has_configs(folder / "README.md"):
+    if not _card_configs(folder):
         _without_config(config, folder)
         return _files_of(split, _parquet_files(folder), folder)
     import datasets
@@ -224,27 +224,51 @@ def _folder_files(folder: Path, split: str, config: str | None) -> list[str]:
     try:
         builder = datasets.load_dataset_builder(str(folder), config)
     except Exception as error:  # a missing configuration, file or key: they share no base
+        files = _files_on_card(folder, split, config)
+        if files:  # another split has none: it was not downloaded
+            _check_shards(files, folder)
+            return files
         pattern = re.search(r"[*?\[]", str(folder.resolve()))
         hint = f"; rename the folder, its {pattern[0]} is taken for a pattern" if pattern else ""
+        names = ", ".join(str(entry.get("config_name")) for entry in _card_configs(folder))
         raise ValueError(
-            f"--dataset_name {folder}: README.md's configs can't be followed: {_line(error)}{hint}"
+            f"--dataset_name {folder}: README.md's configs can't be followed for {split!r}; "
+            f"expected a --dataset_config of {names}, and its files there; got {_line(error)}{hint}"
         ) from error
     files = _builder_files(builder, split, str(folder), "README.md to name .parquet files")
     elsewhere = next((file for file in files if not Path(file).is_file()), None)
     if elsewhere:  # an address: nothing of a folder is downloaded
         raise ValueError(f"--dataset_name {folder}: README.md: no file {elsewhere}; fetch it")
+    _check_shards(files, folder)
     return files
 
 
-def _has_configs(card: Path) -> bool:
+def _card_configs(folder: Path) -> list[dict[str, Any]]:
+    """What the head of README.md has under `configs`."""
     from huggingface_hub import metadata_load
 
+    card = folder / "README.md"
     if not card.is_file() or not card.read_bytes().startswith(b"---"):
-        return False
+        return []
     try:
-        return bool((metadata_load(card) or {}).get("configs"))
+        configs = (metadata_load(card) or {}).get("configs") or []
     except Exception as error:  # YAML's errors and those of the text's encoding
         raise ValueError(f"{card}: its head can't be read: {_line(error)}") from error
+    entries = configs if isinstance(configs, list) else [configs]
+    return [entry if isinstance(entry, dict) else {} for entry in entries]
+
+
+def _files_on_card(folder: Path, split: str, config: str | None) -> list[str]:
+    """The split's files that are there, where the card lists splits with their paths."""
+    configs = _card_configs(folder)
+    chosen = [c for c in configs if config in (None, c.get("config_name"))]
+    if len(chosen) != 1 or not isinstance(chosen[0].get("data_files"), list):
+        return []
+    listed = [entry for entry in chosen[0]["data_files"] if isinstance(entry, dict)]
+    paths = [entry.get("path") for entry in listed if entry.get("split") == split]
+    patterns = [p for path in paths for p in (path if isinstance(path, list) else [path])]
+    found = [file for p in patterns if isinstance(p, str) and p for file in folder.glob(p)]
+    return [str(file) for file in sorted(found) if file.suffix == ".parquet" and file.is_file()]
 
 
 def _builder_files(builder: Any, split: str, name: str, expected: str, hint: str = "") -> list[str]:
@@ -477,26 +501,30 @@ def _utf8(value: Any) -> Any:
 
 def _one_kind_of_chat(values: list[Any], name: str) -> list[Any]:
     """Texts and chats of all kinds so that they fit one column: where some are chats, all are."""
-    values = [_parts_of_chat(value) for value in values]
-    if not any(isinstance(value, list) for value in values):
+    if name == "conversations" or not any(isinstance(value, list) for value in values):
         return values
     role = "assistant" if name in ANSWER_COLUMNS else "user"
-    return [
-        _parts_of_chat([{"role": role, "content": value}]) if isinstance(value, str) else value
-        for value in values
-    ]
+    return [None if value is None else _plain_chat(value, role) for value in values]
 
 
-def _parts_of_chat(value: Any) -> Any:
-    """A chat whose contents are all lists of parts: chats of both kinds fit one column."""
-    if not isinstance(value, list):
-        return value
-    return [
-        {**turn, "content": [{"type": "text", "text": turn["content"]}]}
-        if isinstance(turn, dict) and isinstance(turn.get("content"), str)
-        else turn
-        for turn in value
-    ]
+def _plain_chat(value: Any, role: str) -> list[dict[str, Any]]:
+    """A chat whose contents are all lists of parts: chats of every kind fit one column. What is no
+    chat becomes a turn of a role that none has, so that its row alone is a bad one."""
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}]
+    turns = value if isinstance(value, list) and value else [value]
+    return [_plain_turn(turn) for turn in turns]
+
+
+def _plain_turn(turn: Any) -> dict[str, Any]:
+    content = turn.get("content") if isinstance(turn, dict) else None
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
+    if not parts or not isinstance(turn.get("role"), str):
+        return {"role": "?", "content": [{"type": "text", "text": f"{turn!r:.80}"}]}
+    texts = [{k: v for k, v in part.items() if isinstance(v, str)} for part in content]
+    return {"role": turn["role"], "content": texts}
 
 
 def _column(values: list[Any]) -> Any:
@@ -610,11 +638,8 @@ class SampleDataset:
         else:
             problem = _non_empty(value, self._problem_column)
             messages = _user_turn(problem, len(sources))
-            if "chosen" in row and problem.count(IMAGE_PLACE) not in (0, len(sources)):
-                raise _Unusable(
-                    f"prompt: expected as many {IMAGE_PLACE} as images or none, got "
-                    f"{problem.count(IMAGE_PLACE)} and {len(sources)} images"
-                )
+        if "chosen" in row:
+            _check_places(messages, len(sources))
         columns = {k: v for k, v in row.items() if k not in self._image_columns}
         if "chosen" in row:  # a preference pair, of texts or chats
             columns |= {name: spoken_text(row.get(name)) for name in ("chosen", "rejected")}
@@ -700,7 +725,8 @@ def _non_empty(value: Any, name: str) -> str:
 def spoken_text(value: Any) -> str | None:
     """An answer as text: itself, or the last turn of a chat, as TRL writes answers; else None."""
     if isinstance(value, list) and value and isinstance(value[-1], Mapping):
-        value = None if value[-1].get("role") == "user" else value[-1].get("content")
+        said = value[-1].get("role") in ("assistant", None)
+        value = value[-1].get("content") if said else None
     if isinstance(value, list):
         parts = [part for part in value if isinstance(part, Mapping) and part.get("type") == "text"]
         value = "".join(str(part.get("text") or "") for part in parts)
@@ -715,16 +741,45 @@ def taught_answer(sample: Sample) -> str:
 
 def _user_turn(problem: str, num_images: int) -> list[dict[str, Any]]:
     """The images where the text has a place for each, else before it."""
-    texts = problem.split(IMAGE_PLACE)
-    if num_images and len(texts) - 1 == num_images:
-        content: list[dict[str, Any]] = [{"type": "text", "text": texts[0]}]
-        for text in texts[1:]:
-            content += [{"type": "image"}, {"type": "text", "text": text}]
-        content = [part for part in content if part.get("text") != ""]
-        if content[-1]["type"] == "text":
-            return [{"role": "user", "content": content}]
-    content = [{"type": "image"} for _ in range(num_images)]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": problem}]}]
+    return _placed_images([{"role": "user", "content": problem}], num_images)
+
+
+def _placed_images(messages: list[dict[str, Any]], num_images: int) -> list[dict[str, Any]]:
+    """Turns without image parts with the images where the users' texts have a place for each, else
+    before the first of them."""
+    asked = [m for m in messages if m["role"] == "user"]
+    for turn in asked:
+        if isinstance(turn["content"], str):
+            turn["content"] = [{"type": "text", "text": turn["content"]}]
+    texts = [part["text"] for turn in asked for part in turn["content"]]
+    if num_images and sum(text.count(IMAGE_PLACE) for text in texts) == num_images:
+        for turn in asked:
+            turn["content"] = [new for part in turn["content"] for new in _split_at_images(part)]
+    elif num_images:
+        images = [{"type": "image"} for _ in range(num_images)]
+        asked[0]["content"] = [*images, *asked[0]["content"]]
+    return messages
+
+
+def _split_at_images(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for number, text in enumerate(part["text"].split(IMAGE_PLACE)):
+        if number:
+            yield {"type": "image"}
+        if text:
+            yield {"type": "text", "text": text}
+
+
+def _check_places(messages: Sequence[Row], num_images: int) -> None:
+    """No place for an image is left in a user's text."""
+    contents = [m["content"] for m in messages if m["role"] == "user"]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    texts = [part.get("text", "") for part in parts] + [c for c in contents if isinstance(c, str)]
+    left = sum(text.count(IMAGE_PLACE) for text in texts)
+    if left:
+        raise _Unusable(
+            f"prompt: expected as many {IMAGE_PLACE} as images or none, got {left} and "
+            f"{num_images} images"
+        )
 
 
 def _read_pair(prompt: Any, row: Row) -> tuple[Any, dict[str, Any]]:
@@ -740,12 +795,28 @@ def _read_pair(prompt: Any, row: Row) -> tuple[Any, dict[str, Any]]:
             f"chosen, rejected: expected the same turns before the last in both, got {len(lead)} "
             f"and {len(other)} that differ; make the earlier ones the prompt"
         )
-    if lead and prompt is not None:
-        said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        repeated = list(map(_spoken, lead[: len(said)])) == list(map(_spoken, said))
-        lead = lead if repeated else [*said, *lead]
     answers = {name: spoken_text(row.get(name)) for name in ("chosen", "rejected")}
-    return lead or prompt, {**row, **answers}
+    return (_joined(prompt, lead) if lead else prompt), {**row, **answers}
+
+
+def _joined(prompt: Any, lead: list[Any]) -> list[Any]:
+    """A prompt and the turns before the answers: one of them where it holds the other."""
+    if not isinstance(prompt, (str, list, tuple, type(None))):
+        raise _Unusable(f"prompt: expected a text or a chat, got {prompt!r:.80}")
+    said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or ())
+    if isinstance(prompt, str) and not prompt.strip():
+        said = []
+    one, two = list(map(_spoken, said)), list(map(_spoken, lead))
+    if any(two[at : at + len(one)] == one for at in range(len(two) - len(one) + 1)):
+        return lead
+    if one[-len(two) :] == two:
+        return said
+    if two[0][0] == "system":
+        raise _Unusable(
+            f"prompt: expected the turns before the answers to go on from it, or to hold it, got "
+            f"{prompt!r:.80} and then {lead!r:.80}"
+        )
+    return [*said, *lead]
 
 
 def _spoken(turn: Any) -> tuple[Any, str]:
@@ -780,7 +851,7 @@ def _read_conversation(turns: Any, *, compat: bool) -> tuple[str, list[str], str
 
 
 def _read_chat(turns: list[Any], num_images: int) -> list[dict[str, Any]]:
-    """A prompt that is a chat already. Images without a place go before the first user's text."""
+    """A prompt that is a chat already."""
     if not turns:
         raise _Unusable("prompt: empty")
     messages = [_read_turn(turn) for turn in turns]
@@ -789,10 +860,7 @@ def _read_chat(turns: list[Any], num_images: int) -> list[dict[str, Any]]:
     parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
     places = sum(part["type"] == "image" for part in parts)
     if places == 0 and num_images:
-        first = next(m for m in messages if m["role"] == "user")
-        content = first["content"]
-        texts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        first["content"] = [{"type": "image"} for _ in range(num_images)] + texts
+        messages = _placed_images(messages, num_images)
     elif places != num_images:
         raise _Unusable(f"prompt: expected {num_images} image parts, as images, got {places}")
     _non_empty(_last_text(messages), "prompt")

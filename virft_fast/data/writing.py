@@ -36,13 +36,14 @@ class Plan:
         row: column -> value, without the image.
         fill: (width, height) of the image -> further columns, or why the row can't be used; for
             what can only be said once the image is open.
-        has_boxes: places in the image are given.
+        has_boxes: places in the image are given. sized: `fill` knows the size they are meant for.
     """
 
     image: Path
     row: Mapping[str, Any]
     fill: Callable[[int, int], Mapping[str, Any] | str] = lambda width, height: {}
     has_boxes: bool = False
+    sized: bool = False
 
 
 @dataclass
@@ -233,9 +234,9 @@ def _row(
     except Exception as error:  # PIL's decoders raise nearly anything on damaged input
         built.leave_out("image can't be read", f"{plan.image}: {type(error).__name__}")
         return None
-    if plan.has_boxes and turned and raw == (width, height):
-        # Sideways, the sizes tell whether boxes are of the picture as it is stored or as it is
-        # shown; upside down and mirrored, nothing does.
+    if plan.has_boxes and turned and (raw == (width, height) or not plan.sized):
+        # Sideways, a size tells whether boxes are of the picture as it is stored or as it is shown;
+        # upside down and mirrored, nothing does.
         built.leave_out("image turned by its EXIF data, its boxes may not be", str(plan.image))
         return None
     try:

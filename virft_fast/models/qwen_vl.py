@@ -163,17 +163,22 @@ def read_config(name_or_path: str, revision: str | None = None) -> Any:
 
 
 def weights_stamp(path: str) -> list[Any]:
-    """Changes when the weight files of a model's folder do, and not when they are copied; empty for
-    a hub id, which has its revision. Read are some blocks of each file, so that it costs nothing.
+    """Changes when the weight files of a model's folder do, or those under an adapter, and not when
+    they are copied; empty for a hub id, which has its revision. Of each file 64 MiB are read, in
+    blocks all over it: a change to less than a block's distance may go unseen.
     """
     if not Path(path).is_dir():
         return []
     files = [f for f in Path(path).iterdir() if f.suffix in (".safetensors", ".bin")]
-    return sorted([file.name, file.stat().st_size, _crc_of_blocks(file)] for file in files)
+    stamp = sorted([file.name, file.stat().st_size, _crc_of_blocks(file)] for file in files)
+    under = _adapter_base(path)
+    return stamp if under is None else [*stamp, *weights_stamp(resolve_model_path(under))]
 
 
-def _crc_of_blocks(file: Path, count: int = 64, size: int = 2**16) -> int:
+def _crc_of_blocks(file: Path, count: int = 1024, size: int = 2**16) -> int:
     total, crc = file.stat().st_size, 0
+    if total <= count * size:
+        return zlib.crc32(file.read_bytes())
     with file.open("rb") as opened:
         for number in range(count):
             opened.seek(number * max(0, total - size) // (count - 1))
