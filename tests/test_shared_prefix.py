@@ -419,17 +419,20 @@ def test_steps_with_and_without_sharing_agree(processor, prompts, loss_type, bet
         "loss_type": loss_type, "beta": beta, "num_iterations": 2, "num_generations": 4,
         "max_completion_length": 12,
     }  # fmt: skip
-    shared = make_state(processor, config=config, settings=SMOOTH, prompts_per_microbatch=4)
+    # A KL term grows with the exponential of how far a step went, and rounding with it: shorter
+    # steps, and less that they may differ by.
+    settings = SMOOTH | {"learning_rate": 5e-4 if beta else 2e-3}
+    shared = make_state(processor, config=config, settings=settings, prompts_per_microbatch=4)
     plain = make_state(
-        processor, config=config, settings=SMOOTH, prompts_per_microbatch=4, backend="hf",
+        processor, config=config, settings=settings, prompts_per_microbatch=4, backend="hf",
         policy={"prefix_sharing": "off"},
     )  # fmt: skip
     start = parameters(shared.policy)
     ours, oracle = two_steps(shared, prompts), two_steps(plain, prompts)
     assert largest_difference(parameters(shared.policy), start) > 1e-4
-    assert largest_difference(parameters(shared.policy), parameters(plain.policy)) <= 1e-5
+    apart = largest_difference(parameters(shared.policy), parameters(plain.policy))
+    assert apart <= 1e-5 * settings["learning_rate"] / 2e-3
     for a, b in zip(ours, oracle, strict=True):
-        # With a KL term the second pass sees losses in the thousands.
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5, rel=1e-5)
         assert a["reward"] == b["reward"]
         assert a["entropy"] == pytest.approx(b["entropy"], abs=1e-4)
