@@ -408,6 +408,39 @@ def test_hub(monkeypatch):
         load_rows("owner/name", "val")
 
 
+def test_a_set_in_the_hubs_layout_is_read_by_datasets_itself(tmp_path, monkeypatch):
+    """What `load_dataset` makes of a hub id, with the id's files in a folder: Visual-RFT's schema,
+    a configuration, its splits, and `datasets`' own words for one that it lacks."""
+    rows = {"image": [encoded(red())] * 2, "problem": ["Which?"] * 2, "solution": [SOLUTION] * 2}
+    features = datasets.Features(
+        image=datasets.Image(), problem=datasets.Value("string"), solution=datasets.Value("string")
+    )
+    folder = tmp_path / "set"
+    for split in ("train", "test"):
+        (folder / "few").mkdir(parents=True, exist_ok=True)
+        made = datasets.Dataset.from_dict(rows, features=features)
+        made.to_parquet(folder / f"few/{split}-00000-of-00001.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: few\n  data_files:\n"
+        "  - split: train\n    path: few/train-*\n  - split: test\n    path: few/test-*\n---\n"
+    )
+    real = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda name, config, split: real(
+            str(folder), config, split=split, cache_dir=str(tmp_path / "cache")
+        ),
+    )
+    loaded = load_rows("laolao77/ViRFT_set", "test", dataset_config="few")
+    sample = SampleDataset(loaded).get(1)
+    assert sample.solution == SOLUTION and sample.images[0].getpixel((0, 0)) == RED
+    with pytest.raises(ValueError, match="no split 'val', it has train, test"):
+        load_rows("laolao77/ViRFT_set", "val", dataset_config="few")
+    with pytest.raises((ValueError, FileNotFoundError), match="the hub says: .*few"):
+        load_rows("laolao77/ViRFT_set", "train", dataset_config="many")
+
+
 def test_hub_error_is_chained():
     with pytest.raises(FileNotFoundError, match="the hub says: .*expected a demo") as caught:
         load_rows("nobody/virft-no-such-set", "train")  # conftest.py says offline
