@@ -79,10 +79,15 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
+def _output_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder to write; new, or empty")
-    add("--overwrite", action="store_true", help="replace the folder once the new one is whole")
+    add("--overwrite", action="store_true", help="replace a data set once the new one is whole")
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    _output_arguments(parser)
+    add = parser.add_argument
     add("--allow_missing", action="store_true", help="leave out rows whose image is missing")
     add("--seed", type=int, default=0, help="of every choice")
     add("--test_share", type=_share, default=0.0, help="of the images, held out as split test")
@@ -162,8 +167,7 @@ def _mia_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", default="train")
     add("--images", type=Path, help="where image paths of a JSON file start; default: its folder")
     add("--model_name_or_path", required=True, help="the model that answers, as in training")
-    add("--output", type=Path, required=True, help="folder to write; must not exist")
-    add("--overwrite", action="store_true", help="replace the folder once the new one is whole")
+    _output_arguments(parser)
     add("--seed", type=_natural, default=0, help="of every choice")
     add("--max_rows", type=_positive, help="take the first so many rows; default: all")
     add("--test_share", type=_share, default=0.0,

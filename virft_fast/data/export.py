@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from virft_fast.batch import Sample
-from virft_fast.data.loading import BadRow, SampleDataset, taught_answer
+from virft_fast.data.loading import IMAGE_PLACE, BadRow, SampleDataset, taught_answer
 from virft_fast.data.writing import make_folder
 
-IMAGE_MARK = "<image>"
 # Each counts as one more file if a text says it itself.
 MARKS = re.compile(r"<(image|video|audio)>")
 INFO = "dataset_info.json"
@@ -151,7 +150,7 @@ def _alternating(messages: list[dict[str, str]]) -> list[dict[str, str]] | None:
 def _text(content: Any) -> str:
     if isinstance(content, str):
         return _escaped(content)
-    parts = (IMAGE_MARK if p["type"] == "image" else _escaped(p["text"]) for p in content)
+    parts = (IMAGE_PLACE if p["type"] == "image" else _escaped(p["text"]) for p in content)
     return "".join(parts)
 
 
