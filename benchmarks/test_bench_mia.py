@@ -4,8 +4,8 @@
     pytest benchmarks/test_bench_mia.py --size 2b     Qwen2-VL's shapes, on a GPU; also 7b
 
 The original answers one sample at a time with transformers' generate and all attention maps in its
-output, and takes one layer of them. Same model, same scenes, same number of tokens; answers and
-attention ratios are compared first.
+output, and puts those of one layer together to a whole map of each head. Same model, same scenes,
+same number of tokens; answers and attention ratios are compared first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from virft_fast.rollout.native import NativeRollout
 
 ROUNDS = 3
 # kind, images, side of an image in pixels, scenes, tokens of an answer
-CASES = [("collage", 9, 448, 4, 64), ("sequence", 3, 224, 16, 64)]
+CASES = [("collage", 9, 448, 8, 64), ("sequence", 3, 224, 16, 64)]
 
 
 class FixedLength(NativeRollout):
@@ -61,6 +61,7 @@ def test_selection(race, request, kind, count, side, number, length):
     plain.set_attn_implementation("eager")
     policy, device = Policy(model), torch.device(DEVICE)
     layer = SHAPES[size]["num_hidden_layers"] // 2
+    heads = SHAPES[size]["num_attention_heads"]
     banned = [*banned_token_ids(tokenizer, SHAPES[size]["vocab_size"]), tokenizer.eos_token_id]
     rollout = FixedLength(lambda: nullcontext(policy), tokenizer, device=device)
 
@@ -82,15 +83,15 @@ def test_selection(race, request, kind, count, side, number, length):
                     output_attentions=True,
                     return_dict_in_generate=True,
                 )
-            size = len(prompt.input_ids)
-            whole = torch.zeros(size + length - 1, size + length - 1, device=device)
+            read = len(prompt.input_ids)
+            whole = torch.zeros(heads, read + length - 1, read + length - 1, device=device)
             for step, maps in enumerate(out.attentions):
-                mean = maps[layer][0].float().mean(0)  # (1 or P, keys)
-                first = 0 if step == 0 else size + step - 1
-                whole[first : first + len(mean), : mean.shape[1]] = mean
-            attention = whole[size:, :size].mean(0).cpu()
+                rows = maps[layer][0].float()  # (heads, P or 1, keys)
+                first = 0 if step == 0 else read + step - 1
+                whole[:, first : first + rows.shape[1], : rows.shape[2]] = rows
+            attention = whole.mean(0)[read:, :read].mean(0).cpu()
             ratio = attention_ratio(attention, prompt, scene, kind, 2)
-            found.append((out.sequences[0, size:].cpu(), ratio))
+            found.append((out.sequences[0, read:].cpu(), ratio))
         return found
 
     def ours():

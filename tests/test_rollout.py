@@ -171,7 +171,7 @@ def test_prompt_that_does_not_fit_is_named_before_anything_runs(policy, processo
 def test_long_prompts_are_read_in_several_calls(monkeypatch, native, prompts):
     sampling = Sampling(16, seed=2)
     expected = native.generate(prompts, 2, sampling)
-    monkeypatch.setattr(native_module, "PREFILL_TOKENS", 1)
+    monkeypatch.setitem(native_module.PREFILL_TOKENS, "cpu", 1)
     out = native.generate(prompts, 2, sampling)
     assert out.texts == expected.texts
     torch.testing.assert_close(out.sampling_logps, expected.sampling_logps, rtol=0, atol=1e-5)

@@ -31,8 +31,9 @@ from virft_fast.models.shared_prefix import PackedAttention
 from virft_fast.rollout import Sampling, Weights, check_request
 from virft_fast.rollout.sampling import Sampler, make_rollouts, to_front
 
-# Prompt tokens that go through the model in one call.
-PREFILL_TOKENS = 16_384
+# Prompt tokens that go through the model in one call. A CPU is a little faster with few, whose
+# activations stay in its cache.
+PREFILL_TOKENS = {"cpu": 8_192, "cuda": 16_384}
 # A step sees this many completion tokens, or a multiple: so many that graphs are few, and so few
 # that little is read in vain.
 WIDTH_STEP = {"cpu": 32, "cuda": 128}
@@ -413,7 +414,8 @@ class _Decoding:
         """Read all prompts, draw the first token of every row; returns each prompt's image
         features."""
         features, lasts, starts = [], [], []
-        for first, last in token_chunks([len(p.input_ids) for p in prompts], PREFILL_TOKENS):
+        most = PREFILL_TOKENS.get(self.device.type, PREFILL_TOKENS["cpu"])
+        for first, last in token_chunks([len(p.input_ids) for p in prompts], most):
             part = prompts[first:last]
             inputs = self.policy.collate(
                 part,
