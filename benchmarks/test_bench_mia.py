@@ -7,8 +7,9 @@ The original answers one sample at a time with transformers' generate and all at
 output, and puts those of one layer together to a whole map of each head. Same model, same scenes,
 same number of tokens; answers and attention ratios are compared first.
 
-On a CPU most of the loop's time may be page faults of its maps, so the ratio depends on the system's
-memory: for collages of 9 from 4.1x (one thread, four scenes) to 7.8x (two threads) were seen.
+On a CPU most of the loop's time may be page faults of its maps, so the ratio depends on the
+system's memory: for collages of 9 from 4.1x (one thread, four scenes) to 7.8x (two threads) were
+seen.
 """
 
 from __future__ import annotations
