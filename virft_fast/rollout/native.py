@@ -31,9 +31,9 @@ from virft_fast.models.shared_prefix import PackedAttention
 from virft_fast.rollout import Sampling, Weights, check_request
 from virft_fast.rollout.sampling import Sampler, make_rollouts, to_front
 
-# Prompt tokens that go through the model in one call. On two CPU cores fewer took 3 to 5 % less
-# time for prompts of 2,679 tokens; a GPU's number is a choice, not measured yet.
-PREFILL_TOKENS = {"cpu": 8_192, "cuda": 16_384}
+# Prompt tokens that go through the model in one call. On two CPU cores 2,048 took up to 15 % less
+# time than 8,192, and less than half the memory; a GPU's number is a choice, not measured yet.
+PREFILL_TOKENS = {"cpu": 2_048, "cuda": 16_384}
 # A step sees this many completion tokens, or a multiple: so many that graphs are few, and so few
 # that little is read in vain.
 WIDTH_STEP = {"cpu": 32, "cuda": 128}
