@@ -7,10 +7,10 @@ The original answers one sample at a time with transformers' generate and all at
 output, and puts those of one layer together to a whole map of each head. Same model, same scenes,
 same number of tokens; answers and attention ratios are compared first.
 
-That loop is measured twice. Attention maps need transformers' eager attention, and as the original
-ran it all attention was eager: its vision tower had no other in the release it was written for
-(huggingface/transformers#31940 came later). The second form is the best that can be made of the
-loop: its tower, which both need, uses SDPA as ours does, only the language model makes maps.
+That loop is measured twice. Attention maps need transformers' eager attention, and in the original
+all attention was eager: LLaVA 1.5 pins releases of transformers (4.31, 4.37) older than any other
+attention for its vision tower (huggingface/transformers#31940). The second form is the best that
+can be made of the loop: its tower uses SDPA as ours does, only the language model makes maps.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def make_scenes(kind, count, side, number):
         yield compose(plan, images, "Which digit is this?", layout)
 
 
+@pytest.mark.timeout(3600)  # a quarter of an hour on one thread
 @pytest.mark.parametrize("kind, count, side, number, length", CASES, ids=str)
 def test_selection(race, request, kind, count, side, number, length):
     size = request.config.getoption("--size")
