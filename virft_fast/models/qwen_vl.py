@@ -556,6 +556,8 @@ def _images(prompts: Sequence[Prompt]) -> tuple[Tensor | None, Tensor | None]:
     with_images = [p for p in prompts if p.pixel_values is not None]
     if not with_images:
         return None, None
+    if len(with_images) == 1:  # the largest tensor that goes in: not copied
+        return with_images[0].pixel_values, with_images[0].image_grid_thw
     pixels = torch.cat([p.pixel_values for p in with_images])
     return pixels, torch.cat([p.image_grid_thw for p in with_images])
 
