@@ -177,6 +177,29 @@ def test_long_prompts_are_read_in_several_calls(monkeypatch, native, prompts):
     torch.testing.assert_close(out.sampling_logps, expected.sampling_logps, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["native", "hf"])
+@pytest.mark.parametrize(
+    "images", [(0, 1, 0, 2, 1), (0, 0), (1,)], ids=["mixed", "text alone", "one image"]
+)
+def test_features_of_a_frozen_tower_are_each_prompts_own(monkeypatch, processor, backend, images):
+    model = load_model("tiny")
+    core(model).visual.requires_grad_(False)
+    policy = Policy(model)
+    samples = [make_sample(i, ((56, 84),) * count) for i, count in enumerate(images)]
+    prompts = make_prompts(processor, *samples)
+    monkeypatch.setitem(native_module.PREFILL_TOKENS, "cpu", 1)  # a call for each prompt
+    rollout = rollout_of(backend, policy, processor.tokenizer)
+    found = rollout.generate(prompts, 2, Sampling(4, seed=1)).image_features
+    assert [len(features) for features in found] == [6 * count for count in images]
+    for prompt, features in zip(prompts, found, strict=True):
+        if prompt.pixel_values is not None:
+            inputs = policy.collate([prompt], [[]], pad_token_id=0, device=CPU)
+            torch.testing.assert_close(features, policy.image_features(inputs), rtol=0, atol=1e-5)
+    core(model).visual.requires_grad_(True)
+    trained = rollout_of(backend, Policy(model), processor.tokenizer)
+    assert trained.generate(prompts, 2, Sampling(4, seed=1)).image_features is None
+
+
 class Recorded:
     """What a CUDA graph is to the engine: the operations of one step on the tensors of that moment,
     whatever the engine has turned to since."""

@@ -55,6 +55,7 @@ class ModelInputs:
         position_ids: (3, R, L) int64, multimodal rotary positions.
         image_mask: (R, L) bool, true at image tokens; never true in a completion.
         pixel_values, image_grid_thw: the images of the B prompts, each once; None without images.
+            Not to be changed in place: they may be a Prompt's own.
         image_copies: for each prompt the number of its image tokens, and of the times it is read.
         predictors: (S,) int64, positions in the R * L tokens whose hidden states predict the
             completion tokens.
@@ -74,6 +75,12 @@ class ModelInputs:
     completion_ids: Tensor
     cu_seqlens: Tensor
     groups: tuple[Group, ...] | None = None
+
+    def per_prompt(self, image_features: Tensor) -> tuple[Tensor, ...]:
+        """`Policy.image_features` of all B prompts -> of each; a blank image's are nobody's."""
+        if self.pixel_values is None:
+            image_features = image_features[:0]
+        return image_features.split([tokens for tokens, _ in self.image_copies])
 
 
 def load_model(
@@ -456,11 +463,9 @@ class Policy(nn.Module):
             # The tower ran on a blank image so that all ranks make the same module calls; with a
             # weight of zero its parameters get zero gradients instead of none.
             return embeds + 0.0 * image_features.sum(), None
-        per_prompt = image_features.split([tokens for tokens, _ in inputs.image_copies])
         copies = (copies for _, copies in inputs.image_copies)
-        repeated = torch.cat(
-            [part for part, n in zip(per_prompt, copies, strict=True) for _ in range(n)]
-        )
+        per_prompt = zip(inputs.per_prompt(image_features), copies, strict=True)
+        repeated = torch.cat([part for part, n in per_prompt for _ in range(n)])
         features, *deepstack = repeated.split(embeds.shape[-1], -1)
         embeds = embeds.masked_scatter(inputs.image_mask[..., None], features)
         return embeds, [part.contiguous() for part in deepstack] or None

@@ -110,10 +110,8 @@ class HFRollout:
             generation_config=config,
             logits_processor=LogitsProcessorList([draws]),
         )
-        split = None
-        if policy.vision_frozen:
-            split = features.split([count for count, _ in inputs.image_copies])
-        return tokens, torch.stack(draws.logps, 1), split
+        kept = inputs.per_prompt(features) if policy.vision_frozen else None
+        return tokens, torch.stack(draws.logps, 1), kept
 
 
 class _Draws:

@@ -427,10 +427,7 @@ class _Decoding:
             )
             images = self.policy.image_features(inputs)
             if self.policy.vision_frozen:  # nobody may use them otherwise
-                counts = [count for count, _ in inputs.image_copies]
-                features += images.split(counts) if inputs.pixel_values is not None else [
-                    images[:0] for _ in part
-                ]  # fmt: skip
+                features += inputs.per_prompt(images)
             lasts.append(self._read(inputs, images, first))
             places = inputs.position_ids[:, 0]
             starts += [places[:, group.start : group.first].max() + 1 for group in inputs.groups]
