@@ -37,9 +37,11 @@ def usage() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-def arg(default: Any, help: str, *aliases: str) -> Any:
-    """A dataclass field with a help text and other spellings of its flag."""
+def arg(default: Any, help: str, *aliases: str, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with a help text, other spellings of its flag, and its values if few."""
     metadata: dict[str, Any] = {"help": help}
+    if choices:
+        metadata["choices"] = choices
     if aliases:
         metadata["aliases"] = [f"--{alias}" for alias in aliases]
     if isinstance(default, list):
@@ -52,15 +54,29 @@ def _require(ok: bool, flag: str, expected: str, got: Any) -> None:
         raise ValueError(f"--{flag}: expected {expected}, got {got!r}")
 
 
+def _check_choices(config: Any) -> None:
+    for entry in fields(config):
+        choices, value = entry.metadata.get("choices"), getattr(config, entry.name)
+        if choices and value not in choices:
+            close = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(
+                f"--{entry.name}: expected one of {', '.join(choices)}, got {value!r}{hint}"
+            )
+
+
 @dataclass
 class ModelConfig:
     """Which model is trained, and which part of it."""
 
+    _argument_group_name = "Model"
     model_name_or_path: str = arg(
         "tiny", "A checkpoint folder, a hub id, or `tiny` for the embedded model."
     )
     model_revision: str | None = arg(None, "Revision of a hub id.")
-    dtype: str = arg("auto", "auto (bfloat16 with --bf16, else float32), ...", "torch_dtype")
+    dtype: str = arg(
+        "auto", "auto: bfloat16 with --bf16, else float32.", "torch_dtype", choices=DTYPES
+    )
     attn_implementation: str = arg("sdpa", "sdpa, eager or flash_attention_2 (needs flash-attn).")
     freeze_vision_tower: bool = arg(
         False, "Train the language model only.", "freeze_vision_modules"
@@ -79,7 +95,7 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
-        _require(self.dtype in DTYPES, "dtype", f"one of {DTYPES}", self.dtype)
+        _check_choices(self)
         for name in ("min_pixels", "max_pixels"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, "a positive number of pixels", value)
@@ -100,6 +116,7 @@ class ModelConfig:
 class DataConfig:
     """Where the samples come from, and how many broken ones are put up with."""
 
+    _argument_group_name = "Data"
     dataset_name: str = arg(
         "shapes_detection",
         "A save_to_disk folder, JSON, JSONL or parquet file, hub id, or a demo data set: "
@@ -113,7 +130,7 @@ class DataConfig:
     dataset_streaming: bool = arg(
         False, "Read parquet files, of this machine or the hub, in parts while training."
     )
-    task: str = arg("auto", "detection, classification, grounding, or auto: read off the data.")
+    task: str = arg("auto", "What is asked; auto: read off the data.", choices=TASKS)
     compat_prompt: bool = arg(
         False, "LISA's conversations: ask for the box as the original does, to the letter."
     )
@@ -123,7 +140,7 @@ class DataConfig:
     max_bad_rows: int = arg(100, "Stop when more rows than this can't be used.")
 
     def __post_init__(self) -> None:
-        _require(self.task in TASKS, "task", f"one of {TASKS}", self.task)
+        _check_choices(self)
         _require(self.max_bad_rows >= 0, "max_bad_rows", "0 or more", self.max_bad_rows)
         length = self.max_prompt_length
         _require(length is None or length > 0, "max_prompt_length", "a positive number", length)
@@ -133,6 +150,7 @@ class DataConfig:
 class GRPOConfig:
     """Rollout, rewards and loss. Definitions are those of TRL 1.16's GRPOConfig."""
 
+    _argument_group_name = "GRPO"
     reward_funcs: list[str] = arg(
         [], "Names or path/to/file.py:function; empty: the task's default rewards."
     )
@@ -152,33 +170,46 @@ class GRPOConfig:
         "Above 1 makes tokens that were there already less likely; 1 is off. "
         "Not replayed in the loss.",
     )
-    rollout_backend: str = arg("native", "native, or hf: transformers' generate, to compare with.")
+    rollout_backend: str = arg(
+        "native", "hf: transformers' generate, to compare with.", choices=ROLLOUT_BACKENDS
+    )
     rollout_cache_tokens: int | None = arg(
         None, "Tokens whose keys and values a rollout holds at once; None: what fits."
     )
     prefix_sharing: str = arg(
-        "auto", "Read a prompt once for all its completions: on, off, or auto: where possible."
+        "auto",
+        "Read a prompt once for all its completions; auto: where possible.",
+        choices=("auto", "on", "off"),
     )
     prefix_attention: str = arg(
-        "two_part", "Attention over a shared prompt: two_part, flex (CUDA) or dense."
+        "two_part", "Attention over a shared prompt; flex needs CUDA.", choices=PREFIX_ATTENTIONS
     )
     beta: float = arg(0.04, "Weight of the KL to the reference model; 0 loads none.")
     epsilon_low: float = arg(0.2, "The ratio is kept above 1 - epsilon_low.", "epsilon")
     epsilon_high: float | None = arg(None, "... and below 1 + epsilon_high; None: epsilon_low.")
     delta: float | None = arg(None, "Upper bound of the unclipped ratio (two-sided clipping).")
     num_iterations: int = arg(1, "Optimizer passes over one batch of rollouts (mu).")
-    loss_type: str = arg("grpo", f"One of {', '.join(LOSS_TYPES)}.")
+    loss_type: str = arg("grpo", "What a token's loss is, and its mean.", choices=LOSS_TYPES)
     loss_impl: str = arg(
-        "fused", "fused, or reference: whole logits and their log-softmax, to compare with."
+        "fused",
+        "reference: whole logits and their log-softmax, to compare with.",
+        choices=LOSS_IMPLS,
     )
-    scale_rewards: str = arg("group", "group, batch or none: what divides the centred rewards.")
-    importance_sampling_level: str = arg("token", "token or sequence.")
+    scale_rewards: str = arg(
+        "group",
+        "What divides the centered rewards; true is group, false is none.",
+        choices=("group", "batch", "none"),
+    )
+    importance_sampling_level: str = arg(
+        "token", "Whose probability the ratio is of.", choices=("token", "sequence")
+    )
     mask_truncated_completions: bool = arg(False, "Leave completions without EOS out of the loss.")
 
     def __post_init__(self) -> None:
         self.scale_rewards = {"true": "group", "false": "none"}.get(
             str(self.scale_rewards).lower(), str(self.scale_rewards)
         )
+        _check_choices(self)
         _require(
             self.num_generations >= 2,
             "num_generations",
@@ -203,12 +234,6 @@ class GRPOConfig:
         _require(0 <= self.min_p < 1, "min_p", "a number in [0, 1)", self.min_p)
         penalty = self.repetition_penalty
         _require(0 < penalty < math.inf, "repetition_penalty", "a number above 0", penalty)
-        for name, choices in (
-            ("rollout_backend", ROLLOUT_BACKENDS),
-            ("prefix_sharing", ("auto", "on", "off")),
-            ("prefix_attention", PREFIX_ATTENTIONS),
-        ):
-            _require(getattr(self, name) in choices, name, f"one of {choices}", getattr(self, name))
         most = self.rollout_cache_tokens
         _require(most is None or most > 0, "rollout_cache_tokens", "a positive number", most)
         _require(self.beta >= 0, "beta", "0 or more", self.beta)
@@ -217,15 +242,6 @@ class GRPOConfig:
         _require(high is None or high >= 0, "epsilon_high", "0 or more", high)
         _require(self.delta is None or self.delta > 1, "delta", "a ratio above 1", self.delta)
         _require(self.num_iterations >= 1, "num_iterations", "at least 1", self.num_iterations)
-        _require(self.loss_type in LOSS_TYPES, "loss_type", f"one of {LOSS_TYPES}", self.loss_type)
-        _require(self.loss_impl in LOSS_IMPLS, "loss_impl", f"one of {LOSS_IMPLS}", self.loss_impl)
-        levels = ("token", "sequence")
-        level = self.importance_sampling_level
-        _require(level in levels, "importance_sampling_level", f"one of {levels}", level)
-        scales = ("group", "batch", "none")
-        _require(
-            self.scale_rewards in scales, "scale_rewards", f"one of {scales}", self.scale_rewards
-        )
 
     def weights_of(self, reward_funcs: list[str]) -> list[float]:
         """One weight for each of these reward functions, or a ValueError."""
@@ -241,6 +257,7 @@ class GRPOConfig:
 class DPOConfig:
     """Direct preference optimisation, with --algorithm dpo."""
 
+    _argument_group_name = "DPO"
     dpo_beta: float = arg(0.1, "How far the policy may go from the reference for a preference.")
     label_smoothing: float = arg(
         0.0,
@@ -263,10 +280,12 @@ class DPOConfig:
 class TrainConfig:
     """The run: optimizer, length, logs, checkpoints."""
 
+    _argument_group_name = "Run"
     algorithm: str = arg(
         "grpo",
-        "grpo; sft: fine-tuning on the solutions (or a column completion); dpo: on pairs of a "
-        "chosen and a rejected answer.",
+        "sft: fine-tuning on the solutions (or a column completion); dpo: on pairs of a chosen and "
+        "a rejected answer.",
+        choices=ALGORITHMS,
     )
     output_dir: str = arg("runs/grpo", "Where everything of this run is written.")
     overwrite_output_dir: bool = arg(False, "Delete what an earlier run left in --output_dir.")
@@ -307,7 +326,7 @@ class TrainConfig:
     local_rank: int = arg(-1, "Set by the deepspeed launcher; the environment is what counts.")
 
     def __post_init__(self) -> None:
-        _require(self.algorithm in ALGORITHMS, "algorithm", f"one of {ALGORITHMS}", self.algorithm)
+        _check_choices(self)
         for name in (
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
@@ -352,6 +371,7 @@ class RunConfig:
 class EvalConfig:
     """Arguments of `python -m virft_fast.evaluate`."""
 
+    _argument_group_name = "Evaluation"
     model_name_or_path: str = arg("tiny", "A checkpoint folder, a hub id, or `tiny`.")
     model_revision: str | None = arg(None, "Revision of a hub id.")
     compare: list[str] = arg([], "Several models in the place of one, side by side in one table.")
@@ -360,7 +380,8 @@ class EvalConfig:
     split: str = arg("test", "Split to evaluate.", "dataset_test_split")
     task: str = arg(
         "auto",
-        "detection, classification, grounding or auto; coco or lvis: detection by COCO's protocol.",
+        "What is asked; auto: read off the data; coco and lvis: detection by COCO's protocol.",
+        choices=EVAL_TASKS,
     )
     annotations: str | None = arg(
         None, "An instances file of COCO or LVIS in the place of a data set."
@@ -385,9 +406,11 @@ class EvalConfig:
     max_completion_length: int = arg(1024, "Longest completion in tokens; as the original's.")
     max_prompt_length: int | None = arg(None, "A longer prompt is skipped and counted.")
     max_bad_rows: int = arg(100, "Stop when more rows than this can't be used.")
-    rollout_backend: str = arg("native", "native, or hf: transformers' generate.")
+    rollout_backend: str = arg("native", "hf: transformers' generate.", choices=ROLLOUT_BACKENDS)
     rollout_cache_tokens: int | None = arg(None, "As in training.")
-    dtype: str = arg("auto", "auto: bfloat16 on a GPU, else float32.", "torch_dtype")
+    dtype: str = arg(
+        "auto", "auto: bfloat16 on a GPU, else float32.", "torch_dtype", choices=DTYPES
+    )
     attn_implementation: str = arg("sdpa", "sdpa, eager or flash_attention_2.")
     min_pixels: int | None = arg(None, "As in training; both budgets should agree.")
     max_pixels: int | None = arg(None, "As in training; both budgets should agree.")
@@ -399,13 +422,8 @@ class EvalConfig:
     local_rank: int = arg(-1, "Set by the deepspeed launcher; the environment is what counts.")
 
     def __post_init__(self) -> None:
-        _require(self.task in EVAL_TASKS, "task", f"one of {EVAL_TASKS}", self.task)
+        _check_choices(self)
         self._check_source()
-        _require(self.dtype in DTYPES, "dtype", f"one of {DTYPES}", self.dtype)
-        backend = self.rollout_backend
-        _require(
-            backend in ROLLOUT_BACKENDS, "rollout_backend", f"one of {ROLLOUT_BACKENDS}", backend
-        )
         most = self.rollout_cache_tokens
         _require(most is None or most > 0, "rollout_cache_tokens", "a positive number", most)
         _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)

@@ -23,13 +23,9 @@ from typing import Any
 import torch
 
 from virft_fast import dist
-from virft_fast.config import (
-    EvalConfig,
-    UsageError,
-    known_flags,
-    unknown_flag_message,
-    usage,
-)
+from virft_fast.cli import parse
+from virft_fast.commands import end_process
+from virft_fast.config import EvalConfig, UsageError, usage
 from virft_fast.data import NoUsableRows, TooManyBadRows
 from virft_fast.data.inspection import subject
 from virft_fast.data.writing import listing
@@ -78,15 +74,7 @@ def parse_args(argv: list[str]) -> EvalConfig:
     Raises:
         UsageError: an unknown or misspelt flag, or a value out of range.
     """
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(EvalConfig, prog="python -m virft_fast.evaluate")
-    parser.allow_abbrev = False
-    with usage():
-        config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-        if unknown:
-            known = known_flags((EvalConfig,))
-            raise ValueError("; ".join(unknown_flag_message(flag, known) for flag in unknown))
+    (config,) = parse((EvalConfig,), argv, "python -m virft_fast.evaluate")
     return config
 
 
@@ -200,6 +188,4 @@ def _resolved(source: str) -> str:
 
 
 if __name__ == "__main__":
-    from virft_fast.train import end_process
-
     end_process(main())

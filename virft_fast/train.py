@@ -30,14 +30,14 @@ import torch
 from virft_fast import checkpoint as checkpoints
 from virft_fast import dist, dpo, sft, tasks
 from virft_fast.batch import Sample
+from virft_fast.cli import parse
+from virft_fast.commands import end_process
 from virft_fast.config import (
     TRAIN_GROUPS,
     GRPOConfig,
     ModelConfig,
     RunConfig,
     UsageError,
-    known_flags,
-    unknown_flag_message,
     usage,
 )
 from virft_fast.data import (
@@ -115,17 +115,7 @@ def parse_args(argv: list[str]) -> RunConfig:
     Raises:
         UsageError: an unknown or misspelt flag or key, or a value out of range.
     """
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(list(TRAIN_GROUPS), prog="python -m virft_fast.train")
-    parser.allow_abbrev = False
-    known = known_flags(TRAIN_GROUPS)
-    config_path = _config_path(argv)
-    if config_path is not None:
-        argv = [*_read_yaml(config_path, known), *argv]  # the later of two flags wins
-    *groups, unknown = _parse(parser, argv)
-    if unknown:
-        raise UsageError("; ".join(_explain(flag, known) for flag in unknown))
+    groups = parse(TRAIN_GROUPS, argv, "python -m virft_fast.train")
     config = RunConfig(*groups)
     _check_algorithm(config)
     return config
@@ -150,55 +140,6 @@ def _check_algorithm(config: RunConfig) -> None:
     if given:
         flags = ", ".join(f"--{name}" for name in given)
         logger.warning("without effect on --algorithm %s: %s", algorithm, flags)
-
-
-def _parse(parser: Any, argv: list[str]) -> tuple[Any, ...]:
-    try:
-        return parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def _explain(flag: str, known: list[str]) -> str:
-    if not flag.startswith("-"):
-        return f"expected a flag, got {flag!r}"
-    return unknown_flag_message(flag.split("=")[0], known)
-
-
-def _config_path(argv: list[str]) -> str | None:
-    for position, word in enumerate(argv):
-        if word.startswith("--config="):
-            return word.split("=", 1)[1]
-        if word == "--config" and position + 1 < len(argv):
-            return argv[position + 1]
-    return None
-
-
-def _read_yaml(path: str, known: list[str]) -> list[str]:
-    """The file's flags as words of a command line, so that one parser checks them all."""
-    import yaml
-
-    if not Path(path).is_file():
-        raise UsageError(f"--config: expected a YAML file, got {path!r}: no such file")
-    try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UsageError(f"--config {path}: expected YAML, got {error}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"--config {path}: expected a mapping of flags to values")
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        raise UsageError("; ".join(unknown_flag_message(key, known) for key in unknown))
-    words = []
-    for key, value in values.items():
-        if value is None:  # as if the flag were not there
-            continue
-        parts = value if isinstance(value, list) else [value]
-        if any(isinstance(part, (dict, list)) or part is None for part in parts):
-            raise UsageError(f"--config {path}: {key}: expected a value or a list, got {value!r}")
-        parts = [str(part) for part in parts]
-        words += [f"--{key}={parts[0]}"] if len(parts) == 1 else [f"--{key}", *parts]
-    return words
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1147,17 +1088,6 @@ def _quiet_libraries() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-
-
-def end_process(status: int) -> None:
-    """Exit. With several processes without Python's own shutdown: a thread of the collectives that
-    asks for the interpreter while it goes down would abort the process, and a finished run with
-    it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from virft_fast.cli import Parser
 from virft_fast.config import UsageError, usage
 from virft_fast.data import SampleDataset, first_solutions, load_rows
 from virft_fast.data.classification import READERS, Labelled, plan_classification, read_csv
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Of all commands."""
-    parser = argparse.ArgumentParser(prog="python -m virft_fast.data", allow_abbrev=False)
+    parser = Parser(prog="python -m virft_fast.data")
     commands = parser.add_subparsers(required=True, metavar="command")
     build = commands.add_parser("build", help="make a data set").add_subparsers(
         required=True, metavar="kind"

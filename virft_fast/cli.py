@@ -1,0 +1,119 @@
+"""Command lines: one parser for every command, its help, and flags from a YAML file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+from virft_fast.config import UsageError, known_flags, unknown_flag_message
+
+METAVARS = {int: "N", float: "X", Path: "PATH", string_to_bool: "true|false"}
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """One spelling a flag, its kind of value, its default; a percent sign stands for itself."""
+
+    def __init__(self, prog: str, **more: Any) -> None:
+        super().__init__(prog, max_help_position=32, **more)
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        default = action.default
+        text = action.help or ""
+        if not action.option_strings or default in (None, argparse.SUPPRESS, [], ""):
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        return f"{text} (default: {shown})"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        flag = action.option_strings[-1 if "--help" in action.option_strings else 0]
+        if action.nargs == 0:
+            return flag
+        return f"{flag} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return METAVARS.get(action.type, "VALUE")
+
+
+class Parser(HfArgumentParser):
+    """Flags of dataclasses (one group of the help each), or plain argparse's without them."""
+
+    def __init__(self, groups: Sequence[type] = (), **more: Any) -> None:
+        more = {"formatter_class": HelpFormatter, "allow_abbrev": False} | more
+        super().__init__(list(groups), **more)
+        for action in self._actions:
+            if action.choices is not None:  # shown here, checked by the dataclass
+                action.metavar = f"{{{','.join(action.choices)}}}"
+                action.choices = None
+
+
+def parse(groups: Sequence[type], argv: Sequence[str], prog: str) -> tuple[Any, ...]:
+    """One object of each of these dataclasses; a `--config` file's flags come before the others.
+
+    Raises:
+        UsageError: an unknown or misspelt flag or key, or a value out of range.
+    """
+    known = known_flags(tuple(groups))
+    path = _config_path(argv) if "config" in known else None
+    if path is not None:
+        argv = [*_read_yaml(path, known), *argv]  # the later of two flags wins
+    parser = Parser(groups, prog=prog, usage=f"{prog} [--flag value ...]", exit_on_error=False)
+    try:
+        *configs, unknown = parser.parse_args_into_dataclasses(
+            list(argv), return_remaining_strings=True, look_for_args_file=False
+        )
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{error.argument_name.split('/')[0]}: {error.message}") from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if unknown:
+        raise UsageError("; ".join(_explain(flag, known) for flag in unknown))
+    return tuple(configs)
+
+
+def _explain(flag: str, known: list[str]) -> str:
+    if not flag.startswith("-"):
+        return f"expected a flag, got {flag!r}"
+    return unknown_flag_message(flag.split("=")[0], known)
+
+
+def _config_path(argv: Sequence[str]) -> str | None:
+    for position, word in enumerate(argv):
+        if word.startswith("--config="):
+            return word.split("=", 1)[1]
+        if word == "--config" and position + 1 < len(argv):
+            return argv[position + 1]
+    return None
+
+
+def _read_yaml(path: str, known: list[str]) -> list[str]:
+    """The file's flags as words of a command line, so that one parser checks them all."""
+    import yaml
+
+    if not Path(path).is_file():
+        raise UsageError(f"--config: expected a YAML file, got {path!r}: no such file")
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {path}: expected YAML, got {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path}: expected a mapping of flags to values")
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise UsageError("; ".join(unknown_flag_message(key, known) for key in unknown))
+    words = []
+    for key, value in values.items():
+        if value is None:  # as if the flag were not there
+            continue
+        parts = value if isinstance(value, list) else [value]
+        if any(isinstance(part, (dict, list)) or part is None for part in parts):
+            raise UsageError(f"--config {path}: {key}: expected a value or a list, got {value!r}")
+        parts = [str(part) for part in parts]
+        words += [f"--{key}={parts[0]}"] if len(parts) == 1 else [f"--{key}", *parts]
+    return words

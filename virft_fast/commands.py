@@ -1,0 +1,51 @@
+"""`virft-fast COMMAND`, or `python -m virft_fast COMMAND`: every command by its name.
+
+Importing this loads no command, so that the list of them appears at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+
+# Name -> (module with a `main(argv) -> exit status`, what it does).
+COMMANDS = {
+    "train": ("virft_fast.train", "fine-tune a model with GRPO, SFT or DPO"),
+    "evaluate": ("virft_fast.evaluate", "score a model's answers; compare several models"),
+    "data": ("virft_fast.data.__main__", "build, inspect and export data sets"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command that `argv` begins with, or list all; returns the exit status."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in COMMANDS:
+        return importlib.import_module(COMMANDS[name][0]).main(rest)
+    if name not in ("-h", "--help", "help"):
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
+        print(f"virft-fast: error: unknown command {name!r}; {hint}", file=sys.stderr)
+        return 2
+    print("usage: virft-fast COMMAND [--flag value ...]\n\ncommands:")
+    for command, (_, does) in COMMANDS.items():
+        print(f"  {command:10}{does}")
+    print("\nvirft-fast COMMAND --help lists the command's flags.")
+    return 0
+
+
+def end_process(status: int) -> None:
+    """Exit. With several processes without Python's own shutdown: a thread of the collectives that
+    asks for the interpreter while it goes down would abort the process, and a finished run with
+    it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def script() -> None:
+    """The console script."""
+    end_process(main())
