@@ -27,8 +27,8 @@ from virft_fast.cli import parse
 from virft_fast.commands import end_process
 from virft_fast.config import EvalConfig, UsageError, usage
 from virft_fast.data import NoUsableRows, TooManyBadRows
+from virft_fast.data.accounts import listing
 from virft_fast.data.inspection import subject
-from virft_fast.data.writing import listing
 from virft_fast.evaluation import files
 from virft_fast.evaluation.journal import beside
 from virft_fast.evaluation.pages import Table

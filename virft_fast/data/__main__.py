@@ -20,20 +20,15 @@ from typing import Any
 from virft_fast.cli import Parser
 from virft_fast.config import UsageError, usage
 from virft_fast.data import SampleDataset, first_solutions, load_rows
-from virft_fast.data.classification import READERS, Labelled, plan_classification, read_csv
-from virft_fast.data.coco import (
-    Annotations,
-    describe,
-    missing_images,
-    pick_categories,
-    plan_detection,
-    read_annotations,
-)
+from virft_fast.data.accounts import Built
+from virft_fast.data.classification import READERS, plan_classification, read_csv
+from virft_fast.data.coco import pick_categories, plan_detection, usable_images
 from virft_fast.data.export import check_export, export_llamafactory
 from virft_fast.data.inspection import check_picture, inspect
+from virft_fast.data.instances import Annotations, read_annotations
 from virft_fast.data.lisa import plan_grounding, read_lisa
 from virft_fast.data.mia import Layout
-from virft_fast.data.writing import Built, Plan, check_output, drop_missing, write_dataset
+from virft_fast.data.writing import Plan, check_output, drop_missing, write_dataset
 from virft_fast.tasks import check_solution, detect_task
 from virft_fast.tasks.coordinates import FAMILY_SPACE, Extent
 from virft_fast.tasks.prompts import CLASSIFICATION_SETS
@@ -295,57 +290,46 @@ def _build_detection(arguments: argparse.Namespace) -> None:
         raise ValueError("--test_share: expected no --test_annotations beside it; leave one out")
     if arguments.test_images and not arguments.test_annotations:
         raise ValueError("--test_images: expected --test_annotations with it; pass both")
-    annotations = read_annotations(arguments.annotations, arguments.kind)
-    categories = pick_categories(annotations, arguments.kind, arguments.categories)
-    extent_for = _extent_for(arguments)
-    built = Built()
-    describe(annotations, built)
+    sources = {"train": read_annotations(arguments.annotations, arguments.kind, arguments.images)}
+    if arguments.test_annotations:
+        sources["test"] = read_annotations(
+            arguments.test_annotations, arguments.kind, arguments.test_images or arguments.images
+        )
+    _write_detection(arguments, sources, arguments.kind)
 
-    def plan(
-        source: Annotations,
-        images: Path,
-        chosen: Sequence[int] = categories,
-        keep: Callable[[int], bool] = lambda image: True,
-        **more: Any,
-    ) -> list[Plan]:
-        missing = set()
-        if arguments.allow_missing:  # before so many of each category are drawn
-            missing = missing_images(source, images, chosen, built)
-        return plan_detection(
+
+def _write_detection(
+    arguments: argparse.Namespace, sources: Mapping[str, Annotations], kind: str
+) -> None:
+    """Rows about the boxes of each split; the first split says which categories there are."""
+    first = next(iter(sources.values()))
+    categories = pick_categories(first, kind, arguments.categories)
+    built, splits, extent_for = Built(), {}, _extent_for(arguments)
+    for split, source in sources.items():
+        chosen = categories
+        if source is not first:
+            chosen = _same_categories(first, categories, source, built, split)
+        images = usable_images(source, chosen, built, allow_missing=arguments.allow_missing)
+        plan = partial(
+            plan_detection,
             source,
-            images,
-            chosen,
-            keep_image=lambda image: keep(image) and image not in missing,
+            categories=chosen,
             seed=arguments.seed,
             max_rows=arguments.max_rows,
             negatives=arguments.negatives,
             extent_for=extent_for,
-            **more,
         )
-
-    held_out: set[int] = set()
-    if arguments.test_share:
-        ids = sorted(annotations.images)
-        held_out = set(
-            random.Random(arguments.seed).sample(ids, round(arguments.test_share * len(ids)))
-        )
-    splits = {
-        "train": plan(
-            annotations,
-            arguments.images,
-            shots=arguments.shots,
-            keep=lambda image: image not in held_out,
-            built=built,
-        )
-    }
-    if arguments.test_annotations:
-        other = read_annotations(arguments.test_annotations, arguments.kind)
-        describe(other, built)
-        chosen = _same_categories(annotations, categories, other, built, arguments.test_annotations)
-        splits["test"] = plan(other, arguments.test_images or arguments.images, chosen)
-    elif arguments.test_share:
-        splits["test"] = plan(annotations, arguments.images, keep=lambda image: image in held_out)
+        held_out: set[int] = set()
+        if arguments.test_share:
+            ids = sorted(source.images)
+            number = round(arguments.test_share * len(ids))
+            held_out = set(random.Random(arguments.seed).sample(ids, number))
+            splits["test"] = plan(images={i: p for i, p in images.items() if i in held_out})
+        kept = {i: p for i, p in images.items() if i not in held_out}
+        shots = {"shots": arguments.shots, "built": built} if source is first else {}
+        splits[split] = plan(images=kept, **shots)
     columns = {"problem": "string", "solution": "string", "category": "string", "image_id": "int64"}
+    splits = {"train": splits.pop("train"), **splits}
     _write(arguments, splits, columns, built, f"{arguments.kind.upper()} detection", "detection")
 
 
@@ -354,9 +338,9 @@ def _same_categories(
     categories: Sequence[int],
     other: Annotations,
     built: Built,
-    path: Path,
+    split: str,
 ) -> list[int]:
-    """The categories by their names in another file, without those of which it has no box."""
+    """The categories by their names in another split, without those of which it has no box."""
     numbers = {name: number for number, name in other.categories.items()}
     seen = {number for _, number in other.boxes}
     chosen = []
@@ -364,9 +348,9 @@ def _same_categories(
         if numbers.get(name) in seen:
             chosen.append(numbers[name])
         else:
-            built.leave_out("category without a box in the test annotations", name)
+            built.leave_out(f"category without a box in the {split} annotations", name)
     if not chosen:
-        raise ValueError(f"--test_annotations {path}: not a single box of the chosen categories")
+        raise ValueError(f"{split} annotations: not a single box of the chosen categories")
     return chosen
 
 
@@ -380,12 +364,10 @@ def _build_classification(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--source {arguments.source}: expected {expected}; see --reader")
     if arguments.images and arguments.reader != "csv":
         raise ValueError(f"--images: expected --reader csv with it, got {arguments.reader}")
-    rows: list[Labelled]
-    if arguments.reader == "csv":
-        rows = read_csv(arguments.source, arguments.images)
-    else:
-        rows = reader(arguments.source)
+    if arguments.images:
+        reader = partial(read_csv, images=arguments.images)
     built = Built()
+    rows = reader(arguments.source, built)
     if arguments.allow_missing:  # before so many of them are drawn
         rows = drop_missing({"": rows}, built, allow_missing=True)[""]
     thing, kind = CLASSIFICATION_SETS.get(arguments.reader, ("object", "class"))

@@ -6,20 +6,31 @@ them. Archives are read in the layout in which they are published.
 
 from __future__ import annotations
 
-import csv
+import os
 import random
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from virft_fast.data.accounts import Built
+from virft_fast.data.image_files import ImageFiles, is_hidden, is_image, walk
 from virft_fast.data.loading import NOT_DOWNLOADED, is_address, placed
-from virft_fast.data.writing import Built, Plan
+from virft_fast.data.texts import read_table
+from virft_fast.data.writing import Plan
 from virft_fast.tasks.prompts import classification_problem
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+# Folders and cells of a column split.
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing", "val", "valid", "validation"), "test"),
+}
+# Columns of a CSV file.
+IMAGE_NAMES = ("image", "image_path", "path", "file", "filename")
+LABEL_NAMES = ("label", "class", "species", "name")
 
 
 class Labelled(NamedTuple):
@@ -30,94 +41,134 @@ class Labelled(NamedTuple):
     split: str | None
 
 
-def read_folder(root: Path) -> list[Labelled]:
+def read_folder(root: Path, built: Built) -> list[Labelled]:
     """CLASS/image, or train/CLASS/image and test/CLASS/image (val, valid and validation count as
-    test)."""
-    splits = {"train": "train", **dict.fromkeys(("test", "val", "valid", "validation"), "test")}
-    found = [root / name for name in splits if (root / name).is_dir()]
-    if found:
-        rows = [row._replace(split=splits[f.name]) for f in found for row in _classes(f)]
+    test). Hidden files and folders are no data.
+
+    Args:
+        built: told of the files that are left out.
+    """
+    folders = _visible_folders(root, built)
+    splits = [f for f in folders if f.name.lower() in SPLITS and _visible_folders(f, Built())]
+    if splits:
+        for folder in folders:
+            if folder not in splits:
+                built.leave_out("folder beside those of the splits", folder.name)
+        rows = [
+            row._replace(split=SPLITS[folder.name.lower()])
+            for folder in splits
+            for row in _classes(_visible_folders(folder, built), built)
+        ]
     else:
-        rows = _classes(root)
+        rows = _classes(folders, built)
     if not rows:
         raise ValueError(
             f"{root}: expected a folder for each class with images in it, or train/ and test/ with "
-            "such folders"
+            f"such folders; {'; '.join(built.lines())}"
         )
+    built.note_alike((row.label for row in rows), "classes")
     return rows
 
 
-def _classes(root: Path) -> list[Labelled]:
-    return [
-        Labelled(image, folder.name, None)
-        for folder in sorted(root.iterdir())
-        if folder.is_dir()
-        for image in sorted(folder.rglob("*"))
-        if image.suffix.lower() in IMAGE_SUFFIXES
-    ]
+def _visible_folders(root: Path, built: Built) -> list[Path]:
+    folders = []
+    for path in sorted(root.iterdir()):
+        if is_hidden(path.name):
+            built.leave_out("hidden file or folder", str(path))
+        elif path.is_dir():
+            folders.append(path)
+        else:
+            built.leave_out(f"{path.suffix} file outside a class folder", str(path))
+    return folders
 
 
-def read_csv(path: Path, images: Path | None = None) -> list[Labelled]:
-    """Columns image and label, maybe split; paths start at `images` or at the file's folder."""
-    names = {"image": ("image", "image_path", "path", "file", "filename"),
-             "label": ("label", "class", "species", "name")}  # fmt: skip
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(
-                _csv_rows(csv.DictReader(file, strict=True), names, path, images or path.parent)
-            )
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: expected CSV in UTF-8: {error}") from error
-    if not rows:
-        raise ValueError(f"{path}: expected rows, got a header only")
+def _classes(folders: Sequence[Path], built: Built) -> list[Labelled]:
+    rows = []
+    for folder in folders:
+        files = sorted(walk(folder, built))
+        images = [file for file in files if is_image(file)]
+        for file in files:
+            if not is_image(file):
+                built.leave_out(f"no image by its suffix {file.suffix!r}", str(file))
+            elif file.parent != folder:
+                built.convert("image in a folder below its class", str(file))
+        if not images:
+            built.leave_out("class folder without an image", folder.name)
+        # macOS takes names apart into letters and accents.
+        label = unicodedata.normalize("NFC", folder.name)
+        rows += [Labelled(image, label, None) for image in images]
     return rows
 
 
-def _csv_rows(
-    reader: csv.DictReader, names: Mapping[str, Sequence[str]], path: Path, folder: Path
-) -> Iterator[Labelled]:
-    header = [name.strip() for name in reader.fieldnames or ()]
-    reader.fieldnames = header
-    column = {
-        key: next((name for name in options if name in header), None)
-        for key, options in names.items()
-    }
-    if None in column.values():
+def read_csv(path: Path, built: Built, images: Path | None = None) -> list[Labelled]:
+    """Columns image and label, maybe split; paths start at `images` or at the file's folder.
+
+    Args:
+        built: told of another encoding than UTF-8, and of paths found otherwise than written.
+    """
+    header, rows = read_table(path, (IMAGE_NAMES, LABEL_NAMES), built)
+    image, label = (
+        next((name for name in names if name in header), None)
+        for names in (IMAGE_NAMES, LABEL_NAMES)
+    )
+    if image is None or label is None:
         raise ValueError(
             f"{path}: expected the columns image and label (and maybe split), got "
             f"{', '.join(header) or 'none'}"
         )
-    lines: dict[Path, int] = {}
-    for row in reader:
-        number = reader.line_num
-        if None in row:  # such as a comma in a label without quotes around it
+    files, lines, found = ImageFiles(images or path.parent), {}, []
+    for number, row in rows:
+        where = f"{path}: line {number}"
+        file, said, split = _cells(row, image, label, where)
+        place = _placed_image(files, file, built, where)
+        if place in lines:
             raise ValueError(
-                f"{path}: line {number}: expected {len(header)} cells, got more; put a text that "
-                "holds a comma in quotes"
+                f"{where}: image {place} is in line {lines[place]} already; give each one once"
             )
-        image, label = row[column["image"]], row[column["label"]]
-        split = (row.get("split") or "").strip() or None
-        if not (image or "").strip() or not (label or "").strip():
-            raise ValueError(f"{path}: line {number}: expected an image and a label")
-        if not label.strip().isprintable() or "answer>" in label:
-            raise ValueError(
-                f"{path}: line {number}: expected a label of one line, got {label!r:.80}"
-            )
-        if split not in (None, "train", "test"):
-            raise ValueError(f"{path}: line {number}: split: expected train or test, got {split!r}")
-        file = placed(folder, image.strip())
-        if is_address(file):
-            raise ValueError(f"{path}: line {number}: image {file:.200}: {NOT_DOWNLOADED}")
-        if Path(file) in lines:
-            raise ValueError(
-                f"{path}: line {number}: image {file} is in line {lines[Path(file)]} already; give "
-                "each one once"
-            )
-        lines[Path(file)] = number
-        yield Labelled(Path(file), label.strip(), split)
+        lines[place] = number
+        found.append(Labelled(place, said, split))
+    if not found:
+        raise ValueError(f"{path}: expected rows, got a header only")
+    return found
 
 
-def read_flowers102(root: Path) -> list[Labelled]:
+def _cells(
+    row: Mapping[str | None, Any], image: str, label: str, where: str
+) -> tuple[str, str, str | None]:
+    """(image, label, split) of a row."""
+    if None in row:  # such as a comma in a label without quotes around it
+        raise ValueError(
+            f"{where}: expected {len(row) - 1} cells, got more; put a text that holds a comma in "
+            "quotes"
+        )
+    file, said = (row[image] or "").strip(), (row[label] or "").strip()
+    if not file or not said:
+        raise ValueError(f"{where}: expected an image and a label")
+    if not said.isprintable() or "answer>" in said:
+        raise ValueError(f"{where}: expected a label of one line, got {said!r:.80}")
+    split = (row.get("split") or "").strip()
+    if split and split.lower() not in SPLITS:
+        raise ValueError(f"{where}: split: expected train or test, got {split!r}")
+    return file, said, SPLITS.get(split.lower())
+
+
+def _placed_image(files: ImageFiles, file: str, built: Built, where: str) -> Path:
+    """A path of a CSV file: an absolute one as it is, another in the folder."""
+    place = Path(placed(files.folder, file))
+    if is_address(file) and not PureWindowsPath(file).drive:
+        raise ValueError(f"{where}: image {file:.200}: {NOT_DOWNLOADED}")
+    if os.path.isfile(place):
+        return place
+    path, rule = files.find(file)
+    if path is None:
+        raise ValueError(f"{where}: image {file:.200}: expected one file, several fit")
+    if not rule:
+        return place
+    built.convert(rule, file)
+    return path
+
+
+def read_flowers102(root: Path, built: Built) -> list[Labelled]:
     """jpg/image_00001.jpg, imagelabels.mat and setid.mat. Train and valid are "train"."""
     (labels,) = _matlab(root, "imagelabels.mat", "labels")
     sets = _matlab(root, "setid.mat", "trnid", "valid", "tstid")
@@ -132,7 +183,7 @@ def read_flowers102(root: Path) -> list[Labelled]:
     return rows
 
 
-def read_aircraft(root: Path) -> list[Labelled]:
+def read_aircraft(root: Path, built: Built) -> list[Labelled]:
     """FGVC-Aircraft: data/images/*.jpg, data/images_variant_trainval.txt and ..._test.txt."""
     folder = root / "data" if (root / "data").is_dir() else root
     rows = []
@@ -143,7 +194,7 @@ def read_aircraft(root: Path) -> list[Labelled]:
     return rows
 
 
-def read_cars196(root: Path) -> list[Labelled]:
+def read_cars196(root: Path, built: Built) -> list[Labelled]:
     """Stanford Cars: cars_train/, cars_test/, devkit/cars_meta.mat and cars_train_annos.mat, and
     cars_test_annos_withlabels.mat, here or in devkit/."""
     (names,) = _matlab(root, "cars_meta.mat", "class_names")
@@ -167,7 +218,7 @@ def read_cars196(root: Path) -> list[Labelled]:
     return rows
 
 
-def read_pets37(root: Path) -> list[Labelled]:
+def read_pets37(root: Path, built: Built) -> list[Labelled]:
     """Oxford-IIIT Pet: images/*.jpg, annotations/trainval.txt and test.txt."""
     rows = []
     for split, part in (("train", "trainval"), ("test", "test")):
@@ -180,7 +231,7 @@ def read_pets37(root: Path) -> list[Labelled]:
     return rows
 
 
-READERS: dict[str, Callable[[Path], list[Labelled]]] = {
+READERS: dict[str, Callable[[Path, Built], list[Labelled]]] = {
     "folder": read_folder,
     "csv": read_csv,
     "flowers102": read_flowers102,

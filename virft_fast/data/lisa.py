@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw
 
-from virft_fast.data.classification import IMAGE_SUFFIXES
-from virft_fast.data.writing import Built, Plan
+from virft_fast.data.accounts import Built
+from virft_fast.data.image_files import is_hidden, is_image
+from virft_fast.data.writing import Plan
 from virft_fast.tasks.coordinates import Extent, rescale, written
 from virft_fast.tasks.prompts import grounding_problem, grounding_solution
 
@@ -50,11 +51,16 @@ def read_lisa(folder: Path, built: Built, *, first_only: bool = False) -> list[A
     Raises:
         FileNotFoundError: no annotations.
     """
-    files = sorted(folder.glob("*.json"))
+    there = [path for path in sorted(folder.iterdir()) if not is_hidden(path.name)]
+    files = [path for path in there if path.suffix == ".json"]
+    images = {path.stem: path for path in reversed(there) if is_image(path)}
     if not files:
         raise FileNotFoundError(
             f"{folder}: expected images with a .json file beside each, got none"
         )
+    asked = {file.stem for file in files}
+    for stem in sorted(set(images) - asked):
+        built.leave_out("image without a .json file of its name", images[stem].name)
     rows = []
     for number, file in enumerate(files):
         try:
@@ -62,10 +68,7 @@ def read_lisa(folder: Path, built: Built, *, first_only: bool = False) -> list[A
         except (ValueError, RecursionError) as error:
             built.leave_out("annotation can't be used", f"{file.name}: {error}")
             continue
-        image = next(
-            (file.with_suffix(s) for s in IMAGE_SUFFIXES if file.with_suffix(s).is_file()),
-            file.with_suffix(".jpg"),
-        )
+        image = images.get(file.stem, file.with_suffix(".jpg"))
         if first_only:
             texts = texts[:1]
             shapes = [next(shape for shape in shapes if shape.value == TARGET)]

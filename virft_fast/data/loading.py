@@ -7,6 +7,7 @@ evaluated, unpickled or run.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -37,6 +38,8 @@ ACCEPTED = (
 )
 # Left out on purpose: formats that PIL hands to another program (EPS runs Ghostscript).
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+if importlib.util.find_spec("PIL.AvifImagePlugin"):  # since Pillow 11.3
+    IMAGE_FORMATS += ("AVIF",)
 IMAGE_TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 BOX_ANSWER = re.compile(r"\(\s*[\d.]+\s*,\s*[\d.]+\s*\)\s*,\s*\(\s*[\d.]+\s*,\s*[\d.]+\s*\)")
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)

@@ -13,18 +13,18 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from PIL import ExifTags, Image, ImageOps
 
+from virft_fast.data.accounts import Built, listing, printable
 from virft_fast.data.loading import IMAGE_FORMATS, check_pixels
 
 Pictured = TypeVar("Pictured", bound=Any)  # has an `image`
 ROWS_A_GROUP = 64
 SHARD_BYTES = 400 * 2**20
-MAX_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -44,35 +44,6 @@ class Plan:
     fill: Callable[[int, int], Mapping[str, Any] | str] = lambda width, height: {}
     has_boxes: bool = False
     sized: bool = False
-
-
-@dataclass
-class Built:
-    """What came of it: rows a split, what was left out, by reason, and what else is to be known."""
-
-    rows: dict[str, int] = field(default_factory=dict)
-    left_out: dict[str, list[str]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def leave_out(self, reason: str, what: str) -> None:
-        self.left_out.setdefault(reason, []).append(what)
-
-    def note_few(self, few: Mapping[str, int], shots: int) -> None:
-        """That these have fewer images than asked for."""
-        if few:
-            counts = listing([f"{name} {count}" for name, count in few.items()])
-            self.notes.append(f"fewer than {shots} images, all of them taken: {counts}")
-
-    def lines(self) -> list[str]:
-        lines = [f"{split}: {count} rows" for split, count in self.rows.items()]
-        for reason, items in self.left_out.items():
-            lines.append(f"left out, {reason}: {len(items)} ({listing(items)})")
-        return lines + self.notes
-
-
-def listing(items: Sequence[Any], most: int = MAX_LISTED) -> str:
-    named = ", ".join(str(item) for item in items[:most])
-    return named if len(items) <= most else f"{named} and {len(items) - most} more"
 
 
 def check_output(out: Path, overwrite: bool, sources: Iterable[Path | str | None] = ()) -> None:
@@ -130,7 +101,7 @@ def drop_missing(
         FileNotFoundError: some are not and `allow_missing` is false; names them.
     """
     files = dict.fromkeys(plan.image for plans in splits.values() for plan in plans)
-    missing = {file for file in files if not file.is_file()}
+    missing = {file for file in files if not os.path.isfile(file)}  # also one no file can have
     if missing and not allow_missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(files)} images are missing: {listing(sorted(missing))}; check "
@@ -246,7 +217,7 @@ def _row(
     if isinstance(filled, str):
         built.leave_out(filled, str(plan.image))
         return None
-    row = {"image": {"bytes": data, "path": plan.image.name}, **plan.row, **filled}
+    row = {"image": {"bytes": data, "path": printable(plan.image.name)}, **plan.row, **filled}
     wrong = check(row)
     if wrong:
         built.leave_out("solution can't be scored", f"{plan.image}: {wrong}")

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from virft_fast.data.coco import is_box, is_number
+from virft_fast.data.instances import box_of, number_of
 from virft_fast.evaluation.bootstrap import Array
 from virft_fast.evaluation.journal import Record
 from virft_fast.tasks import parse_detection
@@ -67,7 +67,7 @@ def make_truth(
     inside their image."""
     kept = []
     for record in annotations:
-        box, area = record.get("bbox"), record.get("area")
+        box, area = box_of(record.get("bbox")), number_of(record.get("area"))
         image = images.get(record["image_id"])
         if image and record["category_id"] in categories and _has_area(box, image):
             kept.append(
@@ -75,8 +75,8 @@ def make_truth(
                     "id": len(kept) + 1,  # to pycocotools 0 means none
                     "image_id": record["image_id"],
                     "category_id": record["category_id"],
-                    "bbox": [float(side) for side in box],
-                    "area": float(area if area and is_number(area) else box[2] * box[3]),
+                    "bbox": box,
+                    "area": area or box[2] * box[3],
                     "iscrowd": int(bool(record.get("iscrowd"))),
                 }
             )
@@ -88,8 +88,8 @@ def make_truth(
     return Truth(slim, dict(categories), kept)
 
 
-def _has_area(box: Any, image: Mapping[str, Any]) -> bool:
-    if not is_box(box) or not (box[2] > 0 and box[3] > 0):
+def _has_area(box: Sequence[float] | None, image: Mapping[str, Any]) -> bool:
+    if box is None or not (box[2] > 0 and box[3] > 0):
         return False
     inside = box[0] < image["width"] and box[1] < image["height"]
     return inside and box[0] + box[2] > 0 and box[1] + box[3] > 0

@@ -8,14 +8,16 @@ false alarm elsewhere. Such a map can be given, or made by asking.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from virft_fast.batch import Sample
-from virft_fast.data.coco import Annotations, image_paths
-from virft_fast.data.writing import listing
+from virft_fast.data.accounts import listing
+from virft_fast.data.coco import image_paths
+from virft_fast.data.instances import Annotations
 from virft_fast.evaluation.journal import Record
 from virft_fast.tasks.answers import mentioned
 from virft_fast.tasks.coordinates import Extent, rescale, written
@@ -60,6 +62,7 @@ class Images:
         categories: ids of the chosen ones, in the order of the questions.
         paths: image id -> its file, for those that are there.
         missing: image id -> its file, for those that are not.
+        unclear: ids of those whose file could be one of several.
         exists: which of the categories to ask about; None: all of them.
         counts: what was left out, by name.
     """
@@ -68,6 +71,7 @@ class Images:
     categories: Sequence[int]
     paths: Mapping[int, Path]
     missing: Mapping[int, Path]
+    unclear: Collection[int] = ()
     exists: ExistsMap | None = None
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -78,7 +82,6 @@ class Images:
 
 def find_images(
     annotations: Annotations,
-    folder: Path,
     categories: Sequence[int],
     *,
     only: Iterable[int] | None = None,
@@ -93,8 +96,8 @@ def find_images(
     """
     wanted = annotations.images if only is None else set(only)
     numbers = [number for number in sorted(annotations.images) if number in wanted]
-    paths = image_paths(annotations, folder, numbers)
-    missing = {number: path for number, path in paths.items() if not path.is_file()}
+    paths = image_paths(annotations, numbers)
+    missing = {number: path for number, path in paths.items() if not os.path.isfile(path)}
     if missing and (not allow_missing or len(missing) == len(paths)):
         raise FileNotFoundError(
             f"{len(missing)} of {len(paths)} images are missing: "
@@ -102,7 +105,7 @@ def find_images(
             "evaluate without them"
         )
     there = {number: path for number, path in paths.items() if number not in missing}
-    return Images(annotations, categories, there, missing)
+    return Images(annotations, categories, there, missing, unclear=set(numbers) - set(paths))
 
 
 def detection_rows(

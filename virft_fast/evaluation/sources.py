@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +17,9 @@ from virft_fast import dist, tasks
 from virft_fast.batch import Sample
 from virft_fast.config import EvalConfig
 from virft_fast.data import SampleDataset, first_solutions, load_rows
-from virft_fast.data.coco import pick_categories, pick_names, read_annotations
+from virft_fast.data.accounts import Built
+from virft_fast.data.coco import pick_categories, pick_names
+from virft_fast.data.instances import NO_AREA, NO_BOX, read_annotations
 from virft_fast.data.loading import IMAGE_COLUMNS, IMAGE_TAG
 from virft_fast.evaluation.classification import closed_set
 from virft_fast.evaluation.detection import Truth, make_truth
@@ -33,6 +36,7 @@ from virft_fast.evaluation.questions import (
 from virft_fast.tasks.answers import ClosedSet
 from virft_fast.tasks.prompts import asked_category
 
+logger = logging.getLogger(__name__)
 _TEXT_COLUMNS = (
     "problem", "prompt", "conversations", "solution", "extent", "category", "image_id",
 )  # fmt: skip
@@ -77,13 +81,7 @@ class Questions:
 
 def images_of(config: EvalConfig) -> Images:
     """The images that an annotation file names."""
-    annotations = read_annotations(Path(config.annotations), config.task)
-    odd = [name for name in annotations.categories.values() if not _is_utf8(name)]
-    if odd:
-        raise ValueError(
-            f"--annotations {config.annotations}: expected names in UTF-8, got {odd[0]!a}; "
-            "rename the category"
-        )
+    annotations = read_annotations(Path(config.annotations), config.task, Path(config.images))
     categories = pick_categories(annotations, config.task, config.categories)
     exists, unknown = None, {}
     if config.exists_map:
@@ -92,17 +90,14 @@ def images_of(config: EvalConfig) -> Images:
         )
     found = find_images(
         annotations,
-        Path(config.images),
         categories,
         only=exists,
         allow_missing=config.allow_missing,
     )
+    if dist.is_main():
+        for line in annotations.account.lines():
+            logger.warning("--annotations %s: %s", config.annotations, line)
     return replace(found, exists=exists, counts=unknown)
-
-
-def _is_utf8(name: str) -> bool:
-    """JSON may hold half a character, which no tokenizer takes."""
-    return name.encode("utf-8", "replace").decode() == name
 
 
 def of_annotations(
@@ -120,7 +115,7 @@ def of_annotations(
     there = {
         number: {**record, "id": number}
         for number, record in annotations.images.items()
-        if number not in images.missing
+        if number not in images.missing and number not in images.unclear
     }
     indices = range(len(rows))
     if 0 < config.max_samples < len(rows):
@@ -140,10 +135,18 @@ def of_annotations(
             "images": len(there),
             "images missing": len(images.missing),
             "boxes that can't be used": annotations.bad_boxes,
+            **_account(annotations.account),
             **images.counts,
         },
         missing=[str(path) for path in images.missing.values()],
     )
+
+
+def _account(account: Built) -> dict[str, int]:
+    """What was left out and converted, by name; boxes are counted on their own."""
+    left_out = {f"left out, {why}": len(items) for why, items in account.left_out.items()
+                if why not in (NO_BOX, NO_AREA)}  # fmt: skip
+    return left_out | {f"converted, {how}": len(i) for how, i in account.converted.items()}
 
 
 def _whole_images(rows: Any, most: int) -> int:

@@ -1,0 +1,77 @@
+"""The account of what is read: what was left out, what was converted, by reason and by name."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_LISTED = 10
+
+
+@dataclass
+class Built:
+    """The account of a build.
+
+    Attributes:
+        rows: split -> number of rows.
+        left_out: reason -> names of what was left out.
+        converted: rule -> names of what is used in another form than the source has it.
+        notes: whatever else there is to know.
+    """
+
+    rows: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    converted: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def leave_out(self, reason: str, what: str) -> None:
+        self.left_out.setdefault(reason, []).append(what)
+
+    def convert(self, rule: str, what: str) -> None:
+        self.converted.setdefault(rule, []).append(what)
+
+    def add(self, other: Built) -> None:
+        """Take over what another account left out, converted and noted."""
+        for mine, theirs in ((self.left_out, other.left_out), (self.converted, other.converted)):
+            for name, items in theirs.items():
+                mine.setdefault(name, []).extend(items)
+        self.notes += other.notes
+
+    def note_alike(self, names: Iterable[str], what: str) -> None:
+        """Note names that differ in case or spaces only: likely slips, but not ours to merge."""
+        alike = defaultdict(list)
+        for name in dict.fromkeys(names):
+            alike["".join(name.split()).casefold()].append(name)
+        for group in alike.values():
+            if len(group) > 1:
+                spelled = listing([repr(name) for name in group])
+                self.notes.append(
+                    f"{what} that differ in case or spaces only, used as they are: {spelled}"
+                )
+
+    def note_few(self, few: Mapping[str, int], shots: int) -> None:
+        """That these have fewer images than asked for."""
+        if few:
+            counts = listing([f"{name} {count}" for name, count in few.items()])
+            self.notes.append(f"fewer than {shots} images, all of them taken: {counts}")
+
+    def lines(self) -> list[str]:
+        """One a split, reason, rule and note: the table at the end of a build."""
+        lines = [f"{split}: {count} rows" for split, count in self.rows.items()]
+        for kind, counted in (("left out", self.left_out), ("converted", self.converted)):
+            for why, items in counted.items():
+                lines.append(f"{kind}, {why}: {len(items)} ({listing(items)})")
+        return lines + self.notes
+
+
+def listing(items: Sequence[Any], most: int = MAX_LISTED) -> str:
+    """The first of them by name, and how many more there are."""
+    named = printable(", ".join(f"{item!s:.300}" for item in items[:most]))
+    return named if len(items) <= most else f"{named} and {len(items) - most} more"
+
+
+def printable(text: str) -> str:
+    """Text that can be encoded: file names and JSON may hold half a character."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,143 @@
+"""The image files below a folder, and which of them a path in an annotation file means."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from PIL import Image
+
+from virft_fast.data.accounts import Built
+from virft_fast.data.loading import IMAGE_FORMATS, check_pixels
+
+# Of the formats in IMAGE_FORMATS.
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm", *((".avif",) if "AVIF" in IMAGE_FORMATS else ()),
+)  # fmt: skip
+_OF_SYSTEMS = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found",
+               "system volume information", "__pycache__")  # fmt: skip
+OTHER_SPELLING = "image found by another spelling of its path (case, Unicode form, '\\', %20)"
+PATH_END = "image found by the end of its path"
+WHERE_PATHS_START = "give the folder where the annotations' paths start"
+AMBIGUOUS = f"image whose path fits several files; {WHERE_PATHS_START}"
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is a tool's or the operating system's."""
+    return name.startswith((".", "~$")) or name.lower() in _OF_SYSTEMS
+
+
+def is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def walk(folder: Path, account: Built | None = None) -> Iterator[Path]:
+    """Every file below a folder that isn't hidden; each folder once, linked ones included.
+
+    Args:
+        account: records what is hidden.
+    """
+    seen = {os.path.realpath(folder)}
+    for root, folders, files in os.walk(folder, followlinks=True):
+        for name in sorted((*folders, *files)):
+            if is_hidden(name) and account is not None:
+                account.leave_out("hidden file or folder", os.path.join(root, name))
+        visible = []
+        for name in sorted(name for name in folders if not is_hidden(name)):
+            place = os.path.realpath(os.path.join(root, name))
+            if place not in seen:
+                seen.add(place)
+                visible.append(name)
+        folders[:] = visible
+        yield from (Path(root, name) for name in sorted(files) if not is_hidden(name))
+
+
+def image_size(path: Path) -> tuple[int, int] | None:
+    """(width, height) in pixels as stored; None if the file can't be read as an image."""
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            check_pixels(image)
+            return image.size
+    except Exception:  # PIL's decoders raise nearly anything on damaged input
+        return None
+
+
+class Found(NamedTuple):
+    """Where an image is.
+
+    Attributes:
+        path: of the file, or where it would be; None if several files fit.
+        rule: how the path differs from what the annotations say; empty if it doesn't.
+    """
+
+    path: Path | None
+    rule: str = ""
+
+
+class ImageFiles:
+    """The files of a folder, found by the paths that annotation files give.
+
+    The path itself comes first. Else a file fits if one of the two paths, that of the annotations
+    and that below the folder, ends with the other. The longest such end counts, equal spelling
+    before one that differs in case or Unicode form; among several the image stays unknown. No path
+    leads out of the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, file: str) -> Found:
+        spellings = [parts for parts in map(_parts, _spellings(file)) if parts]
+        for number, parts in enumerate(spellings):
+            path = self.folder.joinpath(*parts)
+            if os.path.isfile(path):  # false for names that no file can have
+                return Found(path, OTHER_SPELLING if number else "")
+        best = max((self._fits(parts) for parts in spellings), default=((0, False), []))
+        (length, equal), fits = best
+        if not fits:
+            return Found(self.folder.joinpath(*spellings[-1][-1:]) if spellings else self.folder)
+        if len(fits) > 1:
+            return Found(None, AMBIGUOUS)
+        whole = length == len(fits[0]) == max(map(len, spellings))
+        return Found(self.folder.joinpath(*fits[0]), OTHER_SPELLING if whole else PATH_END)
+
+    def _fits(self, parts: tuple[str, ...]) -> tuple[tuple[int, bool], list[tuple[str, ...]]]:
+        """(length of the common end, whether it is spelled alike), and the files that have it."""
+        fits: dict[tuple[int, bool], list[tuple[str, ...]]] = defaultdict(list)
+        for other in self._by_name.get(_folded(parts[-1]), ()):
+            length = min(len(parts), len(other))
+            ends = [[unicodedata.normalize("NFC", p) for p in e[-length:]] for e in (parts, other)]
+            if [p.lower() for p in ends[0]] == [p.lower() for p in ends[1]]:
+                fits[length, ends[0] == ends[1]].append(other)
+        return max(fits.items(), default=((0, False), []))
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[tuple[str, ...]]]:
+        by_name = defaultdict(list)
+        for path in walk(self.folder):
+            by_name[_folded(path.name)].append(path.relative_to(self.folder).parts)
+        return by_name
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).lower()
+
+
+def _spellings(file: str) -> dict[str, None]:
+    """As it stands, then without Windows' separators, a URL's host and codes."""
+    plain = urlsplit(file).path if "://" in file else file
+    plain = re.sub(r"^[A-Za-z]:(?=[/\\])", "", plain)
+    return dict.fromkeys((file, plain, (slashed := plain.replace("\\", "/")), unquote(slashed)))
+
+
+def _parts(file: str) -> tuple[str, ...]:
+    """Of a path, so that it leads nowhere else than into the folder it is joined to."""
+    return tuple(part for part in Path(file).parts if part not in ("/", "//", "..") and part)

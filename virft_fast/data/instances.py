@@ -1,0 +1,455 @@
+"""Annotated boxes, read record by record from COCO-like tables of images, boxes and categories.
+
+A record that can't be used is left out and named, one that can be read in another form is
+converted and counted; only a file with nothing usable is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from virft_fast.data.accounts import Built
+from virft_fast.data.image_files import Found, ImageFiles, image_size
+from virft_fast.data.texts import read_text
+
+Key = int | str
+Box = tuple[float, float, float, float]
+# More than rounding, as a share of the longer side: 0.6 pixels of COCO's images.
+CLIPPED = 1e-3
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """What an instances file says.
+
+    Attributes:
+        images: image id -> its record, with `width`, `height`, `file` (a path) and `sized`
+            (whether the annotations give the size).
+        categories: category id -> name.
+        boxes: (image id, category id) -> xyxy boxes inside the image, in the unit of its width and
+            height; crowds left out.
+        negatives: image id -> category ids known to be absent (LVIS); None: every other one (COCO).
+        incomplete: image id -> category ids of which not every object is annotated (LVIS).
+        marked: (image id, category id) of everything annotated, crowds and boxes left out as well.
+        bad_boxes: number of boxes left out, crowds aside.
+        records: image_id, category_id, bbox, area and iscrowd of the annotations, crowds included.
+        find: path of an image -> where it is.
+        account: what was left out and converted.
+    """
+
+    images: dict[int, dict[str, Any]]
+    categories: dict[int, str]
+    boxes: dict[tuple[int, int], list[Box]]
+    negatives: dict[int, set[int]] | None
+    incomplete: dict[int, set[int]]
+    marked: set[tuple[int, int]]
+    bad_boxes: int
+    records: list[dict[str, Any]]
+    find: Callable[[str], Found]
+    account: Built = field(default_factory=Built)
+
+
+def read_annotations(path: Path, kind: str, images: Path) -> Annotations:
+    """An instances file of COCO or LVIS, maybe gzipped.
+
+    Args:
+        images: folder of the images.
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is another kind of file, or no record can be used; says why.
+    """
+    where, account = f"--annotations {path}", Built()
+    try:
+        data = json.loads(read_text(path, account))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{where}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: expected JSON, got {error}") from error
+    _check_kind(where, kind, data)
+    return annotations_of(data, kind, ImageFiles(images).find, account, where)
+
+
+def annotations_of(
+    data: Mapping[str, list[Any]],
+    kind: str,
+    find: Callable[[str], Found],
+    account: Built,
+    where: str,
+    *,
+    sized: bool = True,
+) -> Annotations:
+    """Annotations from tables like those of COCO's instances files.
+
+    Args:
+        data: `images`, `annotations` and `categories`.
+        find: `file_name` of an image -> where it is.
+        account: records what is left out and converted.
+        where: what an error is about.
+        sized: whether boxes are in pixels; else in shares of the width and height of an image.
+    Raises:
+        ValueError: no image or no box can be used.
+    """
+    images, image_ids = _images(data["images"], find if sized else None, account)
+    _note_ids(data, account)
+    used = {key_of(r.get("category_id")) for r in data["annotations"] if isinstance(r, dict)}
+    categories, category_ids = _categories(data["categories"], used, account)
+    boxes: dict[tuple[int, int], list[Box]] = defaultdict(list)
+    records, marked = [], set()
+    told = len(account.left_out.get(NO_BOX, ())) + len(account.left_out.get(NO_AREA, ()))
+    for record in data["annotations"]:
+        about = _known(record, image_ids, category_ids, account)
+        if about is None:
+            continue
+        marked.add(about)
+        clean = _annotation(record, about, account)
+        if clean is None:
+            continue
+        records.append(clean)
+        if not clean["iscrowd"]:
+            box = _inside(clean, images[about[0]], account)
+            if box is not None:
+                boxes[about].append(box)
+    bad = len(account.left_out.get(NO_BOX, ())) + len(account.left_out.get(NO_AREA, ())) - told
+    if not images or (data["annotations"] and not boxes):
+        lost = "; ".join(account.lines())
+        raise ValueError(f"{where}: expected images with boxes, not a single box is usable; {lost}")
+    negatives = incomplete = None
+    if kind == "lvis":
+        negatives = _listed(images, "neg_category_ids", category_ids)
+        incomplete = _listed(images, "not_exhaustive_category_ids", category_ids)
+    if any(isinstance(r, dict) and r.get("keypoints") for r in data["annotations"]):
+        account.notes.append("the annotations hold keypoints; only their boxes are used")
+    account.notes.append(
+        f"kept {len(images)} images, {sum(map(len, boxes.values()))} boxes of "
+        f"{len({category for _, category in boxes})} categories"
+    )
+    return Annotations(
+        images,
+        categories,
+        dict(boxes),
+        negatives,
+        incomplete or {},
+        marked,
+        bad,
+        records,
+        find,
+        account,
+    )
+
+
+def _check_kind(where: str, kind: str, data: Any) -> None:
+    """Raise ValueError if this is something else than an instances file of `kind`."""
+    keys = set(data) if isinstance(data, dict) else set()
+    if not {"images", "annotations", "categories"} <= keys:
+        looks = ", ".join(sorted(map(str, keys))[:8]) or f"a {type(data).__name__}"
+        raise ValueError(
+            f"{where}: expected {kind.upper()}'s instances file, with images, annotations and "
+            f"categories; got {looks}"
+        )
+    for name in ("images", "annotations", "categories"):
+        if not isinstance(data[name], list):
+            raise ValueError(f"{where}: {name}: expected a list of objects, got {data[name]!r:.80}")
+    records = [record for record in data["annotations"] if isinstance(record, dict)]
+    if records and not any("bbox" in record or "segmentation" in record for record in records):
+        what = "captions" if any("caption" in r for r in records) else "other annotations"
+        raise ValueError(f"{where}: expected boxes, these are {what}; take the instances file")
+    # Only LVIS says which categories it has looked for in an image. Taken for COCO's, what it has
+    # not looked for would be absent; taken for LVIS's, no false alarm of COCO's would be one.
+    marks = {"neg_category_ids", "not_exhaustive_category_ids"}
+    images = [record for record in data["images"] if isinstance(record, dict)]
+    federated = any(marks & set(record) for record in images)
+    if images and federated != (kind == "lvis"):
+        is_, other = ("LVIS's", "lvis") if federated else ("COCO's", "coco")
+        raise ValueError(
+            f"{where}: expected {kind.upper()}'s instances file, this is {is_} (its images have "
+            f"{'' if federated else 'no '}neg_category_ids); use `build {other}` or `--task "
+            f"{other}`"
+        )
+
+
+# --- Ids and numbers -------------------------------------------------------------------------
+
+
+def key_of(value: Any) -> Key | None:
+    """What an id is known by: 1, 1.0, "1" and "1.0" are one. None: it is no id."""
+    if isinstance(value, str):
+        text = value.strip()
+        value = int(text.partition(".")[0]) if re.fullmatch(r"-?\d{1,19}(\.0*)?", text) else text
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    return value if whole or (isinstance(value, str) and value) else None
+
+
+def _note_ids(data: Mapping[str, list[Any]], account: Built) -> None:
+    columns = (("images", "id"), ("categories", "id"), ("annotations", "image_id"),
+               ("annotations", "category_id"))  # fmt: skip
+    ids = (r.get(name) for table, name in columns for r in data[table] if isinstance(r, dict))
+    odd = sum(isinstance(i, (str, float)) and isinstance(key_of(i), int) for i in ids)
+    if odd:
+        account.notes.append(f"converted, id that is a text or has a decimal point: {odd}")
+
+
+def _numbered(keys: Iterable[Key], account: Built, what: str) -> dict[Key, int]:
+    """A whole number for each id; for a text one that no other has."""
+    keys = list(keys)
+    free = count(1 + max((key for key in keys if isinstance(key, int)), default=0))
+    numbers = {key: key if isinstance(key, int) else next(free) for key in keys}
+    for key in keys:
+        if isinstance(key, str):
+            account.convert(f"{what} id that is a text, numbered", f"{key} {numbers[key]}")
+    return numbers
+
+
+def number_of(value: Any) -> float | None:
+    """A finite number, maybe as text, that can be a place in an image or an area."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12
+    return float(value) if usable else None
+
+
+def _side(value: Any) -> int | None:
+    """Width or height of an image; None if it is none."""
+    side = number_of(value)
+    return int(side) if side is not None and 0 < side < 1e6 and side.is_integer() else None
+
+
+def _flag(value: Any) -> bool | None:
+    """None: it says neither yes nor no."""
+    text = str(value).strip().lower()
+    if text in ("", "0", "0.0", "false", "no", "none"):
+        return False
+    return True if text in ("1", "1.0", "true", "yes") else None
+
+
+# --- Images ----------------------------------------------------------------------------------
+
+
+def _images(
+    records: Iterable[Any], find: Callable[[str], Found] | None, account: Built
+) -> tuple[dict[int, dict[str, Any]], dict[Key, int]]:
+    """Image id -> record, and the ids that annotations may use -> image id.
+
+    Args:
+        find: where to read a missing size; None: boxes are shares of the image, which needs none.
+    """
+    known: dict[Key, dict[str, Any]] = {}
+    repeated: dict[Key, list[str]] = {}
+    for record in records:
+        file = _file(record) if isinstance(record, dict) else ""
+        key = key_of(record.get("id")) if file else None
+        if key is None:
+            account.leave_out("image without an id or file name", f"{record!r:.80}")
+        elif key in known and known[key]["file"] != file:
+            repeated.setdefault(key, [known[key]["file"]]).append(file)
+        elif key in known:
+            account.convert("image listed twice, taken once", file)
+        else:
+            known[key] = record | {"file": file}
+    for key, files in repeated.items():
+        del known[key]
+        account.leave_out("image id of several images", f"{key}: {', '.join(files)}")
+    sized = {key: image for key, r in known.items() if (image := _sized(r, find, account))}
+    same = _same_file(sized, account)
+    numbers = _numbered((key for key in sized if key not in same), account, "image")
+    images = {number: sized[key] | {"id": number} for key, number in numbers.items()}
+    return images, numbers | {key: numbers[one] for key, one in same.items() if one in numbers}
+
+
+def _file(record: Mapping[str, Any]) -> str:
+    """Path of an image; empty without one."""
+    for name in ("file_name", "coco_url"):
+        text = record.get(name)
+        if isinstance(text, str) and text.strip("./\\ "):
+            return text
+    return ""
+
+
+def _sized(
+    record: dict[str, Any], find: Callable[[str], Found] | None, account: Built
+) -> dict[str, Any] | None:
+    """The record with a usable size, maybe that of the file; None if there is neither."""
+    if find is None:
+        return record | {"width": 1, "height": 1, "sized": False}
+    width, height = _side(record.get("width")), _side(record.get("height"))
+    if width and height:
+        return record | {"width": width, "height": height, "sized": True}
+    path = find(record["file"]).path
+    size = image_size(path) if path is not None else None
+    if size is None:
+        account.leave_out("image without a size, in the annotations and on disk", record["file"])
+        return None
+    account.convert("image whose size is read from its file", record["file"])
+    return record | {"width": size[0], "height": size[1], "sized": False}
+
+
+def _same_file(images: dict[Key, dict[str, Any]], account: Built) -> dict[Key, Key]:
+    """Ids of images listed under several -> the first of them; `images` loses those files that are
+    said to have different sizes."""
+    by_file: dict[str, list[Key]] = defaultdict(list)
+    for key, record in images.items():
+        by_file[record["file"]].append(key)
+    same: dict[Key, Key] = {}
+    for file, keys in by_file.items():
+        if len({(images[key]["width"], images[key]["height"]) for key in keys}) > 1:
+            account.leave_out("file of several images of different sizes", file)
+            for key in keys:
+                del images[key]
+        elif len(keys) > 1:
+            account.convert("image listed under several ids, taken as one", file)
+            same |= dict.fromkeys(keys[1:], keys[0])
+    return same
+
+
+def _listed(
+    images: Mapping[int, Mapping[str, Any]], name: str, ids: Mapping[Key, int]
+) -> dict[int, set[int]]:
+    """Image id -> the category ids that its record lists under a name."""
+    listed = {number: record.get(name) for number, record in images.items()}
+    return {
+        number: {
+            ids[key] for key in map(key_of, keys if isinstance(keys, list) else ()) if key in ids
+        }
+        for number, keys in listed.items()
+    }
+
+
+# --- Categories ------------------------------------------------------------------------------
+
+
+def _categories(
+    records: Iterable[Any], used: set[Key | None], account: Built
+) -> tuple[dict[int, str], dict[Key, int]]:
+    """Category id -> name, and the ids that annotations may use -> category id.
+
+    Args:
+        used: ids with annotations. Of categories of one name those without any are left out, as
+            the parent categories in Roboflow's exports.
+    """
+    names: dict[Key, str] = {}
+    clashing = set()
+    for record in records:
+        given = record if isinstance(record, dict) else {}
+        name, key = given.get("name"), key_of(given.get("id"))
+        if key is None or not (isinstance(name, str) and name.strip() and _is_utf8(name)):
+            account.leave_out("category without an id or name", f"{record!a:.80}")
+        elif names.setdefault(key, name) != name:
+            clashing.add(key)
+            account.leave_out("category id of several categories", f"{key}: {names[key]}, {name}")
+    by_name: dict[str, list[Key]] = defaultdict(list)
+    for key, name in names.items():
+        if key not in clashing:
+            by_name[name].append(key)
+    first = {name: next((k for k in keys if k in used), keys[0]) for name, keys in by_name.items()}
+    for name, keys in by_name.items():
+        for key in keys:
+            if key not in used and key != first[name]:
+                account.leave_out("category without boxes whose name another has", f"{name} {key}")
+            elif key != first[name]:
+                account.convert("categories of one name, taken as one", f"{name} {key}")
+    account.note_alike(by_name, "categories")
+    numbers = _numbered(first.values(), account, "category")
+    ids = {key: numbers[first[name]] for name, keys in by_name.items() for key in keys}
+    return {numbers[key]: name for name, key in first.items()}, ids
+
+
+def _is_utf8(name: str) -> bool:
+    """JSON may hold half a character, which no tokenizer takes."""
+    return name.encode("utf-8", "replace").decode() == name
+
+
+# --- Boxes -----------------------------------------------------------------------------------
+
+NO_BOX = "annotation without four finite numbers as bbox"
+NO_AREA = "box without area inside its image"
+
+
+def _known(
+    record: Any, image_ids: Mapping[Key, int], category_ids: Mapping[Key, int], account: Built
+) -> tuple[int, int] | None:
+    """(image id, category id) of an annotation; None if either is unknown."""
+    if not isinstance(record, dict):
+        account.leave_out("annotation that is no object", f"{record!r:.80}")
+        return None
+    image = image_ids.get(key_of(record.get("image_id")))
+    category = category_ids.get(key_of(record.get("category_id")))
+    if image is None:
+        account.leave_out("annotation of an image that isn't listed or used", _name(record))
+    elif category is None:
+        account.leave_out("annotation of a category that isn't listed or used", _name(record))
+    else:
+        return image, category
+    return None
+
+
+def _name(record: Mapping[str, Any]) -> str:
+    about = (f"{record.get(name)!r:.40}" for name in ("id", "image_id", "category_id"))
+    return "annotation {} (image {}, category {})".format(*about)
+
+
+def _annotation(
+    record: Mapping[str, Any], about: tuple[int, int], account: Built
+) -> dict[str, Any] | None:
+    """The annotation in COCO's form; None if it has no box."""
+    crowd = _flag(record.get("iscrowd"))
+    if crowd is None:
+        account.leave_out("annotation whose iscrowd is neither 0 nor 1", _name(record))
+        return None
+    box = box_of(record.get("bbox"))
+    if box is None and not record.get("bbox"):
+        box = _around(record.get("segmentation"))
+        if box is not None:
+            account.convert("box drawn around its segmentation", _name(record))
+    if box is None:
+        if not crowd:
+            account.leave_out(NO_BOX, _name(record))
+        return None
+    if any(isinstance(side, str) for side in record.get("bbox") or ()):
+        account.convert("box whose numbers are texts", _name(record))
+    area = number_of(record.get("area"))
+    return {"image_id": about[0], "category_id": about[1], "bbox": box, "iscrowd": int(crowd),
+            "area": area}  # fmt: skip
+
+
+def box_of(bbox: Any) -> list[float] | None:
+    """Four finite numbers, maybe as texts."""
+    sides = [number_of(side) for side in bbox] if isinstance(bbox, list) else []
+    return sides if len(sides) == 4 and None not in sides else None
+
+
+def _around(segmentation: Any) -> list[float] | None:
+    """x, y, width and height of the polygons of a segmentation; None if it has none."""
+    polygons = segmentation if isinstance(segmentation, list) else []
+    xs, ys = [], []
+    for polygon in polygons:
+        sides = [number_of(side) for side in polygon] if isinstance(polygon, list) else []
+        if len(sides) < 6 or len(sides) % 2 or None in sides:
+            return None
+        xs += sides[0::2]
+        ys += sides[1::2]
+    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)] if xs else None
+
+
+def _inside(record: Mapping[str, Any], image: Mapping[str, Any], account: Built) -> Box | None:
+    """xyxy inside the image; None if nothing of it is."""
+    x, y, width, height = record["bbox"]
+    right, lower = float(image["width"]), float(image["height"])
+    box = (max(x, 0.0), max(y, 0.0), min(x + width, right), min(y + height, lower))
+    if not (box[0] < box[2] and box[1] < box[3]):
+        account.leave_out(NO_AREA, f"{image['file']}: {record['bbox']}")
+        return None
+    beyond = max(-x, -y, x + width - right, y + height - lower)
+    if beyond > CLIPPED * max(right, lower):
+        account.convert("box cut at the edge of its image", f"{image['file']}: {record['bbox']}")
+    return box

@@ -1,0 +1,108 @@
+"""Text files as people have them: gzipped, with a byte order mark, or in an old encoding."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import zlib
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from virft_fast.data.accounts import Built
+
+# UTF-32 first: its little-endian mark starts with that of UTF-16.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# What spreadsheets and annotation tools write, the likelier first.
+_CODE_PAGES = (
+    "cp1252", "gb18030", "cp1251", "cp932", "cp949", "big5", "cp1250", "euc_jp", "cp1254",
+    "cp1253", "cp1255", "cp1256", "cp1257", "cp874", "cp1258", "koi8_r", "mac_roman",
+)  # fmt: skip
+_GZIP = b"\x1f\x8b"
+
+
+def read_text(path: Path, account: Built) -> str:
+    """The text of a file.
+
+    Args:
+        account: records the encoding where it is not UTF-8.
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file can't be read, or holds no text.
+    """
+    try:
+        data = path.read_bytes()
+        if data.startswith(_GZIP):
+            data = gzip.decompress(data)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: expected a text file, maybe gzipped, got {error}") from error
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8-sig")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError:
+        encoding = _guessed(data, path)
+        account.convert(f"text read as {encoding}, which was guessed; save it as UTF-8", str(path))
+        return data.decode(encoding)
+
+
+def _guessed(data: bytes, path: Path) -> str:
+    from charset_normalizer import from_bytes
+
+    matches = [] if b"\0" in data else list(from_bytes(data, cp_isolation=list(_CODE_PAGES)))
+    if not matches:
+        raise ValueError(f"{path}: expected a text file, got bytes in no known encoding")
+    # A few words fit several as well as each other.
+    rank = _CODE_PAGES.index
+    return min(matches, key=lambda m: (m.chaos, -m.coherence, rank(m.encoding))).encoding
+
+
+def read_table(
+    path: Path, needed: Sequence[Collection[str]], account: Built
+) -> tuple[list[str], Iterator[tuple[int, dict[str | None, Any]]]]:
+    """A CSV file with any character between its cells.
+
+    Args:
+        needed: for each column that has to be there, the names it may have. They tell the
+            separator, too.
+        account: records the encoding and a separator other than a comma.
+    Returns:
+        The header, and (line number, row) for each row. A row with more cells than the header has
+        them under the key None; a row with fewer has None in the others.
+    Raises:
+        FileNotFoundError, ValueError: as `read_text`, also while the rows are read.
+    """
+    lines = list(io.StringIO(read_text(path, account), newline=""))
+    start = 0  # behind empty lines and Excel's "sep=;"
+    while start < len(lines) and not lines[start].lower().partition("sep=")[0].strip():
+        start += 1
+    first = lines[start] if start < len(lines) else ""
+    marks = [",", *(c for c in dict.fromkeys(first.strip()) if not c.isalnum() and c not in '_" ')]
+    headers = {mark: _header(first, mark) for mark in marks}
+    mark = next(
+        (m for m in marks if all(set(names) & set(headers[m]) for names in needed)), marks[0]
+    )
+    if mark != ",":
+        account.convert(f"cells separated by {mark!r}", str(path))
+    reader = csv.DictReader(lines[start + 1 :], headers[mark], strict=True, delimiter=mark)
+    return headers[mark], _rows(reader, start + 1, path)
+
+
+def _header(line: str, mark: str) -> list[str]:
+    return [name.strip() for name in next(csv.reader([line], delimiter=mark), [])]
+
+
+def _rows(reader: csv.DictReader, before: int, path: Path) -> Iterator[tuple[int, dict]]:
+    try:
+        for row in reader:
+            yield reader.line_num + before, row
+    except csv.Error as error:
+        raise ValueError(f"{path}: expected CSV: {error}") from error
