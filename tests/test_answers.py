@@ -70,7 +70,7 @@ def test_announced_box_that_is_none_still_counts_as_a_prediction(value):
     assert not valid_box(detection.boxes[0])
 
 
-@pytest.mark.parametrize("value", ["NaN", "'0.9'", "true", "null", "1" + "0" * 400])
+@pytest.mark.parametrize("value", ["NaN", "'high'", "true", "null", "1" + "0" * 400])
 def test_confidence_that_is_no_number_is_none(value):
     detection = parse_detection("[{'Position': [1, 2, 30, 40], 'Confidence': " + value + "}]")
     assert detection.confidences == (None,)
@@ -81,6 +81,119 @@ def test_confidence_that_is_no_number_is_none(value):
 )
 def test_invalid_boxes(box):
     assert not valid_box(box)
+
+
+FIRST = "{'Position': [10, 20, 300, 400], 'Confidence': 0.9}"
+FIRST_BOX = (10.0, 20.0, 300.0, 400.0)
+# An object of BOX in other words: what is written, and the confidence that is read.
+WRITTEN = [
+    ("{'Position': [1, 2, 30, 40], 'Confidence': 0.5,}", 0.5),
+    ("{'Position': [1, 2., 30, 40,], 'Confidence': .5}", 0.5),
+    ("{'Position': [1, 2, 30, 40], 'Confidence': 5e-1}", 0.5),
+    ("{'Position': [1, 2, 30, 40], 'Confidence': 50%}", 0.5),
+    ("{'Position': [1, 2, 30, 40], 'Confidence': '50 %'}", 0.5),
+    ("{'Position': [1, 2, 30, 40], 'Confidence': 50}", 50.0),
+    ("{'Position': [1, 2, 30, 40], 'Confidence': None}", None),
+    ("{'Position': [1, 2, 30, 40], 'Confidence': high}", None),
+    ("{'Position': ['1', '2', '30', '40'], 'Confidence': '0.5'}", 0.5),
+    ("{'Position': '1, 2, 30, 40', 'Confidence': 0.5}", 0.5),
+    ("{'Position': (1, 2, 30, 40), 'Confidence': 0.5}", 0.5),
+    ("{'Position': [[1, 2], [30, 40]], 'Confidence': 0.5}", 0.5),
+    ("{'Position': (1, 2), (30, 40), 'Confidence': 0.5}", 0.5),
+    ("{'Confidence': 0.5, 'Position': 1, 2, 30, 40}", 0.5),
+    ("{“Position”: [1, 2, 30, 40], “Confidence”: 0.5}", 0.5),
+    ("｛‘Position’：［１，２，30，40］，‘Confidence’：0．5｝", 0.5),
+    ("{Position: [1, 2, 30, 40], Confidence: 0.5}", 0.5),
+    ("{'Position: [1, 2, 30, 40], 'Confidence': 0.5}", 0.5),
+    ("{{'Position': [1, 2, 30, 40], 'Confidence': 0.5}}", 0.5),
+    ("{'Position': [1, 2, 30, 40] 'Confidence': 0.5}", 0.5),
+    ('{\\"bbox_2d\\": [1, 2, 30, 40], \\"score\\": 0.5}', 0.5),
+    ("{'bbox_2d': [1, 2, 30, 40], 'label': \"jack's mug\"}", None),
+    ("{'label': 'jack's mug', 'bbox_2d': [1, 2, 30, 40]}", None),
+    ("{'label': 'jack\\'s mug, {or} [a] (cup)', 'bbox_2d': [1, 2, 30, 40]}", None),
+    ("{'bbox_2d': [1, 2, 30, 40], 'seen': {'from': 'above', 'sizes': [5, 6, 7, 8]}}", None),
+    ("{'Bounding Box': [1, 2, 30, 40], 'score': 0.5}", 0.5),
+    ("{'x1': 1, 'y1': 2, 'x2': 30, 'y2': 40, 'score': 0.5}", 0.5),
+    ("{'box': {'xmin': 1, 'ymin': 2, 'xmax': 30, 'ymax': 40}, 'score': 0.5}", 0.5),
+    ("{'Position': [1, 2, 30, 40], # jack's\n 'Confidence': 0.5 // sure\n}", 0.5),
+    ("[1, 2, 30, 40]", None),
+    ("(1, 2, 30, 40)", None),
+    ("(1,2),(30,40)", None),
+    ("[(1,2),(30,40)]", None),
+    ("[[1, 2], [30, 40]]", None),
+    ("<|object_ref_start|>a mug<|object_ref_end|><|box_start|>(1,2),(30,40)<|box_end|>", None),
+]
+
+
+@pytest.mark.parametrize(("written", "confidence"), WRITTEN, ids=range(len(WRITTEN)))
+def test_an_object_is_read_alike_alone_and_among_others(written, confidence):
+    alone = parse_detection(f"<answer>{written}</answer>")
+    assert (alone.boxes, alone.confidences) == ((BOX,), (confidence,))
+    three = parse_detection(f"<answer>```json\n[{FIRST}, {written}, {FIRST}]\n```</answer>")
+    assert three.boxes == (FIRST_BOX, BOX, FIRST_BOX)
+    assert three.confidences == (0.9, confidence, 0.9)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{'Position': [1, 2, 30], 'Confidence': 0.5}",
+        "{'Position': [1, 2, 30, forty], 'Confidence': 0.5}",
+        "{'Position': [1, 2, 30, 40, 'Confidence': 0.5}",
+        "{'Position': [1.2.3, 2, 30, 40]}",
+        "{'Position': None, 'Confidence': 0.5}",
+        "{'Positions': [1, 2, 30], 'Confidence': 0.5}",
+        "{'x1': 1, 'y1': 2, 'x2': 30, 'label': 'mug'}",
+        "{'label': 'mug'}",
+        "<|box_start|>(1,2)<|box_end|>",
+    ],
+)
+def test_an_object_that_can_not_be_read_is_a_prediction_that_matches_nothing(written):
+    for text, place in ((written, 0), (f"[{FIRST}, {written}, {FIRST}]", 1)):
+        detection = parse_detection(f"<answer>{text}</answer>")
+        assert len(detection.boxes) == 2 * place + 1
+        assert all(map(math.isnan, detection.boxes[place]))
+
+
+@pytest.mark.parametrize("junk", ["{'a': 1}", "[1, 2, 3]", "(5, 6)", "(a mug)", "{}", "[]", "mug"])
+def test_junk_counts_where_it_stands_for_an_object(junk):
+    """Alone it announces nothing; in a list of objects all that is no word is to be one."""
+    assert (parse_detection(f"<answer>see: {junk}.</answer>") is None) or junk == "[]"
+    in_list = parse_detection(f"<answer>[{FIRST}, {junk}]</answer>").boxes
+    assert len(in_list) == (2 if any(c.isdigit() for c in junk) else 1)
+    assert parse_detection(f"<answer>{junk} {FIRST}</answer>").boxes == (FIRST_BOX,)
+
+
+@pytest.mark.parametrize(
+    ("text", "boxes"),
+    [
+        ("[{'Position': [1, 2, 30, 40]}] and [10, 20, 300, 400]", 2),
+        ("{'boxes': [[1, 2, 30, 40], [10, 20, 300, 400]], 'scores': [0.5, 0.9]}", 2),
+        ("{'objects': [{'box': [1, 2, 30, 40]}, {'box': [10, 20, 300, 400]}], 'n': [2, 3]}", 2),
+        ("{'size': [0, 0, 9, 9], 'objects': {'mug': {'box': [1, 2, 30, 40]}}}", 1),
+        ("{'mug': [1, 2, 30, 40], 'cup': [10, 20, 300, 400]}", 2),
+        ("{'box': [1, 2, 30, 40], 'parts': [{'box': [10, 20, 300, 400]}]}", 2),
+        ("[{'Position': [1, 2, 30, 40], {'Position': [10, 20, 300, 400]}]", 2),
+        ("[{'Position': [1, 2, 30, 40], 'Position': [10, 20, 300, 400]}]", 2),
+        ("[{'Position': [1, 2, 30, 40]}, 'Position': [10, 20, 300, 400]}]", 2),
+        ("[{'Position': [1, 2, 30, 40]}}, {'Position': [10, 20, 300, 400]}]", 2),
+        ("the mug (5,6): (1,2),(30,40), (10,20),(300,400)", 2),
+        ("[(1,2),(30,40),(10,20),(300,400)]", 2),
+        ("{'Position': [1, 2, 30, 40], 'Confid", 1),
+        ("[{'Position': [1, 2, 30, 40]}, {'Position': [10, 20, 30", 1),
+        ("[" * 50 + "{'Position': [1, 2, 30, 40]}" + "]" * 50, 1),
+    ],
+)
+def test_how_many_objects_are_read(text, boxes):
+    detection = parse_detection(f"<answer>{text}")
+    assert detection.boxes == (BOX, FIRST_BOX)[:boxes]
+    if "scores" in text:
+        assert detection.confidences == (0.5, 0.9)
+
+
+def test_text_markers_are_no_part_of_a_label():
+    text = "<answer><|object_ref_start|>a mug<|object_ref_end|></answer>"
+    assert answer_text(text) == "a mug"
 
 
 def test_last_answer_counts_and_thought_is_left_out():
@@ -133,6 +246,15 @@ HUNDRED_KB = [
     "{a}" * 33_333,
     "{a:1}" * 20_000,
     '{"Position": [1, 2, 3, 4]}' * 3_800,
+    "'" * 100_000,
+    "\\'" * 50_000,
+    "1" * 100_000,
+    "1," * 50_000,
+    "{a:{" * 25_000,
+    "[[[[[[[[" + "[]," * 33_000,
+    "(1,2)," * 16_000,
+    "<|box_start|>" * 7_500,
+    "{'boxes': [" + "[1,2,3,4]," * 9_000,
 ]
 
 

@@ -244,6 +244,18 @@ def test_rewards_of_100_kb_of_brackets_take_less_than_50_ms(text):
         assert best_time_s(lambda name=name: reward(name, text, TRUTH)) < 0.05, name
 
 
+HUGE = st.sampled_from([int("9" * 310), -int("9" * 310), 1e308, -1e308, 1e-200, 5e-324, math.inf,
+                        math.nan, 0, 1, 300, True])  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.lists(HUGE, min_size=4, max_size=4), HUGE), max_size=4))
+def test_numbers_beyond_measure_give_a_finite_reward(items):
+    for solution in (boxes((A, 1)), boxes(([1e-200, 0, 1e308, 300], 1))):
+        for name in (name for name in REWARDS if name.startswith("visual_rft")):
+            assert math.isfinite(reward(name, boxes(*items), solution)), name
+            assert math.isfinite(reward(name, boxes(*items) + "(9,9),(1,1)" * 2, solution)), name
+
+
 NUMBER = st.one_of(st.integers(-50, 1050), st.sampled_from([0, 100, 500, 700]))
 CORNERS = st.one_of(st.lists(NUMBER, min_size=4, max_size=4), st.sampled_from([A, FAR]))
 ITEM = st.tuples(CORNERS, st.one_of(st.floats(-1, 2), st.sampled_from([0, 1])))
@@ -307,6 +319,7 @@ def test_a_batch_is_its_samples():
 def test_task_is_read_off_the_solutions():
     assert detect_task([TRUTH, "<answer>No Objects</answer>"]) == "detection"
     assert detect_task(["<answer>rose</answer>"]) == "classification"
+    assert detect_task(['{"label": "rose"}']) == "classification"
     assert detect_task(["<answer> (1,2),(3,4) </answer>"]) == "grounding"
     with pytest.raises(ValueError, match="classification, detection"):
         detect_task([TRUTH, "<answer>rose</answer>"])
@@ -325,6 +338,8 @@ def test_default_rewards_are_registered():
         ("detection", "<answer>No Objects</answer>", None),
         ("detection", "rose", "expected boxes"),
         ("detection", boxes(([5, 5, 1, 1], 1)), "x1 < x2"),
+        ("detection", boxes((A, 1), ([5, 5, 9], 1)), "four numbers in all objects"),
+        ("grounding", "{'label': 'mug'}", "four numbers in all objects"),
         ("classification", "<answer> </answer>", "class name"),
         ("grounding", TRUTH, "one box"),
         ("grounding", "(1,2),(3,4)", None),

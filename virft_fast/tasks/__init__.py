@@ -11,6 +11,7 @@ from virft_fast.tasks.answers import (
     answer_text,
     parse_detection,
     parse_label,
+    unreadable,
     valid_box,
 )
 from virft_fast.tasks.coordinates import THOUSAND, extent_of, rescale
@@ -117,7 +118,7 @@ def detect_task(solutions: Sequence[str]) -> str:
 
 def _kind(solution: str) -> str:
     detection = parse_detection(solution)
-    if detection is None:
+    if detection is None or (detection.boxes and all(map(unreadable, detection.boxes))):
         return "classification"
     written = answer_text(solution).lstrip()
     return "grounding" if written.startswith("(") else "detection"
@@ -137,6 +138,8 @@ def check_solution(task: str, solution: str, extent: Sequence[float] | None = No
         return str(error)
     if detection is None:
         return f"expected boxes in the solution, got {solution!r:.120}"
+    if any(map(unreadable, detection.boxes)):
+        return f"expected boxes of four numbers in all objects of the solution, got {solution!r:.120}"
     bad = [box for box in detection.boxes if not valid_box(box)]
     if bad:
         space = "0..1000" if extent is None else f"0..{extent[0]}, 0..{extent[1]}"

@@ -207,7 +207,7 @@ def _as_float(number: float) -> float:
     try:
         return float(number)
     except OverflowError:
-        return math.copysign(math.inf, number)
+        return math.inf if number > 0 else -math.inf
 
 
 def _iou(a: list[Any], b: list[Any]) -> float | None:
@@ -219,8 +219,9 @@ def _iou(a: list[Any], b: list[Any]) -> float | None:
     if not (width > 0 and height > 0):
         return 0.0
     both = width * height
-    iou = both / ((ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - both)
-    return 0.0 if math.isnan(iou) else iou
+    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - both
+    # Sides too small for a float multiply to 0, infinite ones to no number.
+    return both / union if union > 0 and math.isfinite(both / union) else 0.0
 
 
 def _squeeze(text: str) -> str:

@@ -1,0 +1,119 @@
+"""Text with brackets in it as a tree, however sound its syntax is.
+
+Reads JSON, Python's literals, and what models make of them: missing quotes, ends and commas,
+doubled braces, curly quotes, apostrophes. No text raises or is evaluated, and time is linear.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Union
+
+# 1000 of Visual-RFT's objects are within both limits; the rest of a text is not read.
+MAX_TOKENS = 20_000
+MAX_GROUPS = 2_048
+MAX_DEPTH = 8  # what is nested deeper is read as if it stood alone
+
+_ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # of full-width characters
+_ASCII |= str.maketrans("“”„‟«»‘’‚‛−", "\"\"\"\"\"\"''''-")
+# A quote ends a text only before what may follow a value, and starts none inside a word. So a text
+# reaches no further than the next such quote, and a search is linear.
+_TEXTS = "|".join(rf"{q}[^{q}\\]*(?:\\[\s\S][^{q}\\]*)*{q}" for q in "\"'")
+_TOKEN = re.compile(
+    r"[\[\](){},:%]|(?P<number>[-+]?\.?\d[\d.]*(?:[eE][-+]?\d+)?)|(?P<word>[^\W\d]\w*)"
+    rf"|(?<!\w)(?P<text>{_TEXTS})(?=\s*(?:[\]}}),:]|\Z))|<\|\w+\|>|\\[\s\S]"
+)
+_MARKS = {"<|box_start|>": "<", "<|box_end|>": ">"}
+_CLOSES = {"]": "[(", ")": "[(", "}": "{", ">": "<"}
+
+Item = Union["Group", float, str]  # numbers that are quoted or none, as 1.2.3, are strings
+Items = Sequence[Item]
+
+
+@dataclass(eq=False, slots=True)
+class Group:
+    """What stands in one pair of brackets.
+
+    Attributes:
+        opening: "[", "(" or "{"; "<" for the family's box marks; "" for the whole text.
+        items: in the order written; in braces those of the last field.
+        fields: (name, items) of braces. What stands before the first name is named "".
+        joined: nothing but a comma stands between it and the group before.
+        ended: false where the text ends first.
+    """
+
+    opening: str
+    items: list[Item]
+    fields: list[tuple[str, list[Item]]]
+    joined: bool = False
+    ended: bool = False
+
+
+def read_groups(text: str) -> Group:
+    """The text as a group without brackets of its own."""
+    root = Group("", [], [])
+    stack, before, left = [root], "", MAX_GROUPS
+    for match, _ in zip(_TOKEN.finditer(text.translate(_ASCII)), range(MAX_TOKENS), strict=False):
+        token = match[0]
+        items = stack[-1].items
+        kind = match.lastgroup
+        if kind == "number":
+            items.append(_float(token))
+        elif kind is not None:
+            items.append(token[1:-1] if kind == "text" else token)
+        else:
+            token = _MARKS.get(token, token)
+            if token in _CLOSES:
+                _close(stack, token)
+            elif token in ("[", "(", "{", "<"):
+                left -= 1
+                if not left:
+                    break
+                _open(stack, token, before)
+            elif items and not isinstance(items[-1], Group):
+                _after_word(stack[-1], token)
+        before = token
+    return root
+
+
+def _float(token: str) -> float | str:
+    try:
+        return float(token)
+    except ValueError:
+        return token
+
+
+def _after_word(group: Group, token: str) -> None:
+    """A colon makes the last word a name in braces, and a percent sign stays with its number."""
+    if token == ":" and group.opening == "{":
+        name, group.items = str(group.items.pop()), []
+        group.fields.append((name, group.items))
+    elif token == "%":
+        group.items[-1] = f"{group.items[-1]}%"
+
+
+def _open(stack: list[Group], bracket: str, before: str) -> None:
+    """Put a group into the last open one; an object that is no value of another ends that one."""
+    while bracket == "{" and before != ":" and stack[-1].opening == "{":
+        stack.pop().ended = True
+    if len(stack) > MAX_DEPTH:
+        del stack[1:]
+    around, items = stack[-1].items, []
+    follows = before == "," and around and isinstance(around[-1], Group)
+    fields = [("", items)] if bracket == "{" else []
+    around.append(Group(bracket, items, fields, joined=bool(follows)))
+    stack.append(around[-1])
+
+
+def _close(stack: list[Group], bracket: str) -> None:
+    """End the last group that the bracket can end, and all in it; none where there is none."""
+    for depth in range(len(stack) - 1, 0, -1):
+        if stack[depth].opening in _CLOSES[bracket]:
+            for group in stack[depth:]:
+                group.ended = True
+            del stack[depth:]
+            return
+        if bracket == ")" and stack[depth].opening == "{":
+            return  # of a text without quotes
