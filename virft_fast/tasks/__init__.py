@@ -139,7 +139,9 @@ def check_solution(task: str, solution: str, extent: Sequence[float] | None = No
     if detection is None:
         return f"expected boxes in the solution, got {solution!r:.120}"
     if any(map(unreadable, detection.boxes)):
-        return f"expected boxes of four numbers in all objects of the solution, got {solution!r:.120}"
+        return (
+            f"expected boxes of four numbers in all objects of the solution, got {solution!r:.120}"
+        )
     bad = [box for box in detection.boxes if not valid_box(box)]
     if bad:
         space = "0..1000" if extent is None else f"0..{extent[0]}, 0..{extent[1]}"

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from virft_fast.tasks.brackets import Group, Item, Items, read_groups
+from virft_fast.tasks.brackets import Group, Items, read_groups
 from virft_fast.tasks.coordinates import Box, to_thousand
 
 NOT_A_BOX: Box = (math.nan,) * 4

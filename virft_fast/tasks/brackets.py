@@ -17,7 +17,7 @@ MAX_GROUPS = 2_048
 MAX_DEPTH = 8  # what is nested deeper is read as if it stood alone
 
 _ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # of full-width characters
-_ASCII |= str.maketrans("“”„‟«»‘’‚‛−", "\"\"\"\"\"\"''''-")
+_ASCII |= str.maketrans("“”„‟«»‘’‚‛−", '""""""\'\'\'\'-')
 # A quote ends a text only before what may follow a value, and starts none inside a word. So a text
 # reaches no further than the next such quote, and a search is linear.
 _TEXTS = "|".join(rf"{q}[^{q}\\]*(?:\\[\s\S][^{q}\\]*)*{q}" for q in "\"'")
