@@ -1004,8 +1004,8 @@ def test_export_never_replaces_its_source(tmp_path, capsys):
 
 def test_export_of_odd_rows(tmp_path, capsys):
     """What is learnt is the column completion, as in fine-tuning; no text counts as a file."""
-    user, model = {"role": "user", "content": "<video> <audio>?"}, {"role": "assistant"}
-    chats = [[user], [{"role": "system", "content": "<image>"}, user, user], [model, user],
+    user, model = {"role": "user", "content": "Which?"}, {"role": "assistant"}
+    chats = [[user], [{"role": "system", "content": "Look."}, user, user], [model, user],
              [user, model | {"content": "b"}, user]]  # fmt: skip
     rows = [
         {"prompt": chat, "solution": "<answer>cat</answer>", "completion": completion}
@@ -1017,10 +1017,10 @@ def test_export_of_odd_rows(tmp_path, capsys):
     ]
     assert export(json_rows(tmp_path / "rows.json", rows), tmp_path / "out") == 0
     records = llamafactory_rules(tmp_path / "out", "rows")
-    asked = "< video > < audio >?"
+    asked = "Which?"
     assert [m["content"] for m in records[0]["messages"]] == [asked, "It is < audio >."]
     assert [m["content"] for m in records[1]["messages"]] == [
-        "< image >", f"{asked}\n{asked}", "<answer>cat</answer>",
+        "Look.", f"{asked}\n{asked}", "<answer>cat</answer>",
     ]  # fmt: skip
     assert len(records) == 3 and len(records[2]["messages"]) == 4
     assert "row 2 left out: prompt: expected user and assistant" in capsys.readouterr().out

@@ -251,7 +251,7 @@ class Scenes:
         groups: Sequence[str] | None = None,
         test_share: float = 0.0,
     ) -> None:
-        self.samples = SampleDataset(rows)
+        self.samples = SampleDataset(rows, first_exchange=True)
         self.layout, self.seed, self.noise, self.test_share = layout, seed, noise, test_share
         self._unwrap = "conversations" in getattr(rows, "column_names", ())
         names = groups or [""] * len(self.samples)

@@ -1,0 +1,185 @@
+"""The rows of a data set as samples, made on access, or why a row can't be one.
+
+Nothing that comes out of a data set is evaluated, unpickled or run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from virft_fast.batch import Sample
+from virft_fast.data.images import UnreadableImage, one_line, open_image
+from virft_fast.data.layouts import (
+    IMAGE_COLUMNS,
+    Reading,
+    Row,
+    Unusable,
+    check_columns,
+    non_empty,
+    question_column,
+    read_row,
+    spoken_text,
+)
+
+if TYPE_CHECKING:
+    import datasets
+
+    from virft_fast.data.streaming import ParquetRows
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that can't be used, and why."""
+
+    index: int
+    reason: str
+
+
+class SampleDataset:
+    """The rows of a data set as samples, made on access.
+
+    Args:
+        rows: what `load_rows` returns, or any sequence of mappings.
+        check_solution: solution (and the row's `extent`, where it has one) -> what is wrong with
+            it, or None.
+        compat_prompt: LISA's conversations ask for a box as the original does, to the letter.
+        first_exchange: of a conversation, take the first question and its answer alone.
+    Raises:
+        ValueError: no column holds the problem, or none the solution; or `compat_prompt` and no
+            conversations.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset | ParquetRows | Sequence[Row],
+        *,
+        check_solution: Callable[..., str | None] | None = None,
+        compat_prompt: bool = False,
+        first_exchange: bool = False,
+    ) -> None:
+        self.names = _column_names(rows)
+        check_columns(self.names, "data set")
+        # In arrow format images (and sound, and video) come as they are stored: nothing is decoded
+        # that is not asked for, and a corrupt image raises where it can be caught.
+        self._rows = rows.with_format("arrow") if hasattr(rows, "with_format") else rows
+        self._image_columns = _image_columns(rows)
+        self._json_columns = _json_columns(rows)
+        self._check_solution = check_solution
+        self.image_folder: Path | None = getattr(rows, "image_folder", None)
+        column = question_column({}, self.names)
+        if compat_prompt and column != "conversations":
+            raise ValueError(
+                f"--compat_prompt: expected LISA's conversations, got the column {column}, which "
+                "is asked as it stands; leave it out (`build grounding` has a flag of that name)"
+            )
+        self._compat_prompt, self._first = compat_prompt, first_exchange
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def get(self, index: int) -> Sample | BadRow:
+        """Row `index` as a sample, or why it can't be one; no content of a row raises."""
+        index = int(index)
+        try:
+            row, reading = self.read(index)
+            return self._sample(index, row, reading)
+        except (Unusable, UnreadableImage) as error:
+            return BadRow(index, str(error))
+
+    def read(self, index: int) -> tuple[dict[str, Any], Reading]:
+        """Row `index` as it is stored, and what it says; no image is opened.
+
+        Raises:
+            Unusable: it can't be read.
+        """
+        try:
+            row = self._row(index)
+        # What is stored needs be neither text in UTF-8 nor a time that Python can hold.
+        except Exception as error:
+            raise Unusable(f"the row can't be read: {one_line(error)}") from error
+        return row, read_row(row, self.names, compat=self._compat_prompt, first=self._first)
+
+    def _row(self, index: int) -> dict[str, Any]:
+        row = self._rows[index]
+        if not hasattr(row, "to_pylist"):
+            return dict(row)
+        plain = row.to_pylist()[0]
+        for name in self._json_columns:
+            plain[name] = None if plain[name] is None else json.loads(plain[name])
+        return plain
+
+    def _sample(self, index: int, row: dict[str, Any], reading: Reading) -> Sample:
+        columns = {k: v for k, v in row.items() if k not in self._image_columns}
+        if "chosen" in row:  # a preference pair, of texts or chats
+            columns |= {name: spoken_text(row.get(name)) for name in ("chosen", "rejected")}
+            if columns["chosen"] is None:
+                raise Unusable("chosen: expected an answer, a text or a chat that ends with one")
+        solution = self._checked(reading.solution, row.get("extent"))
+        if reading.said and reading.said != solution and row.get("completion") is None:
+            columns["completion"] = reading.said  # what is learned, beside what scores
+        return Sample(
+            index=index,
+            messages=tuple(reading.messages),
+            images=tuple(open_image(source, self.image_folder) for source in reading.sources),
+            solution=solution,
+            columns=columns | {"problem": reading.problem, "solution": solution},
+        )
+
+    def _checked(self, solution: Any, extent: Any) -> str:
+        solution = non_empty(solution, "solution")
+        space = () if extent is None else (extent,)
+        wrong = self._check_solution(solution, *space) if self._check_solution else None
+        if wrong:
+            raise Unusable(f"solution: {wrong}")
+        return solution
+
+
+def first_solutions(samples: SampleDataset, most: int = 50) -> list[str]:
+    """Of the usable ones among the first rows, to read the task off them.
+
+    Raises:
+        ValueError: none is; says what is wrong with the first.
+    """
+    loaded = [samples.get(index) for index in range(min(len(samples), most))]
+    found = [sample.solution for sample in loaded if isinstance(sample, Sample)]
+    if loaded and not found:
+        raise ValueError(
+            f"expected a row that can be used among the first {len(loaded)}, got none; row 0: "
+            f"{loaded[0].reason}"
+        )
+    return found
+
+
+def _column_names(rows: Any) -> list[str]:
+    if hasattr(rows, "column_names"):
+        return list(rows.column_names)
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _image_columns(rows: Any) -> set[str]:
+    """Columns that hold images, whether or not they go into the prompt (a mask does not)."""
+    features = getattr(rows, "features", None) or {}
+    return {*IMAGE_COLUMNS, *(name for name, feature in features.items() if _has_image(feature))}
+
+
+def _json_columns(rows: Any) -> list[str]:
+    """Columns that `datasets` stores as JSON texts because the kinds of value differ in them."""
+    features = getattr(rows, "features", None) or {}
+    return [name for name, feature in features.items() if type(feature).__name__ == "Json"]
+
+
+def _has_image(feature: Any) -> bool:
+    import datasets
+
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    return isinstance(feature, datasets.Image) or (inner is not None and _has_image(inner))
+
+
+def taught_answer(sample: Sample) -> str:
+    """What a model is to learn to say: the column `completion` where the row has one, else its
+    solution."""
+    return spoken_text(sample.columns.get("completion")) or sample.solution
