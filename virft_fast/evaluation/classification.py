@@ -8,7 +8,7 @@ from typing import Any
 
 from virft_fast.evaluation.bootstrap import Array, Ratios
 from virft_fast.evaluation.journal import Record
-from virft_fast.tasks.answers import ClosedSet, answer_text
+from virft_fast.tasks.labels import ClosedSet, answer_text
 
 NO_LABEL = "(none of the labels)"
 

@@ -19,8 +19,8 @@ from virft_fast.data.accounts import listing
 from virft_fast.data.coco import image_paths
 from virft_fast.data.instances import Annotations
 from virft_fast.evaluation.journal import Record
-from virft_fast.tasks.answers import mentioned
 from virft_fast.tasks.coordinates import Extent, rescale, written
+from virft_fast.tasks.labels import mentioned
 from virft_fast.tasks.prompts import (
     NO_OBJECTS,
     detection_problem,

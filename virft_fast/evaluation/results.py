@@ -14,7 +14,7 @@ from virft_fast.evaluation.bootstrap import Array, Interval, Measures, Ratios
 from virft_fast.evaluation.detection import Truth
 from virft_fast.evaluation.journal import Record
 from virft_fast.evaluation.scoring import match_answers, task_measures
-from virft_fast.tasks.answers import ClosedSet
+from virft_fast.tasks.labels import ClosedSet
 
 
 @dataclass

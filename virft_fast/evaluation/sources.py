@@ -33,7 +33,7 @@ from virft_fast.evaluation.questions import (
     other_size,
     read_exists_map,
 )
-from virft_fast.tasks.answers import ClosedSet
+from virft_fast.tasks.labels import ClosedSet
 from virft_fast.tasks.prompts import asked_category
 
 logger = logging.getLogger(__name__)

@@ -10,17 +10,22 @@ import functools
 import itertools
 import math
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from virft_fast.tasks.brackets import Group, Items, read_groups
 from virft_fast.tasks.coordinates import Box, to_thousand
+from virft_fast.tasks.labels import (  # noqa: F401  (all of them importable from here)
+    ClosedSet,
+    answer_text,
+    marked_answer,
+    mentioned,
+    parse_label,
+    words,
+)
 
 NOT_A_BOX: Box = (math.nan,) * 4
-MAX_EXTRA_WORDS = 3  # around the class name, as in "this is a petunia"
-MAX_SPLITS = 2  # more words than a class name has that its letters may be written as
 
 # Letters and digits of the keys that name a box, the first of them that is there; or its sides.
 _BOX_KEYS = (
@@ -38,9 +43,7 @@ _ABOUT_KEYS = {*_CONFIDENCE_KEYS, "label", "class", "category", "name"}
 _KEYS = {*_BOX_KEYS, *itertools.chain.from_iterable(_SIDE_KEYS)}
 _NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?:\s*(%))?")
 _BETWEEN = re.compile(r"[\s,;()\[\]]+(?!%)")  # numbers in one quoted text
-_MARK = re.compile(r"<\|\w+\|>")  # the family's text markers
 _NOTHING = re.compile(r"[\W_]*no[\W_]+objects?[\W_]*", re.IGNORECASE)
-_WORD = re.compile(r"[^\W_]+")
 _MAX_OBJECTS = 1000  # in one answer; the rest is not read
 
 
@@ -56,22 +59,6 @@ class Detection:
 
     boxes: tuple[Box, ...]
     confidences: tuple[float | None, ...]
-
-
-def answer_text(text: str) -> str:
-    """What stands in the last <answer>, up to its end or the text's; without the tag, what follows
-    the thinking, or everything. The family's text markers, as <|box_start|>, are left out."""
-    return _MARK.sub("", _answer(text)).strip()
-
-
-def _answer(text: str) -> str:
-    start = text.rfind("<answer>")
-    if start < 0:
-        end_of_thought = text.rfind("</think>")
-        return text[end_of_thought + len("</think>") :] if end_of_thought >= 0 else text
-    body = text[start + len("<answer>") :]
-    end = body.find("</answer>")
-    return body if end < 0 else body[:end]
 
 
 def parse_detection(text: str, extent: Sequence[float] | None = None) -> Detection | None:
@@ -95,7 +82,7 @@ def parse_detection(text: str, extent: Sequence[float] | None = None) -> Detecti
 
 
 def _parse_detection(text: str) -> Detection | None:
-    body = _answer(text)
+    body = marked_answer(text)
     if _NOTHING.fullmatch(body):
         return Detection((), ())
     found = _in_row(read_groups(body).items)[:_MAX_OBJECTS]
@@ -105,112 +92,6 @@ def _parse_detection(text: str) -> Detection | None:
     if empty.startswith("[") and empty.endswith("]") and not empty[1:-1].strip():
         return Detection((), ())
     return None
-
-
-def parse_label(text: str) -> list[str]:
-    """Words of the answer, lower case, without punctuation; empty if there are none."""
-    return words(answer_text(text))
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words; spaces, _, - and punctuation only separate them."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-
-
-def mentioned(text: str, names: Sequence[str]) -> list[str]:
-    """Which of `names` an answer mentions, in the order of `names`.
-
-    A name counts where its words stand in a row; of two that start at the same word the longer one
-    does, so that 'hot dog' is no dog.
-    """
-    found = _Names(names).in_words(parse_label(text))
-    return [name for name in names if name in found]
-
-
-class _Names:
-    """Names to be found in a row of words.
-
-    Args:
-        joined: also where the words are joined differently: 'saintbernard' is 'saint bernard' and
-            'a300-b4' is 'A300B4'. Both ends are those of words, so '737-2000' is no '737-200'. A
-            name's word may be in parts where a letter and a digit meet, and between parts of two
-            letters or more: 'wall flower', but 'an T' is no ant and '1 1' no 11.
-    """
-
-    def __init__(self, names: Sequence[str], *, joined: bool = False) -> None:
-        self._by_words = {tuple(words(name)): name for name in names}
-        self._by_letters: dict[str, tuple[str, set[int]]] = {}
-        self._longest = max(map(len, self._by_words), default=0)
-        if joined:
-            for parts, name in self._by_words.items():
-                self._by_letters.setdefault("".join(parts), (name, _borders(parts)))
-            self._longest += MAX_SPLITS
-
-    def in_words(self, written: list[str]) -> dict[str, int]:
-        """Each name that is found, and how many words it has there."""
-        found: dict[str, int] = {}
-        at = 0
-        while at < len(written):
-            run: tuple[str, ...] = ()
-            for size in range(min(self._longest, len(written) - at), 0, -1):
-                run = tuple(written[at : at + size])
-                name = self._by_words.get(run) or self._joined(run)
-                if name is not None:
-                    found.setdefault(name, size)
-                    break
-            else:
-                run = run[:1]
-            at += len(run)
-        return found
-
-    def _joined(self, run: tuple[str, ...]) -> str | None:
-        name, borders = self._by_letters.get("".join(run), (None, set()))
-        place = 0
-        for left, right in itertools.pairwise(run) if name is not None else ():
-            place += len(left)
-            digits = left[-1].isdecimal(), right[0].isdecimal()
-            apart = digits[0] != digits[1] or (not any(digits) and min(len(left), len(right)) > 1)
-            if place not in borders and not apart:
-                return None
-        return name
-
-
-def _borders(parts: Sequence[str]) -> set[int]:
-    """Where words end, counted in the letters of all."""
-    return set(itertools.accumulate(map(len, parts)))
-
-
-class ClosedSet:
-    """The label out of a fixed set that an answer gives.
-
-    Case, spaces, _, - and punctuation don't count. It is the label the answer equals, or else the
-    only one it mentions among at most MAX_EXTRA_WORDS further words, be its words joined or not.
-
-    Args:
-        labels: as they are to be named; of several that differ in spelling only, the first.
-    """
-
-    def __init__(self, labels: Sequence[str]) -> None:
-        self.labels: list[str] = []
-        self._by_letters: dict[str, str] = {}
-        for label in labels:
-            letters = "".join(words(label))
-            if letters and letters not in self._by_letters:
-                self._by_letters[letters] = label
-                self.labels.append(label)
-        self._names = _Names(self.labels, joined=True)
-
-    def __call__(self, text: str) -> str | None:
-        """None if the answer gives none of the labels, or several."""
-        written = parse_label(text)
-        same = self._by_letters.get("".join(written))
-        if same is not None:
-            return same
-        found = self._names.in_words(written)
-        if len(found) != 1:
-            return None
-        ((label, size),) = found.items()
-        return label if len(written) - size <= MAX_EXTRA_WORDS else None
 
 
 def valid_box(box: Box) -> bool:
@@ -239,6 +120,8 @@ def _in_row(items: Items, *, listed: bool = False) -> list[_Prediction]:
         listed: they are in one list; else only those are that commas join.
     """
     groups = [item for item in items if isinstance(item, Group) and (item.items or item.fields[1:])]
+    if not groups:
+        return []
     found: list[tuple[list[_Prediction], bool]] = []  # and whether none would be a box unread
     corner: Group | None = None
     for group, after in itertools.zip_longest(groups, groups[1:]):
@@ -304,6 +187,8 @@ def _scored(
     boxes: list[_Prediction], named: Mapping[str, Items], *, bare: bool
 ) -> list[_Prediction]:
     """With the confidences of their object, of which there is one for all or one for each."""
+    if not boxes:
+        return []
     score = next((named[key] for key in _CONFIDENCE_KEYS if key in named), ())
     numbers = [_number(value) for value in itertools.islice(_values(score), len(boxes) + 1)]
     if len(numbers) != len(boxes):

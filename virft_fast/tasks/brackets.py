@@ -6,6 +6,7 @@ doubled braces, curly quotes, apostrophes. No text raises or is evaluated, and t
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ def read_groups(text: str) -> Group:
     """The text as a group without brackets of its own."""
     root = Group("", [], [])
     stack, before, left = [root], "", MAX_GROUPS
-    for match, _ in zip(_TOKEN.finditer(text.translate(_ASCII)), range(MAX_TOKENS), strict=False):
+    matches = _TOKEN.finditer(text if text.isascii() else text.translate(_ASCII))
+    for match in itertools.islice(matches, MAX_TOKENS):
         token = match[0]
         items = stack[-1].items
         kind = match.lastgroup

@@ -2,16 +2,18 @@
 
     reward(prompts, completions, solution, **columns) -> list[float]
 
-`completions` are strings or [{"role": "assistant", "content": text}] lists; `solution` has one
-ground truth a completion, as Visual-RFT's data sets write it; `extent`, where a data set has that
-column, the (width, height) of the space its boxes are counted in, otherwise 0..1000. A model's text
-is data: whatever it holds, a reward is a number in its documented range.
+`completions` are strings or [{"role": "assistant", "content": text}] lists, whose content may be a
+list of parts; `solution` has one ground truth a completion, as Visual-RFT's data sets write it, and
+is required; `extent`, where a data set has that column, the (width, height) of the space its boxes
+are counted in, otherwise 0..1000. A model's text is data: whatever it holds, a reward is a number
+in its documented range.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,36 +21,81 @@ from torch import Tensor
 
 from virft_fast.matching import match_boxes, pad_boxes, pairwise_iou
 from virft_fast.tasks.answers import (
-    MAX_EXTRA_WORDS,
     NOT_A_BOX,
     Detection,
     parse_detection,
-    parse_label,
     valid_box,
 )
+from virft_fast.tasks.labels import ClosedSet, answer_text, same_label
+
+CLASS_COLUMNS = ("class_names", "choices", "options")  # of a row, beside `classes`
 
 _THOUGHT_TO_ANSWER = re.compile(r"</think>\s*<answer>")
 
 
 def completion_texts(completions: Sequence[Any]) -> list[str]:
-    """The text of each completion.
+    """The text of each completion; of content parts, that of the text parts.
 
     Raises:
         TypeError: a completion is neither a string nor a list of messages.
     """
-    texts = []
-    for completion in completions:
-        if isinstance(completion, str):
-            texts.append(completion)
-        elif isinstance(completion, (list, tuple)) and completion:
-            texts.append(str(completion[-1]["content"]))
-        else:
-            raise TypeError(
-                f"completions: expected strings or lists of messages, got {completion!r:.200}"
+    return [_spoken(completion) for completion in completions]
+
+
+def _spoken(completion: Any) -> str:
+    last = completion[-1] if isinstance(completion, (list, tuple)) and completion else None
+    said = last.get("content", last) if isinstance(last, Mapping) else completion
+    if isinstance(said, (list, tuple)) and all(isinstance(part, Mapping) for part in said):
+        parts = [part.get("text") for part in said if part.get("type", "text") == "text"]
+        said = "".join(part for part in parts if isinstance(part, str))
+    if said is None:  # a turn that only calls tools
+        return ""
+    if not isinstance(said, str):
+        raise TypeError(
+            f"completions: expected strings or lists of messages, got {completion!r:.200}"
+        )
+    return said
+
+
+def scored(reward: Callable[..., list[float]]) -> Callable[..., list[float]]:
+    """A reward that checks its `solution` first.
+
+    Raises:
+        ValueError: `solution` is missing, no list, of another length than the completions, or None
+            for one of them; names the columns there are.
+    """
+
+    @functools.wraps(reward)
+    def checked(
+        prompts: Any = None,
+        completions: Sequence[Any] = (),
+        solution: Sequence[str] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        if solution is None:
+            names = ", ".join(columns) or "none"
+            raise ValueError(
+                f"{reward.__name__}: expected the column solution, got the columns {names}; name "
+                f"the one that holds the truth with --columns solution=NAME, as in --columns "
+                f"solution=answer"
             )
-    return texts
+        if isinstance(solution, str) or len(solution) != len(completions):
+            got = repr(solution)[:80] if isinstance(solution, str) else len(solution)
+            raise ValueError(
+                f"{reward.__name__}: expected {len(completions)} solutions, one a completion, got "
+                f"{got}"
+            )
+        if None in (missing := list(solution)):
+            raise ValueError(
+                f"{reward.__name__}: expected a solution for completion {missing.index(None)}, got "
+                f"None; leave such rows out"
+            )
+        return reward(prompts, completions, solution, **columns)
+
+    return checked
 
 
+@scored
 def accuracy_iou(
     prompts: Any = None,
     completions: Sequence[Any] = (),
@@ -65,6 +112,7 @@ def accuracy_iou(
     return _iou_rewards(completions, solution, extent, min_iou=0.5)
 
 
+@scored
 def hungarian_iou(
     prompts: Any = None,
     completions: Sequence[Any] = (),
@@ -77,6 +125,7 @@ def hungarian_iou(
     return _iou_rewards(completions, solution, extent, min_iou=0.0)
 
 
+@scored
 def accuracy_confidence(
     prompts: Any = None,
     completions: Sequence[Any] = (),
@@ -118,20 +167,61 @@ def format_reward(prompts: Any = None, completions: Sequence[Any] = (), **_: Any
     return [float(_well_formed(text)) for text in completion_texts(completions)]
 
 
+@scored
 def accuracy(
-    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
+    prompts: Any = None,
+    completions: Sequence[Any] = (),
+    solution: Sequence[str] = (),
+    classes: ClosedSet | Sequence[str] | Sequence[Sequence[str] | None] | None = None,
+    **columns: Any,
 ) -> list[float]:
-    """1 if the answer names the class of the solution, else 0.
+    """1 if the answer is the class of the solution, else 0. See `tasks.labels` for what is equal.
 
-    Case, spaces, _, - and punctuation don't count. Up to three words besides the class name are
-    let pass; an empty answer never scores.
+    Args:
+        classes: the class set, or one for each completion (None: not known). Without it the columns
+            `class_names`, `choices` and `options` are looked at, where they hold lists. An answer
+            must single out one class of the set. Where no set is known, or the solution is not in
+            it, the answer must equal the solution.
+    Raises:
+        ValueError: two classes of a set differ in nothing that counts.
     """
-    rewards = []
-    for text, truth in zip(completion_texts(completions), solution, strict=True):
-        rewards.append(float(_same_label(parse_label(text), parse_label(str(truth)))))
-    return rewards
+    texts = completion_texts(completions)
+    sets = _class_sets(len(texts), classes, columns)
+    return [
+        float(_is_class(text, str(truth), known))
+        for text, truth, known in zip(texts, solution, sets, strict=True)
+    ]
 
 
+def _is_class(text: str, truth: str, known: ClosedSet | None) -> bool:
+    true_label = known(truth) if known else None
+    if known is None or true_label is None:
+        return same_label(answer_text(text), answer_text(truth))
+    return known(text) == true_label
+
+
+def _class_sets(count: int, classes: Any, columns: Mapping[str, Any]) -> list[ClosedSet | None]:
+    """The class set of each completion."""
+    named = (columns.get(name) for name in CLASS_COLUMNS)
+    given = classes if classes is not None else next((c for c in named if c is not None), None)
+    if isinstance(given, ClosedSet):
+        return [given] * count
+    if given and all(isinstance(name, str) for name in given) and classes is not None:
+        return [_closed_set(tuple(given))] * count
+    rows = given if isinstance(given, (list, tuple)) else [None] * count
+    return [_closed_set(tuple(row)) if is_class_set(row) else None for row in rows]
+
+
+_closed_set = functools.lru_cache(maxsize=4096)(ClosedSet)
+
+
+def is_class_set(value: Any) -> bool:
+    """Whether a row's column names the classes to choose from: a list of two texts or more."""
+    listed = isinstance(value, (list, tuple)) and len(value) > 1
+    return listed and all(isinstance(name, str) for name in value)
+
+
+@scored
 def grounding_giou(
     prompts: Any = None,
     completions: Sequence[Any] = (),
@@ -225,14 +315,3 @@ def _well_formed(text: str) -> bool:
     if not (text.startswith(opening) and text.endswith(closing)):
         return False
     return bool(_THOUGHT_TO_ANSWER.search(text, len(opening), len(text) - len(closing)))
-
-
-def _same_label(answer: list[str], truth: list[str]) -> bool:
-    if not answer or not truth:
-        return False
-    if "".join(answer) == "".join(truth):
-        return True
-    extra = len(answer) - len(truth)
-    if not 0 <= extra <= MAX_EXTRA_WORDS:
-        return False
-    return any(answer[at : at + len(truth)] == truth for at in range(extra + 1))

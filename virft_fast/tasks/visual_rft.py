@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from virft_fast.tasks.rewards import completion_texts
+from virft_fast.tasks.rewards import completion_texts, scored
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _CORNERS = re.compile(
@@ -24,6 +24,7 @@ _CORNERS = re.compile(
 )
 
 
+@scored
 def visual_rft_accuracy_iou(
     prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
 ) -> list[float]:
@@ -31,6 +32,7 @@ def visual_rft_accuracy_iou(
     return [_iou_v2(*pair) for pair in _results(completions, solution)]
 
 
+@scored
 def visual_rft_accuracy_iou_v1(
     prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
 ) -> list[float]:
@@ -38,6 +40,7 @@ def visual_rft_accuracy_iou_v1(
     return [_iou_v1(*pair) for pair in _results(completions, solution)]
 
 
+@scored
 def visual_rft_accuracy_confidence(
     prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
 ) -> list[float]:
@@ -46,6 +49,7 @@ def visual_rft_accuracy_confidence(
     return [_confidence(*pair) for pair in _results(completions, solution)]
 
 
+@scored
 def visual_rft_accuracy(
     prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
 ) -> list[float]:
@@ -57,6 +61,7 @@ def visual_rft_accuracy(
     return rewards
 
 
+@scored
 def visual_rft_grounding(
     prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
 ) -> list[float]:

@@ -1,0 +1,371 @@
+"""Class names in answers: one normalization, and the closed set that an answer picks from.
+
+Rewards and evaluation compare `key`s. A key ignores what never tells two classes apart: case,
+spaces, `_`, full-width forms, the punctuation around a name and the kind of quotes and dashes. It
+keeps what may: signs, digits, decimal points, combining marks, symbols. An answer is read as a
+name alone or after a lead-in ("this is a ..."); anything else in it, such as a second name, "not"
+or "maybe", makes it another text. So nothing pays that has to be understood to be refused.
+
+Every function takes any text, in linear time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+
+MAX_EXTRA_CHARS = 200  # around a class name: no lead-in is longer
+_MAX_LEAD_INS = 3  # "The answer is: this is a cat" has two
+_MAX_PEELS = 8  # pairs of quotes or brackets around an answer
+_CHUNK = 1000  # characters that are composed at once: composing is quadratic in combining marks
+
+# --- Texts -----------------------------------------------------------------------------------
+
+
+_MARK = re.compile(r"<\|\w+\|>")  # the family's text markers
+
+
+def answer_text(text: str) -> str:
+    """What stands in the last <answer>, up to its end or the text's; without the tag, what follows
+    the thinking, or everything. The family's text markers, as <|box_start|>, are left out."""
+    return _MARK.sub("", marked_answer(text)).strip()
+
+
+def marked_answer(text: str) -> str:
+    """As `answer_text`, with the family's text markers."""
+    start = text.rfind("<answer>")
+    if start < 0:
+        end_of_thought = text.rfind("</think>")
+        return text[end_of_thought + len("</think>") :] if end_of_thought >= 0 else text
+    body = text[start + len("<answer>") :]
+    end = body.find("</answer>")
+    return body if end < 0 else body[:end]
+
+
+_WIDE = {code: unicodedata.normalize("NFKC", chr(code)) for code in range(0xFF01, 0xFFEF)}
+_QUOTES = dict.fromkeys(map(ord, "‘’‚‛′ʼ`´"), "'") | dict.fromkeys(map(ord, "“”„‟″«»"), '"')
+_DASHES = dict.fromkeys(map(ord, "‐‑‒–—―−﹣"), "-")
+# Joiners and the tags of flags tell emoji and Indic words apart; these are never seen.
+_INVISIBLE = dict.fromkeys(
+    [0xAD, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFE0E, 0xFE0F]
+)
+_FOLDED = {**_WIDE, **_QUOTES, **_DASHES, **_INVISIBLE, 0xFEFF: None, ord("_"): " "}
+
+
+def fold(text: str) -> str:
+    """The text without differences that nobody means: lower case, composed, one kind of quotes,
+    dashes and spaces, no `_`."""
+    text = " ".join(text.translate(_FOLDED).casefold().split())
+    starts = range(0, len(text), _CHUNK)
+    return "".join(unicodedata.normalize("NFC", text[at : at + _CHUNK]) for at in starts)
+
+
+@lru_cache(maxsize=1 << 16)
+def _kind(char: str) -> str:
+    """`a` letter, `m` combining mark, `1` digit or number, `e` other symbol; itself if ASCII."""
+    if char.isalpha():
+        return "a"
+    if char.isnumeric():
+        return "1"
+    if char.isascii():
+        return char
+    return {"M": "m", "S": "e", "C": "m"}.get(unicodedata.category(char)[0], ".")
+
+
+def _shape(text: str) -> str:
+    """The kind of each character."""
+    return "".join(map(_kind, text))
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters, marks and digits, lower case; everything else separates them."""
+    text = fold(text)
+    return [text[found.start() : found.end()] for found in re.finditer("[am1]+", _shape(text))]
+
+
+def parse_label(text: str) -> list[str]:
+    """Words of the answer, lower case, without punctuation; empty if there are none."""
+    return words(answer_text(text))
+
+
+_WRAPPERS = ('""', "''", "()", "[]", "{}", "「」", "『』", "《》", "【】", "〈〉", "$$", "**")
+_BOXED = re.compile(r"\\(?:boxed|text|mathrm|mathbf|textbf) ?\{(.*)\}")
+_OPENING = re.compile(r"[-*•] (?=[^\d.])|[,:;?¿¡•·'\"]|\.(?! ?\d)|#+ ")
+_CLOSING = re.compile(r"[ .,:;?。、।…‥]+$|(?<=[^\d])!+$|(?<=[^\d])['\"]$")
+
+
+def peel(text: str) -> str:
+    """A folded text without the quotes, brackets and punctuation around it. A point before a digit
+    and signs stay; so does a text of nothing but punctuation."""
+    for _ in range(_MAX_PEELS):
+        if not re.search("[am1e]", _shape(text)):
+            break
+        before = text
+        inside = text[1:-1]
+        # Brackets around a comma are an interval's: (0, 10] is not [0, 10).
+        if text[:1] + text[-1:] in _WRAPPERS and "," not in inside:
+            text = inside
+        if boxed := _BOXED.fullmatch(text):
+            text = boxed[1]
+        if opening := _OPENING.match(text):
+            text = text[opening.end() :]
+        text = _CLOSING.sub("", text).strip()
+        if text == before:
+            break
+    return text
+
+
+_LONE = re.compile("(?<![am])am*(?![am])")  # a word of one letter
+_APOSTROPHE = re.compile(r"(?<=[^\W\d])'(?=[^\W\d])")  # rubik's
+_GAPS = re.compile(r"(?P<words>(?<=[ams])(?:\.? | ?- ?)(?=[as]))|(?P<numbers>(?<=1) (?=[.1]))| ")
+
+
+def key(text: str) -> str:
+    """What two spellings of one name have in common; "" for a text without content.
+
+    Spaces go, and so do `-`, `_` and an apostrophe between letters, but where that would join two
+    numbers or a single letter: "1 2" is not "12" and "A B" is not "AB". A hyphen next to a digit
+    stays.
+    """
+    return _key(peel(fold(text)))
+
+
+@lru_cache(maxsize=1 << 14)
+def _key(text: str) -> str:
+    text = _APOSTROPHE.sub("", text)
+    shape = _LONE.sub(lambda found: "s" * len(found[0]), _shape(text))
+    parts, last = [], 0
+    for gap in _GAPS.finditer(shape):
+        start, end = gap.span()
+        lone = gap["words"] and "s" in (shape[start - 1], shape[end])
+        parts += [text[last:start], " " if lone or gap["numbers"] else ""]
+        last = end
+    return "".join([*parts, text[last:]])
+
+
+# --- Lead-ins --------------------------------------------------------------------------------
+
+_THING = (
+    "(?:final |correct |right |best )?(?:answer|class|label|category|species|breed|make|model|type|"
+    "name|object|subject|image|picture|photo|photograph|animal|plant|flower|pet|car|aircraft|"
+    "airplane|plane|dog|cat|bird|thing|result|number|value|color|colour|sign)"
+)
+# Before a name, by language, in folded text. None of them holds a negation or a doubt.
+LEAD_INS: dict[str, str] = {
+    "English": (
+        rf"(?:(?:so|thus|therefore),? )?(?:(?:(?:this|that|it|(?:(?:the|my|this|its) )?"
+        rf"{_THING}(?: (?:of|in|on) (?:the|this) {_THING}){{0,2}})"
+        rf"(?:'s| is| are| shows| depicts| contains)(?: called| classified as)?(?: ?:| )"
+        r"|(?:the |my )?(?:(?:final |correct |right |best )?(?:answer|class|label|category|species|"
+        r"breed|make|model|result)) ?[:=]|i see ) ?)"
+    ),
+    "Chinese": (
+        "(?:(?:[这這那](?:[张張]?(?:图片|圖片|图像|图|圖|照片))?|它|[图圖](?:片|像)?[中里]|照片[中里])"
+        "(?:[中里]?的?(?:物体|动物|動物|植物|花|汽?[车車]|飞机|飛機|品种|类别|种类|对象))?(?:是|为|為|有|:)"
+        "|(?:(?:正确|最终|最后)的?)?(?:答案|类别|類別|品种|品種|种类|種類|结果|型号|名称|标签)"
+        "(?:是|为|為|:)) ?"
+    ),
+    "Japanese": (
+        "(?:これ|それ|あれ|この(?:画像|写真|動物|植物|花|車|物体)|答え|答|正解|回答|種類|品種|クラス)"
+        "(?:は、?|:) ?"
+    ),
+    "Korean": (
+        "(?:(?:이것은|이건|그것은|이 (?:이미지|사진|동물|식물|꽃|자동차|물체)[은는]|(?:정답|답)은)"
+        " ?|(?:정답|답) ?: ?)"
+    ),
+    "Hindi": "(?:(?:यह|ये|वह|इस (?:चित्र|छवि|तस्वीर) में|(?:सही )?(?:उत्तर|जवाब))(?: है)?(?: ?:)? )",
+    "Spanish": (
+        "(?:(?:est[oae]|es[oae])(?: (?:imagen|foto|animal|planta|flor|coche|objeto))? es "
+        "|(?:la )?(?:respuesta|clase|especie|etiqueta)(?: correcta| final)? ?(?:es |: ?)"
+        "|es (?=un |una |el |la ))"
+    ),
+    "French": (
+        "(?:c'est |(?:ceci|cela) est |il s'agit (?:de |d'(?=une? ))"
+        "|(?:la )?(?:réponse|classe|espèce)(?: correcte| finale)? ?(?:est |: ?))"
+    ),
+    "German": (
+        "(?:(?:das|dies|dieses|es|hier|das bild|dieses bild) (?:ist|zeigt) "
+        "|(?:die )?(?:richtige )?(?:antwort|klasse|art) ?(?:ist |lautet |: ?))"
+    ),
+    "Italian": (
+        "(?:quest[oa](?: immagine| foto)? è |(?:la )?(?:risposta|classe|specie) ?(?:è |: ?)"
+        "|è (?=un |uno |una |il |la |lo ))"
+    ),
+    "Portuguese": (
+        "(?:(?:ist|iss|est|ess)[oae](?: imagem| foto)? é "
+        "|(?:a )?(?:resposta|classe|espécie)(?: correta| final)? ?(?:é |: ?)|é (?=uma? |o |a ))"
+    ),
+    "Russian": (
+        "(?:это (?:- )?|(?:правильный )?ответ ?[:-] ?"
+        "|на (?:изображении|картинке|фото|фотографии) (?:- )?"
+        "(?:изображ[её]н[аоы]? |показан[аоы]? )?)"
+    ),
+    "Vietnamese": (
+        "(?:(?:đây|nó|đó|hình này|hình ảnh này|bức ảnh này)(?: chính)? là "
+        "|(?:đáp án|câu trả lời)(?: đúng)? ?(?:là |: ?))"
+    ),
+}
+_LEAD_IN = re.compile(f"^(?:{'|'.join(LEAD_INS.values())})")
+_TAIL = re.compile("(?:です|でした|である|だ|입니다|이에요|예요|이다| है| हैं)$")  # after a name
+_COUNTED = "[只隻条條个個头頭匹朵棵株辆輛架艘张張把种種位台部]"
+# Three letters must follow: "a b+" is not b+ and "a ab" is not ab.
+_ARTICLE = re.compile(
+    "^(?:(?:an? |the |un[aeo]? |el |l[aeo] |les |los |las |l'|un'|eine?[nm]? |der |die |das |il |"
+    "uma? |o |एक |một (?:con |cái |chiếc |quả |bông |cây )?|con |chiếc )"
+    rf"(?=[^\W\d]{{3}}|[^\W\d][^\x00-\x7f])|一{_COUNTED}(?=[^\W\d]))"
+)
+
+
+@lru_cache(maxsize=1 << 12)
+def readings(text: str) -> tuple[str, ...]:
+    """The folded texts that an answer may be meant as: as it stands, then without its lead-ins,
+    the ending of its sentence and its article, one after the other."""
+    found = [peel(fold(text))]
+    for pattern in [*[_LEAD_IN] * _MAX_LEAD_INS, _TAIL, _ARTICLE]:
+        shorter = peel(pattern.sub("", found[-1], count=1))
+        if shorter and shorter != found[-1]:
+            found.append(shorter)
+    return tuple(found)
+
+
+def same_label(answer: str, label: str) -> bool:
+    """Whether an answer is a label, whose set is not known: equal keys, after lead-ins."""
+    wanted = key(label)
+    if not wanted or len(answer) > len(label) + MAX_EXTRA_CHARS:
+        return False
+    return any(_key(reading) == wanted for reading in readings(answer))
+
+
+# --- Closed sets -----------------------------------------------------------------------------
+
+# Words that may stand next to a class name of a closed set: what it is, and who makes it.
+NEUTRAL = frozenset(
+    "species breed flower plant car vehicle dog cat bird aircraft airplane plane jet helicopter "
+    "aerospace airbus antonov atr aviation beechcraft boeing bombardier british canadair cessna "
+    "cirrus corporation dassault de havilland dornier douglas embraer eurofighter fairchild fokker "
+    "gulfstream hawker siddeley ilyushin lockheed martin mcdonnell panavia piper robin saab "
+    "supermarine tupolev yakovlev".split()
+)
+
+
+class ClosedSet:
+    """The label out of a fixed set that an answer gives.
+
+    It is the one whose key is that of a reading of the answer. Where that fails, hyphens and spaces
+    may be others than the label's, as in 'A300-B4' for 'A300B4' and 'MD11' for 'MD-11', as long as
+    a single label is spelled so, and NEUTRAL words may stand around it.
+
+    Args:
+        labels: as they are to be named; those without content are left out.
+    Raises:
+        ValueError: two labels have the same key; names them.
+    """
+
+    def __init__(self, labels: Iterable[str]) -> None:
+        self._by_key: dict[str, str] = {}
+        self._by_letters: dict[str, list[tuple[str, set[int]]]] = {}
+        for label in labels:
+            name = key(label)
+            other = self._by_key.setdefault(name, label) if name else label
+            if other != label:
+                raise ValueError(
+                    f"expected labels that differ in more than case, spaces, '_' and punctuation, "
+                    f"got {other!r} and {label!r}; spell one class one way, or rename one of two"
+                )
+        self._by_key.pop("", None)
+        self.labels = list(self._by_key.values())
+        self._longest = max(map(len, self.labels), default=0)
+        for label in self.labels:
+            parts = _parts(peel(fold(label)))
+            self._by_letters.setdefault("".join(parts), []).append((label, _borders(parts)))
+
+    def __call__(self, text: str) -> str | None:
+        """None if the answer gives none of the labels, or several."""
+        text = answer_text(text)
+        if len(text) > self._longest + MAX_EXTRA_CHARS:
+            return None
+        found = [reading for reading in readings(text) if self._drops_no_label(text, reading)]
+        for reading in found:
+            if (label := self._by_key.get(_key(reading))) is not None:
+                return None if self._is_two(reading, label) else label
+        for reading in [*found, *self._without_neutral(found[-1])]:
+            if (label := self._joined(reading)) is not None:
+                return label
+        return None
+
+    def _drops_no_label(self, text: str, reading: str) -> bool:
+        """Whether what a reading leaves out of the answer names no class: "a ab" is not ab."""
+        dropped = Counter(words(text)) - Counter(words(reading))
+        return not any(_key(word) in self._by_key for word in dropped)
+
+    def _is_two(self, reading: str, label: str) -> bool:
+        """Whether a text that is a label when joined, 'sun flower', is two of them apart."""
+        apart = words(reading)
+        if apart == words(label):
+            return False
+        halves = ((" ".join(apart[:at]), " ".join(apart[at:])) for at in range(1, len(apart)))
+        return any(_key(a) in self._by_key and _key(b) in self._by_key for a, b in halves)
+
+    def _without_neutral(self, reading: str) -> Iterator[str]:
+        """The reading with fewer and fewer neutral words at its ends."""
+        left = reading.split()
+        for end in (0, -1):
+            while len(left) > 1 and left[end] in NEUTRAL and left[end] not in self._by_key:
+                del left[end]
+                if not NEUTRAL.issuperset(left):  # "cat dog" is two animals
+                    yield " ".join(left)
+
+    def _joined(self, reading: str) -> str | None:
+        """The only label of these letters, if they are not two labels in a row.
+
+        The answer has no break that the label lacks, except where a letter and a digit meet and
+        between parts of two letters or more."""
+        parts = _parts(reading)
+        letters = "".join(parts)
+        known = self._by_letters.get(letters, ())
+        halves = ((letters[:at], letters[at:]) for at in range(1, len(letters)))
+        if len(known) != 1 or any(a in self._by_key and b in self._by_key for a, b in halves):
+            return None
+        ((label, borders),) = known
+        place = 0
+        for left, right in itertools.pairwise(parts):
+            place += len(left)
+            digits = left[-1].isdecimal(), right[0].isdecimal()
+            apart = digits[0] != digits[1] or (not any(digits) and min(len(left), len(right)) > 1)
+            if place not in borders and not apart:
+                return None
+        return label
+
+
+def _parts(text: str) -> list[str]:
+    """A folded text, apart at the hyphens and spaces between letters or digits."""
+    text = _APOSTROPHE.sub("", text)
+    gaps = [gap.span() for gap in re.finditer(r"(?<=[am1])(?:\.? | ?- ?)(?=[a1])", _shape(text))]
+    starts, ends = [0, *(end for _, end in gaps)], [*(start for start, _ in gaps), len(text)]
+    return [text[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+def _borders(parts: Sequence[str]) -> set[int]:
+    """Where parts end, counted in the letters of all."""
+    return set(itertools.accumulate(map(len, parts)))
+
+
+def mentioned(text: str, names: Sequence[str]) -> list[str]:
+    """Which of `names` an answer mentions, in the order of `names`.
+
+    A name counts where its words stand in a row; of two that start at the same word the longer one
+    does, so that 'hot dog' is no dog.
+    """
+    by_words = {tuple(words(name)): name for name in names}
+    longest = max(map(len, by_words), default=0)
+    written, found, at = parse_label(text), set(), 0
+    while at < len(written):
+        runs = (tuple(written[at : at + size]) for size in range(longest, 0, -1))
+        run = next((run for run in runs if run in by_words), written[at : at + 1])
+        found.add(by_words.get(tuple(run)))
+        at += len(run)
+    return [name for name in names if name in found]
