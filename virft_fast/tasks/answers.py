@@ -44,7 +44,7 @@ _KEYS = {*_BOX_KEYS, *itertools.chain.from_iterable(_SIDE_KEYS)}
 _NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?:\s*(%))?")
 _BETWEEN = re.compile(r"[\s,;()\[\]]+(?!%)")  # numbers in one quoted text
 _NOTHING = re.compile(r"[\W_]*no[\W_]+objects?[\W_]*", re.IGNORECASE)
-_MAX_OBJECTS = 1000  # in one answer; the rest is not read
+_MAX_OBJECTS = 500  # in one answer; the rest is not read
 
 
 @dataclass(frozen=True)

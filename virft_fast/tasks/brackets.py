@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Union
 
-# 1000 of Visual-RFT's objects are within both limits; the rest of a text is not read.
-MAX_TOKENS = 20_000
-MAX_GROUPS = 2_048
+# 500 of Visual-RFT's objects are within both limits; the rest of a text is not read.
+MAX_TOKENS = 10_000
+MAX_GROUPS = 1_024
 MAX_DEPTH = 8  # what is nested deeper is read as if it stood alone
 
 _ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # of full-width characters

@@ -152,7 +152,7 @@ def _key(text: str) -> str:
 _THING = (
     "(?:final |correct |right |best )?(?:answer|class|label|category|species|breed|make|model|type|"
     "name|object|subject|image|picture|photo|photograph|animal|plant|flower|pet|car|aircraft|"
-    "airplane|plane|dog|cat|bird|thing|result|number|value|color|colour|sign)"
+    "airplane|plane|dog|cat|bird|thing|result|number|digit|letter|word|value|color|colour|sign)"
 )
 # Before a name, by language, in folded text. None of them holds a negation or a doubt.
 LEAD_INS: dict[str, str] = {
