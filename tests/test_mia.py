@@ -824,7 +824,7 @@ def test_special_tokens_and_what_the_processor_refuses(llava, tmp_path, asked, c
     shutil.copytree(llava, copy)
     talks = json.loads((copy / "llava.json").read_text())
     talks[2]["conversations"][0]["value"] += "<|im_end|>"
-    talks[3]["conversations"][1]["value"] += "<|box_start|>"
+    talks[3]["conversations"][1]["value"] += "<|im_end|> <|box_start|>"
     (copy / "llava.json").write_text(json.dumps(talks))
     noisy(4, (1005, 5)).save(copy / "images" / "coco" / "4.png")
     said = make_rollouts

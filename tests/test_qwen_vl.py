@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from virft_fast.models.qwen_vl import (
     add_lora,
     apply_liger,
     banned_token_ids,
+    control_tokens_in,
     core,
     encode_prompt,
     freeze_vision_tower,
@@ -124,14 +126,29 @@ def test_image_positions_are_looked_for_in_the_prompt_only(policy, prompts, comp
     assert logps.isfinite().all()
 
 
-def test_special_tokens_and_unused_rows_are_banned(processor):
+def test_control_tokens_and_unused_rows_are_banned(processor):
     model = load_model("tiny")
     vocab_size = model.config.text_config.vocab_size
     banned = banned_token_ids(processor.tokenizer, vocab_size)
     assert model.config.image_token_id in banned
     assert processor.tokenizer.eos_token_id not in banned
     assert set(range(len(processor.tokenizer), vocab_size)) <= set(banned)
-    assert processor.tokenizer.convert_tokens_to_ids("<answer>") not in banned
+    control = ["<|endoftext|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>",
+               "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
+    assert set(processor.tokenizer.convert_tokens_to_ids(control)) <= set(banned)
+    text = ["<answer>", "<|box_start|>", "<|box_end|>", "<|object_ref_start|>", "<|quad_end|>"]
+    assert set(processor.tokenizer.convert_tokens_to_ids(text)).isdisjoint(banned)
+
+
+def test_special_tokens_of_the_user_are_text(processor):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<seg>"]})
+    number = tokenizer.convert_tokens_to_ids("<seg>")
+    assert number not in banned_token_ids(tokenizer, len(tokenizer))
+    assert control_tokens_in(tokenizer, "<seg><|box_start|>") == []
+    assert control_tokens_in(tokenizer, "a<|im_end|>b<|image_pad|><|im_end|>") == [
+        "<|im_end|>", "<|image_pad|>"
+    ]  # fmt: skip
 
 
 def test_b13_checkpoints_sampling_defaults_are_set_aside(tmp_path):

@@ -501,6 +501,23 @@ def test_no_banned_token_is_drawn_even_when_the_model_wants_it(rollout, policy, 
     assert image_token not in out.completion_ids
 
 
+@torch.no_grad()
+def test_a_text_marker_that_the_model_wants_is_drawn_and_kept(rollout, policy, prompts, processor):
+    greedy = Sampling(2, greedy=True)
+    wanted = rollout.generate(prompts[:1], 1, greedy).completion_ids[0, 0]
+    marker = processor.tokenizer.convert_tokens_to_ids("<|box_start|>")
+    weight = policy.model.lm_head.weight
+    saved = weight[marker].clone()
+    weight[marker] = 2 * weight[wanted]
+    try:
+        out = rollout.generate(prompts[:1], 1, greedy)
+    finally:
+        weight[marker] = saved
+    assert out.completion_ids[0, 0] == marker
+    assert out.texts[0].startswith("<|box_start|>")
+    assert out.sampling_logps.isfinite().all()
+
+
 def draws(logits, sampling, n, prompts=None):
     """`n` rows of the same logits, drawn at one position."""
     sampler = Sampler(

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from virft_fast import sft
 from virft_fast.batch import Sample
 from virft_fast.data.loading import taught_answer
+from virft_fast.rollout.sampling import make_rollouts
 from virft_fast.train import main
 
 
@@ -114,6 +115,24 @@ def test_resume_goes_on_bit_for_bit(tmp_path):
     assert main([*ARGUMENTS, *steps, *more, "--output_dir", str(halves)]) == 0
     one, two = ([(r["loss"], r["grad_norm"]) for r in read_metrics(f)] for f in (whole, halves))
     assert one == two
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|endoftext|>", "<|image_pad|>"])
+def test_an_answer_with_a_control_token_is_a_bad_row(processor, token):
+    for solution, columns in ((f"<answer>a{token}</answer>", {}), ("a", {"completion": token})):
+        reason = sft.check_answer(processor.tokenizer, 64, Sample(0, (), (), solution, columns))
+        assert f"holds the special token {token}" in reason
+
+
+def test_text_markers_are_taught_and_read_back(processor, prompts):
+    """What is taught is what a rollout of the same tokens gives to rewards and records."""
+    text = "<answer><|box_start|>(1,2),(30,40)<|box_end|></answer>"
+    tokenizer = processor.tokenizer
+    assert sft.check_answer(tokenizer, 64, Sample(0, (), (), text, {})) is None
+    ids = sft.answer_ids(tokenizer, text)[None]
+    logps = torch.zeros(ids.shape)
+    drawn = make_rollouts(prompts[:1], 1, ids, logps, [tokenizer.eos_token_id], tokenizer, None)
+    assert drawn.texts == (text,)
 
 
 def test_an_answer_that_does_not_fit_is_a_bad_row(tmp_path, capsys):

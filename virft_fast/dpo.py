@@ -36,6 +36,7 @@ from virft_fast.grpo import (
     plan_microbatches,
 )
 from virft_fast.metrics import reduce_metrics
+from virft_fast.models.qwen_vl import control_tokens_in
 from virft_fast.sft import answer_ids, given_answers
 
 logger = logging.getLogger(__name__)
@@ -120,8 +121,8 @@ def check_pair(tokenizer: Any, most: int, sample: Sample) -> str | None:
         ids = answer_ids(tokenizer, text)[:-1].tolist()  # an answer that was cut off gets an EOS
         if len(ids) > most:
             return f"{name}: {len(ids)} tokens, more than --max_completion_length {most}; raise it"
-        if set(ids) & set(tokenizer.all_special_ids):
-            return f"{name}: holds a special token of the tokenizer; remove it from the text"
+        if control := control_tokens_in(tokenizer, text):
+            return f"{name}: holds the special token {control[0]}; remove it from the text"
     if sample.columns["chosen"] == sample.columns["rejected"]:
         return "chosen and rejected are the same answer, which prefers nothing"
     return None

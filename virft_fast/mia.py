@@ -17,7 +17,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ from virft_fast.data.writing import written_aside
 from virft_fast.evaluation.journal import Journal
 from virft_fast.models.image_attention import attention_to_prompts, coverage, image_tokens
 from virft_fast.models.processing import resized
-from virft_fast.models.qwen_vl import Policy, banned_token_ids, encode_prompt
+from virft_fast.models.qwen_vl import Policy, control_tokens_in, encode_prompt
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.native import NativeRollout
 from virft_fast.sft import answer_ids
@@ -359,15 +358,9 @@ class Answering:
         return Sampling(max_completion_length=self.max_completion_length, greedy=True)
 
     def special(self, text: str) -> bool:
-        """Whether the text holds special tokens, which end a turn in a prompt and which DPO
+        """Whether the text holds control tokens, which end a turn in a prompt and which DPO
         refuses in an answer."""
-        ids = self.processor.tokenizer(text, add_special_tokens=False).input_ids
-        return not self._special_ids.isdisjoint(ids)
-
-    @cached_property
-    def _special_ids(self) -> set[int]:
-        tokenizer = self.processor.tokenizer
-        return {*banned_token_ids(tokenizer, len(tokenizer)), tokenizer.eos_token_id}
+        return bool(control_tokens_in(self.processor.tokenizer, text))
 
     def prompt(self, index: int, scene: Scene) -> Prompt | str:
         """The scene as the model reads it, or why it can't be."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from virft_fast.batch import Prompt, Rollouts
+from virft_fast.batch import Prompt, Rollouts, Sample
 from virft_fast.data.loading import taught_answer
 from virft_fast.grpo import (
     Microbatch,
@@ -27,6 +27,7 @@ from virft_fast.grpo import (
     update,
 )
 from virft_fast.kernels import GRPOLoss
+from virft_fast.models.qwen_vl import control_tokens_in
 
 # What makes GRPO's loss a mean cross entropy over tokens.
 AS_CROSS_ENTROPY: dict[str, Any] = {
@@ -43,6 +44,21 @@ def answer_ids(tokenizer: Any, text: str) -> Tensor:
     """(C,) tokens of an answer, EOS included."""
     ids = tokenizer(text, add_special_tokens=False).input_ids
     return torch.tensor([*ids, tokenizer.eos_token_id])
+
+
+def check_answer(tokenizer: Any, most: int, sample: Sample) -> str | None:
+    """What is wrong with the answer of a row, or None.
+
+    Args:
+        most: tokens, EOS included.
+    """
+    text = taught_answer(sample)
+    if control := control_tokens_in(tokenizer, text):
+        return f"the answer holds the special token {control[0]}; remove it from the text"
+    count = len(answer_ids(tokenizer, text))
+    if count > most:
+        return f"the answer has {count} tokens, more than --max_completion_length {most}; raise it"
+    return None
 
 
 def train_step(

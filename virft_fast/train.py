@@ -51,7 +51,6 @@ from virft_fast.data import (
     first_solutions,
     load_rows,
 )
-from virft_fast.data.loading import taught_answer
 from virft_fast.data.prompts import PromptSource
 from virft_fast.engine import (
     DeepSpeedEngine,
@@ -317,7 +316,7 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
     check = None if preferences else partial(tasks.check_solution, task)
     fits, longest = None, config.grpo.max_completion_length
     if config.train.algorithm == "sft":
-        fits = partial(_answer_fits, processor.tokenizer, longest)
+        fits = partial(sft.check_answer, processor.tokenizer, longest)
     elif preferences:
         fits = partial(dpo.check_pair, processor.tokenizer, longest)
     train = PromptSource(
@@ -347,13 +346,6 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
         bad_rows=BadRows(config.data.max_bad_rows),
         permutation=rows.permutation if isinstance(rows, ParquetRows) else None,
     )
-
-
-def _answer_fits(tokenizer: Any, most: int, sample: Sample) -> str | None:
-    count = len(sft.answer_ids(tokenizer, taught_answer(sample)))
-    if count <= most:
-        return None
-    return f"the answer has {count} tokens, more than --max_completion_length {most}; raise it"
 
 
 def replace_rows(source: PromptSource, samples: SampleDataset) -> PromptSource:

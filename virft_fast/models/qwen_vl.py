@@ -323,16 +323,38 @@ def encode_prompt(processor: Any, sample: Sample) -> Prompt:
     )
 
 
+# Special tokens that are no text: the chat's, and what images and videos are read at.
+_CONTROL_TOKENS = {
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+}  # fmt: skip
+
+
+def control_token_ids(tokenizer: Any) -> set[int]:
+    """Tokens that no answer holds: of the chat format, placeholders of images and videos, BOS, EOS
+    and padding. The family's text markers, as <|box_start|>, and special tokens that a user added
+    are text."""
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    added = tokenizer.added_tokens_decoder.items()
+    control = {i for i, token in added if token.content in _CONTROL_TOKENS}
+    return control | {i for i in ends if i is not None}
+
+
+def control_tokens_in(tokenizer: Any, text: str) -> list[str]:
+    """Which control tokens a text holds once it is tokenized, each named once."""
+    control = control_token_ids(tokenizer)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return tokenizer.convert_ids_to_tokens(list(dict.fromkeys(i for i in ids if i in control)))
+
+
 def banned_token_ids(tokenizer: Any, vocab_size: int) -> list[int]:
-    """Tokens that must never be sampled: special ones but EOS, and rows that name no token.
+    """Tokens that must never be sampled: control tokens but EOS, and rows that name no token.
 
     A sampled image placeholder would be counted as an image by the next forward pass.
     """
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
-    special.discard(tokenizer.eos_token_id)
+    control = control_token_ids(tokenizer) - {tokenizer.eos_token_id}
     unused = range(len(tokenizer), vocab_size)
-    return sorted(i for i in special | set(unused) if i < vocab_size)
+    return sorted(i for i in control | set(unused) if i < vocab_size)
 
 
 class _PatchProjection(nn.Conv3d):

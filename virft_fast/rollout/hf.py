@@ -19,7 +19,7 @@ class HFRollout:
 
     Args:
         weights: context in which the policy holds whole weights and may be called freely.
-        tokenizer: its tokenizer; EOS ends a completion, no other special token is ever drawn.
+        tokenizer: its tokenizer; EOS ends a completion, no other control token is ever drawn.
         device: where the policy computes.
     """
 

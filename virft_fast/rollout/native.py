@@ -111,7 +111,7 @@ class NativeRollout:
     Args:
         weights: context in which the policy holds whole weights and may be called freely. The
             weights must stay at their addresses from call to call, or `graphs` be false.
-        tokenizer: its tokenizer; EOS ends a completion, no other special token is ever drawn.
+        tokenizer: its tokenizer; EOS ends a completion, no other control token is ever drawn.
         device: where the policy computes.
         max_cache_tokens: prompt and completion tokens whose keys and values are held at once; None:
             what fits into the GPU's free memory, without limit on a CPU. More prompts than fit are

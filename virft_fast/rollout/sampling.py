@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from virft_fast.batch import Prompt, Rollouts
+from virft_fast.models.qwen_vl import control_token_ids
 from virft_fast.rollout import Sampling
 
 
@@ -177,13 +178,15 @@ def make_rollouts(
     mask = torch.arange(longest, device=tokens.device) < length[:, None]
     ids = tokens[:, :longest].masked_fill(~mask, tokenizer.pad_token_id)
     rows = [row[:n] for row, n in zip(ids.tolist(), length.tolist(), strict=True)]
+    control = control_token_ids(tokenizer)
+    said = [[token for token in row if token not in control] for row in rows]
     return Rollouts(
         prompts=tuple(prompts),
         num_generations=num_generations,
         completion_ids=ids,
         completion_mask=mask,
         truncated=~ended,
-        texts=tuple(tokenizer.batch_decode(rows, skip_special_tokens=True)),
+        texts=tuple(tokenizer.batch_decode(said)),
         sampling_logps=logps[:, :longest].masked_fill(~mask, 0.0),
         image_features=None if image_features is None else tuple(image_features),
     )
