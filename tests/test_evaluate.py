@@ -514,6 +514,25 @@ def test_stale_answers_to_what_exists_are_refused(coco, tmp_path, answers, capsy
     assert "questions" in capsys.readouterr().err
 
 
+def test_another_reading_measures_all_answers_again_and_asks_nothing(
+    shapes, tmp_path, answers, capsys
+):
+    """A file holds the measures of one reading, and its summary and report say of which."""
+    answers.say = staticmethod(lambda sample: BOXES.removesuffix("</answer>"))
+    argv = ["--dataset_name", str(shapes), "--output", str(tmp_path / "out.jsonl"), "--pictures",
+            "0", "--bootstrap", "0"]  # fmt: skip
+    found = {}
+    for reading in ("lenient", "visual_rft", "lenient"):
+        assert main([*argv, "--answers", reading]) == 0
+        summary = json.loads((tmp_path / "out.summary.json").read_text())
+        assert summary["config"]["answers"] == reading
+        assert found.setdefault(reading, summary["means"]) == summary["means"]
+        for text in (capsys.readouterr().out, (tmp_path / "out.md").read_text()):
+            assert ("read as visual_rft" in text) == (reading == "visual_rft")
+    assert found["visual_rft"]["mean_iou"] == 0 < found["lenient"]["mean_iou"]
+    assert len(answers.asked) == 5
+
+
 def test_other_rewards_ask_nothing_again(shapes, tmp_path, answers):
     """Nor does the same function once its file is another one."""
     file = tmp_path / "mine.py"

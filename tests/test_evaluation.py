@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from virft_fast.evaluation import bootstrap, classification, grounding, pages
@@ -25,6 +27,7 @@ from virft_fast.evaluation.detection import (
 )
 from virft_fast.evaluation.journal import Journal
 from virft_fast.evaluation.questions import read_exists_map
+from virft_fast.evaluation.reading import marked, predicted_boxes, predicted_label
 from virft_fast.evaluation.results import Result, measure
 from virft_fast.tasks.answers import ClosedSet, mentioned
 
@@ -333,6 +336,107 @@ def test_closed_set_measures_by_hand():
         {"true": "cat", "predicted": "dog", "count": 1, "share": pytest.approx(1 / 3)},
         {"true": "dog", "predicted": classification.NO_LABEL, "count": 1, "share": 1.0},
     ]
+
+
+# --- Answers as the original's evaluation reads them -------------------------------------------
+
+WHOLE = "{'Position': [0, 0, 1000, 1000], 'Confidence': 0.9}"
+
+
+@pytest.mark.parametrize(
+    ("text", "lenient", "strict"),
+    [
+        (f"<answer>[{WHOLE}]</answer>", 1, 1),
+        (f"<think>a\nb</think>\n<answer>\n[{WHOLE}]\n</answer>", 1, 1),
+        (f"<answer>[[{WHOLE}]]</answer>", 1, 1),
+        (f"<answer>[{WHOLE}, {WHOLE}, ...]</answer>", 2, 1),  # a position that was there before
+        (f"<answer>[{WHOLE}, {{'Position': [1, 2</answer>", 1, 1),
+        (f"<answer>[{WHOLE}", 1, 0),
+        (f"<think>the <answer> is</think> <answer>[{WHOLE}]</answer>", 1, 0),
+        (f"<answer>```json\n[{WHOLE}]\n```</answer>", 1, 0),
+        (f"<answer>[{WHOLE.replace('Position', 'bbox_2d')}]</answer>", 1, 0),
+        (f"<answer>[{WHOLE.replace('0.9', '90%')}]</answer>", 1, 0),
+        (f"<answer>[{WHOLE}, {{'Position': [1, 2, 3], 'Confidence': 1}}]</answer>", 2, 1),
+        ("<answer>[{'Position': [0, 0, 9, 9]}]</answer>", 1, 0),
+        ("<answer>[0, 0, 1000, 1000]</answer>", 1, 0),
+        ("<answer>No Objects</answer>", 0, 0),
+        ("<answer>[]</answer>", 0, 0),
+    ],
+)
+def test_boxes_of_either_reading(text, lenient, strict):
+    one = record(1, text, answer(([0, 0, 1000, 1000], 1)))
+    for answers, count in (("lenient", lenient), ("visual_rft", strict)):
+        read = predicted_boxes(marked(one, answers, "detection"))
+        assert len(read.boxes if read else ()) == count
+
+
+def test_the_strict_reading_reaches_every_measure_of_detection():
+    """Two images with a box each; both are found, one of them without a closing tag."""
+    truth = answer(([0, 0, 1000, 1000], 1))
+    records = [record(1, truth, truth), record(2, truth.removesuffix("</answer>"), truth)]
+    strict = [marked(r, "visual_rft", "detection") for r in records]
+    for read, share in ((records, 1), (strict, 0.5)):
+        found = results("detection", read, truth=truth_of_records(read))
+        assert found.means["mean_iou"] == share
+        assert found.means["ap50"] == pytest.approx(share, abs=0.01)
+        assert found.means["mAP"] == pytest.approx(share, abs=0.01)
+    # Marked for one reading and measured by another: the last mark counts.
+    assert [marked(r, "lenient", "detection") for r in strict] == records
+
+
+@pytest.mark.parametrize(
+    ("text", "lenient", "strict"),
+    [
+        ("<answer>cat</answer>", "cat", "cat"),
+        ("<answer></answer>", None, "cat"),  # part of any name
+        ("<answer>catalog</answer>", None, "cat"),
+        ("<answer>c-a-t</answer>", None, None),
+        ("<answer>dog</answer>", "dog", "dog"),
+        ("it is a cat,\nsurely, and no other animal", None, "cat"),
+    ],
+)
+def test_labels_of_either_reading(text, lenient, strict):
+    labels = classification.closed_set(["cat", "dog"])
+    one = record(0, text, "<answer>cat</answer>")
+    for answers, expected in (("lenient", lenient), ("visual_rft", strict)):
+        assert predicted_label(marked(one, answers, "classification"), labels) == expected
+
+
+def test_grounding_of_either_reading():
+    solution = "<answer> (100,100),(300,300) </answer>"
+    thought = "<think>(0,0),(9,9)?</think>" + solution
+    listed = "<answer>[100, 100, 300, 300]</answer>"
+    for text, strict in ((solution, 0.04 / 0.040001), (thought, 0), (listed, 0)):
+        one = record(0, text, solution)
+        assert grounding.box_iou(one) == pytest.approx(0.04 / 0.040001)
+        assert grounding.box_iou(marked(one, "visual_rft", "grounding")) == pytest.approx(strict)
+
+
+@given(
+    st.text()
+    | st.lists(
+        st.sampled_from(
+            [
+                "<answer>",
+                "</answer>",
+                "[",
+                "{",
+                "'Position': ",
+                "[1, 2, 3, 4]",
+                "'Confidence': ",
+                "9" * 310,
+                ", ",
+                "}",
+                "]",
+                "(1,2),(3,4)",
+            ]
+        )
+    ).map("".join)
+)
+def test_the_strict_reading_raises_on_no_text(text):
+    for task in ("detection", "grounding"):
+        read = predicted_boxes(marked(record(0, text, text), "visual_rft", task))
+        assert read is None or len(read.boxes) == len(read.confidences) > 0
 
 
 # --- Grounding -------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Any
 ALGORITHMS = ("grpo", "sft", "dpo")
 TASKS = ("auto", "detection", "classification", "grounding")
 EVAL_TASKS = (*TASKS, "coco", "lvis")
+ANSWERS = ("lenient", "visual_rft")
 DTYPES = ("auto", "float32", "bfloat16")
 LOSS_IMPLS = ("fused", "reference")
 ROLLOUT_BACKENDS = ("native", "hf")
@@ -382,6 +383,11 @@ class EvalConfig:
         "auto",
         "What is asked; auto: read off the data; coco and lvis: detection by COCO's protocol.",
         choices=EVAL_TASKS,
+    )
+    answers: str = arg(
+        "lenient",
+        "How answers are read: as the rewards do, or as the original's evaluation does.",
+        choices=ANSWERS,
     )
     annotations: str | None = arg(
         None, "An instances file of COCO or LVIS in the place of a data set."

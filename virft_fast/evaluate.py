@@ -137,7 +137,8 @@ def _bar(bars: contextlib.ExitStack, what: str, total: int) -> Callable[[int], N
 
 
 def _source(config: EvalConfig) -> str:
-    return config.annotations or f"{config.dataset_name} ({config.split})"
+    source = config.annotations or f"{config.dataset_name} ({config.split})"
+    return source if config.answers == "lenient" else f"{source}, answers read as {config.answers}"
 
 
 def _show(config: EvalConfig, results: list[Result], table: Table) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from virft_fast.evaluation.bootstrap import Array, Ratios
 from virft_fast.evaluation.journal import Record
+from virft_fast.evaluation.reading import predicted_label
 from virft_fast.tasks.labels import ClosedSet, answer_text
 
 NO_LABEL = "(none of the labels)"
@@ -24,7 +25,7 @@ def name_labels(records: Iterable[Record], labels: ClosedSet) -> list[Record]:
         {
             **record,
             "true_label": labels(record["solution"]) or NO_LABEL,
-            "predicted_label": labels(record["completion"]) or NO_LABEL,
+            "predicted_label": predicted_label(record, labels) or NO_LABEL,
         }
         for record in records
     ]

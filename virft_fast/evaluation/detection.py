@@ -21,7 +21,7 @@ import numpy as np
 from virft_fast.data.instances import box_of, number_of
 from virft_fast.evaluation.bootstrap import Array
 from virft_fast.evaluation.journal import Record
-from virft_fast.tasks import parse_detection
+from virft_fast.evaluation.reading import predicted_boxes, true_boxes
 from virft_fast.tasks.answers import Box
 from virft_fast.tasks.coordinates import THOUSAND, rescale
 
@@ -114,7 +114,7 @@ def truth_of_records(records: Sequence[Record]) -> Truth:
         images[record["image_id"]] = {
             "id": record["image_id"], "width": width, "height": height
         }  # fmt: skip
-        true = parse_detection(record["solution"], record.get("extent"))
+        true = true_boxes(record)
         annotations += [
             {
                 "image_id": record["image_id"],
@@ -140,7 +140,7 @@ def results_of_records(records: Iterable[Record], truth: Truth) -> list[dict[str
     numbers = {name: number for number, name in truth.categories.items()}
     results = []
     for record in records:
-        read = parse_detection(record["completion"], record.get("extent"))
+        read = predicted_boxes(record)
         if read is None:
             continue
         image = truth.images[record["image_id"]]

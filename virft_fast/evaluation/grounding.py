@@ -21,8 +21,8 @@ from virft_fast.data.lisa import IGNORED
 from virft_fast.data.loading import IMAGE_FORMATS, BadRow
 from virft_fast.evaluation.bootstrap import Ratios
 from virft_fast.evaluation.journal import Record
-from virft_fast.tasks import parse_detection
-from virft_fast.tasks.answers import Box
+from virft_fast.evaluation.reading import predicted_boxes, true_boxes
+from virft_fast.tasks.answers import Box, Detection
 from virft_fast.tasks.coordinates import THOUSAND
 
 EPSILON = 1e-6
@@ -30,9 +30,8 @@ EPSILON = 1e-6
 IMAGES_TOGETHER = 8
 
 
-def first_box(text: str, extent: Any = None) -> Box | None:
+def first_box(read: Detection | None) -> Box | None:
     """The first box of an answer in 0..1000; None without one, or if it has no area."""
-    read = parse_detection(text, extent)
     if read is None or not read.boxes or not all(map(math.isfinite, read.boxes[0])):
         return None
     x1, y1, x2, y2 = read.boxes[0]
@@ -41,8 +40,8 @@ def first_box(text: str, extent: Any = None) -> Box | None:
 
 def box_iou(record: Record) -> float:
     """Of the answer's first box with the solution's, in [0, 1)."""
-    predicted = first_box(record["completion"], record.get("extent"))
-    true = first_box(record["solution"], record.get("extent"))
+    predicted = first_box(predicted_boxes(record))
+    true = first_box(true_boxes(record))
     if predicted is None or true is None:
         return 0.0
     wide = min(predicted[2], true[2]) - max(predicted[0], true[0])
@@ -128,7 +127,7 @@ def mask_areas(
     An answer without a box has an empty mask. What the true mask ignores counts in neither. Nothing
     is said where the true mask is missing, or not of the image's size.
     """
-    boxes = [first_box(record["completion"], record.get("extent")) for record in records]
+    boxes = [first_box(predicted_boxes(record)) for record in records]
     images = [None if isinstance(s, BadRow) or not s.images else s.images[0] for s in samples]
     usable = [
         true is not None and image is not None and true.shape == image.size[::-1]

@@ -18,8 +18,8 @@ from virft_fast.data import BadRow
 from virft_fast.data.drawing import PREDICTED, TRUE, draw_boxes
 from virft_fast.evaluation import bootstrap
 from virft_fast.evaluation.journal import Record
+from virft_fast.evaluation.reading import predicted_boxes, true_boxes
 from virft_fast.evaluation.results import Result
-from virft_fast.tasks import parse_detection
 from virft_fast.tasks.answers import answer_text
 
 PICTURE_SIDE = 420  # pixels
@@ -184,8 +184,7 @@ def draw(image: Image.Image, record: Record, *, boxes: bool) -> Image.Image:
         image = image.resize(tuple(sides), Image.Resampling.NEAREST)
     if not boxes:
         return image
-    true = parse_detection(record["solution"], record.get("extent"))
-    predicted = parse_detection(record["completion"], record.get("extent"))
+    true, predicted = true_boxes(record), predicted_boxes(record)
     if true:
         image = draw_boxes(image, true.boxes, TRUE)
     if predicted:

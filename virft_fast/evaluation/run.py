@@ -34,6 +34,7 @@ from virft_fast.evaluation.questions import (
     other_size,
     presence_rows,
 )
+from virft_fast.evaluation.reading import marked
 from virft_fast.evaluation.results import Result, measure
 from virft_fast.evaluation.scoring import rescored, scored
 from virft_fast.evaluation.sources import (
@@ -150,6 +151,7 @@ class Evaluation:
         records = self._stage("answer", questions, samples, describe)
         if dist.is_main():
             records = self._rescored(records, reward_funcs, stamp)
+        records = [marked(record, config.answers, questions.task) for record in records]
         if questions.image_ids is not None:
             ids = questions.image_ids
             records = [record | {"image_id": ids[record["index"]]} for record in records]
@@ -311,9 +313,9 @@ class Evaluation:
     ) -> list[Record]:
         """The records with SAM's masks measured against the true ones, where the row has one."""
         path = self.config.sam_path
-        stamp = _on_main(
-            lambda: digest_of([path, weights_stamp(path), content_stamp(questions.rows, ["mask"])])
-        )
+        asked = [path, self.config.answers]  # another reading gives SAM another box
+        true = partial(content_stamp, questions.rows, ["mask"])
+        stamp = _on_main(lambda: digest_of([*asked, weights_stamp(path), true()]))
         done = _on_main(lambda: self._done("mask", questions))
         masks = {mask["index"]: mask for mask in done if mask["sam"] == stamp}
         todo = [record for record in records if record["index"] not in masks]

@@ -13,11 +13,12 @@ from virft_fast.batch import Rollouts, Sample
 from virft_fast.data import BadRow, BadRows
 from virft_fast.evaluation.answering import Load, answer
 from virft_fast.evaluation.journal import Record
+from virft_fast.evaluation.reading import predicted_boxes, true_boxes
 from virft_fast.grpo import completion_records, reward_arguments
 from virft_fast.matching import match_boxes, pad_boxes
 from virft_fast.metrics import null_for_nan
 from virft_fast.rollout import Rollout
-from virft_fast.tasks import parse_detection, score
+from virft_fast.tasks import score
 
 # Columns of a row that its record keeps, beside the answer.
 KEPT_COLUMNS = ("image_id", "category", "label")
@@ -128,8 +129,8 @@ class Matched:
 
 def match_answers(records: list[Record]) -> Matched:
     """All boxes of an answer count as of one class."""
-    predicted = [parse_detection(r["completion"], r.get("extent")) for r in records]
-    true = [parse_detection(r["solution"], r.get("extent")) for r in records]
+    predicted = [predicted_boxes(record) for record in records]
+    true = [true_boxes(record) for record in records]
     pred, num_pred = pad_boxes([p.boxes if p else [] for p in predicted])
     gt, num_gt = pad_boxes([t.boxes if t else [] for t in true])
     _, ious = match_boxes(pred, gt, num_pred, num_gt, min_iou=0.0)

@@ -75,7 +75,11 @@ def parse_detection(text: str, extent: Sequence[float] | None = None) -> Detecti
     Args:
         extent: (width, height) of the space the answer counts in; None: 0..1000.
     """
-    read = _parse_detection(text)
+    return in_thousand(_parse_detection(text), extent)
+
+
+def in_thousand(read: Detection | None, extent: Sequence[float] | None) -> Detection | None:
+    """Boxes of a space `extent` (see `parse_detection`) in 0..1000."""
     if read is None or extent is None:
         return read
     return Detection(tuple(to_thousand(box, extent) for box in read.boxes), read.confidences)

@@ -16,6 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from virft_fast.tasks.answers import NOT_A_BOX, Detection
 from virft_fast.tasks.rewards import completion_texts, scored
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
@@ -56,8 +57,7 @@ def visual_rft_accuracy(
     """1 if the answer is a part of the class name or the other way round, else 0."""
     rewards = []
     for text, truth in zip(completion_texts(completions), solution, strict=True):
-        answer, label = (_squeeze(_one_line_answer(part)) for part in (text, str(truth)))
-        rewards.append(float(label in answer or answer in label))
+        rewards.append(float(names_label(text, str(truth))))
     return rewards
 
 
@@ -75,6 +75,40 @@ def visual_rft_grounding(
         box, true = _corner_box(answer), _corner_box(target)
         rewards.append(_giou_plus_one(box, true) if box and true else 0.0)
     return rewards
+
+
+def names_label(text: str, truth: str) -> bool:
+    """Whether the answer is a part of the class name or the other way round; an empty one is."""
+    answer, label = (_squeeze(_one_line_answer(part)) for part in (text, truth))
+    return label in answer or answer in label
+
+
+def read_detection(text: str) -> Detection | None:
+    """The boxes that the original's evaluation reads; None if it reads none.
+
+    It drops the whole answer where its list, with single quotes replaced, is not JSON or an object
+    has no 'Position'. It stops at the first object whose position is not four numbers, or that has
+    no 'Confidence'.
+    """
+    for old, new in (("[[", "["), ("]]", "]"), ("\n", ""), (", ...", "")):
+        text = text.replace(old, new)
+    items = _items(_between_tags(f"{_OPEN}{_one_line_answer(text)}{_CLOSE}"))
+    boxes, confidences = [], []
+    for item in (_unique(items) if items else None) or ():
+        box = item["Position"]
+        if len(box) != 4 or not all(_is_number(v) for v in box) or "Confidence" not in item:
+            break
+        sides = tuple(map(_as_float, box))
+        boxes.append(sides if all(map(math.isfinite, sides)) else NOT_A_BOX)
+        score = item["Confidence"]
+        confidences.append(_as_float(score) if _is_number(score) else None)
+    return Detection(tuple(boxes), tuple(confidences)) if boxes else None
+
+
+def read_grounding(text: str) -> Detection | None:
+    """The first (x1,y1),(x2,y2) of whole numbers in all of the text, the thinking included."""
+    found = _CORNERS.search(text)
+    return Detection((tuple(map(float, found.groups())),), (None,)) if found else None
 
 
 Result = tuple[float, Any]  # IoU of the match (0 without one), confidence as written
@@ -205,6 +239,10 @@ def _greedy(predicted: list[dict[str, Any]], true: list[dict[str, Any]]) -> list
         else:
             results.append((0.0, item["Confidence"]))
     return results
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _as_float(number: float) -> float:
