@@ -191,6 +191,25 @@ def test_how_many_objects_are_read(text, boxes):
         assert detection.confidences == (0.5, 0.9)
 
 
+KEYS = st.sampled_from(["'Position'", '"bbox_2d"', "Box", "“bounding box”", "'coordinates'"])
+VALUES = st.sampled_from(
+    ["1", "2.", ".5", "-3", "1e2", "'40'", "999", "x", "None", "NaN", "7%", ""]
+)
+FORMS = st.sampled_from(["[%s, %s, %s, %s]", "(%s, %s, %s, %s)", "[[%s, %s], [%s, %s]]",
+                         "(%s,%s),(%s,%s)", "[%s, %s, %s, %s,]", "[%s, %s, %s], %s"])  # fmt: skip
+EXTRAS = st.sampled_from(["", ", 'Confidence': 80%", ", \"label\": \"jack's\"", ", score: '.5',",
+                          ", 'size': {'w': [1, 2]}", ", 'label': 'a, b: (c'"])  # fmt: skip
+
+
+@given(KEYS, FORMS, st.tuples(VALUES, VALUES, VALUES, VALUES), EXTRAS)
+def test_what_is_read_alone_is_read_alike_in_the_middle_of_three(key, form, values, extra):
+    written = f"{{{key}: {form % values}{extra}}}"
+    alone = parse_detection(f"<answer>{written}</answer>")
+    three = parse_detection(f"<answer>[{FIRST}, {written}, {FIRST}]</answer>")
+    assert repr(three.boxes) == repr((FIRST_BOX, *alone.boxes, FIRST_BOX))
+    assert three.confidences == (0.9, *alone.confidences, 0.9)
+
+
 def test_text_markers_are_no_part_of_a_label():
     text = "<answer><|object_ref_start|>a mug<|object_ref_end|></answer>"
     assert answer_text(text) == "a mug"

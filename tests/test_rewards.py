@@ -340,6 +340,8 @@ def test_default_rewards_are_registered():
         ("detection", boxes(([5, 5, 1, 1], 1)), "x1 < x2"),
         ("detection", boxes((A, 1), ([5, 5, 9], 1)), "four numbers in all objects"),
         ("grounding", "{'label': 'mug'}", "four numbers in all objects"),
+        ("detection", boxes(*[(A, 1)] * 499), None),
+        ("detection", boxes(*[(A, 1)] * 500), "fewer than 500 boxes"),
         ("classification", "<answer> </answer>", "class name"),
         ("grounding", TRUTH, "one box"),
         ("grounding", "(1,2),(3,4)", None),

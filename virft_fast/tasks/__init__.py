@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from virft_fast.tasks.answers import (
+    MAX_OBJECTS,
     Detection,
     answer_text,
     parse_detection,
@@ -138,6 +139,8 @@ def check_solution(task: str, solution: str, extent: Sequence[float] | None = No
         return str(error)
     if detection is None:
         return f"expected boxes in the solution, got {solution!r:.120}"
+    if len(detection.boxes) >= MAX_OBJECTS:
+        return f"expected fewer than {MAX_OBJECTS} boxes in the solution; split the row"
     if any(map(unreadable, detection.boxes)):
         return (
             f"expected boxes of four numbers in all objects of the solution, got {solution!r:.120}"

@@ -44,7 +44,7 @@ _KEYS = {*_BOX_KEYS, *itertools.chain.from_iterable(_SIDE_KEYS)}
 _NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?:\s*(%))?")
 _BETWEEN = re.compile(r"[\s,;()\[\]]+(?!%)")  # numbers in one quoted text
 _NOTHING = re.compile(r"[\W_]*no[\W_]+objects?[\W_]*", re.IGNORECASE)
-_MAX_OBJECTS = 500  # in one answer; the rest is not read
+MAX_OBJECTS = 500  # in one answer; the rest is not read
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def parse_detection(text: str, extent: Sequence[float] | None = None) -> Detecti
     list of four numbers; or (x1,y1),(x2,y2), between box marks or not. Four NaN stand for one that
     announces a box, or only has a label or a confidence, and for a list of numbers among boxes.
     An object that the end of the text cuts off counts if its box is whole. A confidence may be a
-    percentage.
+    percentage. After MAX_OBJECTS the rest is not read.
 
     Args:
         extent: (width, height) of the space the answer counts in; None: 0..1000.
@@ -89,7 +89,7 @@ def _parse_detection(text: str) -> Detection | None:
     body = marked_answer(text)
     if _NOTHING.fullmatch(body):
         return Detection((), ())
-    found = _in_row(read_groups(body).items)[:_MAX_OBJECTS]
+    found = _in_row(read_groups(body).items)[:MAX_OBJECTS]
     if found:
         return Detection(tuple(p.box for p in found), tuple(p.confidence for p in found))
     empty = body.replace("```json", "").replace("```", "").strip()
