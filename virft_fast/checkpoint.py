@@ -2,7 +2,7 @@
 needs to go on bit for bit.
 
     checkpoint-100/
-      config.json, model.safetensors, tokenizer and processor files    the model, 16-bit
+      config.json, model.safetensors, tokenizer and processor files    the model, or its adapter
       trainer_state.json       step, data order, metric sums, what the run was started with
       engine/                  weights in full precision and optimizer state, by the engine
 
@@ -35,6 +35,11 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _ASIDE = ".writing"
+# What makes a folder a model or an adapter to transformers and peft.
+MODEL_FILES = re.compile(
+    r"(adapter_|pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+    r"|adapter_config\.json"
+)
 
 
 def save_checkpoint(
@@ -45,6 +50,7 @@ def save_checkpoint(
     processor: Any,
     engine: PlainEngine | DeepSpeedEngine,
     state: dict[str, Any],
+    dtype: torch.dtype | None = None,
     only_model: bool = False,
     total_limit: int | None = None,
 ) -> Path | None:
@@ -52,6 +58,7 @@ def save_checkpoint(
 
     Args:
         state: plain JSON data, the same on every rank.
+        dtype: of the stored weights; None keeps the one they are trained in.
         only_model: leave the engine's state out; such a checkpoint can't be resumed.
         total_limit: afterwards keep only this many latest checkpoints.
     Returns:
@@ -62,7 +69,7 @@ def save_checkpoint(
     aside = output_dir / f"{final.name}{_ASIDE}"
     error = _on_main(lambda: _make_empty(aside))
     dist.barrier()
-    weights = engine.model_state(model, torch.bfloat16)
+    weights = engine.model_state(model, dtype)
     if error is None and dist.is_main():
         error = _attempt(lambda: _write_model(model, weights, processor, aside, state))
     # Every rank joins in the engine's collectives even if the main process has failed by now.
@@ -82,15 +89,25 @@ def save_checkpoint(
 
 
 def write_final_model(
-    folder: Path, *, model: nn.Module, processor: Any, engine: PlainEngine | DeepSpeedEngine
+    folder: Path,
+    *,
+    model: nn.Module,
+    processor: Any,
+    engine: PlainEngine | DeepSpeedEngine,
+    dtype: torch.dtype | None = None,
 ) -> bool:
-    """Write the model alone into `folder`, beside what is there; all ranks call."""
-    weights = engine.model_state(model, torch.bfloat16)
+    """Write the model alone into `folder`, beside what is there; all ranks call. Weights of
+    another model in `folder` are deleted, because a loader might take them for this one's."""
+    weights = engine.model_state(model, dtype)
     aside = folder / f"model{_ASIDE}"
 
     def write() -> None:
         shutil.rmtree(aside, ignore_errors=True)
         save_model(model, weights, processor, aside)
+        written = {path.name for path in aside.iterdir()}
+        for path in folder.iterdir():
+            if MODEL_FILES.fullmatch(path.name) and path.name not in written:
+                path.unlink()
         for path in sorted(aside.iterdir()):
             _flush(path)
             os.replace(path, folder / path.name)
@@ -103,6 +120,21 @@ def write_final_model(
     if failed:
         _report_failure(folder, error, "Checkpoints are intact")
     return not failed
+
+
+def write_whole_model(
+    folder: Path, model: nn.Module, processor: Any, dtype: torch.dtype | None = None
+) -> None:
+    """Write a whole model of this process into a folder of its own, which replaces what is there;
+    a kill leaves the old folder or the new one."""
+    weights = {
+        name: parameter.detach().to(dtype or parameter.dtype)
+        for name, parameter in model.named_parameters()
+    }
+    aside = folder.with_name(f"{folder.name}{_ASIDE}")
+    shutil.rmtree(aside, ignore_errors=True)
+    save_model(model, weights, processor, aside)
+    _publish(aside, folder)
 
 
 def find_checkpoint(output_dir: Path, name: str) -> Path:

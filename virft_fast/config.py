@@ -19,6 +19,7 @@ TASKS = ("auto", "detection", "classification", "grounding")
 EVAL_TASKS = (*TASKS, "coco", "lvis")
 ANSWERS = ("lenient", "visual_rft")
 DTYPES = ("auto", "float32", "bfloat16")
+SAVE_DTYPES = (*DTYPES, "float16")
 LOSS_IMPLS = ("fused", "reference")
 ROLLOUT_BACKENDS = ("native", "hf")
 PREFIX_ATTENTIONS = ("two_part", "flex", "dense")
@@ -86,13 +87,18 @@ class ModelConfig:
     use_liger_kernel: bool = arg(False, "Patch the model with liger-kernel (CUDA).", "use_liger")
     min_pixels: int | None = arg(None, "Images are scaled up to at least this many pixels.")
     max_pixels: int | None = arg(None, "Images are scaled down to at most this many pixels.")
-    use_peft: bool = arg(False, "Train a LoRA adapter; the reference is the model without it.")
-    lora_r: int = arg(16, "Rank of the LoRA adapter.")
-    lora_alpha: int = arg(32, "LoRA's alpha: the adapter is scaled by alpha / r.")
+    use_peft: bool = arg(
+        False, "Train a LoRA adapter: a new one, or the one of the folder that the model names."
+    )
+    lora_r: int | None = arg(None, "Rank of the adapter; default: the folder's adapter's, or 16.")
+    lora_alpha: float | None = arg(
+        None, "The adapter is scaled by alpha / r; default: the folder's adapter's, or 32."
+    )
     lora_dropout: float = arg(0.0, "Must be 0: GRPO compares log-probs of two passes.")
     lora_target_modules: list[str] = arg(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        "Names of the linear layers that get an adapter.",
+        [],
+        "Names of the linear layers that get an adapter; empty: the folder's adapter's, or all of "
+        "the language model's layers.",
     )
 
     def __post_init__(self) -> None:
@@ -107,7 +113,9 @@ class ModelConfig:
                 f"at most --max_pixels ({self.max_pixels})",
                 self.min_pixels,
             )
-        _require(self.lora_r > 0, "lora_r", "a positive rank", self.lora_r)
+        for name in ("lora_r", "lora_alpha"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, "a positive number", value)
         _require(self.lora_dropout == 0, "lora_dropout", "0", self.lora_dropout)
         bad = [name for name in self.lora_target_modules if name in ("lm_head", "embed_tokens")]
         _require(not bad, "lora_target_modules", "no lm_head and no embed_tokens", bad)
@@ -318,6 +326,11 @@ class TrainConfig:
     report_to: list[str] = arg(["none"], "tensorboard, wandb, trackio, ..., all or none.")
     log_completions_steps: int = arg(0, "Steps between two tables of samples; 0: never.")
     save_steps: int = arg(100, "Steps between two checkpoints; 0: only at the end.")
+    save_dtype: str = arg(
+        "auto",
+        "Dtype of saved weights: float32, bfloat16, float16, or auto: as trained, except that a "
+        "whole model trained with --bf16 is stored in the dtype of the model it began with.",
+    )
     save_only_model: bool = arg(False, "Checkpoints without engine state can't be resumed.")
     save_total_limit: int | None = arg(None, "Keep only this many latest checkpoints.")
     resume_from_checkpoint: str | None = arg(None, "A checkpoint folder, or latest.")
@@ -345,6 +358,8 @@ class TrainConfig:
         _require(0 <= self.seed < 2**32, "seed", "a number in [0, 2^32)", self.seed)
         most = self.max_tokens_per_microbatch
         _require(most is None or most > 0, "max_tokens_per_microbatch", "a positive number", most)
+        _require(self.save_dtype in SAVE_DTYPES, "save_dtype", f"one of {SAVE_DTYPES}",
+                 self.save_dtype)  # fmt: skip
         limit = self.save_total_limit
         _require(limit is None or limit >= 1, "save_total_limit", "at least 1", limit)
         if self.max_steps <= 0:

@@ -236,8 +236,7 @@ def reference_logps(
     for prompts in _shares(load, count, batch_size):
         digests |= {prompt.sample.index: pair_digest(prompt.sample) for prompt in prompts}
         for pairs in _batches(state, prompts, _answers(state, prompts)):
-            with as_reference(state):
-                logps, _ = state.engine.forward(pairs.batch.inputs)
+            logps, _ = state.engine.forward(pairs.batch.inputs)
             found |= dict(zip(pairs.rows, map(tuple, _sums(pairs, logps).tolist()), strict=True))
         progress(len(prompts))
     state.policy.train()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from virft_fast import dist
+from virft_fast.models.adapters import has_adapter, is_trained_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -145,12 +146,18 @@ class PlainEngine:
         with self._autocast():
             yield self.module
 
-    def model_state(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor] | None:
-        """Weights of `model` on the CPU, on the main process; None elsewhere."""
+    def model_state(
+        self, model: nn.Module, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor] | None:
+        """Weights of `model` on the CPU, on the main process; None elsewhere.
+
+        Args:
+            dtype: None keeps each weight's own.
+        """
         if not dist.is_main():
             return None
         return {
-            name: parameter.detach().to("cpu", dtype, copy=True)
+            name: parameter.detach().to("cpu", dtype or parameter.dtype, copy=True)
             for name, parameter in _stored_parameters(model)
         }
 
@@ -284,15 +291,17 @@ class DeepSpeedEngine:
                 for name, parameter in bucket:
                     targets[name].copy_(parameter)
 
-    def model_state(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor] | None:
-        """Weights of `model` on the CPU, on the main process; None elsewhere. All ranks call."""
+    def model_state(
+        self, model: nn.Module, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor] | None:
+        """As `PlainEngine.model_state`; all ranks call."""
         deepspeed = import_deepspeed()
         state: dict[str, Tensor] | None = {} if dist.is_main() else None
         for name, parameter in _stored_parameters(model):
             partitioned = self.zero_stage == 3
             with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
                 if state is not None:
-                    state[name] = parameter.detach().to("cpu", dtype, copy=True)
+                    state[name] = parameter.detach().to("cpu", dtype or parameter.dtype, copy=True)
         return state
 
     def save_state(self, folder: Path) -> None:
@@ -581,10 +590,11 @@ def engine_dtype(config: dict[str, Any]) -> torch.dtype:
 
 
 def _stored_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters under `model`'s own names, a tied one once; of an adapter only its own."""
-    adapter = hasattr(model, "peft_config")
+    """Parameters under `model`'s own names, a tied one once; of an adapter only its own, those
+    of a frozen vision tower too."""
+    whole = not has_adapter(model)
     for name, parameter in model.named_parameters():
-        if not adapter or parameter.requires_grad:
+        if whole or is_trained_adapter(name):
             yield name, parameter
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from virft_fast.config import GRPOConfig
 from virft_fast.engine import DeepSpeedEngine, PlainEngine
 from virft_fast.kernels import GRPOLoss, group_advantages
 from virft_fast.metrics import null_for_nan, reduce_metrics
+from virft_fast.models import adapters
 from virft_fast.models.qwen_vl import ModelInputs, Policy
 from virft_fast.rollout import Rollout, Sampling
 from virft_fast.tasks import score
@@ -43,7 +44,7 @@ class TrainState:
 
     Attributes:
         reference: callable like the policy module, or None without a KL term; with LoRA the
-            policy itself, called with its adapter off.
+            policy itself, called within `as_reference`.
         prompts_per_microbatch, gradient_accumulation_steps: their product is the number of prompts
             a step takes on this rank.
         max_tokens_per_microbatch: fill microbatches by the tokens the model reads instead.
@@ -51,7 +52,9 @@ class TrainState:
         step: steps done.
         bad_steps: non-finite steps in a row, up to now.
         num_tokens: completion tokens drawn so far on all ranks, those nothing was learnt from too.
-        base_weights: stamp of the weights the run began with, where it goes on needing them.
+        base_weights: stamp of the weights the run began with.
+        adapter: how its adapter began, a `LoraPlan.kind`; None without one.
+        save_dtype: of saved weights; None keeps the dtype they are trained in.
     """
 
     config: GRPOConfig
@@ -73,6 +76,8 @@ class TrainState:
     skipped_steps: int = 0
     num_tokens: int = 0
     base_weights: list[Any] | None = None
+    adapter: str | None = None
+    save_dtype: torch.dtype | None = None
 
     @property
     def prompts_per_step(self) -> int:
@@ -392,9 +397,8 @@ def _frozen_passes(state: TrainState, microbatches: list[Microbatch]) -> None:
 
 
 def as_reference(state: TrainState) -> Any:
-    """Context in which a policy with an adapter computes without it."""
-    model = state.policy.model
-    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+    """Context in which a policy with an adapter computes as it did when the run began."""
+    return adapters.as_reference(state.policy.model)
 
 
 def update(

@@ -65,10 +65,18 @@ from virft_fast.engine import (
 from virft_fast.evaluation.scoring import Evaluation, evaluate_rewards
 from virft_fast.grpo import TooManyBadSteps, TrainState, train_step
 from virft_fast.metrics import MetricsWriter
+from virft_fast.models.adapters import (
+    BASE_FOLDER,
+    LORA_DEFAULTS,
+    LoraPlan,
+    attach,
+    is_reference,
+    model_chain,
+    plan_lora,
+)
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import (
     Policy,
-    add_lora,
     apply_liger,
     freeze_vision_tower,
     load_model,
@@ -90,7 +98,7 @@ STEPS: dict[str, Callable[..., Any]] = {
 }
 REFERENCE_FILE = "reference_logps.json"
 SUMMARY_FILE, REPORT_FILE, METRICS_FILE = "summary.json", "report.png", "metrics.jsonl"
-_CHECKPOINT = re.compile(r"checkpoint-\d+(\.writing)?")
+_OF_A_RUN = re.compile(rf"(checkpoint-\d+|{BASE_FOLDER})(\.writing)?")
 NUM_CHECKED_ROWS = 200
 NUM_REPORT_EXAMPLES = 5
 
@@ -176,6 +184,7 @@ def run(config: RunConfig, device: torch.device) -> int:
                 max_completion_length=config.grpo.max_completion_length,
                 device=device,
             )
+        config.model, plan = begin_adapter(config.model)
         resume = prepare_output_dir(config)
         processor = load_processor(
             resolve_model_path(config.model.model_name_or_path),
@@ -188,7 +197,11 @@ def run(config: RunConfig, device: torch.device) -> int:
         with usage():
             return dry_run(config, data, processor)
     with usage():
-        state = prepare_training(config, processor, data, device)
+        if plan is not None:
+            _say(_account(plan))
+        model = _base_model(config, plan, processor, resume)
+        state = prepare_training(config, processor, data, device, model)
+        state.adapter = plan.kind if plan else None
     sampler = PromptSampler(
         len(data.train),
         state.prompts_per_step,
@@ -202,7 +215,7 @@ def run(config: RunConfig, device: torch.device) -> int:
     with usage():
         # Nothing of an earlier run is deleted before this one has all that it needs.
         if config.train.overwrite_output_dir and not resume and dist.is_main():
-            _delete_run(output_dir)
+            _delete_run(output_dir, keep=model.model_name_or_path)
         dist.barrier()
         if config.dpo.precompute_ref_log_probs and isinstance(state, dpo.DPOState):
             _reference_beforehand(config, state, data, resumed=bool(resume))
@@ -233,11 +246,17 @@ def run(config: RunConfig, device: torch.device) -> int:
         _say(f"{where}; resume with --resume_from_checkpoint latest")
         return 0
     written = checkpoints.write_final_model(
-        output_dir, model=state.policy.model, processor=processor, engine=state.engine
+        output_dir,
+        model=state.policy.model,
+        processor=processor,
+        engine=state.engine,
+        dtype=state.save_dtype,
     )
     after = _evaluate(config, state, data)
     if dist.is_main():
         conclude(config, data, state, before, after, train_seconds)
+        if saved and saved["changed"]:
+            print(f"resumed with other flags: {saved['changed']}")
     dist.barrier()
     if not written:
         _say(f"the model could NOT be written into {output_dir}; see above")
@@ -249,11 +268,11 @@ def prepare_output_dir(config: RunConfig) -> Path | None:
     output_dir = Path(config.train.output_dir)
     if not config.train.output_dir.strip():
         raise UsageError("--output_dir: expected a folder, got an empty name")
-    model = Path(config.model.model_name_or_path).resolve()
-    if model.is_dir() and output_dir.resolve() == model:
+    begins_in = [Path(name).resolve() for name, _ in model_chain(config.model.model_name_or_path)]
+    if output_dir.is_dir() and output_dir.resolve() in begins_in:
         raise UsageError(
-            f"--output_dir {output_dir}: expected another folder than --model_name_or_path, whose "
-            f"model would be overwritten"
+            f"--output_dir {output_dir}: expected another folder than that of "
+            f"--model_name_or_path and of its adapter's base, whose model would be overwritten"
         )
     resume = None
     if config.train.resume_from_checkpoint:
@@ -262,7 +281,8 @@ def prepare_output_dir(config: RunConfig) -> Path | None:
             return resume
     if config.train.dry_run:
         return resume
-    holds_run = (output_dir / METRICS_FILE).exists() or checkpoints.list_checkpoints(output_dir)
+    left = (output_dir / METRICS_FILE, output_dir / BASE_FOLDER)
+    holds_run = any(p.exists() for p in left) or checkpoints.list_checkpoints(output_dir)
     occupied = dist.any_rank(bool(holds_run), dist.local_device())
     dist.barrier()
     if occupied and not config.train.overwrite_output_dir:
@@ -270,11 +290,12 @@ def prepare_output_dir(config: RunConfig) -> Path | None:
             f"--output_dir {output_dir} already holds a run; pass --resume_from_checkpoint latest "
             f"to go on with it, --overwrite_output_dir to delete it, or another folder"
         )
-    if occupied and output_dir.resolve() in model.parents and _CHECKPOINT.match(model.name):
-        raise UsageError(
-            f"--overwrite_output_dir would delete {model}, which --model_name_or_path names; "
-            f"pass another --output_dir"
-        )
+    for model in begins_in:
+        if occupied and model.parent == output_dir.resolve() and _OF_A_RUN.fullmatch(model.name):
+            raise UsageError(
+                f"--overwrite_output_dir would delete {model}, which --model_name_or_path names or "
+                f"its adapter needs; pass another --output_dir"
+            )
     if dist.is_main():
         output_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(output_dir, os.W_OK):
@@ -283,13 +304,14 @@ def prepare_output_dir(config: RunConfig) -> Path | None:
     return resume
 
 
-def _delete_run(output_dir: Path) -> None:
-    """Delete what a run writes and nothing else."""
+def _delete_run(output_dir: Path, keep: str) -> None:
+    """Delete what a run writes, except the folder `keep`, and nothing else."""
+    files = (METRICS_FILE, "completions.jsonl", SUMMARY_FILE, REPORT_FILE, REFERENCE_FILE)
     for path in output_dir.iterdir():
-        if _CHECKPOINT.fullmatch(path.name):
+        if _OF_A_RUN.fullmatch(path.name) and path != Path(keep):
             shutil.rmtree(path, ignore_errors=True)
-    for name in (METRICS_FILE, "completions.jsonl", SUMMARY_FILE, REPORT_FILE, REFERENCE_FILE):
-        (output_dir / name).unlink(missing_ok=True)
+        elif path.name in files or checkpoints.MODEL_FILES.fullmatch(path.name):
+            path.unlink()
 
 
 def prepare_data(config: RunConfig, processor: Any) -> Data:
@@ -370,10 +392,70 @@ def prompts_per_step(config: RunConfig) -> int:
     return train.per_device_train_batch_size * train.gradient_accumulation_steps * dist.world_size()
 
 
+def begin_adapter(model: ModelConfig) -> tuple[ModelConfig, LoraPlan | None]:
+    """How the adapter begins, None without one, and the flags with their values filled in."""
+    flags = {"r": model.lora_r, "alpha": model.lora_alpha}
+    targets, plan, values = model.lora_target_modules, None, {**LORA_DEFAULTS}
+    if model.use_peft:
+        plan = plan_lora(
+            model.model_name_or_path,
+            revision=model.model_revision,
+            target_modules=targets,
+            **flags,
+        )
+        values = {name: getattr(plan, name) for name in values}
+    return replace(
+        model,
+        lora_r=model.lora_r or values["r"],
+        lora_alpha=model.lora_alpha or values["alpha"],
+        lora_target_modules=targets or list(values["target_modules"]),
+    ), plan
+
+
+def _account(plan: LoraPlan) -> str:
+    """What a run tells of its adapter."""
+    shape = f"r {plan.r}, alpha {plan.alpha:g}, layers {', '.join(plan.target_modules)}"
+    if plan.kind == "continued":
+        return f"training continues the LoRA adapter in {plan.name} ({shape}) on {plan.base}"
+    if plan.kind == "stacked":
+        return (
+            f"a new LoRA adapter ({shape}) is trained on the model in {plan.name}, whose own "
+            f"adapter is merged into {BASE_FOLDER}/ of --output_dir"
+        )
+    return f"a new LoRA adapter ({shape}) is trained on {plan.base}"
+
+
+def _base_model(
+    config: RunConfig, plan: LoraPlan | None, processor: Any, resume: Path | None
+) -> ModelConfig:
+    """The model that is loaded, with its flags: of a stacked adapter the merged base, written
+    before training so that what is trained is what is saved."""
+    if plan is None or plan.kind != "stacked":
+        return config.model
+    folder = (Path(config.train.output_dir) / BASE_FOLDER).resolve()
+    if dist.is_main() and not (resume and folder.is_dir()):
+        dtype = training_dtype(
+            config.model, bf16=config.train.bf16, deepspeed=config.train.deepspeed is not None
+        )
+        merged = load_model(plan.name, revision=plan.revision, dtype=dtype)
+        checkpoints.write_whole_model(folder, merged, processor)
+    dist.barrier()
+    return replace(config.model, model_name_or_path=str(folder), model_revision=None)
+
+
 def prepare_training(
-    config: RunConfig, processor: Any, data: Data, device: torch.device
+    config: RunConfig,
+    processor: Any,
+    data: Data,
+    device: torch.device,
+    model: ModelConfig | None = None,
 ) -> TrainState:
-    """Load the model, wrap it in its engine and put the parts of a step together."""
+    """Load the model, wrap it in its engine and put the parts of a step together.
+
+    Args:
+        model: which model is loaded, and how; default: as `config` says.
+    """
+    model = model or config.model
     train, grpo = config.train, config.grpo
     torch.manual_seed(train.seed)  # an adapter begins the same on all ranks, and in every run
     if train.algorithm != "grpo":
@@ -386,18 +468,18 @@ def prepare_training(
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
     )
-    base_weights = None
-    if keeps_reference(config) or config.model.use_peft:
-        base_weights = weights_stamp(resolve_model_path(config.model.model_name_or_path))
+    base_weights = weights_stamp(resolve_model_path(model.model_name_or_path))
     ds_config, settings = _deepspeed(config, settings)
     partitioning = prepare_deepspeed(ds_config, device) if ds_config else None
-    dtype = training_dtype(config.model, bf16=train.bf16, deepspeed=ds_config is not None)
-    policy = build_policy(config.model, grpo, dtype, device)
+    dtype = training_dtype(model, bf16=train.bf16, deepspeed=ds_config is not None)
+    # Whatever beta is: resuming with another one needs the same parameters.
+    frozen_copy = train.algorithm == "grpo" or uses_reference(config)
+    policy = build_policy(model, grpo, dtype, device, frozen_copy=frozen_copy)
     if rolls_out(config):
         check_model(grpo.rollout_backend, policy)
     reference = None
     if keeps_reference(config):
-        frozen = replace(config.model, gradient_checkpointing=False)
+        frozen = replace(model, gradient_checkpointing=False)
         reference = build_policy(frozen, grpo, dtype, device)
     del partitioning
     engine: PlainEngine | DeepSpeedEngine
@@ -409,7 +491,9 @@ def prepare_training(
             settings,
             config=ds_config,
             device=device,
-            make_empty=lambda: build_policy(config.model, grpo, dtype, device, empty=True),
+            make_empty=lambda: build_policy(
+                model, grpo, dtype, device, empty=True, frozen_copy=frozen_copy
+            ),
         )
     call_reference = engine.forward if uses_reference(config) else None
     if reference is not None:
@@ -440,6 +524,7 @@ def prepare_training(
         seed=train.seed,
         max_bad_steps=train.max_bad_steps,
         base_weights=base_weights,
+        save_dtype=stored_dtype(config),
     )
 
 
@@ -450,7 +535,8 @@ def rolls_out(config: RunConfig) -> bool:
 
 
 def uses_reference(config: RunConfig) -> bool:
-    """Whether a step asks a reference model, or the policy without its adapter, for log-probs."""
+    """Whether a step asks a reference for log-probs: a model of its own, or the policy with its
+    adapter off or as it began."""
     if config.train.algorithm == "dpo":
         return not config.dpo.precompute_ref_log_probs
     return config.train.algorithm == "grpo" and config.grpo.beta > 0
@@ -555,6 +641,15 @@ def training_dtype(model: ModelConfig, *, bf16: bool, deepspeed: bool) -> torch.
     return torch.bfloat16 if bf16 and deepspeed else torch.float32
 
 
+def stored_dtype(config: RunConfig) -> torch.dtype | None:
+    """The dtype of saved weights; None: as they are trained."""
+    if config.train.save_dtype != "auto":
+        return getattr(torch, config.train.save_dtype)
+    if config.model.use_peft or not config.train.bf16:
+        return None
+    return read_config(config.model.model_name_or_path, config.model.model_revision).dtype
+
+
 def build_policy(
     model: ModelConfig,
     grpo: GRPOConfig,
@@ -562,32 +657,33 @@ def build_policy(
     device: torch.device,
     *,
     empty: bool = False,
+    frozen_copy: bool = False,
 ) -> Policy:
-    """The model as the flags want it trained; `empty`: its shape alone, on the meta device."""
+    """The model as the flags want it trained.
+
+    Args:
+        empty: its shape alone, on the meta device.
+        frozen_copy: of an adapter that is continued, as the reference.
+    """
     if grpo.prefix_attention == "flex" and device.type != "cuda":
         raise UsageError(
             "--prefix_attention flex: expected a CUDA device, because FlexAttention has no "
             "backward pass on the CPU; use two_part"
         )
+    _, plan = begin_adapter(model)
     loaded = load_model(
-        model.model_name_or_path,
-        revision=model.model_revision,
+        plan.base if plan else model.model_name_or_path,
+        revision=plan.revision if plan else model.model_revision,
         dtype=dtype,
         attn_implementation=model.attn_implementation,
         empty=empty,
     )
     if model.use_liger_kernel:
         apply_liger(loaded, device)
+    if plan is not None:
+        loaded = attach(loaded, plan, reference=frozen_copy)
     if model.freeze_vision_tower:
         freeze_vision_tower(loaded)
-    if model.use_peft:
-        loaded = add_lora(
-            loaded,
-            r=model.lora_r,
-            alpha=model.lora_alpha,
-            target_modules=model.lora_target_modules,
-            dropout=model.lora_dropout,
-        )
     if model.gradient_checkpointing:
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Policy(
@@ -661,6 +757,7 @@ def train(
             processor=processor,
             engine=state.engine,
             state=_state_dict(config, state, sampler, data, writer, before),
+            dtype=state.save_dtype,
             only_model=only_model,
             total_limit=cfg.save_total_limit,
         )
@@ -703,6 +800,7 @@ def _state_dict(
         "before": before,
         "config": config.flat(),
         "weights": state.base_weights,
+        "adapter": state.adapter,
     }
 
 
@@ -716,7 +814,8 @@ ALSO_BESIDE_GRPO = (
     "rollout_cache_tokens",
 )
 
-# What must not change between a run and its continuation; anything else may.
+# What must not change between a run and its continuation; anything else may, and is named, except
+# what says where and how often things are written.
 SAME_ON_RESUME = (
     "algorithm",
     "per_device_train_batch_size",
@@ -733,11 +832,27 @@ SAME_ON_RESUME = (
     "bf16",
     "use_peft",
     "lora_r",
+    "lora_alpha",
     "lora_target_modules",
     "dpo_beta",
     "label_smoothing",
     "dpo_gamma",
     "precompute_ref_log_probs",
+)
+UNNAMED_ON_RESUME = (
+    "output_dir",
+    "overwrite_output_dir",
+    "run_name",
+    "config",
+    "dry_run",
+    "logging_steps",
+    "report_to",
+    "log_completions_steps",
+    "save_steps",
+    "save_only_model",
+    "save_total_limit",
+    "resume_from_checkpoint",
+    "local_rank",
 )
 
 
@@ -755,13 +870,28 @@ def _resume(
                 f"processes with {was or 'the same flags'}, this is {dist.world_size()} with "
                 f"{ {k: now[k] for k in changed} or 'the same flags' }"
             )
-        if "weights" in saved and saved["weights"] != state.base_weights:
+        if config.model.use_peft and saved.get("adapter", "new") != state.adapter:
+            raise UsageError(
+                f"--resume_from_checkpoint {folder}: expected a run whose adapter is "
+                f"{state.adapter}, got one whose adapter is "
+                f"{saved.get('adapter', 'on merged weights that were not saved')}; "
+                "docs/stages.md says how to rescue what an earlier version wrote"
+            )
+        if not _same_weights(config, saved.get("weights"), state.base_weights):
             raise UsageError(
                 f"--resume_from_checkpoint {folder}: expected the weights in "
                 f"--model_name_or_path {config.model.model_name_or_path} as they were when the run "
                 "began, for they are its reference or under its adapter; put them back or start "
                 "again"
             )
+        changed = {
+            k for k in now.keys() - UNNAMED_ON_RESUME if saved["config"].get(k, now[k]) != now[k]
+        }
+        saved["changed"] = ", ".join(
+            f"--{k} {saved['config'][k]} -> {now[k]}" for k in now if k in changed
+        )
+        if changed:
+            logger.warning("resumed with other flags: %s", saved["changed"])
         state.engine.load_state(folder / "engine")
         try:
             _restore(saved, state, sampler, data)
@@ -775,6 +905,20 @@ def _resume(
             _say(f"a later checkpoint is now {path}")
     _say(f"resumed {folder} at step {state.step}")
     return saved
+
+
+def _same_weights(config: RunConfig, saved: list[Any] | None, now: list[Any] | None) -> bool:
+    """Whether the files that the rest of the run goes on needing are those it began with: all of
+    them for a reference, the base model's for an adapter."""
+    if uses_reference(config):
+        return saved is None or saved == now
+    if saved is None or not config.model.use_peft:
+        return True
+    of_base = [
+        [file for file in stamp if not file[0].startswith("adapter_model.")]
+        for stamp in (saved, now or [])
+    ]
+    return of_base[0] == of_base[1]
 
 
 def _restore(saved: dict[str, Any], state: TrainState, sampler: PromptSampler, data: Data) -> None:
@@ -967,6 +1111,8 @@ def dry_run(config: RunConfig, data: Data, processor: Any) -> int:
 def _print_model(config: RunConfig, policy: Policy) -> None:
     groups: dict[str, list[int]] = {}
     for name, parameter in policy.model.named_parameters():
+        if is_reference(name):
+            continue
         part = "vision tower" if "visual" in name else "language model"
         part = "LoRA adapter" if "lora_" in name else part
         counts = groups.setdefault(part, [0, 0])

@@ -18,6 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 )
 from transformers.processing_utils import ProcessorMixin
 
+from virft_fast.models.adapters import model_chain
 from virft_fast.models.tiny import CHAT_TEMPLATE, resolve_model_path
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
@@ -59,7 +60,8 @@ def load_processor(
     With torchvision it is the stock `AutoProcessor`'s, otherwise an `ImageOnlyQwen2VLProcessor`.
 
     Args:
-        name_or_path: a checkpoint folder, a hub id or `tiny`.
+        name_or_path: a checkpoint folder, a hub id or `tiny`; of an adapter's folder without a
+            processor its base model's is loaded.
         revision: of a hub id.
         min_pixels, max_pixels: bounds of an image's size after resizing, in pixels; None keeps the
             checkpoint's.
@@ -69,7 +71,7 @@ def load_processor(
     """
     name = str(name_or_path)
     try:
-        processor = _load(resolve_model_path(name), revision)
+        processor = _load(*_holder(name, revision))
     except (OSError, ValueError) as error:
         is_folder = Path(resolve_model_path(name)).is_dir()
         found = "a folder without them" if is_folder else "neither a folder nor a reachable hub id"
@@ -125,6 +127,16 @@ def build_tiny_processor(tokenizer: Any) -> Any:
         size={"shortest_edge": 56 * 56, "longest_edge": 168 * 168}
     )
     return ImageOnlyQwen2VLProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
+
+
+def _holder(name: str, revision: str | None) -> tuple[str, str | None]:
+    """The model's folder or hub id, or the one under an adapter, that has a processor."""
+    *adapters, whole = model_chain(name, revision)
+    files = ("tokenizer_config.json", "preprocessor_config.json"), ("processor_config.json",)
+    for folder, its in adapters:
+        if any(all((Path(folder) / file).is_file() for file in group) for group in files):
+            return folder, its
+    return whole
 
 
 def _load(name_or_path: str, revision: str | None) -> Any:

@@ -31,8 +31,9 @@ from virft_fast.kernels import GRPOLoss, linear_grpo_loss, linear_logps
 from virft_fast.kernels.linear import linear_logits
 from virft_fast.kernels.reference import grpo_loss_reference, logps_reference
 from virft_fast.models import shared_prefix
+from virft_fast.models.adapters import TRAINED, has_adapter, merge_adapter, model_chain, undivided
+from virft_fast.models.adapters import add_lora as add_lora
 from virft_fast.models.shared_prefix import Group, PackedAttention, no_mask
-from virft_fast.models.tiny import resolve_model_path
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,8 @@ def load_model(
     when DeepSpeed's ZeRO-3 configuration is alive).
 
     Args:
-        name_or_path: what a LoRA run saved counts as well: its base model with the adapter merged.
+        name_or_path: a folder with an adapter counts as well: its base model, with the adapter
+            merged in float32.
         empty: the model's shape alone, on the meta device.
     Raises:
         FileNotFoundError: nothing is there.
@@ -104,8 +106,7 @@ def load_model(
     from transformers import AutoModelForImageTextToText, GenerationConfig
 
     config = read_config(name_or_path, revision)
-    adapter = _adapter_base(name_or_path)
-    path = resolve_model_path(adapter or name_or_path)
+    *adapters, (path, revision) = model_chain(name_or_path, revision)
     attention = usable_attention(attn_implementation)
     if empty:
         with torch.device("meta"):
@@ -113,13 +114,14 @@ def load_model(
                 config, dtype=dtype, attn_implementation=attention
             )
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            path,
-            revision=revision,
-            dtype=dtype,
-            attn_implementation=attention,
-            output_loading_info=True,
-        )
+        with undivided() if adapters else contextlib.nullcontext():
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                path,
+                revision=revision,
+                dtype=torch.float32 if adapters else dtype,
+                attn_implementation=attention,
+                output_loading_info=True,
+            )
     # Safetensors and torch have errors of their own for a file that is cut off or foreign.
     except Exception as error:
         raise ValueError(
@@ -133,8 +135,15 @@ def load_model(
             f"--model_name_or_path {name_or_path!r}: expected all weights of the model, but "
             f"{len(info['missing_keys'])} are missing ({some}, ...); is the folder complete?"
         )
-    if adapter is not None:
-        model = _merged(model, name_or_path)
+    if has_adapter(model):  # a hub id: transformers itself has put it on the base
+        raise ValueError(
+            f"--model_name_or_path {name_or_path!r}: expected a whole model, got a LoRA adapter; "
+            f"download it (hf download {name_or_path} --local-dir DIR) and pass the folder"
+        )
+    for folder, _ in reversed(adapters):
+        model = merge_adapter(model, folder)
+    if adapters:
+        cast_parameters(model, dtype)
     # Loaded under ZeRO-3 a model remembers every renaming that could have been needed, and would be
     # saved under names with a prefix too many; without the memory it is saved as Qwen names it.
     vars(model).pop("_weight_conversions", None)
@@ -145,6 +154,13 @@ def load_model(
     return model
 
 
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights; buffers such as rotary frequencies keep their precision."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
 def read_config(name_or_path: str, revision: str | None = None) -> Any:
     """The configuration of a Qwen-VL model; of the base model for a LoRA adapter.
 
@@ -153,13 +169,14 @@ def read_config(name_or_path: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoConfig
 
-    path = resolve_model_path(_adapter_base(name_or_path) or name_or_path)
+    *adapters, (path, revision) = model_chain(name_or_path, revision)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
+        named = f"{name_or_path!r}" + (f", an adapter on {path!r}" if adapters else "")
         raise FileNotFoundError(
             f"--model_name_or_path: expected a folder with config.json, a hub id or `tiny`, got "
-            f"{name_or_path!r}: {str(error).splitlines()[0]}"
+            f"{named}: {str(error).splitlines()[0]}"
         ) from error
     if config.model_type not in FAMILIES:
         raise ValueError(
@@ -174,12 +191,11 @@ def weights_stamp(path: str) -> list[Any]:
     they are copied; empty for a hub id, which has its revision. Of each file 64 MiB are read, in
     blocks all over it: a change to less than a block's distance may go unseen.
     """
-    if not Path(path).is_dir():
-        return []
-    files = [f for f in Path(path).iterdir() if f.suffix in (".safetensors", ".bin")]
-    stamp = sorted([file.name, file.stat().st_size, _crc_of_blocks(file)] for file in files)
-    under = _adapter_base(path)
-    return stamp if under is None else [*stamp, *weights_stamp(resolve_model_path(under))]
+    stamp: list[Any] = []
+    for folder in (Path(name) for name, _ in model_chain(path) if Path(name).is_dir()):
+        files = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")]
+        stamp += sorted([file.name, file.stat().st_size, _crc_of_blocks(file)] for file in files)
+    return stamp
 
 
 def _crc_of_blocks(file: Path, count: int = 1024, size: int = 2**16) -> int:
@@ -191,37 +207,6 @@ def _crc_of_blocks(file: Path, count: int = 1024, size: int = 2**16) -> int:
             opened.seek(number * max(0, total - size) // (count - 1))
             crc = zlib.crc32(opened.read(size), crc)
     return crc
-
-
-def _adapter_base(name_or_path: str) -> str | None:
-    """The base model that a folder with a LoRA adapter names; None for any other folder."""
-    path = Path(name_or_path) / "adapter_config.json"
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"--model_name_or_path {name_or_path!r}: expected adapter_config.json to name its "
-            f"base_model_name_or_path, got {error!r}"
-        ) from error
-
-
-def _merged(model: nn.Module, adapter: str) -> nn.Module:
-    """The base model with the adapter's product added to its weights."""
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ValueError(
-            f"--model_name_or_path {adapter!r} is a LoRA adapter: expected the package peft; "
-            "pip install 'virft_fast[peft]'"
-        ) from error
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ValueError(
-            f"--model_name_or_path {adapter!r} is a LoRA adapter, which can't be merged into "
-            "weights that ZeRO-3 has divided; merge it first (peft: merge_and_unload)"
-        )
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
 def usable_attention(name: str) -> str:
@@ -258,27 +243,6 @@ def apply_liger(model: nn.Module, device: torch.device) -> None:
 def freeze_vision_tower(model: nn.Module) -> None:
     for parameter in core(model).visual.parameters():
         parameter.requires_grad_(False)
-
-
-def add_lora(
-    model: nn.Module, *, r: int, alpha: int, target_modules: Sequence[str], dropout: float = 0.0
-) -> nn.Module:
-    """The model with a LoRA adapter of peft on its language part; everything else is frozen."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ValueError(
-            "--use_peft: expected the package peft; pip install 'virft_fast[peft]'"
-        ) from error
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        target_modules=list(target_modules),
-        # Qwen2.5-VL's vision tower has layers of the same names.
-        exclude_modules=r".*\bvisual\b.*",
-        lora_dropout=dropout,
-    )
-    return get_peft_model(model, config)
 
 
 def base(model: nn.Module) -> nn.Module:
@@ -710,8 +674,21 @@ def save_model(
     inner = base(model)
     current = inner.generation_config
     inner.generation_config = getattr(inner, "shipped_generation_config", current)
+    adapter = {"selected_adapters": [TRAINED]} if has_adapter(model) else {}
     try:
-        model.save_pretrained(folder, state_dict=state_dict)
+        model.save_pretrained(folder, state_dict=state_dict, **adapter)
     finally:
         inner.generation_config = current
+    _say_dtype(folder, state_dict)
     processor.save_pretrained(folder)
+
+
+def _say_dtype(folder: Path, state_dict: dict[str, Tensor]) -> None:
+    """Let config.json name the dtype that is stored; transformers names the one in memory."""
+    file, (dtype, *others) = folder / "config.json", {t.dtype for t in state_dict.values()}
+    if not file.is_file() or others:
+        return
+    config = json.loads(file.read_text())
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        part.update({k: str(dtype).split(".")[1] for k in ("dtype", "torch_dtype") if k in part})
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,67 @@
+"""`python -m virft_fast.merge ADAPTER OUT`: an adapter and its base model as one whole model."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+from virft_fast.checkpoint import write_whole_model
+from virft_fast.config import SAVE_DTYPES, UsageError, usage
+from virft_fast.models.adapters import merge_adapter, model_chain
+from virft_fast.models.processing import load_processor
+from virft_fast.models.qwen_vl import cast_parameters, load_model, read_config
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Merge; returns the exit status: 0 done, 2 can't."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    arguments = _parser().parse_args(argv)
+    try:
+        with usage():
+            dtype = merge(arguments.adapter, arguments.out, arguments.base, arguments.dtype)
+    except UsageError as error:
+        print(f"virft_fast.merge: error: {error}", file=sys.stderr)
+        return 2
+    print(f"written: {arguments.out}, a whole model in {str(dtype).removeprefix('torch.')}")
+    return 0
+
+
+def merge(adapter: str, out: str, base: str | None = None, dtype: str = "auto") -> torch.dtype:
+    """Write the model that an adapter's folder stands for; returns the dtype it is stored in.
+
+    Args:
+        base: instead of the base model that the adapter names.
+        dtype: "auto" takes the base model's. The sum itself is in float32.
+    Raises:
+        ValueError, OSError: no adapter that can be merged, or a folder that already holds a model.
+    """
+    folder = Path(out)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"OUT {out}: expected a new or an empty folder, got one with files in it")
+    if len(model_chain(adapter)) < 2:
+        raise ValueError(f"ADAPTER {adapter!r}: expected a folder with adapter_config.json")
+    stored = getattr(torch, dtype) if dtype != "auto" else read_config(base or adapter).dtype
+    stored = stored or torch.float32
+    model = merge_adapter(load_model(base), adapter) if base else load_model(adapter)
+    cast_parameters(model, stored)
+    write_whole_model(folder.resolve(), model, load_processor(adapter))
+    return stored
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m virft_fast.merge", description=__doc__)
+    parser.add_argument("adapter", help="A folder with adapter_config.json.")
+    parser.add_argument("out", help="A new folder for the whole model.")
+    parser.add_argument("--base", help="Base model instead of the one that the adapter names.")
+    parser.add_argument(
+        "--dtype", choices=SAVE_DTYPES, default="auto", help="Of the weights; auto: the base's."
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,357 @@
+"""LoRA adapters: what lies under one, how a stage of training begins on one, and merging.
+
+A run with `--use_peft` begins in one of three ways (`LoraPlan.kind`):
+    new        the model is whole: a new adapter is trained on it;
+    continued  the model is a folder with an adapter: that adapter is trained further on its base;
+    stacked    other ranks, alphas or layers are asked for, or the adapter can't be trained here:
+               it is merged, the merged model is saved, and a new adapter is trained on that.
+Plain peft loads the result of each: adapter_config.json names the base it was trained on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from virft_fast.models.tiny import resolve_model_path
+
+logger = logging.getLogger(__name__)
+
+BASE_FOLDER = "base_model"  # a stacked run's merged base, in its output folder
+CONFIG_FILE = "adapter_config.json"
+TRAINED, REFERENCE = "default", "reference"  # peft's names of the adapters in a model
+
+LORA_DEFAULTS: dict[str, Any] = {
+    "r": 16,
+    "alpha": 32,
+    "target_modules": (
+        "down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj",
+    ),
+}  # fmt: skip
+
+# Settings of peft that a continued adapter may have: they act in the layers, and peft keeps them.
+_KEPT = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules",
+    "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "task_type", "use_dora", "use_rslora",
+}  # fmt: skip
+# Other ways to begin an adapter change the base model's weights.
+_HARMLESS_STARTS = (None, True, False, "gaussian", "orthogonal")
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    """How a run with an adapter begins.
+
+    Attributes:
+        kind: "new", "continued" or "stacked", as above.
+        name: the folder or hub id that the user named.
+        base: what is loaded under the adapter; of "stacked" the folder, to be merged.
+        revision: of `base`, if it is a hub id.
+        r, alpha, target_modules: of the adapter that is trained.
+    """
+
+    kind: str
+    name: str
+    base: str
+    revision: str | None
+    r: int
+    alpha: float
+    target_modules: tuple[str, ...]
+
+
+def model_chain(name: str, revision: str | None = None) -> list[tuple[str, str | None]]:
+    """A model's folder or hub id with its revision; of an adapter's folder what is under it, too,
+    down to a whole model.
+
+    Raises:
+        ValueError: an adapter_config.json that names no base model, or names one in a circle.
+    """
+    chain: list[tuple[str, str | None]] = [(resolve_model_path(name), revision)]
+    while (config := _read_config(chain[-1][0])) is not None:
+        base = _base_folder(Path(chain[-1][0]), config["base_model_name_or_path"])
+        chain.append((resolve_model_path(base), revision or config.get("revision")))
+        if len(chain) > 16:
+            raise ValueError(
+                f"--model_name_or_path {name!r}: expected adapters on a whole model, got adapters "
+                f"that name each other as base models: {[folder for folder, _ in chain[:3]]}, ..."
+            )
+    return chain
+
+
+def _read_config(folder: str) -> dict[str, Any] | None:
+    """adapter_config.json of a folder; None where it has none."""
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config["base_model_name_or_path"], str):
+            raise ValueError(f"base_model_name_or_path {config['base_model_name_or_path']!r}")
+        return dict(config)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--model_name_or_path {folder!r}: expected {CONFIG_FILE} to name its "
+            f"base_model_name_or_path, got {error!r}; write the base model's folder or hub id there"
+        ) from error
+
+
+def _base_folder(folder: Path, named: str) -> str:
+    """Where the base model is that an adapter in `folder` names. A run's own merged base moves
+    with the run; any other folder is looked for beside the adapter only where it is gone."""
+    if not Path(named).is_absolute():
+        return named
+    candidates = [parent / Path(named).name for parent in (folder, folder.parent)]
+    candidates.insert(2 if Path(named).name == BASE_FOLDER else 0, Path(named))
+    models = (path for path in candidates if (path / "config.json").is_file())
+    return str(next(models, named))
+
+
+def plan_lora(
+    name: str,
+    *,
+    revision: str | None = None,
+    r: int | None = None,
+    alpha: float | None = None,
+    target_modules: Sequence[str] = (),
+) -> LoraPlan:
+    """How an adapter on the model `name` begins; reads adapter_config.json and no weights.
+
+    Args:
+        r, alpha, target_modules: as asked for; None or empty takes the folder's adapter's.
+    Raises:
+        ValueError: the folder's adapter can't be trained further, and nothing else is asked for.
+    """
+    chain = model_chain(name, revision)
+    own = _read_config(chain[0][0])
+    given = {"r": r, "alpha": alpha, "target_modules": tuple(sorted(target_modules))}
+    asked = {key: value for key, value in given.items() if value}
+    if own is None:
+        return LoraPlan("new", name, name, revision, **{**LORA_DEFAULTS, **asked})
+    has = _settings(own)
+    if all(has.get(key) == value for key, value in asked.items()) and len(chain) == 2:
+        _check_continues(name, own)
+        return LoraPlan("continued", name, *chain[1], **has)
+    if isinstance(own.get("target_modules"), str):  # a pattern, for a model of another shape maybe
+        has.pop("target_modules")
+    return LoraPlan("stacked", name, name, revision, **{**LORA_DEFAULTS, **has, **asked})
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What our flags say of an adapter, as its file has it."""
+    targets = config.get("target_modules") or ()
+    targets = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
+    found = {"r": config.get("r"), "alpha": config.get("lora_alpha"), "target_modules": targets}
+    return {key: value for key, value in found.items() if value}
+
+
+def _check_continues(name: str, config: dict[str, Any]) -> None:
+    """Refuse an adapter that has more parts than the layers' products, or other ones."""
+    odd = {k: v for k, v in config.items() if k not in _KEPT and v and v != "none"}
+    if config.get("peft_type") != "LORA":
+        odd["peft_type"] = config.get("peft_type")
+    if config.get("init_lora_weights") not in _HARMLESS_STARTS:
+        odd["init_lora_weights"] = config["init_lora_weights"]
+    targets = _settings(config).get("target_modules", ())
+    if {"lm_head", "embed_tokens"} & {target.split(".")[-1] for target in targets}:
+        odd["target_modules"] = list(targets)
+    if odd:
+        raise ValueError(
+            f"--use_peft --model_name_or_path {name}: expected an adapter that can be trained "
+            f"further (LoRA on linear layers, without biases or other weights), got {odd}; merge "
+            f"it with `python -m virft_fast.merge {name} OUT` and train from OUT"
+        )
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    r: int,
+    alpha: float,
+    target_modules: Sequence[str],
+    dropout: float = 0.0,
+    revision: str | None = None,
+) -> nn.Module:
+    """The model with a new LoRA adapter on its language part; everything else is frozen."""
+    peft = _import_peft("--use_peft")
+    config = peft.LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        target_modules=list(target_modules),
+        # Qwen2.5-VL's vision tower has layers of the same names.
+        exclude_modules=r".*\bvisual\b.*",
+        lora_dropout=dropout,
+        base_model_name_or_path=_absolute(model.name_or_path),
+        revision=revision,
+    )
+    return peft.get_peft_model(model, config)
+
+
+def attach(model: nn.Module, plan: LoraPlan, *, reference: bool = False) -> nn.Module:
+    """The base model with the adapter that is trained, in float32 unless the engine casts it.
+
+    Args:
+        model: `plan.base` loaded; on the meta device an adapter gets its shape alone.
+        reference: also hold a frozen copy of a continued adapter as it is now, see `as_reference`.
+    Raises:
+        ValueError: the adapter's weights can't be read or don't fit the base model.
+    """
+    if plan.kind != "continued":
+        return add_lora(
+            model, r=plan.r, alpha=plan.alpha, target_modules=plan.target_modules,
+            revision=plan.revision,
+        )  # fmt: skip
+    peft = _import_peft("--use_peft")
+    config = peft.PeftConfig.from_pretrained(plan.name)
+    config.inference_mode = False
+    if config.lora_dropout:
+        logger.warning("%s: its dropout %s is set to 0", plan.name, config.lora_dropout)
+        config.lora_dropout = 0.0
+    config.base_model_name_or_path, config.revision = _absolute(plan.base), plan.revision
+    model = peft.PeftModel(model, config)
+    weights = dict(model.named_parameters())
+    on_meta = any(weight.is_meta for weight in weights.values())
+    if not on_meta:
+        _load_weights(model, plan.name)
+    if reference:
+        model.add_adapter(REFERENCE, deepcopy(config))
+        for name, copy in model.named_parameters():
+            if is_reference(name):
+                copy.requires_grad_(False)
+                if not on_meta:
+                    copy.data.copy_(weights[name.replace(f".{REFERENCE}", f".{TRAINED}")])
+    return model
+
+
+def merge_adapter(model: nn.Module, folder: str) -> nn.Module:
+    """The base model with an adapter's products added to its weights, all of them trainable.
+
+    Args:
+        model: in float32, on the CPU, whole. It is changed in place.
+    Raises:
+        ValueError: the adapter can't be merged, or its weights don't fit.
+    """
+    peft = _import_peft(f"--model_name_or_path {folder!r} is an adapter")
+    config = peft.PeftConfig.from_pretrained(folder)
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise ValueError(
+            f"--model_name_or_path {folder!r}: expected an adapter that can be merged, such as "
+            f"LoRA, got {config.peft_type}"
+        )
+    # An adapter on one of two tied weights leaves the other as it is.
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head.weight is embedding.weight
+    if tied:
+        head.weight = nn.Parameter(embedding.weight.detach().clone())
+    adapted = peft.PeftModel(model, config)
+    _load_weights(adapted, folder)
+    merged = adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
+    head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+    if tied and torch.equal(head.weight, embedding.weight):
+        head.weight = embedding.weight
+    elif tied:
+        for part in (merged.config, merged.config.get_text_config()):
+            part.tie_word_embeddings = False
+    return merged
+
+
+def _load_weights(model: Any, folder: str) -> None:
+    """Fill the adapter's weights from its folder; every one, and nothing left over."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    try:
+        found = load_peft_weights(folder, device="cpu")
+        result = set_peft_model_state_dict(model, found, TRAINED)
+    # Safetensors, torch and peft have errors of their own for a file that is cut off or foreign.
+    except Exception as error:
+        raise ValueError(
+            f"--model_name_or_path {folder!r}: expected the adapter's weights, got "
+            f"{type(error).__name__}: {str(error)[:300]}; is the folder complete?"
+        ) from error
+    missing = [key for key in result.missing_keys if TRAINED in key.split(".")]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"--model_name_or_path {folder!r}: expected an adapter of this base model, but "
+            f"{len(missing)} of its weights are missing {missing[:2]} and "
+            f"{len(result.unexpected_keys)} fit nowhere {result.unexpected_keys[:2]}"
+        )
+
+
+def has_adapter(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def is_trained_adapter(name: str) -> bool:
+    """Whether a parameter's name is one of the adapter that is trained and saved."""
+    return TRAINED in name.split(".")
+
+
+def is_reference(name: str) -> bool:
+    """Whether a parameter's name is one of the frozen copy that `attach` made."""
+    return REFERENCE in name.split(".")
+
+
+@contextlib.contextmanager
+def as_reference(model: nn.Module) -> Iterator[None]:
+    """Context in which a model with an adapter computes as it did when its training began."""
+    if not has_adapter(model):
+        yield
+    elif REFERENCE not in model.peft_config:
+        with model.disable_adapter():
+            yield
+    else:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
+        # Not peft's `set_adapter`: it changes which parameters are trained.
+        try:
+            for layer in layers:
+                layer._active_adapter = REFERENCE
+            yield
+        finally:
+            for layer in layers:
+                layer._active_adapter = TRAINED
+
+
+@contextlib.contextmanager
+def undivided() -> Iterator[None]:
+    """Context in which weights are loaded whole, so that they can be merged, even where ZeRO-3
+    would divide them as they arrive; the engine divides them when it is made."""
+    from transformers.integrations import deepspeed
+
+    alive = deepspeed.deepspeed_config() and deepspeed._hf_deepspeed_config_weak_ref()
+    if not alive:
+        yield
+        return
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(alive)
+
+
+def _absolute(name: str) -> str:
+    """A folder's full path, so that an adapter finds it from anywhere; a hub id as it is."""
+    path = Path(resolve_model_path(name))
+    return str(path.resolve()) if name and path.is_dir() else name
+
+
+def _import_peft(what: str) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(
+            f"{what}: expected the package peft; pip install 'virft_fast[peft]'"
+        ) from error
+    return peft
