@@ -271,8 +271,8 @@ def prepare_output_dir(config: RunConfig) -> Path | None:
     begins_in = [Path(name).resolve() for name, _ in model_chain(config.model.model_name_or_path)]
     if output_dir.is_dir() and output_dir.resolve() in begins_in:
         raise UsageError(
-            f"--output_dir {output_dir}: expected another folder than that of "
-            f"--model_name_or_path and of its adapter's base, whose model would be overwritten"
+            f"--output_dir {output_dir}: expected another folder than --model_name_or_path, and "
+            f"than an adapter's base, whose model would be overwritten"
         )
     resume = None
     if config.train.resume_from_checkpoint:
