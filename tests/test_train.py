@@ -419,9 +419,9 @@ def test_missing_dataset(tmp_path, capsys):
 
 
 def test_missing_column_and_empty_dataset(tmp_path, capsys):
-    datasets.Dataset.from_dict({"problem": ["p"], "answer": ["a"]}).save_to_disk(tmp_path / "c")
+    datasets.Dataset.from_dict({"problem": ["p"], "reply": ["a"]}).save_to_disk(tmp_path / "c")
     text = fails(capsys, "--dataset_name", tmp_path / "c", "--output_dir", tmp_path / "o")
-    assert "solution" in text and "answer" in text
+    assert "solution" in text and "reply" in text
     datasets.Dataset.from_dict({"problem": [], "solution": []}).save_to_disk(tmp_path / "e")
     assert "empty" in fails(
         capsys, "--dataset_name", tmp_path / "e", "--output_dir", tmp_path / "o"
