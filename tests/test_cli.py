@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import shlex
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
 
 import pytest
+import yaml
 from helpers import environment
 
-from virft_fast import commands
+from virft_fast import commands, dist
 from virft_fast.cli import parse
-from virft_fast.config import TRAIN_GROUPS, EvalConfig, UsageError
+from virft_fast.config import TRAIN_GROUPS, EvalConfig, UsageError, known_flags
 from virft_fast.data.__main__ import make_parser
-from virft_fast.train import parse_args
+from virft_fast.launch_lines import FOREIGN, find
+from virft_fast.train import main, parse_args, prepare_output_dir
+
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def subcommands(parser, path=()):
@@ -125,3 +133,167 @@ def test_switches_work_alone_and_with_a_word():
 def test_a_word_that_is_no_flag_is_named():
     with pytest.raises(UsageError, match="expected a flag, got 'stray'"):
         parse((EvalConfig,), ["--bootstrap", "5", "stray"], "x")
+
+
+# Launch lines of other trainers.
+
+# Fields of TRL's whose default means another computation than ours, and which are errors.
+NOT_OURS = {"use_bias_correction_kl"}
+
+
+def trl_fields():
+    trl = pytest.importorskip("trl")
+    scripts = pytest.importorskip("trl.scripts.grpo")
+    for group in (trl.GRPOConfig, scripts.GRPOScriptArguments, trl.ModelConfig):
+        for field in fields(group):
+            made = field.default_factory
+            yield field.name, field.default if made is MISSING else made()
+
+
+def test_every_field_of_trl_is_ours_or_accepted_at_its_default(tmp_path, caplog):
+    """From a file, where each type of value can be written."""
+    path, wrong = tmp_path / "trl.yaml", set()
+    for name, default in trl_fields():
+        path.write_text(yaml.safe_dump({name: default}))
+        try:
+            parse_args(["--config", str(path)])
+        except UsageError:
+            wrong.add(name)
+    assert wrong == NOT_OURS
+
+
+GROUPED_REC = """
+    --use_vllm False --output_dir out --resume_from_checkpoint True --model_name_or_path tiny
+    --dataset-name rows.jsonl --per_device_train_batch_size 8 --gradient_accumulation_steps 2
+    --gradient_checkpointing true --logging_steps 1 --num_train_epochs 2 --bf16
+    --attn_implementation flash_attention_2 --run_name rec --data_seed 42 --save_steps 100
+    --num_generations 8 --max_completion_length 2048 --reward_funcs grounding_giou format
+    --beta 0.04 --report_to none --learning_rate 1e-5 --use_peft true --lora_r 64 --lora_alpha 128
+    --lora_dropout 0.05 --lora_task_type CAUSAL_LM --freeze_vision_modules true
+"""
+TRAINING_ARGUMENTS = """
+    --output_dir out --do_train --torch_dtype bfloat16 --optim adamw_torch --tf32 true --fp16 False
+    --evaluation_strategy no --save_strategy steps --dataloader_num_workers 4 --ddp_timeout 1800
+    --dataloader_pin_memory --remove_unused_columns False --logging_first_step --disable_tqdm False
+    --push_to_hub False --report_to=none --label_smoothing_factor 0.0 --warmup_ratio 0.03
+    --ddp_find_unused_parameters=False --save_safetensors True --log_level info
+"""
+ROLLOUTS = """
+    --output_dir out --use_vllm=false --vllm_mode colocate --vllm_gpu_memory_utilization 0.3
+    --log_completions --num_completions_to_print 4 --shuffle_dataset --disable_dropout false
+    --gradient_checkpointing_kwargs '{"use_reentrant": false}' --epsilon 0.2 --loss_type dapo
+    --scale_rewards True --eval_strategy no --trust_remote_code false --steps_per_generation None
+    --max_prompt_length 1024 --temperature 0.9 --seed 7
+"""
+
+
+@pytest.mark.parametrize("line", [GROUPED_REC, TRAINING_ARGUMENTS, ROLLOUTS])
+def test_public_launch_lines_start(line, caplog):
+    with caplog.at_level(logging.WARNING):
+        config = parse_args(shlex.split(line))
+    assert config.train.output_dir == "out" and "without effect: --" in caplog.text
+
+
+def test_what_a_launch_line_says_is_kept(caplog):
+    """Flags of ours beside those that are set aside, and the two that are changed or used."""
+    with caplog.at_level(logging.WARNING):
+        config = parse_args(shlex.split(GROUPED_REC))
+    assert config.model.lora_dropout == 0 and "--lora_dropout 0.05: set to 0" in caplog.text
+    assert config.model.freeze_vision_tower and config.model.use_peft and config.train.bf16
+    assert config.grpo.reward_funcs == ["grounding_giou", "format"]
+    assert config.data.dataset_name == "rows.jsonl"
+    assert parse_args(shlex.split(TRAINING_ARGUMENTS)).train.ddp_timeout == 1800
+    assert parse_args(shlex.split(ROLLOUTS)).grpo.scale_rewards == "group"
+
+
+def test_each_reason_is_given_once(caplog):
+    with caplog.at_level(logging.WARNING):
+        parse_args(
+            ["--data_seed", "1", "--data-seed=2", "--vllm_mode", "a", "--vllm_server_port=1"]
+        )
+    assert len(caplog.records) == 2 and "--seed orders the data" in caplog.text
+    assert "--vllm_mode, --vllm_server_port" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--use_vllm True", "--rollout_backend native rolls out in the training process"),
+        ("--use_vllm", "--use_vllm true: expected false"),
+        ("--optim adafactor", "expected adamw_torch or .*the optimizer is AdamW"),
+        ("--push_to_hub True", "hf upload"),
+        ("--save_strategy no", "--save_steps N; 0 saves only at the end"),
+        ("--save_strategy epoch", "--save_steps N"),
+        ("--eval_strategy steps", "--eval_samples"),
+        ("--fp16", "pass --bf16, or neither"),
+        ("--load_in_4bit true", "not quantized"),
+        ("--label_smoothing_factor 0.1", "--label_smoothing"),
+        ("--lora_task_type SEQ_CLS", "expected CAUSAL_LM"),
+        ("--data_file_paths a.jsonl:b.jsonl", "--dataset_name FILE.jsonl"),
+        ("--is_reward_customized_from_vlm_module True", "--reward_funcs grounding_giou"),
+        ("--fsdp full_shard", "--deepspeed configs/zero3.json"),
+        ("--sync_ref_model true --optim sgd", "sync_ref_model true.*; --optim sgd"),
+        ("--lora_dropout 1", "a share in"),
+        ("--ddp_timeout 0", "seconds above 0"),
+    ],
+)
+def test_a_value_that_would_change_the_run_is_an_error_that_says_what_to_do(words, said):
+    with pytest.raises(UsageError, match=said):
+        parse_args(words.split())
+
+
+def test_a_file_is_read_as_the_command_line_is(tmp_path, caplog):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "use_vllm: false\nsave_strategy: steps\nhub_model_id: null\neval_strategy: no\n"
+        "gradient_checkpointing_kwargs: {use_reentrant: false}\ninclude_for_metrics: []\n"
+        "beta: 0.5\n"
+    )
+    assert parse_args(["--config", str(path)]).grpo.beta == 0.5
+    assert "--use_vllm" in caplog.text and "hub_model_id" not in caplog.text
+    path.write_text("use_vllm: true\n")
+    with pytest.raises(UsageError, match="--use_vllm True: expected false"):
+        parse_args(["--config", str(path)])
+
+
+def test_the_timeout_reaches_the_process_group(monkeypatch, capsys):
+    waits = []
+    monkeypatch.setattr(dist.torch_dist, "init_process_group", lambda *a, **k: waits.append(k))
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--ddp_timeout", "90", "--output_dir", " "]) == 2
+    assert waits[0]["timeout"].total_seconds() == 90
+
+
+def test_resuming_if_there_is_something_to_resume(tmp_path, capsys):
+    """VLM-R1's meaning of true; a name, or latest, has to be there."""
+    start = ["--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint"]
+    assert prepare_output_dir(parse_args([*start, "True"])) is None
+    assert "no checkpoint in" in capsys.readouterr().err
+    assert parse_args([*start, "false"]).train.resume_from_checkpoint is None
+    with pytest.raises(FileNotFoundError, match="got none"):
+        prepare_output_dir(parse_args([*start, "latest"]))
+
+
+def test_the_table_takes_none_of_our_flags_and_each_line_says_what_it_has_to():
+    ours = known_flags(TRAIN_GROUPS)
+    for foreign in FOREIGN:
+        for pattern in foreign.flags.split():
+            assert not [name for name in ours if fnmatchcase(name, pattern)]
+            assert find(pattern.replace("*", "x")) is foreign or find(pattern) is foreign
+        assert foreign.instead or foreign.harmless == "*"
+        assert foreign.why or not foreign.harmless
+
+
+def test_the_docs_show_the_table():
+    rows = []
+    for foreign in FOREIGN:
+        flags = ", ".join(f"`{name}`" for name in foreign.flags.split())
+        values = ", ".join("any" if v == "*" else f"`{v}`" for v in foreign.harmless.split())
+        rows.append(f"| {flags} | {values} | {foreign.why} | {foreign.instead} |")
+    assert "\n".join(rows) in (DOCS / "launch_lines.md").read_text()

@@ -10,7 +10,8 @@ from typing import Any
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from virft_fast.config import UsageError, known_flags, unknown_flag_message
+from virft_fast.config import UsageError, known_flags, unknown_flag_message, usage
+from virft_fast.launch_lines import find, set_aside
 
 METAVARS = {int: "N", float: "X", Path: "PATH", string_to_bool: "true|false"}
 
@@ -53,9 +54,13 @@ class Parser(HfArgumentParser):
                 action.choices = None
 
 
-def parse(groups: Sequence[type], argv: Sequence[str], prog: str) -> tuple[Any, ...]:
+def parse(
+    groups: Sequence[type], argv: Sequence[str], prog: str, *, launch_lines: bool = False
+) -> tuple[Any, ...]:
     """One object of each of these dataclasses; a `--config` file's flags come before the others.
 
+    Args:
+        launch_lines: accept other trainers' flags whose values change nothing.
     Raises:
         UsageError: an unknown or misspelt flag or key, or a value out of range.
     """
@@ -63,6 +68,9 @@ def parse(groups: Sequence[type], argv: Sequence[str], prog: str) -> tuple[Any, 
     path = _config_path(argv) if "config" in known else None
     if path is not None:
         argv = [*_read_yaml(path, known), *argv]  # the later of two flags wins
+    if launch_lines:
+        with usage():
+            argv = set_aside(argv, known)
     parser = Parser(groups, prog=prog, usage=f"{prog} [--flag value ...]", exit_on_error=False)
     try:
         *configs, unknown = parser.parse_args_into_dataclasses(
@@ -72,15 +80,12 @@ def parse(groups: Sequence[type], argv: Sequence[str], prog: str) -> tuple[Any, 
         raise UsageError(f"{error.argument_name.split('/')[0]}: {error.message}") from error
     except ValueError as error:
         raise UsageError(str(error)) from error
+    flags = [word.split("=")[0] for word in unknown if word.startswith("--")]
+    if flags:
+        raise UsageError("; ".join(unknown_flag_message(flag, known) for flag in flags))
     if unknown:
-        raise UsageError("; ".join(_explain(flag, known) for flag in unknown))
+        raise UsageError(f"expected a flag, got {unknown[0]!r}")
     return tuple(configs)
-
-
-def _explain(flag: str, known: list[str]) -> str:
-    if not flag.startswith("-"):
-        return f"expected a flag, got {flag!r}"
-    return unknown_flag_message(flag.split("=")[0], known)
 
 
 def _config_path(argv: Sequence[str]) -> str | None:
@@ -104,15 +109,16 @@ def _read_yaml(path: str, known: list[str]) -> list[str]:
         raise UsageError(f"--config {path}: expected YAML, got {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config {path}: expected a mapping of flags to values")
-    unknown = [key for key in values if key not in known]
+    foreign = [key for key in values if key not in known and find(str(key))]
+    unknown = [str(key) for key in values if key not in known and key not in foreign]
     if unknown:
         raise UsageError("; ".join(unknown_flag_message(key, known) for key in unknown))
     words = []
     for key, value in values.items():
         if value is None:  # as if the flag were not there
             continue
-        parts = value if isinstance(value, list) else [value]
-        if any(isinstance(part, (dict, list)) or part is None for part in parts):
+        parts = value if isinstance(value, list) and key not in foreign else [value]
+        if key in known and any(isinstance(part, (dict, list, type(None))) for part in parts):
             raise UsageError(f"--config {path}: {key}: expected a value or a list, got {value!r}")
         parts = [str(part) for part in parts]
         words += [f"--{key}={parts[0]}"] if len(parts) == 1 else [f"--{key}", *parts]

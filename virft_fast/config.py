@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+logger = logging.getLogger("virft_fast")
 
 ALGORITHMS = ("grpo", "sft", "dpo")
 TASKS = ("auto", "detection", "classification", "grounding")
@@ -94,7 +97,7 @@ class ModelConfig:
     lora_alpha: float | None = arg(
         None, "The adapter is scaled by alpha / r; default: the folder's adapter's, or 32."
     )
-    lora_dropout: float = arg(0.0, "Must be 0: GRPO compares log-probs of two passes.")
+    lora_dropout: float = arg(0.0, "Set to 0 with a warning: two passes must agree.")
     lora_target_modules: list[str] = arg(
         [],
         "Names of the linear layers that get an adapter; empty: the folder's adapter's, or all of "
@@ -116,7 +119,14 @@ class ModelConfig:
         for name in ("lora_r", "lora_alpha"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, "a positive number", value)
-        _require(self.lora_dropout == 0, "lora_dropout", "0", self.lora_dropout)
+        _require(0 <= self.lora_dropout < 1, "lora_dropout", "a share in [0, 1)", self.lora_dropout)
+        if self.lora_dropout:
+            logger.warning(
+                "--lora_dropout %s: set to 0, because the loss compares log-probs of two passes, "
+                "and dropout would make them differ",
+                self.lora_dropout,
+            )
+            self.lora_dropout = 0.0
         bad = [name for name in self.lora_target_modules if name in ("lm_head", "embed_tokens")]
         _require(not bad, "lora_target_modules", "no lm_head and no embed_tokens", bad)
 
@@ -333,14 +343,20 @@ class TrainConfig:
     )
     save_only_model: bool = arg(False, "Checkpoints without engine state can't be resumed.")
     save_total_limit: int | None = arg(None, "Keep only this many latest checkpoints.")
-    resume_from_checkpoint: str | None = arg(None, "A checkpoint folder, or latest.")
+    resume_from_checkpoint: str | None = arg(
+        None, "A checkpoint folder, or latest; true: the latest, if there is one."
+    )
     max_bad_steps: int = arg(10, "Stop after this many non-finite steps in a row.")
     eval_samples: int = arg(0, "Held-out samples scored greedily before and after training.")
     eval_batch_size: int = arg(32, "Prompts in one batch of that evaluation.")
+    ddp_timeout: float = arg(3600.0, "Seconds a process waits for the others.")
     local_rank: int = arg(-1, "Set by the deepspeed launcher; the environment is what counts.")
 
     def __post_init__(self) -> None:
         _check_choices(self)
+        _require(0 < self.ddp_timeout < 1e9, "ddp_timeout", "seconds above 0", self.ddp_timeout)
+        if str(self.resume_from_checkpoint).lower() in ("false", "none"):
+            self.resume_from_checkpoint = None
         for name in (
             "per_device_train_batch_size",
             "gradient_accumulation_steps",

@@ -15,8 +15,11 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 
-def init(timeout_minutes: float = 60.0) -> torch.device:
+def init(timeout_s: float = 3600.0) -> torch.device:
     """Join the process group, if there is one to join, and return this process's device.
+
+    Args:
+        timeout_s: seconds a collective waits for the other processes.
 
     Raises:
         ValueError: a launcher's variables are missing or contradict each other.
@@ -28,7 +31,7 @@ def init(timeout_minutes: float = 60.0) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch_dist.is_initialized():
         torch_dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            timeout=datetime.timedelta(minutes=timeout_minutes),
+            timeout=datetime.timedelta(seconds=timeout_s),
         )
     return device
 

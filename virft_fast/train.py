@@ -122,7 +122,7 @@ def parse_args(argv: list[str]) -> RunConfig:
     Raises:
         UsageError: an unknown or misspelt flag or key, or a value out of range.
     """
-    groups = parse(TRAIN_GROUPS, argv, "python -m virft_fast.train")
+    groups = parse(TRAIN_GROUPS, argv, "python -m virft_fast.train", launch_lines=True)
     config = RunConfig(*groups)
     _check_algorithm(config)
     return config
@@ -153,10 +153,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit status: 0 done or stopped by a signal, 2 can't start, 1 had to stop."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     _quiet_libraries()
+    if os.environ.get("RANK", "0") != "0":  # what the arguments' warnings go by, before `dist.init`
+        logger.setLevel(logging.ERROR)
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
         with usage():
-            device = dist.init()
+            device = dist.init(config.train.ddp_timeout)
         # A warning is said once, by the main process; errors by whoever has them.
         logger.setLevel(logging.INFO if dist.is_main() else logging.ERROR)
         return run(config, device)
@@ -274,9 +276,12 @@ def prepare_output_dir(config: RunConfig) -> Path | None:
             f"--output_dir {output_dir}: expected another folder than --model_name_or_path, and "
             f"than an adapter's base, whose model would be overwritten"
         )
-    resume = None
-    if config.train.resume_from_checkpoint:
-        resume = checkpoints.find_checkpoint(output_dir, config.train.resume_from_checkpoint)
+    resume, wanted = None, config.train.resume_from_checkpoint
+    if wanted and wanted.lower() == "true" and not checkpoints.list_checkpoints(output_dir):
+        _say(f"--resume_from_checkpoint {wanted}: no checkpoint in {output_dir}; this run starts")
+        wanted = None
+    if wanted:
+        resume = checkpoints.find_checkpoint(output_dir, wanted)
         if resume.resolve().parent == output_dir.resolve():
             return resume
     if config.train.dry_run:
