@@ -46,6 +46,7 @@ from virft_fast.engine import OptimizerSettings, PlainEngine
 from virft_fast.grpo import StepStats, TrainState, update
 from virft_fast.models.processing import build_tiny_processor
 from virft_fast.models.qwen_vl import Policy, encode_prompt
+from virft_fast.models.saving import save_model
 from virft_fast.models.tiny import (
     build_config,
     build_tokenizer,
@@ -185,12 +186,12 @@ def check(policy, processor, pools, names):
 
 
 def save(policy, processor, folder):
-    model = policy.model
-    model.to(torch.bfloat16).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    for path in folder.iterdir():  # safetensors writes files that only their owner can read
+    weights = {
+        name: weight.detach().to(torch.bfloat16) for name, weight in policy.model.named_parameters()
+    }
+    save_model(policy.model, weights, processor, folder)
+    for path in folder.iterdir():
         path.chmod(0o644)
-    model.to(torch.float32)
 
 
 def main() -> int:

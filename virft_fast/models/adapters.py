@@ -258,11 +258,13 @@ def merge_adapter(model: nn.Module, folder: str) -> nn.Module:
     _load_weights(adapted, folder)
     merged = adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
     head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
-    if tied and torch.equal(head.weight, embedding.weight):
-        head.weight = embedding.weight
-    elif tied:
+    if tied:
+        same = torch.equal(head.weight, embedding.weight)
+        if same:
+            head.weight = embedding.weight
+        # peft unties the model's configuration whenever it merges.
         for part in (merged.config, merged.config.get_text_config()):
-            part.tie_word_embeddings = False
+            part.tie_word_embeddings = same
     return merged
 
 

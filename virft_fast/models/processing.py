@@ -1,17 +1,17 @@
-"""Processors of Qwen2-VL checkpoints, with and without torchvision.
+"""The processor of a Qwen-VL checkpoint: text and images in, tensors out.
 
-transformers builds the video half of `Qwen2VLProcessor` from torchvision. Nothing here needs video,
-so where torchvision is missing the processor is made without it.
+transformers builds the video half of its processors from torchvision. Nothing here needs video, so
+the processor is made without it. Images become pixels through Pillow, whether torchvision is
+installed or not, so that a run's numbers are the same on every machine.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor, AutoTokenizer, Qwen2VLProcessor
+from transformers import AutoTokenizer, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorPil,
     smart_resize,
@@ -19,14 +19,22 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 from transformers.processing_utils import ProcessorMixin
 
 from virft_fast.models.adapters import model_chain
+from virft_fast.models.saving import LAYOUTS, find_base_folder, read_base_files, save_processor
 from virft_fast.models.tiny import CHAT_TEMPLATE, resolve_model_path
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 
 
 class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
-    """`Qwen2VLProcessor` for images and text. What it saves, a machine with torchvision loads as
-    the stock class."""
+    """`Qwen2VLProcessor` for images and text.
+
+    Attributes:
+        base_files: name -> content of the files it was loaded from, which it saves again.
+        model_type: the family, whose stock class other programs make of what it saves.
+    """
+
+    base_files: dict[str, bytes] = {}
+    model_type = "qwen2_vl"
 
     # ProcessorMixin reads the attributes off this signature, so a processor without
     # `video_processor` here has none.
@@ -38,14 +46,9 @@ class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> Any:
-        saved = super().save_pretrained(save_directory, **kwargs)
-        for path in Path(save_directory).glob("*.json"):
-            text = path.read_text()
-            stock = text.replace(type(self).__name__, "Qwen2VLProcessor")
-            if stock != text:
-                path.write_text(stock)
-        return saved
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write all that other programs need; `virft_fast.models.saving` says what."""
+        save_processor(self, Path(save_directory))
 
 
 def load_processor(
@@ -55,9 +58,7 @@ def load_processor(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> Any:
-    """The processor of a Qwen2-VL checkpoint, its tokenizer padding on the left.
-
-    With torchvision it is the stock `AutoProcessor`'s, otherwise an `ImageOnlyQwen2VLProcessor`.
+    """The processor of a Qwen-VL checkpoint, its tokenizer padding on the left.
 
     Args:
         name_or_path: a checkpoint folder, a hub id or `tiny`; of an adapter's folder without a
@@ -139,26 +140,17 @@ def _holder(name: str, revision: str | None) -> tuple[str, str | None]:
     return whole
 
 
-def _load(name_or_path: str, revision: str | None) -> Any:
-    if importlib.util.find_spec("torchvision") is not None:
-        return AutoProcessor.from_pretrained(name_or_path, revision=revision)
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(name_or_path, revision=revision)
-    template = tokenizer.chat_template or _chat_template_file(name_or_path, revision)
-    return ImageOnlyQwen2VLProcessor(image_processor, tokenizer, chat_template=template)
-
-
-def _chat_template_file(name_or_path: str, revision: str | None) -> str | None:
-    """Qwen2-VL's checkpoints keep the chat template in a file beside the tokenizer."""
-    from transformers.utils import cached_file
-
-    for name, read in (
-        ("chat_template.jinja", lambda text: text),
-        ("chat_template.json", lambda text: json.loads(text)["chat_template"]),
-    ):
-        path = cached_file(
-            name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=False
-        )
-        if path is not None:
-            return read(Path(path).read_text())
-    return None
+def _load(name_or_path: str, revision: str | None) -> ImageOnlyQwen2VLProcessor:
+    folder = find_base_folder(name_or_path, revision)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(folder))
+    # The order in which transformers' own processors look for it.
+    settings, _ = ProcessorMixin.get_processor_dict(str(folder))
+    template = settings.get("chat_template") or tokenizer.chat_template
+    processor = ImageOnlyQwen2VLProcessor(image_processor, tokenizer, chat_template=template)
+    processor.base_files = read_base_files(folder)
+    if (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if config.get("model_type") in LAYOUTS:
+            processor.model_type = config["model_type"]
+    return processor

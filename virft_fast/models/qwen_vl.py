@@ -12,7 +12,6 @@ the model reads (packed: R = 1), D hidden, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import warnings
 import zlib
@@ -31,8 +30,9 @@ from virft_fast.kernels import GRPOLoss, linear_grpo_loss, linear_logps
 from virft_fast.kernels.linear import linear_logits
 from virft_fast.kernels.reference import grpo_loss_reference, logps_reference
 from virft_fast.models import shared_prefix
-from virft_fast.models.adapters import TRAINED, has_adapter, merge_adapter, model_chain, undivided
 from virft_fast.models.adapters import add_lora as add_lora
+from virft_fast.models.adapters import has_adapter, merge_adapter, model_chain, undivided
+from virft_fast.models.saving import save_model as save_model
 from virft_fast.models.shared_prefix import Group, PackedAttention, no_mask
 
 logger = logging.getLogger(__name__)
@@ -661,34 +661,3 @@ class Head(nn.Module):
         """(n, D) -> (n, V), float32: of a few tokens, for sampling."""
         with torch.autocast(hidden.device.type, enabled=False):
             return linear_logits(hidden.to(self.weight.dtype), self.weight)
-
-
-def save_model(
-    model: nn.Module, state_dict: dict[str, Tensor], processor: Any, folder: Path
-) -> None:
-    """Write a folder that plain `from_pretrained` loads: weights, config, processor.
-
-    Args:
-        state_dict: the gathered weights under the names of `model`, already in the dtype to store.
-    """
-    inner = base(model)
-    current = inner.generation_config
-    inner.generation_config = getattr(inner, "shipped_generation_config", current)
-    adapter = {"selected_adapters": [TRAINED]} if has_adapter(model) else {}
-    try:
-        model.save_pretrained(folder, state_dict=state_dict, **adapter)
-    finally:
-        inner.generation_config = current
-    _say_dtype(folder, state_dict)
-    processor.save_pretrained(folder)
-
-
-def _say_dtype(folder: Path, state_dict: dict[str, Tensor]) -> None:
-    """Let config.json name the dtype that is stored; transformers names the one in memory."""
-    file, (dtype, *others) = folder / "config.json", {t.dtype for t in state_dict.values()}
-    if not file.is_file() or others:
-        return
-    config = json.loads(file.read_text())
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        part.update({k: str(dtype).split(".")[1] for k in ("dtype", "torch_dtype") if k in part})
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
