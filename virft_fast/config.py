@@ -20,6 +20,7 @@ logger = logging.getLogger("virft_fast")
 ALGORITHMS = ("grpo", "sft", "dpo")
 TASKS = ("auto", "detection", "classification", "grounding")
 EVAL_TASKS = (*TASKS, "coco", "lvis")
+BOX_SPACES = ("auto", "thousandths", "pixels", "unit")
 ANSWERS = ("lenient", "visual_rft")
 DTYPES = ("auto", "float32", "bfloat16")
 SAVE_DTYPES = (*DTYPES, "float16")
@@ -150,6 +151,12 @@ class DataConfig:
         False, "Read parquet files, of this machine or the hub, in parts while training."
     )
     task: str = arg("auto", "What is asked; auto: read off the data.", choices=TASKS)
+    box_space: str = arg(
+        "auto",
+        "What boxes of rows without a column extent are counted in: thousandths of the image's "
+        "sides, its pixels, unit (0..1); auto: thousandths, refused on signs of another.",
+        choices=BOX_SPACES,
+    )
     compat_prompt: bool = arg(
         False, "LISA's conversations: ask for the box as the original does, to the letter."
     )
@@ -429,6 +436,7 @@ class EvalConfig:
         "coco and lvis: all, names separated by commas, or base65, novel15, few8, lvis13, lvis6.",
     )
     compat_prompt: bool = arg(False, "As in training.")
+    box_space: str = arg("auto", "As in training.", choices=BOX_SPACES)
     exists_map: str | None = arg(
         None, "JSON {image: [category, ...]}: ask about these alone, as Visual-RFT does."
     )

@@ -52,6 +52,7 @@ from virft_fast.data import (
     load_rows,
 )
 from virft_fast.data.prompts import PromptSource
+from virft_fast.data.survey import survey
 from virft_fast.engine import (
     DeepSpeedEngine,
     OptimizerSettings,
@@ -87,6 +88,7 @@ from virft_fast.models.tiny import resolve_model_path
 from virft_fast.report import format_table, write_report, write_summary
 from virft_fast.rollout.backends import check_cache_limit, check_model, make_rollout
 from virft_fast.rollout.native import KEPT_SHARE, CachePlan, cache_numbers
+from virft_fast.tasks.rewards import knowing_classes
 
 logger = logging.getLogger("virft_fast")
 
@@ -99,13 +101,14 @@ STEPS: dict[str, Callable[..., Any]] = {
 REFERENCE_FILE = "reference_logps.json"
 SUMMARY_FILE, REPORT_FILE, METRICS_FILE = "summary.json", "report.png", "metrics.jsonl"
 _OF_A_RUN = re.compile(rf"(checkpoint-\d+|{BASE_FOLDER})(\.writing)?")
-NUM_CHECKED_ROWS = 200
+NUM_CHECKED_ROWS, NUM_SELF_CHECKED = 200, 16
 NUM_REPORT_EXAMPLES = 5
 
 
 @dataclass
 class Data:
-    """The training rows and their order, the held-out rows, and how they are scored."""
+    """The training rows and their order, the held-out rows, and how they are scored; `table` says
+    what was left out and converted."""
 
     train: PromptSource
     test: PromptSource | None
@@ -114,6 +117,7 @@ class Data:
     reward_weights: list[float]
     bad_rows: BadRows
     permutation: Callable[[np.random.Generator], np.ndarray] | None = None
+    table: Sequence[str] = ()
 
 
 def parse_args(argv: list[str]) -> RunConfig:
@@ -195,9 +199,13 @@ def run(config: RunConfig, device: torch.device) -> int:
             max_pixels=config.model.max_pixels,
         )
         data = prepare_data(config, processor)
+    for line in data.table:
+        _say(line)
     if config.train.dry_run:
         with usage():
             return dry_run(config, data, processor)
+    if config.train.algorithm == "grpo":
+        _warn_of_unearned(data)
     with usage():
         if plan is not None:
             _say(_account(plan))
@@ -327,9 +335,12 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
         dataset_config=config.data.dataset_config,
         streaming=config.data.dataset_streaming,
     )
-    compat = config.data.compat_prompt
-    samples = SampleDataset(rows, compat_prompt=compat)
-    task = config.data.task
+    task, space = config.data.task, config.data.box_space
+    options = {
+        "compat_prompt": config.data.compat_prompt,
+        "box_space": "thousandths" if space == "auto" else space,
+    }
+    samples = SampleDataset(rows, **options)
     preferences = config.train.algorithm == "dpo"
     if preferences:
         if not {"chosen", "rejected"} <= set(rows.column_names):
@@ -341,16 +352,17 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
     elif task == "auto":
         task = tasks.detect_task(first_solutions(samples))
     check = None if preferences else partial(tasks.check_solution, task)
+    samples = SampleDataset(rows, check_solution=check, **options)
+    boxed = task in ("detection", "grounding")
+    found = survey(samples, boxes=boxed and space == "auto")
+    warned = found.settle_boxes()
     fits, longest = None, config.grpo.max_completion_length
     if config.train.algorithm == "sft":
         fits = partial(sft.check_answer, processor.tokenizer, longest)
     elif preferences:
         fits = partial(dpo.check_pair, processor.tokenizer, longest)
     train = PromptSource(
-        SampleDataset(rows, check_solution=check, compat_prompt=compat),
-        processor,
-        max_prompt_length=config.data.max_prompt_length,
-        check=fits,
+        samples, processor, max_prompt_length=config.data.max_prompt_length, check=fits
     )
     test = None
     if config.train.eval_samples:
@@ -360,19 +372,49 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
             dataset_config=config.data.dataset_config,
             streaming=config.data.dataset_streaming,
         )
-        test = replace_rows(
-            train, SampleDataset(test_rows, check_solution=check, compat_prompt=compat)
-        )
-    names = [] if preferences else config.grpo.reward_funcs or tasks.DEFAULT_REWARDS[task]
+        test = replace_rows(train, SampleDataset(test_rows, check_solution=check, **options))
+    names = config.grpo.reward_funcs
+    if not names and not preferences:
+        names = tasks.default_rewards(task, found.solutions)
+    names = [] if preferences else names
+    known = found.classes() if task == "classification" else None
+    table = found.lines(config.data.dataset_train_split)
+    if not (preferences or config.grpo.reward_funcs) and names != tasks.DEFAULT_REWARDS[task]:
+        dropped = ", ".join(set(tasks.DEFAULT_REWARDS[task]) - set(names))
+        table.append(f"  without the reward {dropped}: no solution has a confidence")
     return Data(
         train=train,
         test=test,
         task=task,
-        reward_funcs=tasks.load_reward_funcs(names),
+        reward_funcs=[
+            (name, knowing_classes(function, known) if name == "accuracy" else function)
+            for name, function in tasks.load_reward_funcs(names)
+        ],
         reward_weights=config.grpo.weights_of(names),
         bad_rows=BadRows(config.data.max_bad_rows),
         permutation=rows.permutation if isinstance(rows, ParquetRows) else None,
+        table=[*table, *([f"  warning: {warned}"] if warned else [])],
     )
+
+
+def _warn_of_unearned(data: Data) -> None:
+    """Say which accuracy rewards the solutions themselves don't earn, on rows all over the set."""
+    count = len(data.train)
+    indices = sorted({n * count // NUM_SELF_CHECKED for n in range(NUM_SELF_CHECKED)})
+    loaded = [data.train.samples.get(index) for index in indices if index < count]
+    samples = [sample for sample in loaded if not isinstance(sample, BadRow)]
+    by_name: dict[str, list[str]] = {}
+    for row, name, value, best in tasks.unearned(data.reward_funcs, samples):
+        by_name.setdefault(name, []).append(f"row {row}: {value} instead of {best}")
+    for name, rows in by_name.items():
+        logger.warning(
+            "reward %s: the solution itself does not earn it in %d of %d rows checked (%s); mend "
+            "the solutions, or choose others with --reward_funcs",
+            name,
+            len(rows),
+            len(samples),
+            "; ".join(rows[:3]),
+        )
 
 
 def replace_rows(source: PromptSource, samples: SampleDataset) -> PromptSource:
@@ -1190,7 +1232,6 @@ def rollout_tokens(config: RunConfig, device: torch.device) -> tuple[int, str]:
 
 def _check_solutions(data: Data) -> int:
     """Do the accuracy rewards of (solution, solution) reach their maximum?"""
-    checked = [(n, f) for n, f in data.reward_funcs if n in tasks.ACCURACY_REWARDS]
     num_rows = min(NUM_CHECKED_ROWS, len(data.train))
     wrong = []
     for index in range(num_rows):
@@ -1201,13 +1242,8 @@ def _check_solutions(data: Data) -> int:
         unfit = data.train.check(sample) if data.train.check else None
         if unfit:
             wrong.append(f"row {index}: {unfit}")
-        columns = {name: [value] for name, value in sample.columns.items()}
-        for name, function in checked:
-            completion = [[{"role": "assistant", "content": sample.solution}]]
-            value = function([list(sample.messages)], completion, **columns)[0]
-            best = tasks.ACCURACY_REWARDS[name]
-            if value is None or abs(value - best) > 1e-6:
-                wrong.append(f"row {index}: {name} of the solution itself is {value}, not {best}")
+        for row, name, value, best in tasks.unearned(data.reward_funcs, [sample]):
+            wrong.append(f"row {row}: {name} of the solution itself is {value}, not {best}")
     print(f"\n# solutions: {num_rows} rows checked, {len(wrong)} problems")
     for line in wrong[:50]:
         print(line)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from virft_fast.batch import Sample
-from virft_fast.data.images import UnreadableImage, one_line, open_image
+from virft_fast.data.images import UnreadableImage, image_size, one_line, open_image
 from virft_fast.data.layouts import (
     IMAGE_COLUMNS,
     Reading,
@@ -48,6 +48,8 @@ class SampleDataset:
             it, or None.
         compat_prompt: LISA's conversations ask for a box as the original does, to the letter.
         first_exchange: of a conversation, take the first question and its answer alone.
+        box_space: what boxes are counted in where a row has no `extent`: thousandths, pixels (of
+            the row's first image) or unit (0..1). Answers are read in the same space.
     Raises:
         ValueError: no column holds the problem, or none the solution; or `compat_prompt` and no
             conversations.
@@ -60,7 +62,11 @@ class SampleDataset:
         check_solution: Callable[..., str | None] | None = None,
         compat_prompt: bool = False,
         first_exchange: bool = False,
+        box_space: str = "thousandths",
     ) -> None:
+        self.streamed = not hasattr(rows, "with_format") and hasattr(rows, "permutation")
+        self._box_space = box_space
+        self.rules = () if box_space == "thousandths" else (f"boxes are counted in {box_space}",)
         self.names = _column_names(rows)
         check_columns(self.names, "data set")
         # In arrow format images (and sound, and video) come as they are stored: nothing is decoded
@@ -103,6 +109,26 @@ class SampleDataset:
             raise Unusable(f"the row can't be read: {one_line(error)}") from error
         return row, read_row(row, self.names, compat=self._compat_prompt, first=self._first)
 
+    def outline(self, index: int) -> tuple[Reading, list[tuple[int, int]], Any]:
+        """What row `index` says, the (width, height) of its images, and the extent of its boxes.
+
+        Raises:
+            Unusable, UnreadableImage: it can't be read, or an image is missing.
+        """
+        row, reading = self.read(index)
+        sizes = [image_size(source, self.image_folder) for source in reading.sources]
+        return reading, sizes, self._extent(row, sizes)
+
+    def _extent(self, row: Row, sizes: Sequence[tuple[int, int]]) -> Any:
+        """(width, height) of the space that the row's boxes are counted in; None: 0..1000."""
+        if row.get("extent") is not None or self._box_space == "thousandths":
+            return row.get("extent")
+        if self._box_space == "unit":
+            return [1, 1]
+        if not sizes:
+            raise Unusable("--box_space pixels: expected an image, whose pixels count, got none")
+        return list(sizes[0])
+
     def _row(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
         if not hasattr(row, "to_pylist"):
@@ -118,7 +144,11 @@ class SampleDataset:
             columns |= {name: spoken_text(row.get(name)) for name in ("chosen", "rejected")}
             if columns["chosen"] is None:
                 raise Unusable("chosen: expected an answer, a text or a chat that ends with one")
-        solution = self._checked(reading.solution, row.get("extent"))
+        measured = reading.sources[:1] if self._box_space == "pixels" else []
+        extent = self._extent(row, [image_size(s, self.image_folder) for s in measured])
+        if extent is not None:
+            columns["extent"] = extent
+        solution = self.checked(reading.solution, extent)
         if reading.said and reading.said != solution and row.get("completion") is None:
             columns["completion"] = reading.said  # what is learned, beside what scores
         return Sample(
@@ -129,7 +159,12 @@ class SampleDataset:
             columns=columns | {"problem": reading.problem, "solution": solution},
         )
 
-    def _checked(self, solution: Any, extent: Any) -> str:
+    def checked(self, solution: Any, extent: Any) -> str:
+        """The solution, if it is a text that `check_solution` lets pass.
+
+        Raises:
+            Unusable: it isn't.
+        """
         solution = non_empty(solution, "solution")
         space = () if extent is None else (extent,)
         wrong = self._check_solution(solution, *space) if self._check_solution else None

@@ -53,6 +53,7 @@ from virft_fast.models.tiny import resolve_model_path
 from virft_fast.rollout import Rollout
 from virft_fast.rollout.backends import check_cache_limit, check_model, make_rollout
 from virft_fast.tasks.coordinates import FAMILY_SPACE
+from virft_fast.tasks.rewards import knowing_classes
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,10 @@ class Evaluation:
             else:
                 questions = of_annotations(config, images, exists, self._extent_for())
             names = config.reward_funcs or tasks.DEFAULT_REWARDS[questions.task]
-            reward_funcs = tasks.load_reward_funcs(names)
+            reward_funcs = [
+                (name, knowing_classes(reward, questions.labels) if name == "accuracy" else reward)
+                for name, reward in tasks.load_reward_funcs(names)
+            ]
             sam = self._sam(questions) if config.sam_path else None
             stamp = _reward_stamp(names)
         # An image that could not be asked what is in it is not asked about any more.

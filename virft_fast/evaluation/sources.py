@@ -21,6 +21,7 @@ from virft_fast.data.accounts import Built
 from virft_fast.data.coco import pick_categories, pick_names
 from virft_fast.data.instances import NO_AREA, NO_BOX, read_annotations
 from virft_fast.data.loading import IMAGE_COLUMNS, IMAGE_TAG
+from virft_fast.data.survey import survey
 from virft_fast.evaluation.classification import closed_set
 from virft_fast.evaluation.detection import Truth, make_truth
 from virft_fast.evaluation.journal import Record
@@ -70,12 +71,14 @@ class Questions:
     counts: dict[str, int] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     compat_prompt: bool = False
+    box_space: str = "thousandths"
 
     def samples(self) -> SampleDataset:
         return SampleDataset(
             self.rows,
             check_solution=partial(tasks.check_solution, self.task),
             compat_prompt=self.compat_prompt,
+            box_space=self.box_space,
         )
 
 
@@ -177,6 +180,8 @@ def of_dataset(config: EvalConfig) -> Questions:
     if dist.is_main():
         tagged = [_file_stamp(path) for record in records for path in _tagged_images(record)]
         digest.update(json.dumps([tagged, content_stamp(rows, IMAGE_COLUMNS)]).encode())
+    if config.box_space not in ("auto", "thousandths"):
+        digest.update(config.box_space.encode())
     labels = None
     if task == "classification":
         known = [record.get("solution") for record in records]
@@ -184,16 +189,34 @@ def of_dataset(config: EvalConfig) -> Questions:
     indices, unknown = range(len(rows)), {}
     if config.categories != "all" or config.exists_map:
         indices, unknown = _chosen(config, records)
-    return Questions(
+    questions = Questions(
         rows,
         task,
         _first(indices, config),
         digest.hexdigest()[:16],
         labels=labels,
         compat_prompt=config.compat_prompt,
+        box_space="thousandths" if config.box_space == "auto" else config.box_space,
         image_ids=_image_ids(records),
         counts=unknown,
     )
+    _tell(config, questions)
+    return questions
+
+
+def _tell(config: EvalConfig, questions: Questions) -> None:
+    """The table of what is asked, left out and converted.
+
+    Raises:
+        ValueError: --box_space auto, and boxes look like pixels or shares.
+    """
+    boxed = questions.task in ("detection", "grounding") and config.box_space == "auto"
+    found = survey(questions.samples(), boxes=boxed)
+    warned = found.settle_boxes()
+    changed = found.account.left_out or found.account.converted or warned
+    if dist.is_main() and changed:
+        for line in [*found.lines(config.split), *([warned] if warned else [])]:
+            logger.warning(line)
 
 
 def _tagged_images(record: Record) -> list[str]:

@@ -6,6 +6,7 @@ import difflib
 from collections import Counter
 from collections.abc import Sequence
 
+from virft_fast.batch import Sample
 from virft_fast.tasks.answers import (
     MAX_OBJECTS,
     Detection,
@@ -16,6 +17,7 @@ from virft_fast.tasks.answers import (
     valid_box,
 )
 from virft_fast.tasks.coordinates import THOUSAND, extent_of, rescale
+from virft_fast.tasks.labels import key
 from virft_fast.tasks.rewards import (
     accuracy,
     accuracy_confidence,
@@ -41,11 +43,13 @@ __all__ = [
     "RewardError",
     "answer_text",
     "check_solution",
+    "default_rewards",
     "detect_task",
     "load_reward_funcs",
     "parse_detection",
     "parse_label",
     "score",
+    "unearned",
 ]
 
 REWARDS: dict[str, RewardFunction] = {
@@ -71,6 +75,36 @@ ACCURACY_REWARDS: dict[str, float] = {
     name: 2.0 if name == "visual_rft_grounding" else 1.0 for name in REWARDS if name != "format"
 }
 CLEAR_MAJORITY = 0.8
+
+
+def default_rewards(task: str, solutions: Sequence[str]) -> list[str]:
+    """A task's rewards, without `accuracy_confidence` where no solution has a confidence, so that
+    the truth itself could not earn it."""
+    names = DEFAULT_REWARDS[task]
+    read = [parse_detection(solution) for solution in solutions if task == "detection"]
+    confidences = [c for found in read if found for c in found.confidences]
+    if confidences and not any(c is not None for c in confidences):
+        return [name for name in names if name != "accuracy_confidence"]
+    return names
+
+
+def unearned(
+    reward_funcs: Sequence[tuple[str, RewardFunction]], samples: Sequence[Sample]
+) -> list[tuple[int, str, float | None, float]]:
+    """Where an accuracy reward gives a solution less than its maximum against itself: row, name,
+    the reward and the maximum."""
+    wrong = []
+    for sample in samples:
+        columns = {name: [value] for name, value in sample.columns.items()}
+        completion = [[{"role": "assistant", "content": sample.solution}]]
+        for name, function in reward_funcs:
+            if name not in ACCURACY_REWARDS:
+                continue
+            value = function([list(sample.messages)], completion, **columns)[0]
+            best = ACCURACY_REWARDS[name]
+            if value is None or abs(value - best) > 1e-6:
+                wrong.append((sample.index, name, value, best))
+    return wrong
 
 
 def load_reward_funcs(names: Sequence[str]) -> list[tuple[str, RewardFunction]]:
@@ -132,7 +166,8 @@ def check_solution(task: str, solution: str, extent: Sequence[float] | None = No
         extent: (width, height) of the space its boxes are counted in; None: 0..1000.
     """
     if task == "classification":
-        return None if parse_label(solution) else "expected a class name, got an empty solution"
+        named = key(answer_text(solution))
+        return None if named else "expected a class name, got an empty solution"
     try:
         detection = parse_detection(solution, None if extent is None else extent_of(extent))
     except ValueError as error:

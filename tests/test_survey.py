@@ -1,0 +1,128 @@
+"""The table at the start of a run: what is kept, left out and converted, and the boxes' space."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from virft_fast import tasks
+from virft_fast.data.samples import BadRow, SampleDataset
+from virft_fast.data.survey import survey
+from virft_fast.tasks.rewards import accuracy, knowing_classes
+from virft_fast.train import main
+
+
+def rows_of(boxes, size=(1920, 1080), problem="Find the red one."):
+    return [
+        {"image": Image.new("RGB", size), "problem": problem, "solution": f"<answer>{b}</answer>"}
+        for b in boxes
+    ]
+
+
+def samples_of(rows, **options):
+    def check(*solution):
+        return tasks.check_solution("detection", *solution)
+
+    return SampleDataset(rows, check_solution=check, **options)
+
+
+@pytest.mark.parametrize(
+    "rows, said",
+    [
+        (rows_of(["[1200, 100, 1800, 900]", "[10, 20, 30, 40]"]), "a box [1200.0, 100.0"),
+        (rows_of(["[10, 20, 30, 40]"], problem="Give the box in pixels."), "speaks of pixels"),
+        (rows_of(["[0.1, 0.2, 0.5, 1.0]"]), "pass --box_space unit"),
+    ],
+    ids=["past 1000", "asked for", "unit"],
+)
+def test_signs_of_another_space_are_refused(rows, said):
+    with pytest.raises(ValueError, match="--box_space auto") as caught:
+        survey(samples_of(rows), boxes=True).settle_boxes()
+    assert said in str(caught.value)
+
+
+def test_large_images_are_warned_about_and_small_ones_are_not():
+    for size, warned in (((1920, 1080), True), ((640, 480), False)):
+        found = survey(samples_of(rows_of(["[10, 20, 300, 400]"], size)), boxes=True)
+        assert bool(found.settle_boxes()) == warned
+
+
+def test_a_column_extent_settles_it():
+    rows = [row | {"extent": [1920, 1080]} for row in rows_of(["[1200, 100, 1800, 900]"])]
+    found = survey(samples_of(rows), boxes=True)
+    assert found.kept == 1 and found.settle_boxes() is None
+
+
+@pytest.mark.parametrize(
+    "space, box", [("pixels", [192, 108, 960, 540]), ("unit", [0.1, 0.1, 0.5, 0.5])]
+)
+def test_boxes_of_a_named_space_are_scored_in_it(space, box):
+    samples = samples_of(rows_of([box]), box_space=space)
+    sample = samples.get(0)
+    columns = {name: [value] for name, value in sample.columns.items()}
+    for answer, right in ((box, 1.0), ([100, 100, 500, 500], 0.0)):
+        completion = [f"<answer>{list(answer)}</answer>"]
+        assert tasks.REWARDS["accuracy_iou"](None, completion, **columns) == [right]
+    found = survey(samples, boxes=False)
+    assert found.account.converted == {f"boxes are counted in {space}": ["row 0"]}
+
+
+def test_a_box_outside_its_image_is_a_bad_row():
+    samples = samples_of(rows_of(["[1200, 100, 2800, 900]"]), box_space="pixels")
+    assert isinstance(samples.get(0), BadRow)
+    assert survey(samples, boxes=False).kept == 0
+
+
+def test_what_is_left_out_is_counted_by_reason(tmp_path):
+    rows = [
+        {"image": str(tmp_path / "no.png"), "problem": "?", "solution": "[1, 2, 3, 4]"},
+        {"image": str(tmp_path / "none.png"), "problem": "?", "solution": "[1, 2, 3, 4]"},
+        {"problem": "<image>?", "solution": "[1, 2, 3, 4]"},
+        {"problem": "?", "solution": "a cat"},
+        {"problem": "?", "solution": "[1, 2, 3, 4]"},
+    ]
+    found = survey(samples_of(rows), boxes=True)
+    assert found.kept == 1 and sorted(map(len, found.account.left_out.values())) == [1, 1, 2]
+    table = "\n".join(found.lines("train"))
+    assert table.startswith("train: kept 1 of 5 rows") and "row 0, row 1" in table
+    assert "problem + solution (1)" in table
+
+
+def test_solutions_are_classes_only_if_they_repeat_or_are_few():
+    def classes(solutions):
+        rows = [{"problem": "?", "solution": solution} for solution in solutions]
+        return survey(SampleDataset(rows), boxes=False).classes()
+
+    assert classes(["cat", "dog", "cat"]).labels == ["cat", "dog"]
+    assert classes([f"text {n}" for n in range(300)]) is None
+    with pytest.raises(ValueError, match="'Cat' and 'cat'"):
+        classes(["cat", "Cat"])
+    known = knowing_classes(accuracy, classes(["MD-11", "DC-10"]))
+    assert known(None, ["MD11"], ["MD-11"]) == [1.0]
+    assert accuracy(None, ["MD11"], ["MD-11"]) == [0.0]
+    assert known(None, ["MD11"], ["MD-11"], classes=[["MD-11", "MD1-1"]]) == [0.0]
+
+
+def test_the_default_rewards_can_be_earned():
+    assert "accuracy_confidence" not in tasks.default_rewards("detection", ["[1, 2, 3, 4]"])
+    with_confidence = "[{'Position': [1, 2, 3, 4], 'Confidence': 1}]"
+    for solutions in ([with_confidence], [], ["No Objects"]):
+        assert tasks.default_rewards("detection", solutions) == tasks.DEFAULT_REWARDS["detection"]
+
+
+def test_a_run_shows_the_table_and_warns_of_unearned_rewards(tmp_path, capsys, caplog):
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "problem": "Find it.", "solution": "[100, 200, 300, 400]"}] * 3
+    rows.append({"image": None, "problem": "<image>Find it.", "solution": "[1, 2, 3, 4]"})
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = ["--dataset_name", str(tmp_path / "d.jsonl"), "--max_steps", "1", "--save_steps", "0",
+            "--num_generations", "2", "--max_completion_length", "8"]  # fmt: skip
+    assert main([*argv, "--output_dir", str(tmp_path / "one")]) == 0
+    said = capsys.readouterr().err
+    assert "train: kept 3 of 4 rows" in said and "left out" in said
+    assert "without the reward accuracy_confidence" in said
+    named = ["--reward_funcs", "accuracy_confidence"]
+    assert main([*argv, *named, "--output_dir", str(tmp_path / "two")]) == 0
+    assert "the solution itself does not earn it in 3 of 3 rows" in caplog.text

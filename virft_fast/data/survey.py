@@ -1,0 +1,142 @@
+"""What a run reads of a data set, counted before it starts: kept, left out and converted.
+
+Rows are read without decoding an image; sizes come from the images' headers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+
+from virft_fast.data.accounts import Built
+from virft_fast.data.images import UnreadableImage
+from virft_fast.data.layouts import Unusable
+from virft_fast.data.samples import SampleDataset
+from virft_fast.tasks.answers import parse_detection
+from virft_fast.tasks.labels import ClosedSet, answer_text
+
+MAX_ROWS = 20_000
+MAX_STREAMED_ROWS = 200
+# More labels than this, and more than half as many as rows, are answers and no classes.
+MANY_LABELS = 200
+THOUSAND = 1000
+_PIXELS = re.compile(r"\bpixels?\b|像素|ピクセル|픽셀", re.IGNORECASE)
+
+
+@dataclass
+class Survey:
+    """What was found in the first rows of a split.
+
+    Attributes:
+        rows: of the split. read: those looked at.
+        kept: usable ones among these.
+        account: what was left out, and what was converted by which rule.
+        solutions: of the kept rows.
+        in_pixels, in_unit: signs that boxes are counted in pixels or in 0..1, one a row.
+        large: rows whose image has a side of more than 1000 pixels.
+    """
+
+    rows: int
+    read: int = 0
+    kept: int = 0
+    account: Built = field(default_factory=Built)
+    solutions: list[str] = field(default_factory=list)
+    in_pixels: list[str] = field(default_factory=list)
+    in_unit: list[str] = field(default_factory=list)
+    large: int = 0
+
+    def lines(self, split: str) -> list[str]:
+        """The table at the start of a run."""
+        part = "" if self.read == self.rows else f"; only the first {self.read} were looked at"
+        table = [f"{split}: kept {self.kept} of {self.read} rows{part}", *self.account.lines()]
+        return [table[0], *(f"  {line}" for line in table[1:])]
+
+    def settle_boxes(self) -> str | None:
+        """A warning where --box_space auto takes boxes for thousandths without a sign of others.
+
+        Raises:
+            ValueError: there is a sign that they are something else.
+        """
+        for signs, space in ((self.in_pixels, "pixels"), (self.in_unit, "unit")):
+            if signs:
+                raise ValueError(
+                    f"--box_space auto: expected boxes in thousandths of the image's sides, got "
+                    f"signs of {space} in {len(signs)} rows: {'; '.join(signs[:3])}; pass "
+                    f"--box_space {space}, or --box_space thousandths if they are"
+                )
+        if not self.large:
+            return None
+        return (
+            f"boxes are taken for thousandths of the image's sides; {self.large} images have sides "
+            "over 1000 pixels, where nothing tells thousandths from pixels: pass --box_space "
+            "pixels if they are pixels, --box_space thousandths to say that they are not"
+        )
+
+    def classes(self) -> ClosedSet | None:
+        """The class set that the solutions name; None where there are too many to be classes.
+
+        Raises:
+            ValueError: two of them differ in nothing that counts.
+        """
+        labels = sorted({answer_text(solution) for solution in self.solutions})
+        if self.read < self.rows or len(labels) > max(MANY_LABELS, len(self.solutions) // 2):
+            return None
+        return ClosedSet(labels)
+
+
+def survey(samples: SampleDataset, *, boxes: bool) -> Survey:
+    """Read the first rows, at most MAX_ROWS of a set on disk and MAX_STREAMED_ROWS of a stream.
+
+    Args:
+        boxes: whether solutions are boxes, whose space is to be found out.
+    """
+    found = Survey(len(samples))
+    found.read = min(len(samples), MAX_STREAMED_ROWS if samples.streamed else MAX_ROWS)
+    layouts: dict[str, int] = {}
+    for index in range(found.read):
+        try:
+            reading, sizes, extent = samples.outline(index)
+            if boxes and extent is None:
+                _note_space(found, index, reading.solution, reading.problem, sizes)
+            solution = samples.checked(reading.solution, extent)
+        except (Unusable, UnreadableImage) as error:
+            found.account.leave_out(_kind(str(error)), f"row {index}")
+            continue
+        found.kept += 1
+        found.solutions.append(solution)
+        layouts[reading.layout] = layouts.get(reading.layout, 0) + 1
+        for rule in (*reading.converted, *samples.rules):
+            found.account.convert(rule, f"row {index}")
+    named = ", ".join(f"{name} ({count})" for name, count in layouts.items())
+    found.account.notes.append(f"read from the columns {named or 'none'}")
+    return found
+
+
+def _note_space(
+    found: Survey, index: int, solution: object, problem: str, sizes: list[tuple[int, int]]
+) -> None:
+    read = parse_detection(solution) if isinstance(solution, str) else None
+    numbers = [box for box in (read.boxes if read else ()) if all(map(math.isfinite, box))]
+    if not numbers:
+        return
+    size = sizes[0] if sizes else (0, 0)
+    found.large += max(size) > THOUSAND
+    for box in numbers:
+        inside = 0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]
+        if max(box) > THOUSAND and inside:
+            image = f"{size[0]}x{size[1]}"
+            found.in_pixels.append(f"row {index}: a box {list(box)} in an image of {image}")
+            return
+    if _PIXELS.search(problem):
+        found.in_pixels.append(f"row {index}: the question speaks of pixels")
+    elif all(0 <= v <= 1 for box in numbers for v in box) and any(
+        v != int(v) for box in numbers for v in box
+    ):
+        found.in_unit.append(f"row {index}: a box {list(numbers[0])}")
+
+
+def _kind(reason: str) -> str:
+    """A reason without what differs from row to row."""
+    short = re.sub(r"'[^']*'|\"[^\"]*\"|<answer>.*", "...", reason, flags=re.DOTALL)
+    return re.sub(r"\d+(\.\d+)?", "N", re.sub(r"(/[^/\s:]+)+", "PATH", short))[:120]
