@@ -14,7 +14,7 @@ import torch
 import yaml
 from packaging.requirements import Requirement
 
-from virft_fast import evaluate
+from virft_fast import evaluate, merge
 from virft_fast.config import TRAIN_GROUPS, EvalConfig, known_flags
 from virft_fast.data.__main__ import make_parser
 from virft_fast.tasks import REWARDS
@@ -32,7 +32,15 @@ YAMLS = sorted(CONFIGS.glob("*.yaml"))
 TORCHRUN = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"}
 SLURM = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time",
          "signal", "requeue", "kill-on-bad-exit"}  # fmt: skip
-TOOLS = {"no-build-isolation", "build", "install", "prefix", "save-results"}  # pip, cmake, pytest
+TOOLS = {
+    "no-build-isolation",
+    "build",
+    "install",
+    "prefix",
+    "save-results",
+    "no-deps",
+    "target",
+}  # pip, cmake, pytest
 OTHERS = {*TORCHRUN, *SLURM, *TOOLS}
 
 
@@ -46,6 +54,7 @@ def parser_flags(parser):
 
 
 KNOWN = {*known_flags(TRAIN_GROUPS), *known_flags((EvalConfig,)), *parser_flags(make_parser()),
+         *parser_flags(merge.make_parser()),
          *OTHERS}  # fmt: skip
 # The flags of src/scripts/2B_base65cate_6k.sh in Visual-RFT, as in its README.
 VISUAL_RFT_FLAGS = {
@@ -90,6 +99,7 @@ def test_commands_are_accepted(path):
         "virft_fast.data": make_parser().parse_args,
         "virft_fast.train": parse_args,
         "virft_fast.evaluate": evaluate.parse_args,
+        "virft_fast.merge": merge.make_parser().parse_args,
     }
     for module, arguments in commands(path.read_text()):
         accept[module](arguments)

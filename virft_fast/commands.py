@@ -14,6 +14,7 @@ import sys
 COMMANDS = {
     "train": ("virft_fast.train", "fine-tune a model with GRPO, SFT or DPO"),
     "evaluate": ("virft_fast.evaluate", "score a model's answers; compare several models"),
+    "merge": ("virft_fast.merge", "write an adapter and its base as one whole model"),
     "data": ("virft_fast.data.__main__", "build, inspect and export data sets"),
 }
 

@@ -18,7 +18,7 @@ from typing import Any
 logger = logging.getLogger("virft_fast")
 
 ALGORITHMS = ("grpo", "sft", "dpo")
-TASKS = ("auto", "detection", "classification", "grounding")
+TASKS = ("auto", "detection", "classification", "grounding", "choice", "number")
 EVAL_TASKS = (*TASKS, "coco", "lvis")
 BOX_SPACES = ("auto", "thousandths", "pixels", "unit")
 ANSWERS = ("lenient", "visual_rft")

@@ -19,7 +19,7 @@ from virft_fast.models.qwen_vl import cast_parameters, load_model, read_config
 def main(argv: list[str] | None = None) -> int:
     """Merge; returns the exit status: 0 done, 2 can't."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     try:
         with usage():
             dtype = merge(arguments.adapter, arguments.out, arguments.base, arguments.dtype)
@@ -52,7 +52,7 @@ def merge(adapter: str, out: str, base: str | None = None, dtype: str = "auto") 
     return stored
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m virft_fast.merge", description=__doc__)
     parser.add_argument("adapter", help="A folder with adapter_config.json.")
     parser.add_argument("out", help="A new folder for the whole model.")

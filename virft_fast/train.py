@@ -353,7 +353,7 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
         task = tasks.detect_task(first_solutions(samples))
     check = None if preferences else partial(tasks.check_solution, task)
     samples = SampleDataset(rows, check_solution=check, **options)
-    boxed = task in ("detection", "grounding")
+    boxed = task in tasks.BOX_TASKS
     found = survey(samples, boxes=boxed and space == "auto")
     warned = found.settle_boxes()
     fits, longest = None, config.grpo.max_completion_length

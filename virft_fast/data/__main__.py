@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from virft_fast.cli import Parser
-from virft_fast.config import UsageError, usage
+from virft_fast.config import TASKS, UsageError, usage
 from virft_fast.data import SampleDataset, first_solutions, load_rows
 from virft_fast.data.accounts import Built
 from virft_fast.data.classification import READERS, plan_classification, read_csv
@@ -152,7 +152,7 @@ def _dataset_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset_config", help="configuration of a hub data set, or of a folder like one")
     add("--dataset_streaming", action="store_true", help="read parquet in parts, as in training")
     add("--split", default="train")
-    add("--task", choices=("auto", "detection", "classification", "grounding"), default="auto")
+    add("--task", choices=TASKS, default="auto")
 
 
 def _mia_arguments(parser: argparse.ArgumentParser) -> None:

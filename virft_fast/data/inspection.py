@@ -17,7 +17,7 @@ from virft_fast.batch import Sample
 from virft_fast.data.drawing import TRUE, contact_sheet, draw_boxes
 from virft_fast.data.loading import IMAGE_FORMATS, BadRow, SampleDataset, first_solutions
 from virft_fast.data.writing import make_folder
-from virft_fast.tasks import check_solution, detect_task, parse_detection
+from virft_fast.tasks import BOX_TASKS, check_solution, detect_task, parse_detection
 from virft_fast.tasks.answers import answer_text
 from virft_fast.tasks.prompts import asked_category
 
@@ -114,7 +114,7 @@ def inspect(
         found.images_a_row[len(sample.images)] += 1
         found.subjects[subject(sample, task)] += 1
         boxes = true_boxes(sample)
-        if task != "classification":
+        if task in BOX_TASKS:
             found.boxes_a_row[len(boxes)] += 1
         if sample.images and index % step == 0 and len(found.pictures) < pictures:
             shown = draw_boxes(sample.images[0], boxes, TRUE)
@@ -124,7 +124,7 @@ def inspect(
 
 def subject(sample: Sample, task: str) -> str:
     """What a row asks about, in a few words."""
-    if task == "classification":
+    if task not in BOX_TASKS:
         return answer_text(sample.solution)
     problem, columns = sample.columns["problem"], sample.columns
     return asked_category(problem) or str(columns.get("category") or problem)[:80]

@@ -20,6 +20,7 @@ from virft_fast.evaluation import bootstrap
 from virft_fast.evaluation.journal import Record
 from virft_fast.evaluation.reading import predicted_boxes, true_boxes
 from virft_fast.evaluation.results import Result
+from virft_fast.tasks import BOX_TASKS
 from virft_fast.tasks.answers import answer_text
 
 PICTURE_SIDE = 420  # pixels
@@ -166,7 +167,7 @@ def pictures(
             continue
         shown = []
         for records, result in zip(by_index, results, strict=True):
-            drawn = draw(sample.images[0], records[index], boxes=result.task != "classification")
+            drawn = draw(sample.images[0], records[index], boxes=result.task in BOX_TASKS)
             text = answer_text(records[index]["completion"]) or "(nothing)"
             shown.append((_data_url(drawn), text[:MOST_TEXT]))
         solution = answer_text(by_index[0][index]["solution"])[:MOST_TEXT]

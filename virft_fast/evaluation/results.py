@@ -14,6 +14,7 @@ from virft_fast.evaluation.bootstrap import Array, Interval, Measures, Ratios
 from virft_fast.evaluation.detection import Truth
 from virft_fast.evaluation.journal import Record
 from virft_fast.evaluation.scoring import match_answers, task_measures
+from virft_fast.tasks import BOX_TASKS
 from virft_fast.tasks.labels import ClosedSet
 
 
@@ -90,7 +91,7 @@ def measure(
         classification.add_measures(ratios, records, images)
         measures.append(classification.ClassMean(records, images, numbers))
         result.confusions = classification.confusions(records)
-    elif records:
+    elif records and task in BOX_TASKS:
         exact |= task_measures(task, records)
         measures.append(_Matched(task, records, images, ratios))
     if task == "grounding":

@@ -233,7 +233,7 @@ class Evaluation:
     def _check_space(self, questions: Questions) -> None:
         """Boxes asked for in a space that the model's family does not count in."""
         in_pixels = "extent" in questions.rows.column_names
-        if questions.task == "classification" or not dist.is_main() or self.config.annotations:
+        if questions.task not in tasks.BOX_TASKS or not dist.is_main() or self.config.annotations:
             return
         if in_pixels != (FAMILY_SPACE[self.family] == "pixels"):
             logger.warning(

@@ -18,7 +18,7 @@ from virft_fast.grpo import completion_records, reward_arguments
 from virft_fast.matching import match_boxes, pad_boxes
 from virft_fast.metrics import null_for_nan
 from virft_fast.rollout import Rollout
-from virft_fast.tasks import score
+from virft_fast.tasks import BOX_TASKS, score
 
 # Columns of a row that its record keeps, beside the answer.
 KEPT_COLUMNS = ("image_id", "category", "label")
@@ -149,7 +149,7 @@ def task_measures(task: str, records: list[Record]) -> dict[str, float]:
     matches maximise the sum, without a threshold. `ap50` pools the boxes of all samples as one
     class: precision at IoU > 0.5, interpolated at 101 recalls as in COCO's protocol.
     """
-    if task == "classification" or not records:
+    if task not in BOX_TASKS or not records:
         return {}
     matched = match_answers(records)
     total = max(int(matched.num_true.sum()), 1)

@@ -210,7 +210,7 @@ def _tell(config: EvalConfig, questions: Questions) -> None:
     Raises:
         ValueError: --box_space auto, and boxes look like pixels or shares.
     """
-    boxed = questions.task in ("detection", "grounding") and config.box_space == "auto"
+    boxed = questions.task in tasks.BOX_TASKS and config.box_space == "auto"
     found = survey(questions.samples(), boxes=boxed)
     warned = found.settle_boxes()
     changed = found.account.left_out or found.account.converted or warned

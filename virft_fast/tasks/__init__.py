@@ -20,13 +20,17 @@ from virft_fast.tasks.coordinates import THOUSAND, extent_of, rescale
 from virft_fast.tasks.labels import key
 from virft_fast.tasks.rewards import (
     accuracy,
+    accuracy_choice,
     accuracy_confidence,
     accuracy_iou,
+    accuracy_math,
+    accuracy_number,
     format_reward,
     grounding_giou,
     hungarian_iou,
 )
 from virft_fast.tasks.scoring import RewardError, RewardFunction, load_function, score
+from virft_fast.tasks.values import choice_letter, number_of
 from virft_fast.tasks.visual_rft import (
     visual_rft_accuracy,
     visual_rft_accuracy_confidence,
@@ -57,6 +61,9 @@ REWARDS: dict[str, RewardFunction] = {
     "accuracy_confidence": accuracy_confidence,
     "format": format_reward,
     "accuracy": accuracy,
+    "accuracy_choice": accuracy_choice,
+    "accuracy_number": accuracy_number,
+    "accuracy_math": accuracy_math,
     "grounding_giou": grounding_giou,
     "hungarian_iou": hungarian_iou,
     "visual_rft_accuracy_iou": visual_rft_accuracy_iou,
@@ -68,6 +75,8 @@ REWARDS: dict[str, RewardFunction] = {
 DEFAULT_REWARDS: dict[str, list[str]] = {
     "detection": ["accuracy_iou", "accuracy_confidence", "format"],
     "classification": ["accuracy", "format"],
+    "choice": ["accuracy_choice", "format"],
+    "number": ["accuracy_number", "format"],
     "grounding": ["grounding_giou", "format"],
 }
 # What a solution scores against itself.
@@ -75,6 +84,7 @@ ACCURACY_REWARDS: dict[str, float] = {
     name: 2.0 if name == "visual_rft_grounding" else 1.0 for name in REWARDS if name != "format"
 }
 CLEAR_MAJORITY = 0.8
+BOX_TASKS = ("detection", "grounding")  # the solutions of the others are texts
 
 
 def default_rewards(task: str, solutions: Sequence[str]) -> list[str]:
@@ -133,7 +143,7 @@ def _registered(name: str) -> tuple[str, RewardFunction]:
 
 
 def detect_task(solutions: Sequence[str]) -> str:
-    """The task that solutions belong to: detection, classification or grounding.
+    """The task that solutions belong to: detection, classification, grounding, choice or number.
 
     A few that look like another task are taken for malformed: `check_solution` finds them out.
 
@@ -141,12 +151,15 @@ def detect_task(solutions: Sequence[str]) -> str:
         ValueError: there are none, or fewer than CLEAR_MAJORITY of them agree.
     """
     kinds = Counter(_kind(str(solution)) for solution in solutions)
+    texts = [kind for kind in kinds if kind not in BOX_TASKS]
+    if len(texts) > 1:  # names that are letters or numbers among others are names
+        kinds["classification"] = sum(kinds.pop(kind) for kind in texts)
     most, count = max(kinds.items(), key=lambda item: item[1], default=("", 0))
     if not count or count < CLEAR_MAJORITY * len(solutions):
         found = ", ".join(sorted(kinds)) or "no usable solution"
         raise ValueError(
-            f"--task auto: expected solutions of one task, got {found}; pass --task detection, "
-            f"classification or grounding"
+            f"--task auto: expected solutions of one task, got {found}; pass one of --task "
+            f"{', '.join(DEFAULT_REWARDS)}"
         )
     return most
 
@@ -154,9 +167,15 @@ def detect_task(solutions: Sequence[str]) -> str:
 def _kind(solution: str) -> str:
     detection = parse_detection(solution)
     if detection is None or (detection.boxes and all(map(unreadable, detection.boxes))):
-        return "classification"
+        return _kind_of_text(solution)
     written = answer_text(solution).lstrip()
     return "grounding" if written.startswith("(") else "detection"
+
+
+def _kind_of_text(solution: str) -> str:
+    if choice_letter(solution) is not None and len(answer_text(solution)) <= len("(A)."):
+        return "choice"
+    return "classification" if number_of(solution) is None else "number"
 
 
 def check_solution(task: str, solution: str, extent: Sequence[float] | None = None) -> str | None:
@@ -168,6 +187,11 @@ def check_solution(task: str, solution: str, extent: Sequence[float] | None = No
     if task == "classification":
         named = key(answer_text(solution))
         return None if named else "expected a class name, got an empty solution"
+    if task == "choice":
+        letter = choice_letter(solution)
+        return None if letter else f"expected an option's letter, got {solution!r:.120}"
+    if task == "number":
+        return None if number_of(solution) else f"expected a number, got {solution!r:.120}"
     try:
         detection = parse_detection(solution, None if extent is None else extent_of(extent))
     except ValueError as error:

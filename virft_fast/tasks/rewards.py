@@ -27,6 +27,7 @@ from virft_fast.tasks.answers import (
     valid_box,
 )
 from virft_fast.tasks.labels import ClosedSet, answer_text, same_label
+from virft_fast.tasks.values import choice_letter, number_of, same_formula
 
 CLASS_COLUMNS = ("class_names", "choices", "options")  # of a row, beside `classes`
 
@@ -231,6 +232,47 @@ def is_class_set(value: Any) -> bool:
     """Whether a row's column names the classes to choose from: a list of two texts or more."""
     listed = isinstance(value, (list, tuple)) and len(value) > 1
     return listed and all(isinstance(name, str) for name in value)
+
+
+@scored
+def accuracy_choice(
+    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
+) -> list[float]:
+    """1 if the answer picks the option of the solution by its letter, else 0: "B", "(b)",
+    "option B" and "B. a cat" are B. An answer that names two options picks none."""
+    truths = [choice_letter(str(truth)) for truth in solution]
+    return [
+        float(truth is not None and choice_letter(text) == truth)
+        for text, truth in zip(completion_texts(completions), truths, strict=True)
+    ]
+
+
+@scored
+def accuracy_number(
+    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
+) -> list[float]:
+    """1 if the answer is the number of the solution, else 0. Numbers are compared exactly, so that
+    5, 5.0 and 10/2 are equal; both need the same unit or currency, or none."""
+    truths = [number_of(str(truth)) for truth in solution]
+    return [
+        float(truth is not None and number_of(text) == truth)
+        for text, truth in zip(completion_texts(completions), truths, strict=True)
+    ]
+
+
+@scored
+def accuracy_math(
+    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
+) -> list[float]:
+    """1 if the answer equals the formula of the solution by math-verify, else 0.
+
+    Raises:
+        ImportError: math-verify is not installed.
+    """
+    return [
+        float(same_formula(text, str(truth)))
+        for text, truth in zip(completion_texts(completions), solution, strict=True)
+    ]
 
 
 @scored
