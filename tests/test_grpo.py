@@ -196,3 +196,24 @@ def test_reward_weights_scale_the_sum(processor, prompts):
     state.reward_weights = [0.5]
     metrics, records = train_step(state, prompts)
     assert metrics["reward"] == pytest.approx(0.5 * metrics["rewards/reward"], rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), None, 1e308, float("-inf")], ids=str)
+def test_a_reward_that_scores_nothing_stops_the_run_by_its_name(processor, prompts, value):
+    state = make_state(
+        processor, reward=lambda completions, **_: [value] * len(completions), max_bad_steps=3
+    )
+    for _ in range(2):
+        train_step(state, prompts[:1])
+    assert state.silent_steps == {"reward": 2}
+    with pytest.raises(TooManyBadSteps, match="reward function reward gave no finite value"):
+        train_step(state, prompts[:1])
+
+
+def test_a_reward_that_scores_some_is_not_silent(processor, prompts):
+    state = make_state(
+        processor, reward=lambda completions, **_: [1.0, *[None] * (len(completions) - 1)],
+        max_bad_steps=1,
+    )  # fmt: skip
+    train_step(state, prompts[:1])
+    assert state.silent_steps == {"reward": 0}

@@ -10,6 +10,7 @@ once, and in that completions nothing can be learnt from are not read at all.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ SEQUENCE_MEANS = ("grpo", "gspo", "dr_grpo")
 
 
 class TooManyBadSteps(RuntimeError):
-    """Step after step had no finite gradient."""
+    """Step after step had no finite gradient, or a reward no finite value."""
 
 
 @dataclass
@@ -51,6 +52,7 @@ class TrainState:
         learning_rate: step -> rate.
         step: steps done.
         bad_steps: non-finite steps in a row, up to now.
+        silent_steps: steps in a row without a finite value, by name of the reward function.
         num_tokens: completion tokens drawn so far on all ranks, those nothing was learnt from too.
         base_weights: stamp of the weights the run began with.
         adapter: how its adapter began, a `LoraPlan.kind`; None without one.
@@ -75,6 +77,7 @@ class TrainState:
     bad_steps: int = 0
     skipped_steps: int = 0
     num_tokens: int = 0
+    silent_steps: dict[str, int] = field(default_factory=dict)
     base_weights: list[Any] | None = None
     adapter: str | None = None
     save_dtype: torch.dtype | None = None
@@ -139,7 +142,8 @@ def train_step(
     Returns:
         metrics, the same on all ranks, and a record of each of this rank's N completions.
     Raises:
-        TooManyBadSteps: `max_bad_steps` steps in a row had to be skipped.
+        TooManyBadSteps: `max_bad_steps` steps in a row had to be skipped, or had no finite value
+            of one of the reward functions.
     """
     cfg, stats, start = state.config, StepStats(), time.perf_counter()
     torch.manual_seed(state.seed + state.step)
@@ -167,10 +171,25 @@ def train_step(
     state.step += 1
     metrics = finish(state, stats, rollouts, learning_rate, applied, start)
     names = [name for name, _ in state.reward_funcs]
+    _count_silent(state, metrics, names)
     records = completion_records(rollouts, names, rewards_per_func)
     for record, advantage in zip(records, advantages.tolist(), strict=True):
         record["advantage"] = advantage
     return metrics, records
+
+
+def _count_silent(state: TrainState, metrics: dict[str, float], names: Sequence[str]) -> None:
+    """Stop where a reward function has scored nothing for too long, on any rank."""
+    for name in names:
+        scored_some = math.isfinite(metrics.get(f"rewards/{name}", math.nan))
+        state.silent_steps[name] = 0 if scored_some else state.silent_steps.get(name, 0) + 1
+        if state.silent_steps[name] >= state.max_bad_steps:
+            raise TooManyBadSteps(
+                f"reward function {name} gave no finite value for any completion in "
+                f"{state.silent_steps[name]} steps in a row, up to step {state.step}: expected "
+                f"numbers of float32, with None for some completions at most; mend it, or leave it "
+                f"out of --reward_funcs; --max_bad_steps sets the limit"
+            )
 
 
 def score_rollouts(state: TrainState, rollouts: Rollouts) -> tuple[Tensor, Tensor]:

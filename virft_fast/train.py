@@ -838,6 +838,7 @@ def _state_dict(
     return {
         "step": state.step,
         "bad_steps": state.bad_steps,
+        "silent_steps": state.silent_steps,
         "skipped_steps": state.skipped_steps,
         "num_tokens": state.num_tokens,
         "world_size": dist.world_size(),
@@ -971,6 +972,7 @@ def _same_weights(config: RunConfig, saved: list[Any] | None, now: list[Any] | N
 def _restore(saved: dict[str, Any], state: TrainState, sampler: PromptSampler, data: Data) -> None:
     state.step, state.bad_steps = saved["step"], saved["bad_steps"]
     state.skipped_steps, state.num_tokens = saved["skipped_steps"], saved["num_tokens"]
+    state.silent_steps = dict(saved.get("silent_steps", {}))
     sampler.load_state_dict(saved["sampler"])
     data.bad_rows.load_state_dict(saved["bad_rows"])
     if state.step < 0:

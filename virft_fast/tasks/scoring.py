@@ -19,6 +19,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+LARGEST = torch.finfo(torch.float32).max
 RewardFunction = Callable[..., Sequence[float | None]]
 
 
@@ -104,10 +105,10 @@ def _call(
                 f"reward function {name}: expected a number or None for each completion, got "
                 f"{value!r:.200} for completion {completions[row]!r:.1000}"
             ) from error
-    infinite = sum(math.isinf(value) for value in clean)
+    infinite = sum(abs(value) > LARGEST for value in clean)
     if infinite:
         logger.warning(
-            "reward function %s gave %d infinite rewards; they are left out like None",
+            "reward function %s gave %d rewards that no float32 holds; they are left out like None",
             name,
             infinite,
         )
