@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
 from PIL import Image
 
 from virft_fast import tasks
+from virft_fast.config import column_names
+from virft_fast.data.inspection import inspect
+from virft_fast.data.loading import load_rows
 from virft_fast.data.samples import BadRow, SampleDataset
 from virft_fast.data.survey import survey
 from virft_fast.tasks.rewards import accuracy, knowing_classes
@@ -126,3 +130,68 @@ def test_a_run_shows_the_table_and_warns_of_unearned_rewards(tmp_path, capsys, c
     named = ["--reward_funcs", "accuracy_confidence"]
     assert main([*argv, *named, "--output_dir", str(tmp_path / "two")]) == 0
     assert "the solution itself does not earn it in 3 of 3 rows" in caplog.text
+
+
+def test_columns_of_other_names(tmp_path):
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    rows = [{"img": "a.png", "q": "Which?", "gold": "cat", "solution": "a note"}]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    named = {"problem": "q", "solution": "gold", "image": "img"}
+    read = load_rows(str(tmp_path / "d.json"), "train", columns=named)
+    sample = SampleDataset(read).get(0)
+    assert sample.solution == "cat" and len(sample.images) == 1
+    read.to_parquet(tmp_path / "p.parquet")
+    back = {"problem": "problem", "solution": "solution"}
+    load_rows(str(tmp_path / "p.parquet"), "train", columns=back)
+    rows[0] |= {"img": str(tmp_path / "a.png")}
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    load_rows(str(tmp_path / "d.json"), "train", columns={"problem": "q"}).to_parquet(
+        tmp_path / "q.parquet"
+    )
+    named = {"solution": "gold", "image": "img"}
+    streamed = load_rows(str(tmp_path / "q.parquet"), "train", columns=named, streaming=True)
+    assert SampleDataset(streamed).get(0).solution == "cat"
+
+
+@pytest.mark.parametrize(
+    "named, said",
+    [({"solution": "gold"}, "has no column 'gold', it has problem, answer"),
+     ({"truth": "answer"}, "expected one of answer, ")],
+)  # fmt: skip
+def test_columns_that_are_not_there(tmp_path, named, said):
+    (tmp_path / "d.json").write_text(json.dumps([{"problem": "?", "answer": "cat"}]))
+    with pytest.raises(ValueError, match="--columns") as caught:
+        load_rows(str(tmp_path / "d.json"), "train", columns=named)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("pairs", [["problem"], ["=x"], ["a=x", "a=y"], ["a=x", "b=x"]], ids=str)
+def test_columns_are_pairs(pairs):
+    with pytest.raises(ValueError, match="--columns"):
+        column_names(pairs)
+
+
+def test_a_guessed_encoding_is_told(tmp_path):
+    rows = [{"problem": "¿Qué es?", "solution": "el niño pequeño está aquí, señor"}]
+    data = json.dumps(rows, ensure_ascii=False).encode("cp1252")
+    (tmp_path / "d.json").write_bytes(data)
+    found = survey(SampleDataset(load_rows(str(tmp_path / "d.json"), "train")), boxes=False)
+    assert found.solutions == [rows[0]["solution"]]
+    assert any("guessed" in line for line in found.lines("train"))
+
+
+def test_validation_goes_by_several_names(tmp_path, caplog):
+    for name in ("train", "val"):
+        rows = datasets.Dataset.from_dict({"problem": ["?"], "solution": [name]})
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+    assert load_rows(str(tmp_path), "validation")[0]["solution"] == "val"
+    assert "its split val is used for validation" in caplog.text
+    with pytest.raises(ValueError, match="it has train, val"):
+        load_rows(str(tmp_path), "test")
+
+
+def test_inspection_says_what_a_run_would(tmp_path):
+    found = inspect(rows_of(["[1200, 100, 1800, 900]", "[1, 2, 3, 4]"]))
+    assert any("--box_space auto" in line for line in found.lines())
+    found = inspect(rows_of(["[1200, 100, 1800, 900]"]), box_space="pixels")
+    assert found.usable == 1 and any("counted in pixels" in line for line in found.lines())

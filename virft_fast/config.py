@@ -151,6 +151,9 @@ class DataConfig:
         False, "Read parquet files, of this machine or the hub, in parts while training."
     )
     task: str = arg("auto", "What is asked; auto: read off the data.", choices=TASKS)
+    columns: list[str] = arg(
+        [], "Columns of other names: ours=theirs, such as problem=question solution=answer."
+    )
     box_space: str = arg(
         "auto",
         "What boxes of rows without a column extent are counted in: thousandths of the image's "
@@ -436,6 +439,7 @@ class EvalConfig:
         "coco and lvis: all, names separated by commas, or base65, novel15, few8, lvis13, lvis6.",
     )
     compat_prompt: bool = arg(False, "As in training.")
+    columns: list[str] = arg([], "As in training.")
     box_space: str = arg("auto", "As in training.", choices=BOX_SPACES)
     exists_map: str | None = arg(
         None, "JSON {image: [category, ...]}: ask about these alone, as Visual-RFT does."
@@ -511,6 +515,22 @@ class EvalConfig:
 
 
 TRAIN_GROUPS = (ModelConfig, DataConfig, GRPOConfig, DPOConfig, TrainConfig)
+
+
+def column_names(pairs: list[str]) -> dict[str, str]:
+    """--columns as our name -> the data set's.
+
+    Raises:
+        ValueError: not of the form ours=theirs, or one of them twice.
+    """
+    split = [pair.partition("=") for pair in pairs]
+    for pair, (ours, _, theirs) in zip(pairs, split, strict=True):
+        if not (ours and theirs):
+            raise ValueError(f"--columns {pair}: expected ours=theirs, such as problem=question")
+    names = {ours: theirs for ours, _, theirs in split}
+    if len(names) < len(pairs) or len(set(names.values())) < len(pairs):
+        raise ValueError(f"--columns: expected every name once, got {' '.join(pairs)}")
+    return names
 
 
 def known_flags(groups: tuple[type, ...]) -> list[str]:

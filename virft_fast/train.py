@@ -38,6 +38,7 @@ from virft_fast.config import (
     ModelConfig,
     RunConfig,
     UsageError,
+    column_names,
     usage,
 )
 from virft_fast.data import (
@@ -334,6 +335,7 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
         config.data.dataset_train_split,
         dataset_config=config.data.dataset_config,
         streaming=config.data.dataset_streaming,
+        columns=column_names(config.data.columns),
     )
     task, space = config.data.task, config.data.box_space
     options = {
@@ -371,6 +373,7 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
             config.data.dataset_test_split,
             dataset_config=config.data.dataset_config,
             streaming=config.data.dataset_streaming,
+            columns=column_names(config.data.columns),
         )
         test = replace_rows(train, SampleDataset(test_rows, check_solution=check, **options))
     names = config.grpo.reward_funcs

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from virft_fast.cli import Parser
-from virft_fast.config import TASKS, UsageError, usage
+from virft_fast.config import BOX_SPACES, TASKS, UsageError, column_names, usage
 from virft_fast.data import SampleDataset, first_solutions, load_rows
 from virft_fast.data.accounts import Built
 from virft_fast.data.classification import READERS, plan_classification, read_csv
@@ -153,6 +153,8 @@ def _dataset_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset_streaming", action="store_true", help="read parquet in parts, as in training")
     add("--split", default="train")
     add("--task", choices=TASKS, default="auto")
+    add("--columns", nargs="+", default=[], help="columns of other names, as in training")
+    add("--box_space", choices=BOX_SPACES, default="auto", help="as in training")
 
 
 def _mia_arguments(parser: argparse.ArgumentParser) -> None:
@@ -659,13 +661,20 @@ def _load(arguments: argparse.Namespace) -> Any:
         arguments.split,
         dataset_config=arguments.dataset_config,
         streaming=arguments.dataset_streaming,
+        columns=column_names(arguments.columns),
     )
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     check_picture(arguments.output)
     rows = _load(arguments)
-    found = inspect(rows, task=arguments.task, pictures=arguments.pictures, progress=_progress)
+    found = inspect(
+        rows,
+        task=arguments.task,
+        pictures=arguments.pictures,
+        progress=_progress,
+        box_space=arguments.box_space,
+    )
     print("\n".join(found.lines()))
     if found.pictures:
         found.sheet().save(arguments.output)

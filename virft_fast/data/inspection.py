@@ -16,6 +16,7 @@ from PIL import Image
 from virft_fast.batch import Sample
 from virft_fast.data.drawing import TRUE, contact_sheet, draw_boxes
 from virft_fast.data.loading import IMAGE_FORMATS, BadRow, SampleDataset, first_solutions
+from virft_fast.data.survey import survey
 from virft_fast.data.writing import make_folder
 from virft_fast.tasks import BOX_TASKS, check_solution, detect_task, parse_detection
 from virft_fast.tasks.answers import answer_text
@@ -37,6 +38,7 @@ class Inspection:
         subjects: category or class -> number of rows.
         boxes_a_row: number of true boxes -> number of rows.
         pictures: some samples with their boxes drawn, and a caption each.
+        table: what a run would keep, leave out and convert.
     """
 
     task: str
@@ -48,6 +50,7 @@ class Inspection:
     subjects: Counter = field(default_factory=Counter)
     boxes_a_row: Counter = field(default_factory=Counter)
     pictures: list[tuple[Image.Image, str]] = field(default_factory=list)
+    table: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """For the terminal."""
@@ -66,7 +69,7 @@ class Inspection:
             more = f" and {left} more" if left > 0 else ""
             lines.append(f"{len(self.subjects)} categories: {common}{more}")
         lines += [f"row {row.index} can't be used: {row.reason}" for row in self.bad[:MOST_COMMON]]
-        return lines
+        return [*lines, *self.table]
 
     def sheet(self) -> Image.Image:
         return contact_sheet(self.pictures)
@@ -92,17 +95,20 @@ def inspect(
     task: str = "auto",
     pictures: int = 20,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda indices: indices,
+    box_space: str = "auto",
 ) -> Inspection:
     """Go through every row once.
 
     Args:
         rows: of `load_rows`.
         pictures: how many samples the sheet shows, evenly spread.
+        box_space: as in training; what training would refuse is said in the table.
     """
+    space = "thousandths" if box_space == "auto" else box_space
     if task == "auto":
-        task = detect_task(first_solutions(SampleDataset(rows)))
-    samples = SampleDataset(rows, check_solution=partial(check_solution, task))
-    found = Inspection(task, len(samples))
+        task = detect_task(first_solutions(SampleDataset(rows, box_space=space)))
+    samples = SampleDataset(rows, check_solution=partial(check_solution, task), box_space=space)
+    found = Inspection(task, len(samples), table=_table(samples, task, box_space))
     step = max(1, len(samples) // max(1, pictures))
     for index in progress(range(len(samples))):
         sample = samples.get(index)
@@ -120,6 +126,15 @@ def inspect(
             shown = draw_boxes(sample.images[0], boxes, TRUE)
             found.pictures.append((shown, f"{index}: {subject(sample, task)}"))
     return found
+
+
+def _table(samples: SampleDataset, task: str, box_space: str) -> list[str]:
+    surveyed = survey(samples, boxes=task in BOX_TASKS and box_space == "auto")
+    try:
+        warned = surveyed.settle_boxes()
+    except ValueError as error:
+        warned = str(error)
+    return [*surveyed.lines("a run"), *([f"  warning: {warned}"] if warned else [])]
 
 
 def subject(sample: Sample, task: str) -> str:

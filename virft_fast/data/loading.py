@@ -7,11 +7,13 @@ samples of rows. Nothing that comes out of a data set is evaluated, unpickled or
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from virft_fast.data.accounts import Built
 from virft_fast.data.images import (
     IMAGE_FORMATS,
     NOT_DOWNLOADED,
@@ -21,14 +23,17 @@ from virft_fast.data.images import (
     placed,
 )
 from virft_fast.data.layouts import (
+    ANSWERS,
     IMAGE_COLUMNS,
     IMAGE_PLACE,
     IMAGE_TAG,
+    QUESTIONS,
     check_columns,
     spoken_text,
 )
 from virft_fast.data.samples import BadRow, SampleDataset, first_solutions, taught_answer
 from virft_fast.data.streaming import ParquetRows
+from virft_fast.data.texts import read_text
 
 if TYPE_CHECKING:
     import datasets
@@ -39,10 +44,14 @@ __all__ = [
     "load_rows", "placed", "spoken_text", "taught_answer",
 ]  # fmt: skip
 
+logger = logging.getLogger(__name__)
+
 ACCEPTED = (
     "a demo ({demos}), a folder written by save_to_disk, a .json, .jsonl or .parquet file, a "
     "folder of .parquet files, or a hub id such as laolao77/ViRFT_COCO_base65"
 )
+OTHER_COLUMNS = ("rejected", "extent", "classes", "system", "completion")
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 SHARD_NAME = re.compile(r"(?P<split>\w+)-(?P<number>\d+)-of-(?P<total>\d+)")
 # Columns whose values may be chats, of any keys: kept as JSON, as they are.
@@ -62,6 +71,7 @@ def load_rows(
     dataset_config: str | None = None,
     image_folder: Path | None = None,
     streaming: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> datasets.Dataset | ParquetRows:
     """Load one split of a data set.
 
@@ -74,6 +84,7 @@ def load_rows(
         image_folder: where relative image paths of a JSON file start; None: at the file's folder.
         streaming: read rows out of the parquet files when they are asked for, over the network too,
             instead of making a copy of the whole set first.
+        columns: our name of a column -> the data set's own.
     Returns:
         The rows, images still encoded. Relative image paths of a JSON file are made absolute.
     Raises:
@@ -86,11 +97,41 @@ def load_rows(
         rows = _stream_rows(dataset_name, split, dataset_config)
     else:
         rows = _find_rows(dataset_name, split, dataset_config, image_folder)
-    rows.image_folder = _folder_of(dataset_name, image_folder)
+    account = getattr(rows, "account", None)
+    rows = _renamed(rows, columns or {}, f"--dataset_name {dataset_name}")
+    rows.image_folder, rows.account = _folder_of(dataset_name, image_folder), account
     if not len(rows):
         raise ValueError(f"--dataset_name {dataset_name}: split {split!r} has no rows")
     check_columns(rows.column_names, f"--dataset_name {dataset_name}")
     return rows
+
+
+def _renamed(rows: Any, columns: Mapping[str, str], where: str) -> Any:
+    """The rows with these columns under our names, which replace others of these names.
+
+    Raises:
+        ValueError: there is no such column, or none of ours of such a name.
+    """
+    ours = {*IMAGE_COLUMNS, *QUESTIONS, *ANSWERS, *OTHER_COLUMNS} - {"conversation"}
+    for name, source in columns.items():
+        if name not in ours:
+            raise ValueError(
+                f"--columns {name}={source}: expected one of {', '.join(sorted(ours))} before the ="
+            )
+        if source not in rows.column_names:
+            raise ValueError(
+                f"--columns {name}={source}: {where} has no column {source!r}, it has "
+                f"{', '.join(rows.column_names)}"
+            )
+    columns = {name: source for name, source in columns.items() if name != source}
+    if not columns:
+        return rows
+    if isinstance(rows, ParquetRows):
+        rows.rename(columns)
+        return rows
+    replaced = [name for name in columns if name in rows.column_names]
+    moved = {source: name for name, source in columns.items()}
+    return rows.remove_columns([n for n in replaced if n not in moved]).rename_columns(moved)
 
 
 def _find_rows(
@@ -154,16 +195,21 @@ def _pick_split(data: Any, split: str, name: str | Path) -> datasets.Dataset:
     import datasets
 
     splits = data if isinstance(data, datasets.DatasetDict) else {"train": data}
-    _check_split(split, list(splits), name)
-    return splits[split]
+    return splits[_found_split(split, list(splits), name)]
 
 
-def _check_split(split: str, splits: Sequence[str], name: str | Path) -> None:
-    if split not in splits:
-        raise ValueError(
-            f"--dataset_name {name}: no split {split!r}, it has {', '.join(splits) or 'none'}; "
-            f"choose with --split, in training --dataset_train_split and --dataset_test_split"
-        )
+def _found_split(split: str, splits: Sequence[str], name: str | Path) -> str:
+    """The split, or the one that goes by another name for validation."""
+    if split in splits:
+        return split
+    same = [other for other in splits if {split, other} <= set(VALIDATION_NAMES)]
+    if len(same) == 1:
+        logger.warning("--dataset_name %s: its split %s is used for %s", name, same[0], split)
+        return same[0]
+    raise ValueError(
+        f"--dataset_name {name}: no split {split!r}, it has {', '.join(splits) or 'none'}; "
+        f"choose with --split, in training --dataset_train_split and --dataset_test_split"
+    )
 
 
 def _load_folder(path: Path, split: str, config: str | None) -> datasets.Dataset:
@@ -184,10 +230,13 @@ def _load_file(path: Path, split: str, image_folder: Path | None = None) -> data
         return _load_parquet(_files_of(split, [path], path), path)
     if path.suffix not in (".json", ".jsonl"):
         raise ValueError(f"--dataset_name {path}: unknown kind of file; {_accepted()}")
-    _check_split(split, ["train"], path)
+    _found_split(split, ["train"], path)
     folder = path.parent if image_folder is None else image_folder
     try:
-        return _json_rows(_read_json(path), folder.resolve())
+        account = Built()
+        rows = _json_rows(_read_json(path, account), folder.resolve())
+        rows.account = account
+        return rows
     except RecursionError:
         raise ValueError(
             f"--dataset_name {path}: expected rows, got values nested too deep"
@@ -274,8 +323,7 @@ def _builder_files(builder: Any, split: str, name: str, expected: str, hint: str
     if kinds != {"parquet"}:
         found = ", ".join(sorted(kinds)) or "none"
         raise ValueError(f"--dataset_name {name}: expected {expected}, got {found}{hint}")
-    _check_split(split, list(splits), name)
-    return splits[split]
+    return splits[_found_split(split, list(splits), name)]
 
 
 def _parquet_files(folder: Path) -> list[Path]:
@@ -292,9 +340,9 @@ def _files_of(split: str, files: Sequence[Path], where: Path) -> list[str]:
     splits: dict[str, list[str]] = {}
     for file in files:
         splits.setdefault(_parquet_split(file, where), []).append(str(file))
-    _check_split(split, list(splits), where)
-    _check_shards(splits[split], where)
-    return splits[split]
+    files = splits[_found_split(split, list(splits), where)]
+    _check_shards(files, where)
+    return files
 
 
 def _check_shards(files: Sequence[str], where: Path) -> None:
@@ -330,7 +378,8 @@ def _load_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
     except Exception as error:  # network, hub, configuration and builder errors share no base
         unknown = re.match(r"Unknown split .* Should be one of (\[.*\])", str(error))
         if unknown:
-            _check_split(split, re.findall(r"'([^']*)'", unknown[1]), name)
+            found = _found_split(split, re.findall(r"'([^']*)'", unknown[1]), name)
+            return datasets.load_dataset(name, config, split=found)
         raise _hub_error(name, error) from error
 
 
@@ -391,12 +440,13 @@ def _open_remote(address: str) -> Any:
 # --- JSON ------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON list or of JSON lines, told apart by content."""
+def _read_json(path: Path, account: Built) -> list[dict[str, Any]]:
+    """The records of a JSON list or of JSON lines, told apart by content; in any encoding, which
+    `account` records where it had to be guessed."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--dataset_name {path}: expected UTF-8 text: {error}") from error
+        text = read_text(path, account)
+    except ValueError as error:
+        raise ValueError(f"--dataset_name {error}") from error
     records = _parse_json(text, path)
     for number, record in enumerate(records):
         if not isinstance(record, dict):

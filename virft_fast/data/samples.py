@@ -75,6 +75,7 @@ class SampleDataset:
         self._image_columns = _image_columns(rows)
         self._json_columns = _json_columns(rows)
         self._check_solution = check_solution
+        self.account = getattr(rows, "account", None)  # of how the file was read
         self.image_folder: Path | None = getattr(rows, "image_folder", None)
         column = question_column({}, self.names)
         if compat_prompt and column != "conversations":

@@ -8,7 +8,7 @@ groups, and then the rows of a window, as many neighbouring groups as fit into m
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -70,6 +70,7 @@ class ParquetRows:
                     f"{self._files[0]}, got {', '.join(names)}"
                 )
         self.features: datasets.Features = datasets.Features.from_arrow_schema(schema)
+        self._sources: dict[str, str] = {}  # our name of a column -> the file's, if any differs
         self.groups = self._row_groups()
         self._starts = np.array([group.start for group in self.groups], dtype=np.int64)
         self._window_bytes = window_bytes
@@ -110,7 +111,19 @@ class ParquetRows:
         if not 0 <= index < len(self):
             raise IndexError(f"expected a row in [0, {len(self)}), got {index}")
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._table(group).slice(index - self.groups[group].start, 1)
+        row = self._table(group).slice(index - self.groups[group].start, 1)
+        if not self._sources:
+            return row
+        return row.select(list(self._sources.values())).rename_columns(list(self._sources))
+
+    def rename(self, columns: Mapping[str, str]) -> None:
+        """Give rows these columns (new name -> old) instead of theirs of the new names."""
+        moved = set(columns.values())
+        kept = {n: n for n in self.column_names if n not in moved and n not in columns}
+        self._sources = kept | dict(columns)
+        self.column_names = list(self._sources)
+        datasets_of = {name: self.features[source] for name, source in self._sources.items()}
+        self.features = type(self.features)(datasets_of)
 
     def _table(self, group: int) -> pa.Table:
         """The rows of a group, read unless they are kept."""

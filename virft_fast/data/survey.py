@@ -93,6 +93,8 @@ def survey(samples: SampleDataset, *, boxes: bool) -> Survey:
     """
     found = Survey(len(samples))
     found.read = min(len(samples), MAX_STREAMED_ROWS if samples.streamed else MAX_ROWS)
+    if samples.account is not None:
+        found.account.add(samples.account)
     layouts: dict[str, int] = {}
     for index in range(found.read):
         try:

@@ -15,7 +15,7 @@ from typing import Any
 
 from virft_fast import dist, tasks
 from virft_fast.batch import Sample
-from virft_fast.config import EvalConfig
+from virft_fast.config import EvalConfig, column_names
 from virft_fast.data import SampleDataset, first_solutions, load_rows
 from virft_fast.data.accounts import Built
 from virft_fast.data.coco import pick_categories, pick_names
@@ -165,7 +165,12 @@ def _whole_images(rows: Any, most: int) -> int:
 
 def of_dataset(config: EvalConfig) -> Questions:
     """About the rows of a data set."""
-    rows = load_rows(config.dataset_name, config.split, dataset_config=config.dataset_config)
+    rows = load_rows(
+        config.dataset_name,
+        config.split,
+        dataset_config=config.dataset_config,
+        columns=column_names(config.columns),
+    )
     task = "detection" if config.task in ("coco", "lvis") else config.task
     samples = SampleDataset(rows, compat_prompt=config.compat_prompt)  # refuses other columns
     if task == "auto":
