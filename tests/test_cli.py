@@ -20,6 +20,7 @@ from virft_fast.cli import parse
 from virft_fast.config import TRAIN_GROUPS, EvalConfig, UsageError, known_flags
 from virft_fast.data.__main__ import make_parser
 from virft_fast.launch_lines import FOREIGN, find
+from virft_fast.tasks import load_reward_funcs
 from virft_fast.train import main, parse_args, prepare_output_dir
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -297,3 +298,46 @@ def test_the_docs_show_the_table():
         values = ", ".join("any" if v == "*" else f"`{v}`" for v in foreign.harmless.split())
         rows.append(f"| {flags} | {values} | {foreign.why} | {foreign.instead} |")
     assert "\n".join(rows) in (DOCS / "launch_lines.md").read_text()
+
+
+REWARDS_FILE = """
+def plain(completions, **_):
+    return [1.0] * len(completions)
+
+class Scorer:
+    def __call__(self, completions, **_):
+        return [2.0] * len(completions)
+    def method(self, completions, **_):
+        return [3.0] * len(completions)
+
+class Needy:
+    def __init__(self, what): pass
+
+scorer = Scorer()
+number = 1
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "module"])
+def test_rewards_of_files_and_modules(tmp_path, monkeypatch, kind):
+    (tmp_path / "some_rewards.py").write_text(REWARDS_FILE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    where = str(tmp_path / "some_rewards.py") if kind == "file" else "some_rewards"
+    found = load_reward_funcs([f"{where}:{n}" for n in ("plain", "Scorer", "scorer.method")])
+    assert [name for name, _ in found] == ["plain", "Scorer", "method"]
+    assert [function(completions=["a"]) for _, function in found] == [[1.0], [2.0], [3.0]]
+    for name, said in (
+        ("plan", "did you mean plain?"), ("Needy", "made without arguments"),
+        ("number", "no function 'number'"), ("scorer.metod", "did you mean method?"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"--reward_funcs") as caught:
+            load_reward_funcs([f"{where}:{name}"])
+        assert said in str(caught.value)
+    with pytest.raises(ValueError, match="can't be imported"):
+        load_reward_funcs(["no_such_package.module:f"])
+
+
+def test_a_tracker_that_is_missing_is_found_before_anything_is_loaded(tmp_path, capsys):
+    argv = ["--model_name_or_path", "no/such", "--output_dir", str(tmp_path / "out")]
+    assert main([*argv, "--report_to", "nonsense"]) == 2
+    assert "--report_to: expected one of" in capsys.readouterr().err

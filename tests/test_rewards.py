@@ -231,7 +231,9 @@ UNBOUNDED = "visual_rft_grounding"
 
 @given(BROKEN, st.sampled_from(SOLUTIONS))
 def test_any_text_gives_a_reward_in_its_range(text, solution):
-    for name, function in REWARDS.items():
+    # sympy's own time has no bound; tests/test_values.py has accuracy_math's hostile answers.
+    own = {name: function for name, function in REWARDS.items() if name != "accuracy_math"}
+    for name, function in own.items():
         (value,) = function([None], [text], solution=[solution])
         assert math.isfinite(value)
         if name != UNBOUNDED:
@@ -296,6 +298,8 @@ def test_solution_against_itself_is_the_maximum(name):
         solution = "<answer> (1,2),(30,40) </answer>"
     elif name in ("accuracy", "visual_rft_accuracy"):
         solution = "<answer>rose</answer>"
+    elif name in (f"accuracy_{kind}" for kind in ("choice", "number", "math")):
+        solution = f"<answer>{'B' if name == 'accuracy_choice' else '5'}</answer>"
     assert reward(name, solution, solution) == pytest.approx(ACCURACY_REWARDS[name])
 
 
@@ -391,7 +395,7 @@ def test_score_weighs_and_leaves_out_none_as_trl_does():
 def test_infinite_reward_is_left_out_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         _, total = run_score(fixed(math.inf, 1, 1e300))
-    assert "infinite" in caplog.text
+    assert "2 rewards that no float32 holds" in caplog.text
     assert torch.isnan(total).tolist() == [True, False, True]
 
 

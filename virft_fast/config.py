@@ -181,7 +181,9 @@ class GRPOConfig:
 
     _argument_group_name = "GRPO"
     reward_funcs: list[str] = arg(
-        [], "Names or path/to/file.py:function; empty: the task's default rewards."
+        [],
+        "Names, path/to/file.py:function or package.module:function; empty: the task's default "
+        "rewards.",
     )
     reward_weights: list[float] = arg([], "One weight a reward function; empty: all 1.")
     num_generations: int = arg(8, "Completions a prompt (G).")

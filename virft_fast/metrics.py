@@ -85,7 +85,7 @@ class MetricsWriter:
         self.window: dict[str, tuple[float, int]] = {}
         self._warned: set[str] = set()
         self._started, self._start_step = time.monotonic(), start_step
-        names = _tracker_names(report_to)
+        names = check_trackers(report_to)
         self.trackers = _make_trackers(names, run_name, self.output_dir, config) if is_main else []
         self.bar = self._make_bar(start_step) if is_main else None
 
@@ -268,19 +268,20 @@ def _tracker_names(report_to: list[str]) -> list[str]:
     return [] if names == ["none"] else names
 
 
-def _make_trackers(
-    names: list[str], run_name: str, output_dir: Path, config: dict[str, Any]
-) -> list[Any]:
+def check_trackers(report_to: list[str]) -> list[str]:
+    """Names of the trackers that --report_to means.
+
+    Raises:
+        ValueError: one is not known or not installed.
+    """
+    names = _tracker_names(report_to)
     if not names:
         return []
-    from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-    PartialState()  # the trackers ask it which process is the main one
     available = [str(tracker.value) for tracker in get_available_trackers()]
     if names == ["all"]:
-        names = available
-    trackers = []
+        return available
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             known = ", ".join([*LOGGER_TYPE_TO_CLASS, "all", "none"])
@@ -290,6 +291,20 @@ def _make_trackers(
                 f"--report_to {name}: its package is not installed; pip install "
                 f"'virft_fast[loggers]' or pip install {name}"
             )
+    return names
+
+
+def _make_trackers(
+    names: list[str], run_name: str, output_dir: Path, config: dict[str, Any]
+) -> list[Any]:
+    if not names:
+        return []
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # the trackers ask it which process is the main one
+    trackers = []
+    for name in names:
         try:
             cls = LOGGER_TYPE_TO_CLASS[name]
             trackers.append(_start_tracker(cls, run_name, output_dir, config))

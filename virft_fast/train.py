@@ -66,7 +66,7 @@ from virft_fast.engine import (
 )
 from virft_fast.evaluation.scoring import Evaluation, evaluate_rewards
 from virft_fast.grpo import TooManyBadSteps, TrainState, train_step
-from virft_fast.metrics import MetricsWriter
+from virft_fast.metrics import MetricsWriter, check_trackers
 from virft_fast.models.adapters import (
     BASE_FOLDER,
     LORA_DEFAULTS,
@@ -182,6 +182,7 @@ def run(config: RunConfig, device: torch.device) -> int:
     stop = StopSignal()
     output_dir = Path(config.train.output_dir)
     with usage():
+        check_trackers(config.train.report_to)
         if rolls_out(config):
             check_cache_limit(
                 config.grpo.rollout_backend,

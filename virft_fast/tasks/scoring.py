@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import difflib
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import logging
 import math
+import re
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,27 +31,60 @@ class RewardError(RuntimeError):
 
 
 def load_function(name: str) -> tuple[str, RewardFunction]:
-    path, _, attribute = name.rpartition(":")
-    if not Path(path).is_file():
+    """A reward from path/to/file.py:name or package.module:name; the name may be that of a class,
+    which is called without arguments, or a method of an object, `scorer.score`.
+
+    Returns:
+        the last part of the name, and the function.
+    Raises:
+        ValueError: there is no such file, module or name, or it can't be called.
+    """
+    where, _, attribute = name.rpartition(":")
+    is_module = re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", where) and not Path(where).is_file()
+    if not is_module and not Path(where).is_file():
         raise ValueError(
-            f"--reward_funcs {name}: expected path/to/file.py:function, no file {path}"
+            f"--reward_funcs {name}: expected path/to/file.py:function or package.module:function, "
+            f"no file {where}"
         )
+    try:
+        module = importlib.import_module(where) if is_module else _module_of(where)
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"--reward_funcs {name}: {where} can't be imported: {type(error).__name__}: {error}"
+        ) from error
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            close = difflib.get_close_matches(part, dir(found), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"--reward_funcs {name}: no function {attribute!r} in {where}{hint}")
+        found = getattr(found, part)
+    if inspect.isclass(found):
+        found = _made(name, found)
+    if not callable(found):
+        raise ValueError(f"--reward_funcs {name}: no function {attribute!r} in {where}")
+    return attribute.rsplit(".", 1)[-1], found
+
+
+def _module_of(path: str) -> Any:
     unique = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:12]
     spec = importlib.util.spec_from_file_location(f"virft_fast_rewards_{unique}", path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"--reward_funcs {name}: expected a Python file, got {path}")
+        raise ImportError("expected a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their own module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _made(name: str, cls: type) -> Any:
     try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+        return cls()
+    except Exception as error:
         raise ValueError(
-            f"--reward_funcs {name}: {path} can't be imported: {type(error).__name__}: {error}"
+            f"--reward_funcs {name}: expected a class that is made without arguments, got "
+            f"{type(error).__name__}: {error}"
         ) from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ValueError(f"--reward_funcs {name}: no function {attribute!r} in {path}")
-    return attribute, function
 
 
 def score(
