@@ -449,7 +449,7 @@ BAD_SETS = {
     "broken.json": ('[{"problem": ', "not valid JSON"),
     "broken.jsonl": ('{"problem": 1}\n{"problem"\n', "line 2 is not valid JSON"),
     "records.json": ("[1, 2]", "record to be an object"),
-    "latin.json": ("[\xff".encode("latin-1"), "UTF-8"),
+    "latin.json": ("[\xff".encode("latin-1"), "not valid JSON"),
     "columns.json": ('[{"question": "?", "solution": "a"}]', "problem, prompt.*question, solution"),
     "solution.json": ('[{"problem": "?", "truth": "a"}]', "column solution.*problem, truth"),
     "set.csv": ("a,b", "unknown kind of file; expected a demo"),

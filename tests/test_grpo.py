@@ -217,3 +217,30 @@ def test_a_reward_that_scores_some_is_not_silent(processor, prompts):
     )  # fmt: skip
     train_step(state, prompts[:1])
     assert state.silent_steps == {"reward": 0}
+
+
+def test_rewards_see_and_report_what_they_do_in_trl(processor, prompts):
+    seen = {}
+
+    def reward(completions, image_grid_thw, trainer_state, log_extra, log_metric, **columns):
+        seen.update(grids=image_grid_thw, state=trainer_state)
+        log_extra("length", [len(c[0]["content"]) for c in completions])
+        log_metric("mine", 2.0)
+        log_metric("mine", 4.0)
+        log_metric("reward", 99.0)  # a name of ours
+        return [1.0] * len(completions)
+
+    state = make_state(processor, reward=reward, max_steps=7, num_rows=4)
+    metrics, records = train_step(state, prompts[:3])
+    assert metrics["mine"] == 3.0 and metrics["reward"] == 1.0
+    assert [r["length"] for r in records] == [len(r["completion"]) for r in records]
+    assert (seen["state"].global_step, seen["state"].max_steps, seen["state"].epoch) == (0, 7, 0)
+    assert seen["grids"] == [None if p.image_grid_thw is None else p.image_grid_thw.tolist()
+                             for p in prompts[:3] for _ in range(2)]  # fmt: skip
+
+
+def test_a_reward_gets_only_the_shared_arguments_that_it_takes(processor, prompts):
+    def reward(prompts, completions, problem, solution, completion_ids, image_grid_thw):
+        return [1.0] * len(completions)
+
+    train_step(make_state(processor, reward=reward), prompts[:1])

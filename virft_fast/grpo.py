@@ -29,7 +29,7 @@ from virft_fast.metrics import null_for_nan, reduce_metrics
 from virft_fast.models import adapters
 from virft_fast.models.qwen_vl import ModelInputs, Policy
 from virft_fast.rollout import Rollout, Sampling
-from virft_fast.tasks import score
+from virft_fast.tasks import RewardLog, score
 
 # Loss types that are a mean over sequences; the others are a mean over tokens.
 SEQUENCE_MEANS = ("grpo", "gspo", "dr_grpo")
@@ -57,6 +57,7 @@ class TrainState:
         base_weights: stamp of the weights the run began with.
         adapter: how its adapter began, a `LoraPlan.kind`; None without one.
         save_dtype: of saved weights; None keeps the dtype they are trained in.
+        max_steps, num_rows: of the whole run and of its data set, for reward functions to know.
     """
 
     config: GRPOConfig
@@ -81,6 +82,8 @@ class TrainState:
     base_weights: list[Any] | None = None
     adapter: str | None = None
     save_dtype: torch.dtype | None = None
+    max_steps: int = 0
+    num_rows: int = 0
 
     @property
     def prompts_per_step(self) -> int:
@@ -155,7 +158,8 @@ def train_step(
             first_row=dist.rank() * len(prompts) * cfg.num_generations,
         )
     with stats.timed("rewards"):
-        rewards_per_func, rewards = score_rollouts(state, rollouts)  # (N, R), (N,)
+        log = RewardLog()
+        rewards_per_func, rewards = score_rollouts(state, rollouts, log)  # (N, R), (N,)
         advantages = _advantages(rewards, cfg)  # (N,)
     with stats.timed("train"):
         microbatches = make_microbatches(state, rollouts, advantages, stats)
@@ -168,6 +172,7 @@ def train_step(
             note = _mismatch_stats if iteration == 0 else None
             applied &= update(state, microbatches, weights, learning_rate, stats, note)
     _rollout_stats(stats, state, rollouts, rewards_per_func, rewards)
+    _reported_stats(stats, state, log)
     state.step += 1
     metrics = finish(state, stats, rollouts, learning_rate, applied, start)
     names = [name for name, _ in state.reward_funcs]
@@ -175,6 +180,9 @@ def train_step(
     records = completion_records(rollouts, names, rewards_per_func)
     for record, advantage in zip(records, advantages.tolist(), strict=True):
         record["advantage"] = advantage
+    for column, values in log.extra.items():
+        for record, value in zip(records, values, strict=False):
+            record.setdefault(column, value)
     return metrics, records
 
 
@@ -192,13 +200,33 @@ def _count_silent(state: TrainState, metrics: dict[str, float], names: Sequence[
             )
 
 
-def score_rollouts(state: TrainState, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+def score_rollouts(state: TrainState, rollouts: Rollouts, log: RewardLog) -> tuple[Tensor, Tensor]:
     """Rewards (N, R), NaN where a function abstains, and their weighted sums (N,)."""
+    from transformers import TrainerState
+
+    seen = TrainerState(
+        global_step=state.step,
+        max_steps=state.max_steps,
+        epoch=state.step * state.prompts_per_step * dist.world_size() / max(state.num_rows, 1),
+    )
     return score(
         state.reward_funcs,
         state.reward_weights,
         *reward_arguments(rollouts),
+        shared=log.arguments(seen),
     )
+
+
+def _reported_stats(stats: StepStats, state: TrainState, log: RewardLog) -> None:
+    """Metrics that reward functions reported, on any rank; never under the name of one of ours."""
+    modules = [getattr(function, "__module__", "") for _, function in state.reward_funcs]
+    if all(module.startswith("virft_fast.") for module in modules):
+        return  # ours report nothing
+    parts = dist.all_gather_object(list(log.metrics))
+    for name in sorted({name for part in parts for name in part}):
+        values = log.metrics.get(name, [])
+        if name not in stats.sums:
+            stats.add(name, sum(values), len(values))
 
 
 def reward_arguments(rollouts: Rollouts) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
@@ -206,6 +234,8 @@ def reward_arguments(rollouts: Rollouts) -> tuple[list[Any], list[Any], dict[str
     repeated = [p.sample for p in rollouts.prompts for _ in range(rollouts.num_generations)]
     names = {name for sample in repeated for name in sample.columns}
     columns = {name: [sample.columns.get(name) for sample in repeated] for name in sorted(names)}
+    grids = [p.image_grid_thw for p in rollouts.prompts for _ in range(rollouts.num_generations)]
+    columns["image_grid_thw"] = [None if grid is None else grid.tolist() for grid in grids]
     columns["completion_ids"] = [
         ids[mask].tolist()
         for ids, mask in zip(rollouts.completion_ids, rollouts.completion_mask, strict=True)

@@ -576,6 +576,8 @@ def prepare_training(
         max_bad_steps=train.max_bad_steps,
         base_weights=base_weights,
         save_dtype=stored_dtype(config),
+        max_steps=num_steps(config, len(data.train)),
+        num_rows=len(data.train),
     )
 
 

@@ -29,7 +29,7 @@ from virft_fast.tasks.rewards import (
     grounding_giou,
     hungarian_iou,
 )
-from virft_fast.tasks.scoring import RewardError, RewardFunction, load_function, score
+from virft_fast.tasks.scoring import RewardError, RewardFunction, RewardLog, load_function, score
 from virft_fast.tasks.values import choice_letter, number_of
 from virft_fast.tasks.visual_rft import (
     visual_rft_accuracy,
@@ -45,6 +45,7 @@ __all__ = [
     "REWARDS",
     "Detection",
     "RewardError",
+    "RewardLog",
     "answer_text",
     "check_solution",
     "default_rewards",

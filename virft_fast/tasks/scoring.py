@@ -14,6 +14,8 @@ import math
 import re
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +89,48 @@ def _made(name: str, cls: type) -> Any:
         ) from error
 
 
+@dataclass
+class RewardLog:
+    """What reward functions report beside their values, as with TRL's trainer.
+
+    Attributes:
+        metrics: name -> values. extra: column -> a value for each completion.
+    """
+
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Report a number; its mean over a step and all ranks is a metric of that name."""
+        self.metrics.setdefault(name, []).append(float(value))
+
+    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+        """Report a column of the completions' records, one value a completion."""
+        self.extra.setdefault(column, []).extend(values)
+
+    def arguments(self, trainer_state: Any = None) -> dict[str, Any]:
+        """What a reward function gets of it."""
+        return {
+            "trainer_state": trainer_state,
+            "log_extra": self.log_extra,
+            "log_metric": self.log_metric,
+        }
+
+
 def score(
     reward_funcs: Sequence[tuple[str, RewardFunction]],
     weights: Sequence[float],
     prompts: Sequence[Any],
     completions: Sequence[Any],
     columns: Mapping[str, Sequence[Any]],
+    shared: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Call every reward function on all N completions and add up, as TRL 1.16 does.
 
     Args:
         columns: the data set's columns, N values each.
+        shared: arguments that are not one a completion, for the functions that take them;
+            default: those of a `RewardLog` that nobody reads.
     Returns:
         (N, R) float32 rewards, NaN where a function gave None or nothing finite, and (N,) their
         weighted sums over the functions that did score; NaN where none did.
@@ -105,8 +138,10 @@ def score(
         RewardError: a function raised, or gave something that is neither a number nor None.
         ValueError: a function returned another number of rewards than N.
     """
+    shared = RewardLog().arguments() if shared is None else shared
     per_function = [
-        _call(name, function, prompts, completions, columns) for name, function in reward_funcs
+        _call(name, _given(function, shared), prompts, completions, columns)
+        for name, function in reward_funcs
     ]
     rewards = torch.tensor(per_function, dtype=torch.float32).T  # (N, R)
     # A finite double may still be too large for a float32.
@@ -114,6 +149,17 @@ def score(
     total = (rewards * torch.tensor(weights, dtype=torch.float32)).nansum(1)
     unscored = rewards.isnan().all(1) | ~total.isfinite()
     return rewards, total.masked_fill(unscored, torch.nan)
+
+
+def _given(function: RewardFunction, shared: Mapping[str, Any]) -> RewardFunction:
+    """The function with those of the shared arguments that it takes."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of a builtin
+        return function
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    taken = {name: value for name, value in shared.items() if takes_all or name in parameters}
+    return partial(function, **taken)
 
 
 def _call(
