@@ -76,8 +76,10 @@ def test_formulas(answer, truth, equal):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(ImportError, match=r"virft_fast\[math\]"):
+    with pytest.raises(ValueError, match=r"virft_fast\[math\]"):
         MATH(None, ["5"], ["5"])
+    with pytest.raises(ValueError, match=r"virft_fast\[math\]"):
+        load_reward_funcs(["accuracy_math"])
 
 
 @pytest.mark.parametrize(

@@ -381,7 +381,8 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
     if not names and not preferences:
         names = tasks.default_rewards(task, found.solutions)
     names = [] if preferences else names
-    known = found.classes() if task == "classification" else None
+    scores = config.train.algorithm == "grpo" or config.train.eval_samples > 0
+    known = found.classes() if scores and "accuracy" in names and task == "classification" else None
     table = found.lines(config.data.dataset_train_split)
     if not (preferences or config.grpo.reward_funcs) and names != tasks.DEFAULT_REWARDS[task]:
         dropped = ", ".join(set(tasks.DEFAULT_REWARDS[task]) - set(names))

@@ -30,7 +30,7 @@ from virft_fast.tasks.rewards import (
     hungarian_iou,
 )
 from virft_fast.tasks.scoring import RewardError, RewardFunction, RewardLog, load_function, score
-from virft_fast.tasks.values import choice_letter, number_of
+from virft_fast.tasks.values import choice_letter, import_math_verify, number_of
 from virft_fast.tasks.visual_rft import (
     visual_rft_accuracy,
     visual_rft_accuracy_confidence,
@@ -135,6 +135,8 @@ def load_reward_funcs(names: Sequence[str]) -> list[tuple[str, RewardFunction]]:
 
 def _registered(name: str) -> tuple[str, RewardFunction]:
     if name in REWARDS:
+        if name == "accuracy_math":
+            import_math_verify()  # better now than after the model is loaded
         return name, REWARDS[name]
     close = difflib.get_close_matches(name, REWARDS, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(REWARDS)}"

@@ -267,7 +267,7 @@ def accuracy_math(
     """1 if the answer equals the formula of the solution by math-verify, else 0.
 
     Raises:
-        ImportError: math-verify is not installed.
+        ValueError: math-verify is not installed.
     """
     return [
         float(same_formula(text, str(truth)))

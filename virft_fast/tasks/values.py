@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import threading
 from fractions import Fraction
+from typing import Any
 
 from virft_fast.tasks.labels import answer_text, fold, peel, readings
 
@@ -52,19 +53,29 @@ def number_of(text: str) -> tuple[Fraction, str] | None:
     return None
 
 
+def import_math_verify() -> Any:
+    """The package.
+
+    Raises:
+        ValueError: it is not installed; says how to get it.
+    """
+    try:
+        import math_verify
+    except ImportError as error:
+        raise ValueError(
+            "accuracy_math: expected the package math-verify; pip install 'virft_fast[math]'"
+        ) from error
+    return math_verify
+
+
 def same_formula(answer: str, truth: str) -> bool:
     """Whether two formulas are equal, by math-verify. The answer counts as a whole, so that one
     right number among several is none.
 
     Raises:
-        ImportError: math-verify is not installed; says how to get it.
+        ValueError: math-verify is not installed.
     """
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise ImportError(
-            "accuracy_math: expected the package math-verify; pip install 'virft_fast[math]'"
-        ) from error
+    math_verify = import_math_verify()
     given, wanted = (peel(answer_text(text).strip()) for text in (answer, truth))
     if not given or len(given) > MAX_FORMULA or _ENDLESS.search(given):
         return False
@@ -73,8 +84,11 @@ def same_formula(answer: str, truth: str) -> bool:
     # Its timeouts are signals, which only the main thread gets.
     seconds = 5 if threading.current_thread() is threading.main_thread() else None
     try:
-        read = [parse(f"\\boxed{{{text}}}", parsing_timeout=seconds) for text in (wanted, given)]
-        return bool(all(read) and verify(*read, timeout_seconds=seconds))
+        read = [
+            math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=seconds)
+            for text in (wanted, given)
+        ]
+        return bool(all(read) and math_verify.verify(*read, timeout_seconds=seconds))
     # What a model writes is data, and the parser's errors share no base.
     except Exception:
         return False
