@@ -28,7 +28,9 @@ from virft_fast.data.inspection import check_picture, inspect
 from virft_fast.data.instances import Annotations, read_annotations
 from virft_fast.data.lisa import plan_grounding, read_lisa
 from virft_fast.data.mia import Layout
+from virft_fast.data.voc import read_voc
 from virft_fast.data.writing import Plan, check_output, drop_missing, write_dataset
+from virft_fast.data.yolo import read_yolo
 from virft_fast.tasks import check_solution, detect_task
 from virft_fast.tasks.coordinates import FAMILY_SPACE, Extent
 from virft_fast.tasks.prompts import CLASSIFICATION_SETS
@@ -60,6 +62,9 @@ def make_parser() -> argparse.ArgumentParser:
     for kind in ("coco", "lvis"):
         _detection_arguments(build.add_parser(kind, help=f"from {kind.upper()}'s instances files"))
         build.choices[kind].set_defaults(run=_build_detection, kind=kind)
+    for kind, layout in (("yolo", "Ultralytics' layout"), ("voc", "Pascal VOC's layout")):
+        _folder_arguments(build.add_parser(kind, help=f"from a folder in {layout}"))
+        build.choices[kind].set_defaults(run=_build_folder, kind=kind)
     _classification_arguments(build.add_parser("classification", help="from labelled images"))
     _grounding_arguments(build.add_parser("grounding", help="from LISA's ReasonSeg folders"))
     _mia_arguments(
@@ -114,6 +119,20 @@ def _detection_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", type=Path, required=True, help="folder of the training images")
     add("--test_annotations", type=Path, help="instances file of the test images")
     add("--test_images", type=Path, help="folder of the test images; default: --images")
+    _choice_arguments(parser)
+
+
+def _folder_arguments(parser: argparse.ArgumentParser) -> None:
+    _common(parser)
+    _space_arguments(parser)
+    parser.add_argument(
+        "--source", type=Path, required=True, help="the folder, or for yolo its data.yaml"
+    )
+    _choice_arguments(parser)
+
+
+def _choice_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--categories",
         default="all",
@@ -298,6 +317,14 @@ def _build_detection(arguments: argparse.Namespace) -> None:
             arguments.test_annotations, arguments.kind, arguments.test_images or arguments.images
         )
     _write_detection(arguments, sources, arguments.kind)
+
+
+def _build_folder(arguments: argparse.Namespace) -> None:
+    check_output(arguments.output, arguments.overwrite, (arguments.source,))
+    sources = {"yolo": read_yolo, "voc": read_voc}[arguments.kind](arguments.source)
+    if arguments.test_share and "test" in sources:
+        raise ValueError("--test_share: the source has a split test of its own; leave it out")
+    _write_detection(arguments, sources, "coco")
 
 
 def _write_detection(

@@ -1,0 +1,110 @@
+"""Detection data in Pascal VOC's layout: Annotations/*.xml, JPEGImages and ImageSets/Main."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from virft_fast.data.accounts import Built
+from virft_fast.data.image_files import Found, ImageFiles
+from virft_fast.data.instances import Annotations, annotations_of, number_of
+
+# Set of ImageSets/Main -> split; trainval where there is no train.
+SETS = {"train": "train", "trainval": "train", "val": "validation", "test": "test"}
+
+
+def read_voc(source: Path) -> dict[str, Annotations]:
+    """Split -> annotations. VOC counts pixels from 1, the last one included, so that a box of
+    xmin 1 and xmax 10 is 0 to 10 here. Objects marked difficult are ignored like COCO's crowds.
+
+    Args:
+        source: a folder with Annotations in it, or one that holds a single such folder.
+    Raises:
+        FileNotFoundError, ValueError: there is none, or nothing in it can be used.
+    """
+    root = _root(source)
+    images = ImageFiles(root / "JPEGImages" if (root / "JPEGImages").is_dir() else root)
+    found: dict[str, Annotations] = {}
+    for name, split in SETS.items():
+        listed = root / "ImageSets" / "Main" / f"{name}.txt"
+        if listed.is_file() and split not in found:
+            lines = listed.read_text(encoding="utf-8").splitlines()
+            stems = [line.split()[0] for line in lines if line.strip()]
+            files = [root / "Annotations" / f"{stem}.xml" for stem in stems]
+            found[split] = _annotations(files, images, f"--source {root}, {name}")
+    if not found:
+        files = sorted((root / "Annotations").glob("*.xml"))
+        found["train"] = _annotations(files, images, f"--source {root}")
+    if "train" not in found:
+        raise ValueError(f"--source {root}: expected train or trainval in ImageSets/Main")
+    return found
+
+
+def _root(source: Path) -> Path:
+    places = [source, *sorted(source.glob("*/")), *sorted(source.glob("*/*/"))]
+    roots = [place for place in places if (place / "Annotations").is_dir()]
+    if source in roots:
+        return source
+    if len(roots) != 1:
+        raise FileNotFoundError(
+            f"--source {source}: expected a folder with Annotations in it, got "
+            f"{', '.join(map(str, roots)) or 'none'}; name the folder"
+        )
+    return roots[0]
+
+
+def _annotations(files: list[Path], found: ImageFiles, where: str) -> Annotations:
+    account = Built()
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    categories: dict[str, int] = {}
+    for file in files:
+        tree = _tree(file, account)
+        if tree is None:
+            continue
+        number = len(images)
+        name = (tree.findtext("filename") or f"{file.stem}.jpg").strip()
+        images.append({"id": number, "file_name": name, "width": tree.findtext("size/width"),
+                       "height": tree.findtext("size/height")})  # fmt: skip
+        for label, box, difficult in _objects(tree, file, account):
+            annotations.append({"id": str(file), "image_id": number, "bbox": box,
+                                "category_id": categories.setdefault(label, len(categories)),
+                                "iscrowd": int(difficult)})  # fmt: skip
+    listed = [{"id": number, "name": name} for name, number in categories.items()]
+    data = {"images": images, "annotations": annotations, "categories": listed}
+
+    def find(file: str) -> Found:
+        return found.find(file)
+
+    return annotations_of(data, "coco", find, account, where)
+
+
+def _tree(file: Path, account: Built) -> ElementTree.Element | None:
+    try:
+        data = file.read_bytes()
+        # An entity may stand for a text of any size, and needs a document type.
+        if b"<!DOCTYPE" in data or b"<!ENTITY" in data or b"\0" in data:
+            raise ValueError("document type")
+        return ElementTree.fromstring(data)
+    except (OSError, ValueError, ElementTree.ParseError):
+        account.leave_out("annotation file that is missing or no plain XML", str(file))
+        return None
+
+
+def _objects(
+    tree: ElementTree.Element, file: Path, account: Built
+) -> Iterator[tuple[str, list[float], bool]]:
+    """Name, x, y, width and height, and whether it is difficult."""
+    for part in tree.iter("object"):
+        label = (part.findtext("name") or "").strip()
+        sides = [number_of(part.findtext(f"bndbox/{n}")) for n in ("xmin", "ymin", "xmax", "ymax")]
+        if not label or None in sides:
+            account.leave_out("object without a name or four numbers", str(file))
+            continue
+        left, top, right, bottom = sides
+        difficult = (part.findtext("difficult") or "0").strip() == "1"
+        if difficult:
+            account.convert("difficult object, ignored as a crowd", str(file))
+        yield label, [left - 1, top - 1, right - left + 1, bottom - top + 1], difficult
