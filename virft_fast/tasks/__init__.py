@@ -16,6 +16,7 @@ from virft_fast.tasks.answers import (
     unreadable,
     valid_box,
 )
+from virft_fast.tasks.brackets import MAX_CHARACTERS
 from virft_fast.tasks.coordinates import THOUSAND, extent_of, rescale
 from virft_fast.tasks.labels import key
 from virft_fast.tasks.rewards import (
@@ -199,6 +200,8 @@ def check_solution(task: str, solution: str, extent: Sequence[float] | None = No
         detection = parse_detection(solution, None if extent is None else extent_of(extent))
     except ValueError as error:
         return str(error)
+    if len(solution) > MAX_CHARACTERS:
+        return f"expected at most {MAX_CHARACTERS} characters in the solution; split the row"
     if detection is None:
         return f"expected boxes in the solution, got {solution!r:.120}"
     if len(detection.boxes) >= MAX_OBJECTS:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Union
 
 # 500 of Visual-RFT's objects are within both limits; the rest of a text is not read.
+MAX_CHARACTERS = 40_000
 MAX_TOKENS = 10_000
 MAX_GROUPS = 1_024
 MAX_DEPTH = 8  # what is nested deeper is read as if it stood alone
@@ -56,6 +57,7 @@ def read_groups(text: str) -> Group:
     """The text as a group without brackets of its own."""
     root = Group("", [], [])
     stack, before, left = [root], "", MAX_GROUPS
+    text = text[:MAX_CHARACTERS]
     matches = _TOKEN.finditer(text if text.isascii() else text.translate(_ASCII))
     for match in itertools.islice(matches, MAX_TOKENS):
         token = match[0]
