@@ -202,26 +202,30 @@ def _count_silent(state: TrainState, metrics: dict[str, float], names: Sequence[
 
 def score_rollouts(state: TrainState, rollouts: Rollouts, log: RewardLog) -> tuple[Tensor, Tensor]:
     """Rewards (N, R), NaN where a function abstains, and their weighted sums (N,)."""
+    shared = log.arguments(_trainer_state(state)) if _has_own_rewards(state) else {}
+    arguments = reward_arguments(rollouts)
+    return score(state.reward_funcs, state.reward_weights, *arguments, shared=shared)
+
+
+def _has_own_rewards(state: TrainState) -> bool:
+    """Whether a reward function is the user's; ours neither look at the run nor report of it."""
+    modules = (getattr(function, "__module__", "") for _, function in state.reward_funcs)
+    return not all(module.startswith("virft_fast.") for module in modules)
+
+
+def _trainer_state(state: TrainState) -> Any:
     from transformers import TrainerState
 
-    seen = TrainerState(
-        global_step=state.step,
-        max_steps=state.max_steps,
-        epoch=state.step * state.prompts_per_step * dist.world_size() / max(state.num_rows, 1),
-    )
-    return score(
-        state.reward_funcs,
-        state.reward_weights,
-        *reward_arguments(rollouts),
-        shared=log.arguments(seen),
+    done = state.step * state.prompts_per_step * dist.world_size()
+    return TrainerState(
+        global_step=state.step, max_steps=state.max_steps, epoch=done / max(state.num_rows, 1)
     )
 
 
 def _reported_stats(stats: StepStats, state: TrainState, log: RewardLog) -> None:
     """Metrics that reward functions reported, on any rank; never under the name of one of ours."""
-    modules = [getattr(function, "__module__", "") for _, function in state.reward_funcs]
-    if all(module.startswith("virft_fast.") for module in modules):
-        return  # ours report nothing
+    if not _has_own_rewards(state):
+        return
     parts = dist.all_gather_object(list(log.metrics))
     for name in sorted({name for part in parts for name in part}):
         values = log.metrics.get(name, [])
