@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
-from helpers import read_jsonl
-from safetensors.torch import load_file
+from helpers import read_jsonl, run
+from safetensors.torch import load_file, save_file
 
 from virft_fast import merge
 from virft_fast.data.demo import build_demo
 from virft_fast.models.adapters import BASE_FOLDER, model_chain
 from virft_fast.models.qwen_vl import load_model
+from virft_fast.models.tiny import TINY_PATH
 from virft_fast.train import main
 
 SMALL = [
@@ -37,7 +39,7 @@ def data(tmp_path_factory):
     return folder
 
 
-def stage(data, model, out, *flags, algorithm="grpo", rate=0.05, steps=1):
+def arguments(data, model, out, *flags, algorithm="grpo", rate=0.05, steps=1):
     rows = data / ("pairs.parquet" if algorithm == "dpo" else "rows.parquet")
     reward = ["--reward_funcs", data / "reward.py:second"] if algorithm == "grpo" else []
     argv = [
@@ -45,7 +47,11 @@ def stage(data, model, out, *flags, algorithm="grpo", rate=0.05, steps=1):
         "--output_dir", out, "--max_steps", steps, "--save_steps", steps, "--learning_rate", rate,
         *SMALL, *reward, *flags,
     ]  # fmt: skip
-    assert main([str(word) for word in argv]) == 0
+    return [str(word) for word in argv]
+
+
+def stage(data, model, out, *flags, **options):
+    assert main(arguments(data, model, out, *flags, **options)) == 0
     return out
 
 
@@ -151,6 +157,57 @@ def test_a_resumed_second_stage_keeps_its_reference(data, first, tmp_path, algor
     assert_same(load_model(str(whole)), load_model(str(half)))
 
 
+def test_overwriting_a_run_keeps_the_new_base(data, first, tmp_path, monkeypatch):
+    """Also where --output_dir is a relative path: the adapter is nothing without its base."""
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        stage(data, first, "out", *SECOND["stacked"], "--overwrite_output_dir", rate=1e-3)
+        assert_holds_what_was_trained(tmp_path / "out")
+
+
+def test_an_overwritten_folder_holds_one_model(data, first, tmp_path):
+    """A whole model after an adapter, and an adapter after a whole model."""
+    out = tmp_path / "out"
+    for flags in (SECOND["stacked"], [], SECOND["continued"]):
+        stage(data, first, out, *flags, "--overwrite_output_dir", rate=1e-3)
+        assert_holds_what_was_trained(out)
+        assert (out / "adapter_config.json").exists() == bool(flags)
+        assert (out / "model.safetensors").exists() != bool(flags)
+        assert (out / BASE_FOLDER).exists() == (flags == SECOND["stacked"])
+
+
+def test_a_folder_that_the_run_needs_is_not_overwritten(data, first, tmp_path, capsys):
+    """An adapter's base in the output folder, and the folder itself."""
+    out = stage(data, first, tmp_path / "out", *SECOND["stacked"], rate=1e-3)
+    argv = ["--dataset_name", data / "rows.parquet", "--output_dir", out, "--overwrite_output_dir"]
+    for model, said in ((out / BASE_FOLDER, "would delete"), (out, "would be overwritten")):
+        assert main([str(word) for word in [*argv, "--model_name_or_path", model]]) == 2
+        assert said in capsys.readouterr().err
+    assert_holds_what_was_trained(out)
+
+
+@pytest.mark.parametrize("flags", [SECOND["continued"], SECOND["full"]], ids=["continued", "full"])
+def test_a_second_stage_under_zero3_is_the_plain_one(data, first, tmp_path, flags):
+    """The frozen copy is divided with the adapter; a merged model is divided after merging."""
+    plain = stage(data, first, tmp_path / "plain", *flags, rate=1e-3, steps=2)
+    zero3 = tmp_path / "zero3.json"
+    zero3.write_text(
+        '{"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"}'
+    )
+    argv = arguments(
+        data, first, tmp_path / "out", *flags, "--deepspeed", zero3, rate=1e-3, steps=2
+    )
+    done = run(*argv)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs, ours = (read_jsonl(f / "metrics.jsonl") for f in (plain, tmp_path / "out"))
+    for one, other in zip(theirs, ours, strict=True):
+        for name in ("loss", "kl", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-6), name
+    assert ours[0]["kl"] == 0 < ours[1]["kl"]
+    if flags:
+        assert_same(load_model(str(tmp_path / "out")), as_peft_loads(tmp_path / "out"))
+
+
 def test_a_stacked_run_can_be_moved(data, first, tmp_path):
     out = stage(data, first, tmp_path / "out", *SECOND["stacked"], rate=1e-3)
     there = load_model(str(out)).state_dict()
@@ -203,18 +260,128 @@ def test_the_dtype_of_a_saved_model(data, tmp_path, flags, dtype):
         assert json.loads((folder / "config.json").read_text())["dtype"] == str(dtype)[6:]
 
 
-def test_an_adapter_that_is_more_than_products_is_refused(data, first, tmp_path, capsys):
-    config = json.loads((first / "adapter_config.json").read_text()) | {"bias": "all"}
-    folder = tmp_path / "odd"
-    folder.mkdir()
-    for path in first.iterdir():
-        if path.is_file():
-            (folder / path.name).write_bytes(path.read_bytes())
+def odd_copy(first, folder, **settings):
+    """The first stage's folder with other settings of its adapter."""
+    shutil.copytree(first, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    config = json.loads((first / "adapter_config.json").read_text()) | settings
     (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"lora_bias": True}, {"peft_type": "IA3"},
+     {"init_lora_weights": "pissa"}, {"trainable_token_indices": [1]}],
+    ids=lambda settings: next(iter(settings)),
+)  # fmt: skip
+def test_an_adapter_that_is_more_than_products_is_refused(data, first, tmp_path, capsys, settings):
+    folder = odd_copy(first, tmp_path / "odd", **settings)
     argv = ["--model_name_or_path", folder, "--dataset_name", data / "rows.parquet",
             "--output_dir", tmp_path / "out", "--use_peft"]  # fmt: skip
     assert main([str(word) for word in argv]) == 2
-    assert "'bias': 'all'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert str(settings)[1:-1] in said and "virft_fast.merge" in said
+
+
+def test_an_adapter_of_another_model_is_refused(first, tmp_path):
+    """Peft alone leaves out weights that fit nowhere, and says nothing."""
+    folder = odd_copy(first, tmp_path / "odd")
+    weights = load_file(folder / "adapter_model.safetensors")
+    renamed = {name.replace("layers.0.", "layers.9."): value for name, value in weights.items()}
+    save_file(renamed, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="expected an adapter of this base model"):
+        load_model(str(folder))
+
+
+def test_adapters_that_name_each_other_are_refused(first, tmp_path):
+    for one, other in ("ab", "ba"):
+        odd_copy(first, tmp_path / one, base_model_name_or_path=str(tmp_path / other))
+    with pytest.raises(ValueError, match="name each other as base models"):
+        load_model(str(tmp_path / "a"))
+
+
+PARTS = {"patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 16}},
+         "rslora": {"use_rslora": True}, "dora": {"use_dora": True},
+         "dropout": {"lora_dropout": 0.1},
+         "expression": {"target_modules": r".*language_model.*q_proj"},
+         "tower": {"target_modules": ["qkv", "q_proj"]}}  # fmt: skip
+
+
+def peft_folder(folder, **settings):
+    """What plain peft writes: an adapter with weights of its own, no tokenizer and no processor."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    settings = {"r": 4, "target_modules": ["q_proj", "down_proj"], **settings}
+    model = get_peft_model(load_model("tiny"), LoraConfig(**settings))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("settings", PARTS.values(), ids=PARTS)
+def test_pefts_kinds_of_lora_are_continued(data, tmp_path, settings):
+    """With a frozen tower an adapter in it stays as it is, and stays in the folder."""
+    start = peft_folder(tmp_path / "peft", **settings)
+    out = stage(data, start, tmp_path / "out", "--use_peft", "--freeze_vision_tower", rate=1e-3)
+    assert read_jsonl(out / "metrics.jsonl")[0]["kl"] == 0
+    assert_same(load_model(str(out)), as_peft_loads(out))
+    before, after = (load_file(f / "adapter_model.safetensors") for f in (start, out))
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not any("visual" in name for name in moved)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]}],
+    ids=["head", "embedding"],
+)  # fmt: skip
+def test_an_adapter_on_one_of_two_tied_weights_unties_them(tmp_path, settings):
+    """The embedded model's head is its embedding; merged, the two are no longer the same."""
+    from peft import PeftModel
+    from transformers import Qwen2VLForConditionalGeneration
+
+    start = peft_folder(tmp_path / "peft", **settings)
+    assert merge.main([str(start), str(tmp_path / "whole"), "--dtype", "float32"]) == 0
+    adapted = PeftModel.from_pretrained(load_model("tiny"), start).eval()
+    whole = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "whole").eval()
+    ids = torch.arange(5, 30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            whole(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=0, atol=1e-4
+        )
+
+
+def test_a_lost_stage_of_an_older_release_is_not_resumed(data, first, tmp_path, capsys):
+    out = stage(data, first, tmp_path / "out", "--use_peft")
+    path = out / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["adapter"]
+    path.write_text(json.dumps(state))
+    argv = ["--use_peft", "--model_name_or_path", first, "--dataset_name", data / "rows.parquet",
+            "--output_dir", out, "--resume_from_checkpoint", "latest", *SMALL]  # fmt: skip
+    assert main([str(word) for word in argv]) == 2
+    assert "docs/checkpoints.md says how to rescue" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("beta, status", [("0.04", 2), ("0", 0)])
+def test_changed_weights_matter_to_a_reference_only(data, tmp_path, capsys, beta, status):
+    model = tmp_path / "model"
+    shutil.copytree(TINY_PATH, model)
+    out = stage(data, model, tmp_path / "out", rate=1e-3)
+    weights = load_file(model / "model.safetensors")
+    save_file(
+        {k: v * 1.1 for k, v in weights.items()}, model / "model.safetensors", {"format": "pt"}
+    )
+    argv = ["--model_name_or_path", model, "--dataset_name", data / "rows.parquet", "--beta", beta,
+            "--reward_funcs", data / "reward.py:second", "--output_dir", out, "--save_steps", 0,
+            "--max_steps", 2, "--resume_from_checkpoint", "latest", *SMALL]  # fmt: skip
+    assert main([str(word) for word in argv]) == status
+    shown = capsys.readouterr()
+    assert ("as they were when the run began" in shown.err) == bool(status)
+    assert status or "--beta 0.04 -> 0.0" in shown.out
 
 
 def test_what_changed_is_named_on_resume(data, tmp_path, capsys, caplog):

@@ -323,7 +323,7 @@ def _delete_run(output_dir: Path, keep: str) -> None:
     """Delete what a run writes, except the folder `keep`, and nothing else."""
     files = (METRICS_FILE, "completions.jsonl", SUMMARY_FILE, REPORT_FILE, REFERENCE_FILE)
     for path in output_dir.iterdir():
-        if _OF_A_RUN.fullmatch(path.name) and path != Path(keep):
+        if _OF_A_RUN.fullmatch(path.name) and path.resolve() != Path(keep):
             shutil.rmtree(path, ignore_errors=True)
         elif path.name in files or checkpoints.MODEL_FILES.fullmatch(path.name):
             path.unlink()
@@ -930,7 +930,7 @@ def _resume(
                 f"--resume_from_checkpoint {folder}: expected a run whose adapter is "
                 f"{state.adapter}, got one whose adapter is "
                 f"{saved.get('adapter', 'on merged weights that were not saved')}; "
-                "docs/stages.md says how to rescue what an earlier version wrote"
+                "docs/checkpoints.md says how to rescue what an earlier version wrote"
             )
         if not _same_weights(config, saved.get("weights"), state.base_weights):
             raise UsageError(

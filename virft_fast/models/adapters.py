@@ -42,7 +42,7 @@ LORA_DEFAULTS: dict[str, Any] = {
 _KEPT = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules",
     "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout", "megatron_core", "peft_type",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
     "target_modules", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
@@ -256,7 +256,14 @@ def merge_adapter(model: nn.Module, folder: str) -> nn.Module:
         head.weight = nn.Parameter(embedding.weight.detach().clone())
     adapted = peft.PeftModel(model, config)
     _load_weights(adapted, folder)
-    merged = adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
+    # What peft can't merge, it says in several ways.
+    except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
+        raise ValueError(
+            f"--model_name_or_path {folder!r}: expected an adapter that can be merged into its "
+            f"base model, got {type(error).__name__}: {error}"
+        ) from error
     head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
     if tied:
         same = torch.equal(head.weight, embedding.weight)
