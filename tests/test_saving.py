@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import FAMILIES, random_model
 from safetensors import safe_open
 
 from virft_fast.models.processing import load_processor
@@ -217,6 +218,27 @@ print("good", type(made[0]).__name__)
 def test_stock_processors_load_it_where_torchvision_is(saved, source):
     folder = saved if source == "saved" else TINY_PATH
     assert python("torchvision", PROCESSORS, folder) == "good Qwen2VLProcessor"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_every_family_is_saved_and_saved_again(family, tmp_path):
+    """Only some families' weights have other names in memory; transformers empties the dict of
+    weights of the others while it writes them."""
+    processor = load_processor("tiny")
+    model = random_model(family, processor.tokenizer)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    save_model(model, weights, processor, tmp_path / "first")
+    config = read(tmp_path / "first", "config.json")
+    assert config["model_type"] == family and config["torch_dtype"] == "float32"
+    assert ("text_config" in config) == (family == "qwen3_vl")
+    write(tmp_path / "first", tmp_path / "second")
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("first", "second")
+    )
+    assert first == second
+    loaded = load_model(str(tmp_path / "second")).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
 
 
 def test_the_weights_are_as_saved(saved):

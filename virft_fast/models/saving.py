@@ -128,18 +128,20 @@ def save_model(
 
     Args:
         state_dict: the gathered weights under the names of `model`, already in the dtype to store.
+            It may be empty afterwards.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     current = inner.generation_config
     inner.generation_config = getattr(inner, "shipped_generation_config", current)
     adapter = {"selected_adapters": [TRAINED]} if has_adapter(model) else {}
+    # Read first: save_pretrained may take the tensors out of `state_dict` as it writes them.
+    dtype = next(t.dtype for t in state_dict.values() if t.is_floating_point())
     try:
         model.save_pretrained(folder, state_dict=state_dict, **adapter)
     finally:
         inner.generation_config = current
     if inner is model:
-        floating = [t.dtype for t in state_dict.values() if t.is_floating_point()]
-        _rewrite(folder / "config.json", lambda config: released_config(config, floating[0]))
+        _rewrite(folder / "config.json", lambda config: released_config(config, dtype))
         for name, content in processor.base_files.items():
             if name not in PROCESSOR_FILES:
                 (folder / name).write_bytes(content)
