@@ -95,7 +95,9 @@ def parse_label(text: str) -> list[str]:
 _WRAPPERS = ('""', "''", "()", "[]", "{}", "「」", "『』", "《》", "【】", "〈〉", "$$", "**")
 _BOXED = re.compile(r"\\(?:boxed|text|mathrm|mathbf|textbf) ?\{(.*)\}")
 _OPENING = re.compile(r"[-*•] (?=[^\d.])|[,:;?¿¡•·'\"]|\.(?! ?\d)|#+ ")
-_CLOSING = re.compile(r"[ .,:;?。、।…‥]+$|(?<=[^\d])!+$|(?<=[^\d])['\"]$")
+_CLOSING = " .,:;?。、।…‥"
+# After a digit these are feet, inches, a factorial.
+_UNPAIRED = re.compile(r"(?<=\D)(?:'|\"|!!?!?)$")
 
 
 def peel(text: str) -> str:
@@ -113,7 +115,7 @@ def peel(text: str) -> str:
             text = boxed[1]
         if opening := _OPENING.match(text):
             text = text[opening.end() :]
-        text = _CLOSING.sub("", text).strip()
+        text = _UNPAIRED.sub("", text.rstrip(_CLOSING)).strip()
         if text == before:
             break
     return text
@@ -124,6 +126,7 @@ _APOSTROPHE = re.compile(r"(?<=[^\W\d])'(?=[^\W\d])")  # rubik's
 _GAPS = re.compile(r"(?P<words>(?<=[ams])(?:\.? | ?- ?)(?=[as]))|(?P<numbers>(?<=1) (?=[.1]))| ")
 
 
+@lru_cache(maxsize=1 << 13)
 def key(text: str) -> str:
     """What two spellings of one name have in common; "" for a text without content.
 
