@@ -12,7 +12,8 @@ from virft_fast import tasks
 from virft_fast.config import column_names
 from virft_fast.data.inspection import inspect
 from virft_fast.data.loading import load_rows
-from virft_fast.data.samples import BadRow, SampleDataset
+from virft_fast.data.prompts import PromptSource
+from virft_fast.data.samples import BadRow, SampleDataset, taught_answer
 from virft_fast.data.survey import survey
 from virft_fast.tasks.rewards import accuracy, knowing_classes
 from virft_fast.train import main
@@ -62,15 +63,59 @@ def test_a_column_extent_settles_it():
 @pytest.mark.parametrize(
     "space, box", [("pixels", [192, 108, 960, 540]), ("unit", [0.1, 0.1, 0.5, 0.5])]
 )
-def test_boxes_of_a_named_space_are_scored_in_it(space, box):
+def test_boxes_of_a_named_space_are_converted_to_what_the_model_answers_in(space, box, processor):
+    """Up to the encoded prompt, which refuses a space that the model doesn't see."""
     samples = samples_of(rows_of([box]), box_space=space)
-    sample = samples.get(0)
-    columns = {name: [value] for name, value in sample.columns.items()}
-    for answer, right in ((box, 1.0), ([100, 100, 500, 500], 0.0)):
+    prompt = PromptSource(samples, processor).load(0)
+    assert not isinstance(prompt, BadRow), prompt.reason
+    columns = {name: [value] for name, value in prompt.sample.columns.items()}
+    assert "extent" not in columns and "completion" not in columns
+    for answer, right in (([100, 100, 500, 500], 1.0), (box, 0.0)):
         completion = [f"<answer>{list(answer)}</answer>"]
         assert tasks.REWARDS["accuracy_iou"](None, completion, **columns) == [right]
     found = survey(samples, boxes=False)
-    assert found.account.converted == {f"boxes are counted in {space}": ["row 0"]}
+    assert found.account.converted == {f"boxes in {space} to thousandths": ["row 0"]}
+
+
+def test_conversion_keeps_what_a_solution_says():
+    size = (2000, 500)
+    for solution, wanted in (
+        ("<answer> (200,50),(1000,250) </answer>", "<answer> (100,100),(500,500) </answer>"),
+        ("[{'Position': [200, 50, 1000, 250], 'Confidence': 0.5}]",
+         "<answer>[{'Position': [100, 100, 500, 500], 'Confidence': 0.5}]</answer>"),
+        ("<answer>No Objects</answer>", "<answer>No Objects</answer>"),
+        ("a cat", "a cat"),
+    ):  # fmt: skip
+        assert tasks.in_thousandths(solution, size) == wanted
+
+
+def test_what_is_taught_is_converted_or_refused():
+    """A conversation's answer and TRL's completion are the solution; another text is not."""
+    image, box = Image.new("RGB", (2000, 500)), "(200,50),(1000,250)"
+    chat = [{"role": "user", "content": "Find it."}, {"role": "assistant", "content": box}]
+    for row in ({"messages": chat}, {"prompt": "Find it.", "completion": box}):
+        sample = samples_of([row | {"images": [image]}], box_space="pixels").get(0)
+        assert taught_answer(sample) == "<answer> (100,100),(500,500) </answer>"
+    row = {"image": image, "problem": "Find it.", "solution": box}
+    told = samples_of([row | {"completion": f"<answer>{box}.</answer>"}], box_space="pixels").get(0)
+    assert isinstance(told, BadRow) and "converts the solution alone" in told.reason
+    asked = samples_of([row | {"problem": "Find it, in pixels."}], box_space="pixels").get(0)
+    assert isinstance(asked, BadRow) and "speaks of pixels" in asked.reason
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "sft"])
+def test_a_run_trains_on_pixel_boxes(tmp_path, capsys, algorithm):
+    Image.new("RGB", (1920, 1080)).save(tmp_path / "a.png")
+    row = {"image": "a.png", "problem": "Find it.", "solution": "[1200, 100, 1800, 900]"}
+    (tmp_path / "d.jsonl").write_text("\n".join([json.dumps(row)] * 2))
+    argv = ["--dataset_name", str(tmp_path / "d.jsonl"), "--max_steps", "1", "--save_steps", "0",
+            "--num_generations", "2", "--max_completion_length", "48", "--algorithm", algorithm,
+            "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    assert main(argv) == 2
+    assert "pass --box_space pixels" in capsys.readouterr().err
+    assert main([*argv, "--box_space", "pixels"]) == 0
+    (record,) = map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines())
+    assert record["bad_rows"] == 0
 
 
 def test_a_box_outside_its_image_is_a_bad_row():
@@ -194,4 +239,6 @@ def test_inspection_says_what_a_run_would(tmp_path):
     found = inspect(rows_of(["[1200, 100, 1800, 900]", "[1, 2, 3, 4]"]))
     assert any("--box_space auto" in line for line in found.lines())
     found = inspect(rows_of(["[1200, 100, 1800, 900]"]), box_space="pixels")
-    assert found.usable == 1 and any("counted in pixels" in line for line in found.lines())
+    assert found.usable == 1 and any(
+        "boxes in pixels to thousandths" in line for line in found.lines()
+    )

@@ -351,6 +351,11 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
                 f"--algorithm dpo: expected the columns chosen and rejected, got "
                 f"{', '.join(rows.column_names)}"
             )
+        if space != "auto":
+            raise UsageError(
+                f"--box_space {space}: expected auto with --algorithm dpo, whose answers are not "
+                "converted; leave it out"
+            )
         task = "preference"
     elif task == "auto":
         task = tasks.detect_task(first_solutions(samples))

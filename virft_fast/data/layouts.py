@@ -35,6 +35,7 @@ UNREAD_TAG = re.compile(
 OBJECT_TAG = re.compile(r"<(?:bbox|ref-object)>")
 # <image 1>, <image_1>: labels beside images, but nothing without.
 _NUMBERED = re.compile(r"<image[ _]?(\d{1,3})>", re.IGNORECASE)
+PIXELS = re.compile(r"\bpixels?\b|像素|ピクセル|픽셀", re.IGNORECASE)
 _LEADING_IMAGES = re.compile(r"(?:\s*<img>.*?</img>)*\s*", re.DOTALL)
 
 

@@ -15,6 +15,7 @@ from virft_fast.batch import Sample
 from virft_fast.data.images import UnreadableImage, image_size, one_line, open_image
 from virft_fast.data.layouts import (
     IMAGE_COLUMNS,
+    PIXELS,
     Reading,
     Row,
     Unusable,
@@ -24,6 +25,7 @@ from virft_fast.data.layouts import (
     read_row,
     spoken_text,
 )
+from virft_fast.tasks import in_thousandths, parse_detection
 
 if TYPE_CHECKING:
     import datasets
@@ -48,8 +50,8 @@ class SampleDataset:
             it, or None.
         compat_prompt: LISA's conversations ask for a box as the original does, to the letter.
         first_exchange: of a conversation, take the first question and its answer alone.
-        box_space: what boxes are counted in where a row has no `extent`: thousandths, pixels (of
-            the row's first image) or unit (0..1). Answers are read in the same space.
+        box_space: what boxes of rows without `extent` are counted in: thousandths, pixels (of the
+            row's first image) or unit (0..1). Solutions are converted to thousandths.
     Raises:
         ValueError: no column holds the problem, or none the solution; or `compat_prompt` and no
             conversations.
@@ -66,7 +68,7 @@ class SampleDataset:
     ) -> None:
         self.streamed = not hasattr(rows, "with_format") and hasattr(rows, "permutation")
         self._box_space = box_space
-        self.rules = () if box_space == "thousandths" else (f"boxes are counted in {box_space}",)
+        self.rules = () if box_space == "thousandths" else (f"boxes in {box_space} to thousandths",)
         self.names = _column_names(rows)
         check_columns(self.names, "data set")
         # In arrow format images (and sound, and video) come as they are stored: nothing is decoded
@@ -110,25 +112,54 @@ class SampleDataset:
             raise Unusable(f"the row can't be read: {one_line(error)}") from error
         return row, read_row(row, self.names, compat=self._compat_prompt, first=self._first)
 
-    def outline(self, index: int) -> tuple[Reading, list[tuple[int, int]], Any]:
-        """What row `index` says, the (width, height) of its images, and the extent of its boxes.
+    def outline(self, index: int) -> tuple[Reading, str]:
+        """What row `index` says, and its solution as `get` gives it; images are only looked at.
 
         Raises:
-            Unusable, UnreadableImage: it can't be read, or an image is missing.
+            Unusable, UnreadableImage: it can't be used, or an image is missing.
         """
         row, reading = self.read(index)
         sizes = [image_size(source, self.image_folder) for source in reading.sources]
-        return reading, sizes, self._extent(row, sizes)
+        solution = self._converted(row, reading, sizes)
+        return reading, self.checked(solution, row.get("extent"))
 
-    def _extent(self, row: Row, sizes: Sequence[tuple[int, int]]) -> Any:
-        """(width, height) of the space that the row's boxes are counted in; None: 0..1000."""
-        if row.get("extent") is not None or self._box_space == "thousandths":
-            return row.get("extent")
-        if self._box_space == "unit":
-            return [1, 1]
-        if not sizes:
-            raise Unusable("--box_space pixels: expected an image, whose pixels count, got none")
-        return list(sizes[0])
+    def _converted(
+        self, row: Row, reading: Reading, sizes: Sequence[tuple[int, int]] | None = None
+    ) -> Any:
+        """The row's solution, in thousandths where its boxes are in pixels or shares."""
+        solution = reading.solution
+        if not self.rules or row.get("extent") is not None or not isinstance(solution, str):
+            return solution
+        if self._box_space == "pixels":
+            if not reading.sources:
+                raise Unusable("--box_space pixels: expected an image, whose pixels count")
+            if PIXELS.search(reading.problem):
+                raise Unusable(
+                    "--box_space pixels: expected a question that names no unit, because answers "
+                    "are in thousandths, got one that speaks of pixels; reword it"
+                )
+        first = (1, 1)
+        if self._box_space == "pixels":
+            first = sizes[0] if sizes else image_size(reading.sources[0], self.image_folder)
+        return in_thousandths(solution, first)
+
+    def _taught(self, row: Row, reading: Reading, solution: str) -> str | None:
+        """The answer to learn where it is not the solution.
+
+        Raises:
+            Unusable: it has boxes of its own, which are not converted.
+        """
+        if "chosen" in row:
+            return None
+        said = spoken_text(row.get("completion")) or reading.said
+        if said is None or said in (solution, reading.solution):
+            return None
+        if self.rules and row.get("extent") is None and parse_detection(said) is not None:
+            raise Unusable(
+                f"completion: expected no boxes beside --box_space {self._box_space}, which "
+                "converts the solution alone; leave the column out, or convert it"
+            )
+        return said
 
     def _row(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
@@ -145,13 +176,12 @@ class SampleDataset:
             columns |= {name: spoken_text(row.get(name)) for name in ("chosen", "rejected")}
             if columns["chosen"] is None:
                 raise Unusable("chosen: expected an answer, a text or a chat that ends with one")
-        measured = reading.sources[:1] if self._box_space == "pixels" else []
-        extent = self._extent(row, [image_size(s, self.image_folder) for s in measured])
-        if extent is not None:
-            columns["extent"] = extent
-        solution = self.checked(reading.solution, extent)
-        if reading.said and reading.said != solution and row.get("completion") is None:
-            columns["completion"] = reading.said  # what is learned, beside what scores
+        solution = self.checked(self._converted(row, reading), row.get("extent"))
+        taught = self._taught(row, reading, solution)
+        if solution != reading.solution:  # converted: what was said is what it was
+            columns.pop("completion", None)
+        if taught is not None and row.get("completion") is None:
+            columns["completion"] = taught  # what is learned, beside what scores
         return Sample(
             index=index,
             messages=tuple(reading.messages),

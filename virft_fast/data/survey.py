@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass, field
 
 from virft_fast.data.accounts import Built
-from virft_fast.data.images import UnreadableImage
-from virft_fast.data.layouts import Unusable
+from virft_fast.data.images import UnreadableImage, image_size
+from virft_fast.data.layouts import PIXELS, Unusable
 from virft_fast.data.samples import SampleDataset
 from virft_fast.tasks.answers import parse_detection
 from virft_fast.tasks.labels import ClosedSet, answer_text
@@ -21,7 +21,6 @@ MAX_STREAMED_ROWS = 200
 # More labels than this, and more than half as many as rows, are answers and no classes.
 MANY_LABELS = 200
 THOUSAND = 1000
-_PIXELS = re.compile(r"\bpixels?\b|像素|ピクセル|픽셀", re.IGNORECASE)
 
 
 @dataclass
@@ -98,10 +97,9 @@ def survey(samples: SampleDataset, *, boxes: bool) -> Survey:
     layouts: dict[str, int] = {}
     for index in range(found.read):
         try:
-            reading, sizes, extent = samples.outline(index)
-            if boxes and extent is None:
-                _note_space(found, index, reading.solution, reading.problem, sizes)
-            solution = samples.checked(reading.solution, extent)
+            if boxes:
+                _note_space(found, index, samples)
+            reading, solution = samples.outline(index)
         except (Unusable, UnreadableImage) as error:
             found.account.leave_out(_kind(str(error)), f"row {index}")
             continue
@@ -115,10 +113,13 @@ def survey(samples: SampleDataset, *, boxes: bool) -> Survey:
     return found
 
 
-def _note_space(
-    found: Survey, index: int, solution: object, problem: str, sizes: list[tuple[int, int]]
-) -> None:
-    read = parse_detection(solution) if isinstance(solution, str) else None
+def _note_space(found: Survey, index: int, samples: SampleDataset) -> None:
+    row, reading = samples.read(index)
+    solution, problem = reading.solution, reading.problem
+    if row.get("extent") is not None or not isinstance(solution, str):
+        return
+    sizes = [image_size(source, samples.image_folder) for source in reading.sources]
+    read = parse_detection(solution)
     numbers = [box for box in (read.boxes if read else ()) if all(map(math.isfinite, box))]
     if not numbers:
         return
@@ -130,7 +131,7 @@ def _note_space(
             image = f"{size[0]}x{size[1]}"
             found.in_pixels.append(f"row {index}: a box {list(box)} in an image of {image}")
             return
-    if _PIXELS.search(problem):
+    if PIXELS.search(problem):
         found.in_pixels.append(f"row {index}: the question speaks of pixels")
     elif all(0 <= v <= 1 for box in numbers for v in box) and any(
         v != int(v) for box in numbers for v in box

@@ -39,7 +39,8 @@ from virft_fast.tasks.prompts import asked_category
 
 logger = logging.getLogger(__name__)
 _TEXT_COLUMNS = (
-    "problem", "prompt", "conversations", "solution", "extent", "category", "image_id",
+    "problem", "prompt", "conversations", "solution", "extent", "category", "image_id", "messages",
+    "query", "history", "system", "answer", "response", "reward_model", "completion",
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from virft_fast.tasks.answers import (
 from virft_fast.tasks.brackets import MAX_CHARACTERS
 from virft_fast.tasks.coordinates import THOUSAND, extent_of, rescale
 from virft_fast.tasks.labels import key
+from virft_fast.tasks.prompts import grounding_solution
 from virft_fast.tasks.rewards import (
     accuracy,
     accuracy_choice,
@@ -51,6 +52,7 @@ __all__ = [
     "check_solution",
     "default_rewards",
     "detect_task",
+    "in_thousandths",
     "load_reward_funcs",
     "parse_detection",
     "parse_label",
@@ -219,6 +221,22 @@ def check_solution(task: str, solution: str, extent: Sequence[float] | None = No
     if task == "grounding" and len(detection.boxes) != 1:
         return f"expected one box, got {len(detection.boxes)}"
     return None
+
+
+def in_thousandths(solution: str, extent: Sequence[float]) -> str:
+    """A solution whose boxes are counted in `extent`, (width, height), written anew in whole
+    thousandths; one without boxes, or with one that can't be read, as it is."""
+    read = parse_detection(solution, extent_of(extent))
+    if read is None or not read.boxes or any(map(unreadable, read.boxes)):
+        return solution
+    boxes = [[round(side) for side in box] for box in read.boxes]
+    if answer_text(solution).lstrip().startswith("(") and len(boxes) == 1:
+        return grounding_solution(boxes[0])
+    items = [
+        {"Position": box} | ({} if confidence is None else {"Confidence": confidence})
+        for box, confidence in zip(boxes, read.confidences, strict=True)
+    ]
+    return f"<answer>{items}</answer>"
 
 
 def _as_written(box: Sequence[float], extent: Sequence[float] | None) -> list[float]:
