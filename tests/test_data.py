@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import io
 import json
 import logging
@@ -289,6 +291,50 @@ def test_json(tmp_path, form, monkeypatch):
         load_rows(str(path), "test")
 
 
+@pytest.mark.parametrize(
+    "mark, name", [(",", "d.csv"), (";", "d.csv"), ("\t", "d.tsv"), ("|", "d.csv")]
+)
+def test_csv(tmp_path, monkeypatch, mark, name):
+    """Texts with line breaks and separators, several images, images in the cell, empty cells."""
+    (tmp_path / "images").mkdir()
+    red().save(tmp_path / "images" / "a.png")
+    coded = base64.b64encode(encoded(Image.effect_noise((400, 400), 99))).decode()
+    assert len(coded) > 131_072  # the csv module's limit, unless it is told another
+    with open(tmp_path / name, "w", newline="") as file:
+        writer = csv.writer(file, delimiter=mark)
+        writer.writerow(["", "problem", "image", "solution", "extent", "n"])
+        writer.writerow([0, "a\n,;|b", "images/a.png", SOLUTION, "[640, 480]", 7])
+        writer.writerow([1, "b", '["images/a.png", "images/a.png"]', SOLUTION, "", ""])
+        writer.writerow([2, "c", coded, SOLUTION, "", ""])
+        writer.writerow([3, "d"])
+    monkeypatch.chdir("/")
+    rows = load_rows(str(tmp_path / name), "train")
+    assert rows.column_names == ["problem", "image", "solution", "extent", "n"]
+    samples = SampleDataset(rows)
+    assert samples.get(0).columns == {
+        "problem": "a\n,;|b", "solution": SOLUTION, "extent": [640, 480], "n": "7"
+    }  # fmt: skip
+    sizes = [[image.size for image in samples.get(i).images] for i in range(3)]
+    assert sizes == [[(4, 3)], [(4, 3), (4, 3)], [(400, 400)]]
+    assert "solution: missing" in samples.get(3).reason
+    assert rows.account.converted == (
+        {} if mark == "," else {f"cells separated by {mark!r}": [str(tmp_path / name)]}
+    )
+
+
+@pytest.mark.parametrize("mark", ",;\t|")
+def test_csv_of_other_names_is_parted_by_what_its_rows_have_in_common(tmp_path, mark):
+    path = tmp_path / "mmbench.tsv"
+    lines = [["index", "file-name.or.id", "question", "truth"],
+             ["1", "my-cat.png", "a, b; or c|d?", "a"], ["2", "b.png", "Which?", '"b']]  # fmt: skip
+    lines[1][2] = f'"{lines[1][2]}"'
+    lines[2][3] += f'{mark}x"'
+    path.write_text("\n".join(map(mark.join, lines)))
+    names = {"problem": "question", "solution": "truth", "image": "file-name.or.id"}
+    rows = load_rows(str(path), "train", columns=names)
+    assert (rows[0]["problem"], rows[1]["solution"]) == ("a, b; or c|d?", f"b{mark}x")
+
+
 def test_json_with_lone_surrogate(tmp_path):
     (tmp_path / "d.json").write_text(
         '[{"problem": "\\ud800 what?", "solution": "<answer>a</answer>"}]'
@@ -452,7 +498,14 @@ BAD_SETS = {
     "latin.json": ("[\xff".encode("latin-1"), "not valid JSON"),
     "columns.json": ('[{"question": "?", "solution": "a"}]', "problem, prompt.*question, solution"),
     "solution.json": ('[{"problem": "?", "truth": "a"}]', "column solution.*problem, truth"),
-    "set.csv": ("a,b", "unknown kind of file; expected a demo"),
+    "set.xml": ("a,b", "unknown kind of file; expected a demo"),
+    "head.csv": ("problem,solution\n", "has no rows"),
+    "none.csv": ("", "has no rows"),
+    "other.csv": ("a,b\n1,2\n", "problem, prompt.*a, b"),
+    "cells.csv": ("problem,solution\n?,[1, 2]\n", "line 2: expected 2 cells, got more; .* ',' in"),
+    "quote.tsv": ('problem\tsolution\n?\t"a\n', "expected CSV"),
+    "zero.csv": ("problem,solution\n\0,a\n", "expected CSV, got zero bytes"),
+    "twice.csv": ("problem,solution,problem\n?,a,b\n", "a name for each column, got problem, sol"),
     "broken.parquet": ("PAR1", "can't be read"),
     "damaged/dataset_dict.json": ("{", "can't be read"),
 }

@@ -156,3 +156,144 @@ def test_voc_without_sets_is_all_train(voc, tmp_path):
         path.unlink()
     assert build("voc", voc, tmp_path / "out", "--categories", "dog") == 0
     assert len(rows(tmp_path / "out")) == 2
+
+
+BOX_HEADER = (
+    "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,"
+    "IsDepiction,IsInside"
+)
+LABEL_HEADER = "ImageID,Source,LabelName,Confidence"
+
+
+def box_line(image, label, left, right, top, bottom, group=0):
+    return f"{image},xclick,{label},1,{left},{right},{top},{bottom},0,0,{group},0,0"
+
+
+@pytest.fixture
+def openimages(tmp_path):
+    """Two images of train, of which one is there, and one of validation; its labels are in V7's
+    form. -1 is what Open Images writes for unknown."""
+    root = tmp_path / "openimages"
+    save(tmp_path / "images/train/0a.jpg")
+    save(tmp_path / "images/train/0b.jpg")
+    save(tmp_path / "images/validation/0d.jpg")
+    root.mkdir()
+    write_lines(root / "class-descriptions-boxable.csv",
+                '/m/cat,Cat', '/m/dog,"Dog, tame"', "/m/car,Car")  # fmt: skip
+    write_lines(
+        root / "oidv6-train-annotations-bbox.csv",
+        BOX_HEADER + ",XClick1X",
+        *(
+            line + ",0.5"
+            for line in (
+                box_line("0a", "/m/cat", 0.1, 0.5, 0.2, 0.8, -1),
+                box_line("0a", "/m/cat", "0.5", "1.000000", 0, 0.5),
+                box_line("0a", "/m/dog", 0, 1, 0, 1, group=1),
+                box_line("0b", "/m/dog", 0, 0.25, 0, 0.25),
+                box_line("0c", "/m/cat", 0, 1, 0, 1),
+            )
+        ),
+    )
+    write_lines(root / "validation-annotations-bbox.csv", BOX_HEADER,
+                box_line("0d", "/m/dog", 0, 0.5, 0, 1))  # fmt: skip
+    write_lines(
+        root / "oidv7-train-annotations-human-imagelabels.csv",
+        LABEL_HEADER,
+        "0a,verification,/m/car,0", "0a,verification,/m/cat,1", "0a,verification,/m/dog,0",
+        "0b,crowdsource-verification,/m/cat,0.0", "0c,verification,/m/dog,0",
+        "0b,verification,/m/other,0",
+    )  # fmt: skip
+    return root
+
+
+def write_lines(path, *lines):
+    path.write_text("\n".join(lines) + "\n")
+
+
+def build_openimages(root, *more):
+    images = ("--images", str(root.parent / "images"))
+    return build("openimages", root, root.parent / "out", *images, *more)
+
+
+CATS = solution([100, 200, 500, 800], [500, 0, 1000, 500])
+
+
+def test_openimages(openimages, capsys):
+    assert build_openimages(openimages) == 0
+    out = openimages.parent / "out"
+    assert rows(out) == [("Cat", CATS), ("Dog, tame", solution([0, 0, 250, 250]))]
+    assert rows(out, "validation") == [("Dog, tame", solution([0, 0, 500, 1000]))]
+    shown = capsys.readouterr().out
+    assert "group of objects, ignored as a crowd: 1 (0a /m/dog)" in shown
+    assert "bbox.csv: 1 boxes are of images that aren't there" in shown
+
+
+def test_in_openimages_only_what_was_looked_for_is_absent(openimages, capsys):
+    """Car has no box; the dogs of 0a are a group."""
+    assert build_openimages(openimages, "--negatives", "0.9") == 0
+    nothing = "<answer>No Objects</answer>"
+    found = rows(openimages.parent / "out")
+    assert [row for row in found if row[1] == nothing] == [("Cat", nothing)]
+    assert (
+        "1 rows without objects, not 2: no more are known to have none" in capsys.readouterr().out
+    )
+
+
+def test_openimages_of_one_split(openimages, capsys):
+    """Classes by the list with a header, images in one folder."""
+    (openimages / "class-descriptions-boxable.csv").unlink()
+    write_lines(openimages / "oidv7-class-descriptions.csv", "LabelName,DisplayName", "/m/dog,Dog")
+    for path in (openimages.parent / "images").rglob("0[ab].jpg"):
+        path.unlink()
+    assert build_openimages(openimages) == 0
+    out = openimages.parent / "out"
+    assert rows(out, "validation") == [("Dog", solution([0, 0, 500, 1000]))] and not rows(out)
+    assert "train-annotations-bbox.csv: none of its images is in" in capsys.readouterr().out
+
+
+def test_odd_lines_of_openimages_are_left_out_and_named(openimages, capsys):
+    with open(openimages / "oidv6-train-annotations-bbox.csv", "a") as file:
+        for line in (box_line("0a", "/m/none", 0, 1, 0, 1) + ",", "0a,xclick",
+                     box_line("0a", "/m/cat", "left", 1, 0, 1) + ",",
+                     box_line("0a", "/m/cat", 0.5, 0.5, 0, 1) + ","):  # fmt: skip
+            file.write(line + "\n")
+    save(openimages.parent / "images/again/0b.jpg")
+    assert build_openimages(openimages) == 0
+    assert rows(openimages.parent / "out") == [("Cat", CATS)]
+    shown = capsys.readouterr().out
+    for said in ("line with more or fewer cells than the header: 1 (oidv6-train-annotations-bbox",
+                 "annotation of a category that isn't listed or used: 1 (annotation 7 ",
+                 "annotation without four finite numbers as bbox: 1 (",
+                 "box without area inside its image: 1 (",
+                 "image whose path fits several files"):  # fmt: skip
+        assert f"left out, {said}" in shown
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda root: (root / "class-descriptions-boxable.csv").unlink(),
+         "expected one file ...class-descriptions-boxable.csv, got none"),
+        (lambda root: write_lines(root / "train-annotations-bbox.csv", BOX_HEADER),
+         "expected one file of boxes of train, got oidv6-train-annotations-bbox.csv, "),
+        (lambda root: [path.unlink() for path in root.glob("*bbox*")],
+         "expected a file ...-annotations-bbox.csv, got none"),
+        (lambda root: write_lines(root / "validation-annotations-bbox.csv", "ImageID,XMin"),
+         "XMax, YMax, LabelName isn't there"),
+        (lambda root: [path.unlink() for path in root.parent.rglob("*.jpg")],
+         "expected images such as 000002b66c9c498e.jpg"),
+    ],
+    ids=["names", "two files", "no boxes", "columns", "no images"],
+)  # fmt: skip
+def test_openimages_that_cant_be_used(openimages, capsys, change, said):
+    change(openimages)
+    assert build_openimages(openimages) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_is_held_out_is_of_train_alone(yolo, tmp_path):
+    """The split validation has images of its own, and keeps them."""
+    assert build("yolo", yolo, tmp_path / "out", "--test_share", "0.3") == 0
+    out = tmp_path / "out"
+    assert len(rows(out)) + len(rows(out, "test")) == 3 and len(rows(out, "test")) > 0
+    assert rows(out, "validation") == [("box", solution([0, 0, 500, 500]))]

@@ -216,13 +216,19 @@ def test_columns_are_pairs(pairs):
         column_names(pairs)
 
 
-def test_a_guessed_encoding_is_told(tmp_path):
+@pytest.mark.parametrize("name", ["d.json", "d.csv"])
+def test_a_guessed_encoding_is_told(tmp_path, name):
     rows = [{"problem": "¿Qué es?", "solution": "el niño pequeño está aquí, señor"}]
-    data = json.dumps(rows, ensure_ascii=False).encode("cp1252")
-    (tmp_path / "d.json").write_bytes(data)
-    found = survey(SampleDataset(load_rows(str(tmp_path / "d.json"), "train")), boxes=False)
+    text = json.dumps(rows, ensure_ascii=False)
+    if name == "d.csv":
+        text = "problem;solution\n" + ";".join(rows[0].values())
+    (tmp_path / name).write_bytes(text.encode("cp1252"))
+    found = survey(SampleDataset(load_rows(str(tmp_path / name), "train")), boxes=False)
     assert found.solutions == [rows[0]["solution"]]
     assert any("guessed" in line for line in found.lines("train"))
+    assert any("cells separated by ';'" in line for line in found.lines("train")) == (
+        name == "d.csv"
+    )
 
 
 def test_validation_goes_by_several_names(tmp_path, caplog):

@@ -139,7 +139,7 @@ class DataConfig:
     _argument_group_name = "Data"
     dataset_name: str = arg(
         "shapes_detection",
-        "A save_to_disk folder, JSON, JSONL or parquet file, hub id, or a demo data set: "
+        "A save_to_disk folder, JSON, JSONL, CSV or parquet file, hub id, or a demo data set: "
         "shapes_detection, digits_classification.",
     )
     dataset_config: str | None = arg(

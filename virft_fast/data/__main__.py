@@ -1,9 +1,10 @@
 """`python -m virft_fast.data`: build, inspect and export data sets.
 
-build coco|lvis|classification|grounding    from what you have to what training reads
-mia                                         multi-image preference pairs by attention, for DPO
-inspect                                     numbers, bad rows and a sheet of pictures
-export llamafactory                         for supervised fine-tuning elsewhere
+build coco|lvis|yolo|voc|openimages       detection: from what you have to what training reads
+build refcoco|grounding, classification   likewise for grounding and classification
+mia                                       multi-image preference pairs by attention, for DPO
+inspect                                   numbers, bad rows and a sheet of pictures
+export llamafactory                       for supervised fine-tuning elsewhere
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from virft_fast.data.coco import pick_categories, plan_detection, usable_images
 from virft_fast.data.export import check_export, export_llamafactory
 from virft_fast.data.inspection import check_picture, inspect
 from virft_fast.data.instances import Annotations, read_annotations
-from virft_fast.data.lisa import plan_grounding, read_lisa
+from virft_fast.data.lisa import Asked, plan_grounding, read_lisa
+from virft_fast.data.loading import FILE_SUFFIXES
 from virft_fast.data.mia import Layout
+from virft_fast.data.openimages import read_openimages
+from virft_fast.data.refcoco import read_refcoco
 from virft_fast.data.voc import read_voc
 from virft_fast.data.writing import Plan, check_output, drop_missing, write_dataset
 from virft_fast.data.yolo import read_yolo
@@ -62,11 +66,16 @@ def make_parser() -> argparse.ArgumentParser:
     for kind in ("coco", "lvis"):
         _detection_arguments(build.add_parser(kind, help=f"from {kind.upper()}'s instances files"))
         build.choices[kind].set_defaults(run=_build_detection, kind=kind)
-    for kind, layout in (("yolo", "Ultralytics' layout"), ("voc", "Pascal VOC's layout")):
-        _folder_arguments(build.add_parser(kind, help=f"from a folder in {layout}"))
+    layouts = {"yolo": "Ultralytics'", "voc": "Pascal VOC's", "openimages": "Open Images'"}
+    for kind, whose in layouts.items():
+        _folder_arguments(build.add_parser(kind, help=f"from a folder in {whose} layout"))
         build.choices[kind].set_defaults(run=_build_folder, kind=kind)
+    build.choices["openimages"].add_argument(
+        "--images", type=Path, required=True, help="folder of the images; others are not read"
+    )
     _classification_arguments(build.add_parser("classification", help="from labelled images"))
     _grounding_arguments(build.add_parser("grounding", help="from LISA's ReasonSeg folders"))
+    _refcoco_arguments(build.add_parser("refcoco", help="from RefCOCO, RefCOCO+ or RefCOCOg"))
     _mia_arguments(
         commands.add_parser("mia", help="multi-image preference pairs, by the model's attention")
     )
@@ -131,6 +140,12 @@ def _folder_arguments(parser: argparse.ArgumentParser) -> None:
     _choice_arguments(parser)
 
 
+def _rows_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max_rows", type=_positive, help="rows of a split, chosen by the seed; default: all"
+    )
+
+
 def _choice_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
@@ -139,7 +154,7 @@ def _choice_arguments(parser: argparse.ArgumentParser) -> None:
         help="all, names separated by commas, or base65, novel15, few8 (COCO), lvis13, lvis6",
     )
     add("--shots", type=_positive, help="images of each category in train, at most; default: all")
-    add("--max_rows", type=_positive, help="rows of a split, chosen by the seed; default: all")
+    _rows_arguments(parser)
     add("--negatives", type=_share, default=0.0, help="rows without objects, a share of the others")
 
 
@@ -163,6 +178,18 @@ def _grounding_arguments(parser: argparse.ArgumentParser) -> None:
     add("--first_only", action="store_true", help="an image's first instruction and polygon only")
     add("--compat_prompt", action="store_true", help="the original's prompt to the letter")
     parser.set_defaults(run=_build_grounding)
+
+
+def _refcoco_arguments(parser: argparse.ArgumentParser) -> None:
+    _common(parser)
+    _space_arguments(parser)
+    _rows_arguments(parser)
+    add = parser.add_argument
+    add("--source", type=Path, required=True,
+        help="folder of instances.json and refs(...).p, or one of several such files")  # fmt: skip
+    add("--images", type=Path, required=True, help="COCO's train2014 or train2017")
+    add("--compat_prompt", action="store_true", help="the original's prompt to the letter")
+    parser.set_defaults(run=_build_refcoco)
 
 
 def _dataset_arguments(parser: argparse.ArgumentParser) -> None:
@@ -320,8 +347,12 @@ def _build_detection(arguments: argparse.Namespace) -> None:
 
 
 def _build_folder(arguments: argparse.Namespace) -> None:
-    check_output(arguments.output, arguments.overwrite, (arguments.source,))
-    sources = {"yolo": read_yolo, "voc": read_voc}[arguments.kind](arguments.source)
+    source, images = arguments.source, getattr(arguments, "images", None)
+    check_output(arguments.output, arguments.overwrite, (source, images))
+    if arguments.kind == "openimages":
+        sources = read_openimages(source, images, negatives=arguments.negatives > 0)
+    else:
+        sources = {"yolo": read_yolo, "voc": read_voc}[arguments.kind](source)
     if arguments.test_share and "test" in sources:
         raise ValueError("--test_share: the source has a split test of its own; leave it out")
     _write_detection(arguments, sources, "coco")
@@ -349,7 +380,7 @@ def _write_detection(
             extent_for=extent_for,
         )
         held_out: set[int] = set()
-        if arguments.test_share:
+        if arguments.test_share and source is first:
             ids = sorted(source.images)
             number = round(arguments.test_share * len(ids))
             held_out = set(random.Random(arguments.seed).sample(ids, number))
@@ -358,7 +389,7 @@ def _write_detection(
         shots = {"shots": arguments.shots, "built": built} if source is first else {}
         splits[split] = plan(images=kept, **shots)
     columns = {"problem": "string", "solution": "string", "category": "string", "image_id": "int64"}
-    splits = {"train": splits.pop("train"), **splits}
+    splits = {split: splits[split] for split in sorted(splits, key=lambda s: s != "train")}
     _write(arguments, splits, columns, built, f"{arguments.kind.upper()} detection", "detection")
 
 
@@ -415,8 +446,6 @@ def _build_classification(arguments: argparse.Namespace) -> None:
 
 
 def _build_grounding(arguments: argparse.Namespace) -> None:
-    import datasets
-
     check_output(arguments.output, arguments.overwrite, (arguments.source,))
     built = Built()
     names = {"train": "train", "val": "validation", "test": "test"}
@@ -425,21 +454,52 @@ def _build_grounding(arguments: argparse.Namespace) -> None:
         for name, split in names.items()
         if (arguments.source / name).is_dir()
     }
+    rows = {
+        split: read_lisa(folder, built, first_only=arguments.first_only)
+        for split, folder in (folders or {"train": arguments.source}).items()
+    }
+    _write_grounding(arguments, rows, built, "LISA grounding")
+
+
+def _build_refcoco(arguments: argparse.Namespace) -> None:
+    check_output(arguments.output, arguments.overwrite, (arguments.source, arguments.images))
+    built = Built()
+    rows = read_refcoco(arguments.source, arguments.images, built)
+    if arguments.allow_missing:  # before so many of them are drawn
+        rows = drop_missing(rows, built, allow_missing=True)
+    if arguments.max_rows:
+        rng = random.Random(arguments.seed)
+        rows = {s: rng.sample(part, min(len(part), arguments.max_rows)) for s, part in rows.items()}
+    _write_grounding(arguments, rows, built, "RefCOCO grounding", masks=False)
+
+
+def _write_grounding(
+    arguments: argparse.Namespace,
+    rows: Mapping[str, Sequence[Asked]],
+    built: Built,
+    title: str,
+    *,
+    masks: bool = True,
+) -> None:
+    import datasets
+
     splits = {
         split: plan_grounding(
-            read_lisa(folder, built, first_only=arguments.first_only),
+            asked,
             compat=arguments.compat_prompt,
             extent_for=_extent_for(arguments),
+            masks=masks,
         )
-        for split, folder in (folders or {"train": arguments.source}).items()
+        for split, asked in rows.items()
     }
     if arguments.test_share:
         if set(splits) != {"train"}:
             raise ValueError("--test_share: the source has splits of its own; leave it out")
         splits = _hold_out(splits["train"], arguments.test_share, arguments.seed)
-    columns = {"problem": "string", "solution": "string", "image_id": "int64",
-               "mask": datasets.Image()}  # fmt: skip
-    _write(arguments, splits, columns, built, "LISA grounding", "grounding")
+    columns: dict[str, Any] = {"problem": "string", "solution": "string", "image_id": "int64"}
+    if masks:
+        columns["mask"] = datasets.Image()
+    _write(arguments, splits, columns, built, title, "grounding")
 
 
 def _hold_out(plans: Sequence[Plan], share: float, seed: int) -> dict[str, list[Plan]]:
@@ -710,7 +770,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     source = Path(arguments.dataset_name).expanduser().resolve()
-    known = source.suffix in (".json", ".jsonl", ".parquet")
+    known = source.suffix in FILE_SUFFIXES
     name = arguments.name if arguments.name is not None else source.stem if known else source.name
     check_export(arguments.output, name, overwrite=arguments.overwrite)
     if source in [(arguments.output / file).resolve() for file in (name, f"{name}.json")]:

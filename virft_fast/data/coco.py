@@ -13,7 +13,7 @@ from typing import Any
 from virft_fast.data.accounts import Built, listing
 from virft_fast.data.image_files import WHERE_PATHS_START
 from virft_fast.data.instances import Annotations
-from virft_fast.data.writing import Plan
+from virft_fast.data.writing import OTHER_SIZE, Plan
 from virft_fast.tasks.coordinates import Extent, rescale, written
 from virft_fast.tasks.prompts import CATEGORY_SETS, NOVEL_15, detection_problem, detection_solution
 
@@ -202,7 +202,7 @@ def _plan(
 
     def fill(width: int, height: int) -> Mapping[str, Any] | str:
         if record["sized"] and (width, height) != size:
-            return "image of another size than its annotations say"
+            return OTHER_SIZE
         extent = extent_for(width, height) if extent_for else (1000, 1000)
         boxes = [
             written(rescale(box, size, extent), extent)

@@ -39,7 +39,8 @@ class Annotations:
         incomplete: image id -> category ids of which not every object is annotated (LVIS).
         marked: (image id, category id) of everything annotated, crowds and boxes left out as well.
         bad_boxes: number of boxes left out, crowds aside.
-        records: image_id, category_id, bbox, area and iscrowd of the annotations, crowds included.
+        records: id, image_id, category_id, bbox, area and iscrowd of the annotations, crowds
+            included.
         find: path of an image -> where it is.
         account: what was left out and converted.
     """
@@ -56,16 +57,19 @@ class Annotations:
     account: Built = field(default_factory=Built)
 
 
-def read_annotations(path: Path, kind: str, images: Path) -> Annotations:
+def read_annotations(
+    path: Path, kind: str, images: Path, flag: str = "--annotations"
+) -> Annotations:
     """An instances file of COCO or LVIS, maybe gzipped.
 
     Args:
         images: folder of the images.
+        flag: what an error is about.
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is another kind of file, or no record can be used; says why.
     """
-    where, account = f"--annotations {path}", Built()
+    where, account = f"{flag} {path}", Built()
     try:
         data = json.loads(read_text(path, account))
     except FileNotFoundError:
@@ -418,8 +422,8 @@ def _annotation(
     if any(isinstance(side, str) for side in record.get("bbox") or ()):
         account.convert("box whose numbers are texts", _name(record))
     area = number_of(record.get("area"))
-    return {"image_id": about[0], "category_id": about[1], "bbox": box, "iscrowd": int(crowd),
-            "area": area}  # fmt: skip
+    return {"id": key_of(record.get("id")), "image_id": about[0], "category_id": about[1],
+            "bbox": box, "iscrowd": int(crowd), "area": area}  # fmt: skip
 
 
 def box_of(bbox: Any) -> list[float] | None:

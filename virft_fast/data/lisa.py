@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from virft_fast.data.accounts import Built
 from virft_fast.data.image_files import is_hidden, is_image
-from virft_fast.data.writing import Plan
+from virft_fast.data.writing import OTHER_SIZE, Plan
 from virft_fast.tasks.coordinates import Extent, rescale, written
 from virft_fast.tasks.prompts import grounding_problem, grounding_solution
 
@@ -33,12 +33,14 @@ class Shape(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """An instruction about an image, the image's number in its folder, and the answer's shapes."""
+    """An instruction about an image, the image's number, the answer's shapes, and the size that the
+    annotations give the image, if they do."""
 
     image: Path
     number: int
     instruction: str
     shapes: list[Shape]
+    size: tuple[int, int] | None = None
 
 
 def read_lisa(folder: Path, built: Built, *, first_only: bool = False) -> list[Asked]:
@@ -125,36 +127,40 @@ def _is_point(point: Any) -> bool:
 
 
 def plan_grounding(
-    rows: Sequence[Asked], *, compat: bool = False, extent_for: Any = None
+    rows: Sequence[Asked], *, compat: bool = False, extent_for: Any = None, masks: bool = True
 ) -> list[Plan]:
     """Rows that ask for the box around the target; the mask goes along for gIoU and cIoU.
 
     Args:
         compat: the original's prompt, misspelling included.
         extent_for: (width, height) of an image -> the space of its boxes; None: 0..1000.
+        masks: False: without them.
     """
-    return [_plan(row, compat, extent_for) for row in rows]
+    return [_plan(row, compat, extent_for, masks) for row in rows]
 
 
-def _plan(asked: Asked, compat: bool, extent_for: Any) -> Plan:
+def _plan(asked: Asked, compat: bool, extent_for: Any, masks: bool) -> Plan:
     space = "pixels" if extent_for else "thousand"
     problem = grounding_problem(asked.instruction, space, compat=compat)
     targets = [shape.polygon for shape in asked.shapes if shape.value == TARGET]
 
     def fill(width: int, height: int) -> Mapping[str, Any] | str:
+        if asked.size not in (None, (width, height)):
+            return OTHER_SIZE
         xs, ys = zip(*(point for polygon in targets for point in polygon), strict=True)
         box = (max(min(xs), 0), max(min(ys), 0), min(max(xs), width), min(max(ys), height))
         if box[0] >= box[2] or box[1] >= box[3]:
             return "target outside its image"
         extent: Extent = extent_for(width, height) if extent_for else (1000, 1000)
-        filled = {
-            "solution": grounding_solution(written(rescale(box, (width, height), extent), extent)),
-            "mask": {"bytes": _mask(asked.shapes, width, height), "path": "mask.png"},
+        filled: dict[str, Any] = {
+            "solution": grounding_solution(written(rescale(box, (width, height), extent), extent))
         }
+        if masks:
+            filled["mask"] = {"bytes": _mask(asked.shapes, width, height), "path": "mask.png"}
         return filled | ({"extent": [int(side) for side in extent]} if extent_for else {})
 
     row = {"problem": problem, "image_id": asked.number}
-    return Plan(asked.image, row, fill, has_boxes=True)
+    return Plan(asked.image, row, fill, has_boxes=True, sized=asked.size is not None)
 
 
 def _mask(shapes: Sequence[Shape], width: int, height: int) -> bytes:

@@ -33,7 +33,7 @@ from virft_fast.data.layouts import (
 )
 from virft_fast.data.samples import BadRow, SampleDataset, first_solutions, taught_answer
 from virft_fast.data.streaming import ParquetRows
-from virft_fast.data.texts import read_text
+from virft_fast.data.texts import read_table, read_text
 
 if TYPE_CHECKING:
     import datasets
@@ -47,13 +47,15 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 ACCEPTED = (
-    "a demo ({demos}), a folder written by save_to_disk, a .json, .jsonl or .parquet file, a "
-    "folder of .parquet files, or a hub id such as laolao77/ViRFT_COCO_base65"
+    "a demo ({demos}), a folder written by save_to_disk, a .json, .jsonl, .csv, .tsv or .parquet "
+    "file, a folder of .parquet files, or a hub id such as laolao77/ViRFT_COCO_base65"
 )
 OTHER_COLUMNS = ("rejected", "extent", "classes", "system", "completion")
+FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 SHARD_NAME = re.compile(r"(?P<split>\w+)-(?P<number>\d+)-of-(?P<total>\d+)")
+CSV_LISTS = (*IMAGE_COLUMNS, "extent", "classes")
 # Columns whose values may be chats, of any keys: kept as JSON, as they are.
 CHAT_COLUMNS = (
     "prompt", "problem", "conversations", "messages", "history", "chosen", "rejected",
@@ -76,17 +78,20 @@ def load_rows(
     """Load one split of a data set.
 
     Args:
-        dataset_name: a demo's name, a `save_to_disk` folder, a .json/.jsonl/.parquet file, a folder
-            of parquet files, or a hub id. A set without splits is its own "train". Where a folder's
-            README.md has configurations, as on the hub, they say which files are which split.
+        dataset_name: a demo's name, a `save_to_disk` folder, a .json, .jsonl, .csv, .tsv or
+            .parquet file, a folder of parquet files, or a hub id. A set without splits is its own
+            "train". Where a folder's README.md has configurations, as on the hub, they say which
+            files are which split.
         split: to load.
         dataset_config: configuration name, for a hub id or such a folder.
-        image_folder: where relative image paths of a JSON file start; None: at the file's folder.
+        image_folder: where relative image paths of a JSON or CSV file start; None: at the file's
+            folder.
         streaming: read rows out of the parquet files when they are asked for, over the network too,
             instead of making a copy of the whole set first.
         columns: our name of a column -> the data set's own.
     Returns:
-        The rows, images still encoded. Relative image paths of a JSON file are made absolute.
+        The rows, images still encoded. Relative image paths of JSON and CSV files are made
+        absolute.
     Raises:
         FileNotFoundError: there is no such data set.
         ValueError: it can't be read, or lacks the split, the configuration, a needed column or any
@@ -185,7 +190,7 @@ def _looks_like_path(name: str) -> bool:
     A name alone never goes to `datasets`: to it "json" or "pandas" mean the files of this folder,
     pickles included. It would also make a mistyped demo wait for the network.
     """
-    if name.endswith((".json", ".jsonl", ".parquet")):
+    if name.endswith(FILE_SUFFIXES):
         return True
     return not re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", name)
 
@@ -228,13 +233,14 @@ def _load_folder(path: Path, split: str, config: str | None) -> datasets.Dataset
 def _load_file(path: Path, split: str, image_folder: Path | None = None) -> datasets.Dataset:
     if path.suffix == ".parquet":
         return _load_parquet(_files_of(split, [path], path), path)
-    if path.suffix not in (".json", ".jsonl"):
+    if path.suffix not in FILE_SUFFIXES:
         raise ValueError(f"--dataset_name {path}: unknown kind of file; {_accepted()}")
     _found_split(split, ["train"], path)
     folder = path.parent if image_folder is None else image_folder
     try:
         account = Built()
-        rows = _json_rows(_read_json(path, account), folder.resolve())
+        read = _read_csv if path.suffix in (".csv", ".tsv") else _read_json
+        rows = _as_dataset(read(path, account), folder.resolve())
         rows.account = account
         return rows
     except RecursionError:
@@ -437,7 +443,7 @@ def _open_remote(address: str) -> Any:
     return system.open(path, "rb")
 
 
-# --- JSON ------------------------------------------------------------------------------------
+# --- JSON and CSV ----------------------------------------------------------------------------
 
 
 def _read_json(path: Path, account: Built) -> list[dict[str, Any]]:
@@ -476,7 +482,26 @@ def _parse_json(text: str, path: Path) -> list[Any]:
     return records
 
 
-def _json_rows(records: list[dict[str, Any]], folder: Path) -> datasets.Dataset:
+def _read_csv(path: Path, account: Built) -> list[dict[str, Any]]:
+    """The rows of a table, of texts; lists stand in it as JSON, and an empty cell is no value."""
+    try:
+        rows = read_table(path, (QUESTIONS,), account)[1]
+        return [
+            {k: _list(v) if v and k in CSV_LISTS else v or None for k, v in row.items() if k}
+            for _, row in rows
+        ]
+    except ValueError as error:
+        raise ValueError(f"--dataset_name {error}") from error
+
+
+def _list(cell: str) -> Any:
+    try:
+        return json.loads(cell) if cell.lstrip().startswith("[") else cell
+    except ValueError:
+        return cell
+
+
+def _as_dataset(records: list[dict[str, Any]], folder: Path) -> datasets.Dataset:
     import datasets
     import pyarrow as pa
 

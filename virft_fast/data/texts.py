@@ -9,7 +9,6 @@ import io
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from virft_fast.data.accounts import Built
 
@@ -26,6 +25,8 @@ _CODE_PAGES = (
     "cp1253", "cp1255", "cp1256", "cp1257", "cp874", "cp1258", "koi8_r", "mac_roman",
 )  # fmt: skip
 _GZIP = b"\x1f\x8b"
+_LINES_LOOKED_AT = 100
+csv.field_size_limit(2**31 - 1)  # a cell may be an image in base64
 
 
 def read_text(path: Path, account: Built) -> str:
@@ -67,7 +68,7 @@ def _guessed(data: bytes, path: Path) -> str:
 
 def read_table(
     path: Path, needed: Sequence[Collection[str]], account: Built
-) -> tuple[list[str], Iterator[tuple[int, dict[str | None, Any]]]]:
+) -> tuple[list[str], Iterator[tuple[int, dict[str, str | None]]]]:
     """A CSV file with any character between its cells.
 
     Args:
@@ -75,34 +76,67 @@ def read_table(
             separator, too.
         account: records the encoding and a separator other than a comma.
     Returns:
-        The header, and (line number, row) for each row. A row with more cells than the header has
-        them under the key None; a row with fewer has None in the others.
+        The header, and (line number, row) for each row. A row with fewer cells than the header has
+        None in the others.
     Raises:
-        FileNotFoundError, ValueError: as `read_text`, also while the rows are read.
+        FileNotFoundError, ValueError: as `read_text`, also while the rows are read; or two columns
+            have one name, or a row has more cells than the header.
     """
-    lines = list(io.StringIO(read_text(path, account), newline=""))
+    text = read_text(path, account)
+    if "\0" in text:
+        raise ValueError(f"{path}: expected CSV, got zero bytes")
+    lines = list(io.StringIO(text, newline=""))
     start = 0  # behind empty lines and Excel's "sep=;"
     while start < len(lines) and not lines[start].lower().partition("sep=")[0].strip():
         start += 1
-    first = lines[start] if start < len(lines) else ""
-    marks = [",", *(c for c in dict.fromkeys(first.strip()) if not c.isalnum() and c not in '_" ')]
-    headers = {mark: _header(first, mark) for mark in marks}
-    mark = next(
-        (m for m in marks if all(set(names) & set(headers[m]) for names in needed)), marks[0]
-    )
+    lines[:start] = []
+    mark = _separator(lines, needed)
     if mark != ",":
         account.convert(f"cells separated by {mark!r}", str(path))
-    reader = csv.DictReader(lines[start + 1 :], headers[mark], strict=True, delimiter=mark)
-    return headers[mark], _rows(reader, start + 1, path)
+    header = _header(lines, mark)
+    named = [name for name in header if name]
+    if len(set(named)) < len(named):
+        raise ValueError(f"{path}: expected a name for each column, got {', '.join(named):.300}")
+    return header, _rows(lines[1:], header, mark, start + 1, path)
 
 
-def _header(line: str, mark: str) -> list[str]:
-    return [name.strip() for name in next(csv.reader([line], delimiter=mark), [])]
+def _separator(lines: Sequence[str], needed: Sequence[Collection[str]]) -> str:
+    """With which the header has the needed columns, else most cells and rows as many; a comma
+    before others."""
+    first = lines[0].strip() if lines else ""
+    marks = dict.fromkeys((",", *"\t;|", *first))
+
+    def fits(mark: str) -> tuple[bool, bool, int]:
+        header = _header(lines, mark)
+        rows = list(csv.reader(lines[:_LINES_LOOKED_AT], delimiter=mark))
+        if len(lines) > _LINES_LOOKED_AT:
+            del rows[-1]  # which may go on
+        known = all(set(names) & set(header) for names in needed)
+        return known, all(len(row) in (0, len(header)) for row in rows), len(header)
+
+    return max((m for m in marks if m == "," or (m in first and _parts(m))), key=fits)
 
 
-def _rows(reader: csv.DictReader, before: int, path: Path) -> Iterator[tuple[int, dict]]:
+def _parts(mark: str) -> bool:
+    return mark == "\t" or (mark.isprintable() and not mark.isalnum() and mark not in '_" ')
+
+
+def _header(lines: Sequence[str], mark: str) -> list[str]:
+    return [name.strip() for name in next(csv.reader(lines[:1], delimiter=mark), [])]
+
+
+def _rows(
+    lines: Sequence[str], header: list[str], mark: str, before: int, path: Path
+) -> Iterator[tuple[int, dict[str, str | None]]]:
+    reader = csv.DictReader(lines, header, strict=True, delimiter=mark)
     try:
         for row in reader:
-            yield reader.line_num + before, row
+            number = reader.line_num + before
+            if None in row:  # such as a comma in a label without quotes around it
+                raise ValueError(
+                    f"{path}: line {number}: expected {len(header)} cells, got more; put a text "
+                    f"that holds a {mark!r} in quotes"
+                )
+            yield number, row
     except csv.Error as error:
         raise ValueError(f"{path}: expected CSV: {error}") from error

@@ -25,6 +25,7 @@ from virft_fast.data.loading import IMAGE_FORMATS, check_pixels
 Pictured = TypeVar("Pictured", bound=Any)  # has an `image`
 ROWS_A_GROUP = 64
 SHARD_BYTES = 400 * 2**20
+OTHER_SIZE = "image of another size than its annotations say"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,164 @@
+"""Detection data in Open Images' layout: boxes, names of classes and verified labels as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
+from pathlib import Path
+
+from virft_fast.data.accounts import Built
+from virft_fast.data.image_files import AMBIGUOUS, Found, is_image, walk
+from virft_fast.data.instances import Annotations, annotations_of, number_of
+from virft_fast.data.texts import read_text
+
+BOXES, LABELS = "annotations-bbox", "annotations-human-imagelabels"
+BOX_COLUMNS = ("ImageID", "LabelName", "IsGroupOf", "XMin", "YMin", "XMax", "YMax")
+
+
+def read_openimages(
+    source: Path, images: Path, *, negatives: bool = False
+) -> dict[str, Annotations]:
+    """Split -> annotations of the images that are there, in shares of their sides.
+
+    Absent is a class only where a person has said so. Boxes of groups are ignored like COCO's
+    crowds. The files are read line by line, and nothing is kept of other images.
+
+    Args:
+        source: folder of the CSV files, or one that holds such folders.
+        images: folder of the images, ImageID.jpg; they may be in folders below it.
+        negatives: whether to read which classes are absent.
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, or can't be used; says why.
+    """
+    files = sorted(path for pattern in ("*.csv", "*/*.csv") for path in source.glob(pattern))
+    account = Built()
+    names = _names(source, files, account)
+    places: dict[str, list[Path]] = defaultdict(list)
+    for path in walk(images):
+        if is_image(path):
+            places[path.stem].append(path)
+    boxes = {split: _of_split(files, BOXES, split) for split in ("train", "validation", "test")}
+    if not any(boxes.values()):
+        raise FileNotFoundError(f"--source {source}: expected a file ...-{BOXES}.csv, got none")
+    found = {}
+    for split, given in boxes.items():
+        if len(given) > 1:
+            listed = ", ".join(path.name for path in given)
+            raise ValueError(
+                f"--source {source}: expected one file of boxes of {split}, got {listed}; keep one"
+            )
+        labels = _of_split(files, LABELS, split) if negatives else []
+        part = _annotations(given[0], labels, names, places, account) if given else None
+        if part is not None:
+            found[split], account = part, Built()
+        elif given:
+            account.notes.append(f"{given[0].name}: none of its images is in {images}")
+    if not found:
+        raise ValueError(
+            f"--images {images}: expected images such as 000002b66c9c498e.jpg, named by their "
+            f"ImageID; {'; '.join(account.lines())}"
+        )
+    return found
+
+
+def _of_split(files: Sequence[Path], kind: str, split: str) -> list[Path]:
+    """Files such as oidv6-train-annotations-bbox.csv; one that names no split is of train."""
+    named = {"validation": "val"}.get(split, split)
+    return [
+        path
+        for path in files
+        if kind in path.name
+        and (re.findall("train|val|test", path.name.partition(kind)[0]) or ["train"])[-1] == named
+    ]
+
+
+def _names(source: Path, files: Sequence[Path], account: Built) -> list[tuple[str, str]]:
+    """(MID, name) of each class; a first line without a MID is a header."""
+    named = [path for path in files if "class-descriptions" in path.name]
+    named = [path for path in named if "boxable" in path.name] or named
+    if len(named) != 1:
+        raise FileNotFoundError(
+            f"--source {source}: expected one file ...class-descriptions-boxable.csv, got "
+            f"{', '.join(path.name for path in named) or 'none'}"
+        )
+    rows = csv.reader(io.StringIO(read_text(named[0], account), newline=""))
+    return [(row[0], row[1].strip()) for row in rows if len(row) > 1 and row[0].startswith("/")]
+
+
+def _annotations(
+    file: Path,
+    labels: Sequence[Path],
+    names: Sequence[tuple[str, str]],
+    places: Mapping[str, list[Path]],
+    account: Built,
+) -> Annotations | None:
+    """None: it has no box of an image that is there."""
+    ids: dict[str, int] = {}
+    numbers = {mid: number for number, (mid, _) in enumerate(names)}
+    records, elsewhere = [], 0
+    for line, (image, label, group, *sides) in _rows(file, BOX_COLUMNS, account):
+        if image not in places:
+            elsewhere += 1
+            continue
+        corners = [number_of(side) for side in sides]
+        box = None
+        if None not in corners:
+            left, top, right, bottom = corners
+            box = [left, top, right - left, bottom - top]
+        crowd = group.strip() == "1"  # -1: unknown
+        if crowd:
+            account.convert("group of objects, ignored as a crowd", f"{image} {label}")
+        number = ids.setdefault(image, len(ids))
+        records.append({"id": line, "image_id": number, "category_id": numbers.get(label, label),
+                        "bbox": box, "iscrowd": int(crowd)})  # fmt: skip
+    if not records:
+        return None
+    if elsewhere:
+        account.notes.append(f"{file.name}: {elsewhere} boxes are of images that aren't there")
+    absent = defaultdict(list)
+    for path in labels:
+        for _, (image, label, sure) in _rows(path, ("ImageID", "LabelName", "Confidence"), account):
+            if image in ids and label in numbers and number_of(sure) == 0:
+                absent[image].append(numbers[label])
+    data = {
+        "images": [
+            {"id": number, "file_name": image, "neg_category_ids": absent.get(image, [])}
+            for image, number in ids.items()
+        ],
+        "annotations": records,
+        "categories": [{"id": number, "name": name} for number, (_, name) in enumerate(names)],
+    }
+
+    def find(image: str) -> Found:
+        there = places[image]
+        return Found(there[0]) if len(there) == 1 else Found(None, AMBIGUOUS)
+
+    return annotations_of(data, "lvis", find, account, f"--source {file}", sized=False)
+
+
+def _rows(
+    file: Path, columns: Sequence[str], account: Built
+) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """(line number, cells of these columns), one line after the other: a file has 14 million."""
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            reader = csv.reader(lines)
+            header = [name.strip() for name in next(reader, [])]
+            missing = [name for name in columns if name not in header]
+            if missing:
+                raise ValueError(f"the columns {', '.join(columns)}, {missing[0]} isn't there")
+            pick = itemgetter(*map(header.index, columns))
+            for row in reader:
+                if len(row) == len(header):
+                    yield reader.line_num, pick(row)
+                elif row:
+                    account.leave_out(
+                        "line with more or fewer cells than the header",
+                        f"{file.name}, line {reader.line_num}",
+                    )
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"--source {file}: expected CSV with {error}") from error
