@@ -157,7 +157,7 @@ def test_images_are_of_the_size_that_boxes_are_meant_for(folder, capsys):
 def test_so_many_rows_whose_images_are_there(folder):
     (folder.parent / "images" / NAME.format(7)).unlink()
     write(folder, [*REFERENCES, reference(5, 9, 91)])
-    assert build(folder, "--max_rows", "2") == 2
+    assert build(folder) == 2
     assert build(folder, "--max_rows", "2", "--allow_missing") == 0
     assert [image for image, *_ in rows(folder)] == [9, 9]
 
