@@ -32,7 +32,7 @@ _OPTION = re.compile(
 )
 # A letter or number alone, also among characters that no spaces part.
 _LATIN = "[a-z0-9\u00c0-\u024f\u1e00-\u1eff]"
-_ALONE = re.compile(rf"(?<!{_LATIN})(?:[a-z]|\d{{1,2}})(?!{_LATIN}|'{_LATIN}|\.\d)")
+_ALONE = re.compile(rf"(?<!{_LATIN})(?:[ivx]{{2,4}}|[a-z]|\d{{1,2}})(?!{_LATIN}|'{_LATIN}|\.\d)")
 _ARTICLE = re.compile(r"[ai] [^\W\d_]{2}")
 # Words after an option's letter that take it back, doubt it or add another one.
 _TAKEN_BACK = frozenset(
