@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 
 import pytest
 from hypothesis import example, given
@@ -250,47 +249,73 @@ def test_no_text_raises(text):
     parse_label(text)
 
 
-HUNDRED_KB = [
-    "[" * 100_000,
-    "{" * 100_000,
-    "[" * 50_000 + "]" * 50_000,
-    "{'Position': " + "[" * 50_000 + "]" * 49_000 + "}",
-    "<answer>" * 12_500,
-    "<answer>" + "{" * 50_000 + "}" * 49_000 + "</answer>",
-    "(" * 100_000,
-    "[1," * 33_000,
-    "[ " * 50_000,
-    "{{}}" * 25_000,
-    "{}" * 50_000,
-    "{a}" * 33_333,
-    "{a:1}" * 20_000,
-    '{"Position": [1, 2, 3, 4]}' * 3_800,
-    "'" * 100_000,
-    "\\'" * 50_000,
-    "1" * 100_000,
-    "1," * 50_000,
-    "{a:{" * 25_000,
-    "[[[[[[[[" + "[]," * 33_000,
-    "(1,2)," * 16_000,
-    "<|box_start|>" * 7_500,
-    "{'boxes': [" + "[1,2,3,4]," * 9_000,
-]
+# What stands before, what is repeated, and what is repeated after it.
+BRACKETS = [
+    ("", "[", ""), ("", "{", ""), ("", "[", "]"), ("{'Position': ", "[", "]"), ("", "<answer>", ""),
+    ("<answer>", "{", "}"), ("", "(", ""), ("", "[1,", ""), ("", "[ ", ""), ("", "{{}}", ""),
+    ("", "{}", ""), ("", "{a}", ""), ("", "{a:1}", ""), ("", '{"Position": [1, 2, 3, 4]}', ""),
+    ("", "'", ""), ("", "\\'", ""), ("", "1", ""), ("", "1,", ""), ("", "{a:{", ""),
+    ("[[[[[[[[", "[],", ""), ("", "(1,2),", ""), ("", "<|box_start|>", ""),
+    ("{'boxes': [", "[1,2,3,4],", ""),
+]  # fmt: skip
 
 
-def best_time_s(action, runs=5):
-    if sys.gettrace():
-        pytest.skip("under a tracer, as coverage is one, times say nothing")
-    times = []
-    for _ in range(runs):
-        start = time.process_time()
-        action()
-        times.append(time.process_time() - start)
-    return min(times)
+def brackets(form, size):
+    """A text of `size` characters."""
+    before, opening, closing = form
+    count = size // len(opening + closing)
+    return before + opening * count + closing * count
 
 
-@pytest.mark.parametrize("text", HUNDRED_KB, ids=range(len(HUNDRED_KB)))
-def test_100_kb_of_brackets_take_less_than_50_ms(text):
-    assert best_time_s(lambda: parse_detection(text)) < 0.05
+def work(action, *arguments):
+    """Lines that Python runs, and for each method of a text the characters in it."""
+    done = 0
+
+    def line(frame, event, _):
+        nonlocal done
+        done += 1
+        return line
+
+    def call(frame, event, function):
+        nonlocal done
+        text = getattr(function, "__self__", None) if event == "c_call" else None
+        done += len(text) if isinstance(text, str) else 1
+
+    before = sys.gettrace(), sys.getprofile()
+    sys.settrace(line), sys.setprofile(call)
+    try:
+        action(*arguments)
+    finally:
+        sys.settrace(before[0]), sys.setprofile(before[1])
+    return done
+
+
+def grows_linearly(action, sizes=(400, 4000)):
+    """Whether twice the size takes about twice the work; four times would be quadratic."""
+    return all(work(action, 2 * size) < 3 * work(action, size) for size in sizes)
+
+
+@pytest.mark.parametrize("form", BRACKETS, ids=range(len(BRACKETS)))
+def test_brackets_are_read_in_linear_time(form):
+    assert grows_linearly(lambda size: parse_detection(brackets(form, size)))
+
+
+def test_quadratic_code_is_found_out():
+    def pops(size):
+        left = ["x"] * size
+        while left:
+            sum(1 for _ in left)
+            left.pop()
+
+    assert not grows_linearly(pops)
+    assert not grows_linearly(lambda size: [("x" * size).find("y") for _ in range(size)])
+
+
+def test_what_is_past_the_longest_answer_is_not_read():
+    """No more than that methods of texts pass over it, ten times at most."""
+    texts = ["[1," * count for count in (14_000, 33_000)]
+    longest, longer = (work(parse_detection, text) for text in texts)
+    assert longer - longest <= 10 * (len(texts[1]) - len(texts[0]))
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from virft_fast.evaluation.questions import read_exists_map
 from virft_fast.evaluation.reading import marked, predicted_boxes, predicted_label
 from virft_fast.evaluation.results import Result, measure
 from virft_fast.tasks.answers import ClosedSet, mentioned
+from virft_fast.tasks.labels import class_set
 
 
 def answer(*boxes):
@@ -325,7 +326,7 @@ def test_closed_set_measures_by_hand():
         record(i, text, f"<answer>{true}</answer>", rewards={"accuracy": None})
         for i, (text, true) in enumerate(texts)
     ]
-    labels = classification.closed_set(r["solution"] for r in records)
+    labels = class_set([r["solution"] for r in records])
     assert labels.labels == ["cat", "dog"]
     found = results("classification", records, labels=labels)
     assert found.means["closed_set_accuracy"] == 0.5
@@ -396,7 +397,7 @@ def test_the_strict_reading_reaches_every_measure_of_detection():
     ],
 )
 def test_labels_of_either_reading(text, lenient, strict):
-    labels = classification.closed_set(["cat", "dog"])
+    labels = class_set(["cat", "dog"])
     one = record(0, text, "<answer>cat</answer>")
     for answers, expected in (("lenient", lenient), ("visual_rft", strict)):
         assert predicted_label(marked(one, answers, "classification"), labels) == expected

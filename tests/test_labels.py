@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virft_fast.evaluation.classification import closed_set
 from virft_fast.tasks import REWARDS, labels
-from virft_fast.tasks.labels import LEAD_INS, ClosedSet, key, parse_label, same_label
+from virft_fast.tasks.labels import LEAD_INS, ClosedSet, class_set, key, parse_label, same_label
 
 SETS = {
     "letters": [chr(ord("A") + n) for n in range(26)],
@@ -64,6 +63,14 @@ NEGATIONS = (
     "no es un {}", "ce n'est pas un {}", "das ist kein {}", "keine {}",
     "não é um {}", "non è un {}",
     "это не {}", "không phải là {}", "~{}",
+    "nicht {}", "pas {}", "nunca {}", "не {}", "ни {}", "{} 以外", "{}以外", "非{}", "{}を除く",
+    "{}じゃない", "{}가 아니다", "{} 제외", "{} नहीं", "{} नहीं है", "{} के अलावा", "≠{}", "¬{}",
+    "!{}", "{} ❌",
+    *(f"{{}}{end}" for end in (
+        ". not", ": no", ") isn't it", ". 不是", ". 不对", ": 错", ") 以外", "、除外", ". nicht",
+        ": kein", ". falsch", ". außer", ": pas", ". n'est", ". sauf", ": no es", ". nunca",
+        ". ではない", ": 違う", ". 아니다", ": 제외", ". нет", ": не", ". кроме", ". नहीं", ": गलत",
+    )),
 )  # fmt: skip
 
 
@@ -71,39 +78,41 @@ def wrapped(text):
     return f"<think>{text}?</think><answer>{text}</answer>"
 
 
-def pays(answers, truths, **known):
-    """The share of rows that each answer earns."""
+def earns(reward, answers, truths, **known):
+    """Each answer and how many truths earn it the reward."""
     scores = Counter()
-    keys = [key(answer) for answer in answers]
+    texts = [wrapped(answer) for answer in answers]
     for truth in truths:
-        texts = [wrapped(answer) for answer in answers]
-        got = REWARDS["accuracy"](None, texts, [f"<answer>{truth}</answer>"] * len(texts), **known)
+        columns = {name: [value] * len(texts) for name, value in known.items()}
+        got = REWARDS[reward](None, texts, [f"<answer>{truth}</answer>"] * len(texts), **columns)
         scores.update({n: value for n, value in enumerate(got) if value})
-    meant = Counter(map(key, truths))
-    for n, answer in enumerate(answers):
-        yield answer, scores[n], meant[keys[n]] if keys[n] else 0
+    return [(answer, scores[n]) for n, answer in enumerate(answers)]
 
 
-def sample(names):
+def attempts(names, joiners=JOINERS, most=9):
+    """What a policy may try: one answer for all, answers of two labels, and negations."""
+    few = sample(names, most)
+    answers = [*(names if len(names) < 50 else few), "", " ", ".", "?", "the"]
+    answers += [a + joiner + b for a, b in itertools.permutations(few, 2) for joiner in joiners]
+    answers += [joiner.join(names) for joiner in (" ", ", ", "/")]
+    return answers, [negation.format(label) for negation in NEGATIONS for label in few]
+
+
+def sample(names, most=9):
     """All of a small set, some of a large one: the pairs are the square of it."""
-    return names if len(names) <= 9 else names[:: len(names) // 9 + 1]
+    return names if len(names) <= most else names[:: len(names) // most + 1]
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
 @pytest.mark.parametrize("name", SETS)
 def test_no_answer_earns_more_than_the_rows_it_is_true_of(name, known):
-    names, few = SETS[name], sample(SETS[name])
-    columns = {"classes": ClosedSet(names)} if known else {}
-    pairs = itertools.permutations(few, 2)
-    answers = [*(names if len(names) < 50 else few)]
-    answers += [a + joiner + b for a, b in pairs for joiner in JOINERS]
-    answers += ["", " ", ".", "?", "the", " ".join(names), ", ".join(names), "/".join(names)]
-    truths = few if len(names) > 50 else names
-    for answer, earned, meant in pays(answers, truths, **columns):
-        assert earned <= meant, answer
-    negated = [negation.format(label) for negation in NEGATIONS for label in few]
-    for answer, earned, meant in pays(negated, truths, **columns):
-        assert earned <= meant, answer
+    names = SETS[name]
+    columns = {"classes": names} if known else {}
+    truths = sample(names) if len(names) > 50 else names
+    meant = Counter(map(key, truths))
+    meant[""] = 0
+    for answer, earned in earns("accuracy", sum(attempts(names), []), truths, **columns):
+        assert earned <= meant[key(answer)], answer
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -193,7 +202,7 @@ def test_a_class_set_may_come_with_each_row():
 )
 def test_a_set_that_collides_is_refused(names):
     message = f"{names[0]!r} and {names[1]!r}"
-    for make in (ClosedSet, closed_set):
+    for make in (ClosedSet, class_set):
         with pytest.raises(ValueError) as caught:
             make([*names, "other"])
         assert all(repr(name) in str(caught.value) for name in names), message

@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 from virft_fast import tasks
-from virft_fast.config import column_names
+from virft_fast.config import EvalConfig, column_names
 from virft_fast.data.inspection import inspect
 from virft_fast.data.loading import load_rows
 from virft_fast.data.prompts import PromptSource
 from virft_fast.data.samples import BadRow, SampleDataset, taught_answer
 from virft_fast.data.survey import survey
+from virft_fast.evaluation.sources import of_dataset
 from virft_fast.tasks.rewards import accuracy, knowing_classes
 from virft_fast.train import main
 
@@ -152,6 +153,32 @@ def test_solutions_are_classes_only_if_they_repeat_or_are_few():
     assert known(None, ["MD11"], ["MD-11"]) == [1.0]
     assert accuracy(None, ["MD11"], ["MD-11"]) == [0.0]
     assert known(None, ["MD11"], ["MD-11"], classes=[["MD-11", "MD1-1"]]) == [0.0]
+
+
+LAYOUTS = {
+    "solution": lambda q, a: {"problem": q, "solution": f"<answer>{a}</answer>"},
+    "answer": lambda q, a: {"problem": q, "answer": a},
+    "completion": lambda q, a: {"prompt": q, "completion": a},
+    "response": lambda q, a: {"query": q, "response": a},
+    "ground truth": lambda q, a: {"prompt": q, "reward_model": {"ground_truth": a}},
+    "messages": lambda q, a: {
+        "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+    },
+    "conversations": lambda q, a: {
+        "conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_evaluation_knows_the_classes_of_every_layout(layout, tmp_path):
+    rows = [LAYOUTS[layout]("Which?", name) for name in ("MD-11", "DC-10", "MD-11")]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    questions = of_dataset(EvalConfig(dataset_name=str(tmp_path / "d.jsonl"), split="train"))
+    assert questions.task == "classification"
+    assert questions.labels.labels == ["DC-10", "MD-11"]
+    solutions = [questions.samples().get(index).solution for index in range(3)]
+    assert [questions.labels(text) for text in solutions] == ["MD-11", "DC-10", "MD-11"]
 
 
 def test_the_default_rewards_can_be_earned():

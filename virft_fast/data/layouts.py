@@ -116,6 +116,15 @@ def read_row(
     )
 
 
+def solution_of(row: Row, names: Sequence[str]) -> Any:
+    """The ground truth of `read_row`, of a row whose images may be missing; None if it has none."""
+    column = question_column(row, names)
+    try:
+        return _first_answer(row, QUESTIONS[column](row, _Options(column, False, False)))[1]
+    except Unusable:
+        return None
+
+
 def question_column(row: Row, names: Sequence[str]) -> str:
     """The first of QUESTIONS that the row has something in, else the first column of them."""
     known = [name for name in QUESTIONS if name in names]

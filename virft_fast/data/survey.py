@@ -14,12 +14,10 @@ from virft_fast.data.images import UnreadableImage, image_size
 from virft_fast.data.layouts import PIXELS, Unusable
 from virft_fast.data.samples import SampleDataset
 from virft_fast.tasks.answers import parse_detection
-from virft_fast.tasks.labels import ClosedSet, answer_text
+from virft_fast.tasks.labels import ClosedSet, class_set
 
 MAX_ROWS = 20_000
 MAX_STREAMED_ROWS = 200
-# More labels than this, and more than half as many as rows, are answers and no classes.
-MANY_LABELS = 200
 THOUSAND = 1000
 
 
@@ -78,10 +76,7 @@ class Survey:
         Raises:
             ValueError: two of them differ in nothing that counts.
         """
-        labels = sorted({answer_text(solution) for solution in self.solutions})
-        if self.read < self.rows or len(labels) > max(MANY_LABELS, len(self.solutions) // 2):
-            return None
-        return ClosedSet(labels)
+        return class_set(self.solutions) if self.read == self.rows else None
 
 
 def survey(samples: SampleDataset, *, boxes: bool) -> Survey:

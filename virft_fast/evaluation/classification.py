@@ -9,14 +9,9 @@ from typing import Any
 from virft_fast.evaluation.bootstrap import Array, Ratios
 from virft_fast.evaluation.journal import Record
 from virft_fast.evaluation.reading import predicted_label
-from virft_fast.tasks.labels import ClosedSet, answer_text
+from virft_fast.tasks.labels import ClosedSet
 
 NO_LABEL = "(none of the labels)"
-
-
-def closed_set(solutions: Iterable[str]) -> ClosedSet:
-    """The labels that a split's solutions name, in alphabetical order."""
-    return ClosedSet(sorted({answer_text(solution) for solution in solutions}))
 
 
 def name_labels(records: Iterable[Record], labels: ClosedSet) -> list[Record]:

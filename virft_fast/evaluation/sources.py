@@ -20,9 +20,9 @@ from virft_fast.data import SampleDataset, first_solutions, load_rows
 from virft_fast.data.accounts import Built
 from virft_fast.data.coco import pick_categories, pick_names
 from virft_fast.data.instances import NO_AREA, NO_BOX, read_annotations
+from virft_fast.data.layouts import solution_of
 from virft_fast.data.loading import IMAGE_COLUMNS, IMAGE_TAG
 from virft_fast.data.survey import survey
-from virft_fast.evaluation.classification import closed_set
 from virft_fast.evaluation.detection import Truth, make_truth
 from virft_fast.evaluation.journal import Record
 from virft_fast.evaluation.questions import (
@@ -34,7 +34,7 @@ from virft_fast.evaluation.questions import (
     other_size,
     read_exists_map,
 )
-from virft_fast.tasks.labels import ClosedSet
+from virft_fast.tasks.labels import ClosedSet, class_set
 from virft_fast.tasks.prompts import asked_category
 
 logger = logging.getLogger(__name__)
@@ -190,8 +190,8 @@ def of_dataset(config: EvalConfig) -> Questions:
         digest.update(config.box_space.encode())
     labels = None
     if task == "classification":
-        known = [record.get("solution") for record in records]
-        labels = closed_set(s for s in known if isinstance(s, str)) if any(known) else None
+        said = [solution_of(record, rows.column_names) for record in records]
+        labels = class_set([solution for solution in said if isinstance(solution, str)])
     indices, unknown = range(len(rows)), {}
     if config.categories != "all" or config.exists_map:
         indices, unknown = _chosen(config, records)

@@ -11,12 +11,13 @@ from virft_fast.tasks.answers import (
     MAX_OBJECTS,
     Detection,
     answer_text,
+    marked_answer,
     parse_detection,
     parse_label,
     unreadable,
     valid_box,
 )
-from virft_fast.tasks.brackets import MAX_CHARACTERS
+from virft_fast.tasks.brackets import MAX_CHARACTERS, MAX_GROUPS, MAX_TOKENS, read_groups
 from virft_fast.tasks.coordinates import THOUSAND, extent_of, rescale
 from virft_fast.tasks.labels import key
 from virft_fast.tasks.prompts import grounding_solution
@@ -32,7 +33,7 @@ from virft_fast.tasks.rewards import (
     hungarian_iou,
 )
 from virft_fast.tasks.scoring import RewardError, RewardFunction, RewardLog, load_function, score
-from virft_fast.tasks.values import choice_letter, import_math_verify, number_of
+from virft_fast.tasks.values import import_math_verify, number_of, option_of
 from virft_fast.tasks.visual_rft import (
     visual_rft_accuracy,
     visual_rft_accuracy_confidence,
@@ -88,6 +89,7 @@ ACCURACY_REWARDS: dict[str, float] = {
     name: 2.0 if name == "visual_rft_grounding" else 1.0 for name in REWARDS if name != "format"
 }
 CLEAR_MAJORITY = 0.8
+_ANY_OPTIONS = [""] * 26  # a row may have as many
 BOX_TASKS = ("detection", "grounding")  # the solutions of the others are texts
 
 
@@ -179,9 +181,10 @@ def _kind(solution: str) -> str:
 
 
 def _kind_of_text(solution: str) -> str:
-    if choice_letter(solution) is not None and len(answer_text(solution)) <= len("(A)."):
-        return "choice"
-    return "classification" if number_of(solution) is None else "number"
+    if number_of(solution) is not None:
+        return "number"
+    short = len(answer_text(solution)) <= len("(A).")
+    return "choice" if short and option_of(solution) else "classification"
 
 
 def check_solution(task: str, solution: str, extent: Sequence[float] | None = None) -> str | None:
@@ -194,7 +197,7 @@ def check_solution(task: str, solution: str, extent: Sequence[float] | None = No
         named = key(answer_text(solution))
         return None if named else "expected a class name, got an empty solution"
     if task == "choice":
-        letter = choice_letter(solution)
+        letter = option_of(solution, _ANY_OPTIONS)
         return None if letter else f"expected an option's letter, got {solution!r:.120}"
     if task == "number":
         return None if number_of(solution) else f"expected a number, got {solution!r:.120}"
@@ -202,12 +205,15 @@ def check_solution(task: str, solution: str, extent: Sequence[float] | None = No
         detection = parse_detection(solution, None if extent is None else extent_of(extent))
     except ValueError as error:
         return str(error)
-    if len(solution) > MAX_CHARACTERS:
-        return f"expected at most {MAX_CHARACTERS} characters in the solution; split the row"
+    if detection is not None and len(detection.boxes) >= MAX_OBJECTS:
+        return f"expected fewer than {MAX_OBJECTS} boxes in the solution; split the row"
+    if not read_groups(marked_answer(solution)).ended:
+        return (
+            f"expected at most {MAX_CHARACTERS} characters, {MAX_TOKENS} words, numbers and signs, "
+            f"and fewer than {MAX_GROUPS} brackets in the solution, got more; split the row"
+        )
     if detection is None:
         return f"expected boxes in the solution, got {solution!r:.120}"
-    if len(detection.boxes) >= MAX_OBJECTS:
-        return f"expected fewer than {MAX_OBJECTS} boxes in the solution; split the row"
     if any(map(unreadable, detection.boxes)):
         return (
             f"expected boxes of four numbers in all objects of the solution, got {solution!r:.120}"

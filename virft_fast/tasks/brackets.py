@@ -43,7 +43,7 @@ class Group:
         items: in the order written; in braces those of the last field.
         fields: (name, items) of braces. What stands before the first name is named "".
         joined: nothing but a comma stands between it and the group before.
-        ended: false where the text ends first.
+        ended: false where the text ends first; of the whole text, where a limit cut it.
     """
 
     opening: str
@@ -57,8 +57,8 @@ def read_groups(text: str) -> Group:
     """The text as a group without brackets of its own."""
     root = Group("", [], [])
     stack, before, left = [root], "", MAX_GROUPS
-    text = text[:MAX_CHARACTERS]
-    matches = _TOKEN.finditer(text if text.isascii() else text.translate(_ASCII))
+    part = text[:MAX_CHARACTERS]
+    matches = _TOKEN.finditer(part if part.isascii() else part.translate(_ASCII))
     for match in itertools.islice(matches, MAX_TOKENS):
         token = match[0]
         items = stack[-1].items
@@ -74,11 +74,12 @@ def read_groups(text: str) -> Group:
             elif token in ("[", "(", "{", "<"):
                 left -= 1
                 if not left:
-                    break
+                    return root
                 _open(stack, token, before)
             elif items and not isinstance(items[-1], Group):
                 _after_word(stack[-1], token)
         before = token
+    root.ended = part == text and next(matches, None) is None
     return root
 
 

@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
+# More labels than this, and more than half as many as rows, are answers and no classes.
+MANY_LABELS = 200
 MAX_EXTRA_CHARS = 200  # around a class name: no lead-in is longer
 _MAX_LEAD_INS = 3  # "The answer is: this is a cat" has two
 _MAX_PEELS = 8  # pairs of quotes or brackets around an answer
@@ -94,7 +96,7 @@ def parse_label(text: str) -> list[str]:
 
 _WRAPPERS = ('""', "''", "()", "[]", "{}", "「」", "『』", "《》", "【】", "〈〉", "$$", "**")
 _BOXED = re.compile(r"\\(?:boxed|text|mathrm|mathbf|textbf) ?\{(.*)\}")
-_OPENING = re.compile(r"[-*•] (?=[^\d.])|[,:;?¿¡•·'\"]|\.(?! ?\d)|#+ ")
+_OPENING = re.compile(r"[-*•] (?=[^\d.$€£¥₹])|[:;?¿¡•·'\"]|[.,](?! ?\d)|#+ ")
 _CLOSING = " .,:;?。、।…‥"
 # After a digit these are feet, inches, a factorial.
 _UNPAIRED = re.compile(r"(?<=\D)(?:'|\"|!!?!?)$")
@@ -342,6 +344,18 @@ class ClosedSet:
             if place not in borders and not apart:
                 return None
         return label
+
+
+def class_set(solutions: Sequence[str]) -> ClosedSet | None:
+    """The labels that all solutions of a split name, in alphabetical order; None where there are
+    too many to be classes.
+
+    Raises:
+        ValueError: two of them have the same key; names them.
+    """
+    labels = sorted({answer_text(solution) for solution in solutions})
+    few = len(labels) <= max(MANY_LABELS, len(solutions) // 2)
+    return ClosedSet(labels) if few and labels else None
 
 
 def _parts(text: str) -> list[str]:

@@ -27,9 +27,10 @@ from virft_fast.tasks.answers import (
     valid_box,
 )
 from virft_fast.tasks.labels import ClosedSet, answer_text, same_label
-from virft_fast.tasks.values import choice_letter, number_of, same_formula
+from virft_fast.tasks.values import option_of, same_formula, same_number
 
-CLASS_COLUMNS = ("class_names", "choices", "options")  # of a row, beside `classes`
+CHOICE_COLUMNS = ("choices", "options")
+CLASS_COLUMNS = ("class_names", *CHOICE_COLUMNS)  # of a row, beside `classes`
 
 _THOUGHT_TO_ANSWER = re.compile(r"</think>\s*<answer>")
 
@@ -236,14 +237,22 @@ def is_class_set(value: Any) -> bool:
 
 @scored
 def accuracy_choice(
-    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
+    prompts: Any = None,
+    completions: Sequence[Any] = (),
+    solution: Sequence[str] = (),
+    **columns: Any,
 ) -> list[float]:
-    """1 if the answer picks the option of the solution by its letter, else 0: "B", "(b)",
-    "option B" and "B. a cat" are B. An answer that names two options picks none."""
-    truths = [choice_letter(str(truth)) for truth in solution]
+    """1 if the answer picks the option of the solution by its letter or number, else 0: "B", "(b)",
+    "option B" and "B. a cat" are B. An answer that names two options picks none.
+
+    Args:
+        columns: the first of CHOICE_COLUMNS that there is lists the options of each row.
+    """
+    listed = next((columns[n] for n in CHOICE_COLUMNS if columns.get(n) is not None), None)
+    rows = [row if is_class_set(row) else None for row in listed or [None] * len(solution)]
     return [
-        float(truth is not None and choice_letter(text) == truth)
-        for text, truth in zip(completion_texts(completions), truths, strict=True)
+        float((picked := option_of(text, row)) is not None and picked == option_of(str(truth), row))
+        for text, truth, row in zip(completion_texts(completions), solution, rows, strict=True)
     ]
 
 
@@ -252,12 +261,9 @@ def accuracy_number(
     prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
 ) -> list[float]:
     """1 if the answer is the number of the solution, else 0. Numbers are compared exactly, so that
-    5, 5.0 and 10/2 are equal; both need the same unit or currency, or none."""
-    truths = [number_of(str(truth)) for truth in solution]
-    return [
-        float(truth is not None and number_of(text) == truth)
-        for text, truth in zip(completion_texts(completions), truths, strict=True)
-    ]
+    5, 5.0 and 5e0 are equal; both need the same unit or currency, or none. A fraction counts where
+    the solution is one, or no whole number."""
+    return _each(same_number, completions, solution)
 
 
 @scored
@@ -269,10 +275,14 @@ def accuracy_math(
     Raises:
         ValueError: math-verify is not installed.
     """
-    return [
-        float(same_formula(text, str(truth)))
-        for text, truth in zip(completion_texts(completions), solution, strict=True)
-    ]
+    return _each(same_formula, completions, solution)
+
+
+def _each(
+    same: Callable[[str, str], bool], completions: Sequence[Any], solution: Sequence[str]
+) -> list[float]:
+    pairs = zip(completion_texts(completions), solution, strict=True)
+    return [float(same(text, str(truth))) for text, truth in pairs]
 
 
 @scored

@@ -1,46 +1,142 @@
-"""Answers that are no class names: an option's letter, a number, a formula.
+"""Answers that are no class names: an option, a number, a formula.
 
 As with labels, an answer is read as a whole, maybe after a lead-in; one that names two is none.
+No function raises on any text, and each takes a bounded time on any thread.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
-import threading
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
-from virft_fast.tasks.labels import answer_text, fold, peel, readings
+from virft_fast.tasks.labels import answer_text, fold, peel, readings, same_label, words
 
-LETTERS = "abcdefghij"
-MAX_FORMULA = 200  # characters
+# --- Options ---------------------------------------------------------------------------------
+
+LETTERS = "abcdefghij"  # of options that a row doesn't list
+_MAX_CHOICE = 2000  # characters
+_ROMAN = {
+    numeral: place
+    for place, numeral in enumerate("i ii iii iv v vi vii viii ix x xi xii".split(), start=1)
+}
 _OPTION = re.compile(
-    rf"(?:(?:option|choice|answer)(?: is)? ?:? ?)?[(\[]?([{LETTERS}])[)\]]?(?:[.:)\]] ?(.+))?"
+    r"(?:(?:option|choice|answer|opción|opção|opzione|вариант|विकल्प|选项|選項|选择?|選擇?|選択肢|"
+    r"선택지)(?: is)? ?[:#]? ?)?[(\[]?(?P<name>[a-z]|\d{1,2}|[ivx]{2,4})[)\]]?"
+    r"(?:[.:)\]、](?!\d) ?(?P<text>.+))?"
 )
-_ANOTHER = re.compile(rf"(?:^|[\s(\[/,])[{LETTERS}](?:[.:)\]]|\s*$)|\b(?:or|and|not|no)\b")
+# A letter or number alone, also among characters that no spaces part.
+_LATIN = "[a-z0-9\u00c0-\u024f\u1e00-\u1eff]"
+_ALONE = re.compile(rf"(?<!{_LATIN})(?:[ivx]{{2,4}}|[a-z]|\d{{1,2}})(?!{_LATIN}|'{_LATIN}|\.\d)")
+_ARTICLE = re.compile(r"[ai] [^\W\d_]{2}")
+# Words after an option's letter that take it back, doubt it or add another one.
+_TAKEN_BACK = frozenset(
+    words(
+        """
+    not no nor never none neither nothing cannot isnt dont except excluding excluded without wrong
+    incorrect false nope nah but or and both all either maybe perhaps else other instead opposite
+    nicht kein keine keinen keiner keinem nie niemals weder außer ohne falsch inkorrekt nein oder
+    und sondern beide pas ne non aucun aucune jamais ni sauf sans faux fausse incorrecte ou et nunca
+    ningún ninguno ninguna sin excepto salvo falso falsa incorrecto incorrecta tampoco menos y ambos
+    não nenhum nenhuma nem sem exceto errado errada incorreto nessun nessuno nessuna senza tranne
+    eccetto sbagliato не нет ни без кроме неверно неправильно или и नहीं न ना मत बिना सिवा सिवाय
+    अलावा गलत ग़लत या और không chẳng chưa sai trừ hoặc
+    """
+    )
+)
+_TAKEN_BACK_WITHIN = re.compile(
+    r"n't|\bn'|[≠¬❌✗✘]|[不没沒非无無未否错錯除别別或和与與違誤]|以外|还是|還是|ない|なく|なし|ませ|"
+    r"じゃな|あらず|ちが|または|あるいは|もしくは|아[니닌님닙닐]|않|못|없|제외|틀[렸린림]|말고|빼고|"
+    r"또는|혹은|그리고"
+)
+
+
+def option_of(text: str, options: Sequence[str] | None = None) -> str | None:
+    """The option that an answer picks by its letter or number, in lower case: "B", "(b)", "2",
+    "iv", "option B", "B. a cat". None if it picks none, or several, or takes back what it picks.
+
+    Args:
+        options: their texts, in order, where the row lists them. Letters and numbers then go as
+            far as they do, else letters to "j" (and Roman "v" and "x"), and a text after the
+            letter may be that of its option, whatever words are in it, but of no other.
+    """
+    text = answer_text(text)
+    if len(text) > _MAX_CHOICE:
+        return None
+    found = next(filter(None, map(_OPTION.fullmatch, readings(text))), None)
+    if found is None:
+        return None
+    name, said = found["name"], found["text"]
+    place = _place(name, options)
+    if place is None:
+        return None
+    if said is None:
+        return name
+    texts = [_text_of(option) for option in options or ()]
+    named = [n for n, option in enumerate(texts, start=1) if same_label(said, option)]
+    if named:
+        return name if place in named else None
+    return None if _takes_back(said, name, options) else name
+
+
+def _place(name: str, options: Sequence[str] | None) -> int | None:
+    """Which option a name is, from 1; None if there are not so many."""
+    if name.isdecimal():
+        place, most = int(name), 99
+    elif len(name) == 1 and (options or name in LETTERS):
+        place, most = ord(name) - ord("a") + 1, len(LETTERS)
+        if options and place > len(options):
+            place = _ROMAN.get(name, place)
+    else:
+        place, most = _ROMAN.get(name, 100), 99
+    return place if place <= (len(options) if options else most) else None
+
+
+def _text_of(option: str) -> str:
+    """An option's text, without a letter of its own."""
+    found = _OPTION.fullmatch(peel(fold(option)))
+    return found["text"] if found and found["text"] else option
+
+
+def _takes_back(said: str, name: str, options: Sequence[str] | None) -> bool:
+    """Whether a text after an option's letter negates it, or may name another option."""
+    for other in _ALONE.finditer(said):
+        article = _ARTICLE.match(said, other.start())
+        if other[0] != name and not article and _place(other[0], options) is not None:
+            return True
+    return bool(_TAKEN_BACK_WITHIN.search(said)) or not _TAKEN_BACK.isdisjoint(words(said))
+
+
+# --- Numbers ---------------------------------------------------------------------------------
+
+_MAX_NUMBER = 500  # characters
 _NUMBER = re.compile(
-    r"(?P<sign>[-+]?) ?(?P<currency>[$€£¥₹]?) ?(?P<whole>\d{1,3}(?:,\d{3})+|\d{1,60})?"
+    r"(?P<sign>[-+]?) ?(?P<currency>[$€£¥₹]?) ?(?P<whole>(?!0)\d{1,3}(?:,\d{3})+|\d{1,60})?"
     r"(?P<decimals>\.\d{1,60})?(?:e(?P<power>[-+]?\d{1,2}))?(?: ?/ ?(?P<below>\d{1,60}))?"
     r" ?(?P<unit>%|°?[^\W\d_]{0,12})"
 )
-# Towers of powers and factorials take longer to work out than there is time.
-_ENDLESS = re.compile(r"\^\{?-?\d{3,}|\^[^+*/=,]*\^|\d{5,}!|!!|\\(?:sum|prod|int|lim)")
 
 
-def choice_letter(text: str) -> str | None:
-    """The option of an answer, "a" to "j": "B", "(b)", "option B", "B. a cat". None if it is none,
-    or several; the article "a" before a word is no option."""
-    for reading in readings(answer_text(text)[:2000]):
-        found = _OPTION.fullmatch(reading)
-        if found and not (found[2] and _ANOTHER.search(found[2])):
-            return found[1]
-    return None
+class Number(NamedTuple):
+    """A number, exactly; its unit or currency, "" for none; whether it is written as a fraction."""
+
+    value: Fraction
+    unit: str
+    is_fraction: bool
 
 
-def number_of(text: str) -> tuple[Fraction, str] | None:
-    """The number of an answer, exactly, and its unit: "-5", "3.50", "1,234", "1/2", "2e3", "$5",
-    "80%", "5 cm". None if it is none, or several."""
-    for reading in readings(answer_text(text)[:500]):
+def number_of(text: str) -> Number | None:
+    """The number of an answer: "-5", "3.50", "1,234", "1/2", "2e3", "$5", "80%", "5 cm", digits of
+    any script. None if it is none, or several, or about a number ("<5", "~5", "5±1")."""
+    text = answer_text(text)
+    if len(text) > _MAX_NUMBER:
+        return None
+    for reading in reversed(readings(text)):  # です is no unit
         found = _NUMBER.fullmatch(reading.replace("−", "-"))
         if not found or not (found["whole"] or found["decimals"]):
             continue
@@ -49,8 +145,54 @@ def number_of(text: str) -> tuple[Fraction, str] | None:
             continue
         value = Fraction((found["whole"] or "0").replace(",", "") + (found["decimals"] or ""))
         value = value * Fraction(10) ** int(found["power"] or 0) / below
-        return (-value if found["sign"] == "-" else value), found["currency"] + found["unit"]
+        value = -value if found["sign"] == "-" else value
+        return Number(value, found["currency"] + found["unit"], found["below"] is not None)
     return None
+
+
+def same_number(answer: str, truth: str) -> bool:
+    """Whether two numbers are equal, with the same unit or none. "4/2" is 2 only where the truth is
+    a fraction, too: it may be two answers."""
+    given, wanted = number_of(answer), number_of(truth)
+    return given is not None and wanted is not None and _equal(given, wanted)
+
+
+def _equal(given: Number, wanted: Number) -> bool:
+    unasked = given.is_fraction and not wanted.is_fraction and wanted.value.denominator == 1
+    return (given.value, given.unit) == (wanted.value, wanted.unit) and not unasked
+
+
+# --- Formulas --------------------------------------------------------------------------------
+
+MAX_FORMULA = 200  # characters
+_MAX_CALLS = 2_000_000  # of Python's functions in one comparison; most take less than a tenth
+_GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega"
+# "x = 5", "f(x) = 5", "\theta_1 = 5"
+_NAMED = re.compile(
+    rf"(?P<name>(?:[A-Za-z]|\\(?:{_GREEK}))(?:_\{{?\w{{1,3}}\}}?)?'?(?:\([a-z]\))?) ?= ?(?P<is>.+)"
+)
+_SPELLED = [  # LaTeX -> what `number_of` reads
+    (re.compile(r"(?<![\d.])\\[dt]?frac ?(?:\{(\d+)\}\{(\d+)\}|(\d)(\d)(?!\d))"), r"\1\3/\2\4"),
+    (re.compile(r"(?<=\d) ?(?:\\times|\\cdot|×) ?10\^(?:\{(-?\d\d?)\}|(\d))"), r"e\1\2"),
+    (re.compile(r"\\(?:text|mathrm|mbox) ?\{([^{}]*)\}"), r" \1"),
+    (re.compile(r"(?<=\d)\{,\}(?=\d{3})"), ","),
+    (re.compile(r"\\([%$])|\^\{?(?:\\circ|°)\}?|\\[!,]"), r"\1"),
+]
+# What may stand anywhere in a formula of one value. All else joins values or compares them, and is
+# only read where the truth has the same: = < , \pm \cup \text{or} and so on.
+_PART = re.compile(r"\\(?:text|mathrm|mbox) ?\{[^{}]*\}|\\[A-Za-z]+|\\.|.", re.DOTALL)
+_ONE_VALUE = frozenset(
+    r"\frac \dfrac \tfrac \sqrt \cdot \times \div \left \right \circ \pi \infty \sin \cos \tan \cot"
+    r" \sec \csc \arcsin \arccos \arctan \log \ln \exp \binom \overline".split()
+) | {rf"\{name}" for name in _GREEK.split("|")}
+_PUNCTUATION = frozenset("0123456789+-−*/^_(){}.' ·×÷√π∞°")
+_FUNCTIONS = re.compile(r"(?<![A-Za-z\\])(?:sqrt|sin|cos|tan|log|ln|exp|pi)(?![A-Za-z])")
+# Powers of powers, large powers and numbers, and two numbers side by side.
+_UNREAD = re.compile(r"\^\{?[-(]*\d{3,}|\^[^+*/=,]*\^|\d{60}|\d\s+[\d.]|\*\*|[({\[]{20}")
+
+
+class _Endless(BaseException):
+    """A comparison took too many steps. No handler of `Exception` may hold it."""
 
 
 def import_math_verify() -> Any:
@@ -68,29 +210,97 @@ def import_math_verify() -> Any:
     return math_verify
 
 
+@functools.cache
+def _warm_up(math_verify: Any) -> None:
+    """What it builds when it is first used is no part of a comparison."""
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of having no timeout
+    _verify(math_verify, "(x+1)^2", r"x^2+\frac{4}{2}x+\sqrt{1}")
+
+
 def same_formula(answer: str, truth: str) -> bool:
-    """Whether two formulas are equal, by math-verify. The answer counts as a whole, so that one
-    right number among several is none.
+    """Whether an answer is one value and the truth's, by math-verify.
+
+    Where the truth is a number, so must be the answer. Else signs and words that could join several
+    values, or say something about one, must be those of the truth.
 
     Raises:
         ValueError: math-verify is not installed.
     """
     math_verify = import_math_verify()
-    if len(answer_text(answer)) > MAX_FORMULA:
-        return False
     given, wanted = (peel(answer_text(text).strip()) for text in (answer, truth))
-    if not given or _ENDLESS.search(given):
+    if not given or len(given) > MAX_FORMULA:
         return False
-    if fold(given) == fold(wanted):
+    (given_name, given), (name, wanted) = _named(given), _named(wanted)
+    if given_name and name and given_name != name:
+        return False
+    if " ".join(given.split()) == " ".join(wanted.split()):
         return True
-    # Its timeouts are signals, which only the main thread gets.
-    seconds = 5 if threading.current_thread() is threading.main_thread() else None
+    if (number := number_of(_spelled(wanted))) is not None:
+        read = number_of(_spelled(given))
+        if read is not None and not read.unit and number.unit.isalpha():  # the unit may be missing
+            read = read._replace(unit=number.unit)
+        return read is not None and _equal(read, number)
+    if _UNREAD.search(given) or not _is_as_single(given, wanted):
+        return False
+    _warm_up(math_verify)
+    return _within(_MAX_CALLS, lambda: _verify(math_verify, given, wanted))
+
+
+def _named(text: str) -> tuple[str, str]:
+    """Name and value of "x = 5"; "" for a name where there is none."""
+    found = _NAMED.fullmatch(text)
+    return (found["name"], found["is"].strip()) if found and "=" not in found["is"] else ("", text)
+
+
+def _spelled(text: str) -> str:
+    for pattern, plain in _SPELLED:
+        text = pattern.sub(plain, text)
+    return text
+
+
+def _is_as_single(given: str, wanted: str) -> bool:
+    """Whether a formula has no joints and no letters but those of the truth."""
+    (joints, letters), (known_joints, known_letters) = _joints(given), _joints(wanted)
+    return joints == known_joints and letters <= known_letters
+
+
+def _joints(text: str) -> tuple[Counter[str], set[str]]:
+    """What may join values, how often; and the letters, those of known functions left out."""
+    parts = _PART.findall(_FUNCTIONS.sub("", text))
+    letters = {part for part in parts if part.isalpha()}
+    return Counter(p for p in parts if p not in _ONE_VALUE | _PUNCTUATION | letters), letters
+
+
+def _verify(math_verify: Any, given: str, wanted: str) -> bool:
+    # math-verify's own timeouts are signals, which only the main thread gets.
     try:
         read = [
-            math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=seconds)
+            math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=None)
             for text in (wanted, given)
         ]
-        return bool(all(read) and math_verify.verify(*read, timeout_seconds=seconds))
+        return bool(all(read) and math_verify.verify(*read, timeout_seconds=None))
     # What a model writes is data, and the parser's errors share no base.
     except Exception:
         return False
+
+
+def _within(most: int, compare: Callable[[], bool]) -> bool:
+    """What `compare` says, or false after `most` calls of functions: a bound that holds on any
+    thread and is the same on every machine. Where a profiler runs there is no bound."""
+    if sys.getprofile() is not None:
+        return compare()
+    left = most
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise _Endless
+
+    sys.setprofile(count)
+    try:
+        return compare()
+    except _Endless:
+        return False
+    finally:
+        sys.setprofile(None)
