@@ -135,11 +135,6 @@ def load_model(
             f"--model_name_or_path {name_or_path!r}: expected all weights of the model, but "
             f"{len(info['missing_keys'])} are missing ({some}, ...); is the folder complete?"
         )
-    if has_adapter(model):  # a hub id: transformers itself has put it on the base
-        raise ValueError(
-            f"--model_name_or_path {name_or_path!r}: expected a whole model, got a LoRA adapter; "
-            f"download it (hf download {name_or_path} --local-dir DIR) and pass the folder"
-        )
     for folder, _ in reversed(adapters):
         model = merge_adapter(model, folder)
     if adapters:
