@@ -1,6 +1,6 @@
 """Child of test_saving.py: what the transformers of this process makes of saved folders.
 
-    python read_saved.py OUT FOLDER [FOLDER ...]
+python read_saved.py OUT FOLDER [FOLDER ...]
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from virft_fast.kernels.linear import linear_logits
 from virft_fast.kernels.reference import grpo_loss_reference, logps_reference
 from virft_fast.models import shared_prefix
 from virft_fast.models.adapters import add_lora as add_lora
-from virft_fast.models.adapters import has_adapter, merge_adapter, model_chain, undivided
+from virft_fast.models.adapters import merge_adapter, model_chain, undivided
 from virft_fast.models.saving import save_model as save_model
 from virft_fast.models.shared_prefix import Group, PackedAttention, no_mask
 
