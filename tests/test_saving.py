@@ -6,17 +6,27 @@ environment variables name; CONTRIBUTING.md says how to make them.
 
 from __future__ import annotations
 
+import base64
 import functools
+import importlib.util
+import itertools
+import json
 import os
 import shutil
 import subprocess
 import sys
+import unicodedata
+from pathlib import Path
 
 import pytest
 import read_saved
 import torch
 from models import FAMILIES, random_model
 from saved_layout import check_saved, read
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer
 
 from virft_fast.models.adapters import model_chain
 from virft_fast.models.processing import load_processor
@@ -156,6 +166,82 @@ def test_the_hub_id_of_an_adapter_is_refused_as_what_it_is(adapter, tmp_path, mo
     for load in (model_chain, load_model, load_processor):
         with pytest.raises(ValueError, match=f"got the hub id of an adapter, {name}; download it"):
             load(name)
+
+
+# ---- vocabularies --------------------------------------------------------------------------------
+
+
+def embedded_vocabulary():
+    """Token -> id and the merges of the embedded model, as vocab.json and merges.txt hold them."""
+    model = read(TINY_PATH, "tokenizer.json")["model"]
+    return model["vocab"], [tuple(pair) for pair in model["merges"]]
+
+
+def qwen_vocabulary():
+    """Qwen's own, which the package dashscope has as token -> rank: what a token was merged from is
+    what the better-ranked merges leave of it."""
+    package = importlib.util.find_spec("dashscope")
+    if package is None:
+        pytest.skip("dashscope, which has Qwen's vocabulary, is not installed")
+    lines = (Path(package.origin).parent / "resources" / "qwen.tiktoken").read_bytes().split(b"\n")
+    ranks = {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in lines if line}
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = sorted(set(range(256)) - set(shown))
+    character = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+    merges = []
+    for token in ranks:
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
+            first = pairs.index(min(pairs))
+            parts[first : first + 2] = [parts[first] + parts[first + 1]]
+        merges += [tuple(parts)] if len(parts) == 2 else []
+    text = lambda token: "".join(character[byte] for byte in token)  # noqa: E731
+    return {text(t): rank for t, rank in ranks.items()}, [(text(a), text(b)) for a, b in merges]
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["tokenizer.json", "slow files alone"])
+@pytest.mark.parametrize("vocabulary", [embedded_vocabulary, qwen_vocabulary],
+                         ids=["embedded", "Qwen's"])  # fmt: skip
+def test_a_base_with_a_vocabulary_file_keeps_it_and_tokenizes_equally(tmp_path, vocabulary, fast):
+    """A folder as Qwen released it: vocab.json and merges.txt, with and without tokenizer.json."""
+    vocab, merges = vocabulary()
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    lines = "".join(f"{a} {b}\n" for a, b in merges)
+    (base / "merges.txt").write_text(f"#version: 0.2\n{lines}")
+    settings = read(TINY_PATH, "tokenizer_config.json")
+    special = [token for token in settings["added_tokens_decoder"].values() if token["special"]]
+    added = {str(len(vocab) + i): token for i, token in enumerate(special)}
+    settings = {"add_prefix_space": False, "added_tokens_decoder": added, "bos_token": None,
+                "chat_template": settings["chat_template"], "eos_token": "<|im_end|>",
+                "pad_token": "<|endoftext|>", "tokenizer_class": "Qwen2Tokenizer",
+                "additional_special_tokens": [token["content"] for token in special]}  # fmt: skip
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    shutil.copy(TINY_PATH / "preprocessor_config.json", base)
+    theirs = AutoTokenizer.from_pretrained(base)
+    if fast:
+        theirs.backend_tokenizer.save(str(base / "tokenizer.json"))
+    out = tmp_path / "out"
+    load_processor(str(base)).save_pretrained(out)
+    for path in base.iterdir():
+        if path.name != "preprocessor_config.json":
+            assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+    ours = AutoTokenizer.from_pretrained(out)
+    stored = Tokenizer.from_file(str(out / "tokenizer.json"))
+    plain = Tokenizer(BPE.from_file(str(out / "vocab.json"), str(out / "merges.txt")))
+    plain.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    for text in (
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Detect.<|im_end|>\n",
+        "<think>It's [12, 340]: 3.14 %</think>\n\n  <answer>naïve café</answer><|box_start|>",
+        "这是什么？हिन्दी \U0001f600 \u00e9 e\u0301\t\r\n",
+    ):
+        ids = theirs(text).input_ids
+        assert ours(text).input_ids == stored.encode(text).ids == ids
+        assert ours.decode(ids) == theirs.decode(ids) == unicodedata.normalize("NFC", text)
+    assert ours("<|image_pad|>").input_ids == [ours.convert_tokens_to_ids("<|image_pad|>")]
+    assert plain.encode("Detect").ids == ours("Detect").input_ids
 
 
 # ---- other versions ------------------------------------------------------------------------------
