@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import read_jsonl, run
+from helpers import environment, read_jsonl, run
 from safetensors.torch import load_file, save_file
+from saved_layout import check_saved
 
 from virft_fast import merge
 from virft_fast.data.demo import build_demo
@@ -88,17 +92,24 @@ def trained_weights(folder):
     return {name.split("base_model.model.")[-1]: weight for name, weight in module.items()}
 
 
+def assert_adapter_is(folder, weights):
+    stored = load_file(folder / "adapter_model.safetensors")
+    assert stored and not any("reference" in name for name in stored)
+    for name, weight in stored.items():
+        of_engine = name.split("base_model.model.")[-1].replace(".weight", ".default.weight")
+        assert torch.equal(weight, weights[of_engine]), name
+
+
 def assert_holds_what_was_trained(folder):
+    """And every folder of the run has the layout that other programs read."""
+    for path in (folder, *folder.glob("checkpoint-*"), *folder.glob(BASE_FOLDER)):
+        check_saved(path)
     weights = trained_weights(folder)
     if not (folder / "adapter_config.json").is_file():
         stored = load_file(folder / "model.safetensors")
         assert all(weight.dtype == torch.float32 for weight in stored.values())
     else:
-        stored = load_file(folder / "adapter_model.safetensors")
-        assert not any("reference" in name for name in stored)
-        for name, weight in stored.items():
-            of_engine = name.split("base_model.model.")[-1].replace(".weight", ".default.weight")
-            assert torch.equal(weight, weights[of_engine]), name
+        assert_adapter_is(folder, weights)
     assert_same(load_model(str(folder)), as_peft_loads(folder))
 
 
@@ -186,16 +197,19 @@ def test_a_folder_that_the_run_needs_is_not_overwritten(data, first, tmp_path, c
     assert_holds_what_was_trained(out)
 
 
+def zero(folder, stage):
+    path = folder / f"zero{stage}.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage},
+                                "train_micro_batch_size_per_gpu": "auto"}))  # fmt: skip
+    return path
+
+
 @pytest.mark.parametrize("flags", [SECOND["continued"], SECOND["full"]], ids=["continued", "full"])
 def test_a_second_stage_under_zero3_is_the_plain_one(data, first, tmp_path, flags):
     """The frozen copy is divided with the adapter; a merged model is divided after merging."""
     plain = stage(data, first, tmp_path / "plain", *flags, rate=1e-3, steps=2)
-    zero3 = tmp_path / "zero3.json"
-    zero3.write_text(
-        '{"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"}'
-    )
     argv = arguments(
-        data, first, tmp_path / "out", *flags, "--deepspeed", zero3, rate=1e-3, steps=2
+        data, first, tmp_path / "out", *flags, "--deepspeed", zero(tmp_path, 3), rate=1e-3, steps=2
     )
     done = run(*argv)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -206,6 +220,50 @@ def test_a_second_stage_under_zero3_is_the_plain_one(data, first, tmp_path, flag
     assert ours[0]["kl"] == 0 < ours[1]["kl"]
     if flags:
         assert_same(load_model(str(tmp_path / "out")), as_peft_loads(tmp_path / "out"))
+
+
+def test_stages_on_two_ranks_under_zero_save_what_they_trained(data, tmp_path):
+    """SFT, then GRPO that continues its adapter and DPO with another one, each also resumed."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    out = {name: tmp_path / name for name in ("sft", "grpo", "dpo", "grpo-half", "dpo-half")}
+    sft = [*LORA, "--deepspeed", zero(tmp_path, 2)]
+    flags = {"grpo": ["--use_peft", "--deepspeed", zero(tmp_path, 3)],
+             "dpo": [*SECOND["stacked"], "--deepspeed", zero(tmp_path, 2)]}  # fmt: skip
+    runs = [arguments(data, "tiny", out["sft"], *sft, algorithm="sft")]
+    for name in ("grpo", "dpo"):
+        more = {"algorithm": name, "rate": 1e-3}
+        half = out[f"{name}-half"]
+        runs += [
+            arguments(data, out["sft"], out[name], *flags[name], steps=2, **more),
+            arguments(data, out["sft"], half, *flags[name], steps=1, **more),
+            arguments(data, out["sft"], half, *flags[name], "--resume_from_checkpoint", "latest",
+                      steps=2, **more),
+        ]  # fmt: skip
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    child = [Path(__file__).parent / "two_stages.py", tmp_path / "runs.json"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([sys.executable, *launcher, *child], env=environment(),
+                          capture_output=True, text=True, timeout=600)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    models = {}
+    for name, folder in out.items():
+        check_saved(folder)
+        *_, last = sorted(folder.glob("checkpoint-*"))
+        check_saved(last)
+        trained = get_fp32_state_dict_from_zero_checkpoint(last / "engine", tag="state")
+        trained = {key.split("base_model.model.")[-1]: value for key, value in trained.items()}
+        assert_adapter_is(folder, trained)
+        models[name] = load_model(str(folder)).state_dict()
+        assert_same(load_model(str(folder)), as_peft_loads(folder))
+    for name in ("grpo", "dpo"):
+        whole, half = (read_jsonl(out[n] / "metrics.jsonl") for n in (name, f"{name}-half"))
+        assert [r["loss"] for r in whole] == [r["loss"] for r in half]
+        same = {k for k, v in models[name].items() if torch.equal(v, models[f"{name}-half"][k])}
+        assert same == models[name].keys()
+        kept = {k for k, v in models[name].items() if torch.equal(v, models["sft"][k])}
+        assert kept < same and all("_proj" in key for key in same - kept)
+    assert read_jsonl(out["grpo"] / "metrics.jsonl")[0]["kl"] == 0
 
 
 def test_a_stacked_run_can_be_moved(data, first, tmp_path):
@@ -219,6 +277,7 @@ def test_a_stacked_run_can_be_moved(data, first, tmp_path):
 
 def test_merge_writes_a_whole_model(data, first, tmp_path, capsys):
     assert merge.main([str(first), str(tmp_path / "whole"), "--dtype", "float32"]) == 0
+    check_saved(tmp_path / "whole")
     assert_same(load_model(str(first)), as_peft_loads(tmp_path / "whole"))
     assert merge.main([str(first), str(tmp_path / "whole")]) != 0
     assert "expected a new or an empty folder" in capsys.readouterr().err

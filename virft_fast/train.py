@@ -321,7 +321,8 @@ def prepare_output_dir(config: RunConfig) -> Path | None:
 
 def _delete_run(output_dir: Path, keep: str) -> None:
     """Delete what a run writes, except the folder `keep`, and nothing else."""
-    files = (METRICS_FILE, "completions.jsonl", SUMMARY_FILE, REPORT_FILE, REFERENCE_FILE)
+    files = (METRICS_FILE, "completions.jsonl", SUMMARY_FILE, REPORT_FILE, REFERENCE_FILE,
+             "config.json", "generation_config.json")  # fmt: skip
     for path in output_dir.iterdir():
         if _OF_A_RUN.fullmatch(path.name) and path.resolve() != Path(keep):
             shutil.rmtree(path, ignore_errors=True)

@@ -11,6 +11,7 @@ Plain peft loads the result of each: adapter_config.json names the base it was t
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -76,7 +77,8 @@ def model_chain(name: str, revision: str | None = None) -> list[tuple[str, str |
     down to a whole model.
 
     Raises:
-        ValueError: an adapter_config.json that names no base model, or names one in a circle.
+        ValueError: an adapter_config.json that names no base model, or names one in a circle; a
+            hub id of an adapter.
     """
     chain: list[tuple[str, str | None]] = [(resolve_model_path(name), revision)]
     while (config := _read_config(chain[-1][0])) is not None:
@@ -87,7 +89,32 @@ def model_chain(name: str, revision: str | None = None) -> list[tuple[str, str |
                 f"--model_name_or_path {name!r}: expected adapters on a whole model, got adapters "
                 f"that name each other as base models: {[folder for folder, _ in chain[:3]]}, ..."
             )
+    whole = chain[-1][0]
+    if not Path(whole).is_dir() and _is_hub_adapter(*chain[-1]):
+        raise ValueError(
+            f"--model_name_or_path {name!r}: expected a whole model or a folder with an adapter, "
+            f"got the hub id of an adapter, {whole}; download it (hf download {whole} --local-dir "
+            "DIR) and pass the folder"
+        )
     return chain
+
+
+@functools.cache
+def _is_hub_adapter(hub_id: str, revision: str | None) -> bool:
+    from transformers.utils import cached_file
+
+    try:
+        return bool(
+            cached_file(
+                hub_id,
+                CONFIG_FILE,
+                revision=revision,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        )
+    except OSError:  # there is no such id, which whoever loads it says
+        return False
 
 
 def _read_config(folder: str) -> dict[str, Any] | None:

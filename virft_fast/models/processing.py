@@ -68,11 +68,13 @@ def load_processor(
             checkpoint's.
     Raises:
         FileNotFoundError: there is no tokenizer or no image processor.
-        ValueError: the bounds leave no size, or the tokenizer has no image token.
+        ValueError: the bounds leave no size, the tokenizer has no image token, or an adapter's base
+            model can't be found.
     """
     name = str(name_or_path)
+    holder = _holder(name, revision)
     try:
-        processor = _load(*_holder(name, revision))
+        processor = _load(*holder)
     except (OSError, ValueError) as error:
         is_folder = Path(resolve_model_path(name)).is_dir()
         found = "a folder without them" if is_folder else "neither a folder nor a reachable hub id"

@@ -31,7 +31,7 @@ from virft_fast.kernels.linear import linear_logits
 from virft_fast.kernels.reference import grpo_loss_reference, logps_reference
 from virft_fast.models import shared_prefix
 from virft_fast.models.adapters import add_lora as add_lora
-from virft_fast.models.adapters import has_adapter, merge_adapter, model_chain, undivided
+from virft_fast.models.adapters import merge_adapter, model_chain, undivided
 from virft_fast.models.saving import save_model as save_model
 from virft_fast.models.shared_prefix import Group, PackedAttention, no_mask
 
@@ -134,11 +134,6 @@ def load_model(
         raise ValueError(
             f"--model_name_or_path {name_or_path!r}: expected all weights of the model, but "
             f"{len(info['missing_keys'])} are missing ({some}, ...); is the folder complete?"
-        )
-    if has_adapter(model):  # a hub id: transformers itself has put it on the base
-        raise ValueError(
-            f"--model_name_or_path {name_or_path!r}: expected a whole model, got a LoRA adapter; "
-            f"download it (hf download {name_or_path} --local-dir DIR) and pass the folder"
         )
     for folder, _ in reversed(adapters):
         model = merge_adapter(model, folder)

@@ -242,6 +242,9 @@ def _tokenizer_config(
         out["additional_special_tokens"] = out.pop("extra_special_tokens")
     if out.get("tokenizer_class") == "TokenizersBackend":
         out["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if out.get("tokenizer_class") == "PreTrainedTokenizerFast":
+        # Which 4 else makes token_type_ids with, and Qwen's models refuse them.
+        out.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if "added_tokens_decoder" not in out:
         tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         out["added_tokens_decoder"] = {

@@ -1,0 +1,21 @@
+"""Child of test_stages.py: several runs of virft_fast.train, one after another, on these ranks.
+
+    torchrun --nproc_per_node W two_stages.py RUNS
+
+RUNS is a JSON list of argument lists.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from virft_fast import dist
+from virft_fast.train import end_process, main
+
+shutdown, dist.shutdown = dist.shutdown, lambda: None  # one process group serves them all
+for argv in json.loads(Path(sys.argv[1]).read_text()):
+    assert main(argv) == 0, argv
+shutdown()
+end_process(0)
