@@ -28,6 +28,7 @@ from virft_fast.data.inspection import check_picture, inspect
 from virft_fast.data.instances import Annotations, read_annotations
 from virft_fast.data.lisa import plan_grounding, read_lisa
 from virft_fast.data.mia import Layout
+from virft_fast.data.survey import open_space, survey
 from virft_fast.data.voc import read_voc
 from virft_fast.data.writing import Plan, check_output, drop_missing, write_dataset
 from virft_fast.data.yolo import read_yolo
@@ -620,7 +621,7 @@ def _answering(arguments: argparse.Namespace, device: Any, mia: Any) -> Any:
     import torch
 
     from virft_fast.models.processing import load_processor
-    from virft_fast.models.qwen_vl import Policy, load_model
+    from virft_fast.models.qwen_vl import Policy, load_model, read_config
     from virft_fast.models.tiny import resolve_model_path
     from virft_fast.rollout.backends import make_rollout
 
@@ -631,11 +632,11 @@ def _answering(arguments: argparse.Namespace, device: Any, mia: Any) -> Any:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if arguments.dtype != "auto":
         dtype = getattr(torch, arguments.dtype)
-    policy = Policy(load_model(path, dtype=dtype).to(device)).eval()
-    layers = policy.config.text_config.num_hidden_layers
+    layers = read_config(path).text_config.num_hidden_layers
     layer = layers // 2 if arguments.layer is None else arguments.layer
     if not 0 <= layer < layers:
         raise ValueError(f"--layer: expected 0 to {layers - 1}, got {layer}")
+    policy = Policy(load_model(path, dtype=dtype).to(device)).eval()
     rollout = make_rollout(
         "native",
         lambda: contextlib.nullcontext(policy),
@@ -716,14 +717,17 @@ def _export(arguments: argparse.Namespace) -> None:
     if source in [(arguments.output / file).resolve() for file in (name, f"{name}.json")]:
         raise ValueError(f"--name {name}: the source {source} would be replaced; pass another")
     rows = _load(arguments)
-    task = arguments.task
+    task, space = arguments.task, arguments.box_space
+    options = {
+        "compat_prompt": arguments.compat_prompt,
+        "box_space": "thousandths" if space == "auto" else space,
+    }
     if task == "auto":
-        task = detect_task(first_solutions(SampleDataset(rows)))
-    samples = SampleDataset(
-        rows,
-        check_solution=partial(check_solution, task),
-        compat_prompt=arguments.compat_prompt,
-    )
+        task = detect_task(first_solutions(SampleDataset(rows, **options)))
+    samples = SampleDataset(rows, check_solution=partial(check_solution, task), **options)
+    found = survey(samples, boxes=open_space(task, space))
+    warned = found.settle_boxes()
+    print("\n".join([*found.lines(arguments.split), *([f"  warning: {warned}"] if warned else [])]))
     count, bad = export_llamafactory(
         samples, arguments.output, name, overwrite=arguments.overwrite, progress=_progress
     )

@@ -13,6 +13,7 @@ from virft_fast.data.accounts import Built
 from virft_fast.data.images import UnreadableImage, image_size
 from virft_fast.data.layouts import PIXELS, Unusable
 from virft_fast.data.samples import SampleDataset
+from virft_fast.tasks import BOX_TASKS
 from virft_fast.tasks.answers import parse_detection
 from virft_fast.tasks.labels import ClosedSet, answer_text
 
@@ -46,7 +47,7 @@ class Survey:
     large: int = 0
 
     def lines(self, split: str) -> list[str]:
-        """The table at the start of a run."""
+        """The table of a split at the start of a run."""
         part = "" if self.read == self.rows else f"; only the first {self.read} were looked at"
         table = [f"{split}: kept {self.kept} of {self.read} rows{part}", *self.account.lines()]
         return [table[0], *(f"  {line}" for line in table[1:])]
@@ -84,14 +85,29 @@ class Survey:
         return ClosedSet(labels)
 
 
-def survey(samples: SampleDataset, *, boxes: bool) -> Survey:
+def open_space(task: str, box_space: str) -> bool:
+    """Whether solutions are boxes whose space is to be found out.
+
+    Raises:
+        ValueError: a space is given, but solutions have no boxes.
+    """
+    if task not in BOX_TASKS and box_space in ("pixels", "unit"):
+        raise ValueError(
+            f"--box_space {box_space}: expected solutions with boxes, got the task {task}; leave "
+            "it out, or pass --task detection or grounding"
+        )
+    return task in BOX_TASKS and box_space == "auto"
+
+
+def survey(samples: SampleDataset, *, boxes: bool, most: int | None = None) -> Survey:
     """Read the first rows, at most MAX_ROWS of a set on disk and MAX_STREAMED_ROWS of a stream.
 
     Args:
         boxes: whether solutions are boxes, whose space is to be found out.
+        most: no more rows than these are used.
     """
-    found = Survey(len(samples))
-    found.read = min(len(samples), MAX_STREAMED_ROWS if samples.streamed else MAX_ROWS)
+    found = Survey(len(samples) if most is None else min(most, len(samples)))
+    found.read = min(found.rows, MAX_STREAMED_ROWS if samples.streamed else MAX_ROWS)
     if samples.account is not None:
         found.account.add(samples.account)
     layouts: dict[str, int] = {}
@@ -106,7 +122,7 @@ def survey(samples: SampleDataset, *, boxes: bool) -> Survey:
         found.kept += 1
         found.solutions.append(solution)
         layouts[reading.layout] = layouts.get(reading.layout, 0) + 1
-        for rule in (*reading.converted, *samples.rules):
+        for rule in (*reading.converted, *(samples.rules if solution != reading.solution else ())):
             found.account.convert(rule, f"row {index}")
     named = ", ".join(f"{name} ({count})" for name, count in layouts.items())
     found.account.notes.append(f"read from the columns {named or 'none'}")

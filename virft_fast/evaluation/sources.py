@@ -21,7 +21,7 @@ from virft_fast.data.accounts import Built
 from virft_fast.data.coco import pick_categories, pick_names
 from virft_fast.data.instances import NO_AREA, NO_BOX, read_annotations
 from virft_fast.data.loading import IMAGE_COLUMNS, IMAGE_TAG
-from virft_fast.data.survey import survey
+from virft_fast.data.survey import Survey, open_space, survey
 from virft_fast.evaluation.classification import closed_set
 from virft_fast.evaluation.detection import Truth, make_truth
 from virft_fast.evaluation.journal import Record
@@ -188,10 +188,6 @@ def of_dataset(config: EvalConfig) -> Questions:
         digest.update(json.dumps([tagged, content_stamp(rows, IMAGE_COLUMNS)]).encode())
     if config.box_space not in ("auto", "thousandths"):
         digest.update(config.box_space.encode())
-    labels = None
-    if task == "classification":
-        known = [record.get("solution") for record in records]
-        labels = closed_set(s for s in known if isinstance(s, str)) if any(known) else None
     indices, unknown = range(len(rows)), {}
     if config.categories != "all" or config.exists_map:
         indices, unknown = _chosen(config, records)
@@ -200,29 +196,33 @@ def of_dataset(config: EvalConfig) -> Questions:
         task,
         _first(indices, config),
         digest.hexdigest()[:16],
-        labels=labels,
         compat_prompt=config.compat_prompt,
         box_space="thousandths" if config.box_space == "auto" else config.box_space,
         image_ids=_image_ids(records),
         counts=unknown,
     )
-    _tell(config, questions)
+    found = _tell(config, questions)
+    if task == "classification":
+        behind = [record.get("solution") for record in records[found.read :]]
+        known = [*found.solutions, *(text for text in behind if isinstance(text, str))]
+        questions.labels = closed_set(known) if known else None
     return questions
 
 
-def _tell(config: EvalConfig, questions: Questions) -> None:
-    """The table of what is asked, left out and converted.
+def _tell(config: EvalConfig, questions: Questions) -> Survey:
+    """The table of what is asked, left out and converted; returns what it is made of.
 
     Raises:
         ValueError: --box_space auto, and boxes look like pixels or shares.
     """
-    boxed = questions.task in tasks.BOX_TASKS and config.box_space == "auto"
-    found = survey(questions.samples(), boxes=boxed)
+    boxes = open_space(questions.task, config.box_space)
+    found = survey(questions.samples(), boxes=boxes)
     warned = found.settle_boxes()
     changed = found.account.left_out or found.account.converted or warned
     if dist.is_main() and changed:
         for line in [*found.lines(config.split), *([warned] if warned else [])]:
             logger.warning(line)
+    return found
 
 
 def _tagged_images(record: Record) -> list[str]:

@@ -185,6 +185,7 @@ def add_lora(
 ) -> nn.Module:
     """The model with a new LoRA adapter on its language part; everything else is frozen."""
     peft = _import_peft("--use_peft")
+    _check_targets(model, target_modules)
     config = peft.LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -196,6 +197,19 @@ def add_lora(
         revision=revision,
     )
     return peft.get_peft_model(model, config)
+
+
+def _check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
+    """Raise ValueError for a name that fits no layer: peft does so only where none fits any."""
+    parts = [(n, m) for n, m in model.named_modules() if "visual" not in n.split(".")]
+    layers = [f".{name}" for name, part in parts if isinstance(part, nn.Linear)]
+    for target in target_modules:
+        if not any(name.endswith(f".{target}") for name in layers):
+            known = sorted({name.rsplit(".", 1)[1] for name in layers} - {"lm_head"})
+            raise ValueError(
+                f"--lora_target_modules {target}: expected names of the language model's linear "
+                f"layers ({', '.join(known)}); leave it out for all of them"
+            )
 
 
 def attach(model: nn.Module, plan: LoraPlan, *, reference: bool = False) -> nn.Module:

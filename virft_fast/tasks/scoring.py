@@ -24,6 +24,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+# What a reward function gets beside a row's columns.
+_ALWAYS = ("prompts", "completions", "completion_ids", "image_grid_thw")
 LARGEST = torch.finfo(torch.float32).max
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -160,6 +162,29 @@ def _given(function: RewardFunction, shared: Mapping[str, Any]) -> RewardFunctio
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     taken = {name: value for name, value in shared.items() if takes_all or name in parameters}
     return partial(function, **taken)
+
+
+def check_arguments(
+    reward_funcs: Sequence[tuple[str, RewardFunction]], columns: Iterable[str]
+) -> None:
+    """Raise ValueError if a function can't be called with what it is going to get.
+
+    Args:
+        columns: of the rows, as `Sample.columns` has them.
+    """
+    names = [*dict.fromkeys((*_ALWAYS, *columns))]
+    for name, function in reward_funcs:
+        try:
+            signature = inspect.signature(_given(function, RewardLog().arguments()))
+        except ValueError:  # of a builtin, which says nothing
+            continue
+        try:
+            signature.bind(**dict.fromkeys(names))
+        except TypeError as error:
+            raise ValueError(
+                f"--reward_funcs {name}: expected a function that takes {', '.join(names)} by "
+                f"name, or **columns for what it has no use for, got one with {error}"
+            ) from error
 
 
 def _call(
