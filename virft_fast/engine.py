@@ -527,7 +527,7 @@ def resolve_deepspeed_config(
     for path, value in known.items():
         _fill(config, path, value)
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-                "train_batch_size"):  # fmt: skip
+                "train_batch_size", "gradient_clipping"):  # fmt: skip
         if config.setdefault(key, known[(key,)]) != known[(key,)]:
             raise ValueError(
                 f"--deepspeed: {key} is {config[key]} in the file, but the flags make it "
@@ -548,7 +548,6 @@ def resolve_deepspeed_config(
     config["bf16"] = {**config.get("bf16", {}), "enabled": bf16}
     if bf16:
         config["bf16"].setdefault("check_grad_overflow", True)
-    config.setdefault("gradient_clipping", settings.max_grad_norm)
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
     left = _autos(config)

@@ -405,11 +405,8 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
     names = [] if preferences else names
     scores = config.train.algorithm == "grpo" or config.train.eval_samples > 0
     known = found.classes() if scores and "accuracy" in names and task == "classification" else None
-    table = found.lines(config.data.dataset_train_split)
+    table = found.table(config.data.dataset_train_split, "" if config.grpo.reward_funcs else task)
     table += held_out.lines(config.data.dataset_test_split) if test is not None else []
-    if not (preferences or config.grpo.reward_funcs) and names != tasks.DEFAULT_REWARDS[task]:
-        dropped = ", ".join(set(tasks.DEFAULT_REWARDS[task]) - set(names))
-        table.append(f"  without the reward {dropped}: no solution has a confidence")
     return Data(
         train=train,
         test=test,

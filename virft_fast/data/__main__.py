@@ -419,6 +419,8 @@ def _build_grounding(arguments: argparse.Namespace) -> None:
     import datasets
 
     check_output(arguments.output, arguments.overwrite, (arguments.source,))
+    if not arguments.source.is_dir():
+        raise ValueError(f"--source {arguments.source}: expected a folder, got none")
     built = Built()
     names = {"train": "train", "val": "validation", "test": "test"}
     folders = {
@@ -554,6 +556,8 @@ def _mia_on_each_rank(arguments: argparse.Namespace, device: Any, mia: Any, dist
     sheet = out.with_name(f"{out.name}.png")
     if arguments.pictures and sheet.exists() and not arguments.overwrite:
         raise ValueError(f"{sheet}: exists already; pass --overwrite, --pictures 0 or another name")
+    if arguments.images and not arguments.images.is_dir():
+        raise ValueError(f"--images {arguments.images}: expected a folder, got none")
     mia.edit_distance("", "")  # better without its package now than after the answers
     rows = load_rows(
         arguments.dataset_name,
@@ -623,7 +627,7 @@ def _answering(arguments: argparse.Namespace, device: Any, mia: Any) -> Any:
     from virft_fast.models.processing import load_processor
     from virft_fast.models.qwen_vl import Policy, load_model, read_config
     from virft_fast.models.tiny import resolve_model_path
-    from virft_fast.rollout.backends import make_rollout
+    from virft_fast.rollout.backends import check_cache_limit, make_rollout
 
     path = resolve_model_path(arguments.model_name_or_path)
     processor = load_processor(
@@ -632,6 +636,14 @@ def _answering(arguments: argparse.Namespace, device: Any, mia: Any) -> Any:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if arguments.dtype != "auto":
         dtype = getattr(torch, arguments.dtype)
+    check_cache_limit(
+        "native",
+        arguments.rollout_cache_tokens,
+        num_generations=1,
+        max_prompt_length=arguments.max_prompt_length,
+        max_completion_length=arguments.max_completion_length,
+        device=device,
+    )
     layers = read_config(path).text_config.num_hidden_layers
     layer = layers // 2 if arguments.layer is None else arguments.layer
     if not 0 <= layer < layers:

@@ -132,9 +132,11 @@ def _table(samples: SampleDataset, task: str, box_space: str) -> list[str]:
     surveyed = survey(samples, boxes=open_space(task, box_space))
     try:
         warned = surveyed.settle_boxes()
+        if task == "classification":
+            surveyed.classes()
     except ValueError as error:
         warned = str(error)
-    return [*surveyed.lines("a run"), *([f"  warning: {warned}"] if warned else [])]
+    return [*surveyed.table("a run", task), *([f"  warning: {warned}"] if warned else [])]
 
 
 def subject(sample: Sample, task: str) -> str:

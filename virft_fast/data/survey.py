@@ -9,16 +9,19 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from virft_fast.data.accounts import Built
+from virft_fast.data.accounts import Built, listing
 from virft_fast.data.images import UnreadableImage, image_size
-from virft_fast.data.layouts import PIXELS, Unusable
+from virft_fast.data.layouts import ANSWERS, IMAGE_COLUMNS, PIXELS, QUESTIONS, Unusable
 from virft_fast.data.samples import SampleDataset
-from virft_fast.tasks import BOX_TASKS
+from virft_fast.tasks import BOX_TASKS, DEFAULT_REWARDS, default_rewards
 from virft_fast.tasks.answers import parse_detection
 from virft_fast.tasks.labels import ClosedSet, answer_text
+from virft_fast.tasks.scoring import RESERVED
 
 MAX_ROWS = 20_000
 MAX_STREAMED_ROWS = 200
+# Of these columns one is read for the question, one for the ground truth and one for the images.
+CHOSEN_AMONG = {*QUESTIONS, *ANSWERS, *IMAGE_COLUMNS} - {"completion", "chosen"}
 # More labels than this, and more than half as many as rows, are answers and no classes.
 MANY_LABELS = 200
 THOUSAND = 1000
@@ -51,6 +54,14 @@ class Survey:
         part = "" if self.read == self.rows else f"; only the first {self.read} were looked at"
         table = [f"{split}: kept {self.kept} of {self.read} rows{part}", *self.account.lines()]
         return [table[0], *(f"  {line}" for line in table[1:])]
+
+    def table(self, split: str, task: str) -> list[str]:
+        """`lines`, and which of the task's default rewards no solution can earn."""
+        usual = DEFAULT_REWARDS.get(task, ())
+        dropped = set(usual) - set(default_rewards(task, self.solutions) if usual else ())
+        return self.lines(split) + [
+            f"  without the reward {name}: no solution has a confidence" for name in dropped
+        ]
 
     def settle_boxes(self) -> str | None:
         """A warning where --box_space auto takes boxes for thousandths without a sign of others.
@@ -111,6 +122,7 @@ def survey(samples: SampleDataset, *, boxes: bool, most: int | None = None) -> S
     if samples.account is not None:
         found.account.add(samples.account)
     layouts: dict[str, int] = {}
+    without, images = [], set()
     for index in range(found.read):
         try:
             if boxes:
@@ -122,10 +134,21 @@ def survey(samples: SampleDataset, *, boxes: bool, most: int | None = None) -> S
         found.kept += 1
         found.solutions.append(solution)
         layouts[reading.layout] = layouts.get(reading.layout, 0) + 1
+        without += [] if reading.sources else [f"row {index}"]
+        images.add(reading.image_column)
         for rule in (*reading.converted, *(samples.rules if solution != reading.solution else ())):
             found.account.convert(rule, f"row {index}")
     named = ", ".join(f"{name} ({count})" for name, count in layouts.items())
-    found.account.notes.append(f"read from the columns {named or 'none'}")
+    notes = [f"read from the columns {named or 'none'}"]
+    if without:
+        notes.append(f"without an image: {len(without)} ({listing(without)})")
+    read = {*images, *(column for layout in layouts for column in layout.split(" + "))}
+    others = [name for name in samples.names if name in CHOSEN_AMONG and name not in read]
+    if found.kept and (unread := [*others, *([] if images - {None} else samples.unread_images)]):
+        notes.append(f"not read: {', '.join(unread)}; --columns says which columns are")
+    if taken := sorted(RESERVED & set(samples.names)):
+        notes.append(f"rewards get the run's own {', '.join(taken)}, not the columns of that name")
+    found.account.notes += notes
     return found
 
 

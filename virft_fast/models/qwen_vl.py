@@ -37,6 +37,7 @@ from virft_fast.models.adapters import (
     has_adapter,
     merge_adapter,
     model_chain,
+    peft_config,
     undivided,
 )
 from virft_fast.models.adapters import add_lora as add_lora
@@ -116,6 +117,8 @@ def load_model(
     config = read_config(name_or_path, revision)
     check_weights(name_or_path, revision)
     *adapters, (path, revision) = model_chain(name_or_path, revision)
+    for folder, _ in adapters:
+        peft_config(folder)
     attention = usable_attention(attn_implementation)
     if empty:
         try:

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 # What a reward function gets beside a row's columns.
 _ALWAYS = ("prompts", "completions", "completion_ids", "image_grid_thw")
+RESERVED = frozenset((*_ALWAYS, "trainer_state", "log_extra", "log_metric"))
 LARGEST = torch.finfo(torch.float32).max
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -84,7 +85,7 @@ def _module_of(path: str) -> Any:
 def _made(name: str, cls: type) -> Any:
     try:
         return cls()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"--reward_funcs {name}: expected a class that is made without arguments, got "
             f"{type(error).__name__}: {error}"
@@ -183,7 +184,7 @@ def check_arguments(
         except TypeError as error:
             raise ValueError(
                 f"--reward_funcs {name}: expected a function that takes {', '.join(names)} by "
-                f"name, or **columns for what it has no use for, got one with {error}"
+                f"name, or **columns for what it has no use for, got {signature}: {error}"
             ) from error
 
 
