@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import sys
 
 import pytest
+from PIL import Image
 
 from virft_fast import evaluate, train
+from virft_fast.data import load_rows
+from virft_fast.data.__main__ import main as data_main
 from virft_fast.data.demo import build_demo
 from virft_fast.evaluation import run as evaluation
 from virft_fast.models.tiny import TINY_PATH
@@ -48,6 +52,8 @@ FILES = {
     "offload.json": '{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}',
     "other_key.json": '{"zero_optimization": {"stage": 2, "reduce_bucket": 5}}',
     "list.json": "[]",
+    "empty.json": "{}",
+    "clipping.json": '{"gradient_clipping": 0.5}',
     "twice.yaml": "beta: 0.1\nbeta: 0.2\n",
     "within.yaml": "config: other.yaml\n",
     "latin.yaml": "run_name: caf\udce9\n",
@@ -89,6 +95,7 @@ CASES = [
     ("--deepspeed {}/stage.json", "expected 0 to 3, got 9"),
     ("--deepspeed {}/offload.json", "offload_optimizer"),
     ("--deepspeed {}/other_key.json", "reduce_bucket"),
+    ("--deepspeed {}/clipping.json", "gradient_clipping is 0.5 in the file"),
     # what is continued
     ("--resume_from_checkpoint {}/none", "no such folder"),
     ("--resume_from_checkpoint {}/no_state", "no engine state"),
@@ -152,6 +159,18 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(
     assert not (sets / "out").exists() or not any((sets / "out").iterdir())
 
 
+@pytest.mark.parametrize("dry_run", ["", " --dry_run"], ids=["run", "dry_run"])
+@pytest.mark.parametrize(
+    ("package", "line"), [("peft", "--use_peft"), ("deepspeed", "--deepspeed {}/empty.json")]
+)
+def test_a_package_that_is_missing_is_named(
+    sets, without_weights, capsys, monkeypatch, package, line, dry_run
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert train.main((DIGITS + line + dry_run).replace("{}", str(sets)).split()) == 2
+    assert f"expected the package {package}" in capsys.readouterr().err
+
+
 EVALUATIONS = [
     ("--model_name_or_path {}/weightless", "is the folder complete?"),
     ("--compare tiny {}/weightless", "is the folder complete?"),
@@ -171,3 +190,97 @@ def test_an_evaluation_says_it_before_any_answer(sets, without_weights, capsys, 
     line = "--dataset_name {}/digits --output {}/answers.jsonl " + line
     assert evaluate.main(line.replace("{}", str(sets)).split()) == 2
     assert said in capsys.readouterr().err
+
+
+# Odd data sets: rows, flags, and what the table at the start says of them.
+PICTURE, UNIT = {"image": "a.png"}, "<answer>[{'Position': [0.1, 0.2, 0.3, 0.4]}]</answer>"
+ODD = {
+    "images": (
+        [PICTURE, {}, {"image": "gone.png"}, {"image": "text.png"}, {"image": None}],
+        "",
+        ["kept 3 of 5", "without an image: 2 (row 1, row 4)", "(row 2)", "(row 3)"],
+    ),
+    "columns": (
+        [{**PICTURE, "images": ["b.png"], "prompt": "q", "answer": "b"}] * 2,
+        "",
+        ["read from the columns problem + solution (2)", "not read: images, prompt, answer;"],
+    ),
+    "kinds": (
+        [{"solution": value} for value in ("cat", "dog", 3, None, float("nan"), ["cat"], "")],
+        "",
+        ["kept 2 of 7", "expected text, got int", "expected text, got float", "missing", "empty"],
+    ),
+    "names": (
+        [{"completions": "x", "log_metric": 1, "image_grid_thw": [n]} for n in range(2)],
+        "",
+        ["rewards get the run's own completions, image_grid_thw, log_metric,"],
+    ),
+    "boxes": (
+        [{**PICTURE, "solution": UNIT}, {**PICTURE, "solution": UNIT, "extent": [1, 1]}],
+        "--box_space unit",
+        ["converted, boxes in unit to thousandths: 1 (row 0)", "accuracy_confidence: no solution"],
+    ),
+    "control": (
+        [{"problem": "<|im_end|><|im_start|>system"}, {}],
+        "",
+        ["kept 1 of 2", "expected texts and <image> places, got <|im_end|>"],
+    ),
+}
+
+
+def table_of(text, first):
+    """The lines of the table that begins with `first`, without that word."""
+    lines = text.splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith(first))
+    rest = [line for line in lines[start + 1 :]]
+    end = next((n for n, line in enumerate(rest) if not line.startswith("  ")), len(rest))
+    return [lines[start].removeprefix(first), *rest[:end]]
+
+
+@pytest.mark.parametrize(("rows", "flags", "said"), ODD.values(), ids=ODD)
+def test_run_dry_run_and_inspect_show_one_table(
+    tmp_path, without_weights, capsys, rows, flags, said
+):
+    for name in ("a", "b"):
+        Image.new("RGB", (56, 56)).save(tmp_path / f"{name}.png")
+    (tmp_path / "text.png").write_text("no picture")
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"problem": "p", "solution": "cat", **row} for row in rows]))
+    argv = ["--dataset_name", str(path), *flags.split()]
+    into = ["--output_dir", str(tmp_path / "out")]
+    assert train.main([*argv, *into, "--dry_run"]) in (0, 1)
+    shown = table_of(capsys.readouterr().err, "train:")
+    with pytest.raises(AssertionError, match="the model was loaded"):
+        train.main([*argv, *into])
+    assert table_of(capsys.readouterr().err, "train:") == shown
+    assert data_main(["inspect", *argv, "--output", str(tmp_path / "sheet.png")]) == 0
+    assert table_of(capsys.readouterr().out, "a run:") == shown
+    for text in said:
+        assert text in "\n".join(shown)
+
+
+def test_a_key_that_is_there_twice_is_no_row(tmp_path):
+    """JSON readers take the last, and nobody would know which was meant."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"problem": "p", "solution": "a"}\n{"problem": "p", "solution": "a", "solution": "b"}\n'
+    )
+    with pytest.raises(ValueError, match="line 2 .*the key 'solution' is in one object twice"):
+        load_rows(str(path), "train")
+
+
+def test_held_out_rows_are_in_the_table(sets, without_weights, capsys):
+    line = (DIGITS + "--eval_samples 2 --dry_run").replace("{}", str(sets))
+    assert train.main(line.split()) == 0
+    assert table_of(capsys.readouterr().err, "test:")[0] == " kept 2 of 2 rows"
+
+
+def test_export_counts_boxes_as_it_is_told(sets, tmp_path, capsys):
+    answer = "<answer>[{'Position': [1, 2, 28, 56], 'Confidence': 1}]</answer>"
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{**PICTURE, "problem": "p", "solution": answer}]))
+    argv = ["export", "llamafactory", "--dataset_name", str(path), "--output", str(tmp_path / "e")]
+    assert data_main([*argv, "--box_space", "pixels"]) == 0
+    assert "converted, boxes in pixels to thousandths: 1 (row 0)" in capsys.readouterr().out
+    assert "[18, 36, 500, 1000]" in (tmp_path / "e/rows.json").read_text()

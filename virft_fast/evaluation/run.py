@@ -119,7 +119,7 @@ class Evaluation:
             )
             check_model(config.rollout_backend, Policy(empty))
             self.family = empty.config.model_type
-            tasks.load_reward_funcs(config.reward_funcs)
+            self.rewards = tasks.load_reward_funcs(config.reward_funcs)
             if config.task in ("coco", "lvis"):
                 need_coco_eval()
 
@@ -147,7 +147,7 @@ class Evaluation:
             names = config.reward_funcs or tasks.DEFAULT_REWARDS[questions.task]
             reward_funcs = [
                 (name, knowing_classes(reward, questions.labels) if name == "accuracy" else reward)
-                for name, reward in tasks.load_reward_funcs(names)
+                for name, reward in self.rewards or tasks.load_reward_funcs(names)
             ]
             sam = self._sam(questions) if config.sam_path else None
             stamp = _reward_stamp(names)
