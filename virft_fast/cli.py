@@ -65,11 +65,11 @@ def parse(
         UsageError: an unknown or misspelt flag or key, or a value out of range.
     """
     known = known_flags(tuple(groups))
-    path = _config_path(argv) if "config" in known else None
-    if path is not None:
-        argv = [*_read_yaml(path, known), *argv]  # the later of two flags wins
-    if launch_lines:
-        with usage():
+    with usage():
+        path = _config_path(argv) if "config" in known else None
+        if path is not None:
+            argv = [*_read_yaml(path, known), *argv]  # the later of two flags wins
+        if launch_lines:
             argv = set_aside(argv, known)
     parser = Parser(groups, prog=prog, usage=f"{prog} [--flag value ...]", exit_on_error=False)
     try:
@@ -89,12 +89,11 @@ def parse(
 
 
 def _config_path(argv: Sequence[str]) -> str | None:
-    for position, word in enumerate(argv):
-        if word.startswith("--config="):
-            return word.split("=", 1)[1]
-        if word == "--config" and position + 1 < len(argv):
-            return argv[position + 1]
-    return None
+    found = [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
+    found += [path for word, path in zip(argv, argv[1:], strict=False) if word == "--config"]
+    if len(found) > 1:
+        raise UsageError(f"--config: expected one file, got {', '.join(found)}; join them")
+    return found[0] if found else None
 
 
 def _read_yaml(path: str, known: list[str]) -> list[str]:
@@ -104,18 +103,27 @@ def _read_yaml(path: str, known: list[str]) -> list[str]:
     if not Path(path).is_file():
         raise UsageError(f"--config: expected a YAML file, got {path!r}: no such file")
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except yaml.YAMLError as error:
+        text = Path(path).read_text(encoding="utf-8")
+        values, tree = yaml.safe_load(text) or {}, yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"--config {path}: expected YAML, got {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config {path}: expected a mapping of flags to values")
+    written = [str(key.value) for key, _ in tree.value] if values else []
+    double = sorted({key for key in written if written.count(key) > 1})
+    if double:  # YAML would take the last
+        raise UsageError(
+            f"--config {path}: expected every flag once, got {', '.join(double)} again"
+        )
+    if values.get("config") is not None:
+        raise UsageError(f"--config {path}: config: expected no file in the file; join them")
     foreign = [key for key in values if key not in known and find(str(key))]
     unknown = [str(key) for key in values if key not in known and key not in foreign]
     if unknown:
         raise UsageError("; ".join(unknown_flag_message(key, known) for key in unknown))
     words = []
     for key, value in values.items():
-        if value is None:  # as if the flag were not there
+        if value is None or (value == [] and key in known):  # as if the flag were not there
             continue
         parts = value if isinstance(value, list) and key not in foreign else [value]
         if key in known and any(isinstance(part, (dict, list, type(None))) for part in parts):

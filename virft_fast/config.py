@@ -22,6 +22,7 @@ TASKS = ("auto", "detection", "classification", "grounding", "choice", "number")
 EVAL_TASKS = (*TASKS, "coco", "lvis")
 BOX_SPACES = ("auto", "thousandths", "pixels", "unit")
 ANSWERS = ("lenient", "visual_rft")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 DTYPES = ("auto", "float32", "bfloat16")
 SAVE_DTYPES = (*DTYPES, "float16")
 LOSS_IMPLS = ("fused", "reference")
@@ -83,7 +84,9 @@ class ModelConfig:
     dtype: str = arg(
         "auto", "auto: bfloat16 with --bf16, else float32.", "torch_dtype", choices=DTYPES
     )
-    attn_implementation: str = arg("sdpa", "sdpa, eager or flash_attention_2 (needs flash-attn).")
+    attn_implementation: str = arg(
+        "sdpa", "flash_attention_2 needs flash-attn.", choices=ATTENTIONS
+    )
     freeze_vision_tower: bool = arg(
         False, "Train the language model only.", "freeze_vision_modules"
     )
@@ -119,7 +122,7 @@ class ModelConfig:
             )
         for name in ("lora_r", "lora_alpha"):
             value = getattr(self, name)
-            _require(value is None or value > 0, name, "a positive number", value)
+            _require(value is None or 0 < value < math.inf, name, "a positive number", value)
         _require(0 <= self.lora_dropout < 1, "lora_dropout", "a share in [0, 1)", self.lora_dropout)
         if self.lora_dropout:
             logger.warning(
@@ -267,7 +270,7 @@ class GRPOConfig:
         _require(0 < penalty < math.inf, "repetition_penalty", "a number above 0", penalty)
         most = self.rollout_cache_tokens
         _require(most is None or most > 0, "rollout_cache_tokens", "a positive number", most)
-        _require(self.beta >= 0, "beta", "0 or more", self.beta)
+        _require(0 <= self.beta < math.inf, "beta", "a number, 0 or more", self.beta)
         _require(0 <= self.epsilon_low < 1, "epsilon_low", "a number in [0, 1)", self.epsilon_low)
         high = self.epsilon_high
         _require(high is None or high >= 0, "epsilon_high", "0 or more", high)
@@ -381,6 +384,11 @@ class TrainConfig:
                      "log_completions_steps", "eval_samples", "warmup_steps"):  # fmt: skip
             value = getattr(self, name)
             _require(0 <= value < math.inf, name, "a number, 0 or more", value)
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, name, "a number in [0, 1)", value)
+        epsilon = self.adam_epsilon
+        _require(0 < epsilon < math.inf, "adam_epsilon", "a number above 0", epsilon)
         _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", "a share in [0, 1]",
                  self.warmup_ratio)  # fmt: skip
         _require(0 <= self.seed < 2**32, "seed", "a number in [0, 2^32)", self.seed)
@@ -390,6 +398,8 @@ class TrainConfig:
                  self.save_dtype)  # fmt: skip
         limit = self.save_total_limit
         _require(limit is None or limit >= 1, "save_total_limit", "at least 1", limit)
+        steps = self.max_steps
+        _require(steps >= -1, "max_steps", "a number of steps, or -1: --num_train_epochs", steps)
         if self.max_steps <= 0:
             epochs = self.num_train_epochs
             _require(0 < epochs < math.inf, "num_train_epochs", "a number above 0", epochs)
@@ -462,7 +472,7 @@ class EvalConfig:
     dtype: str = arg(
         "auto", "auto: bfloat16 on a GPU, else float32.", "torch_dtype", choices=DTYPES
     )
-    attn_implementation: str = arg("sdpa", "sdpa, eager or flash_attention_2.")
+    attn_implementation: str = arg("sdpa", "As in training.", choices=ATTENTIONS)
     min_pixels: int | None = arg(None, "As in training; both budgets should agree.")
     max_pixels: int | None = arg(None, "As in training; both budgets should agree.")
     output: str | None = arg(None, "Per-sample JSONL; default: beside the model or in runs/eval.")

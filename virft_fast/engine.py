@@ -40,6 +40,15 @@ class OptimizerSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
 
+    def __post_init__(self) -> None:
+        numbers = (self.learning_rate, self.weight_decay, *self.betas)
+        ordered = all(0 <= number < math.inf for number in numbers) and 0 < self.epsilon < math.inf
+        if not ordered or len(self.betas) != 2 or max(self.betas) >= 1:
+            raise ValueError(
+                f"optimizer: expected a rate, a weight decay and an epsilon of 0 or more and two "
+                f"betas in [0, 1), got {self}"
+            )
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -171,9 +180,7 @@ class PlainEngine:
             torch.save(state, folder / "state.pt")
 
     def load_state(self, folder: Path) -> None:
-        path = folder / "state.pt"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; was it saved with --deepspeed?")
+        path = find_state(folder, deepspeed=False)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             self.module.load_state_dict(state["module"])
@@ -313,10 +320,7 @@ class DeepSpeedEngine:
             raise writer.error
 
     def load_state(self, folder: Path) -> None:
-        if not (folder / "state").is_dir():
-            raise FileNotFoundError(
-                f"{folder / 'state'}: no DeepSpeed state; was it saved without?"
-            )
+        find_state(folder, deepspeed=True)
         try:
             path, _ = self.engine.load_checkpoint(str(folder), tag="state")
         except Exception as error:
@@ -362,6 +366,22 @@ def _buckets(
         total += size
     if bucket:
         yield bucket
+
+
+def find_state(folder: Path, *, deepspeed: bool) -> Path:
+    """Where the state is that an engine's `save_state` wrote into `folder`.
+
+    Raises:
+        FileNotFoundError: there is none, or another engine's.
+    """
+    path = folder / ("state" if deepspeed else "state.pt")
+    if not path.exists():
+        this, other = ("with", "without") if deepspeed else ("without", "with")
+        raise FileNotFoundError(
+            f"{path}: expected the state of a run {this} --deepspeed, got no such file; if it was "
+            f"saved {other}, resume it {other}"
+        )
+    return path
 
 
 def unreadable_state(path: Path, error: Exception) -> str:
@@ -507,7 +527,7 @@ def resolve_deepspeed_config(
     for path, value in known.items():
         _fill(config, path, value)
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-                "train_batch_size"):  # fmt: skip
+                "train_batch_size", "gradient_clipping"):  # fmt: skip
         if config.setdefault(key, known[(key,)]) != known[(key,)]:
             raise ValueError(
                 f"--deepspeed: {key} is {config[key]} in the file, but the flags make it "
@@ -528,13 +548,26 @@ def resolve_deepspeed_config(
     config["bf16"] = {**config.get("bf16", {}), "enabled": bf16}
     if bf16:
         config["bf16"].setdefault("check_grad_overflow", True)
-    config.setdefault("gradient_clipping", settings.max_grad_norm)
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
     left = _autos(config)
     if left:
         raise ValueError(f'--deepspeed: no value is known for "auto" at {", ".join(left)}')
     return config, settings
+
+
+def check_deepspeed(config: dict[str, Any]) -> None:
+    """Raise ValueError for what DeepSpeed itself refuses in a resolved configuration."""
+    import_deepspeed()
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:  # without the one that it divides by the processes of a group which is made later
+        DeepSpeedConfig({k: v for k, v in config.items() if k != "train_batch_size"})
+    except Exception as error:  # pydantic's errors, assertions and what odd types make of its code
+        raise ValueError(
+            f"--deepspeed: expected settings that DeepSpeed takes, got {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:400]}"
+        ) from error
 
 
 def _take_optimizer_block(config: dict[str, Any], settings: OptimizerSettings) -> OptimizerSettings:
@@ -557,7 +590,8 @@ def _take_optimizer_block(config: dict[str, Any], settings: OptimizerSettings) -
         )
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"--deepspeed: optimizer.params: expected numbers, two of them for betas, got {given}"
+            f"--deepspeed: optimizer.params: expected numbers, two of them for betas, got {given}: "
+            f"{error}"
         ) from error
 
 

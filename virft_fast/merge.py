@@ -11,9 +11,10 @@ import torch
 
 from virft_fast.checkpoint import write_whole_model
 from virft_fast.config import SAVE_DTYPES, UsageError, usage
+from virft_fast.data.writing import make_folder
 from virft_fast.models.adapters import merge_adapter, model_chain
 from virft_fast.models.processing import load_processor
-from virft_fast.models.qwen_vl import cast_parameters, load_model, read_config
+from virft_fast.models.qwen_vl import cast_parameters, check_weights, load_model, read_config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,15 +41,17 @@ def merge(adapter: str, out: str, base: str | None = None, dtype: str = "auto") 
         ValueError, OSError: no adapter that can be merged, or a folder that already holds a model.
     """
     folder = Path(out)
+    make_folder(folder, "OUT", make=False)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"OUT {out}: expected a new or an empty folder, got one with files in it")
     if len(model_chain(adapter)) < 2:
         raise ValueError(f"ADAPTER {adapter!r}: expected a folder with adapter_config.json")
+    check_weights(adapter)
     stored = getattr(torch, dtype) if dtype != "auto" else read_config(base or adapter).dtype
-    stored = stored or torch.float32
+    stored, processor = stored or torch.float32, load_processor(adapter)
     model = merge_adapter(load_model(base), adapter) if base else load_model(adapter)
     cast_parameters(model, stored)
-    write_whole_model(folder.resolve(), model, load_processor(adapter))
+    write_whole_model(folder.resolve(), model, processor)
     return stored
 
 

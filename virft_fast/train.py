@@ -29,7 +29,7 @@ import torch
 
 from virft_fast import checkpoint as checkpoints
 from virft_fast import dist, dpo, sft, tasks
-from virft_fast.batch import Sample
+from virft_fast.batch import Prompt, Sample
 from virft_fast.cli import parse
 from virft_fast.commands import end_process
 from virft_fast.config import (
@@ -53,11 +53,14 @@ from virft_fast.data import (
     load_rows,
 )
 from virft_fast.data.prompts import PromptSource
-from virft_fast.data.survey import survey
+from virft_fast.data.survey import Survey, open_space, survey
+from virft_fast.data.writing import make_folder
 from virft_fast.engine import (
     DeepSpeedEngine,
     OptimizerSettings,
     PlainEngine,
+    check_deepspeed,
+    find_state,
     load_deepspeed_config,
     make_reference,
     prepare_deepspeed,
@@ -80,6 +83,7 @@ from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import (
     Policy,
     apply_liger,
+    check_weights,
     freeze_vision_tower,
     load_model,
     read_config,
@@ -90,6 +94,7 @@ from virft_fast.report import format_table, write_report, write_summary
 from virft_fast.rollout.backends import check_cache_limit, check_model, make_rollout
 from virft_fast.rollout.native import KEPT_SHARE, CachePlan, cache_numbers
 from virft_fast.tasks.rewards import knowing_classes
+from virft_fast.tasks.scoring import check_arguments
 
 logger = logging.getLogger("virft_fast")
 
@@ -134,24 +139,33 @@ def parse_args(argv: list[str]) -> RunConfig:
 
 
 def _check_algorithm(config: RunConfig) -> None:
-    """Say which of GRPO's flags have no effect on another algorithm; TRL's DPO has a --beta too."""
+    """Say which flags have no effect: another algorithm's, or of an adapter that isn't trained.
+    TRL's DPO has a --beta too."""
     algorithm, grpo = config.train.algorithm, config.grpo
-    if algorithm == "grpo":
-        return
     if algorithm == "dpo" and grpo.beta != GRPOConfig().beta:
         raise UsageError(
             f"--beta {grpo.beta}: it is the weight of GRPO's KL term; for --algorithm dpo pass "
             f"--dpo_beta {grpo.beta}"
         )
-    idle = [f.name for f in fields(GRPOConfig) if f.name not in ALSO_BESIDE_GRPO]
-    given = [name for name in idle if getattr(grpo, name) != getattr(GRPOConfig(), name)]
+    given = [] if algorithm == "dpo" else _given(config.dpo)
+    if algorithm != "grpo":
+        given += [name for name in _given(grpo) if name not in ALSO_BESIDE_GRPO]
     if algorithm == "sft" and config.train.eval_samples:  # its evaluation scores answers
         given = [name for name in given if not name.startswith("reward_")]
     if algorithm == "dpo" and config.data.task != "auto":
         given.append("task")
-    if given:
-        flags = ", ".join(f"--{name}" for name in given)
-        logger.warning("without effect on --algorithm %s: %s", algorithm, flags)
+    lora = [] if config.model.use_peft else _given(config.model)
+    lora = [name for name in lora if name.startswith("lora_")]
+    for names, what in ((given, f"on --algorithm {algorithm}"), (lora, "without --use_peft")):
+        if names:
+            flags = ", ".join(f"--{name}" for name in names)
+            logger.warning("without effect %s: %s", what, flags)
+
+
+def _given(config: Any) -> list[str]:
+    """The flags of a group that have another value than by default."""
+    default = type(config)()
+    return [f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -194,6 +208,7 @@ def run(config: RunConfig, device: torch.device) -> int:
             )
         config.model, plan = begin_adapter(config.model)
         resume = prepare_output_dir(config)
+        saved = read_resumed(resume, config, plan) if resume else {}
         processor = load_processor(
             resolve_model_path(config.model.model_name_or_path),
             revision=config.model.model_revision,
@@ -203,9 +218,11 @@ def run(config: RunConfig, device: torch.device) -> int:
         data = prepare_data(config, processor)
     for line in data.table:
         _say(line)
-    if config.train.dry_run:
-        with usage():
-            return dry_run(config, data, processor)
+    with usage():
+        policy = check_start(config, data)
+        if config.train.dry_run:
+            return dry_run(config, data, policy)
+        del policy
     if config.train.algorithm == "grpo":
         _warn_of_unearned(data)
     with usage():
@@ -223,7 +240,8 @@ def run(config: RunConfig, device: torch.device) -> int:
         permutation=data.permutation,
     )
     total_steps = num_steps(config, len(data.train))
-    saved = _resume(resume, state, sampler, data, config) if resume else {}
+    if resume:
+        _resume(resume, saved, state, sampler, data, config)
     with usage():
         # Nothing of an earlier run is deleted before this one has all that it needs.
         if config.train.overwrite_output_dir and not resume and dist.is_main():
@@ -294,8 +312,6 @@ def prepare_output_dir(config: RunConfig) -> Path | None:
         resume = checkpoints.find_checkpoint(output_dir, wanted)
         if resume.resolve().parent == output_dir.resolve():
             return resume
-    if config.train.dry_run:
-        return resume
     left = (output_dir / METRICS_FILE, output_dir / BASE_FOLDER)
     holds_run = any(p.exists() for p in left) or checkpoints.list_checkpoints(output_dir)
     occupied = dist.any_rank(bool(holds_run), dist.local_device())
@@ -312,9 +328,7 @@ def prepare_output_dir(config: RunConfig) -> Path | None:
                 f"its adapter needs; pass another --output_dir"
             )
     if dist.is_main():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if not os.access(output_dir, os.W_OK):
-            raise UsageError(f"--output_dir {output_dir}: expected a folder that can be written")
+        make_folder(output_dir, "--output_dir", make=not config.train.dry_run)
     dist.barrier()
     return resume
 
@@ -362,9 +376,10 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
         task = tasks.detect_task(first_solutions(samples))
     check = None if preferences else partial(tasks.check_solution, task)
     samples = SampleDataset(rows, check_solution=check, **options)
-    boxed = task in tasks.BOX_TASKS
-    found = survey(samples, boxes=boxed and space == "auto")
+    boxes = open_space(task, space)
+    found = survey(samples, boxes=boxes)
     warned = found.settle_boxes()
+    _check_left_out(config, found)
     fits, longest = None, config.grpo.max_completion_length
     if config.train.algorithm == "sft":
         fits = partial(sft.check_answer, processor.tokenizer, longest)
@@ -383,16 +398,16 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
             columns=column_names(config.data.columns),
         )
         test = replace_rows(train, SampleDataset(test_rows, check_solution=check, **options))
+        held_out = survey(test.samples, boxes=boxes, most=config.train.eval_samples)
+        held_out.settle_boxes()
     names = config.grpo.reward_funcs
     if not names and not preferences:
         names = tasks.default_rewards(task, found.solutions)
     names = [] if preferences else names
     scores = config.train.algorithm == "grpo" or config.train.eval_samples > 0
     known = found.classes() if scores and "accuracy" in names and task == "classification" else None
-    table = found.lines(config.data.dataset_train_split)
-    if not (preferences or config.grpo.reward_funcs) and names != tasks.DEFAULT_REWARDS[task]:
-        dropped = ", ".join(set(tasks.DEFAULT_REWARDS[task]) - set(names))
-        table.append(f"  without the reward {dropped}: no solution has a confidence")
+    table = found.table(config.data.dataset_train_split, "" if config.grpo.reward_funcs else task)
+    table += held_out.lines(config.data.dataset_test_split) if test is not None else []
     return Data(
         train=train,
         test=test,
@@ -406,6 +421,17 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
         permutation=rows.permutation if isinstance(rows, ParquetRows) else None,
         table=[*table, *([f"  warning: {warned}"] if warned else [])],
     )
+
+
+def _check_left_out(config: RunConfig, found: Survey) -> None:
+    """Raise UsageError if a run over all rows is sure to end at --max_bad_rows."""
+    left, most = found.read - found.kept, config.data.max_bad_rows
+    if left > most and num_steps(config, found.rows) * prompts_per_step(config) >= found.rows:
+        reasons = [f"{reason}: {len(rows)}" for reason, rows in found.account.left_out.items()]
+        raise UsageError(
+            f"--max_bad_rows {most}: expected at most so many rows that can't be used, got {left} "
+            f"of {found.read} ({'; '.join(reasons[:5])}); mend the data or raise it"
+        )
 
 
 def _warn_of_unearned(data: Data) -> None:
@@ -769,14 +795,13 @@ def learning_rates(config: RunConfig, total_steps: int) -> Callable[[int], float
             num_warmup_steps=warmup_steps,
             num_training_steps=total_steps,
         )
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"--lr_scheduler_type {train.lr_scheduler_type}: {error}") from error
-    factors = getattr(schedule, "lr_lambdas", None)
-    if not factors:
+        factors = schedule.lr_lambdas
+        factors[0](0), factors[0](total_steps - 1)
+    except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
         raise UsageError(
-            f"--lr_scheduler_type {train.lr_scheduler_type}: expected a schedule that depends on "
-            f"the step alone, such as linear or cosine"
-        )
+            f"--lr_scheduler_type {train.lr_scheduler_type}: expected a schedule of transformers "
+            f"that depends on the step alone, such as linear or cosine, got {error}"
+        ) from error
     return lambda step: train.learning_rate * factors[0](min(step, total_steps - 1))
 
 
@@ -917,42 +942,56 @@ UNNAMED_ON_RESUME = (
 )
 
 
-def _resume(
-    folder: Path, state: TrainState, sampler: PromptSampler, data: Data, config: RunConfig
-) -> dict[str, Any]:
-    with usage():
-        saved = {"config": {}, "world_size": None} | checkpoints.read_state(folder)
-        now = config.flat()
-        changed = [k for k in SAME_ON_RESUME if saved["config"].get(k, now[k]) != now[k]]
-        if changed or saved["world_size"] != dist.world_size():
-            was = {k: saved["config"].get(k) for k in changed}
-            raise UsageError(
-                f"--resume_from_checkpoint {folder}: it was saved by {saved['world_size']} "
-                f"processes with {was or 'the same flags'}, this is {dist.world_size()} with "
-                f"{ {k: now[k] for k in changed} or 'the same flags' }"
-            )
-        if config.model.use_peft and saved.get("adapter", "new") != state.adapter:
-            raise UsageError(
-                f"--resume_from_checkpoint {folder}: expected a run whose adapter is "
-                f"{state.adapter}, got one whose adapter is "
-                f"{saved.get('adapter', 'on merged weights that were not saved')}; "
-                "docs/checkpoints.md says how to rescue what an earlier version wrote"
-            )
-        if not _same_weights(config, saved.get("weights"), state.base_weights):
-            raise UsageError(
-                f"--resume_from_checkpoint {folder}: expected the weights in "
-                f"--model_name_or_path {config.model.model_name_or_path} as they were when the run "
-                "began, for they are its reference or under its adapter; put them back or start "
-                "again"
-            )
-        changed = {
-            k for k in now.keys() - UNNAMED_ON_RESUME if saved["config"].get(k, now[k]) != now[k]
-        }
-        saved["changed"] = ", ".join(
-            f"--{k} {saved['config'][k]} -> {now[k]}" for k in now if k in changed
+def read_resumed(folder: Path, config: RunConfig, plan: LoraPlan | None) -> dict[str, Any]:
+    """The state of the run that is continued, and in `changed` which flags are others.
+
+    Raises:
+        ValueError, FileNotFoundError: it can't be continued so.
+    """
+    saved = checkpoints.read_state(folder)
+    if not isinstance(saved.get("config"), dict):
+        raise UsageError(
+            f"{folder}: expected the state of a run, got one without its flags; resume an earlier "
+            "checkpoint"
         )
-        if changed:
-            logger.warning("resumed with other flags: %s", saved["changed"])
+    now = config.flat() | {"processes": dist.world_size()}
+    was = saved["config"] | {"processes": saved.get("world_size")}
+    changed = [k for k in ("processes", *SAME_ON_RESUME) if was.get(k, now[k]) != now[k]]
+    if changed:
+        raise UsageError(
+            f"--resume_from_checkpoint {folder}: expected what it was saved with, "
+            f"{ {k: was[k] for k in changed} }, got { {k: now[k] for k in changed} }; pass the "
+            "same, or start a new run in another folder"
+        )
+    adapter = plan.kind if plan else None
+    if config.model.use_peft and saved.get("adapter", "new") != adapter:
+        raise UsageError(
+            f"--resume_from_checkpoint {folder}: expected a run whose adapter is "
+            f"{adapter}, got one whose adapter is "
+            f"{saved.get('adapter', 'on merged weights that were not saved')}; "
+            "docs/checkpoints.md says how to rescue what an earlier version wrote"
+        )
+    find_state(folder / "engine", deepspeed=config.train.deepspeed is not None)
+    if adapter != "stacked":  # else its base may have to be merged again first
+        path = resolve_model_path(config.model.model_name_or_path)
+        _check_weights(folder, saved, weights_stamp(path), config)
+    changed = {k for k in now.keys() - UNNAMED_ON_RESUME if was.get(k, now[k]) != now[k]}
+    saved["changed"] = ", ".join(f"--{k} {was[k]} -> {now[k]}" for k in now if k in changed)
+    if changed:
+        logger.warning("resumed with other flags: %s", saved["changed"])
+    return saved
+
+
+def _resume(
+    folder: Path,
+    saved: dict[str, Any],
+    state: TrainState,
+    sampler: PromptSampler,
+    data: Data,
+    config: RunConfig,
+) -> None:
+    with usage():
+        _check_weights(folder, saved, state.base_weights, config)
         state.engine.load_state(folder / "engine")
         try:
             _restore(saved, state, sampler, data)
@@ -965,7 +1004,18 @@ def _resume(
         for path in checkpoints.set_later_aside(folder.parent, state.step):
             _say(f"a later checkpoint is now {path}")
     _say(f"resumed {folder} at step {state.step}")
-    return saved
+
+
+def _check_weights(
+    folder: Path, saved: dict[str, Any], now: list[Any] | None, config: RunConfig
+) -> None:
+    if not _same_weights(config, saved.get("weights"), now):
+        raise UsageError(
+            f"--resume_from_checkpoint {folder}: expected the weights in "
+            f"--model_name_or_path {config.model.model_name_or_path} as they were when the run "
+            "began, for they are its reference or under its adapter; put them back or start "
+            "again"
+        )
 
 
 def _same_weights(config: RunConfig, saved: list[Any] | None, now: list[Any] | None) -> bool:
@@ -1127,7 +1177,28 @@ def peak_rss_mib() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def dry_run(config: RunConfig, data: Data, processor: Any) -> int:
+def check_start(config: RunConfig, data: Data) -> Policy:
+    """All that would fail once the model is loaded, found before; returns the policy's shape.
+
+    Raises:
+        ValueError, FileNotFoundError: what is wrong with the flags, the weights' files or the rows.
+    """
+    learning_rates(config, num_steps(config, len(data.train)))
+    ds_config, _ = _deepspeed(config, OptimizerSettings(config.train.learning_rate))
+    if ds_config is not None:
+        check_deepspeed(ds_config)
+    check_weights(config.model.model_name_or_path, config.model.model_revision)
+    policy = build_policy(config.model, config.grpo, torch.float32, dist.local_device(), empty=True)
+    if rolls_out(config):
+        check_model(config.grpo.rollout_backend, policy)
+    columns = first_prompt(data.train).sample.columns
+    if data.test is not None:
+        first_prompt(data.test)
+    check_arguments(data.reward_funcs, columns)
+    return policy
+
+
+def dry_run(config: RunConfig, data: Data, policy: Policy) -> int:
     """Print what would run and check the data's solutions; trains nothing, writes nothing.
 
     Returns:
@@ -1143,22 +1214,9 @@ def dry_run(config: RunConfig, data: Data, processor: Any) -> int:
     print(f"rows: {len(data.train)}; steps: {num_steps(config, len(data.train))}; prompts a step: "
           f"{prompts_per_step(config)}; completions a step: "
           f"{prompts_per_step(config) * config.grpo.num_generations}")  # fmt: skip
-    learning_rates(config, num_steps(config, len(data.train)))
-    _deepspeed(config, OptimizerSettings(learning_rate=config.train.learning_rate))
-    policy = build_policy(config.model, config.grpo, torch.float32, dist.local_device(), empty=True)
-    if rolls_out(config):
-        check_model(config.grpo.rollout_backend, policy)
     _print_model(config, policy)
     print("\n# one prompt as the model reads it")
-    sample, reasons = None, []
-    for prompt in map(data.train.load, range(len(data.train))):
-        if not isinstance(prompt, BadRow):
-            sample = prompt
-            break
-        reasons.append(f"row {prompt.index}: {prompt.reason}")
-    if sample is None:
-        first = "; ".join(reasons[:3])
-        raise UsageError(f"expected at least one usable row of {len(reasons)}, got none: {first}")
+    sample = first_prompt(data.train)
     print(sample.text)
     images = [f"{image.width}x{image.height}" for image in sample.sample.images]
     if config.train.algorithm == "dpo":
@@ -1168,6 +1226,21 @@ def dry_run(config: RunConfig, data: Data, processor: Any) -> int:
         print(f"solution: {sample.sample.solution}")
     print(f"prompt tokens: {len(sample.input_ids)}; images: {', '.join(images) or 'none'}")
     return _check_solutions(data)
+
+
+def first_prompt(source: PromptSource) -> Prompt:
+    """Of the rows that the model can read.
+
+    Raises:
+        ValueError: there is none.
+    """
+    reasons = []
+    for prompt in map(source.load, range(len(source))):
+        if not isinstance(prompt, BadRow):
+            return prompt
+        reasons.append(f"row {prompt.index}: {prompt.reason}")
+    first = "; ".join(reasons[:3])
+    raise ValueError(f"expected at least one usable row of {len(reasons)}, got none: {first}")
 
 
 def _print_model(config: RunConfig, policy: Policy) -> None:

@@ -32,6 +32,7 @@ from virft_fast.data.loading import FILE_SUFFIXES
 from virft_fast.data.mia import Layout
 from virft_fast.data.openimages import read_openimages
 from virft_fast.data.refcoco import read_refcoco
+from virft_fast.data.survey import open_space, survey
 from virft_fast.data.voc import read_voc
 from virft_fast.data.writing import Plan, check_output, drop_missing, write_dataset
 from virft_fast.data.yolo import read_yolo
@@ -447,6 +448,8 @@ def _build_classification(arguments: argparse.Namespace) -> None:
 
 def _build_grounding(arguments: argparse.Namespace) -> None:
     check_output(arguments.output, arguments.overwrite, (arguments.source,))
+    if not arguments.source.is_dir():
+        raise ValueError(f"--source {arguments.source}: expected a folder, got none")
     built = Built()
     names = {"train": "train", "val": "validation", "test": "test"}
     folders = {
@@ -613,6 +616,8 @@ def _mia_on_each_rank(arguments: argparse.Namespace, device: Any, mia: Any, dist
     sheet = out.with_name(f"{out.name}.png")
     if arguments.pictures and sheet.exists() and not arguments.overwrite:
         raise ValueError(f"{sheet}: exists already; pass --overwrite, --pictures 0 or another name")
+    if arguments.images and not arguments.images.is_dir():
+        raise ValueError(f"--images {arguments.images}: expected a folder, got none")
     mia.edit_distance("", "")  # better without its package now than after the answers
     rows = load_rows(
         arguments.dataset_name,
@@ -680,9 +685,9 @@ def _answering(arguments: argparse.Namespace, device: Any, mia: Any) -> Any:
     import torch
 
     from virft_fast.models.processing import load_processor
-    from virft_fast.models.qwen_vl import Policy, load_model
+    from virft_fast.models.qwen_vl import Policy, load_model, read_config
     from virft_fast.models.tiny import resolve_model_path
-    from virft_fast.rollout.backends import make_rollout
+    from virft_fast.rollout.backends import check_cache_limit, make_rollout
 
     path = resolve_model_path(arguments.model_name_or_path)
     processor = load_processor(
@@ -691,11 +696,19 @@ def _answering(arguments: argparse.Namespace, device: Any, mia: Any) -> Any:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if arguments.dtype != "auto":
         dtype = getattr(torch, arguments.dtype)
-    policy = Policy(load_model(path, dtype=dtype).to(device)).eval()
-    layers = policy.config.text_config.num_hidden_layers
+    check_cache_limit(
+        "native",
+        arguments.rollout_cache_tokens,
+        num_generations=1,
+        max_prompt_length=arguments.max_prompt_length,
+        max_completion_length=arguments.max_completion_length,
+        device=device,
+    )
+    layers = read_config(path).text_config.num_hidden_layers
     layer = layers // 2 if arguments.layer is None else arguments.layer
     if not 0 <= layer < layers:
         raise ValueError(f"--layer: expected 0 to {layers - 1}, got {layer}")
+    policy = Policy(load_model(path, dtype=dtype).to(device)).eval()
     rollout = make_rollout(
         "native",
         lambda: contextlib.nullcontext(policy),
@@ -776,14 +789,17 @@ def _export(arguments: argparse.Namespace) -> None:
     if source in [(arguments.output / file).resolve() for file in (name, f"{name}.json")]:
         raise ValueError(f"--name {name}: the source {source} would be replaced; pass another")
     rows = _load(arguments)
-    task = arguments.task
+    task, space = arguments.task, arguments.box_space
+    options = {
+        "compat_prompt": arguments.compat_prompt,
+        "box_space": "thousandths" if space == "auto" else space,
+    }
     if task == "auto":
-        task = detect_task(first_solutions(SampleDataset(rows)))
-    samples = SampleDataset(
-        rows,
-        check_solution=partial(check_solution, task),
-        compat_prompt=arguments.compat_prompt,
-    )
+        task = detect_task(first_solutions(SampleDataset(rows, **options)))
+    samples = SampleDataset(rows, check_solution=partial(check_solution, task), **options)
+    found = survey(samples, boxes=open_space(task, space))
+    warned = found.settle_boxes()
+    print("\n".join([*found.lines(arguments.split), *([f"  warning: {warned}"] if warned else [])]))
     count, bad = export_llamafactory(
         samples, arguments.output, name, overwrite=arguments.overwrite, progress=_progress
     )

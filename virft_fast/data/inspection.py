@@ -16,7 +16,7 @@ from PIL import Image
 from virft_fast.batch import Sample
 from virft_fast.data.drawing import TRUE, contact_sheet, draw_boxes
 from virft_fast.data.loading import IMAGE_FORMATS, BadRow, SampleDataset, first_solutions
-from virft_fast.data.survey import survey
+from virft_fast.data.survey import open_space, survey
 from virft_fast.data.writing import make_folder
 from virft_fast.tasks import BOX_TASKS, check_solution, detect_task, parse_detection
 from virft_fast.tasks.answers import answer_text
@@ -129,12 +129,14 @@ def inspect(
 
 
 def _table(samples: SampleDataset, task: str, box_space: str) -> list[str]:
-    surveyed = survey(samples, boxes=task in BOX_TASKS and box_space == "auto")
+    surveyed = survey(samples, boxes=open_space(task, box_space))
     try:
         warned = surveyed.settle_boxes()
+        if task == "classification":
+            surveyed.classes()
     except ValueError as error:
         warned = str(error)
-    return [*surveyed.lines("a run"), *([f"  warning: {warned}"] if warned else [])]
+    return [*surveyed.table("a run", task), *([f"  warning: {warned}"] if warned else [])]
 
 
 def subject(sample: Sample, task: str) -> str:

@@ -29,7 +29,8 @@ ROLES = {
 # Columns that hold what is not read: a row that has something in one can't be used.
 UNREAD_COLUMNS = ("video", "videos", "audio", "audios", "tools")
 UNREAD_TAG = re.compile(
-    r"<(?:video|audio)>|<\|(?:image_pad|video_pad|vision_start|vision_end)\|>", re.IGNORECASE
+    r"<(?:video|audio)>|<\|(?:(?:image|video|vision)_(?:pad|start|end)|im_start|im_end|endoftext)\|>",
+    re.IGNORECASE,
 )
 # Where ms-swift puts the names and boxes of its column `objects`.
 OBJECT_TAG = re.compile(r"<(?:bbox|ref-object)>")
@@ -48,7 +49,8 @@ class Reading:
     """What a row says.
 
     Attributes:
-        layout: the columns that it was read from.
+        layout: the columns that question and ground truth were read from.
+        image_column: that of the images; None where they are in the question, or there are none.
         messages: the prompt's turns, an image part for each of `sources`.
         problem: text of the last user's turn.
         sources: images as they are stored.
@@ -64,6 +66,7 @@ class Reading:
     solution: Any
     said: str | None = None
     converted: tuple[str, ...] = ()
+    image_column: str | None = None
 
 
 @dataclass
@@ -99,8 +102,8 @@ def read_row(
         turns = [{"role": "system", "content": system}, *turns]
     if turns[-1]["role"] != "user":
         raise Unusable(f"{column}: expected the last turn to be the user's, got {turns[-1]!r:.80}")
-    images = next((row[c] for c in IMAGE_COLUMNS if row.get(c) is not None), None)
-    messages, sources = _place_images(turns, _as_list(images), column)
+    held = next((name for name in IMAGE_COLUMNS if row.get(name) is not None), None)
+    messages, sources = _place_images(turns, _as_list(row.get(held)), column)
     problem = non_empty(question.problem or _text(turns[-1]), column)
     if row.get("objects") and (tag := OBJECT_TAG.search(f"{problem} {question.said}")):
         raise Unusable(f"{column}: expected texts with their boxes, got {tag[0]} and objects")
@@ -113,6 +116,7 @@ def read_row(
         solution=solution,
         said=question.said,
         converted=question.converted,
+        image_column=held,
     )
 
 

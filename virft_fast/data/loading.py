@@ -465,7 +465,7 @@ def _read_json(path: Path, account: Built) -> list[dict[str, Any]]:
 
 def _parse_json(text: str, path: Path) -> list[Any]:
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once)
         return value if isinstance(value, list) else [value]
     except (json.JSONDecodeError, RecursionError) as error:
         if text.lstrip().startswith("["):
@@ -474,7 +474,7 @@ def _parse_json(text: str, path: Path) -> list[Any]:
     # Not splitlines(): that also splits at characters which may stand inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
         try:
-            records += [json.loads(line)] if line.strip() else []
+            records += [json.loads(line, object_pairs_hook=_once)] if line.strip() else []
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(
                 f"--dataset_name {path}: line {number} is not valid JSON: {error}"
@@ -501,6 +501,16 @@ def _list(cell: str) -> Any:
         return cell
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that is there twice, the reader would take the last."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise json.JSONDecodeError(f"the key {twice!r} is in one object twice", "", 0)
+    return value
+
+
 def _as_dataset(records: list[dict[str, Any]], folder: Path) -> datasets.Dataset:
     import datasets
     import pyarrow as pa
@@ -511,8 +521,7 @@ def _as_dataset(records: list[dict[str, Any]], folder: Path) -> datasets.Dataset
         if name in IMAGE_COLUMNS:
             columns[name] = _column([_absolute_paths(value, folder) for value in values])
         elif name in CHAT_COLUMNS and any(isinstance(value, (list, dict)) for value in values):
-            texts = [None if value is None else json.dumps(value) for value in values]
-            columns[name] = pa.array(texts, pa.json_())
+            columns[name] = _as_json(values)
         else:
             columns[name] = _column(values)
     return datasets.Dataset(pa.table(columns))
@@ -541,14 +550,18 @@ def _utf8(value: Any) -> Any:
     return value
 
 
-def _column(values: list[Any]) -> Any:
-    """An arrow array; where the kinds of value differ between rows, of texts (JSON for the others).
+def _as_json(values: list[Any]) -> Any:
+    import pyarrow as pa
 
-    One odd row must not make the whole file unreadable.
-    """
+    return pa.array([None if v is None else json.dumps(v) for v in values], pa.json_())
+
+
+def _column(values: list[Any]) -> Any:
+    """An arrow array; where the kinds of value differ between rows, of JSON, so that each stays
+    what it is and one odd row does not make the whole file unreadable."""
     import pyarrow as pa
 
     try:
         return pa.array(values)
     except (pa.ArrowException, OverflowError, ValueError, TypeError):
-        return pa.array([v if v is None or isinstance(v, str) else json.dumps(v) for v in values])
+        return _as_json(values)

@@ -26,6 +26,7 @@ from virft_fast.data.layouts import (
     spoken_text,
 )
 from virft_fast.tasks import in_thousandths, parse_detection
+from virft_fast.tasks.scoring import RESERVED
 
 if TYPE_CHECKING:
     import datasets
@@ -75,6 +76,7 @@ class SampleDataset:
         # that is not asked for, and a corrupt image raises where it can be caught.
         self._rows = rows.with_format("arrow") if hasattr(rows, "with_format") else rows
         self._image_columns = _image_columns(rows)
+        self.unread_images = sorted(self._image_columns - {*IMAGE_COLUMNS, "mask"})
         self._json_columns = _json_columns(rows)
         self._check_solution = check_solution
         self.account = getattr(rows, "account", None)  # of how the file was read
@@ -171,7 +173,8 @@ class SampleDataset:
         return plain
 
     def _sample(self, index: int, row: dict[str, Any], reading: Reading) -> Sample:
-        columns = {k: v for k, v in row.items() if k not in self._image_columns}
+        left = self._image_columns | RESERVED
+        columns = {k: v for k, v in row.items() if k not in left}
         if "chosen" in row:  # a preference pair, of texts or chats
             columns |= {name: spoken_text(row.get(name)) for name in ("chosen", "rejected")}
             if columns["chosen"] is None:

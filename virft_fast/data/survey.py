@@ -9,15 +9,19 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from virft_fast.data.accounts import Built
+from virft_fast.data.accounts import Built, listing
 from virft_fast.data.images import UnreadableImage, image_size
-from virft_fast.data.layouts import PIXELS, Unusable
+from virft_fast.data.layouts import ANSWERS, IMAGE_COLUMNS, PIXELS, QUESTIONS, Unusable
 from virft_fast.data.samples import SampleDataset
+from virft_fast.tasks import BOX_TASKS, DEFAULT_REWARDS, default_rewards
 from virft_fast.tasks.answers import parse_detection
 from virft_fast.tasks.labels import ClosedSet, class_set
+from virft_fast.tasks.scoring import RESERVED
 
 MAX_ROWS = 20_000
 MAX_STREAMED_ROWS = 200
+# Of these columns one is read for the question, one for the ground truth and one for the images.
+CHOSEN_AMONG = {*QUESTIONS, *ANSWERS, *IMAGE_COLUMNS} - {"completion", "chosen"}
 THOUSAND = 1000
 
 
@@ -44,10 +48,18 @@ class Survey:
     large: int = 0
 
     def lines(self, split: str) -> list[str]:
-        """The table at the start of a run."""
+        """The table of a split at the start of a run."""
         part = "" if self.read == self.rows else f"; only the first {self.read} were looked at"
         table = [f"{split}: kept {self.kept} of {self.read} rows{part}", *self.account.lines()]
         return [table[0], *(f"  {line}" for line in table[1:])]
+
+    def table(self, split: str, task: str) -> list[str]:
+        """`lines`, and which of the task's default rewards no solution can earn."""
+        usual = DEFAULT_REWARDS.get(task, ())
+        dropped = set(usual) - set(default_rewards(task, self.solutions) if usual else ())
+        return self.lines(split) + [
+            f"  without the reward {name}: no solution has a confidence" for name in dropped
+        ]
 
     def settle_boxes(self) -> str | None:
         """A warning where --box_space auto takes boxes for thousandths without a sign of others.
@@ -79,17 +91,33 @@ class Survey:
         return class_set(self.solutions) if self.read == self.rows else None
 
 
-def survey(samples: SampleDataset, *, boxes: bool) -> Survey:
+def open_space(task: str, box_space: str) -> bool:
+    """Whether solutions are boxes whose space is to be found out.
+
+    Raises:
+        ValueError: a space is given, but solutions have no boxes.
+    """
+    if task not in BOX_TASKS and box_space in ("pixels", "unit"):
+        raise ValueError(
+            f"--box_space {box_space}: expected solutions with boxes, got the task {task}; leave "
+            "it out, or pass --task detection or grounding"
+        )
+    return task in BOX_TASKS and box_space == "auto"
+
+
+def survey(samples: SampleDataset, *, boxes: bool, most: int | None = None) -> Survey:
     """Read the first rows, at most MAX_ROWS of a set on disk and MAX_STREAMED_ROWS of a stream.
 
     Args:
         boxes: whether solutions are boxes, whose space is to be found out.
+        most: no more rows than these are used.
     """
-    found = Survey(len(samples))
-    found.read = min(len(samples), MAX_STREAMED_ROWS if samples.streamed else MAX_ROWS)
+    found = Survey(len(samples) if most is None else min(most, len(samples)))
+    found.read = min(found.rows, MAX_STREAMED_ROWS if samples.streamed else MAX_ROWS)
     if samples.account is not None:
         found.account.add(samples.account)
     layouts: dict[str, int] = {}
+    without, images = [], set()
     for index in range(found.read):
         try:
             if boxes:
@@ -101,10 +129,21 @@ def survey(samples: SampleDataset, *, boxes: bool) -> Survey:
         found.kept += 1
         found.solutions.append(solution)
         layouts[reading.layout] = layouts.get(reading.layout, 0) + 1
-        for rule in (*reading.converted, *samples.rules):
+        without += [] if reading.sources else [f"row {index}"]
+        images.add(reading.image_column)
+        for rule in (*reading.converted, *(samples.rules if solution != reading.solution else ())):
             found.account.convert(rule, f"row {index}")
     named = ", ".join(f"{name} ({count})" for name, count in layouts.items())
-    found.account.notes.append(f"read from the columns {named or 'none'}")
+    notes = [f"read from the columns {named or 'none'}"]
+    if without:
+        notes.append(f"without an image: {len(without)} ({listing(without)})")
+    read = {*images, *(column for layout in layouts for column in layout.split(" + "))}
+    others = [name for name in samples.names if name in CHOSEN_AMONG and name not in read]
+    if found.kept and (unread := [*others, *([] if images - {None} else samples.unread_images)]):
+        notes.append(f"not read: {', '.join(unread)}; --columns says which columns are")
+    if taken := sorted(RESERVED & set(samples.names)):
+        notes.append(f"rewards get the run's own {', '.join(taken)}, not the columns of that name")
+    found.account.notes += notes
     return found
 
 

@@ -76,21 +76,27 @@ def check_output(out: Path, overwrite: bool, sources: Iterable[Path | str | None
     make_folder(out.parent)
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, flag: str = "--output", *, make: bool = True) -> None:
     """The folder of an output.
 
+    Args:
+        make: False only checks that it could be made.
     Raises:
         ValueError: it can't be, or can't be written to.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # such as a file where a folder should be
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except (OSError, ValueError) as error:  # such as a file where a folder should be
         raise ValueError(
-            f"--output: expected a folder {folder}, it can't be made: {error.strerror}; pass "
-            "another place"
+            f"{flag}: expected a folder {folder}, it can't be made: {error}; pass another place"
         ) from error
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"--output: expected a folder that can be written, got {folder}")
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(
+            f"{flag} {folder}: expected a folder that can be written, got {there}; pass another "
+            "place"
+        )
 
 
 def drop_missing(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from virft_fast.data.writing import make_folder
 from virft_fast.evaluation import pages
 from virft_fast.evaluation.journal import Record, beside
 from virft_fast.evaluation.results import Result
@@ -48,9 +49,9 @@ def check_output(
                 f"--output {path}: expected a new name or that of the same evaluation, "
                 f"{there[0]} is something else; --overwrite replaces it"
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"--output {path}: expected a place that can be written")
+    make_folder(path.parent)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"--output {path}: expected a file that can be written")
 
 
 def _is_ours(place: Path, compared: bool) -> bool:

@@ -21,7 +21,7 @@ import torch
 from virft_fast import dist, tasks
 from virft_fast.batch import Rollouts
 from virft_fast.config import EvalConfig, UsageError, usage
-from virft_fast.data import BadRows, SampleDataset
+from virft_fast.data import BadRow, BadRows, SampleDataset
 from virft_fast.data.prompts import PromptSource
 from virft_fast.evaluation import grounding
 from virft_fast.evaluation.answering import answer
@@ -48,12 +48,13 @@ from virft_fast.evaluation.sources import (
     of_dataset,
 )
 from virft_fast.models.processing import load_processor, resized
-from virft_fast.models.qwen_vl import Policy, load_model, read_config, weights_stamp
+from virft_fast.models.qwen_vl import Policy, load_model, weights_stamp
 from virft_fast.models.tiny import resolve_model_path
 from virft_fast.rollout import Rollout
 from virft_fast.rollout.backends import check_cache_limit, check_model, make_rollout
 from virft_fast.tasks.coordinates import FAMILY_SPACE
 from virft_fast.tasks.rewards import knowing_classes
+from virft_fast.tasks.scoring import check_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,17 @@ class Evaluation:
                 min_pixels=config.min_pixels,
                 max_pixels=config.max_pixels,
             )
-            self.family = read_config(self.path, config.model_revision).model_type
+            empty = load_model(
+                self.path,
+                revision=config.model_revision,
+                attn_implementation=config.attn_implementation,
+                empty=True,
+            )
+            check_model(config.rollout_backend, Policy(empty))
+            self.family = empty.config.model_type
+            self.rewards = tasks.load_reward_funcs(config.reward_funcs)
+            if config.task in ("coco", "lvis"):
+                need_coco_eval()
 
     def run(self, exists: ExistsMap | None = None) -> tuple[Result | None, ExistsMap | None]:
         """Ask, then measure.
@@ -122,8 +133,6 @@ class Evaluation:
         """
         config = self.config
         with usage():
-            if config.task in ("coco", "lvis"):
-                need_coco_eval()
             images = images_of(config) if config.annotations else None
         if images is not None:
             if config.exists_map:
@@ -138,7 +147,7 @@ class Evaluation:
             names = config.reward_funcs or tasks.DEFAULT_REWARDS[questions.task]
             reward_funcs = [
                 (name, knowing_classes(reward, questions.labels) if name == "accuracy" else reward)
-                for name, reward in tasks.load_reward_funcs(names)
+                for name, reward in self.rewards or tasks.load_reward_funcs(names)
             ]
             sam = self._sam(questions) if config.sam_path else None
             stamp = _reward_stamp(names)
@@ -148,6 +157,8 @@ class Evaluation:
         samples = questions.samples()
         self.load_sample = samples.get
         self._check_space(questions)
+        with usage():
+            self._check_rewards(questions, samples, reward_funcs)
 
         def describe(rollouts: Rollouts) -> list[Record]:
             return [record | {"scored_by": stamp} for record in scored(rollouts, reward_funcs)]
@@ -188,6 +199,14 @@ class Evaluation:
         )
         result.missing = questions.missing
         return result, exists
+
+    def _check_rewards(
+        self, questions: Questions, samples: SampleDataset, reward_funcs: list[Any]
+    ) -> None:
+        found = map(samples.get, questions.indices)
+        first = next((sample for sample in found if not isinstance(sample, BadRow)), None)
+        if first is not None:
+            check_arguments(reward_funcs, first.columns)
 
     # The model
 

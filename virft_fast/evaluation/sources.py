@@ -22,7 +22,7 @@ from virft_fast.data.coco import pick_categories, pick_names
 from virft_fast.data.instances import NO_AREA, NO_BOX, read_annotations
 from virft_fast.data.layouts import solution_of
 from virft_fast.data.loading import IMAGE_COLUMNS, IMAGE_TAG
-from virft_fast.data.survey import survey
+from virft_fast.data.survey import open_space, survey
 from virft_fast.evaluation.detection import Truth, make_truth
 from virft_fast.evaluation.journal import Record
 from virft_fast.evaluation.questions import (
@@ -216,8 +216,8 @@ def _tell(config: EvalConfig, questions: Questions) -> None:
     Raises:
         ValueError: --box_space auto, and boxes look like pixels or shares.
     """
-    boxed = questions.task in tasks.BOX_TASKS and config.box_space == "auto"
-    found = survey(questions.samples(), boxes=boxed)
+    boxes = open_space(questions.task, config.box_space)
+    found = survey(questions.samples(), boxes=boxes)
     warned = found.settle_boxes()
     changed = found.account.left_out or found.account.converted or warned
     if dist.is_main() and changed:

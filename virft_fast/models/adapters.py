@@ -124,13 +124,17 @@ def _read_config(folder: str) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config["base_model_name_or_path"], str):
-            raise ValueError(f"base_model_name_or_path {config['base_model_name_or_path']!r}")
+        kinds = {"base_model_name_or_path": str, "r": int, "lora_alpha": (int, float),
+                 "target_modules": (str, list)}  # fmt: skip
+        for key, kind in kinds.items():
+            needed = key == "base_model_name_or_path" or config.get(key) is not None
+            if needed and not isinstance(config[key], kind):
+                raise ValueError(f"{key} {config[key]!r}")
         return dict(config)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"--model_name_or_path {folder!r}: expected {CONFIG_FILE} to name its "
-            f"base_model_name_or_path, got {error!r}; write the base model's folder or hub id there"
+            f"--model_name_or_path {folder!r}: expected {CONFIG_FILE} as peft writes it, got "
+            f"{error!r}; base_model_name_or_path is the base model's folder or hub id"
         ) from error
 
 
@@ -212,6 +216,7 @@ def add_lora(
 ) -> nn.Module:
     """The model with a new LoRA adapter on its language part; everything else is frozen."""
     peft = _import_peft("--use_peft")
+    _check_targets(model, target_modules)
     config = peft.LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -223,6 +228,19 @@ def add_lora(
         revision=revision,
     )
     return peft.get_peft_model(model, config)
+
+
+def _check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
+    """Raise ValueError for a name that fits no layer: peft does so only where none fits any."""
+    parts = [(n, m) for n, m in model.named_modules() if "visual" not in n.split(".")]
+    layers = [f".{name}" for name, part in parts if isinstance(part, nn.Linear)]
+    for target in target_modules:
+        if not any(name.endswith(f".{target}") for name in layers):
+            known = sorted({name.rsplit(".", 1)[1] for name in layers} - {"lm_head"})
+            raise ValueError(
+                f"--lora_target_modules {target}: expected names of the language model's linear "
+                f"layers ({', '.join(known)}); leave it out for all of them"
+            )
 
 
 def attach(model: nn.Module, plan: LoraPlan, *, reference: bool = False) -> nn.Module:
@@ -240,7 +258,7 @@ def attach(model: nn.Module, plan: LoraPlan, *, reference: bool = False) -> nn.M
             revision=plan.revision,
         )  # fmt: skip
     peft = _import_peft("--use_peft")
-    config = peft.PeftConfig.from_pretrained(plan.name)
+    config = peft_config(plan.name)
     config.inference_mode = False
     if config.lora_dropout:
         logger.warning("%s: its dropout %s is set to 0", plan.name, config.lora_dropout)
@@ -261,6 +279,22 @@ def attach(model: nn.Module, plan: LoraPlan, *, reference: bool = False) -> nn.M
     return model
 
 
+def peft_config(folder: str) -> Any:
+    """peft's configuration of the adapter in a folder.
+
+    Raises:
+        ValueError: peft is not installed, or can't read it.
+    """
+    peft = _import_peft(f"--model_name_or_path {folder!r} is an adapter")
+    try:
+        return peft.PeftConfig.from_pretrained(folder)
+    except Exception as error:  # whatever an odd file makes of itself there
+        raise ValueError(
+            f"--model_name_or_path {folder!r}: expected {CONFIG_FILE} as peft writes it, got "
+            f"{type(error).__name__}: {str(error)[:300]}"
+        ) from error
+
+
 def merge_adapter(model: nn.Module, folder: str) -> nn.Module:
     """The base model with an adapter's products added to its weights, all of them trainable.
 
@@ -270,7 +304,7 @@ def merge_adapter(model: nn.Module, folder: str) -> nn.Module:
         ValueError: the adapter can't be merged, or its weights don't fit.
     """
     peft = _import_peft(f"--model_name_or_path {folder!r} is an adapter")
-    config = peft.PeftConfig.from_pretrained(folder)
+    config = peft_config(folder)
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise ValueError(
             f"--model_name_or_path {folder!r}: expected an adapter that can be merged, such as "

@@ -75,13 +75,14 @@ def load_processor(
     holder = _holder(name, revision)
     try:
         processor = _load(*holder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers has many for a file that holds something else
         is_folder = Path(resolve_model_path(name)).is_dir()
         found = "a folder without them" if is_folder else "neither a folder nor a reachable hub id"
         raise FileNotFoundError(
             f"--model_name_or_path {name!r}: expected a folder or hub id with a tokenizer and an "
-            f"image processor, got {found} ({str(error).splitlines()[0]}); check the spelling, or "
-            "copy the tokenizer and (pre)processor files of the original model into the folder"
+            f"image processor, got {found} ({' '.join(str(error).split())[:300]}); check the "
+            "spelling, or copy the tokenizer and (pre)processor files of the original model into "
+            "the folder"
         ) from error
     if IMAGE_TOKEN not in getattr(processor, "tokenizer", processor).get_vocab():
         raise ValueError(

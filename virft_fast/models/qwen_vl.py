@@ -12,6 +12,7 @@ the model reads (packed: R = 1), D hidden, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import warnings
 import zlib
@@ -22,6 +23,7 @@ from typing import Any
 
 import jinja2
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,8 +32,14 @@ from virft_fast.kernels import GRPOLoss, linear_grpo_loss, linear_logps
 from virft_fast.kernels.linear import linear_logits
 from virft_fast.kernels.reference import grpo_loss_reference, logps_reference
 from virft_fast.models import shared_prefix
+from virft_fast.models.adapters import (
+    CONFIG_FILE,
+    merge_adapter,
+    model_chain,
+    peft_config,
+    undivided,
+)
 from virft_fast.models.adapters import add_lora as add_lora
-from virft_fast.models.adapters import merge_adapter, model_chain, undivided
 from virft_fast.models.saving import save_model as save_model
 from virft_fast.models.shared_prefix import Group, PackedAttention, no_mask
 
@@ -106,13 +114,22 @@ def load_model(
     from transformers import AutoModelForImageTextToText, GenerationConfig
 
     config = read_config(name_or_path, revision)
+    check_weights(name_or_path, revision)
     *adapters, (path, revision) = model_chain(name_or_path, revision)
+    for folder, _ in adapters:
+        peft_config(folder)
     attention = usable_attention(attn_implementation)
     if empty:
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(
-                config, dtype=dtype, attn_implementation=attention
-            )
+        try:
+            with torch.device("meta"):
+                return AutoModelForImageTextToText.from_config(
+                    config, dtype=dtype, attn_implementation=attention
+                )
+        except Exception as error:  # what sizes that don't fit each other make of themselves
+            raise ValueError(
+                f"--model_name_or_path {name_or_path!r}: expected the config.json of a "
+                f"{config.model_type} model, got {type(error).__name__}: {str(error)[:300]}"
+            ) from error
     try:
         with undivided() if adapters else contextlib.nullcontext():
             model, info = AutoModelForImageTextToText.from_pretrained(
@@ -120,6 +137,7 @@ def load_model(
                 revision=revision,
                 dtype=torch.float32 if adapters else dtype,
                 attn_implementation=attention,
+                use_safetensors=True,  # the other files are pickles
                 output_loading_info=True,
             )
     # Safetensors and torch have errors of their own for a file that is cut off or foreign.
@@ -167,11 +185,11 @@ def read_config(name_or_path: str, revision: str | None = None) -> Any:
     *adapters, (path, revision) = model_chain(name_or_path, revision)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers has many for a file that holds something else
         named = f"{name_or_path!r}" + (f", an adapter on {path!r}" if adapters else "")
         raise FileNotFoundError(
             f"--model_name_or_path: expected a folder with config.json, a hub id or `tiny`, got "
-            f"{named}: {str(error).splitlines()[0]}"
+            f"{named}: {' '.join(str(error).split())[:300]}"
         ) from error
     if config.model_type not in FAMILIES:
         raise ValueError(
@@ -179,6 +197,41 @@ def read_config(name_or_path: str, revision: str | None = None) -> Any:
             f"{', '.join(FAMILIES)}, got model_type {config.model_type!r}"
         )
     return config
+
+
+def check_weights(name_or_path: str, revision: str | None = None) -> None:
+    """That the weights in a model's folder are there and whole, and those under an adapter; only
+    the heads of the files are read. A hub id is let pass.
+
+    Raises:
+        ValueError: they are not.
+    """
+    for folder, _ in model_chain(name_or_path, revision):
+        if not Path(folder).is_dir():
+            continue
+        try:
+            for file in _weight_files(Path(folder)):
+                with safe_open(file, "pt"):
+                    pass
+        except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+            pickles = sorted(file.name for file in Path(folder).glob("*.bin"))
+            hint = f"{pickles[0]} is a pickle and not opened, convert it" if pickles else ""
+            raise ValueError(
+                f"--model_name_or_path {folder!r}: expected the weights of a Qwen-VL model or of "
+                f"an adapter in safetensors, got {type(error).__name__}: {error}; "
+                f"{hint or 'is the folder complete?'}"
+            ) from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Those that are loaded, whether they are there or not."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / CONFIG_FILE).is_file():
+        return [folder / "adapter_model.safetensors"]
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return [folder / "model.safetensors"]
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(shards))]
 
 
 def weights_stamp(path: str) -> list[Any]:

@@ -24,6 +24,9 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+# What a reward function gets beside a row's columns.
+_ALWAYS = ("prompts", "completions", "completion_ids", "image_grid_thw")
+RESERVED = frozenset((*_ALWAYS, "trainer_state", "log_extra", "log_metric"))
 LARGEST = torch.finfo(torch.float32).max
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -82,7 +85,7 @@ def _module_of(path: str) -> Any:
 def _made(name: str, cls: type) -> Any:
     try:
         return cls()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"--reward_funcs {name}: expected a class that is made without arguments, got "
             f"{type(error).__name__}: {error}"
@@ -160,6 +163,29 @@ def _given(function: RewardFunction, shared: Mapping[str, Any]) -> RewardFunctio
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     taken = {name: value for name, value in shared.items() if takes_all or name in parameters}
     return partial(function, **taken)
+
+
+def check_arguments(
+    reward_funcs: Sequence[tuple[str, RewardFunction]], columns: Iterable[str]
+) -> None:
+    """Raise ValueError if a function can't be called with what it is going to get.
+
+    Args:
+        columns: of the rows, as `Sample.columns` has them.
+    """
+    names = [*dict.fromkeys((*_ALWAYS, *columns))]
+    for name, function in reward_funcs:
+        try:
+            signature = inspect.signature(_given(function, RewardLog().arguments()))
+        except ValueError:  # of a builtin, which says nothing
+            continue
+        try:
+            signature.bind(**dict.fromkeys(names))
+        except TypeError as error:
+            raise ValueError(
+                f"--reward_funcs {name}: expected a function that takes {', '.join(names)} by "
+                f"name, or **columns for what it has no use for, got {signature}: {error}"
+            ) from error
 
 
 def _call(
