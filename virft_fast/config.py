@@ -23,6 +23,7 @@ EVAL_TASKS = (*TASKS, "coco", "lvis")
 BOX_SPACES = ("auto", "thousandths", "pixels", "unit")
 ANSWERS = ("lenient", "visual_rft")
 DTYPES = ("auto", "float32", "bfloat16")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")  # any other name may be a kernel of the hub
 SAVE_DTYPES = (*DTYPES, "float16")
 LOSS_IMPLS = ("fused", "reference")
 ROLLOUT_BACKENDS = ("native", "hf")
@@ -83,7 +84,9 @@ class ModelConfig:
     dtype: str = arg(
         "auto", "auto: bfloat16 with --bf16, else float32.", "torch_dtype", choices=DTYPES
     )
-    attn_implementation: str = arg("sdpa", "sdpa, eager or flash_attention_2 (needs flash-attn).")
+    attn_implementation: str = arg(
+        "sdpa", "flash_attention_2 needs flash-attn.", choices=ATTENTIONS
+    )
     freeze_vision_tower: bool = arg(
         False, "Train the language model only.", "freeze_vision_modules"
     )
@@ -462,7 +465,7 @@ class EvalConfig:
     dtype: str = arg(
         "auto", "auto: bfloat16 on a GPU, else float32.", "torch_dtype", choices=DTYPES
     )
-    attn_implementation: str = arg("sdpa", "sdpa, eager or flash_attention_2.")
+    attn_implementation: str = arg("sdpa", "As in training.", choices=ATTENTIONS)
     min_pixels: int | None = arg(None, "As in training; both budgets should agree.")
     max_pixels: int | None = arg(None, "As in training; both budgets should agree.")
     output: str | None = arg(None, "Per-sample JSONL; default: beside the model or in runs/eval.")

@@ -267,7 +267,7 @@ def _folder_files(folder: Path, split: str, config: str | None) -> list[str]:
     import datasets
 
     try:
-        builder = datasets.load_dataset_builder(str(folder), config)
+        builder = datasets.load_dataset_builder(str(folder), config, trust_remote_code=False)
     except Exception as error:  # a missing configuration, file or key: they share no base
         files = _files_on_card(folder, split, config)
         if files:  # another split has none: it was not downloaded
@@ -374,12 +374,12 @@ def _load_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
     import datasets
 
     try:
-        return datasets.load_dataset(name, config, split=split)
+        return datasets.load_dataset(name, config, split=split, trust_remote_code=False)
     except Exception as error:  # network, hub, configuration and builder errors share no base
         unknown = re.match(r"Unknown split .* Should be one of (\[.*\])", str(error))
         if unknown:
             found = _found_split(split, re.findall(r"'([^']*)'", unknown[1]), name)
-            return datasets.load_dataset(name, config, split=found)
+            return datasets.load_dataset(name, config, split=found, trust_remote_code=False)
         raise _hub_error(name, error) from error
 
 
@@ -423,7 +423,7 @@ def _hub_parquet(name: str, split: str, config: str | None) -> list[str]:
     import datasets
 
     try:
-        builder = datasets.load_dataset_builder(name, config)
+        builder = datasets.load_dataset_builder(name, config, trust_remote_code=False)
     except Exception as error:  # as in _load_hub
         raise _hub_error(name, error) from error
     expected = "a hub set stored in .parquet files, the only ones that --dataset_streaming reads"

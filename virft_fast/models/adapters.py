@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from virft_fast.models.tiny import resolve_model_path
+from virft_fast.models.trust import refuse_code
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +77,15 @@ def model_chain(name: str, revision: str | None = None) -> list[tuple[str, str |
     down to a whole model.
 
     Raises:
-        ValueError: an adapter_config.json that names no base model, or names one in a circle.
+        ValueError: an adapter_config.json that names no base model, or names one in a circle; a
+            folder that asks for code.
     """
     chain: list[tuple[str, str | None]] = [(resolve_model_path(name), revision)]
+    refuse_code(chain[0][0])
     while (config := _read_config(chain[-1][0])) is not None:
         base = _base_folder(Path(chain[-1][0]), config["base_model_name_or_path"])
         chain.append((resolve_model_path(base), revision or config.get("revision")))
+        refuse_code(chain[-1][0])
         if len(chain) > 16:
             raise ValueError(
                 f"--model_name_or_path {name!r}: expected adapters on a whole model, got adapters "
@@ -213,7 +217,7 @@ def attach(model: nn.Module, plan: LoraPlan, *, reference: bool = False) -> nn.M
             revision=plan.revision,
         )  # fmt: skip
     peft = _import_peft("--use_peft")
-    config = peft.PeftConfig.from_pretrained(plan.name)
+    config = peft.PeftConfig.from_pretrained(plan.name, trust_remote_code=False)
     config.inference_mode = False
     if config.lora_dropout:
         logger.warning("%s: its dropout %s is set to 0", plan.name, config.lora_dropout)
@@ -243,7 +247,7 @@ def merge_adapter(model: nn.Module, folder: str) -> nn.Module:
         ValueError: the adapter can't be merged, or its weights don't fit.
     """
     peft = _import_peft(f"--model_name_or_path {folder!r} is an adapter")
-    config = peft.PeftConfig.from_pretrained(folder)
+    config = peft.PeftConfig.from_pretrained(folder, trust_remote_code=False)
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise ValueError(
             f"--model_name_or_path {folder!r}: expected an adapter that can be merged, such as "
@@ -280,6 +284,8 @@ def _load_weights(model: Any, folder: str) -> None:
     from peft import load_peft_weights, set_peft_model_state_dict
 
     try:
+        if not (Path(folder) / "adapter_model.safetensors").is_file():  # peft would unpickle .bin
+            raise FileNotFoundError("no adapter_model.safetensors")
         found = load_peft_weights(folder, device="cpu")
         result = set_peft_model_state_dict(model, found, TRAINED)
     # Safetensors, torch and peft have errors of their own for a file that is cut off or foreign.
