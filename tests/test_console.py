@@ -63,13 +63,13 @@ def test_what_can_be_written_is_written(capsys, monkeypatch):
     assert narrow.buffer.getvalue() == b"Gr\\xf6\\xdfe\n"
 
 
-def test_a_run_without_its_streams_ends_as_any_other(digits, tmp_path, monkeypatch):
+def test_a_run_without_its_streams_ends_as_any_other(tmp_path, monkeypatch):
     out = tmp_path / "run"
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(f"sys.{name}", Broken(BROKEN[1]))
     status = main(
-        ["--model_name_or_path", "tiny", "--dataset_name", digits, "--output_dir", str(out),
-         "--max_steps", "1", "--num_generations", "2", "--max_completion_length", "4"]
+        ["--model_name_or_path", "tiny", "--dataset_name", "shapes_detection", "--max_steps", "1",
+         "--output_dir", str(out), "--num_generations", "2", "--max_completion_length", "4"]
     )  # fmt: skip
     assert status == 0
     written = {path.name for path in out.iterdir()}

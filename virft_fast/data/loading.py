@@ -267,7 +267,7 @@ def _folder_files(folder: Path, split: str, config: str | None) -> list[str]:
     import datasets
 
     try:
-        builder = datasets.load_dataset_builder(str(folder), config, trust_remote_code=False)
+        builder = datasets.load_dataset_builder(str(folder), config)
     except Exception as error:  # a missing configuration, file or key: they share no base
         files = _files_on_card(folder, split, config)
         if files:  # another split has none: it was not downloaded
@@ -423,7 +423,7 @@ def _hub_parquet(name: str, split: str, config: str | None) -> list[str]:
     import datasets
 
     try:
-        builder = datasets.load_dataset_builder(name, config, trust_remote_code=False)
+        builder = datasets.load_dataset_builder(name, config)
     except Exception as error:  # as in _load_hub
         raise _hub_error(name, error) from error
     expected = "a hub set stored in .parquet files, the only ones that --dataset_streaming reads"

@@ -59,19 +59,22 @@ def render(processor: Any, messages: Sequence[dict[str, Any]]) -> str:
     def trace(frame: Any, event: str, arg: Any) -> Any:
         if time.thread_time() > ends:
             raise _TooLong
-        return trace
+        # Jinja's name for compiled templates: their lines count, elsewhere calls are enough.
+        return trace if frame.f_code.co_filename == "<template>" else None
 
     before = sys.gettrace()
-    sys.settrace(trace)  # works in every thread, unlike a signal
     try:
-        return processor.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
-        )
-    except (Exception, _TooLong) as error:  # whatever a template's program can raise
-        reason = f"no end after {LIMIT_S:g} s" if isinstance(error, _TooLong) else _said(error)
-        raise ValueError(f"the chat template fails: {reason}") from None
-    finally:
-        sys.settrace(before)
+        sys.settrace(trace)  # works in every thread, unlike a signal
+        try:
+            return processor.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        finally:
+            sys.settrace(before)
+    except _TooLong:
+        raise ValueError(f"the chat template fails: no end after {LIMIT_S:g} s") from None
+    except Exception as error:  # whatever a template's program can raise
+        raise ValueError(f"the chat template fails: {_said(error)}") from error
 
 
 def _in_child(function: Callable[[], str]) -> str:

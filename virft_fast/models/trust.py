@@ -39,9 +39,7 @@ def refuse_code(folder: str | Path, flag: str = "--model_name_or_path") -> None:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except RecursionError:
-            raise AsksForCode(
-                f"{named}: {file.name}: expected JSON, got it nested too deep"
-            ) from None
+            raise AsksForCode(f"{named}: {file.name}: got JSON nested too deep") from None
         except (OSError, ValueError):  # its loader says what is wrong
             continue
         for key, value in _entries(content):
