@@ -194,8 +194,8 @@ def test_no_flag_allows_code():
 LOOP = "{% for i in range(99999) %}"
 ENDLESS = [
     LOOP * 4 + "{% endfor %}" * 4,
-    "{{ 10 ** 10 ** 10 }}",
-    "{% set n = messages | length %}{{ (n + 9) ** (n + 9) ** (n + 9) ** (n + 1) }}",
+    "{{ 10 ** (10 ** 10) }}",
+    "{% set n = messages | length %}{{ (n + 9) ** ((n + 9) ** (n + 9)) }}",
 ]
 FAILING = [
     ("{{ 'a' * 10 ** 10 }}", "MemoryError"),
