@@ -115,7 +115,7 @@ def main() -> None:
     parser = TrlParser((GRPOConfig, ModelConfig))
     parser.add_argument("--dataset_name", required=True)
     config, model, rest = parser.parse_args_and_config()
-    rows = load_dataset(rest.dataset_name, split="train")
+    rows = load_dataset(rest.dataset_name, split="train", trust_remote_code=False)
     rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row["problem"]}]})
     trainer = FusedGRPOTrainer(
         model=model.model_name_or_path,

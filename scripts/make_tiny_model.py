@@ -223,7 +223,7 @@ def main() -> int:
     names = [("accuracy_iou", "accuracy_confidence", "format"), ("accuracy",)]
     if args.clean_from:
         model = Qwen2VLForConditionalGeneration.from_pretrained(
-            args.clean_from, dtype=torch.float32
+            args.clean_from, dtype=torch.float32, trust_remote_code=False
         )
     else:
         model = Qwen2VLForConditionalGeneration(build_config(tokenizer))

@@ -438,7 +438,7 @@ def test_a_file_with_a_colon_in_its_name_is_no_address(tmp_path):
 def test_hub(monkeypatch):
     calls = []
 
-    def load_dataset(name, config, split):
+    def load_dataset(name, config, *, split, trust_remote_code):
         calls.append((name, config, split))
         if split == "val":
             raise ValueError("Unknown split \"val\". Should be one of ['train', 'test'].")
@@ -471,8 +471,8 @@ def test_a_set_in_the_hubs_layout_is_read_by_datasets_itself(tmp_path, monkeypat
     monkeypatch.setattr(
         datasets,
         "load_dataset",
-        lambda name, config, split: real(
-            str(folder), config, split=split, cache_dir=str(tmp_path / "cache")
+        lambda name, config, **options: real(
+            str(folder), config, cache_dir=str(tmp_path / "cache"), **options
         ),
     )
     loaded = load_rows("laolao77/ViRFT_set", "test", dataset_config="few")

@@ -10,6 +10,8 @@ import importlib
 import os
 import sys
 
+from virft_fast.console import unbreakable
+
 # Name -> (module with a `main(argv) -> exit status`, what it does).
 COMMANDS = {
     "train": ("virft_fast.train", "fine-tune a model with GRPO, SFT or DPO"),
@@ -19,6 +21,7 @@ COMMANDS = {
 }
 
 
+@unbreakable()
 def main(argv: list[str] | None = None) -> int:
     """Run the command that `argv` begins with, or list all; returns the exit status."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]

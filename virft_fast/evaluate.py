@@ -26,6 +26,7 @@ from virft_fast import dist
 from virft_fast.cli import parse
 from virft_fast.commands import end_process
 from virft_fast.config import EvalConfig, UsageError, usage
+from virft_fast.console import unbreakable
 from virft_fast.data import NoUsableRows, TooManyBadRows
 from virft_fast.data.accounts import listing
 from virft_fast.data.inspection import subject
@@ -39,6 +40,7 @@ from virft_fast.evaluation.run import Evaluation
 _LEFT_OUT = ("that can't be used", "without a true mask", "that are unknown")
 
 
+@unbreakable()
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns the exit status: 0, 2 for arguments that name nothing to evaluate, 1 for
     too many unusable rows, 130 after Ctrl-C."""

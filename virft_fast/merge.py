@@ -10,13 +10,16 @@ from pathlib import Path
 import torch
 
 from virft_fast.checkpoint import write_whole_model
+from virft_fast.commands import end_process
 from virft_fast.config import SAVE_DTYPES, UsageError, usage
+from virft_fast.console import unbreakable
 from virft_fast.data.writing import make_folder
 from virft_fast.models.adapters import merge_adapter, model_chain
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import cast_parameters, check_weights, load_model, read_config
 
 
+@unbreakable()
 def main(argv: list[str] | None = None) -> int:
     """Merge; returns the exit status: 0 done, 2 can't."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
@@ -48,7 +51,7 @@ def merge(adapter: str, out: str, base: str | None = None, dtype: str = "auto") 
         raise ValueError(f"ADAPTER {adapter!r}: expected a folder with adapter_config.json")
     check_weights(adapter)
     stored = getattr(torch, dtype) if dtype != "auto" else read_config(base or adapter).dtype
-    stored, processor = stored or torch.float32, load_processor(adapter)
+    stored, processor = stored or torch.float32, load_processor(adapter, renders=False)
     model = merge_adapter(load_model(base), adapter) if base else load_model(adapter)
     cast_parameters(model, stored)
     write_whole_model(folder.resolve(), model, processor)
@@ -67,4 +70,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -41,6 +41,7 @@ from virft_fast.config import (
     column_names,
     usage,
 )
+from virft_fast.console import unbreakable
 from virft_fast.data import (
     BadRow,
     BadRows,
@@ -168,6 +169,7 @@ def _given(config: Any) -> list[str]:
     return [f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)]
 
 
+@unbreakable()
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit status: 0 done or stopped by a signal, 2 can't start, 1 had to stop."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)

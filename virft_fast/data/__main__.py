@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from virft_fast.cli import Parser
+from virft_fast.commands import end_process
 from virft_fast.config import BOX_SPACES, TASKS, UsageError, column_names, usage
+from virft_fast.console import unbreakable
 from virft_fast.data import SampleDataset, first_solutions, load_rows
 from virft_fast.data.accounts import Built
 from virft_fast.data.classification import READERS, plan_classification, read_csv
@@ -41,6 +43,7 @@ from virft_fast.tasks.coordinates import FAMILY_SPACE, Extent
 from virft_fast.tasks.prompts import CLASSIFICATION_SETS
 
 
+@unbreakable()
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for input that can't be used, 130 for Ctrl-C."""
     arguments = make_parser().parse_args(argv)
@@ -810,4 +813,4 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -380,12 +380,12 @@ def _load_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
     import datasets
 
     try:
-        return datasets.load_dataset(name, config, split=split)
+        return datasets.load_dataset(name, config, split=split, trust_remote_code=False)
     except Exception as error:  # network, hub, configuration and builder errors share no base
         unknown = re.match(r"Unknown split .* Should be one of (\[.*\])", str(error))
         if unknown:
             found = _found_split(split, re.findall(r"'([^']*)'", unknown[1]), name)
-            return datasets.load_dataset(name, config, split=found)
+            return datasets.load_dataset(name, config, split=found, trust_remote_code=False)
         raise _hub_error(name, error) from error
 
 

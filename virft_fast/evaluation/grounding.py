@@ -22,6 +22,7 @@ from virft_fast.data.loading import IMAGE_FORMATS, BadRow
 from virft_fast.evaluation.bootstrap import Ratios
 from virft_fast.evaluation.journal import Record
 from virft_fast.evaluation.reading import predicted_boxes, true_boxes
+from virft_fast.models.trust import refuse_code
 from virft_fast.tasks.answers import Box, Detection
 from virft_fast.tasks.coordinates import THOUSAND
 
@@ -85,10 +86,14 @@ class MaskModel:
         from transformers import SamModel, SamProcessor
         from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
+        refuse_code(path, "--sam_path")
         try:
             # PIL's image processor needs no torchvision.
-            self.processor = SamProcessor(SamImageProcessorPil.from_pretrained(path))
-            self.model = SamModel.from_pretrained(path).to(device).eval()
+            self.processor = SamProcessor(
+                SamImageProcessorPil.from_pretrained(path, trust_remote_code=False)
+            )
+            model = SamModel.from_pretrained(path, trust_remote_code=False, use_safetensors=True)
+            self.model = model.to(device).eval()
         except Exception as error:  # files that are missing, damaged or of another model
             line = " ".join(str(error).split())[:300]
             raise ValueError(

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from virft_fast.models.tiny import resolve_model_path
+from virft_fast.models.trust import refuse_code
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +79,14 @@ def model_chain(name: str, revision: str | None = None) -> list[tuple[str, str |
 
     Raises:
         ValueError: an adapter_config.json that names no base model, or names one in a circle; a
-            hub id of an adapter.
+            hub id of an adapter, or a folder that asks for code.
     """
     chain: list[tuple[str, str | None]] = [(resolve_model_path(name), revision)]
+    refuse_code(chain[0][0])
     while (config := _read_config(chain[-1][0])) is not None:
         base = _base_folder(Path(chain[-1][0]), config["base_model_name_or_path"])
         chain.append((resolve_model_path(base), revision or config.get("revision")))
+        refuse_code(chain[-1][0])
         if len(chain) > 16:
             raise ValueError(
                 f"--model_name_or_path {name!r}: expected adapters on a whole model, got adapters "
@@ -287,7 +290,7 @@ def peft_config(folder: str) -> Any:
     """
     peft = _import_peft(f"--model_name_or_path {folder!r} is an adapter")
     try:
-        return peft.PeftConfig.from_pretrained(folder)
+        return peft.PeftConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever an odd file makes of itself there
         raise ValueError(
             f"--model_name_or_path {folder!r}: expected {CONFIG_FILE} as peft writes it, got "
@@ -341,6 +344,8 @@ def _load_weights(model: Any, folder: str) -> None:
     from peft import load_peft_weights, set_peft_model_state_dict
 
     try:
+        if not (Path(folder) / "adapter_model.safetensors").is_file():  # peft would unpickle .bin
+            raise FileNotFoundError("no adapter_model.safetensors")
         found = load_peft_weights(folder, device="cpu")
         result = set_peft_model_state_dict(model, found, TRAINED)
     # Safetensors, torch and peft have errors of their own for a file that is cut off or foreign.

@@ -19,8 +19,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 from transformers.processing_utils import ProcessorMixin
 
 from virft_fast.models.adapters import model_chain
+from virft_fast.models.chat_template import check_chat_template
 from virft_fast.models.saving import LAYOUTS, find_base_folder, read_base_files, save_processor
 from virft_fast.models.tiny import CHAT_TEMPLATE, resolve_model_path
+from virft_fast.models.trust import AsksForCode
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 
@@ -57,6 +59,7 @@ def load_processor(
     revision: str | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    renders: bool = True,
 ) -> Any:
     """The processor of a Qwen-VL checkpoint, its tokenizer padding on the left.
 
@@ -66,15 +69,18 @@ def load_processor(
         revision: of a hub id.
         min_pixels, max_pixels: bounds of an image's size after resizing, in pixels; None keeps the
             checkpoint's.
+        renders: whether its chat template is going to be used, and so has to work.
     Raises:
         FileNotFoundError: there is no tokenizer or no image processor.
-        ValueError: the bounds leave no size, the tokenizer has no image token, or an adapter's base
-            model can't be found.
+        ValueError: the bounds leave no size, the tokenizer has no image token, an adapter's base
+            model can't be found, or the chat template fails or does not end.
     """
     name = str(name_or_path)
     holder = _holder(name, revision)
     try:
         processor = _load(*holder)
+    except AsksForCode:
+        raise
     except Exception as error:  # transformers has many for a file that holds something else
         is_folder = Path(resolve_model_path(name)).is_dir()
         found = "a folder without them" if is_folder else "neither a folder nor a reachable hub id"
@@ -107,6 +113,8 @@ def load_processor(
             f"{size['longest_edge']}; pass both --min_pixels and --max_pixels, or neither"
         )
     processor.image_processor.size = size
+    if renders:
+        check_chat_template(processor, name)
     return processor
 
 
@@ -145,8 +153,8 @@ def _holder(name: str, revision: str | None) -> tuple[str, str | None]:
 
 def _load(name_or_path: str, revision: str | None) -> ImageOnlyQwen2VLProcessor:
     folder = find_base_folder(name_or_path, revision)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(folder), trust_remote_code=False)
     # The order in which transformers' own processors look for it.
     settings, _ = ProcessorMixin.get_processor_dict(str(folder))
     template = settings.get("chat_template") or tokenizer.chat_template

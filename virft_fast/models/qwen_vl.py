@@ -21,7 +21,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from virft_fast.batch import Prompt, Sample
 from virft_fast.kernels import GRPOLoss, linear_grpo_loss, linear_logps
 from virft_fast.kernels.linear import linear_logits
 from virft_fast.kernels.reference import grpo_loss_reference, logps_reference
-from virft_fast.models import shared_prefix
+from virft_fast.models import chat_template, shared_prefix
 from virft_fast.models.adapters import (
     CONFIG_FILE,
     merge_adapter,
@@ -40,8 +39,10 @@ from virft_fast.models.adapters import (
     undivided,
 )
 from virft_fast.models.adapters import add_lora as add_lora
+from virft_fast.models.saving import find_base_folder
 from virft_fast.models.saving import save_model as save_model
 from virft_fast.models.shared_prefix import Group, PackedAttention, no_mask
+from virft_fast.models.trust import AsksForCode
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def load_model(
         try:
             with torch.device("meta"):
                 return AutoModelForImageTextToText.from_config(
-                    config, dtype=dtype, attn_implementation=attention
+                    config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
                 )
         except Exception as error:  # what sizes that don't fit each other make of themselves
             raise ValueError(
@@ -139,6 +140,7 @@ def load_model(
                 attn_implementation=attention,
                 use_safetensors=True,  # the other files are pickles
                 output_loading_info=True,
+                trust_remote_code=False,
             )
     # Safetensors and torch have errors of their own for a file that is cut off or foreign.
     except Exception as error:
@@ -184,7 +186,10 @@ def read_config(name_or_path: str, revision: str | None = None) -> Any:
 
     *adapters, (path, revision) = model_chain(name_or_path, revision)
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
+        find_base_folder(path, revision)  # which refuses what asks for code
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except AsksForCode:
+        raise
     except Exception as error:  # transformers has many for a file that holds something else
         named = f"{name_or_path!r}" + (f", an adapter on {path!r}" if adapters else "")
         raise FileNotFoundError(
@@ -307,14 +312,10 @@ def encode_prompt(processor: Any, sample: Sample) -> Prompt:
     """Render and tokenize a sample; image placeholders grow to the number of image tokens.
 
     Raises:
-        ValueError: the text itself holds image tokens, or the images can't be processed.
+        ValueError: the chat template fails, the text itself holds image tokens, or the images
+            can't be processed.
     """
-    try:
-        text = processor.apply_chat_template(
-            list(sample.messages), tokenize=False, add_generation_prompt=True
-        )
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template fails: {type(error).__name__}: {error}") from error
+    text = chat_template.render(processor, sample.messages)
     image_token = processor.image_token
     if text.count(image_token) != len(sample.images):
         raise ValueError(

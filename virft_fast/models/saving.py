@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from virft_fast.models.adapters import TRAINED, has_adapter
+from virft_fast.models.trust import refuse_code
 
 logger = logging.getLogger(__name__)
 
@@ -79,13 +80,14 @@ def find_base_folder(name_or_path: str, revision: str | None = None) -> Path:
 
     Raises:
         OSError: neither a folder nor a hub id that can be reached.
+        ValueError: the hub's files ask for code.
     """
     from transformers.utils import cached_file
 
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     config = cached_file(name_or_path, "config.json", revision=revision)
-    for name in sorted({*PROCESSOR_FILES, "generation_config.json"}):
+    for name in sorted({*PROCESSOR_FILES, "adapter_config.json", "generation_config.json"}):
         cached_file(
             name_or_path,
             name,
@@ -93,6 +95,7 @@ def find_base_folder(name_or_path: str, revision: str | None = None) -> Path:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
+    refuse_code(Path(config).parent)
     return Path(config).parent
 
 

@@ -1,0 +1,86 @@
+"""What a model's folder may ask for: data, never code.
+
+transformers and peft load code that a folder brings or names: classes (`auto_map`), attention
+kernels of the hub, packages for quantized weights. Every loader here is called with
+`trust_remote_code=False`; this says which file asks for what before any of them runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_CODE = {
+    "auto_map", "custom_generate", "custom_pipelines", "kernel_config", "megatron_config",
+    "use_kernels",
+}  # fmt: skip
+# Where the class that an adapter names may come from.
+_LIBRARIES = ("transformers", "peft")
+
+
+class AsksForCode(ValueError):
+    """A model that is not loaded, whatever else is in its folder."""
+
+
+def refuse_code(folder: str | Path, flag: str = "--model_name_or_path") -> None:
+    """Check a model's or an adapter's folder; a hub id, being no folder, passes.
+
+    Raises:
+        AsksForCode: a file asks for code or for quantized weights, or the weights are pickled.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return
+    named = f"{flag} {str(folder)!r}"
+    # Also config.5.0.0.json, which transformers reads where config.json lists it.
+    for file in sorted(folder.glob("*config*.json")):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except RecursionError:
+            raise AsksForCode(f"{named}: {file.name}: got JSON nested too deep") from None
+        except (OSError, ValueError):  # its loader says what is wrong
+            continue
+        for key, value in _entries(content):
+            if key == "quantization_config" and value:
+                raise AsksForCode(
+                    f"{named}: expected weights that are not quantized, got {file.name} with "
+                    f"{key} {value!r:.100}; use the model before it was quantized"
+                )
+            if _asks_for_code(key, value):
+                raise AsksForCode(
+                    f"{named}: expected a model without code of its own, got {file.name} with "
+                    f"{key} {value!r:.100}; such code is never run, and no flag allows it: remove "
+                    "the entry if transformers has the model itself, or use another one"
+                )
+    if (folder / "custom_generate").exists():
+        raise AsksForCode(
+            f"{named}: expected a model without code of its own, got a folder custom_generate; "
+            "such code is never run: remove it if the model works without"
+        )
+    pickled = sorted(path.name for path in folder.glob("*model*.bin"))
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise AsksForCode(
+            f"{named}: expected weights in .safetensors, got {pickled[0]}; pickled weights are "
+            "not loaded: convert them, or download the model's safetensors"
+        )
+
+
+def _entries(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of a JSON document with its value, at any depth."""
+    todo = [content]
+    while todo:
+        part = todo.pop()
+        if isinstance(part, dict):
+            yield from part.items()
+        if isinstance(part, (dict, list)):
+            todo += part.values() if isinstance(part, dict) else part
+
+
+def _asks_for_code(key: str, value: Any) -> bool:
+    if key.endswith(("attn_implementation", "experts_implementation")):  # a kernel of the hub
+        return "/" in json.dumps(value)
+    if key == "parent_library":
+        return str(value).split(".")[0] not in _LIBRARIES
+    return key in _CODE and bool(value)
