@@ -144,6 +144,9 @@ def test_b14_killed_and_resumed_run_equals_the_uninterrupted_one(digits, tmp_pat
     start = load_file(TINY_WEIGHTS)
     assert a.keys() == start.keys()
     assert not all(torch.equal(a[key], start[key]) for key in a)  # there was something to repeat
+    last = whole / "checkpoint-8"
+    files = {p.relative_to(last).as_posix() for p in last.rglob("*") if p.is_file()}
+    assert checkpoint.read_checksums(last).keys() == files - {"checksums.json"}
     if processes == 1:
         a, b = (torch.load(p / "checkpoint-8/engine/state.pt", weights_only=True)
                 for p in (whole, broken))  # fmt: skip
@@ -456,10 +459,30 @@ def test_overwriting_loses_nothing_before_the_new_run_can_start(digits, tmp_path
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-best"]
 
 
-def test_damaged_state_names_its_file(digits, tmp_path, capsys):
+def test_latest_goes_on_from_the_newest_whole_checkpoint(digits, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = [str(a) for a in arguments(digits, out, "--max_steps", 2, "--save_steps", 1)]
+    assert main(argv) == 0
+    (out / "deleting-checkpoint-1-12").mkdir()
+    (out / "checkpoint-7.writing").mkdir()
+    engine = out / "checkpoint-2/engine/state.pt"
+    engine.write_bytes(engine.read_bytes()[:1000])
+    named = [*argv, "--resume_from_checkpoint", str(out / "checkpoint-2")]
+    assert "got engine/state.pt: 1000 bytes instead of" in fails(capsys, *named)
+    argv += ["--resume_from_checkpoint", "latest"]
+    assert main(argv) == 0
+    assert "resumed" in (shown := capsys.readouterr().err) and "checkpoint-1 at step 1" in shown
+    assert [record["step"] for record in read_jsonl(out / "metrics.jsonl")] == [1, 2]
+    left = sorted(path.name for path in out.iterdir() if path.is_dir())
+    assert left[:2] == ["checkpoint-1", "checkpoint-2"] and len(left) == 3
+    assert left[2].startswith("damaged-checkpoint-2-")
+
+
+def test_damaged_state_of_an_older_version_names_its_file(digits, tmp_path, capsys):
     out = tmp_path / "run"
     argv = arguments(digits, out, "--max_steps", 1, "--save_steps", 1)
     assert main([str(a) for a in argv]) == 0
+    (out / "checkpoint-1/checksums.json").unlink()
     capsys.readouterr()
     argv = [*argv, "--resume_from_checkpoint", "latest"]
     engine = out / "checkpoint-1/engine/state.pt"
@@ -467,6 +490,24 @@ def test_damaged_state_names_its_file(digits, tmp_path, capsys):
     assert "engine/state.pt: expected the engine state" in fails(capsys, *argv)
     (out / "checkpoint-1/trainer_state.json").write_text("{")
     assert "trainer_state.json: expected the state of a run" in fails(capsys, *argv)
+
+
+def test_a_run_that_could_not_write_one_checkpoint_ends_with_1(
+    digits, tmp_path, monkeypatch, capsys
+):
+    out, save_model = tmp_path / "run", checkpoint.save_model
+
+    def full_at_first(model, weights, processor, folder):
+        if folder.name == "checkpoint-1.writing":
+            raise Exception("No space left on device")  # as tokenizers does
+        save_model(model, weights, processor, folder)
+
+    monkeypatch.setattr(checkpoint, "save_model", full_at_first)
+    argv = arguments(digits, out, "--max_steps", 2, "--save_steps", 1)
+    assert main([str(a) for a in argv]) == 1
+    assert "not all checkpoints could be written" in capsys.readouterr().err
+    assert (out / "summary.json").is_file() and (out / "model.safetensors").is_file()
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_broken_weights_are_named(digits, tmp_path, capsys):
@@ -499,10 +540,11 @@ def test_resuming_an_earlier_checkpoint_keeps_the_later_one_aside(digits, tmp_pa
 
 def test_a_checkpoint_of_another_folder_is_resumed_into_a_new_one(digits, tmp_path, capsys):
     first, second = tmp_path / "a", tmp_path / "b"
-    argv = [str(a) for a in arguments(digits, first, "--save_steps", 1, "--max_steps", 1)]
+    argv = [str(a) for a in arguments(digits, first, "--save_steps", 1, "--max_steps", 2)]
     assert main(argv) == 0
     more = ["--resume_from_checkpoint", str(first / "checkpoint-1"), "--output_dir", str(second)]
-    assert main([*argv, *more, "--max_steps", "2"]) == 0
+    assert main([*argv, *more]) == 0
+    assert len(list(first.glob("checkpoint-*"))) == 2
     assert [record["step"] for record in read_jsonl(second / "metrics.jsonl")] == [2]
     assert "already holds a run" in fails(capsys, *argv, *more)
 

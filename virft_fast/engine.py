@@ -170,14 +170,17 @@ class PlainEngine:
             for name, parameter in _stored_parameters(model)
         }
 
-    def save_state(self, folder: Path) -> None:
-        """Weights in full precision and optimizer state, for `load_state`."""
-        if dist.is_main():
-            state = {
-                "module": self.module.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            }
-            torch.save(state, folder / "state.pt")
+    def save_state(self, folder: Path) -> list[Path]:
+        """Weights in full precision and optimizer state, for `load_state`; returns the files that
+        this rank has written."""
+        if not dist.is_main():
+            return []
+        state = {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        torch.save(state, folder / "state.pt")
+        return [folder / "state.pt"]
 
     def load_state(self, folder: Path) -> None:
         path = find_state(folder, deepspeed=False)
@@ -234,6 +237,9 @@ class DeepSpeedEngine:
         # Not before: while it is made, DeepSpeed steps once without gradients, to allocate state.
         self.optimizer.guard = self._guard
         self.engine.checkpoint_engine = _plain_checkpoint_engine()
+        # Its scripts that gather weights: model.safetensors has them, and a copy that fails would
+        # raise on one rank alone.
+        self.engine._copy_recovery_script = lambda folder: None
         self.module = policy
 
     def _guard(self) -> bool:
@@ -311,13 +317,14 @@ class DeepSpeedEngine:
                     state[name] = parameter.detach().to("cpu", dtype or parameter.dtype, copy=True)
         return state
 
-    def save_state(self, folder: Path) -> None:
+    def save_state(self, folder: Path) -> list[Path]:
         """As `PlainEngine.save_state`; all ranks call."""
         writer = self.engine.checkpoint_engine
-        writer.error = None
+        writer.error, writer.written = None, []
         self.engine.save_checkpoint(str(folder), tag="state", save_latest=False)
         if writer.error is not None:
             raise writer.error
+        return writer.written
 
     def load_state(self, folder: Path) -> None:
         find_state(folder, deepspeed=True)
@@ -645,8 +652,9 @@ def _without_enums(value: Any) -> Any:
 def _plain_checkpoint_engine() -> Any:
     """DeepSpeed's checkpoint files, read without unpickling arbitrary objects.
 
-    A write that fails (a full disk) is kept in `error` instead of raised: raising on one rank
-    would leave the others waiting at DeepSpeed's next barrier.
+    The files written are kept in `written`. A write that fails (a full disk) is kept in `error`
+    instead of raised: raising on one rank would leave the others waiting at DeepSpeed's next
+    barrier.
     """
     import_deepspeed()
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
@@ -658,15 +666,23 @@ def _plain_checkpoint_engine() -> Any:
 
     class PlainCheckpointEngine(TorchCheckpointEngine):
         error: Exception | None = None
+        written: list[Path] = []
 
         def create(self, info: Any) -> None:
             pass
 
+        def makedirs(self, path: str, exist_ok: bool = False) -> None:
+            self._keep_error(lambda: os.makedirs(path, exist_ok=exist_ok))
+
         def save(self, state_dict: Any, path: str) -> None:
+            self._keep_error(lambda: torch.save(_without_enums(state_dict), path))
+            self.written.append(Path(path))
+
+        def _keep_error(self, action: Callable[[], Any]) -> None:
             try:
-                torch.save(_without_enums(state_dict), path)
-            except (OSError, RuntimeError) as error:
-                self.error = error
+                action()
+            except Exception as error:
+                self.error = self.error or error
 
         def load(self, path: str, map_location: Any = None) -> Any:
             with torch.serialization.safe_globals(allowed):

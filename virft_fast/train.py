@@ -13,7 +13,6 @@ import math
 import os
 import re
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -107,7 +106,7 @@ STEPS: dict[str, Callable[..., Any]] = {
 }
 REFERENCE_FILE = "reference_logps.json"
 SUMMARY_FILE, REPORT_FILE, METRICS_FILE = "summary.json", "report.png", "metrics.jsonl"
-_OF_A_RUN = re.compile(rf"(checkpoint-\d+|{BASE_FOLDER})(\.writing)?")
+_OF_A_RUN = re.compile(rf"checkpoint-\d+|{BASE_FOLDER}|{checkpoints.LEFTOVER.pattern}")
 NUM_CHECKED_ROWS, NUM_SELF_CHECKED = 200, 16
 NUM_REPORT_EXAMPLES = 5
 
@@ -270,7 +269,7 @@ def run(config: RunConfig, device: torch.device) -> int:
     ended = train(config, state, sampler, data, writer, total_steps, processor, before, stop)
     train_seconds = time.perf_counter() - started
     writer.close()
-    if ended != "done":
+    if ended in ("saved", "lost"):
         where = f"stopped by a signal after step {state.step} of {total_steps}"
         if ended == "lost":
             _say(f"{where}; this step could NOT be saved")
@@ -290,9 +289,11 @@ def run(config: RunConfig, device: torch.device) -> int:
         if saved and saved["changed"]:
             print(f"resumed with other flags: {saved['changed']}")
     dist.barrier()
+    if ended == "incomplete":
+        _say(f"not all checkpoints could be written into {output_dir}; see above")
     if not written:
         _say(f"the model could NOT be written into {output_dir}; see above")
-    return 0 if written else 1
+    return 0 if written and ended == "done" else 1
 
 
 def prepare_output_dir(config: RunConfig) -> Path | None:
@@ -307,13 +308,12 @@ def prepare_output_dir(config: RunConfig) -> Path | None:
             f"than an adapter's base, whose model would be overwritten"
         )
     resume, wanted = None, config.train.resume_from_checkpoint
-    if wanted and wanted.lower() == "true" and not checkpoints.list_checkpoints(output_dir):
-        _say(f"--resume_from_checkpoint {wanted}: no checkpoint in {output_dir}; this run starts")
-        wanted = None
     if wanted:
-        resume = checkpoints.find_checkpoint(output_dir, wanted)
-        if resume.resolve().parent == output_dir.resolve():
-            return resume
+        resume = checkpoints.find_checkpoint(output_dir, wanted, dry_run=config.train.dry_run)
+    if wanted and resume is None:
+        _say(f"--resume_from_checkpoint {wanted}: no checkpoint in {output_dir}; this run starts")
+    elif wanted and resume.resolve().parent == output_dir.resolve():
+        return resume
     left = (output_dir / METRICS_FILE, output_dir / BASE_FOLDER)
     holds_run = any(p.exists() for p in left) or checkpoints.list_checkpoints(output_dir)
     occupied = dist.any_rank(bool(holds_run), dist.local_device())
@@ -341,7 +341,7 @@ def _delete_run(output_dir: Path, keep: str) -> None:
              "config.json", "generation_config.json")  # fmt: skip
     for path in output_dir.iterdir():
         if _OF_A_RUN.fullmatch(path.name) and path.resolve() != Path(keep):
-            shutil.rmtree(path, ignore_errors=True)
+            checkpoints.delete(path)
         elif path.name in files or checkpoints.MODEL_FILES.fullmatch(path.name):
             path.unlink()
 
@@ -832,9 +832,10 @@ def train(
     before: dict[str, Any] | None,
     stop: StopSignal,
 ) -> str:
-    """The loop. Returns "done" after all steps; after a stop signal "saved", or "lost" if the
-    checkpoint could not be written."""
+    """The loop. Returns "done" after all steps, "incomplete" if one of its checkpoints could not be
+    written; after a stop signal "saved", or "lost" if that one could not."""
     output_dir, cfg = Path(config.train.output_dir), config.train
+    ended = "done"
 
     def save(only_model: bool) -> bool:
         written = checkpoints.save_checkpoint(
@@ -862,9 +863,9 @@ def train(
         if stopped and state.step < total_steps:
             # Whatever --save_only_model says: who is stopped wants to go on.
             return "saved" if save(only_model=False) else "lost"
-        if cfg.save_steps and state.step % cfg.save_steps == 0:
-            save(cfg.save_only_model)
-    return "done"
+        if cfg.save_steps and state.step % cfg.save_steps == 0 and not save(cfg.save_only_model):
+            ended = "incomplete"
+    return ended
 
 
 def _state_dict(
@@ -951,11 +952,8 @@ def read_resumed(folder: Path, config: RunConfig, plan: LoraPlan | None) -> dict
         ValueError, FileNotFoundError: it can't be continued so.
     """
     saved = checkpoints.read_state(folder)
-    if not isinstance(saved.get("config"), dict):
-        raise UsageError(
-            f"{folder}: expected the state of a run, got one without its flags; resume an earlier "
-            "checkpoint"
-        )
+    checkpoints.check_state(folder, saved)
+    saved["config"] = saved.get("config") or {}
     now = config.flat() | {"processes": dist.world_size()}
     was = saved["config"] | {"processes": saved.get("world_size")}
     changed = [k for k in ("processes", *SAME_ON_RESUME) if was.get(k, now[k]) != now[k]]
@@ -997,14 +995,16 @@ def _resume(
         state.engine.load_state(folder / "engine")
         try:
             _restore(saved, state, sampler, data)
-        except (KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise UsageError(
-                f"{folder}: expected the state of this run, got {error!r}; resume an earlier "
+                f"{folder}: expected the state of this run: {error}; or resume an earlier "
                 f"checkpoint"
             ) from error
     if dist.is_main():
-        for path in checkpoints.set_later_aside(folder.parent, state.step):
+        output_dir = Path(config.train.output_dir)
+        for path in checkpoints.set_later_aside(output_dir, state.step):
             _say(f"a later checkpoint is now {path}")
+        checkpoints.delete_leftovers(output_dir)
     _say(f"resumed {folder} at step {state.step}")
 
 
@@ -1037,11 +1037,9 @@ def _same_weights(config: RunConfig, saved: list[Any] | None, now: list[Any] | N
 def _restore(saved: dict[str, Any], state: TrainState, sampler: PromptSampler, data: Data) -> None:
     state.step, state.bad_steps = saved["step"], saved["bad_steps"]
     state.skipped_steps, state.num_tokens = saved["skipped_steps"], saved["num_tokens"]
-    state.silent_steps = dict(saved.get("silent_steps", {}))
+    state.silent_steps = dict(saved.get("silent_steps") or {})
     sampler.load_state_dict(saved["sampler"])
     data.bad_rows.load_state_dict(saved["bad_rows"])
-    if state.step < 0:
-        raise ValueError(f"step {state.step}")
 
 
 def _evaluate(config: RunConfig, state: TrainState, data: Data) -> dict[str, Any] | None:

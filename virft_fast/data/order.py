@@ -65,7 +65,7 @@ class BadRows:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
-        self._reasons = {int(index): str(reason) for index, reason in state["rows"]}
+        self._reasons = dict(state["rows"])
 
 
 class PromptSampler:
@@ -204,11 +204,14 @@ class PromptSampler:
                     f"{key}: expected {state[key]}, as saved, got {getattr(self, key)}; go on "
                     f"with the same data set and seed"
                 )
-        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        last = max([state["position"] - 1, *(index for index, _ in state["bad"])])
+        if last >= self.num_rows:
+            raise ValueError(f"position, bad: expected rows below {self.num_rows}, got {last}")
+        self._epoch, self._position = state["epoch"], state["position"]
         self._order = self._epoch_order()
         if self._checksum() != state["order"]:
             raise ValueError(
                 "order: expected the rows in the order that was saved; go on with the same files, "
                 "streamed or not as before"
             )
-        self._bad = {int(index): str(reason) for index, reason in state["bad"]}
+        self._bad = dict(state["bad"])
