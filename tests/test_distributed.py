@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import environment, largest_difference
-
-CHILD = Path(__file__).parent / "two_ranks.py"
+from helpers import largest_difference
+from processes import run
 
 
 def run_all(tmp_path, *runs, processes, batch):
     """Of each (stage, kind): parameters before and after, and what was noted of the steps."""
     out = tmp_path / str(processes)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     names = [f"{stage}:{kind}" for stage, kind in runs]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(CHILD), str(out), str(batch), *names],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run(out, batch, *names, module="two_ranks", processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
     results = {}
     for stage, kind in runs:

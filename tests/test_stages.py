@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from helpers import read_jsonl, run
+from helpers import read_jsonl
+from processes import run
 from safetensors.torch import load_file, save_file
 
 from virft_fast import merge
