@@ -24,7 +24,9 @@ from unittest import mock
 
 import torch
 
-LIBRARIES = ["datasets", "deepspeed", "peft", "transformers", "torch.utils.tensorboard",
+LIBRARIES = ["datasets", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer",
+             "matplotlib.pyplot", "peft", "scipy.optimize",
+             "sklearn.datasets", "torch.utils.tensorboard",
              "transformers.integrations.deepspeed",
              "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
              "transformers.models.qwen2_vl.modeling_qwen2_vl",
@@ -40,7 +42,9 @@ def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     # A process that asked for the GPU must not fork.
     context.set_forkserver_preload([] if torch.cuda.is_available() else LIBRARIES)
-    with mock.patch.dict(os.environ, environment(DS_ACCELERATOR="cpu")):
+    # A rank that ends by os._exit leaves its semaphores to the tracker.
+    more = {"DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore:resource_tracker"}
+    with mock.patch.dict(os.environ, environment(**more)):
         forkserver.ensure_running()
     return context
 

@@ -40,6 +40,12 @@ def data(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """test_report.py draws reports; a figure takes as long as these runs' steps."""
+    monkeypatch.setattr("virft_fast.report._report", lambda path, *_: path.touch())
+
+
 def arguments(data, model, out, *flags, algorithm="grpo", rate=0.05, steps=1):
     rows = data / ("pairs.parquet" if algorithm == "dpo" else "rows.parquet")
     reward = ["--reward_funcs", data / "reward.py:second"] if algorithm == "grpo" else []
