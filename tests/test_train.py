@@ -22,7 +22,6 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from virft_fast import checkpoint
 from virft_fast.config import DataConfig, EvalConfig, RunConfig
-from virft_fast.data.demo import build_demo
 from virft_fast.evaluation.run import of_dataset
 from virft_fast.metrics import MetricsWriter
 from virft_fast.models import shared_prefix
@@ -36,14 +35,6 @@ ROOT = Path(__file__).parent.parent
 TINY_WEIGHTS = TINY_PATH / "model.safetensors"
 # Answers to digits have ten tokens, and four of them seldom agree: there is a gradient.
 SMALL = ["--max_completion_length", "12", "--num_generations", "4", "--learning_rate", "1e-3"]
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    """A small demo data set on disk."""
-    path = tmp_path_factory.mktemp("data") / "digits"
-    build_demo("digits_classification", path, num_train=24, num_test=8)
-    return path
 
 
 def arguments(digits, output_dir, *more):
