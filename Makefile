@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 TEST_ARGS ?=
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Compiling each file of every package takes longer than compiling what is imported.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.txt csrc/matching/*)
 # A new stamp whenever what the set-up depends on changes.
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml setup.py constraints.txt Makefile $(NATIVE) | cksum | cut -d' ' -f1)

@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 from helpers import make_prompts, make_sample
 
+from virft_fast.data.demo import build_demo
 from virft_fast.models.processing import load_processor
 from virft_fast.models.tiny import resolve_model_path
 
@@ -30,6 +31,14 @@ def prompts(processor):
         make_sample(2, [], "Detect every blue. Think, then answer."),
         make_sample(3, [(84, 84)]),
     )
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A small demo data set on disk."""
+    path = tmp_path_factory.mktemp("data") / "digits"
+    build_demo("digits_classification", path, num_train=24, num_test=8)
+    return path
 
 
 @pytest.fixture(scope="session")

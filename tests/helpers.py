@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,28 +85,6 @@ def parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
-
-
-def command(*arguments: Any, processes: int = 1, module: str = "virft_fast.train") -> list[str]:
-    """A command line: python -m MODULE, or torchrun with several processes."""
-    tail = ["-m", module, *map(str, arguments)]
-    if processes == 1:
-        return [sys.executable, *tail]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [sys.executable, *launcher, *tail]
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """One thread a process: several of them share the machine, and sums keep their order."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
-
-
-def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command line to its end; its output is in the result."""
-    return subprocess.run(
-        command(*arguments, **options), env=environment(), capture_output=True, text=True,
-        timeout=600,
-    )  # fmt: skip
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -1,10 +1,9 @@
 """The benchmarks run, on a size that shows nothing but that; and the peers' names are there."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -20,11 +19,12 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
         "test_bench_step",
     ],
 )
-def test_suite_runs(suite):
+def test_suite_runs(suite, monkeypatch):
     pytest.importorskip("pytest_benchmark")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
-               f"{suite}.py", "--size", "tiny", "--benchmark-disable"]  # fmt: skip
-    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True)
+    monkeypatch.chdir(BENCHMARKS)
+    argv = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"{suite}.py", "--size", "tiny",
+            "--benchmark-disable"]  # fmt: skip
+    done = run(*argv, module="pytest")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import environment
+from processes import environment
 
 from virft_fast import commands, dist
 from virft_fast.cli import parse

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, largest_difference, make_sample, make_state, parameters, read_jsonl, run
+from helpers import CPU, largest_difference, make_sample, make_state, parameters, read_jsonl
 from helpers import make_prompts as encode
+from processes import run
 
 from virft_fast import dpo, train
 from virft_fast.config import DPOConfig

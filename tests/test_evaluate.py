@@ -8,13 +8,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import environment, read_jsonl, run
+from helpers import read_jsonl
 from PIL import Image
+from processes import run
 
 from virft_fast.data.__main__ import main as data_main
 from virft_fast.data.demo import _split_examples, build_demo
@@ -323,8 +323,7 @@ main(sys.argv[1:])
 def test_a_killed_evaluation_goes_on_without_asking_again(coco, tmp_path, monkeypatch, capsys):
     output, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     argv = coco_argv(coco, output)
-    command = [sys.executable, "-c", KILLED, *argv]
-    done = subprocess.run(command, env=environment(), capture_output=True, timeout=300)
+    done = run(*argv, module=KILLED)
     assert done.returncode == -signal.SIGKILL
     assert not output.exists() and not output.with_suffix(".summary.json").exists()
     journal = output.with_suffix(".journal")

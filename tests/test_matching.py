@@ -1,13 +1,11 @@
 """Boxes and matching: brute force, DETR's matcher properties, boxes as models write them."""
 
 import itertools
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import environment
+from processes import run
 
 from virft_fast.matching import (
     cxcywh_to_xyxy,
@@ -303,8 +301,7 @@ except ValueError as error:
 else:
     raise AssertionError
 """
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True,
-                          text=True)  # fmt: skip
+    done = run(module=code)
     assert done.returncode == 0, done.stderr
 
 
@@ -324,8 +321,7 @@ with warnings.catch_warnings(record=True) as seen:
     match_boxes(boxes, boxes, counts, counts)
 assert "built for torch 1.0" in str(seen[0].message), seen
 """
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True,
-                          text=True)  # fmt: skip
+    done = run(module=code)
     assert done.returncode == 0, done.stderr
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
-from helpers import CPU, run
+from helpers import CPU
 from PIL import Image
+from processes import run
 
 from virft_fast import mia
 from virft_fast.data import SampleDataset, load_rows

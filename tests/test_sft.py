@@ -81,38 +81,40 @@ def test_accumulation_equals_one_big_batch(processor, prompts):
     assert largest_difference(parameters(big.policy), parameters(small.policy)) <= 1e-5
 
 
-ARGUMENTS = [
-    "--algorithm", "sft", "--dataset_name", "digits_classification", "--max_completion_length",
-    "64", "--per_device_train_batch_size", "8", "--learning_rate", "1e-3", "--lr_scheduler_type",
-    "constant",
-]  # fmt: skip
+def sft_run(digits, out, *more):
+    """The status of a run."""
+    argv = [
+        "--algorithm", "sft", "--dataset_name", digits, "--max_completion_length", 64,
+        "--per_device_train_batch_size", 8, "--learning_rate", 1e-3, "--lr_scheduler_type",
+        "constant", "--output_dir", out, *more,
+    ]  # fmt: skip
+    return main([str(word) for word in argv])
 
 
 def read_metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_fine_tuning_then_grpo_from_its_checkpoint(tmp_path, capsys):
+def test_fine_tuning_then_grpo_from_its_checkpoint(digits, tmp_path, capsys):
     out = tmp_path / "sft"
-    assert main([*ARGUMENTS, "--max_steps", "6", "--output_dir", str(out)]) == 0
+    assert sft_run(digits, out, "--max_steps", 6) == 0
     losses = [record["loss"] for record in read_metrics(out)]
     assert len(losses) == 6 and losses[-1] < 0.5 * losses[0]
     assert "training loss, first and last" in capsys.readouterr().out
     assert (out / "report.png").is_file()
-    more = ["--dataset_name", "digits_classification", "--max_steps", "1", "--num_generations", "2"]
+    more = ["--dataset_name", str(digits), "--max_steps", "1", "--num_generations", "2"]
     after = tmp_path / "grpo"
     argv = ["--model_name_or_path", str(out), *more, "--max_completion_length", "48"]
     assert main([*argv, "--output_dir", str(after)]) == 0
     assert "reward" in read_metrics(after)[0]
 
 
-def test_resume_goes_on_bit_for_bit(tmp_path):
+def test_resume_goes_on_bit_for_bit(digits, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    steps = ["--save_steps", "2"]
-    assert main([*ARGUMENTS, *steps, "--max_steps", "4", "--output_dir", str(whole)]) == 0
-    assert main([*ARGUMENTS, *steps, "--max_steps", "2", "--output_dir", str(halves)]) == 0
-    more = ["--resume_from_checkpoint", "latest", "--max_steps", "4"]
-    assert main([*ARGUMENTS, *steps, *more, "--output_dir", str(halves)]) == 0
+    steps = ["--save_steps", 2, "--max_steps"]
+    assert sft_run(digits, whole, *steps, 4) == 0
+    assert sft_run(digits, halves, *steps, 2) == 0
+    assert sft_run(digits, halves, *steps, 4, "--resume_from_checkpoint", "latest") == 0
     one, two = ([(r["loss"], r["grad_norm"]) for r in read_metrics(f)] for f in (whole, halves))
     assert one == two
 
@@ -135,7 +137,7 @@ def test_text_markers_are_taught_and_read_back(processor, prompts):
     assert drawn.texts == (text,)
 
 
-def test_an_answer_that_does_not_fit_is_a_bad_row(tmp_path, capsys):
-    argv = [*ARGUMENTS, "--max_completion_length", "2", "--max_steps", "1", "--max_bad_rows", "3"]
-    assert main([*argv, "--output_dir", str(tmp_path / "out")]) == 1
+def test_an_answer_that_does_not_fit_is_a_bad_row(digits, tmp_path, capsys):
+    more = ["--max_completion_length", 2, "--max_steps", 1, "--max_bad_rows", 3]
+    assert sft_run(digits, tmp_path / "out", *more) == 1
     assert "more than --max_completion_length 2; raise it" in capsys.readouterr().err

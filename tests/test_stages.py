@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import environment, read_jsonl, run
+from helpers import read_jsonl
+from processes import environment, run
 from safetensors.torch import load_file, save_file
 from saved_layout import check_saved
 
@@ -41,6 +42,12 @@ def data(tmp_path_factory):
         "def second(completions, **columns):\n    return [i % 2 for i in range(len(completions))]\n"
     )
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """test_report.py draws reports; a figure takes as long as these runs' steps."""
+    monkeypatch.setattr("virft_fast.report._report", lambda path, *_: path.touch())
 
 
 def arguments(data, model, out, *flags, algorithm="grpo", rate=0.05, steps=1):

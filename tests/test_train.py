@@ -7,21 +7,21 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import datasets
-import psutil
 import pytest
 import torch
-from helpers import command, environment, read_jsonl, run
+from helpers import read_jsonl
 from PIL import Image
+from processes import Program, environment, run
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
 from virft_fast import checkpoint
 from virft_fast.config import DataConfig, EvalConfig, RunConfig
-from virft_fast.data.demo import build_demo
 from virft_fast.evaluation.run import of_dataset
 from virft_fast.metrics import MetricsWriter
 from virft_fast.models import shared_prefix
@@ -35,14 +35,6 @@ ROOT = Path(__file__).parent.parent
 TINY_WEIGHTS = TINY_PATH / "model.safetensors"
 # Answers to digits have ten tokens, and four of them seldom agree: there is a gradient.
 SMALL = ["--max_completion_length", "12", "--num_generations", "4", "--learning_rate", "1e-3"]
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    """A small demo data set on disk."""
-    path = tmp_path_factory.mktemp("data") / "digits"
-    build_demo("digits_classification", path, num_train=24, num_test=8)
-    return path
 
 
 def arguments(digits, output_dir, *more):
@@ -66,7 +58,9 @@ def comparable(path):
 def test_visual_rft_launch_line_on_two_ranks_with_zero3(digits, tmp_path):
     """Visual-RFT's own flags, only the program replaced; on the CPU, so without bf16 kernels."""
     out = tmp_path / "run"
-    done = run(
+    argv = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+        "-m", "virft_fast.train",
         "--output_dir", out,
         "--model_name_or_path", "tiny",
         "--dataset_name", digits,
@@ -86,10 +80,12 @@ def test_visual_rft_launch_line_on_two_ranks_with_zero3(digits, tmp_path):
         "--save_only_model", "true",
         "--num_generations", 8,
         "--max_completion_length", 12,
-        processes=2,
-    )  # fmt: skip
+    ]  # fmt: skip
+    env = environment(TORCH_EXTENSIONS_DIR=str(tmp_path / "compiled"))
+    done = subprocess.run([str(word) for word in argv], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "using sdpa instead" in done.stderr
+    assert not (tmp_path / "compiled").exists()  # DeepSpeed's ops take minutes
     assert len(read_jsonl(out / "metrics.jsonl")) == 6  # 24 rows, 4 prompts a step
     model, loading = Qwen2VLForConditionalGeneration.from_pretrained(
         out, dtype=torch.float32, output_loading_info=True
@@ -112,23 +108,14 @@ def test_b14_killed_and_resumed_run_equals_the_uninterrupted_one(digits, tmp_pat
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = run(*arguments(digits, whole, *more), processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
-    child = subprocess.Popen(
-        command(*arguments(digits, broken, *more), processes=processes),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    child = Program(*arguments(digits, broken, *more), processes=processes)
     deadline = time.monotonic() + 300
     # Kill as soon as there is something to resume, most likely within step 3 or 4.
     while not (broken / "checkpoint-2").is_dir():
-        assert child.poll() is None and time.monotonic() < deadline
+        assert child.running() and time.monotonic() < deadline
         time.sleep(0.02)
-    # torchrun's workers are in sessions of their own and would outlive it.
-    killed = [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]
-    for process in killed:
-        process.kill()
-    psutil.wait_procs(killed, timeout=60)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait().returncode == -signal.SIGKILL
     assert not (broken / "summary.json").exists()
     done = run(
         *arguments(digits, broken, *more, "--resume_from_checkpoint", "latest"),
@@ -161,20 +148,15 @@ def test_b14_killed_and_resumed_run_equals_the_uninterrupted_one(digits, tmp_pat
 )
 def test_signal_finishes_the_step_saves_and_exits_0(digits, tmp_path, number, more):
     out = tmp_path / "run"
-    child = subprocess.Popen(
-        command(*arguments(digits, out, "--max_steps", 10000, "--save_steps", 0, *more)),
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    child = Program(*arguments(digits, out, "--max_steps", 10000, "--save_steps", 0, *more))
     deadline = time.monotonic() + 300
     while not (out / "metrics.jsonl").exists():
-        assert child.poll() is None and time.monotonic() < deadline
+        assert child.running() and time.monotonic() < deadline
         time.sleep(0.02)
     child.send_signal(number)
-    _, errors = child.communicate(timeout=300)
-    assert child.returncode == 0, errors[-3000:]
-    assert "stopped by a signal" in errors
+    done = child.wait()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "stopped by a signal" in done.stderr
     (saved,) = out.glob("checkpoint-*")
     step = int(saved.name.split("-")[1])
     assert read_jsonl(out / "metrics.jsonl")[-1]["step"] == step

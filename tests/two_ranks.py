@@ -1,6 +1,6 @@
 """Child of test_distributed.py: a few steps on this rank, then rank 0 saves the parameters.
 
-    torchrun --nproc_per_node W two_ranks.py OUT BATCH STAGE:KIND [STAGE:KIND ...]
+    torchrun --nproc_per_node W -m two_ranks OUT BATCH STAGE:KIND [STAGE:KIND ...]
 
 STAGE is a ZeRO stage, or -1 for the plain engine; BATCH is this rank's number of prompts; KIND is
 `images`, `mixed` (rank 1 has text only), `nan` (rank 1 alone gets a loss that is not finite),

@@ -443,6 +443,10 @@ def prepare_deepspeed(config: dict[str, Any], device: torch.device) -> Any:
     """Make DeepSpeed ready before a model is loaded. Keep what this returns alive while loading:
     under ZeRO-3 it makes `from_pretrained` partition the weights as they arrive."""
     deepspeed = import_deepspeed()
+    if device.type == "cpu":
+        # Otherwise the first run compiles DeepSpeed's shared-memory all-reduce, for minutes; of
+        # training's collectives none uses it.
+        deepspeed.ops.__compatible_ops__ = {}
     if not torch.distributed.is_initialized():
         # One process without a launcher: a group of one, in this process's memory.
         backend = "nccl" if device.type == "cuda" else "gloo"
