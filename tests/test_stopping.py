@@ -15,7 +15,7 @@ import torch
 from helpers import environment, read_jsonl
 from safetensors.torch import load_file
 
-from virft_fast import train, watch
+from virft_fast import dist, train, watch
 from virft_fast.data.demo import build_demo
 from virft_fast.train import main
 
@@ -230,6 +230,39 @@ def test_a_second_run_in_the_folder_is_refused(start, tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"another run, process {os.getpid()}" in error
     assert len(read_jsonl(out / "metrics.jsonl")) == 4
+
+
+def test_a_run_stops_with_another_rank_that_is_asked_to(start, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def any_rank(flag, device="cpu"):
+        asked.append(flag)
+        return flag or len(asked) > 8
+
+    monkeypatch.setattr(train.dist, "any_rank", any_rank)
+    assert start("pass", "--max_steps", "50") == 0
+    assert True not in asked and "stopped by a signal" in capsys.readouterr().err
+    assert len(saved(tmp_path / "run")) == 1
+
+
+def test_what_fails_on_one_rank_is_agreed_upon(monkeypatch):
+    with pytest.raises(OSError, match="here") as failed, dist.agreed():
+        raise OSError("here")
+    assert dist.is_agreed(failed.value)
+    monkeypatch.setattr(dist, "world_size", lambda: 3)
+    monkeypatch.setattr(dist, "is_main", lambda: False)
+    monkeypatch.setattr(
+        dist, "all_gather_object", lambda mine: [mine, None, ("SectionStopped", "given up")]
+    )
+    with pytest.raises(dist.RankFailed, match="rank 2: SectionStopped: given up") as failed:
+        with dist.agreed():
+            pass
+    assert dist.is_agreed(failed.value) and train._is_given_up(failed.value)
+    with pytest.raises(OSError, match="here") as failed, dist.agreed():
+        raise OSError("here")
+    assert dist.is_agreed(failed.value) and not dist.is_agreed(OSError("elsewhere"))
+    with pytest.raises(dist.RankFailed):
+        dist.on_main(lambda: pytest.fail("this is not the main process"))
 
 
 # --- Two ranks -------------------------------------------------------------------------------
