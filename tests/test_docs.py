@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -254,3 +255,15 @@ def test_b15_releases_are_required_and_the_tested_ones_are_among_them():
             pinned[requirement.name] = part.version
     for name in ("torch", "transformers", "deepspeed", "datasets", "accelerate"):
         assert pinned[name] in required[name]
+
+
+def test_every_change_that_a_test_has_to_notice_can_be_made():
+    """The list of scripts/mutants.py stays true to the files."""
+    spec = importlib.util.spec_from_file_location("mutants", ROOT / "scripts/mutants.py")
+    mutants = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutants)
+    texts = {m.file: (ROOT / "virft_fast" / m.file).read_text() for m in mutants.MUTANTS}
+    assert [m.name for m in mutants.MUTANTS if texts[m.file].count(m.old) != 1] == []
+    assert len({m.name for m in mutants.MUTANTS}) == len(mutants.MUTANTS) >= 60
+    files = {part for m in mutants.MUTANTS for part in m.tests.split() if part.endswith(".py")}
+    assert all((ROOT / file).is_file() for file in files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from helpers import (
     parameters,
 )
 
+from virft_fast import grpo
 from virft_fast.grpo import TooManyBadSteps, train_step
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo"]
@@ -244,3 +246,111 @@ def test_a_reward_gets_only_the_shared_arguments_that_it_takes(processor, prompt
         return [1.0] * len(completions)
 
     train_step(make_state(processor, reward=reward), prompts[:1])
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_shares_of_two_ranks_are_one_big_batch(processor, prompts, monkeypatch, loss_type):
+    """Weights of this rank's microbatches if the other rank has as much: a token or a sequence
+    counts half of what it does alone, and averaging gradients over ranks halves it once more."""
+    state = make_state(processor, config={"loss_type": loss_type, "beta": 0.1})
+    rollouts = state.rollout.generate(prompts, 2, grpo._sampling(state))
+    advantages = torch.linspace(-1, 1, len(rollouts.texts))
+    microbatches = grpo.make_microbatches(state, rollouts, advantages, grpo.StepStats())
+    alone = grpo.loss_weights(microbatches, rollouts, state.config)
+    monkeypatch.setattr(grpo.dist, "world_size", lambda: 2)
+    monkeypatch.setattr(grpo.dist, "all_reduce_sum", lambda counts: counts * 2)
+    shared = grpo.loss_weights(microbatches, rollouts, state.config)
+    # Averaged over two ranks, 2 * (scale / num_items) / 2 has to be half of what it is alone.
+    for one, two in zip(alone, shared, strict=True):
+        factor = two["scale"] / (two["num_items"] or 1) / 2
+        assert factor == pytest.approx(one["scale"] / (one["num_items"] or 1) / 2)
+    if alone[0]["num_items"] is None:
+        assert sum(weight["scale"] for weight in alone) == pytest.approx(1)
+    else:
+        assert alone[0]["num_items"] == int(rollouts.completion_mask.sum())
+
+
+def test_truncated_completions_are_not_counted_where_they_are_masked(processor, prompts):
+    config = {"mask_truncated_completions": True, "loss_type": "dapo"}
+    state = make_state(processor, config=config)
+    rollouts = state.rollout.generate(prompts, 2, grpo._sampling(state))
+    rollouts = replace(rollouts, truncated=torch.arange(len(rollouts.texts)) % 2 == 0)
+    microbatches = grpo.make_microbatches(
+        state, rollouts, torch.ones(len(rollouts.texts)), grpo.StepStats()
+    )
+    (weight, *_) = grpo.loss_weights(microbatches, rollouts, state.config)
+    kept = rollouts.completion_mask[1::2]
+    assert weight["num_items"] == int(kept.sum()) < int(rollouts.completion_mask.sum())
+
+
+def test_tokens_of_truncated_completions_are_counted_as_drawn(processor, prompts):
+    config = {"max_completion_length": 3, "mask_truncated_completions": True, "beta": 0.0}
+    state = make_state(processor, config=config, prompts_per_microbatch=4)
+    metrics, _ = train_step(state, prompts)
+    assert metrics["truncated_fraction"] == 1
+    assert metrics["num_tokens"] == state.num_tokens == 3 * 8
+
+
+def test_a_gradient_that_is_not_finite_is_never_applied(processor, prompts):
+    """The loss is finite, its gradient is not."""
+    state = make_state(processor, prompts_per_microbatch=4)
+    weight = state.policy.model.lm_head.weight
+    hook = weight.register_hook(lambda gradient: gradient * math.inf)
+    before = parameters(state.policy)
+    metrics, _ = train_step(state, prompts)
+    assert math.isfinite(metrics["loss"]) and metrics["skipped_steps"] == 1
+    assert largest_difference(before, parameters(state.policy)) == 0
+    hook.remove()
+    train_step(state, prompts)
+    assert largest_difference(before, parameters(state.policy)) > 0
+
+
+def test_another_ranks_loss_that_is_not_finite_skips_the_step(processor, prompts, monkeypatch):
+    state = make_state(processor, prompts_per_microbatch=4)
+    before, asked = parameters(state.policy), []
+
+    def any_rank(flag, device="cpu"):
+        asked.append(flag)
+        return True
+
+    monkeypatch.setattr(grpo.dist, "any_rank", any_rank)
+    metrics, _ = train_step(state, prompts)
+    assert asked == [False] and metrics["skipped_steps"] == 1
+    assert largest_difference(before, parameters(state.policy)) == 0
+
+
+def test_a_good_step_ends_a_row_of_bad_ones(processor, prompts):
+    state = make_state(processor, prompts_per_microbatch=4, max_bad_steps=2)
+    weight = state.policy.model.lm_head.weight
+    for _ in range(3):
+        hook = weight.register_hook(lambda gradient: gradient * math.inf)
+        train_step(state, prompts)
+        assert state.bad_steps == 1
+        hook.remove()
+        train_step(state, prompts)
+        assert state.bad_steps == 0
+    assert state.skipped_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "text"),
+    [
+        ("frac_reward_zero_std", 1.0, "equal rewards in the last 20 steps"),
+        ("truncated_fraction", 0.95, "more than 90 % of the completions"),
+    ],
+)
+def test_steps_that_teach_nothing_are_warned_about(processor, caplog, metric, value, text):
+    state = make_state(processor)
+    quiet = {"frac_reward_zero_std": 0.75, "truncated_fraction": 0.9}
+    for _ in range(19):
+        grpo._count_idle(state, quiet | {metric: value})
+    grpo._count_idle(state, quiet)  # one that does begins the count anew
+    for _ in range(19):
+        grpo._count_idle(state, quiet | {metric: value})
+    assert not caplog.records
+    for _ in range(30):
+        grpo._count_idle(state, quiet | {metric: value})
+    assert [text in record.getMessage() for record in caplog.records] == [True]
+    for _ in range(40):
+        grpo._count_idle(state, quiet)
+    assert len(caplog.records) == 1

@@ -14,11 +14,12 @@ import pytest
 PACKAGE = "virft_fast"
 ROOT = Path(__file__).parent.parent / PACKAGE
 LAYERS = {
-    "__init__": 0, "batch": 0, "config": 0, "dist": 0, "kernels": 0, "matching": 0, "_C": 0,
+    "__init__": 0, "batch": 0, "config": 0, "dist": 0, "progress": 0, "kernels": 0,
+    "matching": 0, "_C": 0,
     "tasks": 1, "data": 1, "models": 1,
     "engine": 2, "rollout": 2, "metrics": 2,
-    "checkpoint": 3, "grpo": 3, "sft": 3, "dpo": 3, "mia": 3, "evaluation": 3,
-    "train": 4, "evaluate": 4, "merge": 4, "report": 4, "data.__main__": 4,
+    "checkpoint": 3, "output_lock": 3, "grpo": 3, "sft": 3, "dpo": 3, "mia": 3, "evaluation": 3,
+    "train": 4, "watch": 4, "evaluate": 4, "merge": 4, "report": 4, "data.__main__": 4,
     "cli": 4, "commands": 4, "console": 4, "launch_lines": 4, "__main__": 4,
 }  # fmt: skip
 # Who may import what; the last line is the compiled matcher.

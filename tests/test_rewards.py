@@ -108,6 +108,9 @@ def test_hungarian_iou_needs_no_threshold():
         (boxes((A, 1), (B, 1), (FAR, 1)), TRUTH, 2 / 3),
         (boxes((A, 1), (A, 1), (B, 1)), TRUTH, 2 / 3),
         (boxes((A, 5), (B, -1)), TRUTH, 0.0),
+        # overlaps of 0.45 and 0.55: a match needs more than half
+        (boxes(([0, 0, 100, 45], 1)), boxes((A, 1)), 0.0),
+        (boxes(([0, 0, 100, 55], 1)), boxes((A, 1)), 1.0),
         (boxes((FAR, 5)), TRUTH, 0.0),
         ("<answer>No Objects</answer>", "<answer>No Objects</answer>", 1.0),
         (boxes((A, 0.5)), "<answer>No Objects</answer>", 1 / 1.5),

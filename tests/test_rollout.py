@@ -17,6 +17,7 @@ from virft_fast.models.image_attention import attention_to_prompts
 from virft_fast.models.qwen_vl import Policy, core, load_model
 from virft_fast.rollout import Sampling
 from virft_fast.rollout import native as native_module
+from virft_fast.rollout import sampling as sampling_module
 from virft_fast.rollout.backends import make_rollout
 from virft_fast.rollout.hf import HFRollout
 from virft_fast.rollout.native import CachePlan, NativeRollout, cache_numbers
@@ -661,3 +662,12 @@ def test_nothing_to_draw_is_named(rollout, prompts):
     for some, count in (([], 2), (prompts, 0)):
         with pytest.raises(ValueError, match="expected prompts and at least one completion"):
             rollout.generate(some, count, Sampling(5))
+
+
+def test_the_nucleus_ends_where_the_likeliest_tokens_reach_top_p():
+    """Probabilities 1/2, 1/4, 1/8, 1/8, exact in binary: of the last two neither is needed for 3/4,
+    one is for 7/8, and it is the one that sorts last."""
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+    for top_p, kept in ((0.5, 1), (0.75, 2), (0.8, 3), (0.875, 3), (0.9, 4)):
+        outside = sampling_module._outside_nucleus(logits[None], top_p)
+        assert int((~outside).sum()) == kept, top_p

@@ -365,12 +365,15 @@ class TrainConfig:
     max_bad_steps: int = arg(10, "Stop after this many non-finite steps in a row.")
     eval_samples: int = arg(0, "Held-out samples scored greedily before and after training.")
     eval_batch_size: int = arg(32, "Prompts in one batch of that evaluation.")
-    ddp_timeout: float = arg(3600.0, "Seconds a process waits for the others.")
+    ddp_timeout: float = arg(1800.0, "Seconds without progress until processes that wait end.")
+    reward_timeout: float = arg(300.0, "Seconds one call of a reward function may take.")
     local_rank: int = arg(-1, "Set by the deepspeed launcher; the environment is what counts.")
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        _require(0 < self.ddp_timeout < 1e9, "ddp_timeout", "seconds above 0", self.ddp_timeout)
+        for name in ("ddp_timeout", "reward_timeout"):
+            value = getattr(self, name)
+            _require(0 < value < 1e9, name, "seconds above 0", value)
         if str(self.resume_from_checkpoint).lower() in ("false", "none"):
             self.resume_from_checkpoint = None
         for name in (

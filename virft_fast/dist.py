@@ -6,16 +6,32 @@ has set WORLD_SIZE above 1.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from virft_fast import progress
 
-def init(timeout_s: float = 3600.0) -> torch.device:
+
+class RankFailed(RuntimeError):
+    """Raised on the other ranks when some fail inside `agreed`; names them and their errors.
+
+    Attributes:
+        errors: rank -> (name of the error's class, its text).
+    """
+
+    def __init__(self, errors: dict[int, tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"rank {r}: {n}: {text}" for r, (n, text) in errors.items()))
+        self.errors = errors
+
+
+def init(timeout_s: float = 1800.0) -> torch.device:
     """Join the process group, if there is one to join, and return this process's device.
 
     Args:
@@ -81,13 +97,15 @@ def is_main() -> bool:
 
 def barrier() -> None:
     if world_size() > 1:
-        torch_dist.barrier()
+        with progress.waiting("barrier"):
+            torch_dist.barrier()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place; returns the tensor."""
     if world_size() > 1:
-        torch_dist.all_reduce(tensor)
+        with progress.waiting("all_reduce"):
+            torch_dist.all_reduce(tensor)
     return tensor
 
 
@@ -104,5 +122,46 @@ def all_gather_object(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    torch_dist.all_gather_object(values, value)
+    with progress.waiting("all_gather"):
+        torch_dist.all_gather_object(values, value)
     return values
+
+
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """What fails in here on one rank fails on all of them; `is_agreed` tells such an error.
+
+    Every rank enters, and inside there is no collective.
+
+    Raises:
+        RankFailed: on the ranks where nothing failed. Elsewhere the error itself rises.
+    """
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as raised:
+        error = raised
+    mine = None if error is None else (type(error).__name__, str(error)[:1000])
+    errors = {r: e for r, e in enumerate(all_gather_object(mine)) if e is not None}
+    if error is not None:
+        error.virft_fast_agreed = True
+        raise error
+    if errors:
+        raise RankFailed(errors)
+
+
+def is_agreed(error: BaseException) -> bool:
+    """Whether every rank is raising at the same place, so that they can still work together."""
+    alone = world_size() == 1
+    return alone or isinstance(error, RankFailed) or getattr(error, "virft_fast_agreed", False)
+
+
+def on_main(action: Callable[[], Any]) -> None:
+    """Call `action` on the main process; what it raises is raised on all ranks.
+
+    Raises:
+        RankFailed: on the others, if it raised.
+    """
+    with agreed():
+        if is_main():
+            action()

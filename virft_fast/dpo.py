@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from virft_fast import dist
+from virft_fast import dist, progress
 from virft_fast.batch import Prompt, Rollouts, Sample
 from virft_fast.config import DPOConfig
 from virft_fast.data import BadRow, NoUsableRows
@@ -170,6 +170,7 @@ def train_step(
             # Engines average gradients over ranks, hence the factor.
             loss = _loss(state, pairs, stats, *counts) * dist.world_size()
             state.engine.backward(loss, last=number == len(batches))
+            progress.mark("training")
             value = float(loss.detach())
             finite &= math.isfinite(value)
             stats.add_total("loss", value)

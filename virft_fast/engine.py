@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from virft_fast import dist
+from virft_fast import dist, progress
 from virft_fast.models.adapters import has_adapter, is_trained_adapter
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ class PlainEngine:
     """
 
     zero_stage = 0
+    updates = 0  # of the weights, begun since the engine was made
 
     def __init__(
         self,
@@ -136,6 +137,7 @@ class PlainEngine:
         norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
         applied = math.isfinite(norm) and not veto
         if applied:
+            self.updates += 1
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(norm, applied)
@@ -213,6 +215,7 @@ class DeepSpeedEngine:
     ) -> None:
         deepspeed = import_deepspeed()
         self.device = device
+        self.updates = 0
         self._make_empty = make_empty
         self._whole: nn.Module | None = None
         self._stale = True
@@ -250,7 +253,9 @@ class DeepSpeedEngine:
             self._norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
         else:
             self._norm = self._global_norm()
-        return math.isfinite(self._norm) and not self._veto
+        applies = math.isfinite(self._norm) and not self._veto
+        self.updates += applies
+        return applies
 
     def _global_norm(self) -> float:
         norm = getattr(self.engine.optimizer, "_global_grad_norm", None)
@@ -311,6 +316,7 @@ class DeepSpeedEngine:
         deepspeed = import_deepspeed()
         state: dict[str, Tensor] | None = {} if dist.is_main() else None
         for name, parameter in _stored_parameters(model):
+            progress.mark("saving")
             partitioned = self.zero_stage == 3
             with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
                 if state is not None:

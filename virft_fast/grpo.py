@@ -10,17 +10,18 @@ once, and in that completions nothing can be learnt from are not read at all.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from virft_fast import dist
+from virft_fast import dist, progress
 from virft_fast.batch import Prompt, Rollouts, Sample
 from virft_fast.config import GRPOConfig
 from virft_fast.engine import DeepSpeedEngine, PlainEngine
@@ -31,8 +32,33 @@ from virft_fast.models.qwen_vl import ModelInputs, Policy
 from virft_fast.rollout import Rollout, Sampling
 from virft_fast.tasks import RewardLog, score
 
+logger = logging.getLogger(__name__)
+
+# Metric -> the value above which a step teaches little, and what to say after IDLE_STEPS of them.
+IDLE_STEPS = 20
+IDLE = {
+    "frac_reward_zero_std": (
+        0.999,
+        "the completions of every group had equal rewards in the last %d steps, so that nothing is "
+        "learnt. Usual causes: a reward that no answer earns, or every one (see completions.jsonl, "
+        "and --dry_run, which scores the solutions); a prompt that asks for another form of answer "
+        "than the reward reads; answers that hardly differ (distinct_fraction near 0: raise "
+        "--temperature or --num_generations)",
+    ),
+    "truncated_fraction": (
+        0.9,
+        "more than 90 %% of the completions were cut off at --max_completion_length in the last %d "
+        "steps. Usual causes: a limit too low for the reasoning that the prompt asks for; a model "
+        "that never ends its turn (a base model, or another chat template than it was trained "
+        "with); a reward that length earns",
+    ),
+}
 # Loss types that are a mean over sequences; the others are a mean over tokens.
 SEQUENCE_MEANS = ("grpo", "gspo", "dr_grpo")
+
+
+def _any_time(what: str, limit: float | None) -> AbstractContextManager[Any]:
+    return nullcontext()
 
 
 class TooManyBadSteps(RuntimeError):
@@ -53,11 +79,14 @@ class TrainState:
         step: steps done.
         bad_steps: non-finite steps in a row, up to now.
         silent_steps: steps in a row without a finite value, by name of the reward function.
+        idle_steps: steps in a row with little to learn from, by the metric of `IDLE` that says so.
         num_tokens: completion tokens drawn so far on all ranks, those nothing was learnt from too.
         base_weights: stamp of the weights the run began with.
         adapter: how its adapter began, a `LoraPlan.kind`; None without one.
         save_dtype: of saved weights; None keeps the dtype they are trained in.
         max_steps, num_rows: of the whole run and of its data set, for reward functions to know.
+        section: (what, seconds or None) -> context of a part of the step that may be given up.
+        reward_timeout: seconds that one call of a reward function may take; None: any time.
     """
 
     config: GRPOConfig
@@ -79,11 +108,14 @@ class TrainState:
     skipped_steps: int = 0
     num_tokens: int = 0
     silent_steps: dict[str, int] = field(default_factory=dict)
+    idle_steps: dict[str, int] = field(default_factory=dict)
     base_weights: list[Any] | None = None
     adapter: str | None = None
     save_dtype: torch.dtype | None = None
     max_steps: int = 0
     num_rows: int = 0
+    section: Callable[[str, float | None], AbstractContextManager[Any]] = _any_time
+    reward_timeout: float | None = None
 
     @property
     def prompts_per_step(self) -> int:
@@ -150,17 +182,20 @@ def train_step(
     """
     cfg, stats, start = state.config, StepStats(), time.perf_counter()
     torch.manual_seed(state.seed + state.step)
-    with stats.timed("rollout"):
-        rollouts = state.rollout.generate(
-            prompts,
-            cfg.num_generations,
-            _sampling(state),
-            first_row=dist.rank() * len(prompts) * cfg.num_generations,
-        )
-    with stats.timed("rewards"):
-        log = RewardLog()
-        rewards_per_func, rewards = score_rollouts(state, rollouts, log)  # (N, R), (N,)
-        advantages = _advantages(rewards, cfg)  # (N,)
+    log = RewardLog()
+    with stats.timed("rollout"), state.engine.whole_weights():
+        pass  # gathered by all ranks, before anything here can fail on one of them
+    with dist.agreed():
+        with stats.timed("rollout"), state.section("rollout", None):
+            rollouts = state.rollout.generate(
+                prompts,
+                cfg.num_generations,
+                _sampling(state),
+                first_row=dist.rank() * len(prompts) * cfg.num_generations,
+            )
+        with stats.timed("rewards"):
+            rewards_per_func, rewards = score_rollouts(state, rollouts, log)  # (N, R), (N,)
+    advantages = _advantages(rewards, cfg)  # (N,)
     with stats.timed("train"):
         microbatches = make_microbatches(state, rollouts, advantages, stats)
         weights = loss_weights(microbatches, rollouts, cfg)
@@ -177,6 +212,7 @@ def train_step(
     metrics = finish(state, stats, rollouts, learning_rate, applied, start)
     names = [name for name, _ in state.reward_funcs]
     _count_silent(state, metrics, names)
+    _count_idle(state, metrics)
     records = completion_records(rollouts, names, rewards_per_func)
     for record, advantage in zip(records, advantages.tolist(), strict=True):
         record["advantage"] = advantage
@@ -200,11 +236,25 @@ def _count_silent(state: TrainState, metrics: dict[str, float], names: Sequence[
             )
 
 
+def _count_idle(state: TrainState, metrics: dict[str, float]) -> None:
+    """Warn where steps have taught little for long, once until one does teach."""
+    for name, (limit, text) in IDLE.items():
+        state.idle_steps[name] = state.idle_steps.get(name, 0) + 1 if metrics[name] > limit else 0
+        if state.idle_steps[name] == IDLE_STEPS:
+            logger.warning(text, IDLE_STEPS)
+
+
 def score_rollouts(state: TrainState, rollouts: Rollouts, log: RewardLog) -> tuple[Tensor, Tensor]:
     """Rewards (N, R), NaN where a function abstains, and their weighted sums (N,)."""
     shared = log.arguments(_trainer_state(state)) if _has_own_rewards(state) else {}
     arguments = reward_arguments(rollouts)
-    return score(state.reward_funcs, state.reward_weights, *arguments, shared=shared)
+    return score(
+        state.reward_funcs,
+        state.reward_weights,
+        *arguments,
+        shared=shared,
+        section=lambda what: state.section(what, state.reward_timeout),
+    )
 
 
 def _has_own_rewards(state: TrainState) -> bool:
@@ -493,6 +543,7 @@ def update(
         loss = out.loss * weight["scale"]
         finite &= bool(torch.isfinite(loss.detach()))
         state.engine.backward(loss, last=number == len(microbatches))
+        progress.mark("training")
         _loss_stats(stats, out, mb, float(loss.detach()) / cfg.num_iterations)
         if note is not None:
             note(stats, out, mb)

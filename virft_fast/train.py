@@ -13,9 +13,9 @@ import math
 import os
 import re
 import resource
-import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -90,11 +90,13 @@ from virft_fast.models.qwen_vl import (
     weights_stamp,
 )
 from virft_fast.models.tiny import resolve_model_path
+from virft_fast.output_lock import HEARTBEAT_SECONDS, OutputLock
 from virft_fast.report import format_table, write_report, write_summary
 from virft_fast.rollout.backends import check_cache_limit, check_model, make_rollout
 from virft_fast.rollout.native import KEPT_SHARE, CachePlan, cache_numbers
 from virft_fast.tasks.rewards import knowing_classes
 from virft_fast.tasks.scoring import check_arguments
+from virft_fast.watch import SectionStopped, SectionTimeout, Watch
 
 logger = logging.getLogger("virft_fast")
 
@@ -104,7 +106,14 @@ STEPS: dict[str, Callable[..., Any]] = {
     "sft": sft.train_step,
     "dpo": dpo.train_step,
 }
+# Raised by all ranks at the same place.
+AGREED_ERRORS = (TooManyBadRows, TooManyBadSteps, NoUsableRows)
 REFERENCE_FILE = "reference_logps.json"
+LESS_MEMORY = (
+    "--per_device_train_batch_size or --max_tokens_per_microbatch, --num_generations, "
+    "--max_completion_length, --max_pixels, --rollout_cache_tokens or --eval_batch_size; or pass "
+    "--gradient_checkpointing, --use_peft or a DeepSpeed file with a higher ZeRO stage"
+)
 SUMMARY_FILE, REPORT_FILE, METRICS_FILE = "summary.json", "report.png", "metrics.jsonl"
 _OF_A_RUN = re.compile(rf"checkpoint-\d+|{BASE_FOLDER}|{checkpoints.LEFTOVER.pattern}")
 NUM_CHECKED_ROWS, NUM_SELF_CHECKED = 200, 16
@@ -124,6 +133,25 @@ class Data:
     bad_rows: BadRows
     permutation: Callable[[np.random.Generator], np.ndarray] | None = None
     table: Sequence[str] = ()
+
+
+@dataclass
+class Run:
+    """A run that is set up.
+
+    Attributes:
+        saved: what the checkpoint it resumes holds; empty without one.
+        saved_step: the latest step that needs no saving, because it is saved or was the first.
+    """
+
+    processor: Any
+    data: Data
+    state: TrainState
+    sampler: PromptSampler
+    writer: MetricsWriter
+    total_steps: int
+    saved: dict[str, Any]
+    saved_step: int
 
 
 def parse_args(argv: list[str]) -> RunConfig:
@@ -185,16 +213,102 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"virft_fast.train: error: {error}", file=sys.stderr)
         return 2
-    except (TooManyBadRows, TooManyBadSteps, NoUsableRows) as error:
+    except SectionTimeout as error:
+        print(f"virft_fast.train: stopped: {error} (--reward_timeout)", file=sys.stderr)
+        return 1
+    except (*AGREED_ERRORS, dist.RankFailed) as error:
         print(f"virft_fast.train: stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("virft_fast.train: interrupted", file=sys.stderr)
+        return 130
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        traceback.print_exc()
+        print(f"virft_fast.train: stopped: out of memory; lower {LESS_MEMORY}", file=sys.stderr)
         return 1
     finally:
         dist.shutdown()
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
 def run(config: RunConfig, device: torch.device) -> int:
-    """Set up, train, save, report."""
-    stop = StopSignal()
+    """Set up, train, save, report, as the only run that writes --output_dir."""
+    output_dir = Path(config.train.output_dir)
+    lock = OutputLock(output_dir)
+    watch = Watch(
+        output_dir,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        timeout=config.train.ddp_timeout,
+        beat=lock.beat,
+        beat_seconds=HEARTBEAT_SECONDS,
+        comfort=lambda: _where_to_resume(output_dir),
+    )
+    with watch:
+        try:
+            return _run(config, device, watch, lock)
+        except BaseException as error:
+            if not _is_given_up(error):
+                raise
+            _say(f"stopped by a signal before the first step; {_where_to_resume(output_dir)}")
+            return watch.exit_status
+        finally:
+            lock.release()
+
+
+def _run(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLock) -> int:
+    output_dir = Path(config.train.output_dir)
+    with watch.section("the set-up", patience=0):
+        ready = set_up(config, device, watch, lock)
+    if isinstance(ready, int):
+        return ready
+    data, state, writer = ready.data, ready.state, ready.writer
+    before = ready.saved.get("before") or _evaluate(config, state, data)
+    started = time.perf_counter()
+    ended = train(config, ready, before, watch)
+    train_seconds = time.perf_counter() - started
+    writer.close()
+    if ended in ("saved", "lost"):
+        where = f"stopped by a signal after step {state.step} of {ready.total_steps}"
+        if ended == "lost":
+            _say(f"{where}; this step could NOT be saved; {_where_to_resume(output_dir)}")
+            return 1
+        _say(f"{where}; {_where_to_resume(output_dir)}")
+        return watch.exit_status
+    written = checkpoints.write_final_model(
+        output_dir,
+        model=state.policy.model,
+        processor=ready.processor,
+        engine=state.engine,
+        dtype=state.save_dtype,
+    )
+    after = None
+    try:
+        after = _evaluate(config, state, data)
+    except BaseException as error:
+        if not _is_given_up(error):
+            raise
+        _say("stopped by a signal; the evaluation after training was given up")
+    if dist.is_main():
+        conclude(config, data, state, before, after, train_seconds)
+        if ready.saved.get("changed"):
+            print(f"resumed with other flags: {ready.saved['changed']}")
+    dist.barrier()
+    if ended == "incomplete":
+        _say(f"not all checkpoints could be written into {output_dir}; see above")
+    if not written:
+        _say(f"the model could NOT be written into {output_dir}; see above")
+    return watch.exit_status if written and ended == "done" else 1
+
+
+def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLock) -> Run | int:
+    """Everything until the first step; the exit status of a dry run."""
     output_dir = Path(config.train.output_dir)
     with usage():
         check_trackers(config.train.report_to)
@@ -208,7 +322,7 @@ def run(config: RunConfig, device: torch.device) -> int:
                 device=device,
             )
         config.model, plan = begin_adapter(config.model)
-        resume = prepare_output_dir(config)
+        resume = prepare_output_dir(config, lock)
         saved = read_resumed(resume, config, plan) if resume else {}
         processor = load_processor(
             resolve_model_path(config.model.model_name_or_path),
@@ -232,6 +346,7 @@ def run(config: RunConfig, device: torch.device) -> int:
         model = _base_model(config, plan, processor, resume)
         state = prepare_training(config, processor, data, device, model)
         state.adapter = plan.kind if plan else None
+        state.section, state.reward_timeout = watch.section, config.train.reward_timeout
     sampler = PromptSampler(
         len(data.train),
         state.prompts_per_step,
@@ -264,40 +379,16 @@ def run(config: RunConfig, device: torch.device) -> int:
     if saved:
         writer.truncate_to(state.step)
         writer.load_state_dict(saved["writer"])
-    before = saved.get("before") or _evaluate(config, state, data)
-    started = time.perf_counter()
-    ended = train(config, state, sampler, data, writer, total_steps, processor, before, stop)
-    train_seconds = time.perf_counter() - started
-    writer.close()
-    if ended in ("saved", "lost"):
-        where = f"stopped by a signal after step {state.step} of {total_steps}"
-        if ended == "lost":
-            _say(f"{where}; this step could NOT be saved")
-            return 1
-        _say(f"{where}; resume with --resume_from_checkpoint latest")
-        return 0
-    written = checkpoints.write_final_model(
-        output_dir,
-        model=state.policy.model,
-        processor=processor,
-        engine=state.engine,
-        dtype=state.save_dtype,
-    )
-    after = _evaluate(config, state, data)
-    if dist.is_main():
-        conclude(config, data, state, before, after, train_seconds)
-        if saved and saved["changed"]:
-            print(f"resumed with other flags: {saved['changed']}")
-    dist.barrier()
-    if ended == "incomplete":
-        _say(f"not all checkpoints could be written into {output_dir}; see above")
-    if not written:
-        _say(f"the model could NOT be written into {output_dir}; see above")
-    return 0 if written and ended == "done" else 1
+    here = resume is None or resume.resolve().parent == output_dir.resolve()
+    return Run(
+        processor, data, state, sampler, writer, total_steps, saved,
+        saved_step=state.step if here else -1,
+    )  # fmt: skip
 
 
-def prepare_output_dir(config: RunConfig) -> Path | None:
-    """Check that --output_dir is free to be written; returns the checkpoint to resume, if any."""
+def prepare_output_dir(config: RunConfig, lock: OutputLock) -> Path | None:
+    """Check that --output_dir is free to be written, and lock it; returns the checkpoint to resume,
+    if any."""
     output_dir = Path(config.train.output_dir)
     if not config.train.output_dir.strip():
         raise UsageError("--output_dir: expected a folder, got an empty name")
@@ -307,6 +398,10 @@ def prepare_output_dir(config: RunConfig) -> Path | None:
             f"--output_dir {output_dir}: expected another folder than --model_name_or_path, and "
             f"than an adapter's base, whose model would be overwritten"
         )
+    if config.train.dry_run:
+        make_folder(output_dir, "--output_dir", make=False)
+    else:
+        dist.on_main(partial(_take, output_dir, lock))
     resume, wanted = None, config.train.resume_from_checkpoint
     if wanted:
         resume = checkpoints.find_checkpoint(output_dir, wanted, dry_run=config.train.dry_run)
@@ -329,10 +424,13 @@ def prepare_output_dir(config: RunConfig) -> Path | None:
                 f"--overwrite_output_dir would delete {model}, which --model_name_or_path names or "
                 f"its adapter needs; pass another --output_dir"
             )
-    if dist.is_main():
-        make_folder(output_dir, "--output_dir", make=not config.train.dry_run)
-    dist.barrier()
     return resume
+
+
+def _take(output_dir: Path, lock: OutputLock) -> None:
+    """Make --output_dir this run's alone."""
+    make_folder(output_dir, "--output_dir")
+    lock.acquire()
 
 
 def _delete_run(output_dir: Path, keep: str) -> None:
@@ -807,65 +905,102 @@ def learning_rates(config: RunConfig, total_steps: int) -> Callable[[int], float
     return lambda step: train.learning_rate * factors[0](min(step, total_steps - 1))
 
 
-class StopSignal:
-    """Remembers SIGTERM and SIGUSR1 until the step is done."""
-
-    def __init__(self) -> None:
-        self.received = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            # Only the main thread may set handlers; a run started from another goes without.
-            with contextlib.suppress(ValueError):
-                signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: Any) -> None:
-        self.received = True
-
-
-def train(
-    config: RunConfig,
-    state: TrainState,
-    sampler: PromptSampler,
-    data: Data,
-    writer: MetricsWriter,
-    total_steps: int,
-    processor: Any,
-    before: dict[str, Any] | None,
-    stop: StopSignal,
-) -> str:
+def train(config: RunConfig, run: Run, before: dict[str, Any] | None, watch: Watch) -> str:
     """The loop. Returns "done" after all steps, "incomplete" if one of its checkpoints could not be
-    written; after a stop signal "saved", or "lost" if that one could not."""
-    output_dir, cfg = Path(config.train.output_dir), config.train
-    ended = "done"
+    written; if the run was asked to stop "saved", or "lost" if that one could not.
 
-    def save(only_model: bool) -> bool:
+    What a step raises is raised from here, once the step before it is saved: where every rank
+    raises it, and no update of the weights had begun.
+
+    Args:
+        before: the evaluation before training, which a resumed run shows at its end.
+    """
+    output_dir, cfg = Path(config.train.output_dir), config.train
+    data, state, writer = run.data, run.state, run.writer
+    complete = True
+
+    def state_dict() -> dict[str, Any]:
+        return _state_dict(config, state, run.sampler, data, writer, before)
+
+    def save(kept: dict[str, Any], only_model: bool = False) -> bool:
+        if kept["step"] == run.saved_step:
+            return True
         written = checkpoints.save_checkpoint(
             output_dir,
-            state.step,
+            kept["step"],
             model=state.policy.model,
-            processor=processor,
+            processor=run.processor,
             engine=state.engine,
-            state=_state_dict(config, state, sampler, data, writer, before),
+            state=kept,
             dtype=state.save_dtype,
             only_model=only_model,
             total_limit=cfg.save_total_limit,
         )
+        if written is not None and not only_model:
+            run.saved_step = kept["step"]
         return written is not None
 
-    while state.step < total_steps:
-        prompts = sampler.next_batch(data.train.load, dist.all_gather_object, data.bad_rows.add)
-        metrics, records = STEPS[cfg.algorithm](state, prompts)
+    while state.step < run.total_steps:
+        kept = state_dict()
+        if dist.any_rank(watch.stopped, state.engine.device):
+            # Whatever --save_only_model says: who is stopped wants to go on.
+            return "saved" if save(kept) else "lost"
+        updates = state.engine.updates
+        try:
+            prompts = _next_prompts(run)
+            metrics, records = STEPS[cfg.algorithm](state, prompts)
+        except BaseException as error:
+            together = dist.is_agreed(error) or isinstance(error, AGREED_ERRORS)
+            hurried = isinstance(error, KeyboardInterrupt)  # asked to stop, a second time
+            saved = together and updates == state.engine.updates and not hurried and save(kept)
+            if _is_given_up(error):
+                state.step = kept["step"]
+                return "saved" if saved else "lost"
+            _say(f"ended in step {kept['step'] + 1}; {_where_to_resume(output_dir)}")
+            raise
         metrics["epoch"] = state.step * prompts_per_step(config) / len(data.train)
         metrics["bad_rows"] = float(len(data.bad_rows))
         parts = dist.all_gather_object(records)
         writer.step(state.step, metrics)
         writer.completions(state.step, [record for part in parts for record in part])
-        stopped = dist.any_rank(stop.received, state.engine.device)
-        if stopped and state.step < total_steps:
-            # Whatever --save_only_model says: who is stopped wants to go on.
-            return "saved" if save(only_model=False) else "lost"
-        if cfg.save_steps and state.step % cfg.save_steps == 0 and not save(cfg.save_only_model):
-            ended = "incomplete"
-    return ended
+        if cfg.save_steps and state.step % cfg.save_steps == 0:
+            complete &= save(state_dict(), cfg.save_only_model)
+    return "done" if complete else "incomplete"
+
+
+def _next_prompts(run: Run) -> list[Any]:
+    """This rank's prompts; a row that can't be loaded on one rank, its disk is gone say, is an
+    error on all."""
+    errors: list[BaseException] = []
+
+    def load(index: int) -> Any:
+        try:
+            with run.state.section("loading a row", None):
+                return None if errors else run.data.train.load(index)
+        except BaseException as error:
+            errors.append(error)
+
+    prompts = run.sampler.next_batch(load, dist.all_gather_object, run.data.bad_rows.add)
+    with dist.agreed():
+        if errors:
+            raise errors[0]
+    return prompts
+
+
+def _is_given_up(error: BaseException) -> bool:
+    """Whether this rank, or another, was asked to stop and has given the step up."""
+    kinds = error.errors.values() if isinstance(error, dist.RankFailed) else ()
+    name = SectionStopped.__name__
+    return isinstance(error, SectionStopped) or any(kind == name for kind, _ in kinds)
+
+
+def _where_to_resume(output_dir: Path) -> str:
+    """What there is to go on with."""
+    found = checkpoints.list_checkpoints(output_dir)
+    whole = [path for path in found if (path / "engine").is_dir()]
+    if not whole:
+        return "no step was saved"
+    return f"saved is {whole[-1]}; resume with --resume_from_checkpoint latest"
 
 
 def _state_dict(
@@ -880,6 +1015,7 @@ def _state_dict(
         "step": state.step,
         "bad_steps": state.bad_steps,
         "silent_steps": state.silent_steps,
+        "idle_steps": state.idle_steps,
         "skipped_steps": state.skipped_steps,
         "num_tokens": state.num_tokens,
         "world_size": dist.world_size(),
@@ -1038,6 +1174,7 @@ def _restore(saved: dict[str, Any], state: TrainState, sampler: PromptSampler, d
     state.step, state.bad_steps = saved["step"], saved["bad_steps"]
     state.skipped_steps, state.num_tokens = saved["skipped_steps"], saved["num_tokens"]
     state.silent_steps = dict(saved.get("silent_steps") or {})
+    state.idle_steps = dict(saved.get("idle_steps") or {})
     sampler.load_state_dict(saved["sampler"])
     data.bad_rows.load_state_dict(saved["bad_rows"])
 
@@ -1050,6 +1187,8 @@ def _evaluate(config: RunConfig, state: TrainState, data: Data) -> dict[str, Any
         count = min(config.train.eval_samples, len(data.test))
         means = dpo.evaluate(state, data.test.load, count, config.train.eval_batch_size)
         return {"means": means, "answers": {}, "num_samples": int(means.pop("num_pairs"))}
+    with state.engine.whole_weights():
+        pass  # gathered by all ranks, before anything can fail on one of them
     result: Evaluation = evaluate_rewards(
         state.rollout,
         data.test.load,
@@ -1059,6 +1198,8 @@ def _evaluate(config: RunConfig, state: TrainState, data: Data) -> dict[str, Any
         task=data.task,
         batch_size=config.train.eval_batch_size,
         max_completion_length=config.grpo.max_completion_length,
+        section=lambda what: state.section(what, None),
+        reward_section=lambda what: state.section(what, state.reward_timeout),
     )
     answers = {str(r["index"]): r["completion"] for r in result.records[:NUM_REPORT_EXAMPLES]}
     return {"means": result.means, "answers": answers, "num_samples": len(result.records)}

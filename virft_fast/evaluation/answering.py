@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from virft_fast import dist
 from virft_fast.batch import Prompt, Rollouts
@@ -32,6 +34,7 @@ def answer(
     done: Iterable[Record] = (),
     keep: Callable[[list[Record]], None] = lambda records: None,
     progress: Callable[[int], None] = lambda done: None,
+    section: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> list[Record]:
     """One record for each usable row of `indices`, in order, on all ranks.
 
@@ -42,6 +45,8 @@ def answer(
         done: records there already; their rows are not asked again.
         keep: called on all ranks with the new records of all ranks, after each batch.
         progress: told how many rows are done, of all.
+        section: context of what a rank does alone, by its name in messages; what it raises is
+            raised on all ranks.
     """
     wanted = set(indices)
     records = [record for record in done if record["index"] in wanted]
@@ -59,13 +64,15 @@ def answer(
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(read, 0)
         for call in range(calls):
-            loaded = coming.result()
-            coming = reader.submit(read, call + 1)
-            prompts = [prompt for prompt in loaded if not isinstance(prompt, BadRow)]
-            bad = [row for row in loaded if isinstance(row, BadRow)]
-            spare = prompts[0] if prompts else spare or _first_usable(load, indices)
-            rollouts = rollout.generate(prompts or [spare], 1, sampling)
-            parts = dist.all_gather_object((describe(rollouts) if prompts else [], bad))
+            with dist.agreed(), section("evaluation"):
+                loaded = coming.result()
+                coming = reader.submit(read, call + 1)
+                prompts = [prompt for prompt in loaded if not isinstance(prompt, BadRow)]
+                bad = [row for row in loaded if isinstance(row, BadRow)]
+                spare = prompts[0] if prompts else spare or _first_usable(load, indices)
+                rollouts = rollout.generate(prompts or [spare], 1, sampling)
+                described = describe(rollouts) if prompts else []
+            parts = dist.all_gather_object((described, bad))
             new = [record for part, _ in parts for record in part]
             keep(new)
             records += new

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from virft_fast.metrics import null_for_nan
 from virft_fast.rollout import Rollout
 from virft_fast.tasks import BOX_TASKS, score
 
+Section = Callable[[str], AbstractContextManager[Any]]
 # Columns of a row that its record keeps, beside the answer.
 KEPT_COLUMNS = ("image_id", "category", "label")
 
@@ -42,8 +44,11 @@ def evaluate_rewards(
     task: str,
     batch_size: int,
     max_completion_length: int,
+    section: Section = nullcontext,
+    reward_section: Section = nullcontext,
 ) -> Evaluation:
-    """Greedy answers to the rows `indices`, scored; see `answering.answer`.
+    """Greedy answers to the rows `indices`, scored; see `answering.answer`, and `tasks.score` for
+    `reward_section`.
 
     Returns:
         The mean of each reward and of the task's measures (`task_measures`), the same on all ranks.
@@ -52,19 +57,25 @@ def evaluate_rewards(
         rollout,
         load,
         indices,
-        lambda rollouts: scored(rollouts, reward_funcs),
+        lambda rollouts: scored(rollouts, reward_funcs, reward_section),
         bad_rows=bad_rows,
         batch_size=batch_size,
         max_completion_length=max_completion_length,
+        section=section,
     )
     means = _means(records, [name for name, _ in reward_funcs])
     return Evaluation(means | task_measures(task, records), records)
 
 
-def scored(rollouts: Rollouts, reward_funcs: list[tuple[str, Callable[..., Any]]]) -> list[Record]:
+def scored(
+    rollouts: Rollouts,
+    reward_funcs: list[tuple[str, Callable[..., Any]]],
+    section: Section = nullcontext,
+) -> list[Record]:
     """A record for each answer: prompt, completion, solution, rewards, the first image's size."""
     names = [name for name, _ in reward_funcs]
-    rewards, _ = score(reward_funcs, [1.0] * len(names), *reward_arguments(rollouts))
+    arguments = reward_arguments(rollouts)
+    rewards, _ = score(reward_funcs, [1.0] * len(names), *arguments, section=section)
     records = completion_records(rollouts, names, rewards)
     for record, prompt in zip(records, rollouts.prompts, strict=True):
         columns, images = prompt.sample.columns, prompt.sample.images

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from virft_fast import progress
 from virft_fast.batch import Prompt, Rollouts
 from virft_fast.models.decode_step import DecodeStep
 from virft_fast.models.image_attention import attention_to_prompt
@@ -500,6 +501,7 @@ class _Decoding:
                     break
                 width = min(self.T, -(-(index + 1) // self.width_step) * self.width_step)
                 self._run_step(width)
+                progress.mark("rollout")
         # The tables are used again by the next rollout.
         return self.drawn[:, : self.length].clone(), self.logps[:, : self.length].clone()
 

@@ -14,6 +14,7 @@ import math
 import re
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -127,6 +128,7 @@ def score(
     completions: Sequence[Any],
     columns: Mapping[str, Sequence[Any]],
     shared: Mapping[str, Any] | None = None,
+    section: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[Tensor, Tensor]:
     """Call every reward function on all N completions and add up, as TRL 1.16 does.
 
@@ -134,6 +136,7 @@ def score(
         columns: the data set's columns, N values each.
         shared: arguments that are not one a completion, for the functions that take them;
             default: those of a `RewardLog` that nobody reads.
+        section: context that each function is called in, by what it is called in messages.
     Returns:
         (N, R) float32 rewards, NaN where a function gave None or nothing finite, and (N,) their
         weighted sums over the functions that did score; NaN where none did.
@@ -142,10 +145,11 @@ def score(
         ValueError: a function returned another number of rewards than N.
     """
     shared = RewardLog().arguments() if shared is None else shared
-    per_function = [
-        _call(name, _given(function, shared), prompts, completions, columns)
-        for name, function in reward_funcs
-    ]
+    per_function = []
+    for name, function in reward_funcs:
+        with section(f"reward function {name}"):
+            given = _given(function, shared)
+            per_function.append(_call(name, given, prompts, completions, columns))
     rewards = torch.tensor(per_function, dtype=torch.float32).T  # (N, R)
     # A finite double may still be too large for a float32.
     rewards = rewards.masked_fill(~rewards.isfinite(), torch.nan)

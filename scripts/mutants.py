@@ -1,0 +1,309 @@
+"""Applies one-line changes to a copy of the project and reports those that no test notices.
+
+    python scripts/mutants.py                 all that are not in the journal yet
+    python scripts/mutants.py --only world    those with `world` in their names
+
+Each change names the tests that must fail. Results go into a journal, so that a campaign that was
+stopped continues where it was; `--again` starts it over. The exit status is 1 if a change survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("virft_fast", "tests", "configs", "pyproject.toml", "scripts", "examples", "docs",
+          "README.md")  # fmt: skip
+
+
+class Mutant(NamedTuple):
+    """A change: `old`, which occurs once in the file, becomes `new`; pytest's arguments say which
+    tests must notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+GRPO, ENGINE, SAMPLING = "grpo.py", "engine.py", "rollout/sampling.py"
+NATIVE, PREFIX = "rollout/native.py", "models/shared_prefix.py"
+TOKEN, LOSS, LINEAR = "kernels/token_loss.py", "kernels/grpo_loss.py", "kernels/linear.py"
+ADVANTAGES, ROWS = "kernels/advantages.py", "kernels/logprobs.py"
+REWARDS, ORIGINAL, SCORING = "tasks/rewards.py", "tasks/visual_rft.py", "tasks/scoring.py"
+MATCHING, ORDER, CHECKPOINT = "matching/assign.py", "data/order.py", "checkpoint.py"
+SCALES = "scales = [len(mb.advantages) * world / num_sequences for mb in microbatches]"
+SHARES = "tests/test_grpo.py -k shares_of_two_ranks"
+
+MUTANTS = [
+    # Several processes
+    *(
+        Mutant(
+            f"{kind} without world",
+            GRPO,
+            SCALES,
+            SCALES.replace("* world", f'* (1 if cfg.loss_type == "{kind}" else world)'),
+            SHARES,
+        )
+        for kind in ("grpo", "gspo", "dr_grpo")
+    ),
+    Mutant("dapo without world", GRPO, "max(num_tokens, 1.0) / world", "max(num_tokens, 1.0)",
+           SHARES),
+    Mutant("counts of this rank alone", GRPO, "dist.all_reduce_sum(counts).tolist()",
+           "counts.tolist()", SHARES),
+    Mutant("a veto of this rank alone", GRPO, "veto = dist.any_rank(not finite, state.engine.device)",
+           "veto = not finite", "tests/test_grpo.py -k another_ranks_loss"),
+    Mutant("a stop of this rank alone", "train.py",
+           "if dist.any_rank(watch.stopped, state.engine.device):", "if watch.stopped:",
+           "tests/test_stopping.py -k another_rank_that_is_asked"),
+    Mutant("errors stay on their rank", "dist.py", "        raise RankFailed(errors)", "        pass",
+           "tests/test_stopping.py -k agreed"),
+    # Steps
+    Mutant("a gradient that is not finite is applied", ENGINE,
+           "applied = math.isfinite(norm) and not veto", "applied = not veto",
+           "tests/test_grpo.py -k gradient_that_is_not_finite"),
+    Mutant("a veto is not heeded", ENGINE, "applied = math.isfinite(norm) and not veto",
+           "applied = math.isfinite(norm)", "tests/test_grpo.py -k another_ranks_loss"),
+    Mutant("bad steps are never forgotten", GRPO,
+           "state.bad_steps = 0 if applied else state.bad_steps + 1",
+           "state.bad_steps = state.bad_steps + (not applied)", "tests/test_grpo.py -k good_step"),
+    Mutant("bad steps are never counted", GRPO,
+           "state.bad_steps = 0 if applied else state.bad_steps + 1", "state.bad_steps = 0",
+           "tests/test_grpo.py -k non_finite_step"),
+    Mutant("gradients pile up", ENGINE, "self.optimizer.zero_grad(set_to_none=True)", "pass",
+           "tests/test_trl_parity.py tests/test_golden.py"),
+    Mutant("no clipping", ENGINE, "        norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))",
+           "        norm = float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))",
+           "tests/test_golden.py"),
+    Mutant("truncated completions are counted", GRPO,
+           "counted = counted & ~rollouts.truncated[:, None]", "pass",
+           "tests/test_grpo.py -k not_counted_where_they_are_masked"),
+    Mutant("truncated completions are not counted as drawn", GRPO,
+           "float(rollouts.completion_mask.sum()) * world",
+           "float(rollouts.completion_mask[~rollouts.truncated].sum()) * world",
+           "tests/test_grpo.py -k counted_as_drawn"),
+    Mutant("truncated completions are learnt from", GRPO,
+           "mask = mask & ~rollouts.truncated[:, None]", "pass",
+           "tests/test_grpo.py -k truncated_completions_leave"),
+    Mutant("groups of equal rewards are read", GRPO,
+           "mask = mask & (advantages != 0).to(mask.device)[:, None]", "pass",
+           "tests/test_shared_prefix.py -k equal_rewards"),
+    Mutant("the policy is its own reference", GRPO, "with as_reference(state):", "if True:",
+           "tests/test_stages.py -k reference"),
+    Mutant("old log-probs move with the policy", GRPO, "if cfg.num_iterations > 1:", "if False:",
+           "tests/test_grpo.py -k several_iterations"),
+    Mutant("the same seed in every step", GRPO,
+           "seed=state.seed * 1_000_003 + state.step", "seed=state.seed * 1_000_003",
+           "tests/test_golden.py"),
+    Mutant("all ranks draw the same rows", GRPO,
+           "first_row=dist.rank() * len(prompts) * cfg.num_generations", "first_row=0",
+           "tests/test_distributed.py -k two_ranks_equal"),
+    Mutant("silent rewards are never counted", GRPO, "0 if scored_some else", "0 if True else",
+           "tests/test_grpo.py -k scores_nothing"),
+    Mutant("a reward weight is ignored", SCORING,
+           "(rewards * torch.tensor(weights, dtype=torch.float32)).nansum(1)", "rewards.nansum(1)",
+           "tests/test_rewards.py -k weighs"),
+    # The loss
+    Mutant("advantages by the biased deviation", ADVANTAGES,
+           "std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()",
+           "std = (centred.square().sum(1, keepdim=True) / count.clamp(min=1)).sqrt()",
+           "tests/test_kernels.py -k advantages_by_hand"),
+    Mutant("rewards that are not finite enter the mean", ADVANTAGES,
+           "scored = groups.isfinite()", "scored = ~groups.isnan()",
+           "tests/test_kernels.py -k unscored_rows"),
+    Mutant("equal rewards keep rounding", ADVANTAGES,
+           "centred = torch.where(highest > lowest, centred, 0.0)", "pass",
+           "tests/test_kernels.py -k exactly_zero"),
+    Mutant("the larger branch is taken", TOKEN, "loss = -torch.minimum(free, bound)",
+           "loss = -torch.maximum(free, bound)", "tests/test_kernels.py -k equal_the_oracle"),
+    Mutant("clipped tokens have a gradient", TOKEN,
+           "slope = share * below_delta + (1 - share) * inside", "slope = share + (1 - share)",
+           "tests/test_kernels.py -k equal_the_oracle"),
+    Mutant("epsilon_high is epsilon_low", TOKEN, "1 - epsilon_low, 1 + epsilon_high",
+           "1 - epsilon_low, 1 + epsilon_low", "tests/test_kernels.py -k equal_the_oracle"),
+    Mutant("delta is ignored", TOKEN, "ratio = ratio.clamp(max=delta)", "pass",
+           "tests/test_kernels.py -k equal_the_oracle"),
+    Mutant("k3 without its constant", TOKEN, "return value - d - 1, 1 - slope",
+           "return value - d, 1 - slope", "tests/test_kernels.py -k equal_the_oracle"),
+    Mutant("beta is applied twice", TOKEN, "d_logp = d_logp + beta * d_estimate",
+           "d_logp = d_logp + 2 * beta * d_estimate", "tests/test_kernels.py -k equal_the_oracle"),
+    Mutant("ratios of sequences are sums", LOSS,
+           "log_ratio = layout.per_token(layout.sequence_sum(log_ratio) / lengths)",
+           "log_ratio = layout.per_token(layout.sequence_sum(log_ratio))",
+           "tests/test_kernels.py -k equal_the_oracle"),
+    Mutant("dr_grpo by the longest completion", LOSS,
+           "return mask / (num_sequences * max_completion_length)",
+           "return mask / (num_sequences * int(layout.lengths.max()))",
+           "tests/test_kernels.py -k equal_the_oracle"),
+    Mutant("no active token divides by zero", LOSS,
+           "return mask / torch.where(count <= 0, 1.0, count)", "return mask / count",
+           "tests/test_kernels.py -k finite_zero"),
+    Mutant("the entropy forgets the probabilities", ROWS,
+           "(log_total - (e * z).sum(-1, keepdim=True) / total)[:, 0]",
+           "(log_total - z.sum(-1, keepdim=True) / total)[:, 0]",
+           "tests/test_kernels.py -k entropy_equal"),
+    Mutant("tokens without an advantage go backward", LINEAR,
+           "silent = self.terms.layout.per_token(self.terms.advantages) == 0", "pass",
+           "tests/test_kernels.py -k three_products"),
+    Mutant("clipped rows keep their place", LINEAR, "hidden, rows = hidden[keep], rows[keep]",
+           "hidden = hidden[keep]", "tests/test_kernels.py -k moved_rows"),
+    # Shared prompts and rollouts
+    Mutant("completions see each other", PREFIX,
+           "own = (sequence[None] == 0) | (sequence[:, None] == sequence[None])",
+           "own = sequence[None] >= 0", "tests/test_shared_prefix.py -k core_against_a_loop"),
+    Mutant("a completion sees its future", PREFIX, "return mask.tril(group.prompt_length)",
+           "return mask.tril(group.prompt_length + 1)",
+           "tests/test_shared_prefix.py -k core_against_a_loop"),
+    Mutant("prompts are not causal", PREFIX, "is_causal=True", "is_causal=False",
+           "tests/test_shared_prefix.py -k core_against_a_loop"),
+    Mutant("a layer that bypasses the routing is not noticed", PREFIX,
+           "if len(self.layers) < num_layers:", "if False:",
+           "tests/test_shared_prefix.py -k bypasses"),
+    Mutant("the nucleus' boundary", SAMPLING, "ordered.softmax(-1).cumsum(-1) <= 1 - top_p",
+           "ordered.softmax(-1).cumsum(-1) < 1 - top_p", "tests/test_rollout.py -k nucleus"),
+    Mutant("top_k keeps one too few", SAMPLING, "scores < smallest", "scores <= smallest",
+           "tests/test_rollout.py -k exact_probabilities"),
+    Mutant("min_p by the sum", SAMPLING, "probs.amax(-1, keepdim=True)",
+           "probs.sum(-1, keepdim=True)", "tests/test_rollout.py -k exact_probabilities"),
+    Mutant("no temperature", SAMPLING, "scores = scores / sampling.temperature", "pass",
+           "tests/test_rollout.py -k exact_probabilities"),
+    Mutant("positions share their draws", SAMPLING, "z = seeds + (position + 1) *",
+           "z = seeds + 0 * position +", "tests/test_rollout.py -k independent"),
+    Mutant("the end of a completion is padding", SAMPLING, "ends.int().argmax(1) + 1",
+           "ends.int().argmax(1)", "tests/test_rollout.py -k mask_ends"),
+    Mutant("banned tokens are drawn", SAMPLING, "scores = logits + self.bias", "scores = logits",
+           "tests/test_rollout.py -k banned"),
+    Mutant("positions begin at the prompt's end", NATIVE, "places[:, group.start : group.first].max() + 1",
+           "places[:, group.start : group.first].max()", "tests/test_rollout.py -k plain_generate"),
+    Mutant("kept rows lose their order", NATIVE,
+           "flat = (kept[:, None] * self.G + order).flatten()",
+           "flat = (kept[:, None] * rows + order).flatten()",
+           "tests/test_rollout.py -k plain_generate"),
+    # Rewards, matching, data
+    Mutant("accuracy_confidence at 0.4", REWARDS,
+           "matched = _match(pairs, min_iou=0.5)[0] >= 0", "matched = _match(pairs, min_iou=0.4)[0] >= 0",
+           "tests/test_rewards.py -k accuracy_confidence"),
+    Mutant("further boxes cost nothing", REWARDS,
+           "most = max(len(predicted.boxes), len(true.boxes))", "most = len(true.boxes)",
+           "tests/test_rewards.py -k accuracy_iou"),
+    Mutant("two boxes count as one", REWARDS,
+           "boxes = [d.boxes[0] if d and len(d.boxes) == 1 else NOT_A_BOX for d in detections]",
+           "boxes = [d.boxes[0] if d and d.boxes else NOT_A_BOX for d in detections]",
+           "tests/test_rewards.py -k two_boxes"),
+    Mutant("the original's mean over all boxes", ORIGINAL,
+           "return _bounded(sum(iou for iou, _ in results) / len(results))",
+           "return _bounded(sum(iou for iou, _ in results) / max(num_true, len(results)))",
+           "tests/test_rewards.py -k iou_v1"),
+    Mutant("a match at the threshold", MATCHING, "worth = torch.where(ious > min_iou, ious, 0.0)",
+           "worth = torch.where(ious >= min_iou, ious, 0.0)",
+           "tests/test_native_matching.py tests/test_matching.py"),
+    Mutant("equal scores in any order", MATCHING,
+           'return np.argsort(descending, axis=1, kind="stable")',
+           "return np.argsort(descending[:, ::-1], axis=1)[:, ::-1]",
+           "tests/test_native_matching.py tests/test_matching.py"),
+    Mutant("every epoch in the same order", ORDER, "np.random.default_rng((self.seed, self._epoch))",
+           "np.random.default_rng(self.seed)", "tests/test_data.py -k epoch"),
+    Mutant("bad rows are tried again", ORDER, "if index not in self._bad:", "if True:",
+           "tests/test_data.py"),
+    # Checkpoints
+    Mutant("no fsync", CHECKPOINT, "        os.fsync(descriptor)", "        pass",
+           "tests/test_checkpoint.py -k fsync"),
+    Mutant("a checkpoint is written where it stays", CHECKPOINT, '_ASIDE = ".writing"', '_ASIDE = ""',
+           "tests/test_checkpoint.py"),
+    Mutant("the oldest checkpoints are kept", CHECKPOINT, "list_checkpoints(output_dir)[:-total_limit]",
+           "list_checkpoints(output_dir)[total_limit:]", "tests/test_checkpoint.py -k latest_are_kept"),
+]  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--journal", type=Path, default=ROOT / "build/mutants.jsonl")
+    parser.add_argument("--only", default="", help="a part of the names")
+    parser.add_argument("--again", action="store_true", help="forget the journal")
+    arguments = parser.parse_args()
+    arguments.journal.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.again:
+        arguments.journal.unlink(missing_ok=True)
+    chosen = [mutant for mutant in MUTANTS if arguments.only in mutant.name]
+    done = read_journal(arguments.journal)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        copy_project(copy)
+        for number, mutant in enumerate(chosen, 1):
+            if key(mutant) in done:
+                continue
+            started = time.monotonic()
+            outcome = done[key(mutant)] = judge(copy, mutant)
+            with arguments.journal.open("a") as file:
+                file.write(json.dumps({"mutant": key(mutant), "outcome": outcome}) + "\n")
+            seconds = time.monotonic() - started
+            print(
+                f"{number:3}/{len(chosen)}  {outcome:9}  {seconds:5.0f} s  {mutant.name}",
+                flush=True,
+            )
+    outcomes = [done[key(mutant)] for mutant in chosen]
+    others = [m.name for m, outcome in zip(chosen, outcomes, strict=True) if outcome != "killed"]
+    print(f"{outcomes.count('killed')} of {len(chosen)} killed")
+    for name in others:
+        print(f"not killed: {name}")
+    return 1 if others else 0
+
+
+def key(mutant: Mutant) -> str:
+    """Changes with the mutant, so that a journal does not answer for another one."""
+    return json.dumps(mutant)
+
+
+def read_journal(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return {record["mutant"]: record["outcome"] for record in records}
+
+
+def copy_project(folder: Path) -> None:
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, folder / name, ignore=ignored)
+        else:
+            shutil.copy(source, folder / name)
+
+
+def judge(copy: Path, mutant: Mutant) -> str:
+    """ "killed", "survived", or why the question could not be put."""
+    path = copy / "virft_fast" / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        return "not found"
+    path.write_text(text.replace(mutant.old, mutant.new))
+    try:
+        status = run_tests(copy, mutant.tests)
+    finally:
+        path.write_text(text)
+    return {0: "survived", 1: "killed"}.get(status, f"pytest {status}")
+
+
+def run_tests(copy: Path, tests: str) -> int:
+    environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1",
+                   "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
+    chosen, _, expression = tests.partition(" -k ")
+    more = ["-k", expression] if expression else []
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *more,
+               *chosen.split()]  # fmt: skip
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,346 @@
+"""What a run leaves behind when it is stopped or fails: the last whole step, if it can be saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import environment, read_jsonl
+from safetensors.torch import load_file
+
+from virft_fast import dist, train, watch
+from virft_fast.data.demo import build_demo
+from virft_fast.train import main
+
+HERE = Path(__file__).parent
+FLAGS = ["--max_completion_length", "8", "--num_generations", "4", "--learning_rate", "1e-3",
+         "--max_steps", "4", "--save_steps", "0"]  # fmt: skip
+REWARD = """
+import os, signal, time
+calls = 0
+
+def letters(completions, **_):
+    return [len(set(c[0]["content"])) / 10 for c in completions]
+
+def then(completions, **_):
+    global calls
+    calls += 1
+    if calls == 3:
+        {what}
+    return [0.0] * len(completions)
+"""
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "digits"
+    build_demo("digits_classification", path, num_train=16, num_test=4)
+    return path
+
+
+@pytest.fixture
+def start(digits, tmp_path, monkeypatch):
+    """Calls the program with a reward that does something in its third call."""
+    monkeypatch.setattr(watch, "TICK", 0.05)
+    monkeypatch.setattr(watch, "STOP_SECONDS", 0.3)
+
+    def started(what, *more, out=tmp_path / "run"):
+        file = tmp_path / "mine.py"
+        file.write_text(REWARD.format(what=what))
+        rewards = ["--reward_funcs", f"{file}:letters", f"{file}:then"]
+        argv = ["--dataset_name", digits, "--output_dir", out, *FLAGS, *rewards, *more]
+        return main([str(word) for word in argv])
+
+    return started
+
+
+def saved(out):
+    return sorted(path.name for path in out.glob("checkpoint-*"))
+
+
+RAISES = "raise OSError('judge unreachable')"
+HANGS = "while True: pass"
+
+
+@pytest.mark.parametrize("what", [RAISES, "raise SystemExit(3)"])
+def test_a_reward_that_raises_loses_no_step(start, tmp_path, capsys, what):
+    out = tmp_path / "run"
+    with pytest.raises(train.tasks.RewardError):
+        start(what)
+    assert saved(out) == ["checkpoint-2"] and len(read_jsonl(out / "metrics.jsonl")) == 2
+    assert "ended in step 3; saved is" in capsys.readouterr().err
+    assert not (out / ".lock").exists()
+
+
+def test_the_run_goes_on_from_there_bit_for_bit(start, tmp_path, capsys):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert start("pass", out=whole) == 0
+    with pytest.raises(train.tasks.RewardError):
+        start(RAISES, out=broken)
+    assert start("pass", "--resume_from_checkpoint", "latest", out=broken) == 0
+    a, b = (load_file(out / "model.safetensors") for out in (whole, broken))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    losses = [[r["loss"] for r in read_jsonl(out / "metrics.jsonl")] for out in (whole, broken)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_a_reward_that_hangs_ends_the_run_by_its_name(start, tmp_path, capsys):
+    assert start(HANGS, "--reward_timeout", "0.5") == 1
+    error = capsys.readouterr().err
+    assert "reward function then took longer than 0.5 s (--reward_timeout)" in error
+    assert saved(tmp_path / "run") == ["checkpoint-2"]
+
+
+def test_an_async_reward_has_the_same_time(start, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        sys.modules[__name__], "REWARD", REWARD.replace("def then", "async def then")
+    )
+    what = "import asyncio; await asyncio.sleep(60)"
+    assert start(what, "--reward_timeout", "0.5") == 1
+    assert "reward function then took longer" in capsys.readouterr().err
+    assert saved(tmp_path / "run") == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 0), ("SIGINT", 130), ("SIGHUP", 129)])
+def test_a_signal_lets_the_step_end_and_saves_it(start, tmp_path, capsys, number, status):
+    assert start(f"os.kill(os.getpid(), signal.{number})") == status
+    assert saved(tmp_path / "run") == ["checkpoint-3"]
+    assert "stopped by a signal after step 3 of 4" in capsys.readouterr().err
+
+
+def test_a_signal_during_a_reward_that_hangs_gives_the_step_up(start, tmp_path, capsys):
+    assert start(f"os.kill(os.getpid(), signal.SIGTERM)\n        {HANGS}") == 0
+    assert saved(tmp_path / "run") == ["checkpoint-2"]
+    assert "stopped by a signal after step 2 of 4" in capsys.readouterr().err
+
+
+def test_a_signal_during_the_rollout_gives_the_step_up(start, tmp_path, capsys, monkeypatch):
+    generate, calls = train.make_rollout, []
+
+    def made(*args, **kwargs):
+        rollout = generate(*args, **kwargs)
+        inner = rollout.generate
+
+        def slow(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+            return inner(*args, **kwargs)
+
+        rollout.generate = slow
+        return rollout
+
+    monkeypatch.setattr(train, "make_rollout", made)
+    assert start("pass") == 0
+    assert saved(tmp_path / "run") == ["checkpoint-1"]
+
+
+def test_a_signal_during_the_evaluation_gives_it_up(start, tmp_path, capsys):
+    """The first call of a reward is the evaluation's before training."""
+    what = f"os.kill(os.getpid(), signal.SIGTERM)\n        {HANGS}"
+    assert start(what.replace("calls == 3", "calls == 1"), "--eval_samples", "4",
+                 "--eval_batch_size", "1") == 0  # fmt: skip
+    assert saved(tmp_path / "run") == []
+    assert "stopped by a signal before the first step" in capsys.readouterr().err
+
+
+def test_after_the_last_step_only_the_evaluation_is_given_up(start, tmp_path, capsys):
+    """Four calls before training, four of the steps; the ninth is the evaluation's after it."""
+    what = (
+        f"pass\n    if calls == 9:\n        os.kill(os.getpid(), signal.SIGTERM)\n        {HANGS}"
+    )
+    assert start(what, "--eval_samples", "4", "--eval_batch_size", "1") == 0
+    out = tmp_path / "run"
+    assert (out / "model.safetensors").is_file() and (out / "summary.json").is_file()
+    assert "the evaluation after training was given up" in capsys.readouterr().err
+
+
+def test_an_error_before_the_first_step_saves_nothing(start, tmp_path, capsys):
+    with pytest.raises(train.tasks.RewardError):
+        start("pass\n    raise OSError('judge unreachable')")
+    assert saved(tmp_path / "run") == []
+    assert "no step was saved" in capsys.readouterr().err
+
+
+def test_no_step_is_saved_whose_update_had_begun(start, tmp_path, capsys, monkeypatch):
+    step = train.STEPS["grpo"]
+
+    def half(state, prompts):
+        result = step(state, prompts)
+        if state.step == 3:
+            raise OSError("after the update")
+        return result
+
+    monkeypatch.setitem(train.STEPS, "grpo", half)
+    with pytest.raises(OSError, match="after the update"):
+        start("pass", "--save_steps", "2")
+    assert saved(tmp_path / "run") == ["checkpoint-2"]
+    assert "checkpoint-2; resume with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+     RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    ids=["cuda", "python", "cpu"],
+)  # fmt: skip
+def test_out_of_memory_names_the_flags_to_lower(start, tmp_path, capsys, monkeypatch, error):
+    step = train.STEPS["grpo"]
+
+    def full(state, prompts):
+        if state.step == 1:
+            raise error
+        return step(state, prompts)
+
+    monkeypatch.setitem(train.STEPS, "grpo", full)
+    assert start("pass") == 1
+    shown = capsys.readouterr().err
+    assert "out of memory; lower --per_device_train_batch_size" in shown and "--max_pixels" in shown
+    assert saved(tmp_path / "run") == ["checkpoint-1"]
+
+
+def test_rows_that_can_not_be_loaded_lose_no_step(start, tmp_path, capsys, monkeypatch):
+    load, calls = train.PromptSource.load, []
+
+    def gone(self, index):
+        calls.append(index)
+        if len(calls) == 3:
+            raise OSError("Input/output error")
+        return load(self, index)
+
+    monkeypatch.setattr(train.PromptSource, "load", gone)
+    with pytest.raises(OSError, match="Input/output"):
+        start("pass")
+    assert saved(tmp_path / "run") == ["checkpoint-2"]
+
+
+def test_a_second_run_in_the_folder_is_refused(start, tmp_path, capsys):
+    out = tmp_path / "run"
+    inner = f"import virft_fast.train as t; code = t.main(['--output_dir', {str(out)!r}])"
+    assert start(f"{inner}; open({str(tmp_path / 'code')!r}, 'w').write(str(code))") == 0
+    assert (tmp_path / "code").read_text() == "2"
+    error = capsys.readouterr().err
+    assert f"another run, process {os.getpid()}" in error
+    assert len(read_jsonl(out / "metrics.jsonl")) == 4
+
+
+def test_a_run_stops_with_another_rank_that_is_asked_to(start, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def any_rank(flag, device="cpu"):
+        asked.append(flag)
+        return flag or len(asked) == 10  # an even one is the question whether to stop
+
+    monkeypatch.setattr(train.dist, "any_rank", any_rank)
+    assert start("pass", "--max_steps", "50") == 0
+    assert True not in asked and "stopped by a signal" in capsys.readouterr().err
+    assert len(saved(tmp_path / "run")) == 1
+
+
+def test_what_fails_on_one_rank_is_agreed_upon(monkeypatch):
+    with pytest.raises(OSError, match="here") as failed, dist.agreed():
+        raise OSError("here")
+    assert dist.is_agreed(failed.value)
+    monkeypatch.setattr(dist, "world_size", lambda: 3)
+    monkeypatch.setattr(dist, "is_main", lambda: False)
+    monkeypatch.setattr(
+        dist, "all_gather_object", lambda mine: [mine, None, ("SectionStopped", "given up")]
+    )
+    with pytest.raises(dist.RankFailed, match="rank 2: SectionStopped: given up") as failed:
+        with dist.agreed():
+            pass
+    assert dist.is_agreed(failed.value) and train._is_given_up(failed.value)
+    with pytest.raises(OSError, match="here") as failed, dist.agreed():
+        raise OSError("here")
+    assert dist.is_agreed(failed.value) and not dist.is_agreed(OSError("elsewhere"))
+    with pytest.raises(dist.RankFailed):
+        dist.on_main(lambda: pytest.fail("this is not the main process"))
+
+
+# --- Two ranks -------------------------------------------------------------------------------
+
+LAUNCH = """
+import sys
+from virft_fast import watch
+watch.TICK, watch.STOP_SECONDS, watch.STALL_SECONDS = 0.05, 0.5, 1.0
+from virft_fast.commands import end_process
+from virft_fast.train import main
+end_process(main(sys.argv[1:]))
+"""
+
+
+def two_ranks(digits, tmp_path, what, *more, seconds=120):
+    """Exit statuses and errors of two processes whose reward does `what` in rank 1's third call."""
+    file, program = tmp_path / "mine.py", tmp_path / "program.py"
+    head, tail = REWARD.split("def then")
+    file.write_text(head + f"def act():\n    {what}\n\ndef then" + tail.format(
+        what="os.environ['RANK'] == '1' and act()"))  # fmt: skip
+    program.write_text(LAUNCH)
+    argv = [
+        sys.executable,
+        str(program),
+        "--dataset_name",
+        digits,
+        "--output_dir",
+        tmp_path / "run",
+        *FLAGS,
+        "--reward_funcs",
+        f"{file}:letters",
+        f"{file}:then",
+        *more,
+    ]
+    ranks = []
+    for rank in range(2):
+        place = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(29500 + os.getpid() % 2000),
+        }
+        ranks.append(
+            subprocess.Popen(
+                [str(word) for word in argv],
+                env=environment(**place),
+                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                text=True,
+            )
+        )
+    try:
+        errors = [None, None]
+        _, errors[0] = ranks[0].communicate(timeout=seconds)
+        if "SIGSTOP" in what:
+            ranks[1].kill()
+        _, errors[1] = ranks[1].communicate(timeout=seconds)
+    finally:
+        for process in ranks:
+            process.kill()
+    return [process.returncode for process in ranks], errors
+
+
+def test_one_ranks_hanging_reward_ends_all_and_the_last_step_is_saved(digits, tmp_path):
+    status, errors = two_ranks(digits, tmp_path, HANGS, "--reward_timeout", "2")
+    assert status == [1, 1], errors
+    text = "reward function then took longer than 2 s"
+    assert f"rank 1: SectionTimeout: {text}" in errors[0] and text in errors[1]
+    assert saved(tmp_path / "run") == ["checkpoint-2"]
+    state = json.loads((tmp_path / "run/checkpoint-2/trainer_state.json").read_text())
+    assert state["step"] == 2
+
+
+def test_a_stopped_rank_is_waited_for_no_longer_than_the_time_limit(digits, tmp_path):
+    stop = "os.kill(os.getpid(), signal.SIGSTOP)"
+    status, errors = two_ranks(digits, tmp_path, stop, "--ddp_timeout", "12", "--save_steps", "1")
+    assert status == [1, -signal.SIGKILL], errors
+    report = (tmp_path / "run/stalled-rank-0.txt").read_text()
+    assert "waiting in all_gather" in report and "train_step" in report
+    assert "checkpoint-2; resume with" in errors[0]

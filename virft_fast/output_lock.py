@@ -1,0 +1,207 @@
+"""One run an output folder: `.lock` names the process that writes there.
+
+The owner touches the file while it lives. A lock is taken over from a process of this host that is
+gone, and from another host's, or another container's, after HEARTBEAT_LIMIT seconds without a
+touch. Times are compared on the file system's own clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+HEARTBEAT_SECONDS, HEARTBEAT_LIMIT = 30.0, 600.0
+_MUTEX_SECONDS = 10.0
+
+
+class OutputLock:
+    """The lock of a folder, held from `acquire` to `release`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK_FILE
+        self.owner = _this_process()
+        self.held = False
+
+    def acquire(self) -> None:
+        """Take the lock; the folder is there.
+
+        Raises:
+            ValueError: another run has it; says which.
+            OSError: the folder can't be written.
+        """
+        with self._mutex() as content:
+            other = _parsed(content)
+            if other is not None and other.get("token") != self.owner["token"]:
+                self._refuse_if_alive(other)
+            self._write()
+        self.held = True
+
+    def beat(self) -> bool:
+        """Say that this process is alive; False if another run has taken the lock over."""
+        if not self.held:
+            return True
+        try:
+            if not self._is_mine():
+                return False
+            os.utime(self.path)
+        except FileNotFoundError:
+            return False
+        except OSError as error:  # a file system that hangs for a while is no other run
+            logger.warning("could not touch %s: %s", self.path, error)
+        return True
+
+    def release(self) -> None:
+        """Give the lock back, if it is still this process's."""
+        with contextlib.suppress(OSError):
+            if self.held and self._is_mine():
+                self.path.unlink()
+        self.held = False
+
+    def _is_mine(self) -> bool:
+        return (_parsed(self.path.read_bytes()) or {}).get("token") == self.owner["token"]
+
+    def _refuse_if_alive(self, other: dict[str, Any]) -> None:
+        who = f"process {other.get('pid')} on {other.get('host')}"
+        here = all(other.get(key) == self.owner[key] for key in ("host", "boot", "namespace"))
+        if here:
+            if _started(other.get("pid")) == other.get("started"):
+                raise ValueError(
+                    f"{self.path.parent} is being written by another run, {who}; wait for it, stop "
+                    "it, or pass another folder"
+                )
+            logger.warning("%s was left by %s, which is gone; taken over", self.path, who)
+            return
+        age = self._age()
+        if age < HEARTBEAT_LIMIT:
+            raise ValueError(
+                f"{self.path.parent} is being written by another run, {who}, which was alive "
+                f"{max(age, 0):.0f} s ago; stop it or pass another folder; if it is gone, wait "
+                f"until {HEARTBEAT_LIMIT:.0f} s have passed, or delete {self.path}"
+            )
+        logger.warning(
+            "%s was left by %s, not heard of for %.0f s; taken over", self.path, who, age
+        )
+
+    def _age(self) -> float:
+        """Seconds since the last touch, by the clock that stamps files."""
+        probe = self.path.with_name(f"{LOCK_FILE}.{uuid.uuid4().hex}")
+        probe.touch()
+        try:
+            return probe.stat().st_mtime - self.path.stat().st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        self.path.write_text(json.dumps(self.owner))
+
+    @contextlib.contextmanager
+    def _mutex(self) -> Iterator[bytes]:
+        """The lock file's content, while no other process looks at it or writes it."""
+        deadline = time.monotonic() + _MUTEX_SECONDS
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                if self._flocked(descriptor, deadline) and self._replaced(descriptor):
+                    continue  # deleted between opening and locking it
+                yield os.pread(descriptor, 1 << 16, 0)
+                return
+            finally:
+                os.close(descriptor)
+
+    def _flocked(self, descriptor: int, deadline: float) -> bool:
+        """Whether the file is locked; False, with a warning, where the file system has no locks."""
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"{self.path}: another process holds it for more than "
+                        f"{_MUTEX_SECONDS:.0f} s; is a run starting in this folder?"
+                    ) from None
+                time.sleep(0.05)
+            except OSError as error:
+                logger.warning(
+                    "%s: this file system has no locks (%s): a run that starts in this folder at "
+                    "the same moment would not be noticed",
+                    self.path,
+                    error,
+                )
+                return False
+
+    def _replaced(self, descriptor: int) -> bool:
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            return True
+        mine = os.fstat(descriptor)
+        return (found.st_ino, found.st_dev) != (mine.st_ino, mine.st_dev)
+
+
+def _this_process() -> dict[str, Any]:
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "boot": _first_line("/proc/sys/kernel/random/boot_id"),
+        "namespace": _link("/proc/self/ns/pid"),
+        "started": _started(os.getpid()),
+        "token": uuid.uuid4().hex,
+    }
+
+
+def _started(pid: Any) -> str | None:
+    """When the process began, in clock ticks since the host did; None if there is none.
+
+    Where there is no /proc: "alive" for every process that is."""
+    if not isinstance(pid, int) or isinstance(pid, bool) or pid <= 0:
+        return None
+    if os.path.isdir("/proc/self"):
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            return None
+        fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
+        return None if fields[0] in "ZX" else fields[19]
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except (PermissionError, OverflowError):
+        pass
+    return "alive"
+
+
+def _first_line(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None
+
+
+def _link(path: str) -> str | None:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return None
+
+
+def _parsed(content: bytes) -> dict[str, Any] | None:
+    """The owner that a lock file names; None if it was never written whole."""
+    try:
+        owner = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return owner if isinstance(owner, dict) else None

@@ -1,0 +1,244 @@
+"""What keeps a run from hanging unnoticed: signals that ask it to stop, time limits of what may
+never return, launchers that are gone, ranks that wait for each other.
+
+A thread looks twice a second. It can't raise in the main thread, so it sends it a signal, whose
+handler can; where even that is not heard, in native code say, it ends the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from virft_fast import progress
+
+logger = logging.getLogger("virft_fast")
+
+# Asks the main thread to leave a section; no launcher or library sends it.
+WAKE = getattr(signal, "SIGRTMIN", signal.SIGUSR2) + (5 if hasattr(signal, "SIGRTMIN") else 0)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+EXIT_STATUS = {signal.SIGINT: 130, signal.SIGHUP: 129}  # of a run that was stopped; else 0
+TICK = 0.5
+STOP_SECONDS = 20.0  # from a signal until a section is given up
+DEAF_SECONDS = 5.0  # from then until the process is ended
+STALL_SECONDS = 600.0  # without progress until every rank writes where it stands
+ORPHAN_SECONDS = 60.0  # without progress, of a process whose launcher is gone
+
+
+class SectionTimeout(BaseException):
+    """A section took longer than its limit. No `Exception`, so that no reward function's own
+    handlers swallow it."""
+
+
+class SectionStopped(BaseException):
+    """A section was given up because the run was asked to stop."""
+
+
+class Section(NamedTuple):
+    """What the main thread does, and until when (of `time.monotonic`) it may."""
+
+    what: str
+    limit: float | None
+    deadline: float
+    patience: float  # seconds from a stop signal until it is given up
+
+
+class Watch:
+    """A context: the thread runs and signals are handled inside.
+
+    Args:
+        output_dir: where a rank writes where it stands.
+        rank, world_size: of this process.
+        timeout: seconds without progress after which a process of several is ended.
+        beat: called every `beat_seconds`; returns False if the run has to end.
+        comfort: what there is to go on with, for the message of a run that is ended here.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        timeout: float = 1800.0,
+        beat: Callable[[], bool] = lambda: True,
+        beat_seconds: float = 30.0,
+        comfort: Callable[[], str] = lambda: "",
+    ) -> None:
+        self.output_dir, self.rank, self.world_size = output_dir, rank, world_size
+        self.timeout, self.beat, self.beat_seconds = timeout, beat, beat_seconds
+        self.comfort = comfort
+        self.received: int | None = None
+        self._received_at = 0.0
+        self._section: Section | None = None
+        self._parent = os.getppid() if "WORLD_SIZE" in os.environ else None
+        self._ended = threading.Event()
+        self._handlers: dict[int, object] = {}
+        self._stalled = False
+
+    def __enter__(self) -> Watch:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, say
+                    self._handlers[number] = signal.signal(number, self._stop)
+            self._handlers[WAKE] = signal.signal(WAKE, self._wake)
+        progress.mark("start")
+        threading.Thread(target=self._run, name="virft_fast watch", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for number, handler in self._handlers.items():
+            # A last WAKE may be on its way, and would end the process.
+            default = signal.SIG_IGN if number == WAKE else signal.SIG_DFL
+            signal.signal(number, default if handler in (None, signal.SIG_DFL) else handler)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run has been asked to stop."""
+        return self.received is not None
+
+    @property
+    def exit_status(self) -> int:
+        """Of a run that was asked to stop, and could save."""
+        return EXIT_STATUS.get(self.received, 0)
+
+    @contextlib.contextmanager
+    def section(
+        self, what: str, limit: float | None = None, *, patience: float | None = None
+    ) -> Iterator[None]:
+        """A part of the run that can be given up: nothing of it is kept.
+
+        Args:
+            what: it is called in messages.
+            limit: seconds it may take; None: any time.
+            patience: seconds it may still take when the run is asked to stop; default STOP_SECONDS.
+        Raises:
+            SectionTimeout, SectionStopped: in the main thread only.
+        """
+        before = self._section
+        deadline = time.monotonic() + limit if limit is not None else float("inf")
+        patience = STOP_SECONDS if patience is None else patience
+        self._section = Section(what, limit, deadline, patience)
+        progress.mark(what)
+        try:
+            yield
+        finally:
+            self._section = before
+        progress.mark(f"after {what}")
+
+    # In the main thread
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            if self.world_size > 1:  # an exception here would not free it from a collective
+                self._end("interrupted twice", 130)
+            raise KeyboardInterrupt
+        first = self.received is None
+        if first:
+            self._received_at = time.monotonic()
+            again = "; once more ends it at once, unsaved" if number == signal.SIGINT else ""
+            self._say(f"{signal.Signals(number).name}: the run stops at the next step{again}")
+        self.received = number
+        if first and self._section is not None and self._section.patience == 0:
+            raise SectionStopped(f"{self._section.what} was given up")
+
+    def _wake(self, number: int, frame: FrameType | None) -> None:
+        section, now = self._section, time.monotonic()
+        if section is None:
+            return
+        if now >= section.deadline:
+            raise SectionTimeout(f"{section.what} took longer than {section.limit:g} s")
+        if self.stopped and now >= self._received_at + section.patience:
+            raise SectionStopped(f"{section.what} was given up")
+
+    # In the thread of the watch
+
+    def _run(self) -> None:
+        beaten = time.monotonic()
+        while not self._ended.wait(TICK):
+            now = time.monotonic()
+            self._look_at_section(now)
+            self._look_for_launcher()
+            self._look_for_progress()
+            if now - beaten >= self.beat_seconds:
+                beaten = now
+                if not self.beat():
+                    self._end("another run has taken over this folder")
+
+    def _look_at_section(self, now: float) -> None:
+        section = self._section
+        if section is None:
+            return
+        stop = self._received_at + section.patience if self.stopped else float("inf")
+        deadline = min(section.deadline, stop)
+        if now < deadline:
+            return
+        with contextlib.suppress(ProcessLookupError, ValueError):
+            signal.pthread_kill(threading.main_thread().ident, WAKE)
+        if now >= deadline + DEAF_SECONDS and self._section is section:
+            self._end(f"{section.what} does not return and can't be interrupted")
+
+    def _look_for_launcher(self) -> None:
+        if self._parent is None or os.getppid() == self._parent:
+            return
+        if not self.stopped:
+            self._received_at, self.received = time.monotonic(), signal.SIGTERM
+            logger.error("the launcher is gone; stopping after this step")
+        if min(progress.idle(), time.monotonic() - self._received_at) > ORPHAN_SECONDS:
+            self._end("the launcher is gone, and the other processes don't answer")
+
+    def _look_for_progress(self) -> None:
+        idle = progress.idle()
+        if idle < STALL_SECONDS:
+            self._stalled = False
+            return
+        if not self._stalled:
+            self._stalled = True
+            path = self._write_stacks(idle)
+            logger.error(
+                "rank %d: no progress for %.0f s, at %s; stacks are in %s",
+                self.rank, idle, progress.where(), path,
+            )  # fmt: skip
+        section = self._section
+        setting_up = section is not None and section.patience == 0  # a large model, a slow disk
+        if self.world_size > 1 and idle >= self.timeout and not setting_up:
+            self._end(f"no progress for {idle:.0f} s (--ddp_timeout), at {progress.where()}")
+
+    def _write_stacks(self, idle: float) -> Path | None:
+        """Where every thread of this process stands, in a file of its own for each rank."""
+        path = self.output_dir / f"stalled-rank-{self.rank}.txt"
+        try:
+            with path.open("a") as file:
+                file.write(
+                    f"{time.strftime('%F %T')} rank {self.rank} of {self.world_size}, process "
+                    f"{os.getpid()}: no progress for {idle:.0f} s\nat {progress.where()}\n"
+                )
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            logger.error("could not write %s: %s", path, error)
+            return None
+        return path
+
+    def _say(self, text: str) -> None:
+        # Not by logging, whose lock the interrupted code may hold; straight to the descriptor.
+        if self.rank == 0:
+            with contextlib.suppress(OSError):
+                os.write(2, f"virft_fast: {text}\n".encode())
+
+    def _end(self, why: str, status: int = 1) -> None:
+        """End the process, whatever the main thread does; nothing can be saved."""
+        text = f"virft_fast: rank {self.rank}: {why}; this process ends. {self.comfort()}\n"
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
+        os._exit(status)
