@@ -676,7 +676,9 @@ def test_bad_texts():
     assert reason({"problem": 3}) == "problem: expected text, got int 3"
     assert reason({"solution": None}) == "solution: missing"
     assert reason({"solution": ""}) == "solution: empty"
-    assert reason({"solution": 1.5}) == "solution: expected text, got float 1.5"
+    assert reason({"solution": [1.5]}) == "solution: expected text, got list [1.5]"
+    assert reason({"solution": True}) == "solution: expected text, got bool True"
+    assert [one({"problem": "p", "solution": n}).solution for n in (3, 1.5)] == ["3", "1.5"]
     bad = reason({}, check_solution=lambda s: f"expected boxes, got {s!r}")
     assert bad == f"solution: expected boxes, got {SOLUTION!r}"
     assert isinstance(one({"problem": "p", "solution": "s"}, check_solution=lambda s: None), Sample)

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_answers import BRACKETS, BROKEN, brackets, grows_linearly
 
+from virft_fast.batch import Sample
 from virft_fast.tasks import (
     ACCURACY_REWARDS,
     DEFAULT_REWARDS,
@@ -21,9 +22,13 @@ from virft_fast.tasks import (
     RewardError,
     check_solution,
     detect_task,
+    is_ours,
     load_reward_funcs,
     score,
+    told_classes,
+    unearned,
 )
+from virft_fast.tasks.labels import ClosedSet
 
 SAMPLE = json.loads((Path(__file__).parent / "data/visual_rft_rewards_sample.json").read_text())
 A, B, FAR = [0, 0, 100, 100], [500, 500, 700, 700], [800, 0, 900, 100]
@@ -491,3 +496,14 @@ def test_the_task_is_what_most_solutions_show():
 def test_wrong_number_of_rewards_is_an_error():
     with pytest.raises(ValueError, match="expected 3 rewards.*got 2"):
         run_score(fixed(1, 2))
+
+
+def test_a_reward_of_the_users_is_not_taken_for_ours_of_the_same_name(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def accuracy(completions, solution, **_):\n    return [0.5] * len(solution)\n")
+    mine, ours = load_reward_funcs([f"{file}:accuracy"]), load_reward_funcs(["accuracy"])
+    assert is_ours(*ours[0]) and not is_ours(*mine[0])
+    sample = Sample(0, ({"role": "user", "content": "?"},), (), "cat", {"solution": "cat"})
+    classes = ClosedSet(["cat", "dog"])
+    assert told_classes(mine, classes) == mine and is_ours(*told_classes(ours, classes)[0])
+    assert unearned(mine, [sample]) == unearned(ours, [sample]) == []

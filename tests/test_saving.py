@@ -303,3 +303,31 @@ def test_a_model_of_every_family_is_saved_again_as_it_was(families, family, tmp_
 def test_the_weights_are_as_saved(saved):
     ours, theirs = load_model("tiny").state_dict(), load_model(str(saved)).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_what_an_evaluation_writes_beside_a_model_is_not_its_descendants(tmp_path):
+    """Else the evaluation of the trained model would find a finished one."""
+    base = tmp_path / "base"
+    shutil.copytree(TINY_PATH, base)
+    made = ["eval_digits.jsonl", "eval_digits.summary.json", "eval_digits.md", "eval_digits.html",
+            "eval_digits.journal", "own.predictions.json", "own.truth.json"]  # fmt: skip
+    for name in [*made, "LICENSE", "notes.json"]:
+        (base / name).write_text("{}")
+    kept = set(load_processor(str(base)).base_files)
+    assert not kept & set(made) and {"LICENSE", "notes.json"} <= kept
+
+
+def test_an_adapters_descendants_keep_the_bases_files(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(TINY_PATH, base)
+    (base / "LICENSE").write_text("of the base")
+    (base / "README.md").write_text("about the base")
+    adapter.mkdir()
+    for path in base.iterdir():
+        if path.suffix in (".json", ".jinja", ".txt") and path.name != "config.json":
+            shutil.copy(path, adapter)
+    (adapter / "README.md").write_text("about the adapter")
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 4}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    files = load_processor(str(adapter)).base_files
+    assert files["LICENSE"] == b"of the base" and files["README.md"] == b"about the base"

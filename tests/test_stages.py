@@ -282,6 +282,18 @@ def test_a_stacked_run_can_be_moved(data, first, tmp_path):
     assert all(torch.equal(there[name], here[name]) for name in there)
 
 
+def test_the_base_that_an_adapter_names_is_used_where_it_exists(first, tmp_path):
+    """As plain peft does, whatever lies beside the adapter."""
+    run = tmp_path / "exp"
+    named, other = tmp_path / "old" / BASE_FOLDER, run / BASE_FOLDER
+    for folder in (named, other):
+        shutil.copytree(model_chain("tiny")[0][0], folder)
+    odd_copy(first, run / "continued", base_model_name_or_path=str(named))
+    assert model_chain(str(run / "continued"))[1][0] == str(named)
+    shutil.rmtree(named)  # the run was moved
+    assert model_chain(str(run / "continued"))[1][0] == str(other)
+
+
 def test_merge_writes_a_whole_model(data, first, tmp_path, capsys):
     assert merge.main([str(first), str(tmp_path / "whole"), "--dtype", "float32"]) == 0
     check_saved(tmp_path / "whole")

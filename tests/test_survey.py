@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import datasets
@@ -10,6 +11,7 @@ from PIL import Image
 
 from virft_fast import tasks
 from virft_fast.config import EvalConfig, column_names
+from virft_fast.data import survey as survey_module
 from virft_fast.data.inspection import inspect
 from virft_fast.data.loading import load_rows
 from virft_fast.data.prompts import PromptSource
@@ -28,8 +30,8 @@ def rows_of(boxes, size=(1920, 1080), problem="Find the red one."):
 
 
 def samples_of(rows, **options):
-    def check(*solution):
-        return tasks.check_solution("detection", *solution)
+    def check(*solution, **more):
+        return tasks.check_solution("detection", *solution, **more)
 
     return SampleDataset(rows, check_solution=check, **options)
 
@@ -143,7 +145,7 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path):
 def test_solutions_are_classes_only_if_they_repeat_or_are_few():
     def classes(solutions):
         rows = [{"problem": "?", "solution": solution} for solution in solutions]
-        return survey(SampleDataset(rows), boxes=False).classes()
+        return SampleDataset(rows).classes()
 
     assert classes(["cat", "dog", "cat"]).labels == ["cat", "dog"]
     assert classes([f"text {n}" for n in range(300)]) is None
@@ -275,3 +277,93 @@ def test_inspection_says_what_a_run_would(tmp_path):
     assert found.usable == 1 and any(
         "boxes in pixels to thousandths" in line for line in found.lines()
     )
+
+
+def test_classes_are_those_of_all_rows_whatever_their_layout(monkeypatch):
+    monkeypatch.setattr(survey_module, "MAX_ROWS", 2)
+    for column in ("solution", "answer", "response"):
+        rows = [{"problem": "?", column: name} for name in ("cat", "dog", "emu", "cat")]
+        assert SampleDataset(rows).classes().labels == ["cat", "dog", "emu"]
+    turns = [
+        [{"role": "user", "content": "?"}, {"role": "assistant", "content": name}]
+        for name in ("cat", "dog", "cat")
+    ]
+    rows = datasets.Dataset.from_list([{"messages": messages} for messages in turns])
+    assert SampleDataset(rows).classes().labels == ["cat", "dog"]
+
+
+def test_the_names_of_a_class_label_are_answers_and_class_set():
+    features = datasets.Features(
+        {"problem": datasets.Value("string"),
+         "solution": datasets.ClassLabel(names=["cat", "dog", "emu"]),
+         "label": datasets.ClassLabel(names=["no", "yes"])}
+    )  # fmt: skip
+    rows = datasets.Dataset.from_dict(
+        {"problem": ["?", "?", "?"], "solution": [1, 0, -1], "label": [1, 0, 1]}, features=features
+    )
+    samples = SampleDataset(rows)
+    assert [samples.get(n).solution for n in (0, 1)] == ["dog", "cat"]
+    assert samples.get(2).reason == "solution: missing"
+    assert samples.get(0).columns["label"] == 1  # what a reward function of the user's expects
+    assert samples.classes().labels == ["cat", "dog", "emu"]
+
+
+def test_what_the_algorithm_refuses_is_in_the_table():
+    rows = [{"problem": "?", "solution": text} for text in ("cat", "a long answer", "dog")]
+    found = survey(
+        SampleDataset(rows),
+        boxes=False,
+        check=lambda sample: "the answer is too long" if len(sample.solution) > 5 else None,
+    )
+    assert found.kept == 2 and found.solutions == ["cat", "dog"]
+    assert "the answer is too long" in "\n".join(found.lines("train"))
+
+
+def test_a_row_whose_own_classes_collide_is_a_bad_one():
+    rows = [
+        {"problem": "?", "solution": "yes", "choices": ["Yes", "yes", "no"]},
+        {"problem": "?", "solution": "yes", "choices": ["yes", "no"]},
+    ]
+    check = functools.partial(tasks.check_solution, "classification")
+    samples = SampleDataset(rows, check_solution=check)
+    assert "'Yes' and 'yes'" in samples.get(0).reason
+    assert samples.get(1).solution == "yes"
+    detection = functools.partial(tasks.check_solution, "detection")
+    boxed = [{"problem": "?", "solution": "[1, 2, 3, 4]", "options": ["a", "A"]}]
+    assert not isinstance(SampleDataset(boxed, check_solution=detection).get(0), BadRow)
+
+
+def test_a_box_thinner_than_a_thousandth_keeps_its_place():
+    rows = rows_of(["[100, 100, 101, 500]", "[3999, 100, 4000, 500]"], size=(4000, 1000))
+    samples = samples_of(rows, box_space="pixels")
+    assert "[25, 100, 26, 500]" in samples.get(0).solution
+    assert "[999, 100, 1000, 500]" in samples.get(1).solution
+
+
+def test_an_empty_list_of_images_does_not_hide_another_column(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = {"image": [], "images": [], "image_path": str(tmp_path / "a.png"), "problem": "?"}
+    sample = SampleDataset([row | {"solution": "cat"}]).get(0)
+    assert len(sample.images) == 1
+    assert SampleDataset([row | {"solution": "cat", "image_path": None}]).get(0).images == ()
+
+
+def test_advice_on_questions_that_speak_of_pixels_can_be_followed():
+    rows = rows_of(["[10, 20, 30, 40]"], problem="Give the box in pixels.")
+    with pytest.raises(ValueError, match="reword these questions, and pass --box_space pixels"):
+        survey(samples_of(rows), boxes=True).settle_boxes()
+    reworded = samples_of(rows_of(["[10, 20, 30, 40]"]), box_space="pixels")
+    assert survey(reworded, boxes=False).kept == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_are_named_win_over_others(tmp_path, caplog, streaming):
+    chat = [{"role": "user", "content": "Which?"}]
+    rows = {"prompt": ["other"], "chat": [chat], "solution": ["wrong"], "gold": ["cat"]}
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "data/train-00000-of-00001.parquet")
+    columns = {"messages": "chat", "answer": "gold"}
+    loaded = load_rows(str(tmp_path), "train", columns=columns, streaming=streaming)
+    sample = SampleDataset(loaded).get(0)
+    assert sample.solution == "cat" and sample.columns["problem"] == "Which?"
+    assert "not read, because others are named: prompt, solution" in caplog.text

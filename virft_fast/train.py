@@ -94,7 +94,6 @@ from virft_fast.output_lock import HEARTBEAT_SECONDS, OutputLock
 from virft_fast.report import format_table, write_report, write_summary
 from virft_fast.rollout.backends import check_cache_limit, check_model, make_rollout
 from virft_fast.rollout.native import KEPT_SHARE, CachePlan, cache_numbers
-from virft_fast.tasks.rewards import knowing_classes
 from virft_fast.tasks.scoring import check_arguments
 from virft_fast.watch import SectionStopped, SectionTimeout, Watch
 
@@ -334,6 +333,8 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
     for line in data.table:
         _say(line)
     with usage():
+        if plan is not None:
+            _say(_account(plan))
         policy = check_start(config, data)
         if config.train.dry_run:
             return dry_run(config, data, policy)
@@ -341,8 +342,6 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
     if config.train.algorithm == "grpo":
         _warn_of_unearned(data)
     with usage():
-        if plan is not None:
-            _say(_account(plan))
         model = _base_model(config, plan, processor, resume)
         state = prepare_training(config, processor, data, device, model)
         state.adapter = plan.kind if plan else None
@@ -476,15 +475,15 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
         task = tasks.detect_task(first_solutions(samples))
     check = None if preferences else partial(tasks.check_solution, task)
     samples = SampleDataset(rows, check_solution=check, **options)
-    boxes = open_space(task, space)
-    found = survey(samples, boxes=boxes)
-    warned = found.settle_boxes()
-    _check_left_out(config, found)
     fits, longest = None, config.grpo.max_completion_length
     if config.train.algorithm == "sft":
         fits = partial(sft.check_answer, processor.tokenizer, longest)
     elif preferences:
         fits = partial(dpo.check_pair, processor.tokenizer, longest)
+    boxes = open_space(task, space)
+    found = survey(samples, boxes=boxes, check=fits)
+    warned = found.settle_boxes()
+    _check_left_out(config, found)
     train = PromptSource(
         samples, processor, max_prompt_length=config.data.max_prompt_length, check=fits
     )
@@ -498,24 +497,24 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
             columns=column_names(config.data.columns),
         )
         test = replace_rows(train, SampleDataset(test_rows, check_solution=check, **options))
-        held_out = survey(test.samples, boxes=boxes, most=config.train.eval_samples)
+        most = config.train.eval_samples
+        held_out = survey(test.samples, boxes=boxes, most=most, check=fits)
         held_out.settle_boxes()
     names = config.grpo.reward_funcs
     if not names and not preferences:
         names = tasks.default_rewards(task, found.solutions)
     names = [] if preferences else names
     scores = config.train.algorithm == "grpo" or config.train.eval_samples > 0
-    known = found.classes() if scores and "accuracy" in names and task == "classification" else None
+    known = (
+        samples.classes() if scores and "accuracy" in names and task == "classification" else None
+    )
     table = found.table(config.data.dataset_train_split, "" if config.grpo.reward_funcs else task)
     table += held_out.lines(config.data.dataset_test_split) if test is not None else []
     return Data(
         train=train,
         test=test,
         task=task,
-        reward_funcs=[
-            (name, knowing_classes(function, known) if name == "accuracy" else function)
-            for name, function in tasks.load_reward_funcs(names)
-        ],
+        reward_funcs=tasks.told_classes(tasks.load_reward_funcs(names), known),
         reward_weights=config.grpo.weights_of(names),
         bad_rows=BadRows(config.data.max_bad_rows),
         permutation=rows.permutation if isinstance(rows, ParquetRows) else None,

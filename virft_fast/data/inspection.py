@@ -133,7 +133,7 @@ def _table(samples: SampleDataset, task: str, box_space: str) -> list[str]:
     try:
         warned = surveyed.settle_boxes()
         if task == "classification":
-            surveyed.classes()
+            samples.classes()
     except ValueError as error:
         warned = str(error)
     return [*surveyed.table("a run", task), *([f"  warning: {warned}"] if warned else [])]

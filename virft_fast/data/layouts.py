@@ -7,6 +7,7 @@ the row has is read. A new layout is a function and a line in one of the two tab
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def read_row(
         turns = [{"role": "system", "content": system}, *turns]
     if turns[-1]["role"] != "user":
         raise Unusable(f"{column}: expected the last turn to be the user's, got {turns[-1]!r:.80}")
-    held = next((name for name in IMAGE_COLUMNS if row.get(name) is not None), None)
+    held = next((name for name in IMAGE_COLUMNS if _as_list(row.get(name))), None)
     messages, sources = _place_images(turns, _as_list(row.get(held)), column)
     problem = non_empty(question.problem or _text(turns[-1]), column)
     if row.get("objects") and (tag := OBJECT_TAG.search(f"{problem} {question.said}")):
@@ -120,13 +121,14 @@ def read_row(
     )
 
 
-def solution_of(row: Row, names: Sequence[str]) -> Any:
-    """The ground truth of `read_row`, of a row whose images may be missing; None if it has none."""
+def answer_column(row: Row, names: Sequence[str]) -> tuple[str, Any]:
+    """Column and value of the ground truth of `read_row`, of a row whose images may be missing;
+    None as the value if it has none."""
     column = question_column(row, names)
     try:
-        return _first_answer(row, QUESTIONS[column](row, _Options(column, False, False)))[1]
+        return _first_answer(row, QUESTIONS[column](row, _Options(column, False, False)))
     except Unusable:
-        return None
+        return column, None
 
 
 def question_column(row: Row, names: Sequence[str]) -> str:
@@ -252,10 +254,15 @@ QUESTIONS: dict[str, Callable[[Row, _Options], _Question]] = {
 def _first_answer(row: Row, question: _Question) -> tuple[str, Any]:
     """Name and value of the first of ANSWERS that says something; else of the first that is
     there, for an error to name."""
-    found = [(name, read(row, question)) for name, read in ANSWERS.items()]
+    found = [(name, _number_as_text(read(row, question))) for name, read in ANSWERS.items()]
     there = [pair for pair in found if pair[1] is not None]
     said = [pair for pair in there if not isinstance(pair[1], str) or pair[1].strip()]
     return next(iter(said or there), ("solution", None))
+
+
+def _number_as_text(value: Any) -> Any:
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return str(value) if plain and math.isfinite(value) else value
 
 
 def _ground_truth(row: Row, question: _Question) -> Any:

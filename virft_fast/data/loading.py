@@ -112,7 +112,8 @@ def load_rows(
 
 
 def _renamed(rows: Any, columns: Mapping[str, str], where: str) -> Any:
-    """The rows with these columns under our names, which replace others of these names.
+    """The rows with these columns under our names, which replace others of these names, and without
+    those that would be read in their place.
 
     Raises:
         ValueError: there is no such column, or none of ours of such a name.
@@ -128,15 +129,18 @@ def _renamed(rows: Any, columns: Mapping[str, str], where: str) -> Any:
                 f"--columns {name}={source}: {where} has no column {source!r}, it has "
                 f"{', '.join(rows.column_names)}"
             )
-    columns = {name: source for name, source in columns.items() if name != source}
-    if not columns:
-        return rows
+    there = set(rows.column_names)
+    rivals: set[str] = set()
+    for kind in ({*QUESTIONS}, {*ANSWERS} - {"completion", "chosen"}, {*IMAGE_COLUMNS}):
+        rivals |= kind if kind & set(columns) else set()
+    gone = sorted(there & {*columns, *rivals} - set(columns.values()))
+    if gone:
+        logger.warning("--columns: not read, because others are named: %s", ", ".join(gone))
+    moved = {source: name for name, source in columns.items() if name != source}
     if isinstance(rows, ParquetRows):
-        rows.rename(columns)
+        rows.rename(moved, without=gone)
         return rows
-    replaced = [name for name in columns if name in rows.column_names]
-    moved = {source: name for name, source in columns.items()}
-    return rows.remove_columns([n for n in replaced if n not in moved]).rename_columns(moved)
+    return rows.remove_columns(gone).rename_columns(moved) if moved or gone else rows
 
 
 def _find_rows(

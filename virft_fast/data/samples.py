@@ -6,19 +6,21 @@ Nothing that comes out of a data set is evaluated, unpickled or run.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from virft_fast.batch import Sample
 from virft_fast.data.images import UnreadableImage, image_size, one_line, open_image
 from virft_fast.data.layouts import (
+    ANSWERS,
     IMAGE_COLUMNS,
     PIXELS,
     Reading,
     Row,
     Unusable,
+    answer_column,
     check_columns,
     non_empty,
     question_column,
@@ -26,6 +28,8 @@ from virft_fast.data.layouts import (
     spoken_text,
 )
 from virft_fast.tasks import in_thousandths, parse_detection
+from virft_fast.tasks.labels import ClosedSet, class_set
+from virft_fast.tasks.rewards import CLASS_COLUMNS, is_class_set
 from virft_fast.tasks.scoring import RESERVED
 
 if TYPE_CHECKING:
@@ -47,8 +51,8 @@ class SampleDataset:
 
     Args:
         rows: what `load_rows` returns, or any sequence of mappings.
-        check_solution: solution (and the row's `extent`, where it has one) -> what is wrong with
-            it, or None.
+        check_solution: solution (and the row's `extent` and `choices`, by name, where it has some)
+            -> what is wrong with it, or None.
         compat_prompt: LISA's conversations ask for a box as the original does, to the letter.
         first_exchange: of a conversation, take the first question and its answer alone.
         box_space: what boxes of rows without `extent` are counted in: thousandths, pixels (of the
@@ -78,6 +82,7 @@ class SampleDataset:
         self._image_columns = _image_columns(rows)
         self.unread_images = sorted(self._image_columns - {*IMAGE_COLUMNS, "mask"})
         self._json_columns = _json_columns(rows)
+        self._class_names = _class_names(rows)
         self._check_solution = check_solution
         self.account = getattr(rows, "account", None)  # of how the file was read
         self.image_folder: Path | None = getattr(rows, "image_folder", None)
@@ -97,7 +102,9 @@ class SampleDataset:
         index = int(index)
         try:
             row, reading = self.read(index)
-            return self._sample(index, row, reading)
+            sample = self._sample(index, row, reading)
+            images = tuple(open_image(source, self.image_folder) for source in reading.sources)
+            return replace(sample, images=images)
         except (Unusable, UnreadableImage) as error:
             return BadRow(index, str(error))
 
@@ -114,16 +121,16 @@ class SampleDataset:
             raise Unusable(f"the row can't be read: {one_line(error)}") from error
         return row, read_row(row, self.names, compat=self._compat_prompt, first=self._first)
 
-    def outline(self, index: int) -> tuple[Reading, str]:
-        """What row `index` says, and its solution as `get` gives it; images are only looked at.
+    def outline(self, index: int) -> tuple[Reading, Sample]:
+        """What row `index` says, and the sample that `get` gives but for its images, which are only
+        looked at.
 
         Raises:
             Unusable, UnreadableImage: it can't be used, or an image is missing.
         """
         row, reading = self.read(index)
         sizes = [image_size(source, self.image_folder) for source in reading.sources]
-        solution = self._converted(row, reading, sizes)
-        return reading, self.checked(solution, row.get("extent"))
+        return reading, self._sample(index, row, reading, sizes)
 
     def _converted(
         self, row: Row, reading: Reading, sizes: Sequence[tuple[int, int]] | None = None
@@ -163,23 +170,58 @@ class SampleDataset:
             )
         return said
 
+    def classes(self) -> ClosedSet | None:
+        """The class set of all rows: the names that the column of the answers lists, else what the
+        answers name; None where they are too many to be classes, or the set is a stream.
+
+        Raises:
+            ValueError: two of them have the same key.
+        """
+        if self.streamed:
+            return None
+        answers = [answer_column(row, self.names) for row in self._texts()]
+        columns = {column for column, _ in answers}
+        if len(columns) == 1 and (listed := self._class_names.get(*columns)):
+            return ClosedSet(listed)
+        return class_set([answer for _, answer in answers if isinstance(answer, str)])
+
+    def _texts(self) -> Iterator[dict[str, Any]]:
+        """All rows without their images; one that can't be read is empty."""
+        if not hasattr(self._rows, "iter"):
+            yield from map(dict, self._rows)
+            return
+        images = [name for name in self.names if name in self._image_columns]
+        for part in self._rows.remove_columns(images).iter(1000):
+            yield from map(self._plain, plain_rows(part))
+
     def _row(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
-        if not hasattr(row, "to_pylist"):
-            return dict(row)
-        plain = row.to_pylist()[0]
-        for name in self._json_columns:
-            plain[name] = None if plain[name] is None else json.loads(plain[name])
-        return plain
+        return self._plain(row.to_pylist()[0]) if hasattr(row, "to_pylist") else dict(row)
 
-    def _sample(self, index: int, row: dict[str, Any], reading: Reading) -> Sample:
+    def _plain(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What `datasets` stores in another form: JSON texts, and numbers of class names."""
+        for name in self._json_columns:
+            row[name] = None if row.get(name) is None else json.loads(row[name])
+        for name, listed in self._class_names.items():
+            number = row.get(name)
+            row[name] = listed[number] if number is not None and 0 <= number < len(listed) else None
+        return row
+
+    def _sample(
+        self,
+        index: int,
+        row: dict[str, Any],
+        reading: Reading,
+        sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> Sample:
+        """The sample but for its images."""
         left = self._image_columns | RESERVED
         columns = {k: v for k, v in row.items() if k not in left}
         if "chosen" in row:  # a preference pair, of texts or chats
             columns |= {name: spoken_text(row.get(name)) for name in ("chosen", "rejected")}
             if columns["chosen"] is None:
                 raise Unusable("chosen: expected an answer, a text or a chat that ends with one")
-        solution = self.checked(self._converted(row, reading), row.get("extent"))
+        solution = self.checked(self._converted(row, reading, sizes), row)
         taught = self._taught(row, reading, solution)
         if solution != reading.solution:  # converted: what was said is what it was
             columns.pop("completion", None)
@@ -188,23 +230,36 @@ class SampleDataset:
         return Sample(
             index=index,
             messages=tuple(reading.messages),
-            images=tuple(open_image(source, self.image_folder) for source in reading.sources),
+            images=(),
             solution=solution,
             columns=columns | {"problem": reading.problem, "solution": solution},
         )
 
-    def checked(self, solution: Any, extent: Any) -> str:
-        """The solution, if it is a text that `check_solution` lets pass.
+    def checked(self, solution: Any, row: Row) -> str:
+        """The row's solution, if it is a text that `check_solution` lets pass.
 
         Raises:
             Unusable: it isn't.
         """
         solution = non_empty(solution, "solution")
-        space = () if extent is None else (extent,)
-        wrong = self._check_solution(solution, *space) if self._check_solution else None
+        choices = next((row[n] for n in CLASS_COLUMNS if is_class_set(row.get(n))), None)
+        more = {"extent": row.get("extent"), "choices": choices}
+        more = {name: value for name, value in more.items() if value is not None}
+        wrong = self._check_solution(solution, **more) if self._check_solution else None
         if wrong:
             raise Unusable(f"solution: {wrong}")
         return solution
+
+
+def plain_rows(part: Any) -> list[dict[str, Any]]:
+    """The rows of an arrow table; one that can't be read, such as of text that is not in UTF-8, is
+    empty, and a bad one when it is asked about."""
+    try:
+        return part.to_pylist()
+    except (ValueError, OverflowError):
+        if len(part) == 1:
+            return [{}]
+        return [row for at in range(len(part)) for row in plain_rows(part.slice(at, 1))]
 
 
 def first_solutions(samples: SampleDataset, most: int = 50) -> list[str]:
@@ -233,6 +288,14 @@ def _image_columns(rows: Any) -> set[str]:
     """Columns that hold images, whether or not they go into the prompt (a mask does not)."""
     features = getattr(rows, "features", None) or {}
     return {*IMAGE_COLUMNS, *(name for name, feature in features.items() if _has_image(feature))}
+
+
+def _class_names(rows: Any) -> dict[str, list[str]]:
+    """Column -> its class names, of those that may hold answers; reward functions get the others as
+    they are."""
+    features = getattr(rows, "features", None) or {}
+    names = {n: getattr(f, "names", None) for n, f in features.items() if n in ANSWERS}
+    return {name: listed for name, listed in names.items() if listed}
 
 
 def _json_columns(rows: Any) -> list[str]:

@@ -8,7 +8,7 @@ groups, and then the rows of a window, as many neighbouring groups as fit into m
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -116,11 +116,10 @@ class ParquetRows:
             return row
         return row.select(list(self._sources.values())).rename_columns(list(self._sources))
 
-    def rename(self, columns: Mapping[str, str]) -> None:
-        """Give rows these columns (new name -> old) instead of theirs of the new names."""
-        moved = set(columns.values())
-        kept = {n: n for n in self.column_names if n not in moved and n not in columns}
-        self._sources = kept | dict(columns)
+    def rename(self, columns: Mapping[str, str], *, without: Collection[str] = ()) -> None:
+        """Give columns (old name -> new) other names, and leave some out."""
+        kept = [name for name in self.column_names if name not in without]
+        self._sources = {columns.get(name, name): name for name in kept}
         self.column_names = list(self._sources)
         datasets_of = {name: self.features[source] for name, source in self._sources.items()}
         self.features = type(self.features)(datasets_of)

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from virft_fast.batch import Sample
 from virft_fast.data.accounts import Built, listing
 from virft_fast.data.images import UnreadableImage, image_size
 from virft_fast.data.layouts import ANSWERS, IMAGE_COLUMNS, PIXELS, QUESTIONS, Unusable
 from virft_fast.data.samples import SampleDataset
 from virft_fast.tasks import BOX_TASKS, DEFAULT_REWARDS, default_rewards
 from virft_fast.tasks.answers import parse_detection
-from virft_fast.tasks.labels import ClosedSet, class_set
 from virft_fast.tasks.scoring import RESERVED
 
 MAX_ROWS = 20_000
@@ -23,6 +24,7 @@ MAX_STREAMED_ROWS = 200
 # Of these columns one is read for the question, one for the ground truth and one for the images.
 CHOSEN_AMONG = {*QUESTIONS, *ANSWERS, *IMAGE_COLUMNS} - {"completion", "chosen"}
 THOUSAND = 1000
+SPEAKS_OF_PIXELS = "the question speaks of pixels"
 
 
 @dataclass
@@ -69,10 +71,13 @@ class Survey:
         """
         for signs, space in ((self.in_pixels, "pixels"), (self.in_unit, "unit")):
             if signs:
+                asked = SPEAKS_OF_PIXELS in "".join(signs)
+                reword = "reword these questions, and " if asked else ""
                 raise ValueError(
                     f"--box_space auto: expected boxes in thousandths of the image's sides, got "
-                    f"signs of {space} in {len(signs)} rows: {'; '.join(signs[:3])}; pass "
-                    f"--box_space {space}, or --box_space thousandths if they are"
+                    f"signs of {space} in {len(signs)} rows: {'; '.join(signs[:3])}; {reword}pass "
+                    f"--box_space {space}; or pass --box_space thousandths if boxes are "
+                    "thousandths all the same"
                 )
         if not self.large:
             return None
@@ -81,14 +86,6 @@ class Survey:
             "over 1000 pixels, where nothing tells thousandths from pixels: pass --box_space "
             "pixels if they are pixels, --box_space thousandths to say that they are not"
         )
-
-    def classes(self) -> ClosedSet | None:
-        """The class set that the solutions name; None where there are too many to be classes.
-
-        Raises:
-            ValueError: two of them differ in nothing that counts.
-        """
-        return class_set(self.solutions) if self.read == self.rows else None
 
 
 def open_space(task: str, box_space: str) -> bool:
@@ -105,12 +102,19 @@ def open_space(task: str, box_space: str) -> bool:
     return task in BOX_TASKS and box_space == "auto"
 
 
-def survey(samples: SampleDataset, *, boxes: bool, most: int | None = None) -> Survey:
+def survey(
+    samples: SampleDataset,
+    *,
+    boxes: bool,
+    most: int | None = None,
+    check: Callable[[Sample], str | None] | None = None,
+) -> Survey:
     """Read the first rows, at most MAX_ROWS of a set on disk and MAX_STREAMED_ROWS of a stream.
 
     Args:
         boxes: whether solutions are boxes, whose space is to be found out.
         most: no more rows than these are used.
+        check: what the algorithm refuses of a sample, here one without its images, and why.
     """
     found = Survey(len(samples) if most is None else min(most, len(samples)))
     found.read = min(found.rows, MAX_STREAMED_ROWS if samples.streamed else MAX_ROWS)
@@ -122,16 +126,19 @@ def survey(samples: SampleDataset, *, boxes: bool, most: int | None = None) -> S
         try:
             if boxes:
                 _note_space(found, index, samples)
-            reading, solution = samples.outline(index)
+            reading, sample = samples.outline(index)
+            if wrong := check(sample) if check else None:
+                raise Unusable(wrong)
         except (Unusable, UnreadableImage) as error:
             found.account.leave_out(_kind(str(error)), f"row {index}")
             continue
         found.kept += 1
-        found.solutions.append(solution)
+        found.solutions.append(sample.solution)
         layouts[reading.layout] = layouts.get(reading.layout, 0) + 1
         without += [] if reading.sources else [f"row {index}"]
         images.add(reading.image_column)
-        for rule in (*reading.converted, *(samples.rules if solution != reading.solution else ())):
+        changed = samples.rules if sample.solution != reading.solution else ()
+        for rule in (*reading.converted, *changed):
             found.account.convert(rule, f"row {index}")
     named = ", ".join(f"{name} ({count})" for name, count in layouts.items())
     notes = [f"read from the columns {named or 'none'}"]
@@ -166,7 +173,7 @@ def _note_space(found: Survey, index: int, samples: SampleDataset) -> None:
             found.in_pixels.append(f"row {index}: a box {list(box)} in an image of {image}")
             return
     if PIXELS.search(problem):
-        found.in_pixels.append(f"row {index}: the question speaks of pixels")
+        found.in_pixels.append(f"row {index}: {SPEAKS_OF_PIXELS}")
     elif all(0 <= v <= 1 for box in numbers for v in box) and any(
         v != int(v) for box in numbers for v in box
     ):

@@ -53,7 +53,6 @@ from virft_fast.models.tiny import resolve_model_path
 from virft_fast.rollout import Rollout
 from virft_fast.rollout.backends import check_cache_limit, check_model, make_rollout
 from virft_fast.tasks.coordinates import FAMILY_SPACE
-from virft_fast.tasks.rewards import knowing_classes
 from virft_fast.tasks.scoring import check_arguments
 
 logger = logging.getLogger(__name__)
@@ -145,10 +144,9 @@ class Evaluation:
             else:
                 questions = of_annotations(config, images, exists, self._extent_for())
             names = config.reward_funcs or tasks.DEFAULT_REWARDS[questions.task]
-            reward_funcs = [
-                (name, knowing_classes(reward, questions.labels) if name == "accuracy" else reward)
-                for name, reward in self.rewards or tasks.load_reward_funcs(names)
-            ]
+            reward_funcs = tasks.told_classes(
+                self.rewards or tasks.load_reward_funcs(names), questions.labels
+            )
             sam = self._sam(questions) if config.sam_path else None
             stamp = _reward_stamp(names)
         # An image that could not be asked what is in it is not asked about any more.
@@ -468,5 +466,6 @@ def _described(rollouts: Rollouts) -> list[Record]:
 def _reward_stamp(names: Sequence[str]) -> str:
     """Changes with the functions and the files they are from."""
     files = [name.rpartition(":")[0] for name in names]
-    contents = [file and hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
+    known = [Path(file) for file in files if Path(file).is_file()]  # others name a module
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in known]
     return digest_of([list(names), contents])

@@ -20,8 +20,8 @@ from virft_fast.data import SampleDataset, first_solutions, load_rows
 from virft_fast.data.accounts import Built
 from virft_fast.data.coco import pick_categories, pick_names
 from virft_fast.data.instances import NO_AREA, NO_BOX, read_annotations
-from virft_fast.data.layouts import solution_of
 from virft_fast.data.loading import IMAGE_COLUMNS, IMAGE_TAG
+from virft_fast.data.samples import plain_rows
 from virft_fast.data.survey import open_space, survey
 from virft_fast.evaluation.detection import Truth, make_truth
 from virft_fast.evaluation.journal import Record
@@ -34,7 +34,7 @@ from virft_fast.evaluation.questions import (
     other_size,
     read_exists_map,
 )
-from virft_fast.tasks.labels import ClosedSet, class_set
+from virft_fast.tasks.labels import ClosedSet
 from virft_fast.tasks.prompts import asked_category
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ def of_dataset(config: EvalConfig) -> Questions:
     table = rows.select_columns(texts).with_format("arrow")
     digest, records = hashlib.sha256(), []
     for part in table.iter(1000):
-        plain = _plain(part)
+        plain = plain_rows(part)
         records += plain
         digest.update(json.dumps(plain, default=str).encode())
     if dist.is_main():
@@ -188,10 +188,7 @@ def of_dataset(config: EvalConfig) -> Questions:
         digest.update(json.dumps([tagged, content_stamp(rows, IMAGE_COLUMNS)]).encode())
     if config.box_space not in ("auto", "thousandths"):
         digest.update(config.box_space.encode())
-    labels = None
-    if task == "classification":
-        said = [solution_of(record, rows.column_names) for record in records]
-        labels = class_set([solution for solution in said if isinstance(solution, str)])
+    labels = samples.classes() if task == "classification" else None
     indices, unknown = range(len(rows)), {}
     if config.categories != "all" or config.exists_map:
         indices, unknown = _chosen(config, records)
@@ -291,24 +288,13 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def _plain(part: Any) -> list[Record]:
-    """The rows of an arrow table; one that can't be read, such as of text that is not in UTF-8, is
-    empty, and a bad one when it is asked about."""
-    try:
-        return part.to_pylist()
-    except (ValueError, OverflowError):
-        if len(part) == 1:
-            return [{}]
-        return [row for at in range(len(part)) for row in _plain(part.slice(at, 1))]
-
-
 def content_stamp(rows: Any, names: Sequence[str]) -> str:
     """Changes with the images in these columns, stored or in files."""
     names = [name for name in names if name in rows.column_names]
     digest = hashlib.sha256()
     # Few at a time: images may be large.
     for part in rows.select_columns(names).with_format("arrow").iter(100) if names else ():
-        for row in _plain(part):
+        for row in plain_rows(part):
             digest.update(json.dumps([_image_stamp(image) for image in row.values()]).encode())
     return digest.hexdigest()
 

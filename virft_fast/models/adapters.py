@@ -142,12 +142,12 @@ def _read_config(folder: str) -> dict[str, Any] | None:
 
 
 def _base_folder(folder: Path, named: str) -> str:
-    """Where the base model is that an adapter in `folder` names. A run's own merged base moves
-    with the run; any other folder is looked for beside the adapter only where it is gone."""
+    """Where the base model is that an adapter in `folder` names, as plain peft finds it. Where it
+    is gone it is looked for beside the adapter, or beside its run: a run may have been moved."""
     if not Path(named).is_absolute():
         return named
     candidates = [parent / Path(named).name for parent in (folder, folder.parent)]
-    candidates.insert(2 if Path(named).name == BASE_FOLDER else 0, Path(named))
+    candidates.insert(0, Path(named))
     models = (path for path in candidates if (path / "config.json").is_file())
     return str(next(models, named))
 

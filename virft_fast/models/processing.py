@@ -159,7 +159,8 @@ def _load(name_or_path: str, revision: str | None) -> ImageOnlyQwen2VLProcessor:
     settings, _ = ProcessorMixin.get_processor_dict(str(folder))
     template = settings.get("chat_template") or tokenizer.chat_template
     processor = ImageOnlyQwen2VLProcessor(image_processor, tokenizer, chat_template=template)
-    processor.base_files = read_base_files(folder)
+    whole = find_base_folder(*model_chain(name_or_path, revision)[-1])
+    processor.base_files = read_base_files(folder, whole if whole != folder else None)
     if (folder / "config.json").is_file():
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config.get("model_type") in LAYOUTS:

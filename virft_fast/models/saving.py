@@ -71,6 +71,10 @@ NOT_KEPT = (
     "*.py", "*.pyc", "*.so", "*.sh", "*.ipynb",
     "*.jsonl", "*.log", "*.lock", "*.parquet", "events.out.*",
     "trainer_state.json", "*_results.json", "summary.json", "report.png", "reference_logps.json",
+    "checksums.json", "stalled-rank-*.txt",
+    # of an evaluation that was written beside the model
+    "eval_*", "*.html", "*.journal", "*.summary.json", "*.predictions.json", "*.truth.json",
+    "*.exists_map.json",
 )  # fmt: skip
 
 
@@ -99,13 +103,14 @@ def find_base_folder(name_or_path: str, revision: str | None = None) -> Path:
     return Path(config).parent
 
 
-def read_base_files(folder: Path) -> dict[str, bytes]:
+def read_base_files(folder: Path, base: Path | None = None) -> dict[str, bytes]:
     """Name -> content of the files of a model's folder that its descendants keep.
 
     They are held in memory, 20 MB for a Qwen-VL: the folder may be gone when a run ends.
-    Of an adapter's folder only the processor's are kept: its README.md is about the adapter.
+    Of an adapter's folder only the processor's are kept, because its README.md is about the
+    adapter; the others are those of its `base`.
     """
-    files = {}
+    files = {} if base is None else read_base_files(base)
     adapter = (folder / "adapter_config.json").is_file()
     for path in sorted(folder.iterdir()):
         if not path.is_file() or any(fnmatch.fnmatch(path.name, p) for p in NOT_KEPT):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections import Counter
 from collections.abc import Sequence
 
@@ -19,7 +20,7 @@ from virft_fast.tasks.answers import (
 )
 from virft_fast.tasks.brackets import MAX_CHARACTERS, MAX_GROUPS, MAX_TOKENS, read_groups
 from virft_fast.tasks.coordinates import THOUSAND, extent_of, rescale
-from virft_fast.tasks.labels import key
+from virft_fast.tasks.labels import ClosedSet, key
 from virft_fast.tasks.prompts import grounding_solution
 from virft_fast.tasks.rewards import (
     accuracy,
@@ -31,6 +32,7 @@ from virft_fast.tasks.rewards import (
     format_reward,
     grounding_giou,
     hungarian_iou,
+    knowing_classes,
 )
 from virft_fast.tasks.scoring import RewardError, RewardFunction, RewardLog, load_function, score
 from virft_fast.tasks.values import import_math_verify, number_of, option_of
@@ -54,10 +56,12 @@ __all__ = [
     "default_rewards",
     "detect_task",
     "in_thousandths",
+    "is_ours",
     "load_reward_funcs",
     "parse_detection",
     "parse_label",
     "score",
+    "told_classes",
     "unearned",
 ]
 
@@ -104,6 +108,21 @@ def default_rewards(task: str, solutions: Sequence[str]) -> list[str]:
     return names
 
 
+def is_ours(name: str, function: RewardFunction) -> bool:
+    """Whether a reward is the registered one, and not a user's of the same name."""
+    return name in REWARDS and inspect.unwrap(function) is inspect.unwrap(REWARDS[name])
+
+
+def told_classes(
+    reward_funcs: Sequence[tuple[str, RewardFunction]], classes: ClosedSet | None
+) -> list[tuple[str, RewardFunction]]:
+    """The rewards, of which our `accuracy` knows the class set of the split."""
+    return [
+        (name, knowing_classes(f, classes) if is_ours("accuracy", f) else f)
+        for name, f in reward_funcs
+    ]
+
+
 def unearned(
     reward_funcs: Sequence[tuple[str, RewardFunction]], samples: Sequence[Sample]
 ) -> list[tuple[int, str, float | None, float]]:
@@ -114,9 +133,9 @@ def unearned(
         columns = {name: [value] for name, value in sample.columns.items()}
         completion = [[{"role": "assistant", "content": sample.solution}]]
         for name, function in reward_funcs:
-            if name not in ACCURACY_REWARDS:
+            if name not in ACCURACY_REWARDS or not is_ours(name, function):
                 continue
-            value = function([list(sample.messages)], completion, **columns)[0]
+            value = function(prompts=[list(sample.messages)], completions=completion, **columns)[0]
             best = ACCURACY_REWARDS[name]
             if value is None or abs(value - best) > 1e-6:
                 wrong.append((sample.index, name, value, best))
@@ -187,12 +206,23 @@ def _kind_of_text(solution: str) -> str:
     return "choice" if short and option_of(solution) else "classification"
 
 
-def check_solution(task: str, solution: str, extent: Sequence[float] | None = None) -> str | None:
+def check_solution(
+    task: str,
+    solution: str,
+    extent: Sequence[float] | None = None,
+    choices: Sequence[str] | None = None,
+) -> str | None:
     """None for a ground truth that can be scored, else what is wrong with it.
 
     Args:
         extent: (width, height) of the space its boxes are counted in; None: 0..1000.
+        choices: the class names that the row itself lists.
     """
+    if task == "classification" and choices is not None:
+        try:
+            ClosedSet(choices)
+        except ValueError as error:
+            return str(error)
     if task == "classification":
         named = key(answer_text(solution))
         return None if named else "expected a class name, got an empty solution"
@@ -235,7 +265,7 @@ def in_thousandths(solution: str, extent: Sequence[float]) -> str:
     read = parse_detection(solution, extent_of(extent))
     if read is None or not read.boxes or any(map(unreadable, read.boxes)):
         return solution
-    boxes = [[round(side) for side in box] for box in read.boxes]
+    boxes = [_whole(box) for box in read.boxes]
     if answer_text(solution).lstrip().startswith("(") and len(boxes) == 1:
         return grounding_solution(boxes[0])
     items = [
@@ -243,6 +273,16 @@ def in_thousandths(solution: str, extent: Sequence[float]) -> str:
         for box, confidence in zip(boxes, read.confidences, strict=True)
     ]
     return f"<answer>{items}</answer>"
+
+
+def _whole(box: Sequence[float]) -> list[int]:
+    """A box in whole thousandths, at least one of them wide and high."""
+    first, last = [round(side) for side in box[:2]], [round(side) for side in box[2:]]
+    for axis in range(2):
+        if first[axis] == last[axis] and box[axis] < box[axis + 2]:
+            first[axis] = min(first[axis], 999)
+            last[axis] = first[axis] + 1
+    return [*first, *last]
 
 
 def _as_written(box: Sequence[float], extent: Sequence[float] | None) -> list[float]:
