@@ -174,6 +174,12 @@ def test_other_texts_are_not_the_class(answer):
     assert ClosedSet(["cat", "bird"])(answer) is None
 
 
+def test_what_an_object_is_may_only_stand_after_its_name():
+    known = ClosedSet(["rose", "black", "pot", "siamese"])
+    assert known("rose flower") == "rose" and known("a siamese cat") == "siamese"
+    assert not any(map(known, ["dog rose", "jet black", "flower pot", "cat dog"]))
+
+
 def test_an_article_that_is_a_label_is_not_dropped():
     known = ClosedSet(["cat", "the", "dog", "an"])
     assert known("the cat") is None and known("an") == "an" and known("a cat") == "cat"
