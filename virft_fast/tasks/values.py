@@ -38,14 +38,15 @@ _ARTICLE = re.compile(r"[ai] [^\W\d_]{2}")
 _TAKEN_BACK = frozenset(
     words(
         """
-    not no nor never none neither nobody nothing hardly unlikely untrue invalid rejected cannot isnt dont except excluding excluded without wrong
-    incorrect false nope nah but or and both all either maybe perhaps else other instead opposite
-    nicht kein keine keinen keiner keinem nie niemals weder außer ohne falsch inkorrekt nein keinesfalls oder
-    und sondern beide pas ne non aucun aucune jamais ni sauf sans faux fausse incorrecte ou et nunca
-    ningún ninguno ninguna sin excepto salvo falso falsa incorrecto incorrecta tampoco menos y ambos
-    não nenhum nenhuma nem sem exceto errado errada incorreto nessun nessuno nessuna senza tranne
-    eccetto sbagliato не нет ни без кроме неверно неправильно или и नहीं न ना मत बिना सिवा सिवाय
-    अलावा गलत ग़लत या और không chẳng chưa sai trừ hoặc
+    not no nor never none neither nobody nothing hardly unlikely untrue invalid rejected cannot
+    isnt dont except excluding excluded without wrong incorrect false nope nah but or and both
+    all either maybe perhaps else other instead opposite nicht kein keine keinen keiner keinem
+    nie niemals weder außer ohne falsch inkorrekt nein keinesfalls oder und sondern beide pas ne
+    non aucun aucune jamais ni sauf sans faux fausse incorrecte ou et nunca ningún ninguno
+    ninguna sin excepto salvo falso falsa incorrecto incorrecta tampoco menos y ambos não nenhum
+    nenhuma nem sem exceto errado errada incorreto nessun nessuno nessuna senza tranne eccetto
+    sbagliato не нет ни без кроме неверно неправильно или и नहीं न ना मत बिना सिवा सिवाय अलावा
+    गलत ग़लत या और không chẳng chưa sai trừ hoặc
     """
     )
 )
