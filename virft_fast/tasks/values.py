@@ -184,12 +184,15 @@ _SPELLED = [  # LaTeX -> what `number_of` reads
 _PART = re.compile(r"\\(?:text|mathrm|mbox) ?\{[^{}]*\}|\\[A-Za-z]+|\\.|.", re.DOTALL)
 _ONE_VALUE = frozenset(
     r"\frac \dfrac \tfrac \sqrt \cdot \times \div \left \right \circ \pi \infty \sin \cos \tan \cot"
-    r" \sec \csc \arcsin \arccos \arctan \log \ln \exp \binom \overline".split()
+    r" \sec \csc \arcsin \arccos \arctan \log \ln \exp \overline".split()
 ) | {rf"\{name}" for name in _GREEK.split("|")}
 _PUNCTUATION = frozenset("0123456789+-−*/^_(){}.' ·×÷√π∞°")
 _FUNCTIONS = re.compile(r"(?<![A-Za-z\\])(?:sqrt|sin|cos|tan|log|ln|exp|pi)(?![A-Za-z])")
-# Powers of powers, large powers and numbers, and two numbers side by side.
-_UNREAD = re.compile(r"\^\{?[-(]*\d{3,}|\^[^+*/=,]*\^|\d{60}|\d\s+[\d.]|\*\*|[({\[]{20}")
+# Large powers, factorials and numbers, and two numbers side by side.
+_UNREAD = re.compile(
+    r"\^ ?\{? ?[-(]*\d{3,}|\^\d*\^|\^ ?\\(?!circ|pi|theta)|(?:\d{3}|[)}\]!]) ?!|\d{60}|"
+    r"\\binom.*(?:\d{3}|\^)|\d\s+[\d.]|\*\*|[({\[]{20}"
+)
 
 
 class _Endless(BaseException):
@@ -241,7 +244,7 @@ def same_formula(answer: str, truth: str) -> bool:
         if read is not None and not read.unit and number.unit.isalpha():  # the unit may be missing
             read = read._replace(unit=number.unit)
         return read is not None and _equal(read, number)
-    if _UNREAD.search(given) or not _is_as_single(given, wanted):
+    if _UNREAD.search(given) or not (_is_small(given) and _is_as_single(given, wanted)):
         return False
     _warm_up(math_verify)
     return _within(_MAX_CALLS, lambda: _verify(math_verify, given, wanted))
@@ -257,6 +260,31 @@ def _spelled(text: str) -> str:
     for pattern, plain in _SPELLED:
         text = pattern.sub(plain, text)
     return text
+
+
+def _is_small(text: str) -> bool:
+    """Whether brackets are balanced and powers small, unlike 9^{9^9}, 2^{99*99*99} and
+    ((9^{99}+1)^{99}+1)^{99}: a single product of large numbers can't be stopped."""
+    text = text.replace(" ", "")
+    opened, powers = [0], [0]  # of each bracket that is open
+    for at, char in enumerate(text):
+        if char in "({[":
+            opened.append(at)
+            powers.append(0)
+        elif char == "^":
+            powers[-1] += 1
+        elif char in ")}]":
+            start, within = opened.pop(), powers.pop()
+            if not opened:
+                return False
+            part, is_raised = text[start:at], text[at + 1 : at + 2] == "^"
+            if text[:start].endswith("^"):
+                if within or is_raised or sum(map(str.isdigit, part)) > 4:
+                    return False
+            elif is_raised and within and (within > 2 or re.search(r"\d\d", part)):
+                return False
+            powers[-1] += within
+    return len(opened) == 1
 
 
 def _is_as_single(given: str, wanted: str) -> bool:
