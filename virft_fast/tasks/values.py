@@ -166,7 +166,7 @@ def _equal(given: Number, wanted: Number) -> bool:
 # --- Formulas --------------------------------------------------------------------------------
 
 MAX_FORMULA = 200  # characters
-_MAX_CALLS = 2_000_000  # of Python's functions in one comparison; most take less than a tenth
+_MAX_CALLS = 4_000_000  # of functions in a comparison; the first ones of a run take up to 1,000,000
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega"
 # "x = 5", "f(x) = 5", "\theta_1 = 5"
 _NAMED = re.compile(
@@ -218,7 +218,8 @@ def import_math_verify() -> Any:
 def _warm_up(math_verify: Any) -> None:
     """What it builds when it is first used is no part of a comparison."""
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of having no timeout
-    _verify(math_verify, "(x+1)^2", r"x^2+\frac{4}{2}x+\sqrt{1}")
+    for given, wanted in (("(x+1)^2", r"x^2+\frac{4}{2}x+1"), (r"2\sqrt{2}", r"\sqrt{8}")):
+        _verify(math_verify, given, wanted)
 
 
 def same_formula(answer: str, truth: str) -> bool:
