@@ -10,10 +10,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 from helpers import make_prompts, make_sample
+from hypothesis import HealthCheck, settings
 
 from virft_fast.data.demo import build_demo
 from virft_fast.models.processing import load_processor
 from virft_fast.models.tiny import resolve_model_path
+
+# A machine that is busy is no fault of what is tested.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.fixture(scope="session")

@@ -41,9 +41,9 @@ def test_no_option_and_several_pay_nothing(answer):
 CHOICES = {
     "abcd": (list("ABCD"), None),
     "ten": (list("ABCDEFGHIJ"), None),
-    "listed": (list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), 26),
+    "listed": (list("ABCDEFGHIJKLMNOP"), 16),
     "digits": (list("123456789"), None),
-    "listed digits": ([str(n) for n in range(1, 31)], 30),
+    "listed digits": ([str(n) for n in range(1, 13)], 12),
     "roman": (["I", "II", "III", "IV", "V", "VI"], None),
     "two": (["A", "B"], 2),
 }
@@ -161,7 +161,9 @@ def test_other_numbers(answer, truth):
 
 @pytest.mark.parametrize(
     "answer, truth",
-    [("\\frac{1}{2}", "0.5"), ("-\\frac12", "-0.5"), ("x^2+2x+1", "(x+1)^2"), ("$x=5$", "5"),
+    [("\\frac{1}{2}", "0.5"), ("-\\frac12", "-0.5"), ("x^2+2x+1", "(x+1)^2"),
+     ("(x^2+1)^3", "(1+x^2)^3"), ("x^2y^3", "y^3x^2"),
+     ("\\sqrt{x}", "x^{\\frac{1}{2}}"), ("$x=5$", "5"),
      ("2\\sqrt{2}", "\\sqrt{8}"), ("(1,2)", "(1, 2)"), ("2x+1", "y=2x+1"), ("x > 5", "x>5"),
      ("x^2+y^2-1=0", "x^2+y^2=1"), ("1.5\\times10^3", "1500"), ("45^\\circ", "45^{\\circ}"),
      ("5", "5\\text{ cm}"), ("50\\%", "50%"), ("\\{2,1\\}", "\\{1,2\\}"),
@@ -184,7 +186,12 @@ def test_equal_formulas(answer, truth):
      ("3+4", "7"), ("4/2", "2"), ("\\sqrt4", "2"), ("X", "x"), ("5 km", "5\\text{ cm}"),
      ("5%", "5"),
      ("[0,1)", "[0,1]"), ("(2,1)", "(1,2)"), ("9^{9^{9^{9}}}", "5"), ("99999!", "5"), ("\\", "5"),
-     ("{" * 99, "5"), ("9^{9^{9^{9}}}", "\\pi"), ("(((" * 9 + "\\pi", "\\pi"), ("\\frac{", "\\pi")],
+     ("{" * 99, "5"), ("9^{9^{9^{9}}}", "\\pi"), ("9^{1+9^9}", "\\pi"),
+     ("2^{99*99*99*99}", "\\pi"), ("2^{\\frac{1}{2}99*99*99*99}", "\\pi"),
+     ("2^\\frac{9^9}{1}", "\\pi"),
+     ("((9^{99}+1)^{99}+1)^{99}", "\\pi"), ("2^{9}^{9}", "\\pi"), ("9^9^9", "\\pi"),
+     ("(9^{99})!", "3!x"), ("99999!", "3!x"), ("\\binom{9^{99}}{9}", "\\binom{x}{2}"),
+     ("2^{9", "\\pi"), ("(((" * 9 + "\\pi", "\\pi"), ("\\frac{", "\\pi")],
 )  # fmt: skip
 def test_other_formulas(answer, truth):
     pytest.importorskip("math_verify")
@@ -194,8 +201,9 @@ def test_other_formulas(answer, truth):
 def test_a_comparison_of_formulas_is_bounded_on_any_thread(monkeypatch):
     """By calls: a slow comparison ends, and what follows it is compared as before."""
     pytest.importorskip("math_verify")
-    monkeypatch.setattr(values, "_MAX_CALLS", 50_000)
     pairs = [("(x+y)^{99}", "x+y"), ("2\\sqrt{2}", "\\sqrt{8}")]
+    assert pays(MATH, *pairs[1])  # imports what it needs
+    monkeypatch.setattr(values, "_MAX_CALLS", 50_000)
     got = []
     thread = threading.Thread(target=lambda: got.extend(pays(MATH, *pair) for pair in pairs))
     thread.start(), thread.join()

@@ -247,9 +247,13 @@ def same_label(answer: str, label: str) -> bool:
 
 # --- Closed sets -----------------------------------------------------------------------------
 
-# Words that may stand next to a class name of a closed set: what it is, and who makes it.
-NEUTRAL = frozenset(
-    "species breed flower plant car vehicle dog cat bird aircraft airplane plane jet helicopter "
+# Words that may stand after a class name of a closed set, as "dog rose" is no rose: what it is.
+KINDS = frozenset(
+    "species breed flower plant car vehicle dog cat bird aircraft airplane plane jet "
+    "helicopter".split()
+)
+# And before or after it: who makes it.
+MAKERS = frozenset(
     "aerospace airbus antonov atr aviation beechcraft boeing bombardier british canadair cessna "
     "cirrus corporation dassault de havilland dornier douglas embraer eurofighter fairchild fokker "
     "gulfstream hawker siddeley ilyushin lockheed martin mcdonnell panavia piper robin saab "
@@ -262,7 +266,7 @@ class ClosedSet:
 
     It is the one whose key is that of a reading of the answer. Where that fails, hyphens and spaces
     may be others than the label's, as in 'A300-B4' for 'A300B4' and 'MD11' for 'MD-11', as long as
-    a single label is spelled so, and NEUTRAL words may stand around it.
+    a single label is spelled so, and MAKERS may stand around it and KINDS after it.
 
     Args:
         labels: as they are to be named; those without content are left out.
@@ -318,10 +322,10 @@ class ClosedSet:
     def _without_neutral(self, reading: str) -> Iterator[str]:
         """The reading with fewer and fewer neutral words at its ends."""
         left = reading.split()
-        for end in (0, -1):
-            while len(left) > 1 and left[end] in NEUTRAL and left[end] not in self._by_key:
+        for end, neutral in ((0, MAKERS), (-1, MAKERS | KINDS)):
+            while len(left) > 1 and left[end] in neutral and left[end] not in self._by_key:
                 del left[end]
-                if not NEUTRAL.issuperset(left):  # "cat dog" is two animals
+                if not (MAKERS | KINDS).issuperset(left):  # "cat dog" is two animals
                     yield " ".join(left)
 
     def _joined(self, reading: str) -> str | None:

@@ -38,14 +38,15 @@ _ARTICLE = re.compile(r"[ai] [^\W\d_]{2}")
 _TAKEN_BACK = frozenset(
     words(
         """
-    not no nor never none neither nothing cannot isnt dont except excluding excluded without wrong
-    incorrect false nope nah but or and both all either maybe perhaps else other instead opposite
-    nicht kein keine keinen keiner keinem nie niemals weder außer ohne falsch inkorrekt nein oder
-    und sondern beide pas ne non aucun aucune jamais ni sauf sans faux fausse incorrecte ou et nunca
-    ningún ninguno ninguna sin excepto salvo falso falsa incorrecto incorrecta tampoco menos y ambos
-    não nenhum nenhuma nem sem exceto errado errada incorreto nessun nessuno nessuna senza tranne
-    eccetto sbagliato не нет ни без кроме неверно неправильно или и नहीं न ना मत बिना सिवा सिवाय
-    अलावा गलत ग़लत या और không chẳng chưa sai trừ hoặc
+    not no nor never none neither nobody nothing hardly unlikely untrue invalid rejected cannot
+    isnt dont except excluding excluded without wrong incorrect false nope nah but or and both
+    all either maybe perhaps else other instead opposite nicht kein keine keinen keiner keinem
+    nie niemals weder außer ohne falsch inkorrekt nein keinesfalls oder und sondern beide pas ne
+    non aucun aucune jamais ni sauf sans faux fausse incorrecte ou et nunca ningún ninguno
+    ninguna sin excepto salvo falso falsa incorrecto incorrecta tampoco menos y ambos não nenhum
+    nenhuma nem sem exceto errado errada incorreto nessun nessuno nessuna senza tranne eccetto
+    sbagliato не нет ни без кроме неверно неправильно или и नहीं न ना मत बिना सिवा सिवाय अलावा
+    गलत ग़लत या और không chẳng chưa sai trừ hoặc
     """
     )
 )
@@ -165,7 +166,7 @@ def _equal(given: Number, wanted: Number) -> bool:
 # --- Formulas --------------------------------------------------------------------------------
 
 MAX_FORMULA = 200  # characters
-_MAX_CALLS = 2_000_000  # of Python's functions in one comparison; most take less than a tenth
+_MAX_CALLS = 4_000_000  # of functions in a comparison; the first ones of a run take up to 1,000,000
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega"
 # "x = 5", "f(x) = 5", "\theta_1 = 5"
 _NAMED = re.compile(
@@ -183,12 +184,15 @@ _SPELLED = [  # LaTeX -> what `number_of` reads
 _PART = re.compile(r"\\(?:text|mathrm|mbox) ?\{[^{}]*\}|\\[A-Za-z]+|\\.|.", re.DOTALL)
 _ONE_VALUE = frozenset(
     r"\frac \dfrac \tfrac \sqrt \cdot \times \div \left \right \circ \pi \infty \sin \cos \tan \cot"
-    r" \sec \csc \arcsin \arccos \arctan \log \ln \exp \binom \overline".split()
+    r" \sec \csc \arcsin \arccos \arctan \log \ln \exp \overline".split()
 ) | {rf"\{name}" for name in _GREEK.split("|")}
 _PUNCTUATION = frozenset("0123456789+-−*/^_(){}.' ·×÷√π∞°")
 _FUNCTIONS = re.compile(r"(?<![A-Za-z\\])(?:sqrt|sin|cos|tan|log|ln|exp|pi)(?![A-Za-z])")
-# Powers of powers, large powers and numbers, and two numbers side by side.
-_UNREAD = re.compile(r"\^\{?[-(]*\d{3,}|\^[^+*/=,]*\^|\d{60}|\d\s+[\d.]|\*\*|[({\[]{20}")
+# Large powers, factorials and numbers, and two numbers side by side.
+_UNREAD = re.compile(
+    r"\^ ?\{? ?[-(]*\d{3,}|\^\d*\^|\^ ?\\(?!circ|pi|theta)|(?:\d{3}|[)}\]!]) ?!|\d{60}|"
+    r"\\binom.*(?:\d{3}|\^)|\d\s+[\d.]|\*\*|[({\[]{20}"
+)
 
 
 class _Endless(BaseException):
@@ -214,7 +218,8 @@ def import_math_verify() -> Any:
 def _warm_up(math_verify: Any) -> None:
     """What it builds when it is first used is no part of a comparison."""
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of having no timeout
-    _verify(math_verify, "(x+1)^2", r"x^2+\frac{4}{2}x+\sqrt{1}")
+    for given, wanted in (("(x+1)^2", r"x^2+\frac{4}{2}x+1"), (r"2\sqrt{2}", r"\sqrt{8}")):
+        _verify(math_verify, given, wanted)
 
 
 def same_formula(answer: str, truth: str) -> bool:
@@ -240,7 +245,7 @@ def same_formula(answer: str, truth: str) -> bool:
         if read is not None and not read.unit and number.unit.isalpha():  # the unit may be missing
             read = read._replace(unit=number.unit)
         return read is not None and _equal(read, number)
-    if _UNREAD.search(given) or not _is_as_single(given, wanted):
+    if _UNREAD.search(given) or not (_is_small(given) and _is_as_single(given, wanted)):
         return False
     _warm_up(math_verify)
     return _within(_MAX_CALLS, lambda: _verify(math_verify, given, wanted))
@@ -256,6 +261,31 @@ def _spelled(text: str) -> str:
     for pattern, plain in _SPELLED:
         text = pattern.sub(plain, text)
     return text
+
+
+def _is_small(text: str) -> bool:
+    """Whether brackets are balanced and powers small, unlike 9^{9^9}, 2^{99*99*99} and
+    ((9^{99}+1)^{99}+1)^{99}: a single product of large numbers can't be stopped."""
+    text = text.replace(" ", "")
+    opened, powers = [0], [0]  # of each bracket that is open
+    for at, char in enumerate(text):
+        if char in "({[":
+            opened.append(at)
+            powers.append(0)
+        elif char == "^":
+            powers[-1] += 1
+        elif char in ")}]":
+            start, within = opened.pop(), powers.pop()
+            if not opened:
+                return False
+            part, is_raised = text[start:at], text[at + 1 : at + 2] == "^"
+            if text[:start].endswith("^"):
+                if within or is_raised or sum(map(str.isdigit, part)) > 4:
+                    return False
+            elif is_raised and within and (within > 2 or re.search(r"\d\d", part)):
+                return False
+            powers[-1] += within
+    return len(opened) == 1
 
 
 def _is_as_single(given: str, wanted: str) -> bool:
