@@ -177,6 +177,7 @@ def embedded_vocabulary():
     return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
 
+@functools.cache
 def qwen_vocabulary():
     """Qwen's own, which the package dashscope has as token -> rank: what a token was merged from is
     what the better-ranked merges leave of it."""

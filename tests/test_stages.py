@@ -233,20 +233,20 @@ def test_stages_on_two_ranks_under_zero_save_what_they_trained(data, tmp_path):
     """SFT, then GRPO that continues its adapter and DPO with another one, each also resumed."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    out = {name: tmp_path / name for name in ("sft", "grpo", "dpo", "grpo-half", "dpo-half")}
-    sft = [*LORA, "--deepspeed", zero(tmp_path, 2)]
+    out = {name: tmp_path / name for name in ("sft", "grpo", "dpo", "grpo-again", "dpo-again")}
     flags = {"grpo": ["--use_peft", "--deepspeed", zero(tmp_path, 3)],
              "dpo": [*SECOND["stacked"], "--deepspeed", zero(tmp_path, 2)]}  # fmt: skip
-    runs = [arguments(data, "tiny", out["sft"], *sft, algorithm="sft")]
-    for name in ("grpo", "dpo"):
-        more = {"algorithm": name, "rate": 1e-3}
-        half = out[f"{name}-half"]
-        runs += [
-            arguments(data, out["sft"], out[name], *flags[name], steps=2, **more),
-            arguments(data, out["sft"], half, *flags[name], steps=1, **more),
-            arguments(data, out["sft"], half, *flags[name], "--resume_from_checkpoint", "latest",
-                      steps=2, **more),
-        ]  # fmt: skip
+    first = [*LORA, "--deepspeed", zero(tmp_path, 2)]
+    runs = [arguments(data, "tiny", out["sft"], *first, algorithm="sft")]
+    for name, more in flags.items():
+        for folder, resumed in (
+            (out[name], []),
+            (out[f"{name}-again"], ["--resume_from_checkpoint", out[name] / "checkpoint-1"]),
+        ):
+            argv = arguments(
+                data, out["sft"], folder, *more, *resumed, algorithm=name, rate=1e-3, steps=2
+            )
+            runs.append([*argv, "--save_steps", "1"])
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     child = [Path(__file__).parent / "two_stages.py", tmp_path / "runs.json"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -264,9 +264,9 @@ def test_stages_on_two_ranks_under_zero_save_what_they_trained(data, tmp_path):
         models[name] = load_model(str(folder)).state_dict()
         assert_same(load_model(str(folder)), as_peft_loads(folder))
     for name in ("grpo", "dpo"):
-        whole, half = (read_jsonl(out[n] / "metrics.jsonl") for n in (name, f"{name}-half"))
-        assert [r["loss"] for r in whole] == [r["loss"] for r in half]
-        same = {k for k, v in models[name].items() if torch.equal(v, models[f"{name}-half"][k])}
+        whole, again = (read_jsonl(out[n] / "metrics.jsonl") for n in (name, f"{name}-again"))
+        assert len(whole) == 2 and whole[-1]["loss"] == again[-1]["loss"]
+        same = {k for k, v in models[name].items() if torch.equal(v, models[f"{name}-again"][k])}
         assert same == models[name].keys()
         kept = {k for k, v in models[name].items() if torch.equal(v, models["sft"][k])}
         assert kept < same and all("_proj" in key for key in same - kept)
