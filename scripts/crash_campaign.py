@@ -307,7 +307,7 @@ class Campaign:
             self._inspect(out, published, entry)
             if None in statuses:
                 entry["hung"] += 1
-            if statuses[rank] != -signal.SIGKILL or not trace[rank]:
+            if statuses[rank] != -signal.SIGKILL or len(trace[rank]) - 1 != kill_at:
                 break
             entry["kills"].append([*trace[rank][-1], kill_at, torn])
             more = ["--resume_from_checkpoint", "latest"]

@@ -371,7 +371,9 @@ def test_odd_values_in_a_state_are_usage_errors_never_tracebacks(tmp_path):
     for path, odd, text in odd_states():
         (folder / "trainer_state.json").write_text(text)
         state = SimpleNamespace(
-            engine=SimpleNamespace(load_state=lambda folder: None), adapter=None, base_weights=None
+            engine=SimpleNamespace(load_state=lambda folder: None),
+            adapter=None,
+            base_weights=SAVED["weights"],
         )
         data = SimpleNamespace(bad_rows=BadRows(10))
         writer = MetricsWriter(tmp_path, total_steps=4, report_to=["none"], run_name="", config={})
@@ -384,7 +386,9 @@ def test_odd_values_in_a_state_are_usage_errors_never_tracebacks(tmp_path):
             refused += 1
     assert (None, None) in accepted
     # Names and texts may be anything, and the settings are compared, not used.
-    for path, odd in accepted - {(None, None)}:
+    fitting = {(("silent_steps",), '{"rows": 3}')}
+    fitting |= {(("writer", "window", "loss", 0), number) for number in ("-1", "1.5")}
+    for path, odd in accepted - fitting - {(None, None)}:
         assert odd in (None, "null", '"x"') or path[0] in ("config", "before"), (path, odd)
     assert refused > 400
 

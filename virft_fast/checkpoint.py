@@ -85,31 +85,21 @@ def save_checkpoint(
     dist.barrier()
     weights = engine.model_state(model, dtype)
     if error is None and dist.is_main():
-        error = _attempt(lambda: _write_model(model, weights, processor, aside, state))
-        written += filter(Path.is_file, aside.iterdir()) if error is None else []
+        options = (model, weights, processor, aside, state)
+        error = _attempt(lambda: written.extend(_write_model(*options)))
     # Every rank joins in the engine's collectives even if the main process has failed by now.
     if not only_model:
         engine_error = _attempt(lambda: written.extend(engine.save_state(aside / "engine")))
         error = error or engine_error
     error = error or _attempt(lambda: checksums.update(_seal(aside, written)))
-    if dist.any_rank(error is not None, engine.device):
+    failed = dist.any_rank(error is not None, engine.device)
+    if not failed:
+        parts = dist.all_gather_object(checksums)
+        error = _on_main(lambda: _publish_listed(aside, final, parts))
+        failed = dist.any_rank(error is not None, engine.device)
+    if failed:
         _report_failure(final, error)
         _on_main(lambda: shutil.rmtree(aside, ignore_errors=True))
-        return None
-    parts = dist.all_gather_object(checksums)
-
-    def publish() -> None:
-        listed = {name: sum for part in parts for name, sum in part.items()}
-        others = (p for p in aside.rglob("*") if p.relative_to(aside).as_posix() not in listed)
-        listed |= _seal(aside, filter(Path.is_file, others))
-        content = {"algorithm": ALGORITHM, "files": listed}
-        (aside / CHECKSUMS_FILE).write_text(json.dumps(content, indent=1, sort_keys=True))
-        _flush(aside / CHECKSUMS_FILE)
-        _publish(aside, final)
-
-    error = _on_main(publish)
-    if dist.any_rank(error is not None, engine.device):
-        _report_failure(final, error)
         return None
     _on_main(lambda: _rotate(output_dir, total_limit))
     dist.barrier()
@@ -180,6 +170,9 @@ def find_checkpoint(output_dir: Path, name: str, *, dry_run: bool = False) -> Pa
     Raises:
         FileNotFoundError, ValueError: there is none, it holds no engine state or is damaged.
     """
+    if not dry_run:
+        _on_main(lambda: _take_back_replaced(output_dir))
+    dist.barrier()
     if name.lower() in ("latest", "true"):
         return _find_latest(output_dir, name, dry_run)
     path = Path(name)
@@ -204,8 +197,6 @@ def find_checkpoint(output_dir: Path, name: str, *, dry_run: bool = False) -> Pa
 
 
 def _find_latest(output_dir: Path, name: str, dry_run: bool) -> Path | None:
-    if not dry_run:
-        _on_main(lambda: _take_back_replaced(output_dir))
     # The main process's list, because it renames some of them on the way.
     found = dist.all_gather_object(list_checkpoints(output_dir))[0]
     if not found and name.lower() == "true":
@@ -457,14 +448,26 @@ def _take_back_replaced(output_dir: Path) -> None:
 
 def _write_model(
     model: nn.Module, weights: Any, processor: Any, folder: Path, state: dict[str, Any]
-) -> None:
+) -> list[Path]:
     save_model(model, weights, processor, folder)
     (folder / STATE_FILE).write_text(json.dumps(state, indent=1))
+    return [path for path in folder.iterdir() if path.is_file()]
 
 
 def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "engine").mkdir(parents=True)
+
+
+def _publish_listed(aside: Path, final: Path, parts: list[dict[str, Any]]) -> None:
+    """Write the list of checksums, from those of each rank, and publish."""
+    listed = {name: seal for part in parts for name, seal in part.items()}
+    others = (p for p in aside.rglob("*") if p.relative_to(aside).as_posix() not in listed)
+    listed |= _seal(aside, filter(Path.is_file, others))
+    content = {"algorithm": ALGORITHM, "files": listed}
+    (aside / CHECKSUMS_FILE).write_text(json.dumps(content, indent=1, sort_keys=True))
+    _flush(aside / CHECKSUMS_FILE)
+    _publish(aside, final)
 
 
 def _publish(aside: Path, final: Path) -> None:
