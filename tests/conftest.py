@@ -1,4 +1,5 @@
-"""Fixtures that are costly to make, made once."""
+"""Fixtures that are costly to make, made once. Here at the top nothing imports torch: the process
+that hands tests out would wait for it before it starts the ones that run them."""
 
 from __future__ import annotations
 
@@ -9,12 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-from helpers import make_prompts, make_sample
 from hypothesis import HealthCheck, settings
-
-from virft_fast.data.demo import build_demo
-from virft_fast.models.processing import load_processor
-from virft_fast.models.tiny import resolve_model_path
 
 # A machine that is busy is no fault of what is tested.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -23,12 +19,17 @@ settings.load_profile("busy")
 
 @pytest.fixture(scope="session")
 def processor():
+    from virft_fast.models.processing import load_processor
+    from virft_fast.models.tiny import resolve_model_path
+
     return load_processor(resolve_model_path("tiny"))
 
 
 @pytest.fixture(scope="session")
 def prompts(processor):
     """Four prompts: one image, two of different sizes, none, and one of another size."""
+    from helpers import make_prompts, make_sample
+
     return make_prompts(
         processor,
         make_sample(0, [(112, 112)]),
@@ -41,6 +42,8 @@ def prompts(processor):
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """A small demo data set on disk."""
+    from virft_fast.data.demo import build_demo
+
     path = tmp_path_factory.mktemp("data") / "digits"
     build_demo("digits_classification", path, num_train=24, num_test=8)
     return path
