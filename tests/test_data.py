@@ -8,14 +8,16 @@ import io
 import json
 import logging
 import os
+import struct
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from virft_fast.batch import Sample
 from virft_fast.data import (
@@ -27,6 +29,7 @@ from virft_fast.data import (
     first_solutions,
     load_rows,
 )
+from virft_fast.data.images import image_size, open_image
 from virft_fast.data.prompts import PromptSource
 
 SOLUTION = "<answer>cat</answer>"
@@ -1050,3 +1053,18 @@ def test_an_answer_comes_after_its_question(tmp_path):
 def test_an_empty_name_is_no_data_set():
     with pytest.raises(ValueError, match="got an empty name"):
         load_rows(" ", "train")
+
+
+@pytest.mark.parametrize("place", ["none", "before the pixels", "behind the pixels"])
+def test_the_size_of_a_png_is_read_without_decoding_it(place, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(red((8, 4)), "PNG", **({"exif": exif} if place == "before the pixels" else {}))
+    if place == "behind the pixels":
+        chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+        framed = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        data = data[:-12] + framed + data[-12:]
+    assert image_size(data) == open_image(data).size == ((8, 4) if place == "none" else (4, 8))
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda *_: pytest.fail("decoded"))
+    if place != "behind the pixels":
+        image_size(data)

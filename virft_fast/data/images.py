@@ -144,8 +144,20 @@ def _decode(file: Path | io.BytesIO) -> Image.Image:
 def _header_size(file: Path | io.BytesIO) -> tuple[int, int]:
     with Image.open(file, formats=IMAGE_FORMATS) as image:
         check_pixels(image)
-        turned = image.getexif().get(0x0112) in _TURNED
-        return image.size[::-1] if turned else image.size
+        if image.format != "PNG":
+            exif = image.getexif()
+        else:  # whose own method decodes the image first, for a chunk that may come last
+            exif = Image.Image.getexif(image)
+            image.fp.seek(0)
+            if "exif" not in image.info and b"eXIf" in image.fp.read():
+                return _decode_size(file)
+        return image.size[::-1] if exif.get(0x0112) in _TURNED else image.size
+
+
+def _decode_size(file: Path | io.BytesIO) -> tuple[int, int]:
+    if not isinstance(file, Path):
+        file.seek(0)
+    return _decode(file).size
 
 
 def check_pixels(image: Image.Image) -> None:
