@@ -842,7 +842,7 @@ def test_special_tokens_and_what_the_processor_refuses(llava, tmp_path, asked, c
     assert main(arguments(copy, out, *more)) == 0
     problems = {n: r["problem"] for n, r in selected(out).items() if r["problem"]}
     assert problems == {
-        2: "special tokens in the question",
+        2: "conversations: expected texts and <image> places",
         3: "special tokens in the row's own answer",
         4: "image too narrow for the processor",
         5: "image can't be read",
@@ -946,7 +946,7 @@ def test_rows_that_make_no_scene_are_named_and_keep_their_sources(tmp_path):
         (["--shares", "pip=1,pip=2"], "--shares: expected each name once"),
         (["--pictures", "-1"], "--pictures: expected a number, 0 or more"),
         (["--seed", "-1"], "--seed: expected a number, 0 or more"),
-        (["--images", "/nowhere"], "no pair was kept"),
+        (["--images", "/nowhere"], "--images /nowhere: expected a folder"),
         (["--min_perplexity", "1e9"], "no pair was kept"),
     ],
 )
