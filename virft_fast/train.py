@@ -962,7 +962,8 @@ def _resume(
                 f"checkpoint"
             ) from error
     if dist.is_main():
-        for path in checkpoints.set_later_aside(folder.parent, state.step):
+        # Not another run's, which `folder` may be of.
+        for path in checkpoints.set_later_aside(Path(config.train.output_dir), state.step):
             _say(f"a later checkpoint is now {path}")
     _say(f"resumed {folder} at step {state.step}")
     return saved
