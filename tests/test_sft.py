@@ -139,5 +139,5 @@ def test_text_markers_are_taught_and_read_back(processor, prompts):
 
 def test_an_answer_that_does_not_fit_is_a_bad_row(digits, tmp_path, capsys):
     more = ["--max_completion_length", 2, "--max_steps", 1, "--max_bad_rows", 3]
-    assert sft_run(digits, tmp_path / "out", *more) == 1
-    assert "more than --max_completion_length 2; raise it" in capsys.readouterr().err
+    assert sft_run(digits, tmp_path / "out", *more) == 2  # before the model is loaded
+    assert "more than --max_completion_length N; raise it" in capsys.readouterr().err

@@ -253,6 +253,7 @@ def test_stages_on_two_ranks_under_zero_save_what_they_trained(data, tmp_path):
     done = subprocess.run([sys.executable, *launcher, *child], env=environment(),
                           capture_output=True, text=True, timeout=600)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert (out["grpo"] / "checkpoint-2").is_dir()  # also after checkpoint-1 served another run
     models = {}
     for name, folder in out.items():
         check_saved(folder)

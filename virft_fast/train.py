@@ -1137,6 +1137,7 @@ def _resume(
             ) from error
     if dist.is_main():
         output_dir = Path(config.train.output_dir)
+        # Not another run's, which `folder` may be of.
         for path in checkpoints.set_later_aside(output_dir, state.step):
             _say(f"a later checkpoint is now {path}")
         checkpoints.delete_leftovers(output_dir)
