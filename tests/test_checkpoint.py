@@ -236,7 +236,9 @@ def test_an_existing_final_folder_is_replaced_and_survives_a_kill_in_between(
     rename = os.rename
 
     def killed(source, target):
-        raise KeyboardInterrupt
+        if source.name.endswith(".writing"):
+            raise KeyboardInterrupt
+        rename(source, target)
 
     monkeypatch.setattr(os, "rename", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -305,18 +307,19 @@ def small_disk(folder, size):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         if mounted:
-            subprocess.run(["umount", str(folder)], check=True)
+            # Lazily: torch may keep a file open that it could not write.
+            subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_wherever_the_disk_gets_full_earlier_checkpoints_stay_whole(
     state, processor, tmp_path, caplog
 ):
     first = save(state, processor, tmp_path / "first", 1)
-    whole = sum((first / name).stat().st_size for name in files_of(first))
+    pages = sum(-(-(first / name).stat().st_size // 4096) for name in files_of(first))
     disk = tmp_path / "disk"
     disk.mkdir()
-    for share in (0.02, 0.1, 0.2, 0.3, 0.6, 0.97):
-        with small_disk(disk, int(whole * (1.1 + share))) as mounted:
+    for share in (0.02, 0.1, 0.2, 0.3, 0.6, 0.95):
+        with small_disk(disk, int(4096 * pages * (1 + share))) as mounted:
             if mounted:
                 shutil.copytree(first, disk / "checkpoint-1")
             assert save(state, processor, disk, 2) is None, share
