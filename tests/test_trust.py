@@ -230,7 +230,7 @@ def test_a_template_that_fails_is_refused(processor, template, reason, monkeypat
 
 
 def test_a_template_that_fails_is_found_when_the_processor_is_loaded(folder):
-    (folder / "chat_template.jinja").write_text("{% include 'x' %}")
+    change(folder, "chat_template.json", chat_template="{% include 'x' %}")
     with pytest.raises(ValueError, match="expected a chat template"):
         load_processor(str(folder))
     assert load_processor(str(folder), renders=False).chat_template == "{% include 'x' %}"
