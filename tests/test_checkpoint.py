@@ -20,7 +20,7 @@ import torch
 from helpers import make_state, parameters
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
-from virft_fast import checkpoint
+from virft_fast import checkpoint, train
 from virft_fast.checkpoint import (
     find_checkpoint,
     find_damage,
@@ -29,11 +29,11 @@ from virft_fast.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from virft_fast.config import UsageError
+from virft_fast.config import UsageError, usage
 from virft_fast.data.order import BadRows, PromptSampler
 from virft_fast.grpo import train_step
 from virft_fast.metrics import MetricsWriter
-from virft_fast.train import _resume, parse_args
+from virft_fast.train import _resume, parse_args, read_resumed
 
 
 @pytest.fixture
@@ -366,10 +366,12 @@ def odd_states():
             yield path, odd, json.dumps(changed).replace('"@"', odd or "")
 
 
-def test_odd_values_in_a_state_are_usage_errors_never_tracebacks(tmp_path):
+def test_odd_values_in_a_state_are_usage_errors_never_tracebacks(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "weights_stamp", lambda path: SAVED["weights"])
     config = parse_args(["--output_dir", str(tmp_path)])
     folder = tmp_path / "checkpoint-3"
-    folder.mkdir()
+    (folder / "engine").mkdir(parents=True)
+    (folder / "engine/state.pt").touch()
     refused, accepted = 0, set()
     for path, odd, text in odd_states():
         (folder / "trainer_state.json").write_text(text)
@@ -381,7 +383,9 @@ def test_odd_values_in_a_state_are_usage_errors_never_tracebacks(tmp_path):
         data = SimpleNamespace(bad_rows=BadRows(10))
         writer = MetricsWriter(tmp_path, total_steps=4, report_to=["none"], run_name="", config={})
         try:
-            saved = _resume(folder, state, PromptSampler(8, 2, seed=42), data, config)
+            with usage():
+                saved = read_resumed(folder, config, None)
+            _resume(folder, saved, state, PromptSampler(8, 2, seed=42), data, config)
             writer.load_state_dict(saved["writer"])
             accepted.add((path, odd))
         except UsageError as error:

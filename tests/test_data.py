@@ -284,11 +284,11 @@ def test_json(tmp_path, form, monkeypatch):
     path.write_text(json.dumps(records) if form == "list" else lines, encoding="utf-8")
     monkeypatch.chdir("/")
     samples = SampleDataset(load_rows(str(path), "train"))
-    sizes = [[image.size for image in samples.get(i).images] for i in range(4)]
-    assert sizes == [[(4, 3)], [(9, 9)], [(9, 9), (4, 3)], []]
-    assert [samples.get(i).columns["extra"] for i in range(3)] == ["1", None, None]
+    sizes = [[image.size for image in samples.get(i).images] for i in range(3)]
+    assert sizes == [[(4, 3)], [(9, 9)], [(9, 9), (4, 3)]]
+    assert [samples.get(i).columns["extra"] for i in range(3)] == [1, None, None]
     assert samples.get(2).columns["problem"] == "c\u2028"
-    assert samples.get(3).solution == "[1, 2]"
+    assert samples.get(3).reason == "solution: expected text, got list [1, 2]"
     assert "image" in samples.get(4).reason
     with pytest.raises(ValueError, match="no split 'test', it has train"):
         load_rows(str(path), "test")

@@ -89,8 +89,9 @@ def make_folder(folder: Path, flag: str = "--output", *, make: bool = True) -> N
             folder.mkdir(parents=True, exist_ok=True)
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     except (OSError, ValueError) as error:  # such as a file where a folder should be
+        why = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"{flag}: expected a folder {folder}, it can't be made: {error}; pass another place"
+            f"{flag}: expected a folder {folder}, it can't be made: {why}; pass another place"
         ) from error
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(
