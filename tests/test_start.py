@@ -42,6 +42,11 @@ def sets(tmp_path_factory):
 
 
 BOX = "<answer>[{'Position': [1, 2, 300, 400], 'Confidence': 1}]</answer>"
+STATE = {
+    "step": 3, "bad_steps": 0, "skipped_steps": 0, "num_tokens": 9, "world_size": 1,
+    "sampler": {"num_rows": 8, "seed": 42, "epoch": 0, "position": 3, "order": 1, "bad": []},
+    "bad_rows": {"rows": []}, "writer": {"window": {}},
+}  # fmt: skip
 FILES = {
     "file": "no folder",
     "syntax.py": "def f(:",
@@ -58,11 +63,11 @@ FILES = {
     "within.yaml": "config: other.yaml\n",
     "latin.yaml": "run_name: caf\udce9\n",
     "no_state/trainer_state.json": "{}",
-    "list_state/trainer_state.json": '{"config": [], "world_size": 1}',
+    "list_state/trainer_state.json": json.dumps(STATE | {"config": []}),
     "list_state/engine/state.pt": "",
-    "other_seed/trainer_state.json": '{"config": {"seed": 7}, "world_size": 1}',
+    "other_seed/trainer_state.json": json.dumps(STATE | {"config": {"seed": 7}}),
     "other_seed/engine/state.pt": "",
-    "stateless/trainer_state.json": '{"config": {}, "world_size": 1}',
+    "stateless/trainer_state.json": json.dumps(STATE | {"config": {}}),
     "stateless/engine/other": "",
     "adapter/adapter_config.json": json.dumps(
         {"base_model_name_or_path": "tiny", "peft_type": "LORA", "r": 4, "lora_alpha": 8,
@@ -99,7 +104,7 @@ CASES = [
     # what is continued
     ("--resume_from_checkpoint {}/none", "no such folder"),
     ("--resume_from_checkpoint {}/no_state", "no engine state"),
-    ("--resume_from_checkpoint {}/list_state", "expected the state of a run"),
+    ("--resume_from_checkpoint {}/list_state", "config: expected a dict, got []"),
     ("--resume_from_checkpoint {}/other_seed", "'seed': 7"),
     ("--resume_from_checkpoint {}/stateless", "state.pt: expected the state of a run without"),
     # the model
@@ -108,7 +113,7 @@ CASES = [
     ("--model_name_or_path {}/weightless", "is the folder complete?"),
     ("--model_name_or_path {}/cut", "is the folder complete?"),
     ("--model_name_or_path {}/shardless", "model-00001-of-00001.safetensors"),
-    ("--model_name_or_path {}/pickled", "pytorch_model.bin is a pickle and not opened"),
+    ("--model_name_or_path {}/pickled", "pytorch_model.bin; pickled weights are not loaded"),
     ("--model_name_or_path {}/llama", "expected one of the families"),
     ("--use_peft --model_name_or_path {}/adapter", "adapter_model.safetensors"),
     ("--use_peft --lora_target_modules q_proj qproj", "--lora_target_modules qproj: expected"),
@@ -208,7 +213,7 @@ ODD = {
     "kinds": (
         [{"solution": value} for value in ("cat", "dog", 3, None, float("nan"), ["cat"], "")],
         "",
-        ["kept 2 of 7", "expected text, got int", "expected text, got float", "missing", "empty"],
+        ["kept 3 of 7", "expected text, got list", "expected text, got float", "missing", "empty"],
     ),
     "names": (
         [{"completions": "x", "log_metric": 1, "image_grid_thw": [n]} for n in range(2)],
