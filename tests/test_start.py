@@ -7,11 +7,12 @@ import pickle
 import shutil
 import sys
 
+import datasets
 import pytest
 from PIL import Image
 
 from virft_fast import evaluate, train
-from virft_fast.data import load_rows
+from virft_fast.data import SampleDataset, load_rows
 from virft_fast.data.__main__ import main as data_main
 from virft_fast.data.demo import build_demo
 from virft_fast.evaluation import run as evaluation
@@ -272,6 +273,26 @@ def test_a_key_that_is_there_twice_is_no_row(tmp_path):
     )
     with pytest.raises(ValueError, match="line 2 .*the key 'solution' is in one object twice"):
         load_rows(str(path), "train")
+
+
+def test_numbers_of_classes_are_their_names(tmp_path, without_weights, capsys):
+    rows = datasets.Dataset.from_dict({"problem": ["p"] * 3, "solution": [0, 1, None]})
+    rows = rows.cast_column("solution", datasets.ClassLabel(names=["cat", "dog"]))
+    rows.save_to_disk(tmp_path / "rows")
+    assert SampleDataset(load_rows(str(tmp_path / "rows"), "train")).get(1).solution == "dog"
+    argv = ["--dataset_name", str(tmp_path / "rows"), "--output_dir", str(tmp_path / "out")]
+    assert train.main([*argv, "--dry_run"]) == 1
+    shown = capsys.readouterr().err
+    assert "numbers of the column solution to the names of its classes: 2 (row 0, row 1)" in shown
+    assert "left out, solution: missing: 1 (row 2)" in shown
+
+
+def test_hidden_files_are_no_rows(tmp_path):
+    for number, name in enumerate(("train.parquet", ".cache/train.parquet", "._train.parquet")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        rows = datasets.Dataset.from_dict({"problem": ["p"], "solution": [str(number)]})
+        rows.to_parquet(str(tmp_path / name))
+    assert load_rows(str(tmp_path), "train")["solution"][:] == ["0"]
 
 
 def test_held_out_rows_are_in_the_table(sets, without_weights, capsys):

@@ -216,3 +216,17 @@ def test_ranks_end_with_their_launcher_and_a_single_process_outlives_its_shell(t
     assert (tmp_path / "stopped").exists() == launched
     if not launched:
         assert time.monotonic() - begun > 2
+
+
+def test_a_run_in_another_thread_has_no_time_limits(tmp_path):
+    done = []
+
+    def body():
+        with Watch(tmp_path) as watched, watched.section("reward function f", 0.05):
+            time.sleep(0.3)
+            done.append(True)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert done

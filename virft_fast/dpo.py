@@ -205,6 +205,7 @@ def evaluate(
         _add_reference(state, batches, state.test_ref_logps)
         for pairs in batches:
             _loss(state, pairs, sums, 1.0, 1.0)
+            progress.mark("evaluation")
     state.policy.train()
     device = state.engine.device
     num_pairs = sum(dist.all_gather_object(num_pairs))

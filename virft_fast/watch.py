@@ -177,7 +177,7 @@ class Watch:
 
     def _look_at_section(self, now: float) -> None:
         section = self._section
-        if section is None:
+        if section is None or WAKE not in self._handlers:  # in another thread than the main one
             return
         stop = self._received_at + section.patience if self.stopped else float("inf")
         deadline = min(section.deadline, stop)

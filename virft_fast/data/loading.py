@@ -337,7 +337,13 @@ def _builder_files(builder: Any, split: str, name: str, expected: str, hint: str
 
 
 def _parquet_files(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*.parquet") if file.is_file())
+    hidden = (".", "__")  # caches, and what macOS adds to archives
+    files = sorted(
+        file
+        for file in folder.rglob("*.parquet")
+        if file.is_file()
+        and not any(part.startswith(hidden) for part in file.relative_to(folder).parts)
+    )
     if not files:
         raise FileNotFoundError(
             f"--dataset_name {folder}: the folder holds neither dataset_dict.json or state.json "
@@ -471,7 +477,7 @@ def _parse_json(text: str, path: Path) -> list[Any]:
     try:
         value = json.loads(text, object_pairs_hook=_once)
         return value if isinstance(value, list) else [value]
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of too many digits
         if text.lstrip().startswith("["):
             raise ValueError(f"--dataset_name {path}: not valid JSON: {error}") from error
     records = []
@@ -479,7 +485,7 @@ def _parse_json(text: str, path: Path) -> list[Any]:
     for number, line in enumerate(text.split("\n"), start=1):
         try:
             records += [json.loads(line, object_pairs_hook=_once)] if line.strip() else []
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"--dataset_name {path}: line {number} is not valid JSON: {error}"
             ) from error
@@ -511,7 +517,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise json.JSONDecodeError(f"the key {twice!r} is in one object twice", "", 0)
+        raise ValueError(f"the key {twice!r} is in one object twice")
     return value
 
 

@@ -82,7 +82,7 @@ class SampleDataset:
         self._image_columns = _image_columns(rows)
         self.unread_images = sorted(self._image_columns - {*IMAGE_COLUMNS, "mask"})
         self._json_columns = _json_columns(rows)
-        self._class_names = _class_names(rows)
+        self.class_names = _class_names(rows)
         self._check_solution = check_solution
         self.account = getattr(rows, "account", None)  # of how the file was read
         self.image_folder: Path | None = getattr(rows, "image_folder", None)
@@ -181,7 +181,7 @@ class SampleDataset:
             return None
         answers = [answer_column(row, self.names) for row in self._texts()]
         columns = {column for column, _ in answers}
-        if len(columns) == 1 and (listed := self._class_names.get(*columns)):
+        if len(columns) == 1 and (listed := self.class_names.get(*columns)):
             return ClosedSet(listed)
         return class_set([answer for _, answer in answers if isinstance(answer, str)])
 
@@ -202,7 +202,7 @@ class SampleDataset:
         """What `datasets` stores in another form: JSON texts, and numbers of class names."""
         for name in self._json_columns:
             row[name] = None if row.get(name) is None else json.loads(row[name])
-        for name, listed in self._class_names.items():
+        for name, listed in self.class_names.items():
             number = row.get(name)
             row[name] = listed[number] if number is not None and 0 <= number < len(listed) else None
         return row

@@ -138,6 +138,9 @@ def survey(
         without += [] if reading.sources else [f"row {index}"]
         images.add(reading.image_column)
         changed = samples.rules if sample.solution != reading.solution else ()
+        answered = reading.layout.split(" + ")[1]
+        if samples.class_names.get(answered):
+            changed = (f"numbers of the column {answered} to the names of its classes", *changed)
         for rule in (*reading.converted, *changed):
             found.account.convert(rule, f"row {index}")
     named = ", ".join(f"{name} ({count})" for name, count in layouts.items())
