@@ -473,3 +473,19 @@ def test_line_numbers_count_what_stands_before(tmp_path, capsys):
     (tmp_path / "rows.csv").write_text('\nsep=;\nimage;label\na.png;"oak"\nb.png;\n')
     assert build_csv(tmp_path / "rows.csv", tmp_path / "out") == 2
     assert "line 5: expected an image and a label" in capsys.readouterr().err
+
+
+def test_yolos_keypoints_are_no_polygon_and_odd_numbers_no_label(tmp_path, capsys):
+    save_image(tmp_path / "images/a.png", 100, 100)
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels/a.txt").write_text(
+        "0 .5 .5 .2 .2 .45 .45 .55 .55\ninf .5 .5 .2 .2\nnan .5 .5 .2 .2\n"
+    )
+    (tmp_path / "data.yaml").write_text("train: images\nnames: [cat]\nkpt_shape: [2, 2]\n")
+    assert run("build", "yolo", "--source", tmp_path, "--output", tmp_path / "out") == 0
+    (row,) = samples(tmp_path / "out", "train")
+    assert "[400, 400, 600, 600]" in row.solution
+    assert "left out, label that is no class with a box or a polygon: 2" in capsys.readouterr().out
+    (tmp_path / "data.yaml").write_text("train: images\nnames: cat\n")
+    assert run("build", "yolo", "--source", tmp_path, "--output", tmp_path / "other") == 2
+    assert "expected names of the classes, got 'cat'" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import environment
+from processes import environment
 from tqdm import tqdm
 
 from virft_fast import commands

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpers import environment, read_jsonl
+from helpers import read_jsonl
+from processes import environment
 
 SCRIPT = Path(__file__).parent.parent / "scripts/crash_campaign.py"
 

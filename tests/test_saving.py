@@ -332,3 +332,11 @@ def test_an_adapters_descendants_keep_the_bases_files(tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     files = load_processor(str(adapter)).base_files
     assert files["LICENSE"] == b"of the base" and files["README.md"] == b"about the base"
+
+
+def test_saving_a_model_leaves_the_processor_as_it_was(processor, tmp_path):
+    before = processor.model_type
+    model = random_model("qwen2_5_vl", processor.tokenizer)
+    save(model, tmp_path / "out", processor)
+    config = json.loads((tmp_path / "out/processor_config.json").read_text())
+    assert config["processor_class"] == "Qwen2_5_VLProcessor" and processor.model_type == before

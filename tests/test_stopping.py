@@ -10,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
-from helpers import environment, read_jsonl
+from helpers import read_jsonl
+from processes import environment
 from safetensors.torch import load_file
 
 from virft_fast import dist, train, watch
@@ -212,7 +214,7 @@ def test_rows_that_can_not_be_loaded_lose_no_step(start, tmp_path, capsys, monke
 
     def gone(self, index):
         calls.append(index)
-        if len(calls) == 3:
+        if len(calls) == 4:  # one is loaded before the model, to see that there is one
             raise OSError("Input/output error")
         return load(self, index)
 
@@ -220,6 +222,54 @@ def test_rows_that_can_not_be_loaded_lose_no_step(start, tmp_path, capsys, monke
     with pytest.raises(OSError, match="Input/output"):
         start("pass")
     assert saved(tmp_path / "run") == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("swallow", ["bare", "executor"])
+def test_a_reward_that_swallows_its_timeout_or_hangs_in_threads(
+    digits, tmp_path, start, capsys, swallow
+):
+    """Neither its junk is learnt from, nor are its threads waited for."""
+    indent = "\n        "
+    what = indent.join(
+        ["try:", "    time.sleep(60)", "except BaseException:", "    return [9.0] * 4"]
+    )
+    if swallow == "executor":
+        pool = "concurrent.futures.ThreadPoolExecutor(1)"
+        what = f"import concurrent.futures; {pool}.submit(time.sleep, 600).result()"
+        file = tmp_path / "mine.py"
+        file.write_text(REWARD.format(what=what))
+        argv = [
+            "--dataset_name",
+            digits,
+            "--output_dir",
+            tmp_path / "run",
+            *FLAGS,
+            "--reward_funcs",
+            f"{file}:letters",
+            f"{file}:then",
+            "--reward_timeout",
+            "1",
+        ]
+        done = processes.run(*argv)
+        assert done.returncode == 1 and "reward function then took longer" in done.stderr
+    else:
+        assert start(what, "--reward_timeout", "0.5") == 1
+        assert "reward function then took longer" in capsys.readouterr().err
+    assert saved(tmp_path / "run") == ["checkpoint-2"]
+
+
+def test_a_reward_that_is_silent_too_long_loses_no_step(start, tmp_path, capsys):
+    what = "pass\n    return [None] * len(completions)"
+    assert start(what, "--max_bad_steps", "3") == 1
+    assert "reward function then gave no finite value" in capsys.readouterr().err
+    assert saved(tmp_path / "run") == ["checkpoint-3"]
+
+
+def test_what_a_reward_reports_need_not_be_json(start, tmp_path):
+    what = "_['log_extra']('odd', [object(), {1, 2}, lambda: 1, 'text'])"
+    assert start(what) == 0
+    odd = [r["odd"] for r in read_jsonl(tmp_path / "run/completions.jsonl") if "odd" in r]
+    assert len(odd) == 4 and all(isinstance(value, str) for value in odd) and odd[3] == "text"
 
 
 def test_a_second_run_in_the_folder_is_refused(start, tmp_path, capsys):

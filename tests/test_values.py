@@ -239,3 +239,9 @@ def test_the_task_is_read_off_the_solutions(solutions, task):
 def test_they_are_rewards_by_name():
     names = ["accuracy_choice", "accuracy_number", "accuracy_math"]
     assert [name for name, _ in load_reward_funcs(names)] == names
+
+
+@pytest.mark.parametrize("text", ["A. 3", "(A) 3", "A: I see 3 cats", "A"])
+def test_numbers_in_an_options_text_name_no_other_option(text):
+    assert values.option_of(text) == values.option_of("A") is not None
+    assert values.option_of("A or B") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -75,6 +76,45 @@ def test_a_section_is_given_up_some_time_after_a_signal(tmp_path, hang):
             hang()
 
 
+def test_what_swallows_the_end_of_its_time_is_still_over(tmp_path):
+    async def gathered():
+        async def hang():
+            while True:
+                await asyncio.sleep(0)
+
+        return await asyncio.gather(hang(), return_exceptions=True)
+
+    def bare():
+        try:
+            spin()
+        except BaseException:
+            pass
+
+    def another_error():
+        try:
+            spin()
+        except BaseException:
+            raise ValueError("hidden") from None
+
+    with Watch(tmp_path) as watched:
+        for swallow in (bare, another_error, lambda: asyncio.run(gathered())):
+            with pytest.raises(SectionTimeout), watched.section("reward function f", 0.1):
+                swallow()
+        with watched.section("reward function g", 30.0):
+            pass
+        with pytest.raises(ValueError, match="its own"), watched.section("reward function g", 30.0):
+            raise ValueError("its own")
+
+
+def test_a_section_that_begins_long_after_a_signal_may_still_be_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "DEAF_SECONDS", 0.2)
+    with Watch(tmp_path) as watched:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        with pytest.raises(SectionStopped), watched.section("evaluation"):
+            spin()
+
+
 def test_a_section_that_ends_in_time_is_left_alone(tmp_path):
     with Watch(tmp_path) as watched:
         with watched.section("rollout", 30.0):
@@ -146,7 +186,7 @@ def child(code, **environment):
         "watch.ORPHAN_SECONDS = watch.STALL_SECONDS = 0.3\n"
         "here = pathlib.Path(sys.argv[1])\n"
     )
-    env = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"} | environment
+    env = {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"} | environment
     return [sys.executable, "-c", head + code], {"cwd": ROOT, "env": env}
 
 
@@ -161,6 +201,18 @@ def test_what_hears_no_signal_is_ended_with_what_there_is_to_go_on_with(tmp_path
     assert done.returncode == 1
     assert b"reward function f does not return" in done.stderr
     assert b"saved is checkpoint-5" in done.stderr
+
+
+def test_what_keeps_the_interpreter_to_itself_is_ended_with_its_stack(tmp_path):
+    argv, options = child(
+        "watch.NATIVE_SECONDS = 0.3\n"
+        "def reward(): return pow(3, 2 * 10**8)\n"
+        "with watch.Watch(here) as watched:\n"
+        "    with watched.section('reward function f', 0.1):\n"
+        "        reward()\n"
+    )
+    done = subprocess.run([*argv, str(tmp_path)], capture_output=True, timeout=60, **options)
+    assert done.returncode == 1 and b"in reward" in done.stderr
 
 
 def test_a_process_of_several_ends_where_nothing_moves(tmp_path):
@@ -201,7 +253,7 @@ def test_ranks_end_with_their_launcher_and_a_single_process_outlives_its_shell(t
         "    for _ in range(100):\n"
         "        time.sleep(0.05)\n"
         "        (here / 'stopped').touch() if watched.stopped else None\n",
-        **({"WORLD_SIZE": "1"} if launched else {}),
+        **({"LOCAL_RANK": "0"} if launched else {"WORLD_SIZE": "1"}),
     )
     shell = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
     parent = subprocess.Popen([sys.executable, "-c", shell, *argv, str(tmp_path)], **options)

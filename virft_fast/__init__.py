@@ -5,4 +5,8 @@ Importing this package loads neither torch nor any other heavy library; take wha
 `python -m virft_fast.train`.
 """
 
+import os
+
 __version__ = "0.1.0"
+# Of a launcher, before it can be gone: what is imported after this takes seconds.
+PARENT_PROCESS = os.getppid()

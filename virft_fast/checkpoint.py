@@ -30,7 +30,7 @@ import torch
 import xxhash
 from torch import nn
 
-from virft_fast import dist
+from virft_fast import dist, progress
 from virft_fast.engine import DeepSpeedEngine, PlainEngine
 from virft_fast.models.adapters import BASE_FOLDER
 from virft_fast.models.qwen_vl import save_model
@@ -86,12 +86,14 @@ def save_checkpoint(
     weights = engine.model_state(model, dtype)
     if error is None and dist.is_main():
         options = (model, weights, processor, aside, state)
-        error = _attempt(lambda: written.extend(_write_model(*options)))
+        with progress.busy("saving"):
+            error = _attempt(lambda: written.extend(_write_model(*options)))
     # Every rank joins in the engine's collectives even if the main process has failed by now.
     if not only_model:
         engine_error = _attempt(lambda: written.extend(engine.save_state(aside / "engine")))
         error = error or engine_error
-    error = error or _attempt(lambda: checksums.update(_seal(aside, written)))
+    with progress.busy("saving"):
+        error = error or _attempt(lambda: checksums.update(_seal(aside, written)))
     failed = dist.any_rank(error is not None, engine.device)
     if not failed:
         parts = dist.all_gather_object(checksums)
@@ -344,6 +346,7 @@ _STATE: dict[str, Any] = {
 # May be missing, in what earlier versions wrote, or null.
 _MAY_BE_MISSING: dict[str, Any] = {
     "silent_steps": {str: COUNT},
+    "idle_steps": {str: COUNT},
     "before": {"means": {str: MEAN}, "answers": {str: str}, "num_samples": COUNT},
     "config": dict,
     "weights": [(str, COUNT, COUNT)],

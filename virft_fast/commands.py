@@ -9,6 +9,7 @@ import difflib
 import importlib
 import os
 import sys
+import threading
 
 from virft_fast.console import unbreakable
 
@@ -42,8 +43,9 @@ def main(argv: list[str] | None = None) -> int:
 def end_process(status: int) -> None:
     """Exit. With several processes without Python's own shutdown: a thread of the collectives that
     asks for the interpreter while it goes down would abort the process, and a finished run with
-    it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    it. So, too, where threads are left that the shutdown would wait for, of a reward that hangs."""
+    left = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    if left or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

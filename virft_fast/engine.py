@@ -181,7 +181,8 @@ class PlainEngine:
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        torch.save(state, folder / "state.pt")
+        with progress.busy("saving"):
+            torch.save(state, folder / "state.pt")
         return [folder / "state.pt"]
 
     def load_state(self, folder: Path) -> None:

@@ -10,6 +10,7 @@ once, and in that completions nothing can be learnt from are not read at all.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -218,8 +219,17 @@ def train_step(
         record["advantage"] = advantage
     for column, values in log.extra.items():
         for record, value in zip(records, values, strict=False):
-            record.setdefault(column, value)
+            record.setdefault(column, _plain(value))
     return metrics, records
+
+
+def _plain(value: Any) -> Any:
+    """What a reward function reports, as JSON can hold it."""
+    try:
+        json.dumps(value)
+        return value
+    except (TypeError, ValueError, RecursionError):
+        return repr(value)[:1000]
 
 
 def _count_silent(state: TrainState, metrics: dict[str, float], names: Sequence[str]) -> None:

@@ -56,8 +56,8 @@ class OutputLock:
             if not self._is_mine():
                 return False
             os.utime(self.path)
-        except FileNotFoundError:
-            return False
+        except FileNotFoundError:  # somebody has deleted it, and nobody has taken the folder yet
+            return self._write_anew()
         except OSError as error:  # a file system that hangs for a while is no other run
             logger.warning("could not touch %s: %s", self.path, error)
         return True
@@ -69,6 +69,16 @@ class OutputLock:
                 self.path.unlink()
         self.held = False
 
+    def _write_anew(self) -> bool:
+        try:
+            with self.path.open("x") as file:
+                file.write(json.dumps(self.owner))
+        except FileExistsError:
+            return False
+        except OSError as error:
+            logger.warning("could not write %s: %s", self.path, error)
+        return True
+
     def _is_mine(self) -> bool:
         return (_parsed(self.path.read_bytes()) or {}).get("token") == self.owner["token"]
 
@@ -76,7 +86,8 @@ class OutputLock:
         who = f"process {other.get('pid')} on {other.get('host')}"
         here = all(other.get(key) == self.owner[key] for key in ("host", "boot", "namespace"))
         if here:
-            if _started(other.get("pid")) == other.get("started"):
+            started = _started(other.get("pid"))
+            if started is not None and started == other.get("started"):
                 raise ValueError(
                     f"{self.path.parent} is being written by another run, {who}; wait for it, stop "
                     "it, or pass another folder"

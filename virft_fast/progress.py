@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 _what, _when = "start", time.monotonic()
 _collective: str | None = None
+_busy = 0
 
 
 def mark(what: str) -> None:
@@ -28,9 +29,22 @@ def waiting(collective: str) -> Iterator[None]:
     mark(_what)
 
 
+@contextlib.contextmanager
+def busy(what: str) -> Iterator[None]:
+    """A part that takes its time, such as writing to a slow disk: all of it is progress."""
+    global _busy
+    mark(what)
+    _busy += 1
+    try:
+        yield
+    finally:
+        _busy -= 1
+        mark(what)
+
+
 def idle() -> float:
     """Seconds since the last mark."""
-    return time.monotonic() - _when
+    return 0.0 if _busy else time.monotonic() - _when
 
 
 def where() -> str:

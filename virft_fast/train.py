@@ -117,6 +117,7 @@ SUMMARY_FILE, REPORT_FILE, METRICS_FILE = "summary.json", "report.png", "metrics
 _OF_A_RUN = re.compile(rf"checkpoint-\d+|{BASE_FOLDER}|{checkpoints.LEFTOVER.pattern}")
 NUM_CHECKED_ROWS, NUM_SELF_CHECKED = 200, 16
 NUM_REPORT_EXAMPLES = 5
+FIRST_PROMPT_SECONDS = 15.0
 
 
 @dataclass
@@ -951,6 +952,8 @@ def train(config: RunConfig, run: Run, before: dict[str, Any] | None, watch: Wat
         except BaseException as error:
             together = dist.is_agreed(error) or isinstance(error, AGREED_ERRORS)
             hurried = isinstance(error, KeyboardInterrupt)  # asked to stop, a second time
+            if isinstance(error, AGREED_ERRORS) and state.step > kept["step"]:
+                kept, updates = state_dict(), state.engine.updates  # raised by a whole step
             saved = together and updates == state.engine.updates and not hurried and save(kept)
             if _is_given_up(error):
                 state.step = kept["step"]
@@ -1375,11 +1378,13 @@ def first_prompt(source: PromptSource) -> Prompt:
     Raises:
         ValueError: there is none.
     """
-    reasons = []
+    reasons, started = [], time.monotonic()
     for prompt in map(source.load, range(len(source))):
         if not isinstance(prompt, BadRow):
             return prompt
         reasons.append(f"row {prompt.index}: {prompt.reason}")
+        if time.monotonic() - started > FIRST_PROMPT_SECONDS:
+            break
     first = "; ".join(reasons[:3])
     raise ValueError(f"expected at least one usable row of {len(reasons)}, got none: {first}")
 

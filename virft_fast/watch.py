@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from virft_fast import progress
+from virft_fast import PARENT_PROCESS, progress
 
 logger = logging.getLogger("virft_fast")
 
@@ -30,6 +30,7 @@ EXIT_STATUS = {signal.SIGINT: 130, signal.SIGHUP: 129}  # of a run that was stop
 TICK = 0.5
 STOP_SECONDS = 20.0  # from a signal until a section is given up
 DEAF_SECONDS = 5.0  # from then until the process is ended
+NATIVE_SECONDS = 30.0  # from a limit until a process that runs no Python is ended
 STALL_SECONDS = 600.0  # without progress until every rank writes where it stands
 ORPHAN_SECONDS = 60.0  # without progress, of a process whose launcher is gone
 
@@ -80,7 +81,9 @@ class Watch:
         self.received: int | None = None
         self._received_at = 0.0
         self._section: Section | None = None
-        self._parent = os.getppid() if "WORLD_SIZE" in os.environ else None
+        self._woken_at: float | None = None  # when the section was first asked to end
+        self._given_up: BaseException | None = None
+        self._parent = PARENT_PROCESS if "LOCAL_RANK" in os.environ else None
         self._ended = threading.Event()
         self._handlers: dict[int, object] = {}
         self._stalled = False
@@ -125,15 +128,23 @@ class Watch:
         Raises:
             SectionTimeout, SectionStopped: in the main thread only.
         """
-        before = self._section
+        before, self._given_up = self._section, None
         deadline = time.monotonic() + limit if limit is not None else float("inf")
         patience = STOP_SECONDS if patience is None else patience
         self._section = Section(what, limit, deadline, patience)
         progress.mark(what)
+        if limit is not None and WAKE in self._handlers:
+            # A thread of its own that needs no interpreter: native code may never let go of it.
+            faulthandler.dump_traceback_later(limit + NATIVE_SECONDS, exit=True, file=2)
         try:
             yield
         finally:
-            self._section = before
+            self._section, self._woken_at = before, None
+            given_up, self._given_up = self._given_up, None
+            if limit is not None and WAKE in self._handlers:
+                faulthandler.cancel_dump_traceback_later()
+            if given_up is not None:  # whatever the section made of it
+                raise given_up
         progress.mark(f"after {what}")
 
     # In the main thread
@@ -157,9 +168,12 @@ class Watch:
         if section is None:
             return
         if now >= section.deadline:
-            raise SectionTimeout(f"{section.what} took longer than {section.limit:g} s")
-        if self.stopped and now >= self._received_at + section.patience:
-            raise SectionStopped(f"{section.what} was given up")
+            limit = f"{section.limit:g} s"
+            self._given_up = SectionTimeout(f"{section.what} took longer than {limit}")
+        elif self.stopped and now >= self._received_at + section.patience:
+            self._given_up = SectionStopped(f"{section.what} was given up")
+        if self._given_up is not None:
+            raise self._given_up
 
     # In the thread of the watch
 
@@ -185,7 +199,9 @@ class Watch:
             return
         with contextlib.suppress(ProcessLookupError, ValueError):
             signal.pthread_kill(threading.main_thread().ident, WAKE)
-        if now >= deadline + DEAF_SECONDS and self._section is section:
+        if self._woken_at is None:
+            self._woken_at = now
+        if now >= self._woken_at + DEAF_SECONDS and self._section is section:
             self._end(f"{section.what} does not return and can't be interrupted")
 
     def _look_for_launcher(self) -> None:

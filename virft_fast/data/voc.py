@@ -65,7 +65,7 @@ def _annotations(files: list[Path], found: ImageFiles, where: str) -> Annotation
         if tree is None:
             continue
         number = len(images)
-        name = (tree.findtext("filename") or f"{file.stem}.jpg").strip()
+        name = _image_name(tree, file, found, account)
         images.append({"id": number, "file_name": name, "width": tree.findtext("size/width"),
                        "height": tree.findtext("size/height")})  # fmt: skip
         for label, box, difficult in _objects(tree, file, account):
@@ -79,6 +79,16 @@ def _annotations(files: list[Path], found: ImageFiles, where: str) -> Annotation
         return found.find(file)
 
     return annotations_of(data, "coco", find, account, where)
+
+
+def _image_name(tree: ElementTree.Element, file: Path, images: ImageFiles, account: Built) -> str:
+    """The annotation's own image: named by `filename`, unless that is another's."""
+    named = (tree.findtext("filename") or f"{file.stem}.jpg").strip()
+    own = Path(named).with_name(f"{file.stem}{Path(named).suffix}").name
+    if Path(named).stem == file.stem or not (images.folder / own).is_file():
+        return named
+    account.convert("filename of another image, taken for the one of the annotation's name", named)
+    return own
 
 
 def _tree(file: Path, account: Built) -> ElementTree.Element | None:

@@ -29,7 +29,9 @@ def read_yolo(source: Path) -> dict[str, Annotations]:
     file = _yaml_file(source)
     settings = _settings(file)
     names = settings.get("names")
-    pairs = enumerate(names) if isinstance(names, list) else dict(names or {}).items()
+    pairs = names.items() if isinstance(names, dict) else enumerate(names or ())
+    if not isinstance(names, (list, dict)):
+        raise ValueError(f"--source {file}: expected names of the classes, got {names!r:.80}")
     categories = [{"id": number, "name": str(name)} for number, name in pairs]
     if not categories:
         raise ValueError(f"--source {file}: expected names of the classes, got {names!r:.80}")
@@ -37,7 +39,9 @@ def read_yolo(source: Path) -> dict[str, Annotations]:
     for key, split in SPLITS.items():
         paths = list(_images(file.parent, settings.get("path"), settings.get(key)))
         if paths:
-            found[split] = _annotations(paths, categories, f"--source {file}, {key}")
+            found[split] = _annotations(
+                paths, categories, f"--source {file}, {key}", bool(settings.get("kpt_shape"))
+            )
     if "train" not in found:
         raise ValueError(
             f"--source {file}: expected images where train: says, got {settings.get('train')!r}"
@@ -92,13 +96,15 @@ def _placed(home: Path, root: Any, entry: str) -> Path:
     return next((path for path in tried if path.exists()), tried[0])
 
 
-def _annotations(paths: list[Path], categories: list[Any], where: str) -> Annotations:
+def _annotations(
+    paths: list[Path], categories: list[Any], where: str, keypoints: bool
+) -> Annotations:
     account = Built()
     images, annotations = [], []
     for number, path in enumerate(dict.fromkeys(paths)):
         width, height = image_size(path) or (None, None)
         images.append({"id": number, "file_name": str(path), "width": width, "height": height})
-        for line, (category, box) in _labels(_label_file(path), account):
+        for line, (category, box) in _labels(_label_file(path), account, keypoints):
             x, y, w, h = box
             sides = [x * (width or 1), y * (height or 1), w * (width or 1), h * (height or 1)]
             annotations.append({"id": line, "image_id": number, "category_id": category,
@@ -118,21 +124,27 @@ def _label_file(image: Path) -> Path:
 
 
 def _labels(
-    file: Path, account: Built
+    file: Path, account: Built, keypoints: bool
 ) -> Iterator[tuple[str, tuple[int, tuple[float, float, float, float]]]]:
-    """(where, (class, x, y, width, height of the box's corner and size in shares))."""
+    """(where, (class, x, y, width, height of the box's corner and size in shares)).
+
+    Args:
+        keypoints: the numbers behind a box are no corners of a polygon.
+    """
     if not file.is_file():
         return
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines()):
         where = f"{file}, line {number + 1}"
         try:
             category, *values = map(float, line.split())
+            values = values[:4] if keypoints else values
         except ValueError:
             values = [] if line.split() else None
         if values is None:
             continue
         usable = len(values) == 4 or (len(values) >= 6 and len(values) % 2 == 0)
-        if not usable or not all(map(math.isfinite, values)) or category != int(category):
+        finite = all(map(math.isfinite, (category, *values)))
+        if not usable or not finite or category != int(category):
             account.leave_out("label that is no class with a box or a polygon", where)
         elif len(values) == 4:
             x, y, width, height = values

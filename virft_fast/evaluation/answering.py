@@ -8,9 +8,9 @@ images are read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from virft_fast import dist
@@ -61,7 +61,7 @@ def answer(
     def read(call: int) -> list[Prompt | BadRow]:
         return [load(index) for index in mine[call * batch_size : (call + 1) * batch_size]]
 
-    with ThreadPoolExecutor(1) as reader:
+    with _reader() as reader:
         coming = reader.submit(read, 0)
         for call in range(calls):
             with dist.agreed(), section("evaluation"):
@@ -81,6 +81,18 @@ def answer(
                     bad_rows.add(row.index, row.reason)
             progress(min((call + 1) * batch_size * dist.world_size(), len(rows)) + len(there))
     return sorted(records, key=lambda record: record["index"])
+
+
+@contextmanager
+def _reader() -> Iterator[ThreadPoolExecutor]:
+    """A thread that reads ahead; after an error nobody waits for it."""
+    reader = ThreadPoolExecutor(1)
+    try:
+        yield reader
+    except BaseException:
+        reader.shutdown(wait=False, cancel_futures=True)
+        raise
+    reader.shutdown()
 
 
 def _first_usable(load: Load, indices: Sequence[int]) -> Prompt:

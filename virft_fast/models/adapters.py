@@ -149,7 +149,12 @@ def _base_folder(folder: Path, named: str) -> str:
     candidates = [parent / Path(named).name for parent in (folder, folder.parent)]
     candidates.insert(0, Path(named))
     models = (path for path in candidates if (path / "config.json").is_file())
-    return str(next(models, named))
+    found = str(next(models, named))
+    if found != named and Path(named).name != BASE_FOLDER:  # which a run names after nothing else
+        logger.warning(
+            "%s names the base model %s, which is gone; %s is used", folder, named, found
+        )
+    return found
 
 
 def plan_lora(
@@ -230,7 +235,10 @@ def add_lora(
         base_model_name_or_path=_absolute(model.name_or_path),
         revision=revision,
     )
-    return peft.get_peft_model(model, config)
+    adapted = peft.get_peft_model(model, config)
+    # Which names it as it was loaded, from this working folder.
+    config.base_model_name_or_path = _absolute(model.name_or_path)
+    return adapted
 
 
 def _check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:

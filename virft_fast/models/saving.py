@@ -8,6 +8,7 @@ which vLLM, SGLang and llama.cpp follow. docs/checkpoints.md lists who reads wha
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import json
 import logging
@@ -153,8 +154,9 @@ def save_model(
         for name, content in processor.base_files.items():
             if name not in PROCESSOR_FILES:
                 (folder / name).write_bytes(content)
-    processor.model_type = inner.config.model_type
-    processor.save_pretrained(folder)
+    own = copy.copy(processor)  # the caller's may be of another family
+    own.model_type = inner.config.model_type
+    own.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):  # written for their owner's eyes only
         path.chmod(next(folder.glob("*config.json")).stat().st_mode)
 

@@ -108,7 +108,9 @@ def _takes_back(said: str, name: str, options: Sequence[str] | None) -> bool:
     """Whether a text after an option's letter negates it, or may name another option."""
     for other in _ALONE.finditer(said):
         article = _ARTICLE.match(said, other.start())
-        if other[0] != name and not article and _place(other[0], options) is not None:
+        # Where the options aren't known, those of letters are not numbered as well.
+        alike = options is not None or other[0].isdecimal() == name.isdecimal()
+        if other[0] != name and not article and alike and _place(other[0], options) is not None:
             return True
     return bool(_TAKEN_BACK_WITHIN.search(said)) or not _TAKEN_BACK.isdisjoint(words(said))
 
