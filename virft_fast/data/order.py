@@ -105,6 +105,7 @@ class PromptSampler:
         self.rank, self.world_size, self.shuffle = rank, world_size, shuffle
         self._permute = permutation or (lambda generator: generator.permutation(num_rows))
         self._epoch = self._position = 0
+        self._summed: tuple[np.ndarray, int] | None = None
         self._order = self._epoch_order()
         self._bad: dict[int, str] = {}
 
@@ -178,8 +179,11 @@ class PromptSampler:
         return self._permute(np.random.default_rng((self.seed, self._epoch)))
 
     def _checksum(self) -> int:
-        """Tells orders apart: that of a streamed set hangs on how its files are cut."""
-        return zlib.crc32(self._order.astype("<i8").tobytes())
+        """Tells orders apart: that of a streamed set hangs on how its files are cut. Computed once
+        an epoch, because every step asks for it."""
+        if self._summed is None or self._summed[0] is not self._order:
+            self._summed = self._order, zlib.crc32(self._order.astype("<i8").tobytes())
+        return self._summed[1]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch starts, in JSON's types; the same on all ranks."""
