@@ -63,6 +63,12 @@ def start(digits, tmp_path, monkeypatch):
     return started
 
 
+def arguments(digits, tmp_path, file):
+    """Of a run in tmp_path/run, with the two rewards of the file."""
+    rewards = ["--reward_funcs", f"{file}:letters", f"{file}:then"]
+    return ["--dataset_name", digits, "--output_dir", tmp_path / "run", *FLAGS, *rewards]
+
+
 def saved(out):
     return sorted(path.name for path in out.glob("checkpoint-*"))
 
@@ -238,18 +244,7 @@ def test_a_reward_that_swallows_its_timeout_or_hangs_in_threads(
         what = f"import concurrent.futures; {pool}.submit(time.sleep, 600).result()"
         file = tmp_path / "mine.py"
         file.write_text(REWARD.format(what=what))
-        argv = [
-            "--dataset_name",
-            digits,
-            "--output_dir",
-            tmp_path / "run",
-            *FLAGS,
-            "--reward_funcs",
-            f"{file}:letters",
-            f"{file}:then",
-            "--reward_timeout",
-            "1",
-        ]
+        argv = [*arguments(digits, tmp_path, file), "--reward_timeout", "1"]
         done = processes.run(*argv)
         assert done.returncode == 1 and "reward function then took longer" in done.stderr
     else:
@@ -334,19 +329,7 @@ def two_ranks(digits, tmp_path, what, *more, seconds=120):
     file.write_text(head + f"def act():\n    {what}\n\ndef then" + tail.format(
         what="os.environ['RANK'] == '1' and act()"))  # fmt: skip
     program.write_text(LAUNCH)
-    argv = [
-        sys.executable,
-        str(program),
-        "--dataset_name",
-        digits,
-        "--output_dir",
-        tmp_path / "run",
-        *FLAGS,
-        "--reward_funcs",
-        f"{file}:letters",
-        f"{file}:then",
-        *more,
-    ]
+    argv = [sys.executable, program, *arguments(digits, tmp_path, file), *more]
     ranks = []
     for rank in range(2):
         place = {
