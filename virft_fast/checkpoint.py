@@ -142,15 +142,10 @@ def write_final_model(
     return not failed
 
 
-def write_whole_model(
-    folder: Path, model: nn.Module, processor: Any, dtype: torch.dtype | None = None
-) -> None:
+def write_whole_model(folder: Path, model: nn.Module, processor: Any) -> None:
     """Write a whole model of this process into a folder of its own, which replaces what is there;
     a kill leaves the old folder or the new one."""
-    weights = {
-        name: parameter.detach().to(dtype or parameter.dtype)
-        for name, parameter in model.named_parameters()
-    }
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     aside = folder.with_name(f"{folder.name}{_ASIDE}")
     shutil.rmtree(aside, ignore_errors=True)
     save_model(model, weights, processor, aside)
