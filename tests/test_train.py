@@ -427,6 +427,35 @@ def test_output_dir_with_a_run_is_refused_then_overwritten(digits, tmp_path, cap
     assert kept.read_text() == "mine"
 
 
+def test_true_starts_again_what_was_killed_before_its_first_checkpoint(digits, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = [str(a) for a in arguments(digits, out, "--max_steps", 1)]
+    argv += ["--resume_from_checkpoint", "true"]
+    assert main(argv) == 0
+    first = read_jsonl(out / "metrics.jsonl")
+    assert "already holds a run" in fails(capsys, *argv)  # it is done: its model is there
+    (out / "config.json").unlink()
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "loss"')
+    assert main(argv) == 0
+    again = read_jsonl(out / "metrics.jsonl")
+    assert [record["step"] for record in again] == [1] and again[0]["loss"] == first[0]["loss"]
+    (out / "config.json").unlink()
+    (out / "damaged-checkpoint-1-5").mkdir()
+    assert "already holds a run" in fails(capsys, *argv)
+
+
+def test_overwriting_clears_the_folder_for_a_checkpoint_of_another(digits, tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    for out in (first, second):
+        argv = [str(a) for a in arguments(digits, out, "--save_steps", 1, "--max_steps", 3)]
+        assert main(argv) == 0
+    more = ["--resume_from_checkpoint", str(first / "checkpoint-1"), "--overwrite_output_dir"]
+    assert main([*argv, *more, "--max_steps", "2"]) == 0
+    assert [path.name for path in second.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert len(list(first.glob("checkpoint-*"))) == 3
+
+
 def test_overwriting_loses_nothing_before_the_new_run_can_start(digits, tmp_path, capsys):
     out = tmp_path / "run"
     argv = [str(a) for a in arguments(digits, out, "--max_steps", 1, "--save_steps", 1)]

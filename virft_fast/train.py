@@ -358,9 +358,10 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
     total_steps = num_steps(config, len(data.train))
     if resume:
         _resume(resume, saved, state, sampler, data, config)
+    here = resume is not None and resume.resolve().parent == output_dir.resolve()
     with usage():
         # Nothing of an earlier run is deleted before this one has all that it needs.
-        if config.train.overwrite_output_dir and not resume and dist.is_main():
+        if config.train.overwrite_output_dir and not here and dist.is_main():
             _delete_run(output_dir, keep=model.model_name_or_path)
         dist.barrier()
         if config.dpo.precompute_ref_log_probs and isinstance(state, dpo.DPOState):
@@ -376,13 +377,13 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
             is_main=dist.is_main(),
             start_step=state.step,
         )
-    if saved:
+    if config.train.resume_from_checkpoint:
         writer.truncate_to(state.step)
+    if saved:
         writer.load_state_dict(saved["writer"])
-    here = resume is None or resume.resolve().parent == output_dir.resolve()
     return Run(
         processor, data, state, sampler, writer, total_steps, saved,
-        saved_step=state.step if here else -1,
+        saved_step=-1 if resume and not here else state.step,
     )  # fmt: skip
 
 
@@ -405,12 +406,16 @@ def prepare_output_dir(config: RunConfig, lock: OutputLock) -> Path | None:
     resume, wanted = None, config.train.resume_from_checkpoint
     if wanted:
         resume = checkpoints.find_checkpoint(output_dir, wanted, dry_run=config.train.dry_run)
+    left = [METRICS_FILE, BASE_FOLDER, "damaged-checkpoint-*"]
     if wanted and resume is None:
         _say(f"--resume_from_checkpoint {wanted}: no checkpoint in {output_dir}; this run starts")
+        # A run that was killed before its first checkpoint starts again.
+        left = ["config.json", "adapter_config.json", "damaged-checkpoint-*"]
     elif wanted and resume.resolve().parent == output_dir.resolve():
         return resume
-    left = (output_dir / METRICS_FILE, output_dir / BASE_FOLDER)
-    holds_run = any(p.exists() for p in left) or checkpoints.list_checkpoints(output_dir)
+    holds_run = checkpoints.list_checkpoints(output_dir) or any(
+        any(output_dir.glob(name)) for name in left
+    )
     occupied = dist.any_rank(bool(holds_run), dist.local_device())
     dist.barrier()
     if occupied and not config.train.overwrite_output_dir:
