@@ -54,6 +54,7 @@ from virft_fast.data.demo import build_demo
 
 TIMEOUT_S = 180
 LIMIT = 2  # --save_total_limit
+LAST = "checkpoint-4"
 MAX_KILLS = 3  # of one run and those that resume it
 ZERO3 = Path(__file__).parent.parent / "configs/zero3.json"
 SETTINGS = {  # algorithm, ranks, further flags
@@ -276,8 +277,9 @@ class Campaign:
             out = self.work / f"whole-{setting}"
             shutil.rmtree(out, ignore_errors=True)
             statuses, trace, output = self.run(setting, out)
-            if any(statuses) or None in statuses:
-                raise RuntimeError(f"{setting}: expected a run to end with 0, got {output[-3000:]}")
+            whole = [path.name for path in checkpoint.list_checkpoints(out)][-1:] == [LAST]
+            if any(statuses) or None in statuses or not whole:
+                raise RuntimeError(f"{setting}: expected to reach {LAST}, got {output[-3000:]}")
             # What it had to import, so that the forks to come don't.
             for name in (self.work / "modules-0").read_text().splitlines():
                 with contextlib.suppress(Exception):

@@ -270,7 +270,7 @@ def test_rotation_renames_first_and_says_what_it_could_not_delete(
         save(state, processor, tmp_path, step, only_model=True, total_limit=1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3"]
     assert caplog.text.count("COULD NOT DELETE") == 2
-    checkpoint.delete_leftovers(tmp_path)  # fails again, which has been said
+    checkpoint.delete_leftovers(tmp_path, None)  # fails again, which has been said
     assert caplog.text.count("COULD NOT DELETE") == 2
     monkeypatch.setattr(shutil, "rmtree", rmtree)
     theirs = ("deleting-checkpoint-x-1", "checkpoint-4.writing.bak", "my.writing", "damaged-1")
@@ -278,8 +278,11 @@ def test_rotation_renames_first_and_says_what_it_could_not_delete(
     for name in (*theirs, *ours):
         (tmp_path / name).mkdir()
     (tmp_path / "metrics.writing").touch()
-    checkpoint.delete_leftovers(tmp_path)
+    checkpoint.delete_leftovers(tmp_path, None)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", *theirs}
+    save(state, processor, tmp_path, 4, only_model=True)  # killed before it could rotate
+    checkpoint.delete_leftovers(tmp_path, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", *theirs}
 
 
 def test_an_error_of_any_kind_costs_one_checkpoint_and_ctrl_c_passes(

@@ -270,6 +270,19 @@ def test_ranks_end_with_their_launcher_and_a_single_process_outlives_its_shell(t
         assert time.monotonic() - begun > 2
 
 
+def test_the_launcher_of_a_forked_process_is_the_one_that_forked_it(tmp_path):
+    argv, options = child(
+        "if os.fork() == 0:\n"
+        "    with watch.Watch(here) as watched:\n"
+        "        time.sleep(1.5)\n"
+        "    os._exit(int(watched.stopped))\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))\n",
+        LOCAL_RANK="0",
+    )
+    done = subprocess.run([*argv, str(tmp_path)], capture_output=True, timeout=60, **options)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_run_in_another_thread_has_no_time_limits(tmp_path):
     done = []
 

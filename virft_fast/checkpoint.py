@@ -429,11 +429,12 @@ def delete(path: Path) -> None:
 _undeletable: set[Path] = set()
 
 
-def delete_leftovers(output_dir: Path) -> None:
-    """Delete what a killed run left half-written or half-deleted."""
+def delete_leftovers(output_dir: Path, total_limit: int | None) -> None:
+    """Delete what a killed run left half-written or half-deleted, or had no time to delete."""
     for path in output_dir.iterdir():
         if LEFTOVER.fullmatch(path.name):
             delete(path)
+    _rotate(output_dir, total_limit)
 
 
 def _take_back_replaced(output_dir: Path) -> None:

@@ -1148,7 +1148,7 @@ def _resume(
         # Not another run's, which `folder` may be of.
         for path in checkpoints.set_later_aside(output_dir, state.step):
             _say(f"a later checkpoint is now {path}")
-        checkpoints.delete_leftovers(output_dir)
+        checkpoints.delete_leftovers(output_dir, config.train.save_total_limit)
     _say(f"resumed {folder} at step {state.step}")
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from virft_fast import PARENT_PROCESS, progress
+import virft_fast
+from virft_fast import progress
 
 logger = logging.getLogger("virft_fast")
 
@@ -33,6 +34,13 @@ DEAF_SECONDS = 5.0  # from then until the process is ended
 NATIVE_SECONDS = 30.0  # from a limit until a process that runs no Python is ended
 STALL_SECONDS = 600.0  # without progress until every rank writes where it stands
 ORPHAN_SECONDS = 60.0  # without progress, of a process whose launcher is gone
+
+
+def _note_parent() -> None:
+    virft_fast.PARENT_PROCESS = os.getppid()
+
+
+os.register_at_fork(after_in_child=_note_parent)
 
 
 class SectionTimeout(BaseException):
@@ -83,7 +91,7 @@ class Watch:
         self._section: Section | None = None
         self._woken_at: float | None = None  # when the section was first asked to end
         self._given_up: BaseException | None = None
-        self._parent = PARENT_PROCESS if "LOCAL_RANK" in os.environ else None
+        self._parent = virft_fast.PARENT_PROCESS if "LOCAL_RANK" in os.environ else None
         self._ended = threading.Event()
         self._handlers: dict[int, object] = {}
         self._stalled = False
