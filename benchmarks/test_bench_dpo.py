@@ -18,9 +18,9 @@ import torch
 from measure import DEVICE, peak_memory, release, synchronised
 from vlm import make_model, make_processor, make_sample
 
-from virft_fast import dpo
+from virft_fast.algorithms import dpo
+from virft_fast.algorithms.dpo import DPOState
 from virft_fast.config import DPOConfig, GRPOConfig
-from virft_fast.dpo import DPOState
 from virft_fast.engine import OptimizerSettings, PlainEngine, make_reference
 from virft_fast.models.qwen_vl import Policy, encode_prompt
 

@@ -17,9 +17,11 @@ from measure import DEVICE, peak_memory, release, synchronised
 from test_bench_rollout import FixedLength
 from vlm import LENGTHS, make_model, make_processor, make_sample
 
+from virft_fast.algorithms.grpo import train_step
+from virft_fast.algorithms.step import TrainState
 from virft_fast.config import GRPOConfig
 from virft_fast.engine import OptimizerSettings, PlainEngine
-from virft_fast.grpo import TrainState, train_step
+from virft_fast.kernels import LossArgs
 from virft_fast.models.qwen_vl import Policy, encode_prompt
 
 trl = pytest.importorskip("trl")
@@ -126,11 +128,13 @@ def check(trainer, examples, states, processor, sample):
         # TRL's own count of what it divides by.
         out = state.policy(
             collated,
-            loss={
-                "loss_mask": mask.flatten().to(DEVICE), "advantages": inputs["advantages"],
-                "loss_type": "dapo", "num_items": float(inputs["num_items_in_batch"]),
-            },
-        )  # fmt: skip
+            loss=LossArgs(
+                advantages=inputs["advantages"],
+                loss_type="dapo",
+                num_items=float(inputs["num_items_in_batch"]),
+            ),
+            loss_mask=mask.flatten().to(DEVICE),
+        )
         out[0].backward()
         gradient = flat_gradient(state.policy.model)
         state.policy.zero_grad(set_to_none=True)

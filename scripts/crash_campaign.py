@@ -235,7 +235,8 @@ class Campaign:
                 world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": SETTINGS[setting][1]}
                 os.environ |= {name: str(value) for name, value in world.items()}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            train.write_report = lambda *args, **kwargs: None  # the picture takes a second
+            # The picture takes a second.
+            train.conclusion.write_report = lambda *args, **kwargs: None
             Watch(out, report, kill_at, torn).install()
             before()
             status = train.main(self.arguments(setting, out, more))

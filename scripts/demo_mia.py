@@ -23,7 +23,8 @@ from typing import Any
 import datasets
 import torch
 
-from virft_fast import dpo, mia
+from virft_fast import mia
+from virft_fast.algorithms import dpo
 from virft_fast.data.__main__ import main as data_main
 from virft_fast.data.demo import demo_dataset
 from virft_fast.data.mia import Layout, Plan, Scene

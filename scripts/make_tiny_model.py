@@ -22,13 +22,14 @@ import random
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
-from virft_fast import sft, tasks
+from virft_fast import tasks
+from virft_fast.algorithms import sft
+from virft_fast.algorithms.step import StepStats, TrainState, update
 from virft_fast.batch import Sample
 from virft_fast.config import GRPOConfig
 from virft_fast.data.demo import (
@@ -43,7 +44,6 @@ from virft_fast.data.demo import (
     shapes,
 )
 from virft_fast.engine import OptimizerSettings, PlainEngine
-from virft_fast.grpo import StepStats, TrainState, update
 from virft_fast.models.processing import build_tiny_processor
 from virft_fast.models.qwen_vl import Policy, encode_prompt
 from virft_fast.models.saving import save_model
@@ -120,7 +120,7 @@ def train_state(policy, tokenizer, rate):
     settings = OptimizerSettings(0.0, betas=(0.9, 0.98), weight_decay=0.01)
     engine = PlainEngine(policy, settings, device=torch.device("cpu"))
     return TrainState(
-        config=replace(GRPOConfig(), **sft.AS_CROSS_ENTROPY),
+        config=GRPOConfig(),
         policy=policy,
         engine=engine,
         reference=None,
@@ -136,7 +136,7 @@ def train_state(policy, tokenizer, rate):
 def train(
     policy, tokenizer, pools, answer, *, steps, learning_rate, warmup, batch_sizes, report, seed=0
 ):
-    """Steps of `virft_fast.sft` with a cosine schedule to a tenth; shapes in each step, digits in
+    """Steps of `algorithms.sft` with a cosine schedule to a tenth; shapes in each step, digits in
     some, each task's mean cross entropy counting alike."""
 
     def rate(step):
@@ -154,11 +154,11 @@ def train(
             chosen = [rng.randrange(len(pool.rows)) for _ in range(size)]
             answers = [answer(pool.rows[i], rng) for i in chosen]
             prompts = [pool.prompts[i] for i in chosen]
-            _, parts, shares = sft.prepare(state, prompts, answers, StepStats())
+            _, parts, shares = sft.prepare(state, prompts, answers)
             microbatches += parts
             weights += shares
 
-        def note(stats, out, microbatch, losses=losses):
+        def note(stats, out, microbatch, loss, losses=losses):
             losses.append(round(-float(out.logps.sum() / microbatch.loss_mask.sum()), 3))
 
         update(state, microbatches, weights, rate(step), StepStats(), note)

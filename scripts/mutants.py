@@ -36,13 +36,14 @@ class Mutant(NamedTuple):
     tests: str
 
 
-GRPO, ENGINE, SAMPLING = "grpo.py", "engine.py", "rollout/sampling.py"
+GRPO, STEP = "algorithms/grpo.py", "algorithms/step.py"
+ENGINE, SAMPLING = "engine.py", "rollout/sampling.py"
 NATIVE, PREFIX = "rollout/native.py", "models/shared_prefix.py"
 TOKEN, LOSS, LINEAR = "kernels/token_loss.py", "kernels/grpo_loss.py", "kernels/linear.py"
 ADVANTAGES, ROWS = "kernels/advantages.py", "kernels/logprobs.py"
 REWARDS, ORIGINAL, SCORING = "tasks/rewards.py", "tasks/visual_rft.py", "tasks/scoring.py"
 MATCHING, ORDER, CHECKPOINT = "matching/assign.py", "data/order.py", "checkpoint.py"
-SCALES = "scales = [len(mb.advantages) * world / num_sequences for mb in microbatches]"
+SCALES = "[(loss, len(mb.advantages) * world / num_sequences) for mb in microbatches]"
 SHARES = "tests/test_grpo.py -k shares_of_two_ranks"
 
 MUTANTS = [
@@ -50,20 +51,20 @@ MUTANTS = [
     *(
         Mutant(
             f"{kind} without world",
-            GRPO,
+            STEP,
             SCALES,
-            SCALES.replace("* world", f'* (1 if cfg.loss_type == "{kind}" else world)'),
+            SCALES.replace("* world", f'* (1 if loss.loss_type == "{kind}" else world)'),
             SHARES,
         )
         for kind in ("grpo", "gspo", "dr_grpo")
     ),
-    Mutant("dapo without world", GRPO, "max(num_tokens, 1.0) / world", "max(num_tokens, 1.0)",
+    Mutant("dapo without world", STEP, "max(num_tokens, 1.0) / world", "max(num_tokens, 1.0)",
            SHARES),
-    Mutant("counts of this rank alone", GRPO, "dist.all_reduce_sum(counts).tolist()",
+    Mutant("counts of this rank alone", STEP, "dist.all_reduce_sum(counts).tolist()",
            "counts.tolist()", SHARES),
-    Mutant("a veto of this rank alone", GRPO, "veto = dist.any_rank(not finite, state.engine.device)",
+    Mutant("a veto of this rank alone", STEP, "veto = dist.any_rank(not finite, state.engine.device)",
            "veto = not finite", "tests/test_grpo.py -k another_ranks_loss"),
-    Mutant("a stop of this rank alone", "train.py",
+    Mutant("a stop of this rank alone", "train/loop.py",
            "if dist.any_rank(watch.stopped, state.engine.device):", "if watch.stopped:",
            "tests/test_stopping.py -k another_rank_that_is_asked"),
     Mutant("errors stay on their rank", "dist.py", "        raise RankFailed(errors)", "        pass",
@@ -74,10 +75,10 @@ MUTANTS = [
            "tests/test_grpo.py -k gradient_that_is_not_finite"),
     Mutant("a veto is not heeded", ENGINE, "applied = math.isfinite(norm) and not veto",
            "applied = math.isfinite(norm)", "tests/test_grpo.py -k another_ranks_loss"),
-    Mutant("bad steps are never forgotten", GRPO,
+    Mutant("bad steps are never forgotten", STEP,
            "state.bad_steps = 0 if applied else state.bad_steps + 1",
            "state.bad_steps = state.bad_steps + (not applied)", "tests/test_grpo.py -k good_step"),
-    Mutant("bad steps are never counted", GRPO,
+    Mutant("bad steps are never counted", STEP,
            "state.bad_steps = 0 if applied else state.bad_steps + 1", "state.bad_steps = 0",
            "tests/test_grpo.py -k non_finite_step"),
     Mutant("gradients pile up", ENGINE, "self.optimizer.zero_grad(set_to_none=True)", "pass",
@@ -86,14 +87,15 @@ MUTANTS = [
            "        norm = float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))",
            "tests/test_golden.py"),
     Mutant("truncated completions are counted", GRPO,
-           "counted = counted & ~rollouts.truncated[:, None]", "pass",
+           "loss_shares(microbatches, _counted(rollouts, cfg), args)",
+           "loss_shares(microbatches, rollouts.completion_mask, args)",
            "tests/test_grpo.py -k not_counted_where_they_are_masked"),
-    Mutant("truncated completions are not counted as drawn", GRPO,
+    Mutant("truncated completions are not counted as drawn", STEP,
            "float(rollouts.completion_mask.sum()) * world",
            "float(rollouts.completion_mask[~rollouts.truncated].sum()) * world",
            "tests/test_grpo.py -k counted_as_drawn"),
     Mutant("truncated completions are learnt from", GRPO,
-           "mask = mask & ~rollouts.truncated[:, None]", "pass",
+           "mask = _counted(rollouts, state.config)", "mask = rollouts.completion_mask",
            "tests/test_grpo.py -k truncated_completions_leave"),
     Mutant("groups of equal rewards are read", GRPO,
            "mask = mask & (advantages != 0).to(mask.device)[:, None]", "pass",

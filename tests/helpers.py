@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from virft_fast.algorithms.step import TrainState
 from virft_fast.batch import Prompt, Sample
 from virft_fast.config import GRPOConfig
 from virft_fast.engine import OptimizerSettings, PlainEngine, make_reference
-from virft_fast.grpo import TrainState
 from virft_fast.models.qwen_vl import Policy, encode_prompt, load_model
 from virft_fast.rollout.backends import make_rollout
 

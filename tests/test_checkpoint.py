@@ -20,7 +20,8 @@ import torch
 from helpers import make_state, parameters
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
-from virft_fast import checkpoint, train
+from virft_fast import checkpoint
+from virft_fast.algorithms.grpo import train_step
 from virft_fast.checkpoint import (
     find_checkpoint,
     find_damage,
@@ -31,9 +32,9 @@ from virft_fast.checkpoint import (
 )
 from virft_fast.config import UsageError, usage
 from virft_fast.data.order import BadRows, PromptSampler
-from virft_fast.grpo import train_step
 from virft_fast.metrics import MetricsWriter
-from virft_fast.train import _resume, parse_args, read_resumed
+from virft_fast.train import parse_args, resume
+from virft_fast.train.resume import load_checkpoint, read_resumed
 
 
 @pytest.fixture
@@ -370,7 +371,7 @@ def odd_states():
 
 
 def test_odd_values_in_a_state_are_usage_errors_never_tracebacks(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "weights_stamp", lambda path: SAVED["weights"])
+    monkeypatch.setattr(resume, "weights_stamp", lambda path: SAVED["weights"])
     config = parse_args(["--output_dir", str(tmp_path)])
     folder = tmp_path / "checkpoint-3"
     (folder / "engine").mkdir(parents=True)
@@ -388,7 +389,7 @@ def test_odd_values_in_a_state_are_usage_errors_never_tracebacks(tmp_path, monke
         try:
             with usage():
                 saved = read_resumed(folder, config, None)
-            _resume(folder, saved, state, PromptSampler(8, 2, seed=42), data, config)
+            load_checkpoint(folder, saved, state, PromptSampler(8, 2, seed=42), data, config)
             writer.load_state_dict(saved["writer"])
             accepted.add((path, odd))
         except UsageError as error:

@@ -22,7 +22,8 @@ from virft_fast.data.__main__ import make_parser
 from virft_fast.launch_lines import FOREIGN, find
 from virft_fast.output_lock import OutputLock
 from virft_fast.tasks import load_reward_funcs
-from virft_fast.train import main, parse_args, prepare_output_dir
+from virft_fast.train import main, parse_args
+from virft_fast.train.setup import prepare_output_dir
 
 DOCS = Path(__file__).parent.parent / "docs"
 

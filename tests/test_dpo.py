@@ -14,10 +14,10 @@ from helpers import CPU, largest_difference, make_sample, make_state, parameters
 from helpers import make_prompts as encode
 from processes import run
 
-from virft_fast import dpo, train
+from virft_fast.algorithms import dpo
+from virft_fast.algorithms.dpo import DPOState, dpo_loss
 from virft_fast.config import DPOConfig
 from virft_fast.data import SampleDataset
-from virft_fast.dpo import DPOState, dpo_loss
 from virft_fast.engine import PlainEngine, make_reference
 from virft_fast.models.qwen_vl import Policy, add_lora, core, freeze_vision_tower, load_model
 from virft_fast.train import main
@@ -410,7 +410,7 @@ def test_other_weights_under_the_reference_are_refused_on_resume(
         return step(*given)
 
     with monkeypatch.context() as patch:  # they are stamped when the run begins
-        patch.setitem(train.STEPS, "dpo", replace_them_meanwhile)
+        patch.setattr(dpo.ALGORITHM, "step", replace_them_meanwhile)
         assert main([*argv, "--max_steps", "2"]) == 0
     again = [*argv, "--max_steps", "3", "--resume_from_checkpoint", "latest"]
     assert main(again) == 2

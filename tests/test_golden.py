@@ -37,12 +37,12 @@ class Replay:
 @pytest.mark.parametrize("sharing", ["on", "off"])
 def test_first_losses_of_the_tiny_run(monkeypatch, tmp_path, sharing):
     expected = json.loads((GOLDEN / "demo.json").read_text())
-    make_rollout = train.make_rollout
+    make_rollout = train.model.make_rollout
 
     def replay(*args, **kwargs):
         return Replay(make_rollout(*args, **kwargs), expected)
 
-    monkeypatch.setattr(train, "make_rollout", replay)
+    monkeypatch.setattr(train.model, "make_rollout", replay)
     argv = [*ARGUMENTS, "--max_steps", str(len(expected)), "--prefix_sharing", sharing]
     assert train.main([*argv, "--output_dir", str(tmp_path)]) == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -16,8 +16,9 @@ from helpers import (
     parameters,
 )
 
-from virft_fast import grpo
-from virft_fast.grpo import TooManyBadSteps, train_step
+from virft_fast.algorithms import grpo
+from virft_fast.algorithms.grpo import train_step
+from virft_fast.algorithms.step import TooManyBadSteps
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo"]
 
@@ -256,18 +257,18 @@ def test_the_shares_of_two_ranks_are_one_big_batch(processor, prompts, monkeypat
     rollouts = state.rollout.generate(prompts, 2, grpo._sampling(state))
     advantages = torch.linspace(-1, 1, len(rollouts.texts))
     microbatches = grpo.make_microbatches(state, rollouts, advantages, grpo.StepStats())
-    alone = grpo.loss_weights(microbatches, rollouts, state.config)
+    alone = grpo._shares(microbatches, rollouts, state.config)
     monkeypatch.setattr(grpo.dist, "world_size", lambda: 2)
     monkeypatch.setattr(grpo.dist, "all_reduce_sum", lambda counts: counts * 2)
-    shared = grpo.loss_weights(microbatches, rollouts, state.config)
+    shared = grpo._shares(microbatches, rollouts, state.config)
     # Averaged over two ranks, 2 * (scale / num_items) / 2 has to be half of what it is alone.
-    for one, two in zip(alone, shared, strict=True):
-        factor = two["scale"] / (two["num_items"] or 1) / 2
-        assert factor == pytest.approx(one["scale"] / (one["num_items"] or 1) / 2)
-    if alone[0]["num_items"] is None:
-        assert sum(weight["scale"] for weight in alone) == pytest.approx(1)
+    for (one, scale), (two, shared_scale) in zip(alone, shared, strict=True):
+        factor = shared_scale / (two.num_items or 1) / 2
+        assert factor == pytest.approx(scale / (one.num_items or 1) / 2)
+    if alone[0][0].num_items is None:
+        assert sum(scale for _, scale in alone) == pytest.approx(1)
     else:
-        assert alone[0]["num_items"] == int(rollouts.completion_mask.sum())
+        assert alone[0][0].num_items == int(rollouts.completion_mask.sum())
 
 
 def test_truncated_completions_are_not_counted_where_they_are_masked(processor, prompts):
@@ -278,9 +279,9 @@ def test_truncated_completions_are_not_counted_where_they_are_masked(processor, 
     microbatches = grpo.make_microbatches(
         state, rollouts, torch.ones(len(rollouts.texts)), grpo.StepStats()
     )
-    (weight, *_) = grpo.loss_weights(microbatches, rollouts, state.config)
+    ((args, _), *_) = grpo._shares(microbatches, rollouts, state.config)
     kept = rollouts.completion_mask[1::2]
-    assert weight["num_items"] == int(kept.sum()) < int(rollouts.completion_mask.sum())
+    assert args.num_items == int(kept.sum()) < int(rollouts.completion_mask.sum())
 
 
 def test_tokens_of_truncated_completions_are_counted_as_drawn(processor, prompts):

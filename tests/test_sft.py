@@ -9,7 +9,7 @@ import torch
 from helpers import CPU, largest_difference, make_state, parameters
 from torch.nn import functional as F
 
-from virft_fast import sft
+from virft_fast.algorithms import sft
 from virft_fast.batch import Sample
 from virft_fast.data.loading import taught_answer
 from virft_fast.rollout.sampling import make_rollouts
@@ -30,17 +30,13 @@ def test_what_is_learnt(columns, expected):
     assert taught_answer(Sample(0, (), (), "<answer>cat</answer>", columns)) == expected
 
 
-def state_for(processor, **more):
-    return make_state(processor, config=sft.AS_CROSS_ENTROPY, **more)
-
-
 def gradients(module):
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
 def test_loss_and_gradient_are_those_of_plain_cross_entropy(processor, prompts, monkeypatch):
     """Against transformers' own logits, sample by sample, prompt masked."""
-    state = state_for(processor, prompts_per_microbatch=4)
+    state = make_state(processor, prompts_per_microbatch=4)
     model = state.policy.model
     total, count = 0.0, 0
     for prompt in prompts:
@@ -73,8 +69,8 @@ def test_loss_and_gradient_are_those_of_plain_cross_entropy(processor, prompts, 
 
 def test_accumulation_equals_one_big_batch(processor, prompts):
     settings = {"epsilon": 1e-3, "learning_rate": 2e-3}
-    big = state_for(processor, settings=settings, prompts_per_microbatch=4)
-    small = state_for(processor, settings=settings, gradient_accumulation_steps=4)
+    big = make_state(processor, settings=settings, prompts_per_microbatch=4)
+    small = make_state(processor, settings=settings, gradient_accumulation_steps=4)
     losses = [[sft.train_step(s, prompts)[0]["loss"] for _ in range(3)] for s in (big, small)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0][-1] < losses[0][0]

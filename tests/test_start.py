@@ -144,13 +144,13 @@ CASES = [
 @pytest.fixture
 def without_weights(monkeypatch):
     """A model's shape may be made, but no weights be read."""
-    real = train.load_model
+    real = train.model.load_model
 
     def load_model(*args, empty=False, **options):
         assert empty, "the model was loaded"
         return real(*args, empty=True, **options)
 
-    for module in (train, evaluation):
+    for module in (train.model, evaluation):
         monkeypatch.setattr(module, "load_model", load_model)
 
 

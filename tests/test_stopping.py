@@ -18,8 +18,12 @@ from processes import environment
 from safetensors.torch import load_file
 
 from virft_fast import dist, train, watch
+from virft_fast.algorithms import grpo
 from virft_fast.data.demo import build_demo
+from virft_fast.data.prompts import PromptSource
+from virft_fast.tasks import RewardError
 from virft_fast.train import main
+from virft_fast.train.loop import is_given_up
 
 HERE = Path(__file__).parent
 FLAGS = ["--max_completion_length", "8", "--num_generations", "4", "--learning_rate", "1e-3",
@@ -80,7 +84,7 @@ HANGS = "while True: pass"
 @pytest.mark.parametrize("what", [RAISES, "raise SystemExit(3)"])
 def test_a_reward_that_raises_loses_no_step(start, tmp_path, capsys, what):
     out = tmp_path / "run"
-    with pytest.raises(train.tasks.RewardError):
+    with pytest.raises(RewardError):
         start(what)
     assert saved(out) == ["checkpoint-2"] and len(read_jsonl(out / "metrics.jsonl")) == 2
     assert "ended in step 3; saved is" in capsys.readouterr().err
@@ -90,7 +94,7 @@ def test_a_reward_that_raises_loses_no_step(start, tmp_path, capsys, what):
 def test_the_run_goes_on_from_there_bit_for_bit(start, tmp_path, capsys):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert start("pass", out=whole) == 0
-    with pytest.raises(train.tasks.RewardError):
+    with pytest.raises(RewardError):
         start(RAISES, out=broken)
     assert start("pass", "--resume_from_checkpoint", "latest", out=broken) == 0
     a, b = (load_file(out / "model.safetensors") for out in (whole, broken))
@@ -130,7 +134,7 @@ def test_a_signal_during_a_reward_that_hangs_gives_the_step_up(start, tmp_path, 
 
 
 def test_a_signal_during_the_rollout_gives_the_step_up(start, tmp_path, capsys, monkeypatch):
-    generate, calls = train.make_rollout, []
+    generate, calls = train.model.make_rollout, []
 
     def made(*args, **kwargs):
         rollout = generate(*args, **kwargs)
@@ -146,7 +150,7 @@ def test_a_signal_during_the_rollout_gives_the_step_up(start, tmp_path, capsys, 
         rollout.generate = slow
         return rollout
 
-    monkeypatch.setattr(train, "make_rollout", made)
+    monkeypatch.setattr(train.model, "make_rollout", made)
     assert start("pass") == 0
     assert saved(tmp_path / "run") == ["checkpoint-1"]
 
@@ -172,14 +176,14 @@ def test_after_the_last_step_only_the_evaluation_is_given_up(start, tmp_path, ca
 
 
 def test_an_error_before_the_first_step_saves_nothing(start, tmp_path, capsys):
-    with pytest.raises(train.tasks.RewardError):
+    with pytest.raises(RewardError):
         start("pass\n    raise OSError('judge unreachable')")
     assert saved(tmp_path / "run") == []
     assert "no step was saved" in capsys.readouterr().err
 
 
 def test_no_step_is_saved_whose_update_had_begun(start, tmp_path, capsys, monkeypatch):
-    step = train.STEPS["grpo"]
+    step = grpo.ALGORITHM.step
 
     def half(state, prompts):
         result = step(state, prompts)
@@ -187,7 +191,7 @@ def test_no_step_is_saved_whose_update_had_begun(start, tmp_path, capsys, monkey
             raise OSError("after the update")
         return result
 
-    monkeypatch.setitem(train.STEPS, "grpo", half)
+    monkeypatch.setattr(grpo.ALGORITHM, "step", half)
     with pytest.raises(OSError, match="after the update"):
         start("pass", "--save_steps", "2")
     assert saved(tmp_path / "run") == ["checkpoint-2"]
@@ -201,14 +205,14 @@ def test_no_step_is_saved_whose_update_had_begun(start, tmp_path, capsys, monkey
     ids=["cuda", "python", "cpu"],
 )  # fmt: skip
 def test_out_of_memory_names_the_flags_to_lower(start, tmp_path, capsys, monkeypatch, error):
-    step = train.STEPS["grpo"]
+    step = grpo.ALGORITHM.step
 
     def full(state, prompts):
         if state.step == 1:
             raise error
         return step(state, prompts)
 
-    monkeypatch.setitem(train.STEPS, "grpo", full)
+    monkeypatch.setattr(grpo.ALGORITHM, "step", full)
     assert start("pass") == 1
     shown = capsys.readouterr().err
     assert "out of memory; lower --per_device_train_batch_size" in shown and "--max_pixels" in shown
@@ -216,7 +220,7 @@ def test_out_of_memory_names_the_flags_to_lower(start, tmp_path, capsys, monkeyp
 
 
 def test_rows_that_can_not_be_loaded_lose_no_step(start, tmp_path, capsys, monkeypatch):
-    load, calls = train.PromptSource.load, []
+    load, calls = PromptSource.load, []
 
     def gone(self, index):
         calls.append(index)
@@ -224,7 +228,7 @@ def test_rows_that_can_not_be_loaded_lose_no_step(start, tmp_path, capsys, monke
             raise OSError("Input/output error")
         return load(self, index)
 
-    monkeypatch.setattr(train.PromptSource, "load", gone)
+    monkeypatch.setattr(PromptSource, "load", gone)
     with pytest.raises(OSError, match="Input/output"):
         start("pass")
     assert saved(tmp_path / "run") == ["checkpoint-2"]
@@ -284,7 +288,7 @@ def test_a_run_stops_with_another_rank_that_is_asked_to(start, tmp_path, capsys,
         asked.append(flag)
         return flag or len(asked) == 10  # an even one is the question whether to stop
 
-    monkeypatch.setattr(train.dist, "any_rank", any_rank)
+    monkeypatch.setattr(dist, "any_rank", any_rank)
     assert start("pass", "--max_steps", "50") == 0
     assert True not in asked and "stopped by a signal" in capsys.readouterr().err
     assert len(saved(tmp_path / "run")) == 1
@@ -302,7 +306,7 @@ def test_what_fails_on_one_rank_is_agreed_upon(monkeypatch):
     with pytest.raises(dist.RankFailed, match="rank 2: SectionStopped: given up") as failed:
         with dist.agreed():
             pass
-    assert dist.is_agreed(failed.value) and train._is_given_up(failed.value)
+    assert dist.is_agreed(failed.value) and is_given_up(failed.value)
     with pytest.raises(OSError, match="here") as failed, dist.agreed():
         raise OSError("here")
     assert dist.is_agreed(failed.value) and not dist.is_agreed(OSError("elsewhere"))

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
 from virft_fast import checkpoint
+from virft_fast.algorithms import grpo
 from virft_fast.config import DataConfig, EvalConfig, RunConfig
 from virft_fast.evaluation.run import of_dataset
 from virft_fast.metrics import MetricsWriter
@@ -29,7 +30,9 @@ from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import load_model
 from virft_fast.models.tiny import TINY_PATH
 from virft_fast.rollout.native import cache_numbers
-from virft_fast.train import _read_curve, main, parse_args, prepare_data
+from virft_fast.train import main, parse_args
+from virft_fast.train.conclusion import _read_curve
+from virft_fast.train.rows import prepare_data
 
 ROOT = Path(__file__).parent.parent
 TINY_WEIGHTS = TINY_PATH / "model.safetensors"
@@ -324,7 +327,7 @@ def test_model_that_native_rollouts_cannot_reach_is_named_at_the_start(
 ):
     monkeypatch.setattr(shared_prefix, "unreachable", lambda model: "it is made of stone")
     steps = []
-    monkeypatch.setattr("virft_fast.train.train_step", lambda *a: steps.append(a))
+    monkeypatch.setattr(grpo.ALGORITHM, "step", lambda *a: steps.append(a))
     said = fails(capsys, *arguments(digits, tmp_path / "o", *dry_run))
     assert "made of stone; pass --rollout_backend hf" in said and not steps
 

@@ -19,7 +19,11 @@ import sys
 import torch
 from helpers import CPU, letter_count, make_prompts, make_sample
 
-from virft_fast import dist, grpo, sft
+from virft_fast import dist
+from virft_fast.algorithms import grpo, sft
+from virft_fast.algorithms.grpo import train_step
+from virft_fast.algorithms.step import TrainState
+from virft_fast.commands import end_process
 from virft_fast.config import GRPOConfig
 from virft_fast.engine import (
     DeepSpeedEngine,
@@ -29,12 +33,10 @@ from virft_fast.engine import (
     prepare_deepspeed,
     resolve_deepspeed_config,
 )
-from virft_fast.grpo import TrainState, train_step
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import Policy, add_lora, freeze_vision_tower, load_model
 from virft_fast.models.tiny import resolve_model_path
 from virft_fast.rollout.backends import make_rollout
-from virft_fast.train import end_process
 
 STEPS = 3
 
@@ -105,7 +107,7 @@ def prepare(stage, batch, kind, processor):
         "num_generations": 2, "max_completion_length": 6, "beta": beta, "loss_type": "dapo"
     }  # fmt: skip
     state = TrainState(
-        config=GRPOConfig(**(sft.AS_CROSS_ENTROPY if kind == "sft" else settings_of)),
+        config=GRPOConfig(**settings_of),
         policy=policy,
         engine=engine,
         reference=call_reference,

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from virft_fast import dist
-from virft_fast.train import end_process, main
+from virft_fast.commands import end_process
+from virft_fast.train import main
 
 shutdown, dist.shutdown = dist.shutdown, lambda: None  # one process group serves them all
 for argv in json.loads(Path(sys.argv[1]).read_text()):

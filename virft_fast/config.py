@@ -11,25 +11,37 @@ import contextlib
 import difflib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from virft_fast.kernels.loss_args import LEVELS, LOSS_TYPES
+
 logger = logging.getLogger("virft_fast")
 
-ALGORITHMS = ("grpo", "sft", "dpo")
+# Name -> the module whose ALGORITHM it is; see `virft_fast.algorithms`.
+ALGORITHMS = {name: f"virft_fast.algorithms.{name}" for name in ("grpo", "sft", "dpo")}
 TASKS = ("auto", "detection", "classification", "grounding", "choice", "number")
 EVAL_TASKS = (*TASKS, "coco", "lvis")
 BOX_SPACES = ("auto", "thousandths", "pixels", "unit")
 ANSWERS = ("lenient", "visual_rft")
-ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 DTYPES = ("auto", "float32", "bfloat16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")  # any other name may be a kernel of the hub
 SAVE_DTYPES = (*DTYPES, "float16")
 LOSS_IMPLS = ("fused", "reference")
 ROLLOUT_BACKENDS = ("native", "hf")
 PREFIX_ATTENTIONS = ("two_part", "flex", "dense")
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo")
+
+
+# Flags of GRPO's that the other algorithms heed, too.
+BESIDE_GRPO = (
+    "max_completion_length",
+    "loss_impl",
+    "prefix_sharing",
+    "prefix_attention",
+    "rollout_backend",
+    "rollout_cache_tokens",
+)
 
 
 class UsageError(ValueError):
@@ -45,7 +57,7 @@ def usage() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-def arg(default: Any, help: str, *aliases: str, choices: tuple[str, ...] = ()) -> Any:
+def arg(default: Any, help: str, *aliases: str, choices: Collection[str] = ()) -> Any:
     """A dataclass field with a help text, other spellings of its flag, and its values if few."""
     metadata: dict[str, Any] = {"help": help}
     if choices:
@@ -55,6 +67,12 @@ def arg(default: Any, help: str, *aliases: str, choices: tuple[str, ...] = ()) -
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def given_flags(config: Any) -> list[str]:
+    """The flags of a group that have another value than by default."""
+    default = type(config)()
+    return [f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)]
 
 
 def _require(ok: bool, flag: str, expected: str, got: Any) -> None:
@@ -236,7 +254,7 @@ class GRPOConfig:
         choices=("group", "batch", "none"),
     )
     importance_sampling_level: str = arg(
-        "token", "Whose probability the ratio is of.", choices=("token", "sequence")
+        "token", "Whose probability the ratio is of.", choices=LEVELS
     )
     mask_truncated_completions: bool = arg(False, "Leave completions without EOS out of the loss.")
 

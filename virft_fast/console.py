@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from virft_fast import dist
+
 
 class _Unbreakable:
     """A text stream whose writes are lost, and not an error, where it can't be written:
@@ -65,3 +67,9 @@ def _settle(stream: Any) -> None:
             os.dup2(null, stream.fileno())
             os.close(null)
             stream.flush()
+
+
+def say(text: str) -> None:
+    """To standard error, by the main process."""
+    if dist.is_main():
+        print(text, file=sys.stderr)

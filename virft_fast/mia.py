@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from virft_fast import dist
+from virft_fast.algorithms.sft import answer_ids
 from virft_fast.batch import Prompt
 from virft_fast.data import BadRow, SampleDataset
 from virft_fast.data.drawing import contact_sheet
@@ -46,7 +47,6 @@ from virft_fast.models.processing import resized
 from virft_fast.models.qwen_vl import Policy, control_tokens_in, encode_prompt
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.native import NativeRollout
-from virft_fast.sft import answer_ids
 
 MAX_TRUTH_CHARACTERS = 512
 # Small scenes are shown up to this size.

@@ -15,10 +15,10 @@ from virft_fast.data import BadRow, BadRows
 from virft_fast.evaluation.answering import Load, answer
 from virft_fast.evaluation.journal import Record
 from virft_fast.evaluation.reading import predicted_boxes, true_boxes
-from virft_fast.grpo import completion_records, reward_arguments
 from virft_fast.matching import match_boxes, pad_boxes
 from virft_fast.metrics import null_for_nan
 from virft_fast.rollout import Rollout
+from virft_fast.rollout.records import completion_records, reward_arguments
 from virft_fast.tasks import BOX_TASKS, score
 
 Section = Callable[[str], AbstractContextManager[Any]]

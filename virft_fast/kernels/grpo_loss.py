@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +28,8 @@ from virft_fast.kernels.logprobs import (
     rows_backward,
     rows_forward,
 )
-from virft_fast.kernels.token_loss import KL_KINDS, token_loss
-
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo")
-LEVELS = ("token", "sequence")
+from virft_fast.kernels.loss_args import LossArgs, takes_loss_args
+from virft_fast.kernels.token_loss import token_loss
 
 
 @dataclass(frozen=True)
@@ -56,28 +54,16 @@ class GRPOLoss:
     clip_fraction_high: Tensor
 
 
+@takes_loss_args
 def grpo_loss(
     logits: Tensor,
     completion_ids: Tensor,
     completion_mask: Tensor | None = None,
     *,
-    rewards: Tensor | None = None,
-    advantages: Tensor | None = None,
-    num_generations: int | None = None,
-    old_logps: Tensor | None = None,
-    ref_logps: Tensor | None = None,
-    beta: float = 0.0,
-    epsilon_low: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
-    loss_type: str = "grpo",
-    importance_sampling_level: str = "token",
-    kl: str = "k3",
     temperature: float = 1.0,
-    max_completion_length: int | None = None,
-    num_items: int | float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     inplace: bool = False,
+    **loss: Any,
 ) -> GRPOLoss:
     """Policy-gradient loss of N sampled completions.
 
@@ -129,24 +115,7 @@ def grpo_loss(
     check_rows(logits, completion_ids, temperature)
     ids = completion_ids.reshape(-1).masked_fill(~layout.mask, 0)
     check_ids("completion_ids", ids, logits.shape[-1])
-    terms = make_terms(
-        layout,
-        dtype=compute_dtype(logits),
-        rewards=rewards,
-        advantages=advantages,
-        num_generations=num_generations,
-        old_logps=old_logps,
-        ref_logps=ref_logps,
-        beta=beta,
-        epsilon_low=epsilon_low,
-        epsilon_high=epsilon_high,
-        delta=delta,
-        loss_type=loss_type,
-        importance_sampling_level=importance_sampling_level,
-        kl=kl,
-        max_completion_length=max_completion_length,
-        num_items=num_items,
-    )
+    terms = make_terms(layout, compute_dtype(logits), LossArgs(**loss))
     return make_result(terms, *_GRPOFromLogits.apply(logits, ids, 1 / temperature, inplace, terms))
 
 
@@ -345,67 +314,33 @@ class _GRPOFromLogits(torch.autograd.Function):
         return out, None, None, None, None
 
 
-def make_terms(
-    layout: Layout,
-    *,
-    dtype: torch.dtype,
-    rewards: Tensor | None,
-    advantages: Tensor | None,
-    num_generations: int | None,
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    beta: float,
-    epsilon_low: float,
-    epsilon_high: float | None,
-    delta: float | None,
-    loss_type: str,
-    importance_sampling_level: str,
-    kl: str,
-    max_completion_length: int | None,
-    num_items: int | float | Tensor | None,
-) -> LossTerms:
-    """Check the options of `grpo_loss`, in its words, and turn them into LossTerms."""
-    _check_choice("loss_type", loss_type, LOSS_TYPES)
-    _check_choice("importance_sampling_level", importance_sampling_level, LEVELS)
-    _check_choice("kl", kl, KL_KINDS)
-    epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
-    numbers = {"beta": beta, "epsilon_low": epsilon_low, "epsilon_high": epsilon_high}
-    for name, value in numbers.items():
-        if not value >= 0 or (name == "beta" and value == math.inf):
-            raise ValueError(f"{name}: expected a number >= 0, got {value}")
-    if delta is not None and not delta > 0:
-        raise ValueError(f"delta: expected a number > 0 or None, got {delta}")
-    if beta > 0 and ref_logps is None:
+def make_terms(layout: Layout, dtype: torch.dtype, args: LossArgs) -> LossTerms:
+    """The arguments, checked against the tokens they are for."""
+    if args.beta > 0 and args.ref_logps is None:
         raise ValueError(
             f"ref_logps: expected {layout.shape} log-probs of the reference model because "
-            f"beta={beta}, got None; pass them, or beta=0"
+            f"beta={args.beta}, got None; pass them, or beta=0"
         )
-    given = _rewards_or_advantages(layout, dtype, rewards, advantages, num_generations)
     return LossTerms(
         layout=layout,
-        given=given,
-        num_generations=num_generations if advantages is None else None,
-        weights=_token_weights(layout, dtype, loss_type, max_completion_length, num_items),
-        old_logps=_flat_logps("old_logps", old_logps, layout, dtype),
-        ref_logps=_flat_logps("ref_logps", ref_logps, layout, dtype),
-        beta=beta,
-        epsilon_low=epsilon_low,
-        epsilon_high=epsilon_high,
-        delta=delta,
-        by_sequence=importance_sampling_level == "sequence" or loss_type == "gspo",
-        capped=loss_type == "cispo",
-        kl=kl,
+        given=_rewards_or_advantages(layout, dtype, args),
+        num_generations=args.num_generations if args.advantages is None else None,
+        weights=_token_weights(layout, dtype, args),
+        old_logps=_flat_logps("old_logps", args.old_logps, layout, dtype),
+        ref_logps=_flat_logps("ref_logps", args.ref_logps, layout, dtype),
+        beta=args.beta,
+        epsilon_low=args.epsilon_low,
+        epsilon_high=args.upper_epsilon,
+        delta=args.delta,
+        by_sequence=args.importance_sampling_level == "sequence" or args.loss_type == "gspo",
+        capped=args.loss_type == "cispo",
+        kl=args.kl,
     )
 
 
-def _rewards_or_advantages(
-    layout: Layout,
-    dtype: torch.dtype,
-    rewards: Tensor | None,
-    advantages: Tensor | None,
-    num_generations: int | None,
-) -> Tensor:
+def _rewards_or_advantages(layout: Layout, dtype: torch.dtype, args: LossArgs) -> Tensor:
     """(N,), whichever of the two was given."""
+    rewards, advantages, num_generations = args.rewards, args.advantages, args.num_generations
     if (rewards is None) == (advantages is None):
         got = "neither" if rewards is None else "both"
         raise ValueError(f"rewards, advantages: expected exactly one of them, got {got}")
@@ -423,20 +358,16 @@ def _rewards_or_advantages(
     return given
 
 
-def _token_weights(
-    layout: Layout,
-    dtype: torch.dtype,
-    loss_type: str,
-    max_completion_length: int | None,
-    num_items: int | float | Tensor | None,
-) -> Tensor:
+def _token_weights(layout: Layout, dtype: torch.dtype, args: LossArgs) -> Tensor:
     """(R,) weight of each token's term in the loss; no denominator is 0."""
+    loss_type, num_items = args.loss_type, args.num_items
     mask = layout.mask.to(dtype)
     num_sequences = max(layout.num_sequences, 1)
     if loss_type in ("grpo", "gspo"):
         lengths = layout.lengths.clamp(min=1).to(dtype)
         return mask / layout.per_token(lengths) / num_sequences
     if loss_type == "dr_grpo":
+        max_completion_length = args.max_completion_length
         if max_completion_length is None and len(layout.shape) == 2:
             max_completion_length = max(layout.shape[1], 1)
         if max_completion_length is None or max_completion_length < 1:
@@ -466,8 +397,3 @@ def _flat_logps(
             f"got {tuple(logps.shape)} on {logps.device}"
         )
     return torch.where(layout.mask, logps.detach().reshape(-1).to(dtype), 0.0)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")

@@ -8,6 +8,7 @@ and, where old log-probs make clipping possible, once or twice a tile for those 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from virft_fast.kernels.logprobs import (
     rows_backward,
     rows_forward,
 )
+from virft_fast.kernels.loss_args import LossArgs, takes_loss_args
 
 # Elements of one tile of logits: 32 MiB of float32 on a CPU; on a GPU 1.2 GiB, which at V = 152k is
 # the 2,048 rows that keep its matrix units busy. The second is an estimate, not tuned.
@@ -79,6 +81,7 @@ def linear_logits(hidden: Tensor, weight: Tensor) -> Tensor:
         return head.logits(hidden)
 
 
+@takes_loss_args
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -86,23 +89,10 @@ def linear_grpo_loss(
     completion_mask: Tensor | None = None,
     *,
     bias: Tensor | None = None,
-    rewards: Tensor | None = None,
-    advantages: Tensor | None = None,
-    num_generations: int | None = None,
-    old_logps: Tensor | None = None,
-    ref_logps: Tensor | None = None,
-    beta: float = 0.0,
-    epsilon_low: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
-    loss_type: str = "grpo",
-    importance_sampling_level: str = "token",
-    kl: str = "k3",
     temperature: float = 1.0,
-    max_completion_length: int | None = None,
-    num_items: int | float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_tokens: int | None = None,
+    **loss: Any,
 ) -> GRPOLoss:
     """`grpo_loss` of the logits hidden @ weight.T + bias, which never exist as a whole.
 
@@ -125,24 +115,7 @@ def linear_grpo_loss(
     """
     layout = make_layout(completion_ids, completion_mask, cu_seqlens)
     _check(hidden, weight, completion_ids, bias, temperature, chunk_tokens)
-    terms = make_terms(
-        layout,
-        dtype=compute_dtype(hidden, weight),
-        rewards=rewards,
-        advantages=advantages,
-        num_generations=num_generations,
-        old_logps=old_logps,
-        ref_logps=ref_logps,
-        beta=beta,
-        epsilon_low=epsilon_low,
-        epsilon_high=epsilon_high,
-        delta=delta,
-        loss_type=loss_type,
-        importance_sampling_level=importance_sampling_level,
-        kl=kl,
-        max_completion_length=max_completion_length,
-        num_items=num_items,
-    )
+    terms = make_terms(layout, compute_dtype(hidden, weight), LossArgs(**loss))
     ids = completion_ids.reshape(-1).masked_fill(~layout.mask, 0)
     check_ids("completion_ids", ids, weight.shape[0])
     values = _LinearGRPO.apply(

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from virft_fast.kernels.grpo_loss import GRPOLoss, grpo_loss, make_result, make_terms
+from virft_fast.kernels.grpo_loss import GRPOLoss, make_result, make_terms
 from virft_fast.kernels.layout import make_layout
 from virft_fast.kernels.logprobs import compute_dtype
+from virft_fast.kernels.loss_args import LossArgs, takes_loss_args
 
 
 def logps_reference(
@@ -25,6 +26,7 @@ def logps_reference(
     return logps, -(log_p.exp() * log_p).sum(-1)
 
 
+@takes_loss_args
 def grpo_loss_reference(
     hidden: Tensor,
     weight: Tensor,
@@ -33,13 +35,11 @@ def grpo_loss_reference(
     *,
     temperature: float = 1.0,
     cu_seqlens: Tensor | None = None,
-    **options: Any,
+    **loss: Any,
 ) -> GRPOLoss:
     """`linear_grpo_loss` by the same mathematics on autograd's log-probs."""
     layout = make_layout(completion_ids, completion_mask, cu_seqlens)
-    others = ("temperature", "cu_seqlens", "inplace")
-    defaults = {k: v for k, v in grpo_loss.__kwdefaults__.items() if k not in others}
-    terms = make_terms(layout, dtype=compute_dtype(hidden, weight), **(defaults | options))
+    terms = make_terms(layout, compute_dtype(hidden, weight), LossArgs(**loss))
     # Where masked, hidden states and ids may hold anything.
     mask = layout.mask.view(layout.shape)
     hidden = torch.where(mask[..., None], hidden, 0.0)
@@ -48,6 +48,6 @@ def grpo_loss_reference(
     logps = logps.reshape(-1).masked_fill(~layout.mask, 0.0)
     evaluated = terms.evaluate(logps)
     # The value of the loss, with its gradient in the log-probs.
-    loss = evaluated.loss + ((logps - logps.detach()) * evaluated.d_logps).sum()
+    value = evaluated.loss + ((logps - logps.detach()) * evaluated.d_logps).sum()
     entropy = entropy.detach().reshape(-1).masked_fill(~layout.mask, 0.0)
-    return make_result(terms, loss, evaluated.logps, entropy, evaluated.kl, evaluated.clipped)
+    return make_result(terms, value, evaluated.logps, entropy, evaluated.kl, evaluated.clipped)

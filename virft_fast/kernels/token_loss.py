@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-KL_KINDS = ("k1", "k2", "k3")
 # Beyond it exp goes on along its tangent: finite, and the gradient keeps size and sign.
 MAX_EXPONENT = 20.0
 

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from virft_fast.kernels.token_loss import KL_KINDS, MAX_EXPONENT
+from virft_fast.kernels.loss_args import KL_KINDS
+from virft_fast.kernels.token_loss import MAX_EXPONENT
 
 FORWARD_BLOCK, FORWARD_WARPS = 4096, 4
 BACKWARD_BLOCK, BACKWARD_WARPS = 4096, 4

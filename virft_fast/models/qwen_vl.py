@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from virft_fast.batch import Prompt, Sample
-from virft_fast.kernels import GRPOLoss, linear_grpo_loss, linear_logps
+from virft_fast.kernels import GRPOLoss, LossArgs, linear_grpo_loss, linear_logps
 from virft_fast.kernels.linear import linear_logits
 from virft_fast.kernels.reference import grpo_loss_reference, logps_reference
 from virft_fast.models import chat_template, shared_prefix
@@ -440,10 +440,11 @@ class Policy(nn.Module):
         *,
         temperature: float = 1.0,
         image_features: Tensor | None = None,
-        loss: dict[str, Any] | None = None,
+        loss: LossArgs | None = None,
+        loss_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Log-probs and entropy (S,) of the completion tokens; with `loss` (`loss_mask` (S,) and
-        keyword arguments of `linear_grpo_loss`) the fields of a GRPOLoss instead, as a tuple.
+        """Log-probs and entropy (S,) of the completion tokens; with `loss` the fields of a GRPOLoss
+        instead, as a tuple, over the tokens of `loss_mask` (S,).
 
         Args:
             image_features: what `image_features` gave for these images, to save the tower's pass.
@@ -451,7 +452,7 @@ class Policy(nn.Module):
         if image_features is None:
             image_features = self.image_features(inputs)
         hidden = self._completion_hidden(inputs, image_features)
-        return self.head(hidden, inputs, temperature, loss)
+        return self.head(hidden, inputs, temperature, loss, loss_mask)
 
     def _completion_hidden(self, inputs: ModelInputs, image_features: Tensor) -> Tensor:
         if inputs.groups is None:
@@ -687,13 +688,16 @@ class Head(nn.Module):
         self._loss = linear_grpo_loss if fused else grpo_loss_reference
 
     def forward(
-        self, hidden: Tensor, inputs: ModelInputs, temperature: float, loss: dict[str, Any] | None
+        self,
+        hidden: Tensor,
+        inputs: ModelInputs,
+        temperature: float,
+        loss: LossArgs | None,
+        loss_mask: Tensor | None,
     ) -> tuple[Tensor, ...]:
         hidden = hidden.to(self.weight.dtype)
         if loss is None:
             return self._logps(hidden, self.weight, inputs.completion_ids, temperature=temperature)
-        arguments = {**loss}
-        loss_mask = arguments.pop("loss_mask")
         out = self._loss(
             hidden,
             self.weight,
@@ -701,7 +705,7 @@ class Head(nn.Module):
             loss_mask,
             cu_seqlens=inputs.cu_seqlens,
             temperature=temperature,
-            **arguments,
+            **vars(loss),
         )
         # ZeRO-3's hooks find tensors in tuples, but not in a dataclass.
         return tuple(getattr(out, field.name) for field in fields(GRPOLoss))

@@ -9,11 +9,14 @@ MIA-DPO's cross entropy of the chosen answer beside it.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,29 +24,32 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from virft_fast import dist, progress
-from virft_fast.batch import Prompt, Rollouts, Sample
-from virft_fast.config import DPOConfig
-from virft_fast.data import BadRow, NoUsableRows
-from virft_fast.grpo import (
+from virft_fast.algorithms.sft import answer_ids, given_answers
+from virft_fast.algorithms.step import (
+    Algorithm,
+    Data,
+    HeldOut,
     Microbatch,
     Part,
     StepStats,
     TrainState,
     as_reference,
+    backward,
     empty_microbatch,
     finish,
     microbatch,
     plan_microbatches,
+    step_optimizer,
 )
+from virft_fast.batch import Prompt, Rollouts, Sample
+from virft_fast.config import BESIDE_GRPO, DPOConfig, RunConfig, UsageError, given_flags
+from virft_fast.data import BadRow, NoUsableRows
 from virft_fast.metrics import reduce_metrics
 from virft_fast.models.qwen_vl import control_tokens_in
-from virft_fast.sft import answer_ids, given_answers
 
 logger = logging.getLogger(__name__)
 
-# What the parts of GRPO that are used here have to take for granted.
-AS_PAIRS: dict[str, Any] = {"beta": 0.0, "num_iterations": 1, "temperature": 1.0}
-
+REFERENCE_FILE = "reference_logps.json"
 
 # Row -> the reference's log-probs of its (chosen, rejected) answer.
 RefLogps = dict[int, tuple[float, float]]
@@ -169,18 +175,13 @@ def train_step(
         for number, pairs in enumerate(batches, 1):
             # Engines average gradients over ranks, hence the factor.
             loss = _loss(state, pairs, stats, *counts) * dist.world_size()
-            state.engine.backward(loss, last=number == len(batches))
-            progress.mark("training")
-            value = float(loss.detach())
-            finite &= math.isfinite(value)
-            stats.add_total("loss", value)
-        veto = dist.any_rank(not finite, state.engine.device)
-        result = state.engine.step(learning_rate, veto=veto)
-        stats.add("grad_norm", result.grad_norm)
+            finite &= backward(state, loss, last=number == len(batches))
+            stats.add_total("loss", float(loss.detach()))
+        applied = step_optimizer(state, finite, learning_rate, stats)
     lengths = answers.completion_mask.sum(1)
     stats.add("completion_length", float(lengths.sum()), len(lengths))
     state.step += 1
-    return finish(state, stats, answers, learning_rate, result.applied, start), []
+    return finish(state, stats, answers, learning_rate, applied, start), []
 
 
 @torch.no_grad()
@@ -369,3 +370,133 @@ def _sums(pairs: Pairs, logps: Tensor) -> Tensor:
     # Its checks would wait for the device, and the lengths are ours.
     sums = torch.segment_reduce(logps, "sum", lengths=lengths, initial=0.0, unsafe=True)
     return sums.view(-1, 2)
+
+
+def _reference_beforehand(config: RunConfig, state: DPOState, data: Data, *, resumed: bool) -> None:
+    """The reference's log-probs of all rows: computed at the start of a run, read later on. From
+    then on only rows that are as they were can be used."""
+    path = Path(config.train.output_dir) / REFERENCE_FILE
+    held_out = 0 if data.test is None else min(config.train.eval_samples, len(data.test))
+    counts = {"train": len(data.train), "test": held_out}
+    # What decides which rows can be used, and what the model reads of them.
+    flags = ("max_completion_length", "max_prompt_length", "min_pixels", "max_pixels")
+    limits = {name: config.flat()[name] for name in flags}
+    if resumed:
+        try:
+            saved = json.loads(path.read_text())
+            had = saved["counts"]
+            if had["train"] != counts["train"] or had["test"] < held_out:
+                raise ValueError(f"it is of {had} rows, these are {counts}")
+            if saved["limits"] != limits:
+                raise ValueError(f"it was made with {saved['limits']}, these are {limits}")
+            tables = [
+                (
+                    {int(row): (float(c), float(r)) for row, (c, r) in saved[name].items()},
+                    {int(row): str(d) for row, d in saved["digests"][name].items()},
+                )
+                for name in counts
+            ]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"{path}: expected the reference's log-probs of this run, got a file that is "
+                "damaged or of another version; start the run again"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{path}: expected the reference's log-probs of this run: {error}; start it again"
+            ) from error
+        _use_reference(state, data, tables)
+        return
+    from tqdm import tqdm
+
+    tables = []
+    for source, count in ((data.train, counts["train"]), (data.test, counts["test"])):
+        with tqdm(total=count, unit="row", desc="reference", disable=not dist.is_main()) as bar:
+            size = max(config.train.eval_batch_size, state.prompts_per_microbatch)
+            load = source.load if source is not None else None
+            tables.append(reference_logps(state, load, count, size, bar.update))
+    _use_reference(state, data, tables)
+    if dist.is_main():
+        aside = path.with_suffix(".writing")
+        content = {"counts": counts, "limits": limits, "digests": {}}
+        for name, (logps, digests) in zip(counts, tables, strict=True):
+            content |= {name: logps}
+            content["digests"] |= {name: digests}
+        aside.write_text(json.dumps(content))
+        aside.replace(path)
+
+
+def _use_reference(
+    state: DPOState, data: Data, tables: Sequence[tuple[RefLogps, dict[int, str]]]
+) -> None:
+    (state.ref_logps, of_train), (state.test_ref_logps, of_test) = tables
+    for source, digests in ((data.train, of_train), (data.test, of_test)):
+        if source is not None:
+            source.check = partial(_all_checks, (source.check, partial(check_known, digests)))
+
+
+def _all_checks(checks: Sequence[Callable[[Sample], str | None]], sample: Sample) -> str | None:
+    return next((wrong for wrong in (check(sample) for check in checks) if wrong), None)
+
+
+class DPO(Algorithm):
+    name = "dpo"
+    preferences = True
+    files = (REFERENCE_FILE,)
+
+    def without_effect(self, config: RunConfig) -> list[str]:
+        if config.grpo.beta != type(config.grpo)().beta:  # TRL's DPO has a --beta too
+            raise UsageError(
+                f"--beta {config.grpo.beta}: it is the weight of GRPO's KL term; for --algorithm "
+                f"dpo pass --dpo_beta {config.grpo.beta}"
+            )
+        unused = [name for name in given_flags(config.grpo) if name not in BESIDE_GRPO]
+        return unused + ([] if config.data.task == "auto" else ["task"])
+
+    def check_data(self, config: RunConfig, column_names: Sequence[str]) -> None:
+        if not {"chosen", "rejected"} <= set(column_names):
+            raise UsageError(
+                f"--algorithm dpo: expected the columns chosen and rejected, got "
+                f"{', '.join(column_names)}"
+            )
+        if config.data.box_space != "auto":
+            raise UsageError(
+                f"--box_space {config.data.box_space}: expected auto with --algorithm dpo, whose "
+                "answers are not converted; leave it out"
+            )
+
+    def check_row(self, config: RunConfig, tokenizer: Any) -> Callable[[Sample], str | None]:
+        return partial(check_pair, tokenizer, config.grpo.max_completion_length)
+
+    def uses_reference(self, config: RunConfig) -> bool:
+        return not config.dpo.precompute_ref_log_probs
+
+    def make_state(self, config: RunConfig, **parts: Any) -> DPOState:
+        return DPOState(config=config.grpo, dpo=config.dpo, **parts)
+
+    def begin(self, config: RunConfig, state: DPOState, data: Data, *, resumed: bool) -> None:
+        if config.dpo.precompute_ref_log_probs:
+            _reference_beforehand(config, state, data, resumed=resumed)
+
+    def step(
+        self, state: DPOState, prompts: Sequence[Prompt]
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        return train_step(state, prompts)
+
+    def evaluate(self, config: RunConfig, state: DPOState, data: Data, num_rows: int) -> HeldOut:
+        means = evaluate(state, data.test.load, num_rows, config.train.eval_batch_size)
+        return {"means": means, "answers": {}, "num_samples": int(means.pop("num_pairs"))}
+
+    def compare(
+        self, before: HeldOut, after: HeldOut
+    ) -> tuple[str, dict[str, float], dict[str, float]]:
+        title = f"held-out pairs, {after['num_samples']} samples"
+        # Before training the policy is the reference, and prefers nothing to it.
+        first = {k: v for k, v in before["means"].items() if not k.startswith("rewards/")}
+        return title, first, {k: v for k, v in after["means"].items() if k in first}
+
+    def answers(self, sample: Sample) -> dict[str, str]:
+        return dict(zip(("chosen", "rejected"), pair_of(sample), strict=True))
+
+
+ALGORITHM = DPO()

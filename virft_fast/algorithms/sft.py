@@ -9,35 +9,31 @@ accumulation and ranks equal one big batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from virft_fast.batch import Prompt, Rollouts, Sample
-from virft_fast.data.loading import taught_answer
-from virft_fast.grpo import (
+from virft_fast.algorithms.step import (
+    Algorithm,
     Microbatch,
     StepStats,
     TrainState,
     finish,
-    loss_weights,
-    make_microbatches,
+    lay_out,
+    loss_shares,
     update,
 )
-from virft_fast.kernels import GRPOLoss
+from virft_fast.batch import Prompt, Rollouts, Sample
+from virft_fast.config import BESIDE_GRPO, RunConfig, given_flags
+from virft_fast.data.loading import taught_answer
+from virft_fast.kernels import GRPOLoss, LossArgs
 from virft_fast.models.qwen_vl import control_tokens_in
 
-# What makes GRPO's loss a mean cross entropy over tokens.
-AS_CROSS_ENTROPY: dict[str, Any] = {
-    "beta": 0.0,
-    "loss_type": "dapo",
-    "importance_sampling_level": "token",
-    "num_iterations": 1,
-    "temperature": 1.0,
-    "mask_truncated_completions": False,
-}
+# With advantages of 1 the gradient of a mean cross entropy over tokens.
+CROSS_ENTROPY = LossArgs(loss_type="dapo")
 
 
 def answer_ids(tokenizer: Any, text: str) -> Tensor:
@@ -66,8 +62,6 @@ def train_step(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """One step on this rank's B prompts and the answers their rows hold.
 
-    Args:
-        state: its `config` has to hold `AS_CROSS_ENTROPY`.
     Returns:
         metrics, the same on all ranks, `loss` the mean cross entropy of a token; and no records.
     Raises:
@@ -77,13 +71,9 @@ def train_step(
     torch.manual_seed(state.seed + state.step)
     texts = [taught_answer(prompt.sample) for prompt in prompts]
     with stats.timed("train"):
-        answers, microbatches, weights = prepare(state, prompts, texts, stats)
+        answers, microbatches, shares = prepare(state, prompts, texts)
         learning_rate = state.learning_rate(state.step)
-        applied = update(state, microbatches, weights, learning_rate, stats, note_cross_entropy)
-    # The surrogate's value says nothing: at a ratio of 1 it is -1, whatever the model knows.
-    del stats.totals["loss"]
-    for name in ("clip_fraction_low", "clip_fraction_high", "dropped_fraction"):
-        stats.sums.pop(name)
+        applied = update(state, microbatches, shares, learning_rate, stats, note_cross_entropy)
     lengths = answers.completion_mask.sum(1)
     stats.add("completion_length", float(lengths.sum()), len(lengths))
     state.step += 1
@@ -91,18 +81,21 @@ def train_step(
 
 
 def prepare(
-    state: TrainState, prompts: Sequence[Prompt], texts: Sequence[str], stats: StepStats
-) -> tuple[Rollouts, list[Microbatch], list[dict[str, Any]]]:
-    """Microbatches of prompts and their answers, and the weights that make their loss the mean
-    cross entropy of a token; `grpo.update` takes both, of several data sets one after another
-    too."""
+    state: TrainState, prompts: Sequence[Prompt], texts: Sequence[str]
+) -> tuple[Rollouts, list[Microbatch], list[tuple[LossArgs, float]]]:
+    """Microbatches of prompts and their answers, and what makes their loss the mean cross entropy
+    of a token; `step.update` takes both, of several data sets one after another too."""
     answers = given_answers(state.tokenizer, prompts, [[text] for text in texts])
-    microbatches = make_microbatches(state, answers, torch.ones(len(prompts)), stats)
-    return answers, microbatches, loss_weights(microbatches, answers, state.config)
+    mask = answers.completion_mask
+    microbatches = lay_out(state, answers, torch.ones(len(prompts)), mask)
+    return answers, microbatches, loss_shares(microbatches, mask, CROSS_ENTROPY)
 
 
-def note_cross_entropy(stats: StepStats, out: GRPOLoss, mb: Microbatch) -> None:
-    stats.add("loss", -float(out.logps.sum()), float(mb.loss_mask.sum()))
+def note_cross_entropy(stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: float) -> None:
+    """The surrogate's value says nothing: at a ratio of 1 it is -1, whatever the model knows."""
+    tokens = float(mb.loss_mask.sum())
+    stats.add("entropy", float(out.entropy.sum()), tokens)
+    stats.add("loss", -float(out.logps.sum()), tokens)
 
 
 def given_answers(
@@ -123,3 +116,27 @@ def given_answers(
         texts=tuple(flat),
         sampling_logps=torch.zeros(ids.shape),
     )
+
+
+class SFT(Algorithm):
+    name = "sft"
+
+    def without_effect(self, config: RunConfig) -> list[str]:
+        unused = [name for name in given_flags(config.grpo) if name not in BESIDE_GRPO]
+        if config.train.eval_samples:  # its evaluation scores answers
+            unused = [name for name in unused if not name.startswith("reward_")]
+        return given_flags(config.dpo) + unused
+
+    def check_row(self, config: RunConfig, tokenizer: Any) -> Callable[[Sample], str | None]:
+        return partial(check_answer, tokenizer, config.grpo.max_completion_length)
+
+    def rolls_out(self, config: RunConfig) -> bool:
+        return config.train.eval_samples > 0
+
+    def step(
+        self, state: TrainState, prompts: Sequence[Prompt]
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        return train_step(state, prompts)
+
+
+ALGORITHM = SFT()

@@ -1,0 +1,339 @@
+"""GRPO: one step, readable top to bottom.
+
+What a step does: G completions for each prompt, a reward for each, advantages within the groups,
+and `num_iterations` passes of the clipped loss over them. It differs from Visual-RFT's trainer in
+what was broken there (images follow their prompts, truncated and unscorable completions are dealt
+with, the token count spans all microbatches and ranks before the first backward) and from TRL's in
+that a microbatch counts prompts or tokens, so that a group stays together and its prompt is read
+once, and in that completions nothing can be learnt from are not read at all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from virft_fast import dist
+from virft_fast.algorithms.step import (
+    Algorithm,
+    Microbatch,
+    StepStats,
+    TooManyBadSteps,
+    TrainState,
+    as_reference,
+    finish,
+    lay_out,
+    loss_shares,
+    update,
+)
+from virft_fast.batch import Prompt, Rollouts
+from virft_fast.config import GRPOConfig, RunConfig, given_flags
+from virft_fast.kernels import GRPOLoss, LossArgs, group_advantages
+from virft_fast.rollout import Sampling
+from virft_fast.rollout.records import completion_records, reward_arguments
+from virft_fast.tasks import RewardLog, score
+
+logger = logging.getLogger(__name__)
+
+# Metric -> the value above which a step teaches little, and what to say after IDLE_STEPS of them.
+IDLE_STEPS = 20
+IDLE = {
+    "frac_reward_zero_std": (
+        0.999,
+        "the completions of every group had equal rewards in the last %d steps, so that nothing is "
+        "learnt. Usual causes: a reward that no answer earns, or every one (see completions.jsonl, "
+        "and --dry_run, which scores the solutions); a prompt that asks for another form of answer "
+        "than the reward reads; answers that hardly differ (distinct_fraction near 0: raise "
+        "--temperature or --num_generations)",
+    ),
+    "truncated_fraction": (
+        0.9,
+        "more than 90 %% of the completions were cut off at --max_completion_length in the last %d "
+        "steps. Usual causes: a limit too low for the reasoning that the prompt asks for; a model "
+        "that never ends its turn (a base model, or another chat template than it was trained "
+        "with); a reward that length earns",
+    ),
+}
+
+
+def train_step(
+    state: TrainState, prompts: Sequence[Prompt]
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """One GRPO step on this rank's B prompts.
+
+    Returns:
+        metrics, the same on all ranks, and a record of each of this rank's N completions.
+    Raises:
+        TooManyBadSteps: `max_bad_steps` steps in a row had to be skipped, or had no finite value
+            of one of the reward functions.
+    """
+    cfg, stats, start = state.config, StepStats(), time.perf_counter()
+    torch.manual_seed(state.seed + state.step)
+    log = RewardLog()
+    with stats.timed("rollout"), state.engine.whole_weights():
+        pass  # gathered by all ranks, before anything here can fail on one of them
+    with dist.agreed():
+        with stats.timed("rollout"), state.section("rollout", None):
+            rollouts = state.rollout.generate(
+                prompts,
+                cfg.num_generations,
+                _sampling(state),
+                first_row=dist.rank() * len(prompts) * cfg.num_generations,
+            )
+        with stats.timed("rewards"):
+            rewards_per_func, rewards = score_rollouts(state, rollouts, log)  # (N, R), (N,)
+    advantages = _advantages(rewards, cfg)  # (N,)
+    with stats.timed("train"):
+        microbatches = make_microbatches(state, rollouts, advantages, stats)
+        shares = _shares(microbatches, rollouts, cfg)
+        _frozen_passes(state, microbatches)
+        learning_rate = state.learning_rate(state.step)
+        applied = True
+        for iteration in range(cfg.num_iterations):
+
+            def note(
+                stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: float, first=iteration == 0
+            ) -> None:
+                _loss_stats(stats, out, mb, loss / cfg.num_iterations)
+                if first:  # later the weights are no longer those that drew
+                    _mismatch_stats(stats, out, mb)
+
+            applied &= update(
+                state, microbatches, shares, learning_rate, stats, note, cfg.temperature
+            )
+    _rollout_stats(stats, state, rollouts, rewards_per_func, rewards)
+    _reported_stats(stats, state, log)
+    state.step += 1
+    metrics = finish(state, stats, rollouts, learning_rate, applied, start)
+    names = [name for name, _ in state.reward_funcs]
+    _count_silent(state, metrics, names)
+    _count_idle(state, metrics)
+    records = completion_records(rollouts, names, rewards_per_func)
+    for record, advantage in zip(records, advantages.tolist(), strict=True):
+        record["advantage"] = advantage
+    for column, values in log.extra.items():
+        for record, value in zip(records, values, strict=False):
+            record.setdefault(column, _plain(value))
+    return metrics, records
+
+
+def _plain(value: Any) -> Any:
+    """What a reward function reports, as JSON can hold it."""
+    try:
+        json.dumps(value)
+        return value
+    except (TypeError, ValueError, RecursionError):
+        return repr(value)[:1000]
+
+
+def _count_silent(state: TrainState, metrics: dict[str, float], names: Sequence[str]) -> None:
+    """Stop where a reward function has scored nothing for too long, on any rank."""
+    for name in names:
+        scored_some = math.isfinite(metrics.get(f"rewards/{name}", math.nan))
+        state.silent_steps[name] = 0 if scored_some else state.silent_steps.get(name, 0) + 1
+        if state.silent_steps[name] >= state.max_bad_steps:
+            raise TooManyBadSteps(
+                f"reward function {name} gave no finite value for any completion in "
+                f"{state.silent_steps[name]} steps in a row, up to step {state.step}: expected "
+                f"numbers of float32, with None for some completions at most; mend it, or leave it "
+                f"out of --reward_funcs; --max_bad_steps sets the limit"
+            )
+
+
+def _count_idle(state: TrainState, metrics: dict[str, float]) -> None:
+    """Warn where steps have taught little for long, once until one does teach."""
+    for name, (limit, text) in IDLE.items():
+        state.idle_steps[name] = state.idle_steps.get(name, 0) + 1 if metrics[name] > limit else 0
+        if state.idle_steps[name] == IDLE_STEPS:
+            logger.warning(text, IDLE_STEPS)
+
+
+def score_rollouts(state: TrainState, rollouts: Rollouts, log: RewardLog) -> tuple[Tensor, Tensor]:
+    """Rewards (N, R), NaN where a function abstains, and their weighted sums (N,)."""
+    shared = log.arguments(_trainer_state(state)) if _has_own_rewards(state) else {}
+    arguments = reward_arguments(rollouts)
+    return score(
+        state.reward_funcs,
+        state.reward_weights,
+        *arguments,
+        shared=shared,
+        section=lambda what: state.section(what, state.reward_timeout),
+    )
+
+
+def _has_own_rewards(state: TrainState) -> bool:
+    """Whether a reward function is the user's; ours neither look at the run nor report of it."""
+    modules = (getattr(function, "__module__", "") for _, function in state.reward_funcs)
+    return not all(module.startswith("virft_fast.") for module in modules)
+
+
+def _trainer_state(state: TrainState) -> Any:
+    from transformers import TrainerState
+
+    done = state.step * state.prompts_per_step * dist.world_size()
+    return TrainerState(
+        global_step=state.step, max_steps=state.max_steps, epoch=done / max(state.num_rows, 1)
+    )
+
+
+def _reported_stats(stats: StepStats, state: TrainState, log: RewardLog) -> None:
+    """Metrics that reward functions reported, on any rank; never under the name of one of ours."""
+    if not _has_own_rewards(state):
+        return
+    parts = dist.all_gather_object(list(log.metrics))
+    for name in sorted({name for part in parts for name in part}):
+        values = log.metrics.get(name, [])
+        if name not in stats.sums:
+            stats.add(name, sum(values), len(values))
+
+
+def _sampling(state: TrainState) -> Sampling:
+    cfg = state.config
+    return Sampling(
+        max_completion_length=cfg.max_completion_length,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        top_k=cfg.top_k,
+        min_p=cfg.min_p,
+        repetition_penalty=cfg.repetition_penalty,
+        seed=state.seed * 1_000_003 + state.step,
+    )
+
+
+def _advantages(rewards: Tensor, cfg: GRPOConfig) -> Tensor:
+    """(N,) advantages; "batch" scales by the spread over all ranks' rewards."""
+    gathered = torch.tensor([r for part in dist.all_gather_object(rewards.tolist()) for r in part])
+    advantages = group_advantages(gathered, cfg.num_generations, scale_rewards=cfg.scale_rewards)
+    first = dist.rank() * len(rewards)
+    return advantages[first : first + len(rewards)]
+
+
+def make_microbatches(
+    state: TrainState, rollouts: Rollouts, advantages: Tensor, stats: StepStats
+) -> list[Microbatch]:
+    """The completions that something can be learnt from, in microbatches."""
+    mask = _loss_mask(state, rollouts, advantages)
+    trains = mask.any(1).tolist()
+    stats.add("dropped_fraction", trains.count(False), len(trains))
+    return lay_out(state, rollouts, advantages, mask)
+
+
+def _loss_mask(state: TrainState, rollouts: Rollouts, advantages: Tensor) -> Tensor:
+    """(N, T) bool. Without a KL term a token whose advantage is 0 adds nothing to loss or
+    gradient: groups of equal rewards drop out here, before the model reads them."""
+    mask = _counted(rollouts, state.config)
+    if state.config.beta == 0:
+        mask = mask & (advantages != 0).to(mask.device)[:, None]
+    return mask
+
+
+def _counted(rollouts: Rollouts, cfg: GRPOConfig) -> Tensor:
+    """(N, T) bool, the tokens that the loss is a mean over."""
+    if cfg.mask_truncated_completions:
+        return rollouts.completion_mask & ~rollouts.truncated[:, None]
+    return rollouts.completion_mask
+
+
+def _shares(
+    microbatches: list[Microbatch], rollouts: Rollouts, cfg: GRPOConfig
+) -> list[tuple[LossArgs, float]]:
+    """As `loss_shares`, with the arguments that the flags name."""
+    args = LossArgs(
+        beta=cfg.beta,
+        epsilon_low=cfg.epsilon_low,
+        epsilon_high=cfg.epsilon_high,
+        delta=cfg.delta,
+        loss_type=cfg.loss_type,
+        importance_sampling_level=cfg.importance_sampling_level,
+        max_completion_length=cfg.max_completion_length,
+    )
+    return loss_shares(microbatches, _counted(rollouts, cfg), args)
+
+
+@torch.no_grad()
+def _frozen_passes(state: TrainState, microbatches: list[Microbatch]) -> None:
+    """Log-probs that stay fixed during the step: the reference's and, if the policy is going to
+    move under the same rollouts, its own."""
+    cfg = state.config
+    for mb in microbatches:
+        shared = {"temperature": cfg.temperature, "image_features": mb.image_features}
+        if cfg.beta > 0:
+            with as_reference(state):
+                mb.ref_logps, _ = state.reference(mb.inputs, **shared)
+        if cfg.num_iterations > 1:
+            mb.old_logps, _ = state.engine.forward(mb.inputs, **shared)
+
+
+def _loss_stats(stats: StepStats, out: Any, mb: Microbatch, loss: float) -> None:
+    tokens = float(mb.loss_mask.sum())
+    stats.add_total("loss", loss)
+    stats.add("entropy", float(out.entropy.sum()), tokens)
+    if mb.ref_logps is not None:
+        stats.add("kl", float(out.kl.sum()), tokens)
+    stats.add("clip_fraction_low", float(out.clip_fraction_low) * tokens, tokens)
+    stats.add("clip_fraction_high", float(out.clip_fraction_high) * tokens, tokens)
+
+
+def _mismatch_stats(stats: StepStats, out: GRPOLoss, mb: Microbatch) -> None:
+    """How far training and rollout disagree about the same tokens under the same weights."""
+    difference = (out.logps - mb.sampling_logps)[mb.loss_mask]
+    stats.add("sampling_logp_difference", float(difference.abs().sum()), difference.numel())
+    ratio = float(difference.max().exp()) if difference.numel() else 0.0
+    stats.largest["sampling_ratio_max"] = max(ratio, stats.largest.get("sampling_ratio_max", 0.0))
+
+
+def _rollout_stats(
+    stats: StepStats,
+    state: TrainState,
+    rollouts: Rollouts,
+    rewards_per_func: Tensor,
+    rewards: Tensor,
+) -> None:
+    groups = rewards.view(-1, state.config.num_generations)  # (B, G)
+    scored = rewards[~rewards.isnan()]
+    stats.add("reward", float(scored.sum()), len(scored))
+    for (name, _), column in zip(state.reward_funcs, rewards_per_func.T, strict=True):
+        valid = column[~column.isnan()]
+        stats.add(f"rewards/{name}", float(valid.sum()), len(valid))
+    spread = [float(g[~g.isnan()].std()) if (~g.isnan()).sum() > 1 else 0.0 for g in groups]
+    stats.add("reward_std", sum(spread), len(spread))
+    stats.add("frac_reward_zero_std", sum(s < 1e-8 for s in spread), len(spread))
+    stats.add("unscored_fraction", float(rewards.isnan().sum()), len(rewards))
+    lengths = rollouts.completion_mask.sum(1)
+    stats.add("completion_length", float(lengths.sum()), len(lengths))
+    stats.add("truncated_fraction", float(rollouts.truncated.sum()), len(lengths))
+    size = state.config.num_generations
+    texts = [rollouts.texts[i : i + size] for i in range(0, len(rollouts.texts), size)]
+    stats.add("distinct_fraction", sum(len(set(t)) / size for t in texts), len(texts))
+
+
+class GRPO(Algorithm):
+    name = "grpo"
+    draws = True
+
+    def without_effect(self, config: RunConfig) -> list[str]:
+        return given_flags(config.dpo)
+
+    def uses_reference(self, config: RunConfig) -> bool:
+        return config.grpo.beta > 0
+
+    def may_use_reference(self, config: RunConfig) -> bool:
+        return True  # with another --beta
+
+    def step(
+        self, state: TrainState, prompts: Sequence[Prompt]
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        return train_step(state, prompts)
+
+    def curve(self, reward_names: Sequence[str]) -> list[str]:
+        return ["reward", *(f"rewards/{name}" for name in reward_names)]
+
+
+ALGORITHM = GRPO()

@@ -1,0 +1,72 @@
+"""What the GRPO loss is computed from beside log-probs: the one place that names its arguments."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo")
+LEVELS = ("token", "sequence")
+KL_KINDS = ("k1", "k2", "k3")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class LossArgs:
+    """Arguments of `grpo_loss`, which says what each of them means, checked as far as they can be
+    without the tensors they belong to.
+
+    Raises:
+        ValueError: a name or a number; says what was expected and what came.
+    """
+
+    rewards: Tensor | None = None
+    advantages: Tensor | None = None
+    num_generations: int | None = None
+    old_logps: Tensor | None = None
+    ref_logps: Tensor | None = None
+    beta: float = 0.0
+    epsilon_low: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    loss_type: str = "grpo"
+    importance_sampling_level: str = "token"
+    kl: str = "k3"
+    max_completion_length: int | None = None
+    num_items: int | float | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        choices = {"loss_type": LOSS_TYPES, "importance_sampling_level": LEVELS, "kl": KL_KINDS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+        numbers = {"beta": self.beta, "epsilon_low": self.epsilon_low,
+                   "epsilon_high": self.upper_epsilon}  # fmt: skip
+        for name, value in numbers.items():
+            if not value >= 0 or (name == "beta" and value == math.inf):
+                raise ValueError(f"{name}: expected a number >= 0, got {value}")
+        if self.delta is not None and not self.delta > 0:
+            raise ValueError(f"delta: expected a number > 0 or None, got {self.delta}")
+
+    @property
+    def upper_epsilon(self) -> float:
+        return self.epsilon_low if self.epsilon_high is None else self.epsilon_high
+
+
+def takes_loss_args(function: F) -> F:
+    """Show LossArgs' fields in the signature of a function that collects them in `**loss`."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+    collected = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default,
+                          annotation=f.type)
+        for f in fields(LossArgs)
+    ]  # fmt: skip
+    function.__signature__ = signature.replace(parameters=[*own, *collected])  # type: ignore[attr-defined]
+    return function

@@ -1,0 +1,45 @@
+"""What rewards, evaluation and completions.jsonl read of completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from virft_fast.batch import Rollouts
+from virft_fast.metrics import null_for_nan
+
+
+def reward_arguments(rollouts: Rollouts) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
+    """Prompts, completions and columns as TRL hands them to a reward function, N long each."""
+    repeated = [p.sample for p in rollouts.prompts for _ in range(rollouts.num_generations)]
+    names = {name for sample in repeated for name in sample.columns}
+    columns = {name: [sample.columns.get(name) for sample in repeated] for name in sorted(names)}
+    grids = [p.image_grid_thw for p in rollouts.prompts for _ in range(rollouts.num_generations)]
+    columns["image_grid_thw"] = [None if grid is None else grid.tolist() for grid in grids]
+    columns["completion_ids"] = [
+        ids[mask].tolist()
+        for ids, mask in zip(rollouts.completion_ids, rollouts.completion_mask, strict=True)
+    ]
+    completions = [[{"role": "assistant", "content": text}] for text in rollouts.texts]
+    return [list(sample.messages) for sample in repeated], completions, columns
+
+
+def completion_records(
+    rollouts: Rollouts, names: Sequence[str], rewards: Tensor
+) -> list[dict[str, Any]]:
+    """What is written down of each of the N completions; `rewards` (N, len(names)), NaN as None."""
+    records = []
+    for row, (text, values) in enumerate(zip(rollouts.texts, rewards.tolist(), strict=True)):
+        prompt = rollouts.prompts[row // rollouts.num_generations]
+        record = {
+            "index": prompt.sample.index,
+            "prompt": prompt.text,
+            "completion": text,
+            "solution": prompt.sample.solution,
+            "rewards": null_for_nan(dict(zip(names, values, strict=True))),
+        }
+        extent = prompt.sample.columns.get("extent")
+        records.append(record if extent is None else record | {"extent": list(extent)})
+    return records

@@ -1,0 +1,144 @@
+"""--dry_run: what a run would do, printed; nothing is trained and nothing written."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from virft_fast import dist, tasks
+from virft_fast.algorithms import algorithm_of
+from virft_fast.algorithms.step import Data
+from virft_fast.config import RunConfig
+from virft_fast.data import BadRow
+from virft_fast.engine import load_deepspeed_config, zero_stage
+from virft_fast.models.adapters import is_reference
+from virft_fast.models.qwen_vl import Policy
+from virft_fast.rollout.native import KEPT_SHARE, CachePlan, cache_numbers
+from virft_fast.train.flags import num_steps, prompts_per_step
+from virft_fast.train.model import keeps_reference
+from virft_fast.train.rows import first_prompt
+
+NUM_CHECKED_ROWS = 200
+
+
+def dry_run(config: RunConfig, data: Data, policy: Policy) -> int:
+    """Print what would run and check the data's solutions; trains nothing, writes nothing.
+
+    Returns:
+        0, or 1 if the solution of a row does not score the maximum against itself.
+    """
+    if not dist.is_main():
+        return 0
+    import yaml
+
+    print("# configuration")
+    print(yaml.safe_dump(config.flat(), sort_keys=False))
+    print(f"task: {data.task}; rewards: {', '.join(name for name, _ in data.reward_funcs)}")
+    print(f"rows: {len(data.train)}; steps: {num_steps(config, len(data.train))}; prompts a step: "
+          f"{prompts_per_step(config)}; completions a step: "
+          f"{prompts_per_step(config) * config.grpo.num_generations}")  # fmt: skip
+    _print_model(config, policy)
+    print("\n# one prompt as the model reads it")
+    sample = first_prompt(data.train)
+    print(sample.text)
+    images = [f"{image.width}x{image.height}" for image in sample.sample.images]
+    for name, text in algorithm_of(config).answers(sample.sample).items():
+        print(f"{name}: {text}")
+    print(f"prompt tokens: {len(sample.input_ids)}; images: {', '.join(images) or 'none'}")
+    return _check_solutions(data)
+
+
+def _print_model(config: RunConfig, policy: Policy) -> None:
+    groups: dict[str, list[int]] = {}
+    for name, parameter in policy.model.named_parameters():
+        if is_reference(name):
+            continue
+        part = "vision tower" if "visual" in name else "language model"
+        part = "LoRA adapter" if "lora_" in name else part
+        counts = groups.setdefault(part, [0, 0])
+        counts[0] += parameter.numel()
+        counts[1] += parameter.numel() if parameter.requires_grad else 0
+    print("\n# parameters")
+    for part, (count, trainable) in groups.items():
+        print(f"{part:16} {count:>15,}   trainable {trainable:>15,}")
+    total = sum(c for c, _ in groups.values())
+    trainable = sum(t for _, t in groups.values())
+    ds_config = load_deepspeed_config(config.train.deepspeed) if config.train.deepspeed else None
+    for line in memory_estimate(config, total, trainable, policy, zero_stage(ds_config)):
+        print(line)
+
+
+def memory_estimate(
+    config: RunConfig, total: int, trainable: int, policy: Policy, stage: int
+) -> list[str]:
+    """Bytes per process by formula: weights, gradients and optimizer state as ZeRO divides them,
+    the keys and values of the largest rollout. Activations depend on the images and are left out,
+    as is what CUDA needs for itself and for graphs."""
+    world = dist.world_size()
+    low = 2 if config.train.bf16 and config.train.deepspeed else 4
+    masters = 4 if low == 2 else 0
+    copies = 2 if keeps_reference(config) else 1
+    weights = copies * total * low / (world if stage == 3 else 1)
+    gradients = trainable * low / (world if stage >= 2 else 1)
+    optimizer = trainable * (8 + masters) / (world if stage >= 1 else 1)
+    copied = total * low if stage == 3 and algorithm_of(config).rolls_out(config) else 0
+    tokens, how = rollout_tokens(config, dist.local_device())
+    cache = tokens * cache_numbers(policy.config.get_text_config())
+    narrow = config.train.bf16 or config.model.dtype == "bfloat16"
+    cache *= 2 if narrow else 4
+    parts = {
+        "weights" + (" (with the reference)" if copies == 2 else ""): weights,
+        "gradients": gradients,
+        "optimizer state": optimizer,
+        "copy of the whole weights for rollouts": copied,
+        f"keys and values of a rollout, {tokens:,} tokens ({how})": cache,
+    }
+    lines = [f"\n# memory of one process, by formula (ZeRO stage {stage}, {world} processes)"]
+    lines += [f"{size / 2**20:>12,.1f} MiB  {name}" for name, size in parts.items() if size]
+    return [*lines, f"{sum(parts.values()) / 2**20:>12,.1f} MiB  in all, without activations"]
+
+
+def rollout_tokens(config: RunConfig, device: torch.device) -> tuple[int, str]:
+    """Tokens whose keys and values the largest rollout of a process holds at once, a step's or the
+    evaluation's, and how that is meant."""
+    grpo, world = config.grpo, dist.world_size()
+    prompt = config.data.max_prompt_length or 1024
+    batch = min(config.train.eval_batch_size, math.ceil(config.train.eval_samples / world))
+    batches = [(prompts_per_step(config) // world, grpo.num_generations), (batch, 1)]
+    if not algorithm_of(config).rolls_out(config):
+        return 0, "none"
+    batches = batches if algorithm_of(config).draws else batches[1:]
+    how = f"prompts of {prompt:,}"
+    if grpo.rollout_backend == "hf":
+        return max(b * g * (prompt + grpo.max_completion_length) for b, g in batches), how
+    tokens = max(
+        CachePlan.rounded(b, g, prompt, grpo.max_completion_length, device.type).num_tokens
+        for b, g in batches
+    )
+    # Without a limit a GPU's free memory is one; what doesn't fit is decoded in several batches.
+    tokens = min(tokens, grpo.rollout_cache_tokens or tokens)
+    graphs = device.type == "cuda" and (config.train.deepspeed or not config.train.bf16)
+    if not graphs:
+        return tokens, f"{how}; free while training"
+    return tokens, f"{how}; kept while training, if below {KEPT_SHARE:.0%} of the GPU's memory"
+
+
+def _check_solutions(data: Data) -> int:
+    """Do the accuracy rewards of (solution, solution) reach their maximum?"""
+    num_rows = min(NUM_CHECKED_ROWS, len(data.train))
+    wrong = []
+    for index in range(num_rows):
+        sample = data.train.samples.get(index)
+        if isinstance(sample, BadRow):
+            wrong.append(f"row {index}: {sample.reason}")
+            continue
+        unfit = data.train.check(sample) if data.train.check else None
+        if unfit:
+            wrong.append(f"row {index}: {unfit}")
+        for row, name, value, best in tasks.unearned(data.reward_funcs, [sample]):
+            wrong.append(f"row {row}: {name} of the solution itself is {value}, not {best}")
+    print(f"\n# solutions: {num_rows} rows checked, {len(wrong)} problems")
+    for line in wrong[:50]:
+        print(line)
+    return 1 if wrong else 0

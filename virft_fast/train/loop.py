@@ -1,0 +1,147 @@
+"""The loop over steps, and what is saved when it ends early."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from virft_fast import checkpoint as checkpoints
+from virft_fast import dist
+from virft_fast.algorithms import algorithm_of
+from virft_fast.algorithms.step import Data, TooManyBadSteps, TrainState
+from virft_fast.config import RunConfig
+from virft_fast.console import say
+from virft_fast.data import NoUsableRows, PromptSampler, TooManyBadRows
+from virft_fast.metrics import MetricsWriter
+from virft_fast.train.flags import prompts_per_step
+from virft_fast.train.setup import Run
+from virft_fast.watch import SectionStopped, Watch
+
+# Raised by all ranks at the same place.
+AGREED_ERRORS = (TooManyBadRows, TooManyBadSteps, NoUsableRows)
+
+
+def train(config: RunConfig, run: Run, before: dict[str, Any] | None, watch: Watch) -> str:
+    """The loop. Returns "done" after all steps, "incomplete" if one of its checkpoints could not be
+    written; if the run was asked to stop "saved", or "lost" if that one could not.
+
+    What a step raises is raised from here, once the step before it is saved: where every rank
+    raises it, and no update of the weights had begun.
+
+    Args:
+        before: the evaluation before training, which a resumed run shows at its end.
+    """
+    output_dir, cfg = Path(config.train.output_dir), config.train
+    algorithm, complete = algorithm_of(config), True
+    data, state, writer = run.data, run.state, run.writer
+
+    def state_dict() -> dict[str, Any]:
+        return _state_dict(config, state, run.sampler, data, writer, before)
+
+    def save(kept: dict[str, Any], only_model: bool = False) -> bool:
+        if kept["step"] == run.saved_step:
+            return True
+        written = checkpoints.save_checkpoint(
+            output_dir,
+            kept["step"],
+            model=state.policy.model,
+            processor=run.processor,
+            engine=state.engine,
+            state=kept,
+            dtype=state.save_dtype,
+            only_model=only_model,
+            total_limit=cfg.save_total_limit,
+        )
+        if written is not None and not only_model:
+            run.saved_step = kept["step"]
+        return written is not None
+
+    while state.step < run.total_steps:
+        kept = state_dict()
+        if dist.any_rank(watch.stopped, state.engine.device):
+            # Whatever --save_only_model says: who is stopped wants to go on.
+            return "saved" if save(kept) else "lost"
+        updates = state.engine.updates
+        try:
+            prompts = _next_prompts(run)
+            metrics, records = algorithm.step(state, prompts)
+        except BaseException as error:
+            together = dist.is_agreed(error) or isinstance(error, AGREED_ERRORS)
+            hurried = isinstance(error, KeyboardInterrupt)  # asked to stop, a second time
+            if isinstance(error, AGREED_ERRORS) and state.step > kept["step"]:
+                kept, updates = state_dict(), state.engine.updates  # raised by a whole step
+            saved = together and updates == state.engine.updates and not hurried and save(kept)
+            if is_given_up(error):
+                state.step = kept["step"]
+                return "saved" if saved else "lost"
+            say(f"ended in step {kept['step'] + 1}; {where_to_resume(output_dir)}")
+            raise
+        metrics["epoch"] = state.step * prompts_per_step(config) / len(data.train)
+        metrics["bad_rows"] = float(len(data.bad_rows))
+        parts = dist.all_gather_object(records)
+        writer.step(state.step, metrics)
+        writer.completions(state.step, [record for part in parts for record in part])
+        if cfg.save_steps and state.step % cfg.save_steps == 0:
+            complete &= save(state_dict(), cfg.save_only_model)
+    return "done" if complete else "incomplete"
+
+
+def _next_prompts(run: Run) -> list[Any]:
+    """This rank's prompts; a row that can't be loaded on one rank, its disk is gone say, is an
+    error on all."""
+    errors: list[BaseException] = []
+
+    def load(index: int) -> Any:
+        try:
+            with run.state.section("loading a row", None):
+                return None if errors else run.data.train.load(index)
+        except BaseException as error:
+            errors.append(error)
+
+    prompts = run.sampler.next_batch(load, dist.all_gather_object, run.data.bad_rows.add)
+    with dist.agreed():
+        if errors:
+            raise errors[0]
+    return prompts
+
+
+def is_given_up(error: BaseException) -> bool:
+    """Whether this rank, or another, was asked to stop and has given the step up."""
+    kinds = error.errors.values() if isinstance(error, dist.RankFailed) else ()
+    name = SectionStopped.__name__
+    return isinstance(error, SectionStopped) or any(kind == name for kind, _ in kinds)
+
+
+def where_to_resume(output_dir: Path) -> str:
+    """What there is to go on with."""
+    found = checkpoints.list_checkpoints(output_dir)
+    whole = [path for path in found if (path / "engine").is_dir()]
+    if not whole:
+        return "no step was saved"
+    return f"saved is {whole[-1]}; resume with --resume_from_checkpoint latest"
+
+
+def _state_dict(
+    config: RunConfig,
+    state: TrainState,
+    sampler: PromptSampler,
+    data: Data,
+    writer: MetricsWriter,
+    before: dict[str, Any] | None,
+) -> dict[str, Any]:
+    return {
+        "step": state.step,
+        "bad_steps": state.bad_steps,
+        "silent_steps": state.silent_steps,
+        "idle_steps": state.idle_steps,
+        "skipped_steps": state.skipped_steps,
+        "num_tokens": state.num_tokens,
+        "world_size": dist.world_size(),
+        "sampler": sampler.state_dict(),
+        "bad_rows": data.bad_rows.state_dict(),
+        "writer": writer.state_dict(),
+        "before": before,
+        "config": config.flat(),
+        "weights": state.base_weights,
+        "adapter": state.adapter,
+    }

@@ -1,0 +1,146 @@
+"""The rows of a run: which are kept, and how they are scored."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+from typing import Any
+
+from virft_fast import tasks
+from virft_fast.algorithms import algorithm_of
+from virft_fast.algorithms.step import Data
+from virft_fast.batch import Prompt
+from virft_fast.config import RunConfig, UsageError, column_names
+from virft_fast.data import BadRow, BadRows, ParquetRows, SampleDataset, first_solutions, load_rows
+from virft_fast.data.prompts import PromptSource
+from virft_fast.data.survey import Survey, open_space, survey
+from virft_fast.train.flags import num_steps, prompts_per_step
+
+logger = logging.getLogger("virft_fast")
+
+NUM_SELF_CHECKED = 16
+FIRST_PROMPT_SECONDS = 15.0
+
+
+def prepare_data(config: RunConfig, processor: Any) -> Data:
+    """Load the rows and find out how they are scored."""
+    rows = load_rows(
+        config.data.dataset_name,
+        config.data.dataset_train_split,
+        dataset_config=config.data.dataset_config,
+        streaming=config.data.dataset_streaming,
+        columns=column_names(config.data.columns),
+    )
+    task, space = config.data.task, config.data.box_space
+    options = {
+        "compat_prompt": config.data.compat_prompt,
+        "box_space": "thousandths" if space == "auto" else space,
+    }
+    samples = SampleDataset(rows, **options)
+    algorithm = algorithm_of(config)
+    algorithm.check_data(config, rows.column_names)
+    preferences = algorithm.preferences
+    if preferences:
+        task = "preference"
+    elif task == "auto":
+        task = tasks.detect_task(first_solutions(samples))
+    check = None if preferences else partial(tasks.check_solution, task)
+    samples = SampleDataset(rows, check_solution=check, **options)
+    fits = algorithm.check_row(config, processor.tokenizer)
+    boxes = open_space(task, space)
+    found = survey(samples, boxes=boxes, check=fits)
+    warned = found.settle_boxes()
+    _check_left_out(config, found)
+    train = PromptSource(
+        samples, processor, max_prompt_length=config.data.max_prompt_length, check=fits
+    )
+    test = None
+    if config.train.eval_samples:
+        test_rows = load_rows(
+            config.data.dataset_name,
+            config.data.dataset_test_split,
+            dataset_config=config.data.dataset_config,
+            streaming=config.data.dataset_streaming,
+            columns=column_names(config.data.columns),
+        )
+        test = _replace_rows(train, SampleDataset(test_rows, check_solution=check, **options))
+        most = config.train.eval_samples
+        held_out = survey(test.samples, boxes=boxes, most=most, check=fits)
+        held_out.settle_boxes()
+    names = config.grpo.reward_funcs
+    if not names and not preferences:
+        names = tasks.default_rewards(task, found.solutions)
+    names = [] if preferences else names
+    known = None
+    if "accuracy" in names and task == "classification" and algorithm.rolls_out(config):
+        known = samples.classes()
+    table = found.table(config.data.dataset_train_split, "" if config.grpo.reward_funcs else task)
+    table += held_out.lines(config.data.dataset_test_split) if test is not None else []
+    return Data(
+        train=train,
+        test=test,
+        task=task,
+        reward_funcs=tasks.told_classes(tasks.load_reward_funcs(names), known),
+        reward_weights=config.grpo.weights_of(names),
+        bad_rows=BadRows(config.data.max_bad_rows),
+        permutation=rows.permutation if isinstance(rows, ParquetRows) else None,
+        table=[*table, *([f"  warning: {warned}"] if warned else [])],
+    )
+
+
+def _check_left_out(config: RunConfig, found: Survey) -> None:
+    """Raise UsageError if a run over all rows is sure to end at --max_bad_rows."""
+    left, most = found.read - found.kept, config.data.max_bad_rows
+    if left > most and num_steps(config, found.rows) * prompts_per_step(config) >= found.rows:
+        reasons = [f"{reason}: {len(rows)}" for reason, rows in found.account.left_out.items()]
+        raise UsageError(
+            f"--max_bad_rows {most}: expected at most so many rows that can't be used, got {left} "
+            f"of {found.read} ({'; '.join(reasons[:5])}); mend the data or raise it"
+        )
+
+
+def _replace_rows(source: PromptSource, samples: SampleDataset) -> PromptSource:
+    return PromptSource(
+        samples,
+        source.processor,
+        max_prompt_length=source.max_prompt_length,
+        check=source.check,
+    )
+
+
+def warn_of_unearned(data: Data) -> None:
+    """Say which accuracy rewards the solutions themselves don't earn, on rows all over the set."""
+    count = len(data.train)
+    indices = sorted({n * count // NUM_SELF_CHECKED for n in range(NUM_SELF_CHECKED)})
+    loaded = [data.train.samples.get(index) for index in indices if index < count]
+    samples = [sample for sample in loaded if not isinstance(sample, BadRow)]
+    by_name: dict[str, list[str]] = {}
+    for row, name, value, best in tasks.unearned(data.reward_funcs, samples):
+        by_name.setdefault(name, []).append(f"row {row}: {value} instead of {best}")
+    for name, rows in by_name.items():
+        logger.warning(
+            "reward %s: the solution itself does not earn it in %d of %d rows checked (%s); mend "
+            "the solutions, or choose others with --reward_funcs",
+            name,
+            len(rows),
+            len(samples),
+            "; ".join(rows[:3]),
+        )
+
+
+def first_prompt(source: PromptSource) -> Prompt:
+    """Of the rows that the model can read.
+
+    Raises:
+        ValueError: there is none.
+    """
+    reasons, started = [], time.monotonic()
+    for prompt in map(source.load, range(len(source))):
+        if not isinstance(prompt, BadRow):
+            return prompt
+        reasons.append(f"row {prompt.index}: {prompt.reason}")
+        if time.monotonic() - started > FIRST_PROMPT_SECONDS:
+            break
+    first = "; ".join(reasons[:3])
+    raise ValueError(f"expected at least one usable row of {len(reasons)}, got none: {first}")

@@ -1,0 +1,167 @@
+"""One run, from its flags to its exit status."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+
+from virft_fast import checkpoint as checkpoints
+from virft_fast import dist
+from virft_fast.algorithms import algorithm_of
+from virft_fast.algorithms.step import Data, HeldOut, TrainState
+from virft_fast.config import RunConfig, UsageError, usage
+from virft_fast.console import say, unbreakable
+from virft_fast.output_lock import HEARTBEAT_SECONDS, OutputLock
+from virft_fast.train.conclusion import conclude
+from virft_fast.train.flags import parse_args
+from virft_fast.train.loop import AGREED_ERRORS, is_given_up, train, where_to_resume
+from virft_fast.train.setup import set_up
+from virft_fast.watch import SectionTimeout, Watch
+
+logger = logging.getLogger("virft_fast")
+
+LESS_MEMORY = (
+    "--per_device_train_batch_size or --max_tokens_per_microbatch, --num_generations, "
+    "--max_completion_length, --max_pixels, --rollout_cache_tokens or --eval_batch_size; or pass "
+    "--gradient_checkpointing, --use_peft or a DeepSpeed file with a higher ZeRO stage"
+)
+
+
+@unbreakable()
+def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit status: 0 done or stopped by a signal, 2 can't start, 1 had to stop."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    _quiet_libraries()
+    if os.environ.get("RANK", "0") != "0":  # what the arguments' warnings go by, before `dist.init`
+        logger.setLevel(logging.ERROR)
+    try:
+        config = parse_args(sys.argv[1:] if argv is None else argv)
+        with usage():
+            device = dist.init(config.train.ddp_timeout)
+        # A warning is said once, by the main process; errors by whoever has them.
+        logger.setLevel(logging.INFO if dist.is_main() else logging.ERROR)
+        return run(config, device)
+    except UsageError as error:
+        print(f"virft_fast.train: error: {error}", file=sys.stderr)
+        return 2
+    except SectionTimeout as error:
+        print(f"virft_fast.train: stopped: {error} (--reward_timeout)", file=sys.stderr)
+        return 1
+    except (*AGREED_ERRORS, dist.RankFailed) as error:
+        print(f"virft_fast.train: stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("virft_fast.train: interrupted", file=sys.stderr)
+        return 130
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        traceback.print_exc()
+        print(f"virft_fast.train: stopped: out of memory; lower {LESS_MEMORY}", file=sys.stderr)
+        return 1
+    finally:
+        dist.shutdown()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def run(config: RunConfig, device: torch.device) -> int:
+    """Set up, train, save, report, as the only run that writes --output_dir."""
+    output_dir = Path(config.train.output_dir)
+    lock = OutputLock(output_dir)
+    watch = Watch(
+        output_dir,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        timeout=config.train.ddp_timeout,
+        beat=lock.beat,
+        beat_seconds=HEARTBEAT_SECONDS,
+        comfort=lambda: where_to_resume(output_dir),
+    )
+    with watch:
+        try:
+            return _run(config, device, watch, lock)
+        except BaseException as error:
+            if not is_given_up(error):
+                raise
+            say(f"stopped by a signal before the first step; {where_to_resume(output_dir)}")
+            return watch.exit_status
+        finally:
+            lock.release()
+
+
+def _run(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLock) -> int:
+    output_dir = Path(config.train.output_dir)
+    with watch.section("the set-up", patience=0):
+        ready = set_up(config, device, watch, lock)
+    if isinstance(ready, int):
+        return ready
+    data, state, writer = ready.data, ready.state, ready.writer
+    before = ready.saved.get("before") or evaluate(config, state, data)
+    started = time.perf_counter()
+    ended = train(config, ready, before, watch)
+    train_seconds = time.perf_counter() - started
+    writer.close()
+    if ended in ("saved", "lost"):
+        where = f"stopped by a signal after step {state.step} of {ready.total_steps}"
+        if ended == "lost":
+            say(f"{where}; this step could NOT be saved; {where_to_resume(output_dir)}")
+            return 1
+        say(f"{where}; {where_to_resume(output_dir)}")
+        return watch.exit_status
+    written = checkpoints.write_final_model(
+        output_dir,
+        model=state.policy.model,
+        processor=ready.processor,
+        engine=state.engine,
+        dtype=state.save_dtype,
+    )
+    after = None
+    try:
+        after = evaluate(config, state, data)
+    except BaseException as error:
+        if not is_given_up(error):
+            raise
+        say("stopped by a signal; the evaluation after training was given up")
+    if dist.is_main():
+        conclude(config, data, state, before, after, train_seconds)
+        if ready.saved.get("changed"):
+            print(f"resumed with other flags: {ready.saved['changed']}")
+    dist.barrier()
+    if ended == "incomplete":
+        say(f"not all checkpoints could be written into {output_dir}; see above")
+    if not written:
+        say(f"the model could NOT be written into {output_dir}; see above")
+    return watch.exit_status if written and ended == "done" else 1
+
+
+def evaluate(config: RunConfig, state: TrainState, data: Data) -> HeldOut | None:
+    """On the held-out rows; None without --eval_samples."""
+    if data.test is None:
+        return None
+    num_rows = min(config.train.eval_samples, len(data.test))
+    return algorithm_of(config).evaluate(config, state, data, num_rows)
+
+
+def _quiet_libraries() -> None:
+    """One progress bar is enough: ours. DeepSpeed calls torch functions that warn every time."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not torch.cuda.is_available():
+        # transformers imports DeepSpeed when it saves; without this it warns that there is no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,227 @@
+"""Everything until the first step."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from virft_fast import checkpoint as checkpoints
+from virft_fast import dist
+from virft_fast.algorithms import algorithm_of, find_algorithm
+from virft_fast.algorithms.step import Data, TrainState
+from virft_fast.config import ALGORITHMS, RunConfig, UsageError, usage
+from virft_fast.console import say
+from virft_fast.data import PromptSampler
+from virft_fast.data.writing import make_folder
+from virft_fast.engine import OptimizerSettings, check_deepspeed
+from virft_fast.metrics import COMPLETIONS_FILE, METRICS_FILE, MetricsWriter, check_trackers
+from virft_fast.models.adapters import BASE_FOLDER, model_chain
+from virft_fast.models.processing import load_processor
+from virft_fast.models.qwen_vl import Policy, check_weights
+from virft_fast.models.tiny import resolve_model_path
+from virft_fast.output_lock import OutputLock
+from virft_fast.rollout.backends import check_cache_limit, check_model
+from virft_fast.tasks.scoring import check_arguments
+from virft_fast.train.dry_run import dry_run
+from virft_fast.train.flags import learning_rates, num_steps
+from virft_fast.train.model import (
+    base_model,
+    begin_adapter,
+    build_policy,
+    deepspeed_config,
+    describe_adapter,
+    prepare_training,
+)
+from virft_fast.train.resume import load_checkpoint, read_resumed
+from virft_fast.train.rows import first_prompt, prepare_data, warn_of_unearned
+from virft_fast.watch import Watch
+
+SUMMARY_FILE, REPORT_FILE = "summary.json", "report.png"
+_OF_A_RUN = re.compile(rf"checkpoint-\d+|{BASE_FOLDER}|{checkpoints.LEFTOVER.pattern}")
+
+
+@dataclass
+class Run:
+    """A run that is set up.
+
+    Attributes:
+        saved: what the checkpoint it resumes holds; empty without one.
+        saved_step: the latest step that needs no saving, because it is saved or was the first.
+    """
+
+    processor: Any
+    data: Data
+    state: TrainState
+    sampler: PromptSampler
+    writer: MetricsWriter
+    total_steps: int
+    saved: dict[str, Any]
+    saved_step: int
+
+
+def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLock) -> Run | int:
+    """Everything until the first step; the exit status of a dry run."""
+    output_dir, algorithm = Path(config.train.output_dir), algorithm_of(config)
+    with usage():
+        check_trackers(config.train.report_to)
+        if algorithm.rolls_out(config):
+            check_cache_limit(
+                config.grpo.rollout_backend,
+                config.grpo.rollout_cache_tokens,
+                num_generations=config.grpo.num_generations,
+                max_prompt_length=config.data.max_prompt_length,
+                max_completion_length=config.grpo.max_completion_length,
+                device=device,
+            )
+        config.model, plan = begin_adapter(config.model)
+        resume = prepare_output_dir(config, lock)
+        saved = read_resumed(resume, config, plan) if resume else {}
+        processor = load_processor(
+            resolve_model_path(config.model.model_name_or_path),
+            revision=config.model.model_revision,
+            min_pixels=config.model.min_pixels,
+            max_pixels=config.model.max_pixels,
+        )
+        data = prepare_data(config, processor)
+    for line in data.table:
+        say(line)
+    with usage():
+        if plan is not None:
+            say(describe_adapter(plan))
+        policy = check_start(config, data)
+        if config.train.dry_run:
+            return dry_run(config, data, policy)
+        del policy
+    if algorithm.draws:
+        warn_of_unearned(data)
+    with usage():
+        model = base_model(config, plan, processor, resume)
+        state = prepare_training(config, processor, data, device, model)
+        state.adapter = plan.kind if plan else None
+        state.section, state.reward_timeout = watch.section, config.train.reward_timeout
+    sampler = PromptSampler(
+        len(data.train),
+        state.prompts_per_step,
+        seed=config.train.seed,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        permutation=data.permutation,
+    )
+    total_steps = num_steps(config, len(data.train))
+    if resume:
+        load_checkpoint(resume, saved, state, sampler, data, config)
+    here = resume is not None and resume.resolve().parent == output_dir.resolve()
+    with usage():
+        # Nothing of an earlier run is deleted before this one has all that it needs.
+        if config.train.overwrite_output_dir and not here and dist.is_main():
+            _delete_run(output_dir, keep=model.model_name_or_path)
+        dist.barrier()
+        algorithm.begin(config, state, data, resumed=bool(resume))
+        writer = MetricsWriter(
+            output_dir,
+            total_steps=total_steps,
+            report_to=config.train.report_to,
+            run_name=config.train.run_name or output_dir.name,
+            config=config.flat(),
+            logging_steps=config.train.logging_steps,
+            log_completions_steps=config.train.log_completions_steps,
+            is_main=dist.is_main(),
+            start_step=state.step,
+        )
+    if config.train.resume_from_checkpoint:
+        writer.truncate_to(state.step)
+    if saved:
+        writer.load_state_dict(saved["writer"])
+    return Run(
+        processor, data, state, sampler, writer, total_steps, saved,
+        saved_step=-1 if resume and not here else state.step,
+    )  # fmt: skip
+
+
+def prepare_output_dir(config: RunConfig, lock: OutputLock) -> Path | None:
+    """Check that --output_dir is free to be written, and lock it; returns the checkpoint to resume,
+    if any."""
+    output_dir = Path(config.train.output_dir)
+    if not config.train.output_dir.strip():
+        raise UsageError("--output_dir: expected a folder, got an empty name")
+    begins_in = [Path(name).resolve() for name, _ in model_chain(config.model.model_name_or_path)]
+    if output_dir.is_dir() and output_dir.resolve() in begins_in:
+        raise UsageError(
+            f"--output_dir {output_dir}: expected another folder than --model_name_or_path, and "
+            f"than an adapter's base, whose model would be overwritten"
+        )
+    if config.train.dry_run:
+        make_folder(output_dir, "--output_dir", make=False)
+    else:
+        dist.on_main(partial(_take, output_dir, lock))
+    resume, wanted = None, config.train.resume_from_checkpoint
+    if wanted:
+        resume = checkpoints.find_checkpoint(output_dir, wanted, dry_run=config.train.dry_run)
+    left = [METRICS_FILE, BASE_FOLDER, "damaged-checkpoint-*"]
+    if wanted and resume is None:
+        say(f"--resume_from_checkpoint {wanted}: no checkpoint in {output_dir}; this run starts")
+        # A run that was killed before its first checkpoint starts again.
+        left = ["config.json", "adapter_config.json", "damaged-checkpoint-*"]
+    elif wanted and resume.resolve().parent == output_dir.resolve():
+        return resume
+    holds_run = checkpoints.list_checkpoints(output_dir) or any(
+        any(output_dir.glob(name)) for name in left
+    )
+    occupied = dist.any_rank(bool(holds_run), dist.local_device())
+    dist.barrier()
+    if occupied and not config.train.overwrite_output_dir:
+        raise UsageError(
+            f"--output_dir {output_dir} already holds a run; pass --resume_from_checkpoint latest "
+            f"to go on with it, --overwrite_output_dir to delete it, or another folder"
+        )
+    for model in begins_in:
+        if occupied and model.parent == output_dir.resolve() and _OF_A_RUN.fullmatch(model.name):
+            raise UsageError(
+                f"--overwrite_output_dir would delete {model}, which --model_name_or_path names or "
+                f"its adapter needs; pass another --output_dir"
+            )
+    return resume
+
+
+def _take(output_dir: Path, lock: OutputLock) -> None:
+    """Make --output_dir this run's alone."""
+    make_folder(output_dir, "--output_dir")
+    lock.acquire()
+
+
+def _delete_run(output_dir: Path, keep: str) -> None:
+    """Delete what a run writes, except the folder `keep`, and nothing else."""
+    files = {METRICS_FILE, COMPLETIONS_FILE, SUMMARY_FILE, REPORT_FILE, "config.json",
+             "generation_config.json"}  # fmt: skip
+    files |= {name for algorithm in map(find_algorithm, ALGORITHMS) for name in algorithm.files}
+    for path in output_dir.iterdir():
+        if _OF_A_RUN.fullmatch(path.name) and path.resolve() != Path(keep):
+            checkpoints.delete(path)
+        elif path.name in files or checkpoints.MODEL_FILES.fullmatch(path.name):
+            path.unlink()
+
+
+def check_start(config: RunConfig, data: Data) -> Policy:
+    """All that would fail once the model is loaded, found before; returns the policy's shape.
+
+    Raises:
+        ValueError, FileNotFoundError: what is wrong with the flags, the weights' files or the rows.
+    """
+    learning_rates(config, num_steps(config, len(data.train)))
+    ds_config, _ = deepspeed_config(config, OptimizerSettings(config.train.learning_rate))
+    if ds_config is not None:
+        check_deepspeed(ds_config)
+    check_weights(config.model.model_name_or_path, config.model.model_revision)
+    policy = build_policy(config.model, config.grpo, torch.float32, dist.local_device(), empty=True)
+    if algorithm_of(config).rolls_out(config):
+        check_model(config.grpo.rollout_backend, policy)
+    columns = first_prompt(data.train).sample.columns
+    if data.test is not None:
+        first_prompt(data.test)
+    check_arguments(data.reward_funcs, columns)
+    return policy
