@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -425,7 +425,7 @@ NUM_SHOWN = 5  # answers that are kept of an evaluation
 HeldOut = dict[str, Any]
 
 
-class Algorithm(Protocol):
+class Algorithm:
     """What a run asks of its algorithm. Each module of `virft_fast.algorithms` ends in one.
 
     Attributes:
