@@ -5,6 +5,7 @@ TRITON_INTERPRET is read when Triton is imported, so the cases run in processes 
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 
@@ -57,6 +58,17 @@ check_triton = script()
 def test_every_variant_compiles_without_spills(arch):
     wrong = [text for v in check_triton.variants() for text in check_triton.problems(v, arch)]
     assert not wrong
+
+
+@pytest.mark.parametrize("arch", check_triton.ARCHS)
+def test_wide_loads_stay_wide_in_the_machine_code(arch, tmp_path):
+    """Disassembling takes a second, so one kernel stands for all."""
+    compiled = check_triton.build(check_triton.variants()[0], arch)
+    (tmp_path / "k.cubin").write_bytes(compiled.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-sass", tmp_path / "k.cubin"]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    wide = check_triton.resources(compiled)["wide_loads"]
+    assert len(re.findall(r"\bLDG\.\S*128", sass)) == wide > 0
 
 
 def specialisation(kernel, device_arguments, **flags):
