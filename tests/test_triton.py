@@ -62,7 +62,7 @@ def test_every_variant_compiles_without_spills(arch):
 
 @pytest.mark.parametrize("arch", check_triton.ARCHS)
 def test_wide_loads_stay_wide_in_the_machine_code(arch, tmp_path):
-    """Disassembling takes a second, so one kernel stands for all."""
+    """One kernel for all: the disassembler takes a second to start."""
     compiled = check_triton.build(check_triton.variants()[0], arch)
     (tmp_path / "k.cubin").write_bytes(compiled.asm["cubin"])
     command = [triton.knobs.nvidia.cuobjdump.path, "-sass", tmp_path / "k.cubin"]
