@@ -275,9 +275,8 @@ class ClosedSet:
     """The label out of a fixed set that an answer gives.
 
     It is the one whose key is that of a reading of the answer. Where that fails, hyphens and spaces
-    may be others than the label's, as in 'A300-B4' for 'A300B4' and 'MD11' for 'MD-11', as long as
-    a single label is spelled so. MAKERS may stand around it and KINDS after it, but no word of
-    another label whose words are all in the answer or of these kinds.
+    may differ ('MD11' for 'MD-11') if no other label is spelled so. MAKERS may stand around it and
+    KINDS after it, but no word of another label whose other words are neutral or there as well.
 
     Args:
         labels: as they are to be named; those without content are left out.
@@ -400,10 +399,10 @@ def mentioned(text: str, names: Sequence[str]) -> list[str]:
     does, so that 'hot dog' is no dog.
     """
     by_words = {tuple(words(name)): name for name in names}
-    longest = max(map(len, by_words), default=0)
+    sizes = sorted({len(run) for run in by_words if run}, reverse=True)
     written, found, at = parse_label(text), set(), 0
     while at < len(written):
-        runs = (tuple(written[at : at + size]) for size in range(longest, 0, -1))
+        runs = (tuple(written[at : at + size]) for size in sizes)
         run = next((run for run in runs if run in by_words), written[at : at + 1])
         found.add(by_words.get(tuple(run)))
         at += len(run)

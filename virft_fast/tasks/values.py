@@ -21,10 +21,7 @@ from virft_fast.tasks.labels import answer_text, fold, mentioned, peel, readings
 
 LETTERS = "abcdefghij"  # of options that a row doesn't list
 _MAX_CHOICE = 2000  # characters
-_ROMAN = {
-    numeral: place
-    for place, numeral in enumerate("i ii iii iv v vi vii viii ix x xi xii".split(), start=1)
-}
+_ROMAN = dict(zip("i ii iii iv v vi vii viii ix x xi xii".split(), range(1, 13), strict=True))
 _OPTION = re.compile(
     r"(?:(?:option|choice|answer|opción|opção|opzione|вариант|विकल्प|选项|選項|选择?|選擇?|選択肢|"
     r"선택지)(?: is)? ?[:#]? ?)?[(\[]?(?P<name>[a-z]|\d{1,2}|[ivx]{2,4})[)\]]?"
@@ -80,14 +77,12 @@ def option_of(text: str, options: Sequence[str] | None = None) -> str | None:
     place = _place(name, options)
     if place is None:
         return None
-    if said is None:
+    texts = list(enumerate(map(_text_of, options or ()), start=1))
+    named = [n for n, option in texts if said and same_label(said, option)]
+    if said is None or place in named:
         return name
-    texts = [_text_of(option) for option in options or ()]
-    named = [n for n, option in enumerate(texts, start=1) if same_label(said, option)]
-    if named:
-        return name if place in named else None
-    others = [readings(text)[-1] for n, text in enumerate(texts, start=1) if n != place]
-    return None if mentioned(said, others) or _takes_back(said, name, options) else name
+    others = [readings(option)[-1] for n, option in texts if n != place]
+    return None if named or mentioned(said, others) or _takes_back(said, name, options) else name
 
 
 def _place(name: str, options: Sequence[str] | None) -> int | None:
