@@ -202,6 +202,7 @@ def test_what_an_object_is_may_only_stand_after_its_name():
         (["737-800", "Boeing 717"], "Boeing 737-800", "737-800"),
         (["737-800", "Boeing 717"], "a Boeing 717 aircraft", "Boeing 717"),
         (["737-800", "Boeing 717"], "Boeing 717 737-800", None),
+        (["Fokker 100", "DC-10"], "Fokker Fokker 100", "Fokker 100"),
         (["BAE 146-200", "DC-10"], "British Aerospace BAE 146-200", "BAE 146-200"),
         (["sun", "flo", "wer", "sunflower"], "sun flo wer", None),
         (["cat", "boxed"], "\\boxed{cat}", "cat"),

@@ -329,11 +329,14 @@ class ClosedSet:
     def _without_neutral(self, reading: str) -> Iterator[str]:
         """The reading with fewer and fewer neutral words at its ends."""
         left, written = reading.split(), _stems(reading) | _NEUTRAL
-        for end, neutral in ((0, MAKERS), (-1, _NEUTRAL)):
+        for end, rest, neutral in ((0, slice(1, None), MAKERS), (-1, slice(-1), _NEUTRAL)):
             while len(left) > 1 and left[end] in neutral:
-                if any(left[end] in names <= written for names in self._partly_neutral):
+                kept = _stems(" ".join(left[rest]))
+                if any(
+                    left[end] in it <= written and not it <= kept for it in self._partly_neutral
+                ):
                     break  # "rose car" is two things where "car" is a label
-                del left[end]
+                left = left[rest]
                 if not _NEUTRAL.issuperset(left):  # "cat dog" is two animals
                     yield " ".join(left)
 

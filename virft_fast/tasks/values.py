@@ -144,8 +144,7 @@ def number_of(text: str) -> Number | None:
         found = _NUMBER.fullmatch(reading.replace("−", "-"))
         if not found or not (found["whole"] or found["decimals"]):
             continue
-        below = Fraction(found["below"] or 1)
-        if not below:
+        if not (below := Fraction(found["below"] or 1)):
             continue
         value = Fraction((found["whole"] or "0").replace(",", "") + (found["decimals"] or ""))
         value = value * Fraction(10) ** int(found["power"] or 0) / below
