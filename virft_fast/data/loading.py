@@ -571,6 +571,8 @@ def _column(values: list[Any]) -> Any:
     what it is and one odd row does not make the whole file unreadable."""
     import pyarrow as pa
 
+    if {int, float} <= set(map(type, values)):  # arrow makes 1.0 of a 1
+        return _as_json(values)
     try:
         return pa.array(values)
     except (pa.ArrowException, OverflowError, ValueError, TypeError):
