@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -18,10 +20,16 @@ from virft_fast.tasks.answers import (
     unreadable,
     valid_box,
 )
-from virft_fast.tasks.brackets import MAX_CHARACTERS, MAX_GROUPS, MAX_TOKENS, read_groups
-from virft_fast.tasks.coordinates import THOUSAND, extent_of, rescale
+from virft_fast.tasks.brackets import (
+    MAX_CHARACTERS,
+    MAX_GROUPS,
+    MAX_TOKENS,
+    NUMBER,
+    float_of,
+    read_groups,
+)
+from virft_fast.tasks.coordinates import THOUSAND, Box, Extent, extent_of, rescale, to_thousand
 from virft_fast.tasks.labels import ClosedSet, key
-from virft_fast.tasks.prompts import grounding_solution
 from virft_fast.tasks.rewards import (
     accuracy,
     accuracy_choice,
@@ -93,6 +101,8 @@ ACCURACY_REWARDS: dict[str, float] = {
     name: 2.0 if name == "visual_rft_grounding" else 1.0 for name in REWARDS if name != "format"
 }
 CLEAR_MAJORITY = 0.8
+_PARTS = re.compile(r"(</?(?:think|answer)>)")
+_NUMBER = re.compile(rf"(?<![\w.]){NUMBER}")
 _ANY_OPTIONS = [""] * 26  # a row may have as many
 BOX_TASKS = ("detection", "grounding")  # the solutions of the others are texts
 
@@ -259,20 +269,34 @@ def check_solution(
     return None
 
 
-def in_thousandths(solution: str, extent: Sequence[float]) -> str:
-    """A solution whose boxes are counted in `extent`, (width, height), written anew in whole
-    thousandths; one without boxes, or with one that can't be read, as it is."""
-    read = parse_detection(solution, extent_of(extent))
-    if read is None or not read.boxes or any(map(unreadable, read.boxes)):
-        return solution
-    boxes = [_whole(box) for box in read.boxes]
-    if answer_text(solution).lstrip().startswith("(") and len(boxes) == 1:
-        return grounding_solution(boxes[0])
-    items = [
-        {"Position": box} | ({} if confidence is None else {"Confidence": confidence})
-        for box, confidence in zip(boxes, read.confidences, strict=True)
+def in_thousandths(text: str, extent: Sequence[float]) -> str:
+    """The text with its boxes, counted in `extent`, (width, height), in whole thousandths: those of its
+    thought as well as those of its answer. All else stays as written.
+
+    Raises:
+        ValueError: the numbers of a box can't be told from the others.
+    """
+    return "".join(_part_in_thousandths(part, extent_of(extent)) for part in _PARTS.split(text))
+
+
+def _part_in_thousandths(text: str, extent: Extent) -> str:
+    boxes = _readable(text)
+    # Parsed with its places in the numbers' stead, a text says where the numbers of boxes stand.
+    numbers, given = itertools.count(), _NUMBER.findall(text)
+    places = [
+        int(v) for box in _readable(_NUMBER.sub(lambda _: f"{next(numbers)}", text)) for v in box
     ]
-    return f"<answer>{items}</answer>"
+    values = [float_of(given[at]) if at < len(given) else None for at in places]
+    if values != [v for box in boxes for v in box]:
+        raise ValueError(f"expected boxes whose numbers stand alone, got {text!r:.120}")
+    sides = [side for box in boxes for side in _whole(to_thousand(box, extent))]
+    new, numbers = dict(zip(places, sides, strict=True)), itertools.count()
+    return _NUMBER.sub(lambda found: str(new.get(next(numbers), found[0])), text)
+
+
+def _readable(text: str) -> list[Box]:
+    read = parse_detection(text)
+    return [box for box in (read.boxes if read else ()) if not unreadable(box)]
 
 
 def _whole(box: Sequence[float]) -> list[int]:
