@@ -84,10 +84,10 @@ def test_boxes_of_a_named_space_are_converted_to_what_the_model_answers_in(space
     ("<answer> (200,50),(1000,250) </answer>", "<answer> (100,100),(500,500) </answer>"),
     ("[{'Position': [200, 50, 1000, 250], 'Confidence': 0.5}]",
      "[{'Position': [100, 100, 500, 500], 'Confidence': 0.5}]"),
-    ('<think>2 cats, [200, 50, 1000, 250] left.</think>\n<answer>```json\n[{"bbox_2d": [200, 50, 1000'
-     ', 250], "label": "cat 7", "id": 200}, {"bbox_2d": ["1000", 250, 2000, 500.0]}]\n```</answer>.',
-     '<think>2 cats, [100, 100, 500, 500] left.</think>\n<answer>```json\n[{"bbox_2d": [100, 100, 500'
-     ', 500], "label": "cat 7", "id": 200}, {"bbox_2d": ["500", 500, 1000, 1000]}]\n```</answer>.'),
+    ('<think>2 cats, [200, 50, 1000, 250] left.</think>\n<answer>```json\n[{"bbox_2d": [200, 50, '
+     '1000, 250], "label": "cat 7", "id": 200}, {"bbox_2d": ["1000", 250, 2000, 500.0]}]\n```',
+     '<think>2 cats, [100, 100, 500, 500] left.</think>\n<answer>```json\n[{"bbox_2d": [100, 100, '
+     '500, 500], "label": "cat 7", "id": 200}, {"bbox_2d": ["500", 500, 1000, 1000]}]\n```'),
     ("{x1: 200, y1: 50, x2: 1e3, y2: 250, score: 80%}",
      "{x1: 100, y1: 100, x2: 500, y2: 500, score: 80%}"),
     ("<answer>No Objects</answer>", "<answer>No Objects</answer>"),
@@ -103,7 +103,7 @@ def test_a_box_whose_numbers_cant_be_told_is_not_converted():
 
 
 def test_what_is_taught_is_converted():
-    """A conversation's answer and TRL's completion are the solution; another text may have boxes."""
+    """A conversation's answer and TRL's completion are the solution; another text may be, too."""
     image, box = Image.new("RGB", (2000, 500)), "(200,50),(1000,250)"
     chat = [{"role": "user", "content": "Find it."}, {"role": "assistant", "content": box}]
     for row in ({"messages": chat}, {"prompt": "Find it.", "completion": box}):

@@ -24,6 +24,7 @@ from virft_fast.data.layouts import (
     check_columns,
     non_empty,
     question_column,
+    read_list,
     read_row,
     spoken_text,
 )
@@ -132,16 +133,11 @@ class SampleDataset:
         sizes = [image_size(source, self.image_folder) for source in reading.sources]
         return reading, self._sample(index, row, reading, sizes)
 
-    def _converted(
-        self,
-        text: Any,
-        row: Row,
-        reading: Reading,
-        sizes: Sequence[tuple[int, int]] | None = None,
-    ) -> Any:
+    def _converted(self, text: Any, row: Row, reading: Reading, sizes: Any) -> Any:
         """A text to learn, in thousandths where the row's boxes are in pixels or shares."""
         if not self.rules or row.get("extent") is not None or not isinstance(text, str):
             return text
+        first = (1, 1)
         if self._box_space == "pixels":
             if not reading.sources:
                 raise Unusable("--box_space pixels: expected an image, whose pixels count")
@@ -150,8 +146,6 @@ class SampleDataset:
                     "--box_space pixels: expected a question that names no unit, because answers "
                     "are in thousandths, got one that speaks of pixels; reword it"
                 )
-        first = (1, 1)
-        if self._box_space == "pixels":
             first = sizes[0] if sizes else image_size(reading.sources[0], self.image_folder)
         try:
             return in_thousandths(text, first)
@@ -184,16 +178,16 @@ class SampleDataset:
 
     def _row(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
-        return self._plain(row.to_pylist()[0]) if hasattr(row, "to_pylist") else dict(row)
+        return self._plain(row.to_pylist()[0] if hasattr(row, "to_pylist") else dict(row))
 
     def _plain(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What `datasets` stores in another form: JSON texts, and numbers of class names."""
+        """What is stored in another form: JSON texts, lists in CSV, numbers of class names."""
         for name in self._json_columns:
             row[name] = None if row.get(name) is None else json.loads(row[name])
         for name, listed in self.class_names.items():
             number = row.get(name)
             row[name] = listed[number] if number is not None and 0 <= number < len(listed) else None
-        return row
+        return {name: read_list(name, value) for name, value in row.items()}
 
     def _sample(
         self,

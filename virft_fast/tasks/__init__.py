@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from virft_fast.batch import Sample
+from virft_fast.tasks import brackets
 from virft_fast.tasks.answers import (
     MAX_OBJECTS,
     Detection,
@@ -19,14 +20,6 @@ from virft_fast.tasks.answers import (
     parse_label,
     unreadable,
     valid_box,
-)
-from virft_fast.tasks.brackets import (
-    MAX_CHARACTERS,
-    MAX_GROUPS,
-    MAX_TOKENS,
-    NUMBER,
-    float_of,
-    read_groups,
 )
 from virft_fast.tasks.coordinates import THOUSAND, Box, Extent, extent_of, rescale, to_thousand
 from virft_fast.tasks.labels import ClosedSet, key
@@ -102,7 +95,7 @@ ACCURACY_REWARDS: dict[str, float] = {
 }
 CLEAR_MAJORITY = 0.8
 _PARTS = re.compile(r"(</?(?:think|answer)>)")
-_NUMBER = re.compile(rf"(?<![\w.]){NUMBER}")
+_NUMBER = re.compile(rf"(?<![\w.]){brackets.NUMBER}")
 _ANY_OPTIONS = [""] * 26  # a row may have as many
 BOX_TASKS = ("detection", "grounding")  # the solutions of the others are texts
 
@@ -247,10 +240,11 @@ def check_solution(
         return str(error)
     if detection is not None and len(detection.boxes) >= MAX_OBJECTS:
         return f"expected fewer than {MAX_OBJECTS} boxes in the solution; split the row"
-    if not read_groups(marked_answer(solution)).ended:
+    if not brackets.read_groups(marked_answer(solution)).ended:
         return (
-            f"expected at most {MAX_CHARACTERS} characters, {MAX_TOKENS} words, numbers and signs, "
-            f"and fewer than {MAX_GROUPS} brackets in the solution, got more; split the row"
+            f"expected at most {brackets.MAX_CHARACTERS} characters, {brackets.MAX_TOKENS} words, "
+            f"numbers and signs, and fewer than {brackets.MAX_GROUPS} brackets in the solution, "
+            "got more; split the row"
         )
     if detection is None:
         return f"expected boxes in the solution, got {solution!r:.120}"
@@ -270,8 +264,8 @@ def check_solution(
 
 
 def in_thousandths(text: str, extent: Sequence[float]) -> str:
-    """The text with its boxes, counted in `extent`, (width, height), in whole thousandths: those of its
-    thought as well as those of its answer. All else stays as written.
+    """The text with the boxes of its thought and its answer, counted in `extent`, (width, height),
+    in whole thousandths. All else stays as written.
 
     Raises:
         ValueError: the numbers of a box can't be told from the others.
@@ -286,7 +280,7 @@ def _part_in_thousandths(text: str, extent: Extent) -> str:
     places = [
         int(v) for box in _readable(_NUMBER.sub(lambda _: f"{next(numbers)}", text)) for v in box
     ]
-    values = [float_of(given[at]) if at < len(given) else None for at in places]
+    values = [brackets.float_of(given[at]) if at < len(given) else None for at in places]
     if values != [v for box in boxes for v in box]:
         raise ValueError(f"expected boxes whose numbers stand alone, got {text!r:.120}")
     sides = [side for box in boxes for side in _whole(to_thousand(box, extent))]
