@@ -22,9 +22,11 @@ Turn = dict[str, Any]  # role, content: a text or a list of parts
 
 IMAGE_COLUMNS = ("image", "images", "image_path")
 CHAT_COLUMNS = ("conversations", "messages", "history")
-# A text in them may be a list as JSON, as in CSV; in the others a list of turns.
-LIST_COLUMNS = (*IMAGE_COLUMNS, "extent", "classes", *CLASS_COLUMNS, *CHAT_COLUMNS)
 TURN_COLUMNS = ("prompt", "problem", "chosen", "rejected", "completion")
+# Columns whose values may be chats, of any keys: kept as JSON, as they are.
+JSON_COLUMNS = (*CHAT_COLUMNS, *TURN_COLUMNS, "reward_model", "extra_info")
+# A text in them may be a list as JSON, as in CSV; in TURN_COLUMNS a list of turns.
+LIST_COLUMNS = (*IMAGE_COLUMNS, "extent", "classes", *CLASS_COLUMNS, *CHAT_COLUMNS)
 IMAGE_PLACE = "<image>"
 IMAGE_TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 BOX_ANSWER = re.compile(r"\(\s*[\d.]+\s*,\s*[\d.]+\s*\)\s*,\s*\(\s*[\d.]+\s*,\s*[\d.]+\s*\)")

@@ -14,26 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from virft_fast.data.accounts import Built
-from virft_fast.data.images import (
-    IMAGE_FORMATS,
-    NOT_DOWNLOADED,
-    check_pixels,
-    is_address,
-    one_line,
-    placed,
-)
+from virft_fast.data.images import one_line, placed
 from virft_fast.data.layouts import (
     ANSWERS,
-    CHAT_COLUMNS,
     IMAGE_COLUMNS,
-    IMAGE_PLACE,
-    IMAGE_TAG,
+    JSON_COLUMNS,
     LIST_COLUMNS,
     QUESTIONS,
-    TURN_COLUMNS,
     check_columns,
     read_list,
-    spoken_text,
 )
 from virft_fast.data.samples import BadRow, SampleDataset, first_solutions, taught_answer
 from virft_fast.data.streaming import ParquetRows
@@ -42,11 +31,7 @@ from virft_fast.data.texts import read_table, read_text
 if TYPE_CHECKING:
     import datasets
 
-__all__ = [
-    "IMAGE_COLUMNS", "IMAGE_FORMATS", "IMAGE_PLACE", "IMAGE_TAG", "NOT_DOWNLOADED", "BadRow",
-    "SampleDataset", "check_columns", "check_pixels", "first_solutions", "is_address",
-    "load_rows", "placed", "spoken_text", "taught_answer",
-]  # fmt: skip
+__all__ = ["BadRow", "SampleDataset", "first_solutions", "load_rows", "taught_answer"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +44,6 @@ FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 SHARD_NAME = re.compile(r"(?P<split>\w+)-(?P<number>\d+)-of-(?P<total>\d+)")
-# Columns whose values may be chats, of any keys: kept as JSON, as they are.
-CHATS = (*CHAT_COLUMNS, *TURN_COLUMNS, "reward_model", "extra_info")
 
 
 # --- Loading ---------------------------------------------------------------------------------
@@ -520,7 +503,7 @@ def _as_dataset(records: list[dict[str, Any]], folder: Path) -> datasets.Dataset
         values = [_utf8(record.get(name)) for record in records]
         if name in IMAGE_COLUMNS:
             columns[name] = _column([_absolute_paths(value, folder) for value in values])
-        elif name in CHATS and any(isinstance(value, (list, dict)) for value in values):
+        elif name in JSON_COLUMNS and any(isinstance(value, (list, dict)) for value in values):
             columns[name] = _as_json(values)
         else:
             columns[name] = _column(values)

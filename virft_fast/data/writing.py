@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from PIL import ExifTags, Image, ImageOps
 
 from virft_fast.data.accounts import Built, listing, printable
-from virft_fast.data.loading import IMAGE_FORMATS, check_pixels
+from virft_fast.data.images import IMAGE_FORMATS, check_pixels
 
 Pictured = TypeVar("Pictured", bound=Any)  # has an `image`
 ROWS_A_GROUP = 64

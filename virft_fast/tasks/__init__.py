@@ -21,7 +21,7 @@ from virft_fast.tasks.answers import (
     unreadable,
     valid_box,
 )
-from virft_fast.tasks.coordinates import THOUSAND, Box, Extent, extent_of, rescale, to_thousand
+from virft_fast.tasks.coordinates import THOUSAND, Extent, extent_of, rescale, to_thousand
 from virft_fast.tasks.labels import ClosedSet, key
 from virft_fast.tasks.rewards import (
     accuracy,
@@ -274,23 +274,22 @@ def in_thousandths(text: str, extent: Sequence[float]) -> str:
 
 
 def _part_in_thousandths(text: str, extent: Extent) -> str:
-    boxes = _readable(text)
     # Parsed with its places in the numbers' stead, a text says where the numbers of boxes stand.
     numbers, given = itertools.count(), _NUMBER.findall(text)
-    places = [
-        int(v) for box in _readable(_NUMBER.sub(lambda _: f"{next(numbers)}", text)) for v in box
-    ]
-    values = [brackets.float_of(given[at]) if at < len(given) else None for at in places]
-    if values != [v for box in boxes for v in box]:
+    places = list(map(int, _sides(_NUMBER.sub(lambda _: str(next(numbers)), text))))
+    sides = _sides(text)
+    if sides != [brackets.float_of(given[at]) if at < len(given) else None for at in places]:
         raise ValueError(f"expected boxes whose numbers stand alone, got {text!r:.120}")
-    sides = [side for box in boxes for side in _whole(to_thousand(box, extent))]
-    new, numbers = dict(zip(places, sides, strict=True)), itertools.count()
+    boxes = (sides[at : at + 4] for at in range(0, len(sides), 4))
+    whole = [side for box in boxes for side in _whole(to_thousand(box, extent))]
+    new, numbers = dict(zip(places, whole, strict=True)), itertools.count()
     return _NUMBER.sub(lambda found: str(new.get(next(numbers), found[0])), text)
 
 
-def _readable(text: str) -> list[Box]:
+def _sides(text: str) -> list[float]:
+    """Of its boxes, one after the other."""
     read = parse_detection(text)
-    return [box for box in (read.boxes if read else ()) if not unreadable(box)]
+    return [side for b in (read.boxes if read else ()) if not unreadable(b) for side in b]
 
 
 def _whole(box: Sequence[float]) -> list[int]:
