@@ -7,19 +7,16 @@ but those of odd vocabularies (UNIT 1) and of strided columns.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from virft_fast.kernels import triton_rows as rows
@@ -137,33 +134,25 @@ def build(variant: Variant, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def resources(compiled: Any, arch: int) -> dict[str, int]:
-    """Registers and spilled bytes by ptxas, 128-bit loads in the machine code."""
-    with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder) / "k.ptx", Path(folder) / "k.cubin"
-        ptx.write_text(compiled.asm["ptx"])
-        cubin.write_bytes(compiled.asm["cubin"])
-        target = re.search(r"\.target\s+(sm_\w+)", compiled.asm["ptx"]).group(1)
-        assembler = get_ptxas(arch).path
-        done = subprocess.run(
-            [assembler, "-v", f"--gpu-name={target}", ptx, "-o", os.devnull],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        sass = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "-sass", cubin],
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers and bytes of local memory of the machine code, 128-bit loads of the PTX."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
-    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    wide = re.findall(r"\bld\.global\S*\.(?:v4\.b32|v2\.b64)\b", compiled.asm["ptx"])
     return {
-        "registers": int(re.search(r"Used (\d+) registers", done.stderr).group(1)),
-        "spilled": sum(map(int, spilled.groups())),
-        "wide_loads": len(re.findall(r"\bLDG\.\S*128", sass)),
-    }
+        "registers": used["REG"], "spilled": used["STACK"] + used["LOCAL"], "wide_loads": len(wide)
+    }  # fmt: skip
 
 
 def problems(variant: Variant, arch: int) -> list[str]:
     """Compile, print one line, and say what is wrong."""
-    found = resources(build(variant, arch), arch)
+    found = resources(build(variant, arch))
     print(
         f"sm_{arch} {variant.name:76} {found['registers']:4} registers {found['spilled']:4} bytes "
         f"spilled {found['wide_loads']:3} 128-bit loads"

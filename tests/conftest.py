@@ -16,6 +16,13 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
+LONG = ["triton", "distributed", "stages", "train", "crash_campaign", "dpo", "stopping"]
+
+
+def pytest_collection_modifyitems(items):
+    """Files with tests of half a minute first, so that no process waits for another one's last."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
 
 @pytest.fixture(scope="session")
 def processor():

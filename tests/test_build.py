@@ -200,10 +200,12 @@ def test_a_polygon_of_an_image_that_is_shown_turned_is_of_no_known_picture(tmp_p
     assert len(samples(tmp_path / "out")) == 1
 
 
-@pytest.mark.parametrize("orientation, size, rows", [(1, (200, 100), 8), (3, (200, 100), 6),
-                                                     (6, (100, 200), 8)])  # fmt: skip
+@pytest.mark.parametrize(
+    "orientation, size, rows",
+    [(1, (200, 100), 8), (3, (200, 100), 6), (6, (100, 200), 8), (6, (200, 100), 8)],
+)
 def test_images_that_are_shown_turned(coco, tmp_path, capsys, orientation, size, rows):
-    """Sideways, the annotated size tells that boxes are of the image as it is shown."""
+    """Sideways, the annotated size tells whether boxes are of the image as it is shown."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / "images/000000000000.jpg"

@@ -7,11 +7,13 @@ import json
 import unicodedata
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tests.test_build import run, samples, save_image
 from virft_fast.data.image_files import ImageFiles
 from virft_fast.data.instances import key_of, read_annotations
+from virft_fast.tasks import parse_detection
+from virft_fast.tasks.coordinates import rescale
 
 NAN = float("nan")
 
@@ -129,6 +131,57 @@ def test_a_missing_size_is_that_of_the_file(instances, capsys, size):
     assert instances.write([picture(1, "a.png", *size)], [mark(1)]).build() == 0
     assert "[100, 100, 600, 600]" in instances.rows()[1, "cat"]
     assert "converted, image whose size is read from its file: 1 (a.png)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("frame", ["stored", "shown"])
+def test_boxes_lie_where_the_picture_is_shown(instances, tmp_path, frame, orientation):
+    """Of a red corner. Sideways, COCO's size tells which frame boxes are in, otherwise nothing
+    does; YOLO's are in the shown one, and Open Images' in the stored one."""
+    picture_of = Image.new("RGB", (50, 30))
+    picture_of.paste((255, 0, 0), (0, 0, 10, 6))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    folder = tmp_path / "images"
+    folder.mkdir()
+    picture_of.save(folder / "a.png", exif=exif)
+    if frame == "shown":
+        picture_of = ImageOps.exif_transpose(Image.open(folder / "a.png"))
+    (x1, y1, x2, y2), (width, height) = picture_of.getbbox(), picture_of.size
+    instances.write(
+        [picture(1, "a.png", width, height)], [mark(1, (x1, y1, x2 - x1, y2 - y1))], files=()
+    )
+    built = instances.build()
+    assert built == (0 if orientation == 1 or orientation > 4 else 2)
+    if frame == "shown":
+        middle = (x1 + x2) / 2 / width, (y1 + y2) / 2 / height
+        write(tmp_path / "labels/a.txt", f"0 {middle[0]} {middle[1]} 0.2 0.2")
+        write(tmp_path / "data.yaml", "train: images\nnames: [red]\n")
+        source = ("yolo", "--source", tmp_path)
+    else:
+        sides = f"{x1 / width},{x2 / width},{y1 / height},{y2 / height}"
+        header = "ImageID,LabelName,IsGroupOf,XMin,XMax,YMin,YMax"
+        write(tmp_path / "csv/train-annotations-bbox.csv", f"{header}\na,/m/red,0,{sides}\n")
+        write(tmp_path / "csv/class-descriptions-boxable.csv", "/m/red,red\n")
+        source = ("openimages", "--source", tmp_path / "csv", "--images", folder)
+    assert run("build", *source, "--output", tmp_path / "out2") == 0
+    for out in [tmp_path / "out2"] + [tmp_path / "out"] * (built == 0):
+        (row,) = samples(out)
+        (box,) = parse_detection(row.solution).boxes
+        assert rescale(box, (1000, 1000), row.images[0].size) == row.images[0].getbbox()
+
+
+def write(path, text):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+
+
+def test_boxes_in_shares_are_no_pixels(instances, capsys):
+    instances.write([picture(1, "a.png")], [mark(1, (0, 0.1, 0.5, 0.5)), mark(1, (0, 0, 1, 1))])
+    assert instances.build() == 2
+    assert "expected boxes in pixels, got 2 within 0..1" in capsys.readouterr().err
+    instances.write([picture(1, "a.png")], [mark(1, (0, 0, 1, 1)), mark(1, (0, 0, 9, 9))])
+    assert instances.build() == 0
 
 
 def test_a_picture_shown_turned_needs_a_size_to_place_boxes(instances, capsys):

@@ -1018,6 +1018,11 @@ def test_a_prompt_within_the_answers_chats_is_asked_once(tmp_path, prompt):
     assert spoken(found) == [("system", "s"), ("user", "q")]
 
 
+def test_whole_numbers_among_others_stay_whole(tmp_path):
+    rows = [{"problem": "?", "answer": answer} for answer in (1, 2.5, 3)]
+    assert [row.solution for row in pair_of(tmp_path, *rows)] == ["1", "2.5", "3"]
+
+
 def test_a_prompt_of_no_kind_is_a_bad_row():
     lead = [turn("user", "q")]
     row = {"chosen": [*lead, turn("assistant", "a")], "rejected": [*lead, turn("assistant", "b")]}

@@ -322,24 +322,37 @@ def test_run_and_resume_bit_for_bit(preferences, tmp_path, capsys, more):
     assert losses_of(whole)[0][0] == pytest.approx(math.log(2), abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "stage, more",
-    [(None, ()), (0, ()), (2, ("--use_peft", "--lora_r", "4")), (3, ()), (3, ("--use_peft",))],
-    ids=["plain", "zero0", "zero2-adapter", "zero3", "zero3-adapter"],
-)
-def test_two_ranks_equal_one(preferences, tmp_path, stage, more):
-    one, two = tmp_path / "one", tmp_path / "two"
+TWO_RANKS = {
+    "plain": (None, ()), "zero0": (0, ()), "zero2-adapter": (2, ("--use_peft", "--lora_r", "4")),
+    "zero3": (3, ()), "zero3-adapter": (3, ("--use_peft",)),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ranks_folder(preferences, tmp_path_factory):
+    """Runs of one rank, by their flags, and of two ranks, by the names in TWO_RANKS."""
+    folder, runs = tmp_path_factory.mktemp("ranks"), []
     # All held-out rows are of one batch, so that the other rank has none.
     common = ["--max_steps", "2", "--dpo_gamma", "0.2", "--save_steps", "0", "--eval_samples", "5"]
-    assert main(arguments(preferences, one, *common, *more)) == 0
-    argv = arguments(preferences, two, *common, *more)
-    if stage is not None:
-        config = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": "auto"}
-        (tmp_path / "ds.json").write_text(json.dumps(config))
-        argv += ["--deepspeed", str(tmp_path / "ds.json")]
-    argv[argv.index("--gradient_accumulation_steps") + 1] = "1"
-    done = run(*argv, processes=2)
+    for more in {more for _, more in TWO_RANKS.values()}:
+        assert main(arguments(preferences, folder / f"one{''.join(more)}", *common, *more)) == 0
+    for name, (stage, more) in TWO_RANKS.items():
+        argv = arguments(preferences, folder / name, *common, *more)
+        if stage is not None:
+            zero = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": "auto"}
+            (folder / f"{stage}.json").write_text(json.dumps(zero))
+            argv += ["--deepspeed", str(folder / f"{stage}.json")]
+        argv[argv.index("--gradient_accumulation_steps") + 1] = "1"
+        runs.append(argv)
+    (folder / "runs.json").write_text(json.dumps(runs))
+    done = run(folder / "runs.json", module="two_stages", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_two_ranks_equal_one(ranks_folder, name):
+    one, two = ranks_folder / f"one{''.join(TWO_RANKS[name][1])}", ranks_folder / name
     for a, b in zip(losses_of(one), losses_of(two), strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
     after = [json.loads((f / "summary.json").read_text())["after"] for f in (one, two)]

@@ -104,17 +104,15 @@ def test_two_ranks_give_what_one_gives(coco, tmp_path):
     (tmp_path / "map.json").write_text(
         json.dumps({n: ["red", "blue"][: 1 + (n < 2)] for n in range(1, 7)})
     )
-    for processes in (1, 2):
-        argv = coco_argv(coco, tmp_path / f"{processes}.jsonl", "--categories", "red,blue")
-        done = run(
-            *argv,
-            "--exists_map",
-            tmp_path / "map.json",
-            module="virft_fast.evaluate",
-            processes=processes,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "accuracy_iou" in done.stdout
+    one, two = (
+        coco_argv(coco, tmp_path / f"{n}.jsonl", "--categories", "red,blue",
+                  "--exists_map", tmp_path / "map.json")
+        for n in (1, 2)
+    )  # fmt: skip
+    assert main(one) == 0
+    done = run(*two, module="virft_fast.evaluate", processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "accuracy_iou" in done.stdout
     one, two = (read_jsonl(tmp_path / f"{n}.jsonl") for n in (1, 2))
     assert one == two and [record["index"] for record in one] == list(range(7))
     summaries = [json.loads((tmp_path / f"{n}.summary.json").read_text()) for n in (1, 2)]

@@ -90,7 +90,7 @@ def test_odd_labels_are_left_out_and_named(yolo, tmp_path, capsys):
     assert [category for category, _ in rows(tmp_path / "out")] == ["box", "triangle"]
     said = capsys.readouterr().out
     assert "no class with a box or a polygon: 3" in said and "a.txt, line 1" in said
-    assert "a category that isn't listed" in said and "without a size" in said
+    assert "a category that isn't listed" in said and "image can't be read: 1" in said
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,14 @@ def test_a_yolo_folder_that_cant_be_used(yolo, tmp_path, capsys, settings, said)
     assert build("yolo", yolo, tmp_path / "out") == 2
     assert said in capsys.readouterr().err
     assert build("yolo", tmp_path / "nothing", tmp_path / "out") == 2
+
+
+def test_yolo_names_are_texts(yolo, tmp_path):
+    text = "train: images/train\nval: null\ntest:\nkpt_shape: null\nnames: [{}]\n"
+    for names in (["yes", "1.0"], ["null", "0x1F"]):
+        (yolo / "data.yaml").write_text(text.format(", ".join(names)))
+        assert build("yolo", yolo, tmp_path / "out", "--overwrite") == 0
+        assert {name for name, _ in rows(tmp_path / "out")} == set(names)
 
 
 VOC = """<annotation><folder>VOC2007</folder><filename>{name}.jpg</filename>
@@ -140,6 +148,23 @@ def test_voc(voc, tmp_path, capsys):
     ]
     assert rows(tmp_path / "out", "validation") == [("dog", solution([0, 0, 1000, 1000]))]
     assert "difficult object, ignored as a crowd: 1" in capsys.readouterr().out
+
+
+def test_voc_names(voc, tmp_path, capsys):
+    """A stem with spaces, sets with flags, a file name without a suffix, a path of Windows."""
+    for old, new in (("000001", "my cat 1"), ("000002", "my dog"), ("000003", "other")):
+        (voc / f"JPEGImages/{old}.jpg").rename(voc / f"JPEGImages/{new}.JPG")
+        text = (voc / f"Annotations/{old}.xml").read_text()
+        named = {"000001": "<filename>my cat 1</filename>",
+                 "000002": "<filename>C:\\data\\my dog.JPG</filename>",
+                 "000003": "<path>C:\\data\\other.JPG</path>"}[old]  # fmt: skip
+        text = text.replace(f"<filename>{old}.jpg</filename>", named)
+        (voc / f"Annotations/{new}.xml").write_text(text)
+    (voc / "ImageSets/Main/train.txt").write_text("my cat 1\nmy dog  1\n")
+    (voc / "ImageSets/Main/val.txt").write_text("other\n")
+    assert build("voc", voc, tmp_path / "out") == 0
+    assert len(rows(tmp_path / "out")) == 3 and len(rows(tmp_path / "out", "validation")) == 1
+    assert "of another image" not in capsys.readouterr().out
 
 
 def test_voc_files_with_entities_are_not_expanded(voc, tmp_path, capsys):

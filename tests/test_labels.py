@@ -36,6 +36,10 @@ SETS = {
     "mask": ["mask", "no mask"],
     "masks": ["with_mask", "without_mask", "mask_weared_incorrect"],
     "apart": ["sun", "flower", "sunflower"],
+    "apart twice": ["sun", "flo", "wer", "sunflower"],
+    "kinds": ["rose", "car", "bird", "cats", "dogs", "dog rose", "black cat"],
+    "makers": ["Boeing", "Airbus", "British Aerospace", "Douglas Aircraft Company", "Cessna",
+               "McDonnell Douglas", "Lockheed Corporation", "Cirrus Aircraft", "de Havilland"],
     "hindi": ["बिल्ली", "कुत्ता", "कुत्ते", "गाय", "की", "का", "के", "हाँ", "नहीं"],
     "chinese": ["猫", "狗", "大", "小", "大小", "是", "否", "不是", "熊", "熊猫"],
     "emoji": ["🐱", "🐶", "👨", "👩", "👧", "👨‍👩‍👧", "❤️", "🇩🇪", "🇫🇷", "👍", "👍🏽"],
@@ -90,10 +94,11 @@ def earns(reward, answers, truths, **known):
 
 
 def attempts(names, joiners=JOINERS, most=9):
-    """What a policy may try: one answer for all, answers of two labels, and negations."""
+    """What a policy may try: one answer for all, answers of several labels, and negations."""
     few = sample(names, most)
     answers = [*(names if len(names) < 50 else few), "", " ", ".", "?", "the"]
     answers += [a + joiner + b for a, b in itertools.permutations(few, 2) for joiner in joiners]
+    answers += [" ".join(three) for three in itertools.permutations(few[:6], 3)]
     answers += [joiner.join(names) for joiner in (" ", ", ", "/")]
     return answers, [negation.format(label) for negation in NEGATIONS for label in few]
 
@@ -184,6 +189,57 @@ def test_what_an_object_is_may_only_stand_after_its_name():
     known = ClosedSet(["rose", "black", "pot", "siamese"])
     assert known("rose flower") == "rose" and known("a siamese cat") == "siamese"
     assert not any(map(known, ["dog rose", "jet black", "flower pot", "cat dog"]))
+
+
+@pytest.mark.parametrize(
+    ("names", "answer", "label"),
+    [
+        (["rose", "cars", "birds"], "rose car bird", None),
+        (["rose", "dog rose"], "rose dog", None),
+        (["rose", "balloon flower"], "rose flower", "rose"),
+        (["British Aerospace", "Boeing"], "British Boeing", None),
+        (["british shorthair", "american shorthair"], "british american shorthair", None),
+        (["737-800", "Boeing 717"], "Boeing 737-800", "737-800"),
+        (["737-800", "Boeing 717"], "a Boeing 717 aircraft", "Boeing 717"),
+        (["737-800", "Boeing 717"], "Boeing 717 737-800", None),
+        (["Fokker 100", "DC-10"], "Fokker Fokker 100", "Fokker 100"),
+        (["BAE 146-200", "DC-10"], "British Aerospace BAE 146-200", "BAE 146-200"),
+        (["sun", "flo", "wer", "sunflower"], "sun flo wer", None),
+        (["cat", "boxed"], "\\boxed{cat}", "cat"),
+    ],
+)  # fmt: skip
+def test_a_word_of_another_label_is_not_neutral(names, answer, label):
+    assert ClosedSet(names)(answer) == label
+
+
+def test_the_end_of_a_sentence_turns_no_name_into_another():
+    names = ["고양", "고양이", "사", "사이다", "から", "からだ"]
+    ends = ("다", "이다", "에요", "이에요", "예요", "입니다", "だ", "です")
+    sentences = [name + end for name in names for end in ends]
+    assert all(earned <= 1 for _, earned in earns("accuracy", sentences, names))
+    known = ClosedSet(names)
+    assert (
+        known("고양이다") is None and known("からだ") == "からだ" and known("からだだ") == "からだ"
+    )
+    for sentence in ("이것은 고양이다", "고양이에요", "고양이이다", "고양이입니다"):
+        assert ClosedSet(["고양이", "개"])(sentence) == "고양이", sentence
+    assert ClosedSet(["고양이", "다"])("고양이다") is None
+    assert same_label("猫だ", "猫") and same_label("5이다", "5")
+
+
+@pytest.mark.parametrize(
+    "pair", [("5 mW", "5 MW"), ("5mm", "5 Mm"), ("5 Pa", "5 pA"), ("0.5 MPa", "0.5 mPa"),
+             ("5-mV", "5-MV"), ("5 mWです", "5 MW")],
+)  # fmt: skip
+def test_prefixes_of_units_keep_their_case(pair):
+    assert not same_label(*pair) and not same_label(*reversed(pair))
+    assert same_label(pair[1].replace(" ", ""), pair[1]) and same_label("5 MWです", "5 MW")
+
+
+def test_other_letters_of_units_do_not():
+    for pair in [("10 KG", "10 kg"), ("5 PM", "5 pm"), ("5 MM", "5 mm"), ("5 MB", "5 mb")]:
+        assert same_label(*pair), pair
+    assert same_label("Model 5 Max", "model 5 max") and same_label("MW", "mw")
 
 
 def test_an_article_that_is_a_label_is_not_dropped():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
 
@@ -116,6 +117,45 @@ def test_what_is_not_there_or_not_read_is_a_bad_row(row):
     assert isinstance(bad, BadRow) and bad.reason
 
 
+def test_a_system_column_is_that_of_the_system_turn():
+    row = {"image": IMAGE, "messages": [turn("system", "Be brief."), USER, GPT]}
+    assert words(read(row | {"system": " Be brief. "})) == words(read(row))
+    assert words(read(row | {"system": ""})) == words(read(row))
+    for other in ("Be long.", ["Be brief."]):
+        assert "system: expected" in read(row | {"system": other}).reason
+
+
+@pytest.mark.parametrize("name, value", [("weight", 0), ("weight", 0.5), ("loss", False)])
+def test_an_answer_that_is_marked_is_not_learned(name, value):
+    """Earlier ones are in the prompt, which is not learned anyway."""
+    bad = GPT | {name: value}
+    early = [USER, bad, turn("user", "And now?"), GPT | {name: 1}]
+    assert len(read({"image": IMAGE, "messages": early}).messages) == 3
+    for row in ({"messages": [USER, bad]}, {"conversations": [USER, bad]},
+                {"problem": "<image>?", "solution": "a", "completion": [bad]},
+                {"prompt": [USER], "chosen": [bad], "rejected": [GPT]}):  # fmt: skip
+        assert f"got {{{name!r}: {value}" in read({"image": IMAGE} | row).reason
+
+
+def test_lists_in_cells(tmp_path):
+    """Under any name of the column; of Python's literals none is read."""
+    IMAGE.save(tmp_path / "a.png")
+    chat = json.dumps([turn("user", "Which?")])
+    cells = ["problem", "pictures", "size", "options", "solution"], [
+        chat, '["a.png", "a.png"]', "[10, 20]", '["yes", "no"]', "[1, 2]"], [
+        "[sic] Which?", "a.png", "(10, 20)", "['yes', 'no']", "yes"]  # fmt: skip
+    with open(tmp_path / "d.csv", "w", newline="") as file:
+        csv.writer(file).writerows(cells)
+    columns = {"images": "pictures", "extent": "size", "choices": "options"}
+    samples = SampleDataset(load_rows(str(tmp_path / "d.csv"), "train", columns=columns))
+    first, second = samples.get(0), samples.get(1)
+    assert words(first) == [("user", "<><>Which?")] and len(first.images) == 2
+    assert first.columns["extent"] == [10, 20] and first.columns["choices"] == ["yes", "no"]
+    assert first.solution == "[1, 2]"
+    assert words(second) == [("user", "<>[sic] Which?")]
+    assert second.columns["choices"] == "['yes', 'no']"
+
+
 @pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "saved"])
 def test_relative_paths_start_at_the_file(tmp_path, monkeypatch, kind):
     folder = tmp_path / "set"
@@ -134,6 +174,9 @@ def test_relative_paths_start_at_the_file(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     sample = SampleDataset(load_rows(str(path), "train")).get(0)
     assert not isinstance(sample, BadRow), sample.reason
+    (folder / "images").rename(tmp_path / "images")
+    bad = SampleDataset(load_rows(str(path), "train")).get(0)
+    assert isinstance(bad, BadRow) and f"put it at {folder}/images/a.png" in bad.reason
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if "image" not in name])

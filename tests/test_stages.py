@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import read_jsonl
-from processes import environment, run
+from processes import run
 from safetensors.torch import load_file, save_file
 from saved_layout import check_saved
 
@@ -250,10 +247,7 @@ def test_stages_on_two_ranks_under_zero_save_what_they_trained(data, tmp_path):
             )
             runs.append([*argv, "--save_steps", "1"])
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    child = [Path(__file__).parent / "two_stages.py", tmp_path / "runs.json"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([sys.executable, *launcher, *child], env=environment(),
-                          capture_output=True, text=True, timeout=600)  # fmt: skip
+    done = run(tmp_path / "runs.json", module="two_stages", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (out["grpo"] / "checkpoint-2").is_dir()  # also after checkpoint-1 served another run
     models = {}

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import processes
 import pytest
 import torch
 from helpers import read_jsonl
-from processes import environment
 from safetensors.torch import load_file
 
 from virft_fast import dist, train, watch
@@ -25,7 +22,6 @@ from virft_fast.tasks import RewardError
 from virft_fast.train import main
 from virft_fast.train.loop import is_given_up
 
-HERE = Path(__file__).parent
 FLAGS = ["--max_completion_length", "8", "--num_generations", "4", "--learning_rate", "1e-3",
          "--max_steps", "4", "--save_steps", "0"]  # fmt: skip
 REWARD = """
@@ -317,58 +313,33 @@ def test_what_fails_on_one_rank_is_agreed_upon(monkeypatch):
 # --- Two ranks -------------------------------------------------------------------------------
 
 LAUNCH = """
-import sys
 from virft_fast import watch
 watch.TICK, watch.STOP_SECONDS, watch.STALL_SECONDS = 0.05, 0.5, 1.0
 from virft_fast.commands import end_process
 from virft_fast.train import main
-end_process(main(sys.argv[1:]))
+end_process(main())
 """
 
 
-def two_ranks(digits, tmp_path, what, *more, seconds=120):
-    """Exit statuses and errors of two processes whose reward does `what` in rank 1's third call."""
-    file, program = tmp_path / "mine.py", tmp_path / "program.py"
+def two_ranks(digits, tmp_path, what, *more):
+    """The end of two processes whose reward does `what` in rank 1's third call."""
+    file = tmp_path / "mine.py"
     head, tail = REWARD.split("def then")
     file.write_text(head + f"def act():\n    {what}\n\ndef then" + tail.format(
         what="os.environ['RANK'] == '1' and act()"))  # fmt: skip
-    program.write_text(LAUNCH)
-    argv = [sys.executable, program, *arguments(digits, tmp_path, file), *more]
-    ranks = []
-    for rank in range(2):
-        place = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(29500 + os.getpid() % 2000),
-        }
-        ranks.append(
-            subprocess.Popen(
-                [str(word) for word in argv],
-                env=environment(**place),
-                stderr=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                text=True,
-            )
-        )
-    try:
-        errors = [None, None]
-        _, errors[0] = ranks[0].communicate(timeout=seconds)
-        if "SIGSTOP" in what:
-            ranks[1].kill()
-        _, errors[1] = ranks[1].communicate(timeout=seconds)
-    finally:
-        for process in ranks:
-            process.kill()
-    return [process.returncode for process in ranks], errors
+    argv = [*arguments(digits, tmp_path, file), *more]
+    return processes.Program(*argv, module=LAUNCH, processes=2)
 
 
 def test_one_ranks_hanging_reward_ends_all_and_the_last_step_is_saved(digits, tmp_path):
-    status, errors = two_ranks(digits, tmp_path, HANGS, "--reward_timeout", "2")
-    assert status == [1, 1], errors
+    program = two_ranks(digits, tmp_path, HANGS, "--reward_timeout", "2")
+    for rank in program.ranks:
+        rank.join(120)
+    error = program.wait().stderr
+    assert [rank.exitcode for rank in program.ranks] == [1, 1], error
     text = "reward function then took longer than 2 s"
-    assert f"rank 1: SectionTimeout: {text}" in errors[0] and text in errors[1]
+    of_rank_0 = f"rank 1: SectionTimeout: {text}"
+    assert of_rank_0 in error and text in error.replace(of_rank_0, "")
     assert saved(tmp_path / "run") == ["checkpoint-2"]
     state = json.loads((tmp_path / "run/checkpoint-2/trainer_state.json").read_text())
     assert state["step"] == 2
@@ -376,8 +347,10 @@ def test_one_ranks_hanging_reward_ends_all_and_the_last_step_is_saved(digits, tm
 
 def test_a_stopped_rank_is_waited_for_no_longer_than_the_time_limit(digits, tmp_path):
     stop = "os.kill(os.getpid(), signal.SIGSTOP)"
-    status, errors = two_ranks(digits, tmp_path, stop, "--ddp_timeout", "12", "--save_steps", "1")
-    assert status == [1, -signal.SIGKILL], errors
+    program = two_ranks(digits, tmp_path, stop, "--ddp_timeout", "8", "--save_steps", "1")
+    done = program.wait(120)  # kills the stopped rank when the other has ended
+    statuses = [rank.exitcode for rank in program.ranks]
+    assert statuses == [1, -signal.SIGKILL], done.stderr
     report = (tmp_path / "run/stalled-rank-0.txt").read_text()
     assert "waiting in all_gather" in report and "train_step" in report
-    assert "checkpoint-2; resume with" in errors[0]
+    assert "checkpoint-2; resume with" in done.stderr

@@ -80,28 +80,39 @@ def test_boxes_of_a_named_space_are_converted_to_what_the_model_answers_in(space
     assert found.account.converted == {f"boxes in {space} to thousandths": ["row 0"]}
 
 
-def test_conversion_keeps_what_a_solution_says():
-    size = (2000, 500)
-    for solution, wanted in (
-        ("<answer> (200,50),(1000,250) </answer>", "<answer> (100,100),(500,500) </answer>"),
-        ("[{'Position': [200, 50, 1000, 250], 'Confidence': 0.5}]",
-         "<answer>[{'Position': [100, 100, 500, 500], 'Confidence': 0.5}]</answer>"),
-        ("<answer>No Objects</answer>", "<answer>No Objects</answer>"),
-        ("a cat", "a cat"),
-    ):  # fmt: skip
-        assert tasks.in_thousandths(solution, size) == wanted
+@pytest.mark.parametrize("solution, wanted", [
+    ("<answer> (200,50),(1000,250) </answer>", "<answer> (100,100),(500,500) </answer>"),
+    ("[{'Position': [200, 50, 1000, 250], 'Confidence': 0.5}]",
+     "[{'Position': [100, 100, 500, 500], 'Confidence': 0.5}]"),
+    ('<think>2 cats, [200, 50, 1000, 250] left.</think>\n<answer>```json\n[{"bbox_2d": [200, 50, '
+     '1000, 250], "label": "cat 7", "id": 200}, {"bbox_2d": ["1000", 250, 2000, 500.0]}]\n```',
+     '<think>2 cats, [100, 100, 500, 500] left.</think>\n<answer>```json\n[{"bbox_2d": [100, 100, '
+     '500, 500], "label": "cat 7", "id": 200}, {"bbox_2d": ["500", 500, 1000, 1000]}]\n```'),
+    ("{x1: 200, y1: 50, x2: 1e3, y2: 250, score: 80%}",
+     "{x1: 100, y1: 100, x2: 500, y2: 500, score: 80%}"),
+    ("<answer>No Objects</answer>", "<answer>No Objects</answer>"),
+    ("a cat of 3", "a cat of 3"),
+])  # fmt: skip
+def test_conversion_changes_coordinates_alone(solution, wanted):
+    assert tasks.in_thousandths(solution, (2000, 500)) == wanted
 
 
-def test_what_is_taught_is_converted_or_refused():
-    """A conversation's answer and TRL's completion are the solution; another text is not."""
+def test_a_box_whose_numbers_cant_be_told_is_not_converted():
+    with pytest.raises(ValueError, match="numbers stand alone"):
+        tasks.in_thousandths("[[200, 50, 1000, 250], '10-20-30-40', [1.2.3, 4, 5, 6]]", (2000, 500))
+
+
+def test_what_is_taught_is_converted():
+    """A conversation's answer and TRL's completion are the solution; another text may be, too."""
     image, box = Image.new("RGB", (2000, 500)), "(200,50),(1000,250)"
     chat = [{"role": "user", "content": "Find it."}, {"role": "assistant", "content": box}]
     for row in ({"messages": chat}, {"prompt": "Find it.", "completion": box}):
         sample = samples_of([row | {"images": [image]}], box_space="pixels").get(0)
-        assert taught_answer(sample) == "<answer> (100,100),(500,500) </answer>"
+        assert taught_answer(sample) == "(100,100),(500,500)"
     row = {"image": image, "problem": "Find it.", "solution": box}
-    told = samples_of([row | {"completion": f"<answer>{box}.</answer>"}], box_space="pixels").get(0)
-    assert isinstance(told, BadRow) and "converts the solution alone" in told.reason
+    for said, taught in ((f"Here: {box}.", "Here: (100,100),(500,500)."), ("There.", "There.")):
+        sample = samples_of([row | {"completion": said}], box_space="pixels").get(0)
+        assert (sample.solution, taught_answer(sample)) == ("(100,100),(500,500)", taught)
     asked = samples_of([row | {"problem": "Find it, in pixels."}], box_space="pixels").get(0)
     assert isinstance(asked, BadRow) and "speaks of pixels" in asked.reason
 

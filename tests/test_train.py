@@ -60,13 +60,15 @@ def comparable(path):
 
 def test_visual_rft_launch_line_on_two_ranks_with_zero3(digits, tmp_path):
     """Visual-RFT's own flags, only the program replaced; on the CPU, so without bf16 kernels."""
-    out = tmp_path / "run"
+    out, few = tmp_path / "run", tmp_path / "few"
+    rows = datasets.load_from_disk(digits)["train"].select(range(8))
+    datasets.DatasetDict(train=rows).save_to_disk(few)
     argv = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
         "-m", "virft_fast.train",
         "--output_dir", out,
         "--model_name_or_path", "tiny",
-        "--dataset_name", digits,
+        "--dataset_name", few,
         "--deepspeed", ROOT / "configs/zero3.json",
         "--max_prompt_length", 1024,
         "--per_device_train_batch_size", 1,
@@ -89,7 +91,7 @@ def test_visual_rft_launch_line_on_two_ranks_with_zero3(digits, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "using sdpa instead" in done.stderr
     assert not (tmp_path / "compiled").exists()  # DeepSpeed's ops take minutes
-    assert len(read_jsonl(out / "metrics.jsonl")) == 6  # 24 rows, 4 prompts a step
+    assert len(read_jsonl(out / "metrics.jsonl")) == 2  # 8 rows, 4 prompts a step
     model, loading = Qwen2VLForConditionalGeneration.from_pretrained(
         out, dtype=torch.float32, output_loading_info=True
     )
@@ -105,7 +107,7 @@ def test_visual_rft_launch_line_on_two_ranks_with_zero3(digits, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_b14_killed_and_resumed_run_equals_the_uninterrupted_one(digits, tmp_path, processes):
     """kill -9 in the middle, resume from the last checkpoint: same records, same weights."""
-    more = ["--max_steps", 8, "--save_steps", 2, "--logging_steps", 3, "--eval_samples", 4]
+    more = ["--max_steps", 6, "--save_steps", 2, "--logging_steps", 3, "--eval_samples", 4]
     if processes == 2:
         more += ["--deepspeed", ROOT / "configs/zero3.json"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -128,17 +130,17 @@ def test_b14_killed_and_resumed_run_equals_the_uninterrupted_one(digits, tmp_pat
     assert "resumed" in done.stderr
     for name in ("metrics.jsonl", "completions.jsonl"):
         assert comparable(whole / name) == comparable(broken / name)
-    for name in ("model.safetensors", "checkpoint-8/model.safetensors"):
+    for name in ("model.safetensors", "checkpoint-6/model.safetensors"):
         a, b = load_file(whole / name), load_file(broken / name)
         assert all(torch.equal(a[key], b[key]) for key in a)
     start = load_file(TINY_WEIGHTS)
     assert a.keys() == start.keys()
     assert not all(torch.equal(a[key], start[key]) for key in a)  # there was something to repeat
-    last = whole / "checkpoint-8"
+    last = whole / "checkpoint-6"
     files = {p.relative_to(last).as_posix() for p in last.rglob("*") if p.is_file()}
     assert checkpoint.read_checksums(last).keys() == files - {"checksums.json"}
     if processes == 1:
-        a, b = (torch.load(p / "checkpoint-8/engine/state.pt", weights_only=True)
+        a, b = (torch.load(p / "checkpoint-6/engine/state.pt", weights_only=True)
                 for p in (whole, broken))  # fmt: skip
         assert all(torch.equal(a["module"][key], b["module"][key]) for key in a["module"])
     summaries = [json.loads((p / "summary.json").read_text()) for p in (whole, broken)]

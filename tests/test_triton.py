@@ -5,6 +5,7 @@ TRITON_INTERPRET is read when Triton is imported, so the cases run in processes 
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,28 +13,26 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 
 from virft_fast.kernels import backend, triton_rows  # noqa: E402
 
 HERE = Path(__file__).parent
-GROUPS = ["test_loss_and", "not test_loss_and"]
 
 
-def run_cases(interpreted, *options):
+def run_cases(interpreted):
     env = os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
-               "-W", "ignore", str(HERE / "triton_cases.py"), *options]  # fmt: skip
+               "-W", "ignore", str(HERE / "triton_cases.py")]  # fmt: skip
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_cases_interpreted(group):
-    run_cases(True, "-k", group)
+def test_cases_interpreted():
+    run_cases(True)
 
 
 @pytest.mark.gpu
@@ -59,6 +58,17 @@ check_triton = script()
 def test_every_variant_compiles_without_spills(arch):
     wrong = [text for v in check_triton.variants() for text in check_triton.problems(v, arch)]
     assert not wrong
+
+
+@pytest.mark.parametrize("arch", check_triton.ARCHS)
+def test_wide_loads_stay_wide_in_the_machine_code(arch, tmp_path):
+    """One kernel for all: the disassembler takes a second to start."""
+    compiled = check_triton.build(check_triton.variants()[0], arch)
+    (tmp_path / "k.cubin").write_bytes(compiled.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-sass", tmp_path / "k.cubin"]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    wide = check_triton.resources(compiled)["wide_loads"]
+    assert len(re.findall(r"\bLDG\.\S*128", sass)) == wide > 0
 
 
 def specialisation(kernel, device_arguments, **flags):

@@ -65,7 +65,7 @@ def test_no_answer_earns_more_options_than_it_is(name):
 
 NUMBERS = {
     **{name: SETS[name] for name in ("digits", "numbers", "halves", "fractions", "signs")},
-    "units": ["5", "5%", "$5", "5 cm", "5 mm", "5 m", "-$5", "5 °C"],
+    "units": ["5", "5%", "$5", "5 cm", "5 mm", "5 Mm", "5 m", "-$5", "5 °C"],
     "powers": ["1", "2", "10", "100", "1e2", "0.1", "12", "1,234", "234"],
     "wholes and halves": ["1", "2", "4", "0.5", "1/2", "4/2"],
 }
@@ -100,7 +100,9 @@ def test_no_answer_earns_more_numbers_than_it_is(name):
     "answer, truth",
     [("2", "2"), ("(2)", "2"), ("2. a cat", "2"), ("Option 3", "3"), ("12", "12"), ("iv", "IV"),
      ("(ii) a cat", "ii"), ("选B", "B"), ("B、猫", "B"), ("B. c'est un été", "B"), ("b)", "(B)"),
-     ("C. I see it", "C"), ("Вариант B", "B"), ("B: una casa", "B")],
+     ("C. I see it", "C"), ("Вариант B", "B"), ("B: una casa", "B"), ("A. vitamin C", "A"),
+     ("A. cat and dog", "A"), ("A. 维生素C", "A"), ("D. all of the above", "D"),
+     ("B: hepatitis A virus", "B"), ("A. a cat or a dog", "A")],
 )  # fmt: skip
 def test_options_by_number_and_in_other_languages(answer, truth):
     assert pays(CHOICE, answer, truth)
@@ -109,7 +111,10 @@ def test_options_by_number_and_in_other_languages(answer, truth):
 @pytest.mark.parametrize(
     "answer", ["A. B, C, D all", "A: B or C", "A. BかC", "A and C", "A. Wait, it's B.", "1.5",
     "1. 2",
-               "1:2", "A (wrong)", "A. is wrong", "A. none", "A" + " " * 3000 + "or B",
+               "1:2", "A (wrong)", "A. is wrong", "A. none", "A is wrong",
+               "A. mitnichten", "A. ruled out", "A. keineswegs", "A. see B", "A. and B", "A. both",
+               "A. vitamin C or D", "A. vitamin C. B", "A. grade A, B", "A. C",
+               "A" + " " * 3000 + "or B",
                "A. x" + " " * 3000 + "not"],
 )  # fmt: skip
 def test_options_that_are_taken_back_or_joined(answer):
@@ -125,7 +130,9 @@ def test_a_row_may_list_its_options():
     for answer in ("B", "B. not a cat", "(B) not a cat", "B: this is not a cat"):
         assert scores(answer, "B"), answer
     assert scores("C. a dog and a cat", "C") and scores("4. none of the above", "4")
-    # another option's text, a letter or number that no option has
+    # another option's text, one that joins two, a letter or number that no option has
+    assert not scores("A. a cat or a dog", "A", ["cat", "a dog"]) and not scores("B. cat", "B")
+    assert scores("A. vitamin C", "A", ["vitamin c", "vitamin d", "iron"])
     assert not scores("B. a cat", "B") and not scores("B. no idea", "B")
     assert not scores("E", "E") and not scores("5", "5") and not scores("v", "v")
     twenty = [f"thing {n}" for n in range(20)]
@@ -138,7 +145,8 @@ def test_a_row_may_list_its_options():
     [("5", "5"), ("5.0", "5"), ("+5", "5"), ("-5", "-5"), ("−5", "-5"), ("1,234", "1234"),
      ("1/2", "0.5"), ("10/4", "2.5"), ("2", "4/2"), ("4/2", "2/1"), ("2e3", "2000"), ("1e1", "10"),
      ("５", "5"), ("५", "5"), ("5です", "5"), ("5 है", "5"), ("80%", "80 %"), ("$5", "$5.00"),
-     ("5 cm", "5cm"), (".5", "0.5"), ("The answer is 5.", "5"), ("\\boxed{5}", "5")],
+     ("5 cm", "5cm"), ("5 KM", "5 km"), ("5 MM", "5 mm"), ("5MW", "5 MW"),
+     (".5", "0.5"), ("The answer is 5.", "5"), ("\\boxed{5}", "5")],
 )  # fmt: skip
 def test_equal_numbers(answer, truth):
     assert pays(NUMBER, answer, f"<answer>{truth}</answer>")
@@ -147,7 +155,8 @@ def test_equal_numbers(answer, truth):
 @pytest.mark.parametrize(
     "answer, truth",
     [("-5", "5"), ("3.5", "35"), ("1/2", "12"), ("5%", "5"), ("$5", "5%"), ("5 or 6", "5"),
-     ("5, 6", "5"), ("5 6", "56"), ("5-6", "5"), ("<5", "5"), ("5 cm", "5 mm"), ("not 5", "5"),
+     ("5, 6", "5"), ("5 6", "56"), ("5-6", "5"), ("<5", "5"), ("5 cm", "5 mm"),
+     ("5 mW", "5 MW"), ("5 Mm", "5 mm"), ("5 pA", "5 Pa"), ("not 5", "5"),
      ("1/0", "1"), ("", "0"), ("nan", "0"), ("inf", "0"), ("5" * 400, "5"), ("1e999", "1"),
      ("1,23", "123"), ("five", "5"), ("5 5", "5"), ("0x5", "5"), ("4/2", "2"), ("0/5", "0"),
      ("2-3", "2"), ("2..3", "2"), ("2~3", "2"), ("2±1", "2"), ("~2", "2"), ("≈2", "2"),

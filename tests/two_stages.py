@@ -1,6 +1,6 @@
-"""Child of test_stages.py: several runs of virft_fast.train, one after another, on these ranks.
+"""Child of test_stages.py and test_dpo.py: runs of virft_fast.train, one after another, here.
 
-    torchrun --nproc_per_node W two_stages.py RUNS
+    torchrun --nproc_per_node W -m two_stages RUNS
 
 RUNS is a JSON list of argument lists.
 """

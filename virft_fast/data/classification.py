@@ -18,7 +18,7 @@ import numpy as np
 
 from virft_fast.data.accounts import Built
 from virft_fast.data.image_files import ImageFiles, is_hidden, is_image, walk
-from virft_fast.data.loading import NOT_DOWNLOADED, is_address, placed
+from virft_fast.data.images import NOT_DOWNLOADED, is_address, placed
 from virft_fast.data.texts import read_table
 from virft_fast.data.writing import Plan
 from virft_fast.tasks.prompts import classification_problem

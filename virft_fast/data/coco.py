@@ -12,8 +12,9 @@ from typing import Any
 
 from virft_fast.data.accounts import Built, listing
 from virft_fast.data.image_files import WHERE_PATHS_START
+from virft_fast.data.images import SIDEWAYS, as_shown
 from virft_fast.data.instances import Annotations
-from virft_fast.data.writing import OTHER_SIZE, Plan
+from virft_fast.data.writing import Plan
 from virft_fast.tasks.coordinates import Extent, rescale, written
 from virft_fast.tasks.prompts import CATEGORY_SETS, NOVEL_15, detection_problem, detection_solution
 
@@ -200,15 +201,15 @@ def _plan(
         "image_id": image,
     }
 
-    def fill(width: int, height: int) -> Mapping[str, Any] | str:
-        if record["sized"] and (width, height) != size:
-            return OTHER_SIZE
+    def fill(width: int, height: int, orientation: int) -> Mapping[str, Any]:
         extent = extent_for(width, height) if extent_for else (1000, 1000)
-        boxes = [
-            written(rescale(box, size, extent), extent)
-            for box in annotations.boxes.get((image, category), [])
-        ]
+        shown = size[::-1] if orientation in SIDEWAYS else size
+        boxes = []
+        for box in annotations.boxes.get((image, category), []):
+            xs, ys = zip(*as_shown((box[:2], box[2:]), size, orientation), strict=True)
+            sides = rescale((min(xs), min(ys), max(xs), max(ys)), shown, extent)
+            boxes.append(written(sides, extent))
         filled = {"solution": detection_solution(boxes)}
         return filled | ({"extent": [int(side) for side in extent]} if extent_for else {})
 
-    return Plan(path, row, fill, has_boxes=True, sized=record["sized"])
+    return Plan(path, row, fill, annotations.frame, size if record["sized"] else None)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from virft_fast.batch import Sample
-from virft_fast.data.loading import IMAGE_PLACE, BadRow, SampleDataset, taught_answer
+from virft_fast.data.layouts import IMAGE_PLACE
+from virft_fast.data.loading import BadRow, SampleDataset, taught_answer
 from virft_fast.data.writing import make_folder
 
 # Each counts as one more file if a text says it itself.

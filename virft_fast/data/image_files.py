@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image
-
 from virft_fast.data.accounts import Built
-from virft_fast.data.loading import IMAGE_FORMATS, check_pixels
+from virft_fast.data.images import IMAGE_FORMATS
 
 # Of the formats in IMAGE_FORMATS.
 IMAGE_SUFFIXES = (
@@ -58,16 +56,6 @@ def walk(folder: Path, account: Built | None = None) -> Iterator[Path]:
                 visible.append(name)
         folders[:] = visible
         yield from (Path(root, name) for name in sorted(files) if not is_hidden(name))
-
-
-def image_size(path: Path) -> tuple[int, int] | None:
-    """(width, height) in pixels as stored; None if the file can't be read as an image."""
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            check_pixels(image)
-            return image.size
-    except Exception:  # PIL's decoders raise nearly anything on damaged input
-        return None
 
 
 class Found(NamedTuple):

@@ -8,7 +8,7 @@ import importlib.util
 import io
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -25,7 +25,7 @@ NOT_DOWNLOADED = "nothing is downloaded; fetch it and give its path"
 # What PNG, JPEG, GIF, WEBP, BMP and TIFF begin with, in base64.
 _BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
 _ALPHABET = re.compile(r"[\w+/=\s-]*")
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 class UnreadableImage(ValueError):
@@ -55,11 +55,10 @@ def is_encoded(name: str) -> bool:
 
 
 def locate(name: str, folder: Path | None) -> Path:
-    """Where a path of a data set leads: beside the data set's file, or where nothing is there but
-    the working folder has it, to the working folder.
+    """Where a path of a data set leads: to the data set's folder, where it is no absolute one.
 
     Raises:
-        ValueError: it is an address.
+        ValueError: it is an address, or nothing is there but the working folder has it.
     """
     if name[:7].lower() == "file://":
         parts = urlsplit(name)
@@ -72,10 +71,11 @@ def locate(name: str, folder: Path | None) -> Path:
     if folder is None or (path.is_absolute() and not path.is_relative_to(folder)):
         return path
     beside = folder / path
-    if not beside.exists():
-        here = Path(os.path.relpath(beside, folder))
-        if here.exists():
-            return here
+    if not beside.exists() and os.path.exists(os.path.relpath(beside, folder)):
+        raise ValueError(
+            f"expected it in the data set's folder, which has none; the working folder, which is "
+            f"not read, has one: write whole paths, or put it at {beside}"
+        )
     return beside
 
 
@@ -151,13 +151,24 @@ def _header_size(file: Path | io.BytesIO) -> tuple[int, int]:
             image.fp.seek(0)
             if "exif" not in image.info and b"eXIf" in image.fp.read():
                 return _decode_size(file)
-        return image.size[::-1] if exif.get(0x0112) in _TURNED else image.size
+        return image.size[::-1] if exif.get(0x0112) in SIDEWAYS else image.size
 
 
 def _decode_size(file: Path | io.BytesIO) -> tuple[int, int]:
     if not isinstance(file, Path):
         file.seek(0)
     return _decode(file).size
+
+
+def as_shown(
+    points: Iterable[tuple[float, float]], size: tuple[float, float], orientation: int
+) -> list[tuple[float, float]]:
+    """Points of an image of (width, height) as it is stored where its EXIF orientation shows them;
+    in any unit."""
+    sideways, flip_x, flip_y = (orientation in o for o in (SIDEWAYS, (2, 3, 6, 7), (3, 4, 7, 8)))
+    width, height = size[::-1] if sideways else size
+    turned = [(y, x) if sideways else (x, y) for x, y in points]
+    return [(width - x if flip_x else x, height - y if flip_y else y) for x, y in turned]
 
 
 def check_pixels(image: Image.Image) -> None:

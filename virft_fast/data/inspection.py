@@ -15,7 +15,8 @@ from PIL import Image
 
 from virft_fast.batch import Sample
 from virft_fast.data.drawing import TRUE, contact_sheet, draw_boxes
-from virft_fast.data.loading import IMAGE_FORMATS, BadRow, SampleDataset, first_solutions
+from virft_fast.data.images import IMAGE_FORMATS
+from virft_fast.data.loading import BadRow, SampleDataset, first_solutions
 from virft_fast.data.survey import open_space, survey
 from virft_fast.data.writing import make_folder
 from virft_fast.tasks import BOX_TASKS, check_solution, detect_task, parse_detection

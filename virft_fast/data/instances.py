@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from virft_fast.data.accounts import Built
-from virft_fast.data.image_files import Found, ImageFiles, image_size
+from virft_fast.data.image_files import Found, ImageFiles
+from virft_fast.data.images import UnreadableImage, image_size
 from virft_fast.data.texts import read_text
 
 Key = int | str
@@ -42,6 +43,7 @@ class Annotations:
         records: id, image_id, category_id, bbox, area and iscrowd of the annotations, crowds
             included.
         find: path of an image -> where it is.
+        frame: see `Plan`.
         account: what was left out and converted.
     """
 
@@ -54,6 +56,7 @@ class Annotations:
     bad_boxes: int
     records: list[dict[str, Any]]
     find: Callable[[str], Found]
+    frame: str
     account: Built = field(default_factory=Built)
 
 
@@ -87,7 +90,7 @@ def annotations_of(
     account: Built,
     where: str,
     *,
-    sized: bool = True,
+    shares_of: str | None = None,
 ) -> Annotations:
     """Annotations from tables like those of COCO's instances files.
 
@@ -96,11 +99,12 @@ def annotations_of(
         find: `file_name` of an image -> where it is.
         account: records what is left out and converted.
         where: what an error is about.
-        sized: whether boxes are in pixels; else in shares of the width and height of an image.
+        shares_of: the `frame` (see `Plan`) of images whose sides boxes are shares of; None: boxes
+            are in pixels.
     Raises:
-        ValueError: no image or no box can be used.
+        ValueError: no image or no box can be used, or boxes in pixels are in shares.
     """
-    images, image_ids = _images(data["images"], find if sized else None, account)
+    images, image_ids = _images(data["images"], None if shares_of else find, account)
     _note_ids(data, account)
     used = {key_of(r.get("category_id")) for r in data["annotations"] if isinstance(r, dict)}
     categories, category_ids = _categories(data["categories"], used, account)
@@ -120,6 +124,8 @@ def annotations_of(
             box = _inside(clean, images[about[0]], account)
             if box is not None:
                 boxes[about].append(box)
+    if not shares_of:
+        _check_pixels([record["bbox"] for record in records], images, where)
     bad = len(account.left_out.get(NO_BOX, ())) + len(account.left_out.get(NO_AREA, ())) - told
     if not images or (data["annotations"] and not boxes):
         lost = "; ".join(account.lines())
@@ -144,6 +150,7 @@ def annotations_of(
         bad,
         records,
         find,
+        shares_of or "unknown",
         account,
     )
 
@@ -289,9 +296,9 @@ def _sized(
     width, height = _side(record.get("width")), _side(record.get("height"))
     if width and height:
         return record | {"width": width, "height": height, "sized": True}
-    path = find(record["file"]).path
-    size = image_size(path) if path is not None else None
-    if size is None:
+    try:
+        size = image_size(find(record["file"]).path)
+    except UnreadableImage:
         account.leave_out("image without a size, in the annotations and on disk", record["file"])
         return None
     account.convert("image whose size is read from its file", record["file"])
@@ -443,6 +450,16 @@ def _around(segmentation: Any) -> list[float] | None:
         xs += sides[0::2]
         ys += sides[1::2]
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)] if xs else None
+
+
+def _check_pixels(boxes: Sequence[Any], images: Mapping[int, Any], where: str) -> None:
+    """Raise ValueError where all boxes end within the first pixel of images that have more."""
+    end = max((end for x, y, width, height in boxes for end in (x + width, y + height)), default=2)
+    if end <= 1 + CLIPPED and max(max(i["width"], i["height"]) for i in images.values()) > 10:
+        raise ValueError(
+            f"{where}: expected boxes in pixels, got {len(boxes)} within 0..1, shares of the "
+            "images' sides; multiply them by the width and height of their image"
+        )
 
 
 def _inside(record: Mapping[str, Any], image: Mapping[str, Any], account: Built) -> Box | None:

@@ -15,11 +15,18 @@ from typing import Any
 
 from virft_fast.tasks.answers import answer_text
 from virft_fast.tasks.prompts import grounding_format
+from virft_fast.tasks.rewards import CLASS_COLUMNS
 
 Row = Mapping[str, Any]
 Turn = dict[str, Any]  # role, content: a text or a list of parts
 
 IMAGE_COLUMNS = ("image", "images", "image_path")
+CHAT_COLUMNS = ("conversations", "messages", "history")
+TURN_COLUMNS = ("prompt", "problem", "chosen", "rejected", "completion")
+# Columns whose values may be chats, of any keys: kept as JSON, as they are.
+JSON_COLUMNS = (*CHAT_COLUMNS, *TURN_COLUMNS, "reward_model", "extra_info")
+# A text in them may be a list as JSON, as in CSV; in TURN_COLUMNS a list of turns.
+LIST_COLUMNS = (*IMAGE_COLUMNS, "extent", "classes", *CLASS_COLUMNS, *CHAT_COLUMNS)
 IMAGE_PLACE = "<image>"
 IMAGE_TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 BOX_ANSWER = re.compile(r"\(\s*[\d.]+\s*,\s*[\d.]+\s*\)\s*,\s*\(\s*[\d.]+\s*,\s*[\d.]+\s*\)")
@@ -99,8 +106,12 @@ def read_row(
         row = {**row, "prompt": pair_prompt(row)}
     question = QUESTIONS[column](row, _Options(column, compat, first))
     turns, system = question.turns, row.get("system")
-    if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
-        turns = [{"role": "system", "content": system}, *turns]
+    if not isinstance(system, (str, type(None))) or (system and system.strip()):
+        system = non_empty(system, "system")
+        if turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": system}, *turns]
+        elif (other := _text(turns[0])).strip() != system.strip():
+            raise Unusable(f"system: expected that of {column}, {other!r:.40}, got {system!r:.40}")
     if turns[-1]["role"] != "user":
         raise Unusable(f"{column}: expected the last turn to be the user's, got {turns[-1]!r:.80}")
     held = next((name for name in IMAGE_COLUMNS if _as_list(row.get(name))), None)
@@ -189,10 +200,9 @@ def _conversation(row: Row, options: _Options) -> _Question:
     answer gets its tags, and LISA's end as Visual-RFT has them end: where the answer is a box, with
     the form it is to have.
     """
-    name, value = options.column, row.get(options.column)
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        value = _json(value)
-    turns = [read_turn(turn, name) for turn in _as_list(value)]
+    name = options.column
+    given = _as_list(row.get(name))
+    turns = [read_turn(turn, name) for turn in given]
     asked = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
     if not asked:
         raise Unusable(f"{name}: user's value: missing")
@@ -201,6 +211,8 @@ def _conversation(row: Row, options: _Options) -> _Question:
     if at not in later:  # nobody answers the last question: the row needs a solution of its own
         at = len(turns)
     said = _text(turns[at]) if at < len(turns) else None
+    if said is not None:
+        _check_learned(given[at], name)
     prompt = turns[:at]
     if name != "conversations":
         return _Question(prompt, said=said)
@@ -227,8 +239,7 @@ def _tagged(prompt: list[Turn], said: str | None, *, compat: bool) -> _Question:
 def _query(row: Row, options: _Options) -> _Question:
     """ms-swift's `query`, after the pairs of its `history`."""
     turns = []
-    history = row.get("history")
-    for pair in _as_list(_json(history) if isinstance(history, str) and history else history):
+    for pair in _as_list(row.get("history")):
         if not (
             isinstance(pair, (list, tuple)) and [isinstance(s, str) for s in pair] == [True] * 2
         ):
@@ -280,6 +291,13 @@ def _completion(row: Row, question: _Question) -> Any:
     return spoken_text(row.get("completion"))
 
 
+def _check_learned(turn: Any, where: str) -> None:
+    """Refuse an answer that is marked as one not to learn, as OpenAI's weight 0 does."""
+    marks = {name: turn.get(name) for name in ("weight", "loss", "train")}
+    if wrong := {name: mark for name, mark in marks.items() if mark not in (None, 1)}:
+        raise Unusable(f"{where}: expected an answer to learn last, got {wrong}; drop this turn")
+
+
 ANSWERS: dict[str, Callable[[Row, _Question], Any]] = {
     "solution": lambda row, question: row.get("solution"),
     "reward_model": _ground_truth,
@@ -297,6 +315,7 @@ def spoken_text(value: Any) -> str | None:
         value = [value]
     if isinstance(value, list) and value and isinstance(value[-1], Mapping):
         turn = value[-1]
+        _check_learned(turn, "answer")
         said = ROLES.get(str(turn.get("role") or turn.get("from") or "assistant")) == "assistant"
         value = turn.get("content", turn.get("value")) if said else None
     if isinstance(value, list):
@@ -517,6 +536,14 @@ def _json(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def read_list(name: str, value: Any) -> Any:
+    """A column's value; where it is a list as JSON, and the column holds such, that list."""
+    listed = _json(value) if isinstance(value, str) and value.lstrip().startswith("[") else None
+    chat = all(isinstance(v, Mapping) and {"role", "from"} & set(v) for v in listed or ())
+    held = name in LIST_COLUMNS or (name in TURN_COLUMNS and chat)
+    return listed if listed and held else value
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw
 
 from virft_fast.data.accounts import Built
 from virft_fast.data.image_files import is_hidden, is_image
-from virft_fast.data.writing import OTHER_SIZE, Plan
+from virft_fast.data.images import as_shown
+from virft_fast.data.writing import Plan
 from virft_fast.tasks.coordinates import Extent, rescale, written
 from virft_fast.tasks.prompts import grounding_problem, grounding_solution
 
@@ -142,11 +143,11 @@ def plan_grounding(
 def _plan(asked: Asked, compat: bool, extent_for: Any, masks: bool) -> Plan:
     space = "pixels" if extent_for else "thousand"
     problem = grounding_problem(asked.instruction, space, compat=compat)
-    targets = [shape.polygon for shape in asked.shapes if shape.value == TARGET]
 
-    def fill(width: int, height: int) -> Mapping[str, Any] | str:
-        if asked.size not in (None, (width, height)):
-            return OTHER_SIZE
+    def fill(width: int, height: int, orientation: int) -> Mapping[str, Any] | str:
+        stored = asked.size or (width, height)
+        shapes = [Shape(as_shown(s.polygon, stored, orientation), s.value) for s in asked.shapes]
+        targets = [shape.polygon for shape in shapes if shape.value == TARGET]
         xs, ys = zip(*(point for polygon in targets for point in polygon), strict=True)
         box = (max(min(xs), 0), max(min(ys), 0), min(max(xs), width), min(max(ys), height))
         if box[0] >= box[2] or box[1] >= box[3]:
@@ -156,11 +157,11 @@ def _plan(asked: Asked, compat: bool, extent_for: Any, masks: bool) -> Plan:
             "solution": grounding_solution(written(rescale(box, (width, height), extent), extent))
         }
         if masks:
-            filled["mask"] = {"bytes": _mask(asked.shapes, width, height), "path": "mask.png"}
+            filled["mask"] = {"bytes": _mask(shapes, width, height), "path": "mask.png"}
         return filled | ({"extent": [int(side) for side in extent]} if extent_for else {})
 
     row = {"problem": problem, "image_id": asked.number}
-    return Plan(asked.image, row, fill, has_boxes=True, sized=asked.size is not None)
+    return Plan(asked.image, row, fill, "unknown", asked.size)
 
 
 def _mask(shapes: Sequence[Shape], width: int, height: int) -> bytes:

@@ -14,22 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from virft_fast.data.accounts import Built
-from virft_fast.data.images import (
-    IMAGE_FORMATS,
-    NOT_DOWNLOADED,
-    check_pixels,
-    is_address,
-    one_line,
-    placed,
-)
+from virft_fast.data.images import one_line, placed
 from virft_fast.data.layouts import (
     ANSWERS,
     IMAGE_COLUMNS,
-    IMAGE_PLACE,
-    IMAGE_TAG,
+    JSON_COLUMNS,
+    LIST_COLUMNS,
     QUESTIONS,
     check_columns,
-    spoken_text,
+    read_list,
 )
 from virft_fast.data.samples import BadRow, SampleDataset, first_solutions, taught_answer
 from virft_fast.data.streaming import ParquetRows
@@ -38,11 +31,7 @@ from virft_fast.data.texts import read_table, read_text
 if TYPE_CHECKING:
     import datasets
 
-__all__ = [
-    "IMAGE_COLUMNS", "IMAGE_FORMATS", "IMAGE_PLACE", "IMAGE_TAG", "NOT_DOWNLOADED", "BadRow",
-    "SampleDataset", "check_columns", "check_pixels", "first_solutions", "is_address",
-    "load_rows", "placed", "spoken_text", "taught_answer",
-]  # fmt: skip
+__all__ = ["BadRow", "SampleDataset", "first_solutions", "load_rows", "taught_answer"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,17 +39,11 @@ ACCEPTED = (
     "a demo ({demos}), a folder written by save_to_disk, a .json, .jsonl, .csv, .tsv or .parquet "
     "file, a folder of .parquet files, or a hub id such as laolao77/ViRFT_COCO_base65"
 )
-OTHER_COLUMNS = ("rejected", "extent", "classes", "system", "completion")
+OTHER_COLUMNS = ("rejected", "system", "completion", *LIST_COLUMNS)
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 SHARD_NAME = re.compile(r"(?P<split>\w+)-(?P<number>\d+)-of-(?P<total>\d+)")
-CSV_LISTS = (*IMAGE_COLUMNS, "extent", "classes")
-# Columns whose values may be chats, of any keys: kept as JSON, as they are.
-CHAT_COLUMNS = (
-    "prompt", "problem", "conversations", "messages", "history", "chosen", "rejected",
-    "completion", "reward_model", "extra_info",
-)  # fmt: skip
 
 
 # --- Loading ---------------------------------------------------------------------------------
@@ -493,22 +476,12 @@ def _parse_json(text: str, path: Path) -> list[Any]:
 
 
 def _read_csv(path: Path, account: Built) -> list[dict[str, Any]]:
-    """The rows of a table, of texts; lists stand in it as JSON, and an empty cell is no value."""
+    """The rows of a table, of texts; an empty cell is no value."""
     try:
         rows = read_table(path, (QUESTIONS,), account)[1]
-        return [
-            {k: _list(v) if v and k in CSV_LISTS else v or None for k, v in row.items() if k}
-            for _, row in rows
-        ]
+        return [{k: v or None for k, v in row.items() if k} for _, row in rows]
     except ValueError as error:
         raise ValueError(f"--dataset_name {error}") from error
-
-
-def _list(cell: str) -> Any:
-    try:
-        return json.loads(cell) if cell.lstrip().startswith("[") else cell
-    except ValueError:
-        return cell
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -530,7 +503,7 @@ def _as_dataset(records: list[dict[str, Any]], folder: Path) -> datasets.Dataset
         values = [_utf8(record.get(name)) for record in records]
         if name in IMAGE_COLUMNS:
             columns[name] = _column([_absolute_paths(value, folder) for value in values])
-        elif name in CHAT_COLUMNS and any(isinstance(value, (list, dict)) for value in values):
+        elif name in JSON_COLUMNS and any(isinstance(value, (list, dict)) for value in values):
             columns[name] = _as_json(values)
         else:
             columns[name] = _column(values)
@@ -541,6 +514,7 @@ def _absolute_paths(value: Any, folder: Path) -> Any:
     """One path or a list of them as a list of absolute ones: rows of both kinds fit one column."""
     if value is None:
         return None
+    value = read_list(IMAGE_COLUMNS[0], value)
     items = [_path(item) for item in (value if isinstance(value, list) else [value])]
     return [placed(folder, item) if isinstance(item, str) and item else "" for item in items]
 
@@ -571,6 +545,8 @@ def _column(values: list[Any]) -> Any:
     what it is and one odd row does not make the whole file unreadable."""
     import pyarrow as pa
 
+    if {int, float} <= set(map(type, values)):  # arrow makes 1.0 of a 1
+        return _as_json(values)
     try:
         return pa.array(values)
     except (pa.ArrowException, OverflowError, ValueError, TypeError):

@@ -24,8 +24,9 @@ def read_openimages(
 ) -> dict[str, Annotations]:
     """Split -> annotations of the images that are there, in shares of their sides.
 
-    Absent is a class only where a person has said so. Boxes of groups are ignored like COCO's
-    crowds. The files are read line by line, and nothing is kept of other images.
+    Boxes are of the images as they are stored, whatever their EXIF data say. Absent is a class only
+    where a person has said so. Boxes of groups are ignored like COCO's crowds. The files are read
+    line by line, and nothing is kept of other images.
 
     Args:
         source: folder of the CSV files, or one that holds such folders.
@@ -137,7 +138,7 @@ def _annotations(
         there = places[image]
         return Found(there[0]) if len(there) == 1 else Found(None, AMBIGUOUS)
 
-    return annotations_of(data, "lvis", find, account, f"--source {file}", sized=False)
+    return annotations_of(data, "lvis", find, account, f"--source {file}", shares_of="stored")
 
 
 def _rows(

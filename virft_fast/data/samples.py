@@ -24,10 +24,11 @@ from virft_fast.data.layouts import (
     check_columns,
     non_empty,
     question_column,
+    read_list,
     read_row,
     spoken_text,
 )
-from virft_fast.tasks import in_thousandths, parse_detection
+from virft_fast.tasks import in_thousandths
 from virft_fast.tasks.labels import ClosedSet, class_set
 from virft_fast.tasks.rewards import CLASS_COLUMNS, is_class_set
 from virft_fast.tasks.scoring import RESERVED
@@ -132,13 +133,11 @@ class SampleDataset:
         sizes = [image_size(source, self.image_folder) for source in reading.sources]
         return reading, self._sample(index, row, reading, sizes)
 
-    def _converted(
-        self, row: Row, reading: Reading, sizes: Sequence[tuple[int, int]] | None = None
-    ) -> Any:
-        """The row's solution, in thousandths where its boxes are in pixels or shares."""
-        solution = reading.solution
-        if not self.rules or row.get("extent") is not None or not isinstance(solution, str):
-            return solution
+    def _converted(self, text: Any, row: Row, reading: Reading, sizes: Any) -> Any:
+        """A text to learn, in thousandths where the row's boxes are in pixels or shares."""
+        if not self.rules or row.get("extent") is not None or not isinstance(text, str):
+            return text
+        first = (1, 1)
         if self._box_space == "pixels":
             if not reading.sources:
                 raise Unusable("--box_space pixels: expected an image, whose pixels count")
@@ -147,28 +146,11 @@ class SampleDataset:
                     "--box_space pixels: expected a question that names no unit, because answers "
                     "are in thousandths, got one that speaks of pixels; reword it"
                 )
-        first = (1, 1)
-        if self._box_space == "pixels":
             first = sizes[0] if sizes else image_size(reading.sources[0], self.image_folder)
-        return in_thousandths(solution, first)
-
-    def _taught(self, row: Row, reading: Reading, solution: str) -> str | None:
-        """The answer to learn where it is not the solution.
-
-        Raises:
-            Unusable: it has boxes of its own, which are not converted.
-        """
-        if "chosen" in row:
-            return None
-        said = spoken_text(row.get("completion")) or reading.said
-        if said is None or said in (solution, reading.solution):
-            return None
-        if self.rules and row.get("extent") is None and parse_detection(said) is not None:
-            raise Unusable(
-                f"completion: expected no boxes beside --box_space {self._box_space}, which "
-                "converts the solution alone; leave the column out, or convert it"
-            )
-        return said
+        try:
+            return in_thousandths(text, first)
+        except ValueError as error:
+            raise Unusable(f"--box_space {self._box_space}: {error}") from error
 
     def classes(self) -> ClosedSet | None:
         """The class set of all rows: the names that the column of the answers lists, else what the
@@ -196,16 +178,16 @@ class SampleDataset:
 
     def _row(self, index: int) -> dict[str, Any]:
         row = self._rows[index]
-        return self._plain(row.to_pylist()[0]) if hasattr(row, "to_pylist") else dict(row)
+        return self._plain(row.to_pylist()[0] if hasattr(row, "to_pylist") else dict(row))
 
     def _plain(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What `datasets` stores in another form: JSON texts, and numbers of class names."""
+        """What is stored in another form: JSON texts, lists in CSV, numbers of class names."""
         for name in self._json_columns:
             row[name] = None if row.get(name) is None else json.loads(row[name])
         for name, listed in self.class_names.items():
             number = row.get(name)
             row[name] = listed[number] if number is not None and 0 <= number < len(listed) else None
-        return row
+        return {name: read_list(name, value) for name, value in row.items()}
 
     def _sample(
         self,
@@ -221,11 +203,12 @@ class SampleDataset:
             columns |= {name: spoken_text(row.get(name)) for name in ("chosen", "rejected")}
             if columns["chosen"] is None:
                 raise Unusable("chosen: expected an answer, a text or a chat that ends with one")
-        solution = self.checked(self._converted(row, reading, sizes), row)
-        taught = self._taught(row, reading, solution)
-        if solution != reading.solution:  # converted: what was said is what it was
+        solution = self.checked(self._converted(reading.solution, row, reading, sizes), row)
+        said = None if "chosen" in row else spoken_text(row.get("completion")) or reading.said
+        taught = self._converted(said, row, reading, sizes)
+        if taught == solution and solution != reading.solution:
             columns.pop("completion", None)
-        if taught is not None and row.get("completion") is None:
+        elif said and taught != solution and (taught != said or row.get("completion") is None):
             columns["completion"] = taught  # what is learned, beside what scores
         return Sample(
             index=index,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from virft_fast.data.accounts import Built
-from virft_fast.data.image_files import Found, ImageFiles
+from virft_fast.data.image_files import IMAGE_SUFFIXES, ImageFiles, is_image
 from virft_fast.data.instances import Annotations, annotations_of, number_of
 
 # Set of ImageSets/Main -> split; trainval where there is no train.
@@ -31,8 +33,7 @@ def read_voc(source: Path) -> dict[str, Annotations]:
         listed = root / "ImageSets" / "Main" / f"{name}.txt"
         if listed.is_file() and split not in found:
             lines = listed.read_text(encoding="utf-8").splitlines()
-            stems = [line.split()[0] for line in lines if line.strip()]
-            files = [root / "Annotations" / f"{stem}.xml" for stem in stems]
+            files = [_file(root / "Annotations", line.strip()) for line in lines if line.strip()]
             found[split] = _annotations(files, images, f"--source {root}, {name}")
     if not found:
         files = sorted((root / "Annotations").glob("*.xml"))
@@ -40,6 +41,12 @@ def read_voc(source: Path) -> dict[str, Annotations]:
     if "train" not in found:
         raise ValueError(f"--source {root}: expected train or trainval in ImageSets/Main")
     return found
+
+
+def _file(folder: Path, line: str) -> Path:
+    """The annotation that a line of a set names, maybe before a flag: -1, 0 or 1."""
+    stems = (line, re.sub(r"\s+-?[01]$", "", line))
+    return next((f for s in stems if (f := folder / f"{s}.xml").is_file()), folder / f"{line}.xml")
 
 
 def _root(source: Path) -> Path:
@@ -74,18 +81,20 @@ def _annotations(files: list[Path], found: ImageFiles, where: str) -> Annotation
                                 "iscrowd": int(difficult)})  # fmt: skip
     listed = [{"id": number, "name": name} for name, number in categories.items()]
     data = {"images": images, "annotations": annotations, "categories": listed}
-
-    def find(file: str) -> Found:
-        return found.find(file)
-
-    return annotations_of(data, "coco", find, account, where)
+    return annotations_of(data, "coco", found.find, account, where)
 
 
 def _image_name(tree: ElementTree.Element, file: Path, images: ImageFiles, account: Built) -> str:
-    """The annotation's own image: named by `filename`, unless that is another's."""
-    named = (tree.findtext("filename") or f"{file.stem}.jpg").strip()
-    own = Path(named).with_name(f"{file.stem}{Path(named).suffix}").name
-    if Path(named).stem == file.stem or not (images.folder / own).is_file():
+    """The annotation's own image: named by `filename`, else by `path`, which is of another
+    machine; unless that is another's."""
+    given = (tree.findtext(tag, "").strip() for tag in ("filename", "path"))
+    named = next(filter(None, given), file.stem)
+    if not is_image(Path(named)):
+        account.convert("filename without an image's suffix, completed by what is there", named)
+        names = [named + suffix for suffix in IMAGE_SUFFIXES]
+        named = next((n for n in names if isfile(images.find(n).path or "")), names[0])
+    own = f"{file.stem}{Path(named).suffix}"
+    if own == re.split(r"[/\\]", named)[-1] or not (images.folder / own).is_file():
         return named
     account.convert("filename of another image, taken for the one of the annotation's name", named)
     return own

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from PIL import ExifTags, Image, ImageOps
 
 from virft_fast.data.accounts import Built, listing, printable
-from virft_fast.data.loading import IMAGE_FORMATS, check_pixels
+from virft_fast.data.images import IMAGE_FORMATS, check_pixels
 
 Pictured = TypeVar("Pictured", bound=Any)  # has an `image`
 ROWS_A_GROUP = 64
@@ -35,16 +35,19 @@ class Plan:
     Attributes:
         image: its file.
         row: column -> value, without the image.
-        fill: (width, height) of the image -> further columns, or why the row can't be used; for
-            what can only be said once the image is open.
-        has_boxes: places in the image are given. sized: `fill` knows the size they are meant for.
+        fill: (width, height) of the image as it is shown, and the EXIF orientation to turn places
+            by -> further columns, or why the row can't be used; for what can only be said once the
+            image is open.
+        frame: whether places given in the image are those of the image "shown" as its EXIF data
+            say, or of the one "stored"; "unknown": as its size tells; "": there are none.
+        size: (width, height) that they are meant for, where that is known.
     """
 
     image: Path
     row: Mapping[str, Any]
-    fill: Callable[[int, int], Mapping[str, Any] | str] = lambda width, height: {}
-    has_boxes: bool = False
-    sized: bool = False
+    fill: Callable[[int, int, int], Mapping[str, Any] | str] = lambda width, height, turn: {}
+    frame: str = ""
+    size: tuple[int, int] | None = None
 
 
 def check_output(out: Path, overwrite: bool, sources: Iterable[Path | str | None] = ()) -> None:
@@ -206,20 +209,27 @@ def _row(
         data = plan.image.read_bytes()
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             check_pixels(image)
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            raw = image.size
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            stored = image.size
             # As `SampleDataset` will show it.
-            width, height = ImageOps.exif_transpose(image).size
+            shown = ImageOps.exif_transpose(image).size
     except Exception as error:  # PIL's decoders raise nearly anything on damaged input
         built.leave_out("image can't be read", f"{plan.image}: {type(error).__name__}")
         return None
-    if plan.has_boxes and turned and (raw == (width, height) or not plan.sized):
-        # Sideways, a size tells whether boxes are of the picture as it is stored or as it is shown;
-        # upside down and mirrored, nothing does.
-        built.leave_out("image turned by its EXIF data, its boxes may not be", str(plan.image))
+    if plan.size not in (None, shown, stored):
+        built.leave_out(OTHER_SIZE, str(plan.image))
         return None
+    frame, turn = plan.frame, orientation if orientation in range(2, 9) else 1
+    if frame == "unknown" and turn != 1:
+        # Sideways, a size tells; upside down and mirrored, nothing does.
+        if not plan.size or shown == stored:
+            built.leave_out("image turned by its EXIF data, its boxes may not be", str(plan.image))
+            return None
+        frame = "shown" if plan.size == shown else "stored"
+    if frame == "stored" and turn != 1:
+        built.convert("boxes turned with their image, as its EXIF data say", str(plan.image))
     try:
-        filled = plan.fill(width, height)
+        filled = plan.fill(*shown, turn if frame == "stored" else 1)
     except ValueError as error:  # such as an image too narrow for the processor
         filled = str(error)
     if isinstance(filled, str):

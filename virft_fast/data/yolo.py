@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from virft_fast.data.accounts import Built
-from virft_fast.data.image_files import Found, image_size, is_image, walk
-from virft_fast.data.instances import Annotations, annotations_of
+from virft_fast.data.image_files import Found, is_image, walk
+from virft_fast.data.instances import Annotations, annotations_of, key_of
 
 SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation",
           "test": "test"}  # fmt: skip
 
 
 def read_yolo(source: Path) -> dict[str, Annotations]:
-    """Split -> annotations, in pixels. An image without a label file has no objects.
+    """Split -> annotations, in shares of the sides of images as they are shown: so Ultralytics
+    reads them, whatever their EXIF data say. An image without a label file has no objects.
 
     Args:
         source: data.yaml, or the folder that holds it.
@@ -32,7 +33,7 @@ def read_yolo(source: Path) -> dict[str, Annotations]:
     pairs = names.items() if isinstance(names, dict) else enumerate(names or ())
     if not isinstance(names, (list, dict)):
         raise ValueError(f"--source {file}: expected names of the classes, got {names!r:.80}")
-    categories = [{"id": number, "name": str(name)} for number, name in pairs]
+    categories = [{"id": key_of(number), "name": str(name)} for number, name in pairs]
     if not categories:
         raise ValueError(f"--source {file}: expected names of the classes, got {names!r:.80}")
     found = {}
@@ -66,12 +67,13 @@ def _settings(file: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        # All scalars are texts: yes, on, null and 1.0 may be names.
+        settings = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--source {file}: expected YAML, got {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"--source {file}: expected a mapping with train and names")
-    return settings
+    return {key: v for key, v in settings.items() if v not in ("", "~", "null", "Null", "NULL")}
 
 
 def _images(home: Path, root: Any, entries: Any) -> Iterator[Path]:
@@ -102,15 +104,14 @@ def _annotations(
     account = Built()
     images, annotations = [], []
     for number, path in enumerate(dict.fromkeys(paths)):
-        width, height = image_size(path) or (None, None)
-        images.append({"id": number, "file_name": str(path), "width": width, "height": height})
+        images.append({"id": number, "file_name": str(path)})
         for line, (category, box) in _labels(_label_file(path), account, keypoints):
-            x, y, w, h = box
-            sides = [x * (width or 1), y * (height or 1), w * (width or 1), h * (height or 1)]
             annotations.append({"id": line, "image_id": number, "category_id": category,
-                                "bbox": sides})  # fmt: skip
+                                "bbox": list(box)})  # fmt: skip
     data = {"images": images, "annotations": annotations, "categories": categories}
-    return annotations_of(data, "coco", lambda file: Found(Path(file)), account, where)
+    return annotations_of(
+        data, "coco", lambda file: Found(Path(file)), account, where, shares_of="shown"
+    )
 
 
 def _label_file(image: Path) -> Path:

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from virft_fast.data.images import IMAGE_FORMATS
 from virft_fast.data.lisa import IGNORED
-from virft_fast.data.loading import IMAGE_FORMATS, BadRow
+from virft_fast.data.loading import BadRow
 from virft_fast.evaluation.bootstrap import Ratios
 from virft_fast.evaluation.journal import Record
 from virft_fast.evaluation.reading import predicted_boxes, true_boxes

@@ -20,7 +20,7 @@ from virft_fast.data import SampleDataset, first_solutions, load_rows
 from virft_fast.data.accounts import Built
 from virft_fast.data.coco import pick_categories, pick_names
 from virft_fast.data.instances import NO_AREA, NO_BOX, read_annotations
-from virft_fast.data.loading import IMAGE_COLUMNS, IMAGE_TAG
+from virft_fast.data.layouts import IMAGE_COLUMNS, IMAGE_TAG
 from virft_fast.data.samples import plain_rows
 from virft_fast.data.survey import open_space, survey
 from virft_fast.evaluation.detection import Truth, make_truth

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
+import re
 from collections import Counter
 from collections.abc import Sequence
 
 from virft_fast.batch import Sample
+from virft_fast.tasks import brackets
 from virft_fast.tasks.answers import (
     MAX_OBJECTS,
     Detection,
@@ -18,10 +21,8 @@ from virft_fast.tasks.answers import (
     unreadable,
     valid_box,
 )
-from virft_fast.tasks.brackets import MAX_CHARACTERS, MAX_GROUPS, MAX_TOKENS, read_groups
-from virft_fast.tasks.coordinates import THOUSAND, extent_of, rescale
+from virft_fast.tasks.coordinates import THOUSAND, Extent, extent_of, rescale, to_thousand
 from virft_fast.tasks.labels import ClosedSet, key
-from virft_fast.tasks.prompts import grounding_solution
 from virft_fast.tasks.rewards import (
     accuracy,
     accuracy_choice,
@@ -93,6 +94,8 @@ ACCURACY_REWARDS: dict[str, float] = {
     name: 2.0 if name == "visual_rft_grounding" else 1.0 for name in REWARDS if name != "format"
 }
 CLEAR_MAJORITY = 0.8
+_PARTS = re.compile(r"(</?(?:think|answer)>)")
+_NUMBER = re.compile(rf"(?<![\w.]){brackets.NUMBER}")
 _ANY_OPTIONS = [""] * 26  # a row may have as many
 BOX_TASKS = ("detection", "grounding")  # the solutions of the others are texts
 
@@ -237,10 +240,11 @@ def check_solution(
         return str(error)
     if detection is not None and len(detection.boxes) >= MAX_OBJECTS:
         return f"expected fewer than {MAX_OBJECTS} boxes in the solution; split the row"
-    if not read_groups(marked_answer(solution)).ended:
+    if not brackets.read_groups(marked_answer(solution)).ended:
         return (
-            f"expected at most {MAX_CHARACTERS} characters, {MAX_TOKENS} words, numbers and signs, "
-            f"and fewer than {MAX_GROUPS} brackets in the solution, got more; split the row"
+            f"expected at most {brackets.MAX_CHARACTERS} characters, {brackets.MAX_TOKENS} words, "
+            f"numbers and signs, and fewer than {brackets.MAX_GROUPS} brackets in the solution, "
+            "got more; split the row"
         )
     if detection is None:
         return f"expected boxes in the solution, got {solution!r:.120}"
@@ -259,20 +263,33 @@ def check_solution(
     return None
 
 
-def in_thousandths(solution: str, extent: Sequence[float]) -> str:
-    """A solution whose boxes are counted in `extent`, (width, height), written anew in whole
-    thousandths; one without boxes, or with one that can't be read, as it is."""
-    read = parse_detection(solution, extent_of(extent))
-    if read is None or not read.boxes or any(map(unreadable, read.boxes)):
-        return solution
-    boxes = [_whole(box) for box in read.boxes]
-    if answer_text(solution).lstrip().startswith("(") and len(boxes) == 1:
-        return grounding_solution(boxes[0])
-    items = [
-        {"Position": box} | ({} if confidence is None else {"Confidence": confidence})
-        for box, confidence in zip(boxes, read.confidences, strict=True)
-    ]
-    return f"<answer>{items}</answer>"
+def in_thousandths(text: str, extent: Sequence[float]) -> str:
+    """The text with the boxes of its thought and its answer, counted in `extent`, (width, height),
+    in whole thousandths. All else stays as written.
+
+    Raises:
+        ValueError: the numbers of a box can't be told from the others.
+    """
+    return "".join(_part_in_thousandths(part, extent_of(extent)) for part in _PARTS.split(text))
+
+
+def _part_in_thousandths(text: str, extent: Extent) -> str:
+    # Parsed with its places in the numbers' stead, a text says where the numbers of boxes stand.
+    numbers, given = itertools.count(), _NUMBER.findall(text)
+    places = list(map(int, _sides(_NUMBER.sub(lambda _: str(next(numbers)), text))))
+    sides = _sides(text)
+    if sides != [brackets.float_of(given[at]) if at < len(given) else None for at in places]:
+        raise ValueError(f"expected boxes whose numbers stand alone, got {text!r:.120}")
+    boxes = (sides[at : at + 4] for at in range(0, len(sides), 4))
+    whole = [side for box in boxes for side in _whole(to_thousand(box, extent))]
+    new, numbers = dict(zip(places, whole, strict=True)), itertools.count()
+    return _NUMBER.sub(lambda found: str(new.get(next(numbers), found[0])), text)
+
+
+def _sides(text: str) -> list[float]:
+    """Of its boxes, one after the other."""
+    read = parse_detection(text)
+    return [side for b in (read.boxes if read else ()) if not unreadable(b) for side in b]
 
 
 def _whole(box: Sequence[float]) -> list[int]:

@@ -23,8 +23,9 @@ _ASCII |= str.maketrans("“”„‟«»‘’‚‛−", '""""""\'\'\'\'-')
 # A quote ends a text only before what may follow a value, and starts none inside a word. So a text
 # reaches no further than the next such quote, and a search is linear.
 _TEXTS = "|".join(rf"{q}[^{q}\\]*(?:\\[\s\S][^{q}\\]*)*{q}" for q in "\"'")
+NUMBER = r"[-+]?\.?\d[\d.]*(?:[eE][-+]?\d+)?"
 _TOKEN = re.compile(
-    r"[\[\](){},:%]|(?P<number>[-+]?\.?\d[\d.]*(?:[eE][-+]?\d+)?)|(?P<word>[^\W\d]\w*)"
+    rf"[\[\](){{}},:%]|(?P<number>{NUMBER})|(?P<word>[^\W\d]\w*)"
     rf"|(?<!\w)(?P<text>{_TEXTS})(?=\s*(?:[\]}}),:]|\Z))|<\|\w+\|>|\\[\s\S]"
 )
 _MARKS = {"<|box_start|>": "<", "<|box_end|>": ">"}
@@ -64,7 +65,7 @@ def read_groups(text: str) -> Group:
         items = stack[-1].items
         kind = match.lastgroup
         if kind == "number":
-            items.append(_float(token))
+            items.append(float_of(token))
         elif kind is not None:
             items.append(token[1:-1] if kind == "text" else token)
         else:
@@ -83,7 +84,8 @@ def read_groups(text: str) -> Group:
     return root
 
 
-def _float(token: str) -> float | str:
+def float_of(token: str) -> float | str:
+    """The number, or the text as it is where it is none, as 1.2.3."""
     try:
         return float(token)
     except ValueError:

@@ -56,12 +56,17 @@ _INVISIBLE = dict.fromkeys(
     [0xAD, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFE0E, 0xFE0F]
 )
 _FOLDED = {**_WIDE, **_QUOTES, **_DASHES, **_INVISIBLE, 0xFEFF: None, ord("_"): " "}
+# Mega-, peta- and pascal after a number: "5 MW" is not "5 mW". "MM" and "PM" are only shouted.
+_LARGE = re.compile(
+    r"(?<=\d)[ -]?[MP](?=(?:[AJamsgLlNFHTStΩ]|Wh?|VA?|eV|Hz|Pa|Bq|Gy|Sv|ohm|mol|bar)(?![A-Za-z]))"
+)
 
 
 def fold(text: str) -> str:
     """The text without differences that nobody means: lower case, composed, one kind of quotes,
-    dashes and spaces, no `_`."""
-    text = " ".join(text.translate(_FOLDED).casefold().split())
+    dashes and spaces, no `_`. _LARGE prefixes are small capitals, which no folding changes."""
+    text = " ".join(text.translate(_FOLDED).split())
+    text = _LARGE.sub(lambda m: m[0].replace("M", "ᴍ").replace("P", "ᴘ"), text).casefold()
     starts = range(0, len(text), _CHUNK)
     return "".join(unicodedata.normalize("NFC", text[at : at + _CHUNK]) for at in starts)
 
@@ -215,7 +220,11 @@ LEAD_INS: dict[str, str] = {
     ),
 }
 _LEAD_IN = re.compile(f"^(?:{'|'.join(LEAD_INS.values())})")
-_TAIL = re.compile("(?:です|でした|である|だ|입니다|이에요|예요|이다| है| हैं)$")  # after a name
+# After a name, where no name could end so; and what may be the end of one.
+_TAIL = re.compile(
+    "(?:です|でした|である|(?<![ぁ-ん])だ|입니다|예요|(?<=[이\x00-\x7f])이(?:다|에요)| है| हैं)$"
+)
+_TAILS_OF_SETS = ("이다", "다", "이에요", "에요", "だ")  # 고양이다: 고양이 or 고양
 _COUNTED = "[只隻条條个個头頭匹朵棵株辆輛架艘张張把种種位台部]"
 # Three letters must follow: "a b+" is not b+ and "a ab" is not ab.
 _ARTICLE = re.compile(
@@ -255,18 +264,19 @@ KINDS = frozenset(
 # And before or after it: who makes it.
 MAKERS = frozenset(
     "aerospace airbus antonov atr aviation beechcraft boeing bombardier british canadair cessna "
-    "cirrus corporation dassault de havilland dornier douglas embraer eurofighter fairchild fokker "
-    "gulfstream hawker siddeley ilyushin lockheed martin mcdonnell panavia piper robin saab "
-    "supermarine tupolev yakovlev".split()
+    "cirrus company corporation dassault de havilland dornier douglas embraer eurofighter "
+    "fairchild fokker gulfstream hawker siddeley ilyushin lockheed martin mcdonnell panavia piper "
+    "robin saab supermarine tupolev yakovlev".split()
 )
+_NEUTRAL = KINDS | MAKERS
 
 
 class ClosedSet:
     """The label out of a fixed set that an answer gives.
 
     It is the one whose key is that of a reading of the answer. Where that fails, hyphens and spaces
-    may be others than the label's, as in 'A300-B4' for 'A300B4' and 'MD11' for 'MD-11', as long as
-    a single label is spelled so, and MAKERS may stand around it and KINDS after it.
+    may differ ('MD11' for 'MD-11') if no other label is spelled so. MAKERS may stand around it and
+    KINDS after it, but no word of another label whose other words are neutral or there as well.
 
     Args:
         labels: as they are to be named; those without content are left out.
@@ -276,7 +286,7 @@ class ClosedSet:
 
     def __init__(self, labels: Iterable[str]) -> None:
         self._by_key: dict[str, str] = {}
-        self._by_letters: dict[str, list[tuple[str, set[int]]]] = {}
+        self._by_letters: dict[str, list[str]] = {}
         for label in labels:
             name = key(label)
             other = self._by_key.setdefault(name, label) if name else label
@@ -285,62 +295,72 @@ class ClosedSet:
                     f"expected labels that differ in more than case, spaces, '_' and punctuation, "
                     f"got {other!r} and {label!r}; spell one class one way, or rename one of two"
                 )
-        self._by_key.pop("", None)
         self.labels = list(self._by_key.values())
         self._longest = max(map(len, self.labels), default=0)
+        self._partly_neutral = [it for it in map(_stems, self.labels) if it & _NEUTRAL]
         for label in self.labels:
-            parts = _parts(peel(fold(label)))
-            self._by_letters.setdefault("".join(parts), []).append((label, _borders(parts)))
+            self._by_letters.setdefault("".join(_parts(label)), []).append(label)
 
     def __call__(self, text: str) -> str | None:
         """None if the answer gives none of the labels, or several."""
         text = answer_text(text)
         if len(text) > self._longest + MAX_EXTRA_CHARS:
             return None
-        found = [reading for reading in readings(text) if self._drops_no_label(text, reading)]
+        whole, *shorter = readings(text)
+        found = [whole, *(r for r in shorter if self._drops_no_label(whole, r))]
         for reading in found:
             if (label := self._by_key.get(_key(reading))) is not None:
-                return None if self._is_two(reading, label) else label
+                apart = words(reading)  # 'sun flower' is two labels, unless one is written so
+                return None if apart != words(label) and self._is_row(apart, " ") else label
+        tails = (tail for tail in _TAILS_OF_SETS if tail not in self._by_key)
+        named = {self._by_key.get(_key(found[-1].removesuffix(tail))) for tail in tails} - {None}
+        if named:
+            return named.pop() if len(named) == 1 else None
         for reading in [*found, *self._without_neutral(found[-1])]:
             if (label := self._joined(reading)) is not None:
                 return label
         return None
 
-    def _drops_no_label(self, text: str, reading: str) -> bool:
+    def _drops_no_label(self, whole: str, reading: str) -> bool:
         """Whether what a reading leaves out of the answer names no class: "a ab" is not ab."""
-        dropped = Counter(words(text)) - Counter(words(reading))
+        dropped = Counter(words(whole)) - Counter(words(reading))
         return not any(_key(word) in self._by_key for word in dropped)
-
-    def _is_two(self, reading: str, label: str) -> bool:
-        """Whether a text that is a label when joined, 'sun flower', is two of them apart."""
-        apart = words(reading)
-        if apart == words(label):
-            return False
-        halves = ((" ".join(apart[:at]), " ".join(apart[at:])) for at in range(1, len(apart)))
-        return any(_key(a) in self._by_key and _key(b) in self._by_key for a, b in halves)
 
     def _without_neutral(self, reading: str) -> Iterator[str]:
         """The reading with fewer and fewer neutral words at its ends."""
-        left = reading.split()
-        for end, neutral in ((0, MAKERS), (-1, MAKERS | KINDS)):
-            while len(left) > 1 and left[end] in neutral and left[end] not in self._by_key:
-                del left[end]
-                if not (MAKERS | KINDS).issuperset(left):  # "cat dog" is two animals
+        left, written = reading.split(), _stems(reading) | _NEUTRAL
+        for end, rest, neutral in ((0, slice(1, None), MAKERS), (-1, slice(-1), _NEUTRAL)):
+            while len(left) > 1 and left[end] in neutral:
+                kept = _stems(" ".join(left[rest]))
+                if any(
+                    left[end] in it <= written and not it <= kept for it in self._partly_neutral
+                ):
+                    break  # "rose car" is two things where "car" is a label
+                left = left[rest]
+                if not _NEUTRAL.issuperset(left):  # "cat dog" is two animals
                     yield " ".join(left)
 
+    def _is_row(self, text: Sequence[str], space: str) -> bool:
+        """Whether letters or words are several labels in a row."""
+        ends, size = [0], len(text)
+        for end in range(1, size + 1):
+            parts = (text[start:end] for start in ends if end - start < size)
+            if any(_key(space.join(part)) in self._by_key for part in parts):
+                ends.append(end)
+        return ends[-1] == size
+
     def _joined(self, reading: str) -> str | None:
-        """The only label of these letters, if they are not two labels in a row.
+        """The only label of these letters, if they are not several labels in a row.
 
         The answer has no break that the label lacks, except where a letter and a digit meet and
         between parts of two letters or more."""
         parts = _parts(reading)
         letters = "".join(parts)
         known = self._by_letters.get(letters, ())
-        halves = ((letters[:at], letters[at:]) for at in range(1, len(letters)))
-        if len(known) != 1 or any(a in self._by_key and b in self._by_key for a, b in halves):
+        if len(known) != 1 or self._is_row(letters, ""):
             return None
-        ((label, borders),) = known
-        place = 0
+        (label,) = known
+        borders, place = set(itertools.accumulate(map(len, _parts(label)))), 0
         for left, right in itertools.pairwise(parts):
             place += len(left)
             digits = left[-1].isdecimal(), right[0].isdecimal()
@@ -363,16 +383,16 @@ def class_set(solutions: Sequence[str]) -> ClosedSet | None:
 
 
 def _parts(text: str) -> list[str]:
-    """A folded text, apart at the hyphens and spaces between letters or digits."""
-    text = _APOSTROPHE.sub("", text)
+    """A text, folded, apart at the hyphens and spaces between letters or digits."""
+    text = _APOSTROPHE.sub("", peel(fold(text)))
     gaps = [gap.span() for gap in re.finditer(r"(?<=[am1])(?:\.? | ?- ?)(?=[a1])", _shape(text))]
     starts, ends = [0, *(end for _, end in gaps)], [*(start for start, _ in gaps), len(text)]
     return [text[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
-def _borders(parts: Sequence[str]) -> set[int]:
-    """Where parts end, counted in the letters of all."""
-    return set(itertools.accumulate(map(len, parts)))
+def _stems(text: str) -> frozenset[str]:
+    """The words of a text, without a plural's s."""
+    return frozenset(w if w in _NEUTRAL else w.removesuffix("s") for w in words(text))
 
 
 def mentioned(text: str, names: Sequence[str]) -> list[str]:
@@ -382,10 +402,10 @@ def mentioned(text: str, names: Sequence[str]) -> list[str]:
     does, so that 'hot dog' is no dog.
     """
     by_words = {tuple(words(name)): name for name in names}
-    longest = max(map(len, by_words), default=0)
+    sizes = sorted({len(run) for run in by_words if run}, reverse=True)
     written, found, at = parse_label(text), set(), 0
     while at < len(written):
-        runs = (tuple(written[at : at + size]) for size in range(longest, 0, -1))
+        runs = (tuple(written[at : at + size]) for size in sizes)
         run = next((run for run in runs if run in by_words), written[at : at + 1])
         found.add(by_words.get(tuple(run)))
         at += len(run)

@@ -20,12 +20,7 @@ import torch
 from torch import Tensor
 
 from virft_fast.matching import match_boxes, pad_boxes, pairwise_iou
-from virft_fast.tasks.answers import (
-    NOT_A_BOX,
-    Detection,
-    parse_detection,
-    valid_box,
-)
+from virft_fast.tasks.answers import NOT_A_BOX, Detection, parse_detection, valid_box
 from virft_fast.tasks.labels import ClosedSet, answer_text, same_label
 from virft_fast.tasks.values import option_of, same_formula, same_number
 

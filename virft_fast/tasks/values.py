@@ -15,16 +15,13 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from virft_fast.tasks.labels import answer_text, fold, peel, readings, same_label, words
+from virft_fast.tasks.labels import answer_text, fold, mentioned, peel, readings, same_label, words
 
 # --- Options ---------------------------------------------------------------------------------
 
 LETTERS = "abcdefghij"  # of options that a row doesn't list
 _MAX_CHOICE = 2000  # characters
-_ROMAN = {
-    numeral: place
-    for place, numeral in enumerate("i ii iii iv v vi vii viii ix x xi xii".split(), start=1)
-}
+_ROMAN = dict(zip("i ii iii iv v vi vii viii ix x xi xii".split(), range(1, 13), strict=True))
 _OPTION = re.compile(
     r"(?:(?:option|choice|answer|opción|opção|opzione|вариант|विकल्प|选项|選項|选择?|選擇?|選択肢|"
     r"선택지)(?: is)? ?[:#]? ?)?[(\[]?(?P<name>[a-z]|\d{1,2}|[ivx]{2,4})[)\]]?"
@@ -34,26 +31,29 @@ _OPTION = re.compile(
 _LATIN = "[a-z0-9\u00c0-\u024f\u1e00-\u1eff]"
 _ALONE = re.compile(rf"(?<!{_LATIN})(?:[ivx]{{2,4}}|[a-z]|\d{{1,2}})(?!{_LATIN}|'{_LATIN}|\.\d)")
 _ARTICLE = re.compile(r"[ai] [^\W\d_]{2}")
-# Words after an option's letter that take it back, doubt it or add another one.
+# Words after an option's letter that take it back or doubt it.
 _TAKEN_BACK = frozenset(
-    words(
-        """
-    not no nor never none neither nobody nothing hardly unlikely untrue invalid rejected cannot
-    isnt dont except excluding excluded without wrong incorrect false nope nah but or and both
-    all either maybe perhaps else other instead opposite nicht kein keine keinen keiner keinem
-    nie niemals weder außer ohne falsch inkorrekt nein keinesfalls oder und sondern beide pas ne
-    non aucun aucune jamais ni sauf sans faux fausse incorrecte ou et nunca ningún ninguno
-    ninguna sin excepto salvo falso falsa incorrecto incorrecta tampoco menos y ambos não nenhum
-    nenhuma nem sem exceto errado errada incorreto nessun nessuno nessuna senza tranne eccetto
-    sbagliato не нет ни без кроме неверно неправильно или и नहीं न ना मत बिना सिवा सिवाय अलावा
-    गलत ग़लत या और không chẳng chưa sai trừ hoặc
     """
-    )
+    not no nor never none neither nobody nothing hardly unlikely untrue invalid rejected cannot
+    isnt dont except excluding excluded without wrong incorrect false nope nah but both either
+    beide ambos maybe perhaps rather else other instead opposite ruled eliminated discarded
+    dismissed impossible refuted nicht kein keine keinen keiner keinem nie niemals weder außer ohne
+    falsch inkorrekt nein keinesfalls keineswegs mitnichten ausgeschlossen unmöglich
+    unwahrscheinlich sondern pas ne non aucun aucune jamais ni sauf sans faux fausse incorrecte
+    exclu exclue éliminé éliminée nunca ningún ninguno ninguna sin excepto salvo falso falsa
+    incorrecto incorrecta tampoco menos imposible descartado descartada não nenhum nenhuma nem sem
+    exceto errado errada incorreto impossível nessun nessuno nessuna senza tranne eccetto sbagliato
+    escluso esclusa impossibile не нет ни без кроме неверно неправильно исключено исключён исключен
+    невозможно नहीं न ना मत बिना सिवा सिवाय अलावा गलत ग़लत không chẳng chưa sai trừ
+    """.casefold().split()
 )
 _TAKEN_BACK_WITHIN = re.compile(
-    r"n't|\bn'|[≠¬❌✗✘]|[不没沒非无無未否错錯除别別或和与與違誤]|以外|还是|還是|ない|なく|なし|ませ|"
-    r"じゃな|あらず|ちが|または|あるいは|もしくは|아[니닌님닙닐]|않|못|없|제외|틀[렸린림]|말고|빼고|"
-    r"또는|혹은|그리고"
+    r"n't|\bn'|[≠¬❌✗✘]|[不没沒非无無未否错錯除别別違誤]|以外|ない|なく|なし|ませ|"
+    r"じゃな|あらず|ちが|아[니닌님닙닐]|않|못|없|제외|틀[렸린림]|말고|빼고"
+)
+# The letter of "vitamin C" is no option's.
+_LETTERED = re.compile(
+    rf"(vitamin[ae]? |hepatitis |type |class |grade |维生素 ?|ビタミン|비타민 ?)[a-z](?!{_LATIN})"
 )
 
 
@@ -64,7 +64,8 @@ def option_of(text: str, options: Sequence[str] | None = None) -> str | None:
     Args:
         options: their texts, in order, where the row lists them. Letters and numbers then go as
             far as they do, else letters to "j" (and Roman "v" and "x"), and a text after the
-            letter may be that of its option, whatever words are in it, but of no other.
+            letter may be that of its option, whatever words are in it, but of no other. Else it
+            may be any text that negates nothing and names no second letter.
     """
     text = answer_text(text)
     if len(text) > _MAX_CHOICE:
@@ -76,13 +77,12 @@ def option_of(text: str, options: Sequence[str] | None = None) -> str | None:
     place = _place(name, options)
     if place is None:
         return None
-    if said is None:
+    texts = list(enumerate(map(_text_of, options or ()), start=1))
+    named = [n for n, option in texts if said and same_label(said, option)]
+    if said is None or place in named:
         return name
-    texts = [_text_of(option) for option in options or ()]
-    named = [n for n, option in enumerate(texts, start=1) if same_label(said, option)]
-    if named:
-        return name if place in named else None
-    return None if _takes_back(said, name, options) else name
+    others = [readings(option)[-1] for n, option in texts if n != place]
+    return None if named or mentioned(said, others) or _takes_back(said, name, options) else name
 
 
 def _place(name: str, options: Sequence[str] | None) -> int | None:
@@ -106,6 +106,7 @@ def _text_of(option: str) -> str:
 
 def _takes_back(said: str, name: str, options: Sequence[str] | None) -> bool:
     """Whether a text after an option's letter negates it, or may name another option."""
+    said = _LETTERED.sub(r"\1", said)
     for other in _ALONE.finditer(said):
         article = _ARTICLE.match(said, other.start())
         # Where the options aren't known, those of letters are not numbered as well.
@@ -143,8 +144,7 @@ def number_of(text: str) -> Number | None:
         found = _NUMBER.fullmatch(reading.replace("−", "-"))
         if not found or not (found["whole"] or found["decimals"]):
             continue
-        below = Fraction(found["below"] or 1)
-        if not below:
+        if not (below := Fraction(found["below"] or 1)):
             continue
         value = Fraction((found["whole"] or "0").replace(",", "") + (found["decimals"] or ""))
         value = value * Fraction(10) ** int(found["power"] or 0) / below
