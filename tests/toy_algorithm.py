@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import torch
 
-from virft_fast.algorithms import sft, step
+from virft_fast.algorithms import base, sft, step
 
 
-class Toy(step.Algorithm):
+class Toy(base.Algorithm):
     name = "toy"
 
     def without_effect(self, config):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from virft_fast.algorithms.step import Algorithm
+from virft_fast.algorithms.base import Algorithm
 from virft_fast.config import ALGORITHMS, RunConfig
 
 

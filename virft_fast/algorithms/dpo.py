@@ -24,11 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from virft_fast import dist, progress
+from virft_fast.algorithms.base import Algorithm, Data, HeldOut
 from virft_fast.algorithms.sft import answer_ids, given_answers
 from virft_fast.algorithms.step import (
-    Algorithm,
-    Data,
-    HeldOut,
     Microbatch,
     Part,
     StepStats,

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from virft_fast import dist
+from virft_fast.algorithms.base import Algorithm
 from virft_fast.algorithms.step import (
-    Algorithm,
     Microbatch,
     StepStats,
     TooManyBadSteps,

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from virft_fast.algorithms.base import Algorithm
 from virft_fast.algorithms.step import (
-    Algorithm,
     Microbatch,
     StepStats,
     TrainState,

@@ -12,7 +12,8 @@ from typing import Any
 
 from virft_fast import tasks
 from virft_fast.algorithms import algorithm_of
-from virft_fast.algorithms.step import Data, TrainState
+from virft_fast.algorithms.base import Data
+from virft_fast.algorithms.step import TrainState
 from virft_fast.config import RunConfig
 from virft_fast.data import BadRow
 from virft_fast.metrics import METRICS_FILE

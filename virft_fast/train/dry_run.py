@@ -8,7 +8,7 @@ import torch
 
 from virft_fast import dist, tasks
 from virft_fast.algorithms import algorithm_of
-from virft_fast.algorithms.step import Data
+from virft_fast.algorithms.base import Data
 from virft_fast.config import RunConfig
 from virft_fast.data import BadRow
 from virft_fast.engine import load_deepspeed_config, zero_stage

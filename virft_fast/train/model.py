@@ -11,7 +11,8 @@ import torch
 from virft_fast import checkpoint as checkpoints
 from virft_fast import dist
 from virft_fast.algorithms import algorithm_of
-from virft_fast.algorithms.step import Data, TrainState
+from virft_fast.algorithms.base import Data
+from virft_fast.algorithms.step import TrainState
 from virft_fast.config import GRPOConfig, ModelConfig, RunConfig, UsageError
 from virft_fast.engine import (
     DeepSpeedEngine,

@@ -9,7 +9,8 @@ from typing import Any
 from virft_fast import checkpoint as checkpoints
 from virft_fast import dist
 from virft_fast.algorithms import algorithm_of
-from virft_fast.algorithms.step import Data, TrainState
+from virft_fast.algorithms.base import Data
+from virft_fast.algorithms.step import TrainState
 from virft_fast.config import RunConfig, UsageError, usage
 from virft_fast.console import say
 from virft_fast.data import PromptSampler

@@ -9,7 +9,7 @@ from typing import Any
 
 from virft_fast import tasks
 from virft_fast.algorithms import algorithm_of
-from virft_fast.algorithms.step import Data
+from virft_fast.algorithms.base import Data
 from virft_fast.batch import Prompt
 from virft_fast.config import RunConfig, UsageError, column_names
 from virft_fast.data import BadRow, BadRows, ParquetRows, SampleDataset, first_solutions, load_rows

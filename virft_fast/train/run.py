@@ -15,7 +15,8 @@ import torch
 from virft_fast import checkpoint as checkpoints
 from virft_fast import dist
 from virft_fast.algorithms import algorithm_of
-from virft_fast.algorithms.step import Data, HeldOut, TrainState
+from virft_fast.algorithms.base import Data, HeldOut
+from virft_fast.algorithms.step import TrainState
 from virft_fast.config import RunConfig, UsageError, usage
 from virft_fast.console import say, unbreakable
 from virft_fast.output_lock import HEARTBEAT_SECONDS, OutputLock
