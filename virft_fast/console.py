@@ -9,8 +9,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from virft_fast import dist
-
 
 class _Unbreakable:
     """A text stream whose writes are lost, and not an error, where it can't be written:
@@ -71,5 +69,7 @@ def _settle(stream: Any) -> None:
 
 def say(text: str) -> None:
     """To standard error, by the main process."""
+    from virft_fast import dist  # torch
+
     if dist.is_main():
         print(text, file=sys.stderr)
