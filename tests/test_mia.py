@@ -18,8 +18,9 @@ from helpers import CPU
 from PIL import Image
 from processes import run
 
-from virft_fast import dist
+from virft_fast import commands, dist
 from virft_fast.data import SampleDataset, load_rows
+from virft_fast.data.__main__ import main as data_main
 from virft_fast.mia import (
     Answer,
     Answering,
@@ -583,6 +584,12 @@ def arguments(llava, out, *more):
         "--dataset_name", str(llava / "llava.json"), "--images", str(llava / "images"),
         "--output", str(out), *SMALL_SCENES, *more,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("door", [data_main, commands.main])
+def test_data_mia_and_virft_fast_mia_are_the_same_command(door, monkeypatch):
+    monkeypatch.setattr(mia_command, "main", lambda argv: argv)
+    assert door(["mia", "--output", "pairs"]) == ["--output", "pairs"]
 
 
 def test_from_llavas_json_to_pairs_that_train(llava, tmp_path, capsys):
