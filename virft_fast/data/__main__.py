@@ -22,9 +22,14 @@ from virft_fast.commands import end_process
 from virft_fast.config import BOX_SPACES, TASKS, column_names
 from virft_fast.console import unbreakable
 from virft_fast.data import SampleDataset, first_solutions, load_rows
-from virft_fast.data.accounts import Built
+from virft_fast.data.accounts import Built, dataset_card
 from virft_fast.data.classification import READERS, plan_classification, read_csv
-from virft_fast.data.coco import pick_categories, plan_detection, usable_images
+from virft_fast.data.coco import (
+    pick_categories,
+    plan_detection,
+    same_categories,
+    usable_images,
+)
 from virft_fast.data.export import check_export, export_llamafactory
 from virft_fast.data.inspection import check_picture, inspect
 from virft_fast.data.instances import Annotations, read_annotations
@@ -253,7 +258,7 @@ def _write_detection(
     for split, source in sources.items():
         chosen = categories
         if source is not first:
-            chosen = _same_categories(first, categories, source, built, split)
+            chosen = same_categories(first, categories, source, built, split)
         images = usable_images(source, chosen, built, allow_missing=arguments.allow_missing)
         plan = partial(
             plan_detection,
@@ -276,27 +281,6 @@ def _write_detection(
     columns = {"problem": "string", "solution": "string", "category": "string", "image_id": "int64"}
     splits = {split: splits[split] for split in sorted(splits, key=lambda s: s != "train")}
     _write(arguments, splits, columns, built, f"{arguments.kind.upper()} detection", "detection")
-
-
-def _same_categories(
-    annotations: Annotations,
-    categories: Sequence[int],
-    other: Annotations,
-    built: Built,
-    split: str,
-) -> list[int]:
-    """The categories by their names in another split, without those of which it has no box."""
-    numbers = {name: number for number, name in other.categories.items()}
-    seen = {number for _, number in other.boxes}
-    chosen = []
-    for name in (annotations.categories[number] for number in categories):
-        if numbers.get(name) in seen:
-            chosen.append(numbers[name])
-        else:
-            built.leave_out(f"category without a box in the {split} annotations", name)
-    if not chosen:
-        raise ValueError(f"{split} annotations: not a single box of the chosen categories")
-    return chosen
 
 
 def _build_classification(arguments: argparse.Namespace) -> None:
@@ -439,41 +423,12 @@ def _write(
         splits,
         features,
         built,
-        card=lambda built: _card(arguments, title, built),
+        card=lambda built: dataset_card(title, built, vars(arguments)),
         check=lambda row: check_solution(task, row["solution"], row.get("extent")),
         progress=_progress,
     )
     print("\n".join(built.lines()))
     print(f"written: {arguments.output}")
-
-
-def _card(arguments: argparse.Namespace, title: str, built: Built) -> str:
-    files = "\n".join(
-        f"  - split: {split}\n    path: data/{split}-*" for split, n in built.rows.items() if n
-    )
-    given = {
-        name: value
-        for name, value in sorted(vars(arguments).items())
-        if name != "run" and value is not None and value is not False
-    }
-    return "\n".join(
-        [
-            "---",
-            f"configs:\n- config_name: default\n  data_files:\n{files}",
-            "---",
-            f"# {title}",
-            "",
-            "Built by `python -m virft_fast.data build`. Columns: `image`, `problem` (the prompt), "
-            "`solution` (the ground truth in the answer's form), and what they were made of.",
-            "",
-            *(f"- {line}" for line in built.lines()),
-            "",
-            "Arguments:",
-            "",
-            *(f"- {name}: {value}" for name, value in given.items()),
-            "",
-        ]
-    )
 
 
 # --- Looking and exporting -------------------------------------------------------------------
