@@ -27,8 +27,7 @@ from measure import DEVICE, peak_memory, synchronised
 from PIL import Image
 from vlm import SHAPES, make_model, make_processor
 
-from virft_fast.data.mia import Layout, Plan, compose
-from virft_fast.mia import attention_ratio
+from virft_fast.mia import Plan, SceneLayout, attention_ratio, compose
 from virft_fast.models.qwen_vl import Policy, banned_token_ids, core, encode_prompt
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.native import NativeRollout
@@ -46,7 +45,7 @@ class FixedLength(NativeRollout):
 
 
 def make_scenes(kind, count, side, number):
-    layout, rng = Layout(cell=side), np.random.default_rng(0)
+    layout, rng = SceneLayout(cell=side), np.random.default_rng(0)
     for index in range(number):
         pixels = rng.integers(0, 255, (count, side // 14, side // 14, 3)).astype("u1")
         images = [Image.fromarray(p).resize((side, side)) for p in pixels]

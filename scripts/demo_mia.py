@@ -25,9 +25,9 @@ import torch
 
 from virft_fast import mia
 from virft_fast.algorithms import dpo
-from virft_fast.data.__main__ import main as data_main
 from virft_fast.data.demo import demo_dataset
-from virft_fast.data.mia import Layout, Plan, Scene
+from virft_fast.mia import Plan, Scene, SceneLayout
+from virft_fast.mia.__main__ import main as mia_main
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import Policy, load_model
 from virft_fast.models.tiny import resolve_model_path
@@ -41,8 +41,8 @@ SCENE_FLAGS = [
     *("--collage_images", "2", "--cell", "56", "--gutter", "14", "--label_size", "12"),
 ]
 SIZES = {"cell": 56, "gutter": 14, "label_size": 12, "label_indent": 7}
-LAYOUT = Layout({"sequence": 1.0, "collage": 1.0, "pip": 1.0}, (2, 3), (2,), **SIZES)
-WARM_LAYOUT = Layout({"sequence": 1.0}, (2, 3), **SIZES)
+LAYOUT = SceneLayout({"sequence": 1.0, "collage": 1.0, "pip": 1.0}, (2, 3), (2,), **SIZES)
+WARM_LAYOUT = SceneLayout({"sequence": 1.0}, (2, 3), **SIZES)
 MEASURES = {
     "accuracy": "right answers",
     "preference": "right answer preferred over a companion's",
@@ -106,8 +106,8 @@ def warm_start(rows: datasets.Dataset, out: Path) -> Path:
 def make_pairs(rows: datasets.Dataset, model: Path, out: Path) -> Path:
     """Preference pairs from the model's own answers to other scenes, without noise."""
     rows.save_to_disk(str(out / "pair-rows"))
-    status = data_main(
-        ["mia", "--dataset_name", str(out / "pair-rows"), "--model_name_or_path", str(model),
+    status = mia_main(
+        ["--dataset_name", str(out / "pair-rows"), "--model_name_or_path", str(model),
          "--output", str(out / "pairs"), "--mode", "clean", "--max_completion_length", "32",
          "--batch_size", "32", "--min_perplexity", "1.0", "--min_edit_distance", "0.01",
          *SCENE_FLAGS]

@@ -20,6 +20,7 @@ from virft_fast.cli import parse
 from virft_fast.config import TRAIN_GROUPS, EvalConfig, UsageError, known_flags
 from virft_fast.data.__main__ import make_parser
 from virft_fast.launch_lines import FOREIGN, find
+from virft_fast.mia.__main__ import make_parser as make_mia_parser
 from virft_fast.output_lock import OutputLock
 from virft_fast.tasks import load_reward_funcs
 from virft_fast.train import main, parse_args
@@ -37,8 +38,8 @@ def subcommands(parser, path=()):
                 yield from subcommands(below, (*path, name))
 
 
-DATA = dict(subcommands(make_parser(), ("data",)))
-ALL = [(name,) for name in commands.COMMANDS if name != "data"] + list(DATA)
+PARSERS = {**dict(subcommands(make_parser(), ("data",))), ("mia",): make_mia_parser()}
+ALL = [(name,) for name in commands.COMMANDS if (name,) not in PARSERS] + list(PARSERS)
 
 
 def help_of(*words, capsys, monkeypatch, columns=100):
@@ -60,8 +61,9 @@ def test_every_command_says_what_its_flags_are(words, capsys, monkeypatch):
     helps = [ln for ln in text.partition("options:")[2].splitlines() if ln.startswith(" " * 32)]
     assert max(map(len, helps), default=0) <= 100
     wanted = {}
-    if words in DATA:
-        wanted = {a.option_strings[-1]: a.help for a in DATA[words]._actions if a.option_strings}
+    if words in PARSERS:
+        flags = [action for action in PARSERS[words]._actions if action.option_strings]
+        wanted = {action.option_strings[-1]: action.help for action in flags}
     elif words[0] in ("train", "evaluate"):
         groups = TRAIN_GROUPS if words[0] == "train" else (EvalConfig,)
         wanted = {f"--{f.name}": f.metadata["help"] for group in groups for f in fields(group)}

@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from virft_fast import evaluate, merge
 from virft_fast.config import TRAIN_GROUPS, EvalConfig, known_flags
 from virft_fast.data.__main__ import make_parser
+from virft_fast.mia.__main__ import make_parser as make_mia_parser
 from virft_fast.tasks import REWARDS
 from virft_fast.train import parse_args
 
@@ -55,7 +56,7 @@ def parser_flags(parser):
 
 
 KNOWN = {*known_flags(TRAIN_GROUPS), *known_flags((EvalConfig,)), *parser_flags(make_parser()),
-         *parser_flags(merge.make_parser()),
+         *parser_flags(merge.make_parser()), *parser_flags(make_mia_parser()),
          *OTHERS}  # fmt: skip
 # The flags of src/scripts/2B_base65cate_6k.sh in Visual-RFT, as in its README.
 VISUAL_RFT_FLAGS = {
@@ -101,6 +102,7 @@ def test_commands_are_accepted(path):
         "virft_fast.train": parse_args,
         "virft_fast.evaluate": evaluate.parse_args,
         "virft_fast.merge": merge.make_parser().parse_args,
+        "virft_fast.mia": make_mia_parser().parse_args,
     }
     for module, arguments in commands(path.read_text()):
         accept[module](arguments)

@@ -18,22 +18,37 @@ from helpers import CPU
 from PIL import Image
 from processes import run
 
-from virft_fast import mia
+from virft_fast import commands, dist
 from virft_fast.data import SampleDataset, load_rows
-from virft_fast.data.__main__ import main
-from virft_fast.data.mia import (
+from virft_fast.data.__main__ import main as data_main
+from virft_fast.mia import (
+    Answer,
+    Answering,
+    Plan,
+    SceneLayout,
+    Scenes,
+    Selection,
+    attention_ratio,
+    compose,
+    reasons_against,
+    source_groups,
+)
+from virft_fast.mia import __main__ as mia_command
+from virft_fast.mia import answering as answering_module
+from virft_fast.mia import sheet as sheet_module
+from virft_fast.mia.__main__ import main
+from virft_fast.mia.scenes import (
     GRIDS,
     PIP_PREFIXES,
-    Layout,
-    Plan,
     clean_question,
     collage,
-    compose,
     corrupted,
     picture_in_picture,
     plan_scene,
+    without_details,
 )
-from virft_fast.mia import Answer, Selection, attention_ratio, reasons_against
+from virft_fast.mia.selection import table
+from virft_fast.mia.sheet import attention_again, attention_sheet, on_sheet, overlay
 from virft_fast.models.image_attention import attention_to_prompts, coverage, image_tokens
 from virft_fast.models.qwen_vl import (
     Policy,
@@ -64,7 +79,7 @@ def different(one, other):
 def test_collage_pixel_by_pixel(count):
     """448-pixel cells, 40 between them, a strip of 40 above each row."""
     rows, columns = GRIDS[count]
-    image, boxes = collage([flat(n) for n in range(count)], Layout())
+    image, boxes = collage([flat(n) for n in range(count)], SceneLayout())
     assert image.size == (columns * 448 + (columns - 1) * 40, rows * 488)
     pixels, seen = np.asarray(image), np.zeros((image.height, image.width), bool)
     for number, (left, top, right, bottom) in enumerate(boxes):
@@ -80,7 +95,7 @@ def test_collage_pixel_by_pixel(count):
 
 
 def test_a_cell_keeps_proportions_at_the_top_left():
-    image, boxes = collage([flat(0, (200, 100)), flat(1, (50, 100))], Layout())
+    image, boxes = collage([flat(0, (200, 100)), flat(1, (50, 100))], SceneLayout())
     pixels = np.asarray(image)
     left, top, right, bottom = boxes[0]
     assert (pixels[top : top + 224, left:right] == COLOURS[0]).all()
@@ -106,18 +121,18 @@ def test_picture_in_picture_pixel_by_pixel(target):
 def test_words_of_each_kind():
     images = [flat(0), flat(1), flat(2)]
     plan = Plan(0, "sequence", (5, 0, 7), 1, "In Image2,")
-    scene = compose(plan, images, "Which digit is this?", Layout())
+    scene = compose(plan, images, "Which digit is this?", SceneLayout())
     shown = "".join(part.get("text", "<image>") for part in scene.content)
     assert (
         shown == "Image1:<image>\nImage2:<image>\nImage3:<image>\nIn Image2, which digit is this?"
     )
     assert scene.target_image == 1 and scene.box == (0, 0, 56, 56) and len(scene.images) == 3
     plan = Plan(0, "collage", (5, 0, 7), 1, "In Image2,")
-    scene = compose(plan, images, "Which digit is this?", Layout())
+    scene = compose(plan, images, "Which digit is this?", SceneLayout())
     assert scene.content[-1]["text"] == "\nIn Image2, which digit is this?"
     assert scene.target_image == 0 and scene.box == (488, 40, 936, 488)
     plan = Plan(0, "pip", (0, 5), 0, PIP_PREFIXES[0])
-    scene = compose(plan, images[:2], "Which digit is this?", Layout())
+    scene = compose(plan, images[:2], "Which digit is this?", SceneLayout())
     assert scene.content[-1]["text"] == f"\n{PIP_PREFIXES[0]} which digit is this?"
     assert clean_question("<image>\nWhat is it?") == clean_question("What is it?\n<image>")
 
@@ -125,7 +140,7 @@ def test_words_of_each_kind():
 def test_noise_lies_where_the_original_puts_it():
     images = [flat(0), flat(1)]
     plan = Plan(3, "collage", (3, 1), 0, "In Image1,")
-    scene = compose(plan, images, "What?", Layout())
+    scene = compose(plan, images, "What?", SceneLayout())
     noisy = corrupted(scene, "collage", 0, 3)
     before, after = (np.asarray(s.images[0]).astype(int) for s in (scene, noisy))
     left, top, right, bottom = scene.box
@@ -137,17 +152,17 @@ def test_noise_lies_where_the_original_puts_it():
     difference = (after - before)[top:bottom, left:right] % 256
     assert np.histogram(difference, 16, (0, 256))[0].min() > 0.03 * difference.size
     plan = Plan(3, "pip", (3, 1), 0, "x")
-    scene = compose(plan, [flat(0), flat(1, (400, 400))], "What?", Layout())
+    scene = compose(plan, [flat(0), flat(1, (400, 400))], "What?", SceneLayout())
     noisy = corrupted(scene, "pip", 0, 3)
     before, after = (np.asarray(s.images[0]).astype(int) for s in (scene, noisy))
     difference = (after - before + 128) % 256 - 128
     assert abs(difference.std() - 49) < 1.5 and abs(difference.mean()) < 1.0
-    scene = compose(Plan(0, "sequence", (0, 1), 0, "In Image1,"), images, "What?", Layout())
+    scene = compose(Plan(0, "sequence", (0, 1), 0, "In Image1,"), images, "What?", SceneLayout())
     assert corrupted(scene, "sequence", 0, 0) is scene
 
 
 def test_plans_depend_on_seed_and_row_alone():
-    layout = Layout()
+    layout = SceneLayout()
     plans = [plan_scene(i, range(100), layout, 0, different) for i in range(400)]
     again = [plan_scene(i, range(100), layout, 0, different) for i in reversed(range(400))]
     assert plans == again[::-1]
@@ -161,16 +176,16 @@ def test_plans_depend_on_seed_and_row_alone():
 
 
 def test_companions_never_show_the_same_image():
-    layout = Layout({"collage": 1}, collage_images=(4,))
+    layout = SceneLayout({"collage": 1}, collage_images=(4,))
     same = lambda one, other: one % 5 == other % 5  # noqa: E731
     for index in range(50):
         plan = plan_scene(index, range(50), layout, 0, same)
         assert len({row % 5 for row in plan.order}) == 4
-    layout = Layout({"collage": 1}, collage_images=(6,))
+    layout = SceneLayout({"collage": 1}, collage_images=(6,))
     assert "fewer images than asked: collage of 6, only 5" in plan_scene(
         0, range(50), layout, 0, same
     )
-    layout = Layout({"pip": 1})
+    layout = SceneLayout({"pip": 1})
     assert "only 1 go together" in plan_scene(0, [0, 5], layout, 0, same)
     reason = "fewer images than asked: its source has less than 2 rows; see --companions"
     assert plan_scene(0, [0], layout, 0, same) == reason
@@ -188,9 +203,9 @@ def test_layouts_that_make_no_sense_are_named():
         ({"cell": 4000}, "collages of at most .* pixels, .* got 12080x12120"),
     ):
         with pytest.raises(ValueError, match=message):
-            Layout(**options)
+            SceneLayout(**options)
     for fine in ({"collage_images": (4,)}, {"shares": {"pip": 1.0}}):
-        Layout(cell=4000, **fine)
+        SceneLayout(cell=4000, **fine)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +241,7 @@ SCENES = {
     "collage": Plan(1, "collage", (0, 1, 2), 1, "In Image2,"),
     "pip": Plan(0, "pip", (0, 1), 0, PIP_PREFIXES[0]),
 }
-SMALL = Layout(cell=64, gutter=20, label_size=12)
+SMALL = SceneLayout(cell=64, gutter=20, label_size=12)
 
 
 def noisy(number, size):
@@ -292,11 +307,11 @@ def test_a_scene_is_read_once_for_its_answer_and_where_it_looked(processor, scen
 
     policy = Policy(load_model("tiny")).eval()
     rollout = make_rollout("native", partial(nullcontext, policy), processor.tokenizer, device=CPU)
-    answering = mia.Answering(policy, rollout, processor, 1, 12, CPU)
+    answering = Answering(policy, rollout, processor, 1, 12, CPU)
     found = answering.answers(plans, made)
     assert len(passes) == 1
     for answer, (plan, scene, prompt) in zip(found, scenes.values(), strict=True):
-        attention = mia.attention_again(answering, prompt, answer)
+        attention = attention_again(answering, prompt, answer)
         ratio = attention_ratio(attention, prompt, scene, plan.kind, 2)
         assert answer.ratio == pytest.approx(ratio, abs=1e-5)
 
@@ -306,7 +321,7 @@ def answering(processor):
     policy = Policy(load_model("tiny").requires_grad_(False)).eval()
     weights = partial(nullcontext, policy)
     rollout = make_rollout("native", weights, processor.tokenizer, device=CPU)
-    return mia.Answering(policy, rollout, processor, 1, 12, CPU)
+    return Answering(policy, rollout, processor, 1, 12, CPU)
 
 
 def test_perplexity_and_tokens_equal_an_eager_forward(answering, scenes):
@@ -335,7 +350,7 @@ def test_perplexity_and_tokens_equal_an_eager_forward(answering, scenes):
 
 def test_attention_lies_over_the_image_where_it_is():
     """1 x 2 tokens over 4 x 2 pixels, the left one half as strong as the strongest of all."""
-    shown = np.asarray(mia.overlay(flat(4, (4, 2)), torch.tensor([0.2, 0.1]), (1, 2), 0.4))
+    shown = np.asarray(overlay(flat(4, (4, 2)), torch.tensor([0.2, 0.1]), (1, 2), 0.4))
     red, under = np.array([255, 0, 0]), np.array(COLOURS[4])
     for column, strength in ((0, 100 / 255), (2, 50 / 255)):
         mixed = strength * red + (1 - strength) * under
@@ -346,9 +361,9 @@ def test_attention_lies_over_the_image_where_it_is():
 def test_the_sheet_shows_the_measured_attention(answering, scenes, monkeypatch, truncated):
     """An answer that was cut off has no EOS there either; the frame is the box's edge."""
     (plan, scene, prompt), asked, shown = scenes["collage"], [], []
-    again = mia.attention_to_prompts
+    again = sheet_module.attention_to_prompts
     monkeypatch.setattr(
-        mia,
+        sheet_module,
         "attention_to_prompts",
         lambda policy, inputs, layer: (
             asked.append(inputs.completion_ids) or again(policy, inputs, layer)
@@ -361,19 +376,18 @@ def test_the_sheet_shows_the_measured_attention(answering, scenes, monkeypatch, 
     if not truncated:
         answer = dataclasses.replace(answer, truncated=False)
         asked[0] = torch.tensor([*asked[0], eos])
-    attention = mia.attention_again(answering, prompt, answer)
+    attention = attention_again(answering, prompt, answer)
     assert torch.equal(asked[0], asked[1])
     if truncated:
         ratio = attention_ratio(attention, prompt, scene, plan.kind, 2)
         assert ratio == pytest.approx(answer.ratio, abs=1e-6)
 
     class One:
-        plan = staticmethod(lambda index: scenes["collage"][0])
-        scene = staticmethod(lambda plan: scene)
+        build = staticmethod(lambda index: (plan, scene))
 
-    monkeypatch.setattr(mia, "contact_sheet", lambda cells, columns: shown.extend(cells))
-    monkeypatch.setattr(mia, "SHEET_PIXELS", 1)
-    mia.attention_sheet(One, answering, {1: answer}, {1: ["perplexity"]}, 1)
+    monkeypatch.setattr(sheet_module, "contact_sheet", lambda cells, columns: shown.extend(cells))
+    monkeypatch.setattr(sheet_module, "SHEET_PIXELS", 1)
+    attention_sheet(One, answering, {1: answer}, {1: ["perplexity"]}, 1)
     ((picture, caption),) = shown
     assert caption.startswith("perplexity; ") and caption.endswith(f"said: {answer.text}")
     green = (np.asarray(picture) == (0, 160, 0)).all(-1)
@@ -385,7 +399,7 @@ def test_the_sheet_shows_the_measured_attention(answering, scenes, monkeypatch, 
     edge[top + 2 : bottom - 2, left + 2 : right - 2] = False
     assert (green == edge).all()
     ((positions, grid),) = image_tokens(prompt, 2)
-    under = mia.overlay(scene.images[0], attention[positions], grid, attention[positions].max())
+    under = overlay(scene.images[0], attention[positions], grid, attention[positions].max())
     assert (np.asarray(picture)[~edge] == np.asarray(under)[~edge]).all()
 
 
@@ -500,7 +514,7 @@ def test_the_table_counts_every_reason_and_only_answers():
         4: Answer(4, problem="image can't be read"),
     }
     reasons = {index: reasons_against(a, Selection()) for index, a in answers.items()}
-    lines = [line.split() for line in mia.table(answers, reasons)]
+    lines = [line.split() for line in table(answers, reasons)]
     assert ["sequence", "2", "1", "1", "0.100"] in lines
     assert ["pip", "2", "2", "0", "0.800"] in lines and ["all", "3", "1"] in lines
     dropped = {" ".join(words[:-1]): int(words[-1]) for words in lines[6:]}
@@ -521,14 +535,14 @@ def test_the_table_counts_every_reason_and_only_answers():
     ],
 )  # fmt: skip
 def test_faults_are_counted_without_what_is_particular(reason, counted):
-    assert mia._named(reason) == counted
+    assert without_details(reason) == counted
 
 
 @pytest.mark.parametrize("most, kept, dropped", [(4, 2, 2), (5, 3, 2), (7, 4, 3), (9, 5, 4)])
 def test_the_sheet_has_kept_and_dropped_ones(most, kept, dropped):
     answers = {n: Answer(n, "pip", 2, problem="too long" if n == 3 else "") for n in range(10)}
     reasons = {n: [] if n >= 5 else ["perplexity"] for n in range(10)}
-    shown = [answer.index for answer in mia.on_sheet(answers, reasons, most)]
+    shown = [answer.index for answer in on_sheet(answers, reasons, most)]
     assert shown == [*range(5, 5 + kept), *[0, 1, 2, 4][:dropped]]
 
 
@@ -567,9 +581,15 @@ def llava(tmp_path_factory):
 
 def arguments(llava, out, *more):
     return [
-        "mia", "--dataset_name", str(llava / "llava.json"), "--images", str(llava / "images"),
+        "--dataset_name", str(llava / "llava.json"), "--images", str(llava / "images"),
         "--output", str(out), *SMALL_SCENES, *more,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("door", [data_main, commands.main])
+def test_data_mia_and_virft_fast_mia_are_the_same_command(door, monkeypatch):
+    monkeypatch.setattr(mia_command, "main", lambda argv: argv)
+    assert door(["mia", "--output", "pairs"]) == ["--output", "pairs"]
 
 
 def test_from_llavas_json_to_pairs_that_train(llava, tmp_path, capsys):
@@ -611,18 +631,20 @@ KINDS = ["--shares", "sequence=1,collage=1,pip=1", "--collage_images", "2,3"]
 def test_pairs_are_clean_whatever_the_model_saw(llava, tmp_path, monkeypatch, mode):
     """Pixel by pixel, of every kind, with where the target is and how much attention it had."""
     out, seen = tmp_path / "pairs", {}
-    answers = mia.Answering.answers
+    answers = Answering.answers
 
     def watched(self, plans, scenes):
         seen.update({plan.index: pair for plan, pair in zip(plans, scenes, strict=True)})
         assert self.layer == 1  # the middle one of two
         return answers(self, plans, scenes)
 
-    monkeypatch.setattr(mia.Answering, "answers", watched)
+    monkeypatch.setattr(Answering, "answers", watched)
     assert main(arguments(llava, out, *KINDS, "--mode", mode)) == 0
     rows = load_rows(str(llava / "llava.json"), "train", image_folder=llava / "images")
-    layout = Layout({"sequence": 1, "collage": 1, "pip": 1}, (2, 3, 4, 5), (2, 3), 56, 14, 12, 7)
-    scenes = mia.Scenes(rows, layout, seed=0, noise=False, groups=mia.source_groups(rows))
+    layout = SceneLayout(
+        {"sequence": 1, "collage": 1, "pip": 1}, (2, 3, 4, 5), (2, 3), 56, 14, 12, 7
+    )
+    scenes = Scenes(rows, layout, seed=0, noise=False, groups=source_groups(rows))
     known = {r["index"]: r for r in map(json.loads, (out / "selection.jsonl").open())}
     kinds = Counter()
     bits = lambda images: [image.tobytes() for image in images]  # noqa: E731
@@ -647,9 +669,9 @@ def test_pairs_are_clean_whatever_the_model_saw(llava, tmp_path, monkeypatch, mo
 
 def test_companions_come_from_the_same_source(llava):
     rows = load_rows(str(llava / "llava.json"), "train", image_folder=llava / "images")
-    groups = mia.source_groups(rows)
+    groups = source_groups(rows)
     assert groups == ["coco"] * 7 + ["ocr"] * 7
-    made = mia.Scenes(rows, Layout(), seed=0, noise=False, groups=groups)
+    made = Scenes(rows, SceneLayout(), seed=0, noise=False, groups=groups)
     for index in range(14):
         plan = made.plan(index)
         if index == 5:
@@ -666,7 +688,7 @@ def asked(monkeypatch):
     class Asked(list):
         stop = None
 
-    rows, answers = Asked(), mia.Answering.answers
+    rows, answers = Asked(), Answering.answers
 
     def watched(self, plans, scenes):
         rows.extend(plan.index for plan in plans)
@@ -674,7 +696,7 @@ def asked(monkeypatch):
             raise KeyboardInterrupt
         return answers(self, plans, scenes)
 
-    monkeypatch.setattr(mia.Answering, "answers", watched)
+    monkeypatch.setattr(Answering, "answers", watched)
     return rows
 
 
@@ -703,7 +725,7 @@ def test_the_number_of_ranks_does_not_matter(llava, tmp_path, asked, capsys):
     assert main(arguments(llava, whole, *more)) == 0
     asked.clear()
     interrupted(asked, capsys, arguments(llava, two, *more))
-    done = run(*arguments(llava, two, *more), module="virft_fast.data", processes=2)
+    done = run(*arguments(llava, two, *more), module="virft_fast.mia", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert selected(whole) == selected(two) and list(selected(two)) == list(range(13))
     assert "13/13" in done.stderr and "14/13" not in done.stderr
@@ -712,7 +734,7 @@ def test_the_number_of_ranks_does_not_matter(llava, tmp_path, asked, capsys):
 def test_ranks_share_the_rows_and_meet_after_every_batch(llava, monkeypatch):
     """Two ranks, one after the other, with what the first one said."""
     rows = load_rows(str(llava / "llava.json"), "train", image_folder=llava / "images")
-    scenes = mia.Scenes(rows, Layout(), seed=0, noise=False)
+    scenes = Scenes(rows, SceneLayout(), seed=0, noise=False)
     told, answered = {0: [], 1: []}, {0: [], 1: []}
 
     def answer(scenes, answering, batch, digests):
@@ -723,12 +745,15 @@ def test_ranks_share_the_rows_and_meet_after_every_batch(llava, monkeypatch):
         told[rank].append(value)
         return [value]
 
-    monkeypatch.setattr(mia, "_answer", answer)
-    monkeypatch.setattr(mia.dist, "world_size", lambda: 2)
-    monkeypatch.setattr(mia.dist, "all_gather_object", gather)
+    monkeypatch.setattr(answering_module, "answer_batch", answer)
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
     for rank in (0, 1):
-        monkeypatch.setattr(mia.dist, "rank", lambda: rank)  # noqa: B023
-        assert list(mia.answer_all(scenes, None, None, range(13), batch_size=3)) == answered[rank]
+        monkeypatch.setattr(dist, "rank", lambda: rank)  # noqa: B023
+        assert (
+            list(answering_module.answer_all(scenes, None, None, range(13), batch_size=3))
+            == answered[rank]
+        )
     assert sorted(answered[0] + answered[1]) == list(range(13))
     assert abs(len(answered[0]) - len(answered[1])) == 1
     assert len(told[0]) == len(told[1])
@@ -769,9 +794,9 @@ def test_an_answer_about_other_images_or_words_is_asked_for_again(llava, tmp_pat
     more = ["--shares", "sequence=1", "--sequence_images", "2"]
     assert main(arguments(copy, out, *more, "--min_perplexity", "1e9")) == 2
     asked.clear()
-    scenes = mia.Scenes(
+    scenes = Scenes(
         rows := load_rows(str(copy / "llava.json"), "train", image_folder=copy / "images"),
-        Layout({"sequence": 1}, (2,)), seed=0, noise=False, groups=mia.source_groups(rows),
+        SceneLayout({"sequence": 1}, (2,)), seed=0, noise=False, groups=source_groups(rows),
     )  # fmt: skip
     plans = {n: plan for n in range(14) if isinstance(plan := scenes.plan(n), Plan)}
     noisy(99, (56, 56)).save(copy / "images" / "coco" / "3.png")
@@ -806,13 +831,13 @@ def test_only_answers_are_kept(llava, tmp_path, asked):
 def test_images_that_vanish_while_pairs_are_written_are_counted(llava, tmp_path, monkeypatch):
     copy, out = tmp_path / "llava", tmp_path / "pairs"
     shutil.copytree(llava, copy)
-    write = mia.write_pairs
+    write = mia_command.write_pairs
 
     def after_one_is_gone(*given, **more):
         (copy / "images" / "coco" / "3.png").unlink()
         return write(*given, **more)
 
-    monkeypatch.setattr(mia, "write_pairs", after_one_is_gone)
+    monkeypatch.setattr(mia_command, "write_pairs", after_one_is_gone)
     assert main(arguments(copy, out)) == 0
     assert selected(out)[3]["dropped"] == ["image can't be read"]
     assert "image can't be read" in (out / "README.md").read_text()
@@ -878,8 +903,11 @@ def test_a_chat_with_a_part_for_its_image_has_its_truth(tmp_path):
         chat = [{"role": "user", "content": parts}]
         rows.append({"image": f"{number}.png", "prompt": chat, "solution": f"Thing {number}."})
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    scenes = mia.Scenes(
-        load_rows(str(tmp_path / "rows.json"), "train"), Layout({"pip": 1}), seed=0, noise=False
+    scenes = Scenes(
+        load_rows(str(tmp_path / "rows.json"), "train"),
+        SceneLayout({"pip": 1}),
+        seed=0,
+        noise=False,
     )
     assert isinstance(scenes.plan(2), Plan) and scenes.truth(2) == "Thing 2."
 
@@ -888,14 +916,14 @@ def test_no_scene_has_images_of_both_splits(llava):
     """Nor are two rows with the same image in two of them."""
     rows = load_rows(str(llava / "llava.json"), "train", image_folder=llava / "images")
     for seed in range(6):
-        made = mia.Scenes(
-            rows, Layout({"sequence": 1}, (2, 3)), seed=seed, noise=False, test_share=0.4
+        made = Scenes(
+            rows, SceneLayout({"sequence": 1}, (2, 3)), seed=seed, noise=False, test_share=0.4
         )
         assert made.held_out(0) == made.held_out(1)
         plans = [plan for index in range(14) if isinstance(plan := made.plan(index), Plan)]
         splits = [{made.held_out(row) for row in plan.order} for plan in plans]
         assert all(len(split) == 1 for split in splits) and {True} in splits and {False} in splits
-        none = mia.Scenes(rows, Layout(), seed=seed, noise=False)
+        none = Scenes(rows, SceneLayout(), seed=seed, noise=False)
         assert not any(none.held_out(index) for index in range(14) if index != 5)
 
 
@@ -928,9 +956,9 @@ def test_rows_that_make_no_scene_are_named_and_keep_their_sources(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
     loaded = load_rows(str(path), "train", image_folder=folder)
-    groups = mia.source_groups(loaded)
+    groups = source_groups(loaded)
     assert groups == ["a", "b"] * 3 + [""]
-    scenes = mia.Scenes(loaded, Layout(), seed=0, noise=False, groups=groups)
+    scenes = Scenes(loaded, SceneLayout(), seed=0, noise=False, groups=groups)
     plans = [scenes.plan(index) for index in range(7)]
     assert plans[2] == plans[3] == "the question is empty"
     assert plans[4] == plans[5] == "boxes in the text"

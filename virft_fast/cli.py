@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,52 @@ def parse(
     if unknown:
         raise UsageError(f"expected a flag, got {unknown[0]!r}")
     return tuple(configs)
+
+
+def exit_status(command: str, action: Callable[[], None], interrupted: str = "") -> int:
+    """Run a command; returns 0, 2 for input that can't be used, or 130 after Ctrl-C.
+
+    Args:
+        interrupted: what to add to the message after Ctrl-C.
+    """
+    try:
+        with usage():
+            action()
+    except UsageError as error:
+        print(f"virft_fast.{command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"virft_fast.{command}: interrupted{interrupted}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def output_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a command that writes a data set."""
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder to write; new, or empty")
+    add("--overwrite", action="store_true", help="replace a data set once the new one is whole")
+
+
+def share(text: str) -> float:
+    """An argument's type: a number in [0, 1)."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a share in [0, 1), got {text!r}")
+
+
+def positive(text: str) -> int:
+    """An argument's type: an integer, 1 or more."""
+    return natural(text, least=1)
+
+
+def natural(text: str, least: int = 0) -> int:
+    """An argument's type: an integer, 0 or more."""
+    with contextlib.suppress(ValueError):
+        if int(text) >= least:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"expected a number, {least} or more, got {text!r}")
 
 
 def _config_path(argv: Sequence[str]) -> str | None:

@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": ("virft_fast.evaluate", "score a model's answers; compare several models"),
     "merge": ("virft_fast.merge", "write an adapter and its base as one whole model"),
     "data": ("virft_fast.data.__main__", "build, inspect and export data sets"),
+    "mia": ("virft_fast.mia.__main__", "make multi-image preference pairs for DPO"),
 }
 
 

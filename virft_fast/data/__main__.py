@@ -2,7 +2,7 @@
 
 build coco|lvis|yolo|voc|openimages       detection: from what you have to what training reads
 build refcoco|grounding, classification   likewise for grounding and classification
-mia                                       multi-image preference pairs by attention, for DPO
+mia                                       another name of `python -m virft_fast.mia`
 inspect                                   numbers, bad rows and a sheet of pictures
 export llamafactory                       for supervised fine-tuning elsewhere
 """
@@ -10,7 +10,6 @@ export llamafactory                       for supervised fine-tuning elsewhere
 from __future__ import annotations
 
 import argparse
-import contextlib
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,20 +17,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from virft_fast.cli import Parser
+from virft_fast.cli import Parser, exit_status, output_arguments, positive, share
 from virft_fast.commands import end_process
-from virft_fast.config import BOX_SPACES, TASKS, UsageError, column_names, usage
+from virft_fast.config import BOX_SPACES, TASKS, column_names
 from virft_fast.console import unbreakable
 from virft_fast.data import SampleDataset, first_solutions, load_rows
-from virft_fast.data.accounts import Built
+from virft_fast.data.accounts import Built, dataset_card
 from virft_fast.data.classification import READERS, plan_classification, read_csv
-from virft_fast.data.coco import pick_categories, plan_detection, usable_images
+from virft_fast.data.coco import (
+    pick_categories,
+    plan_detection,
+    same_categories,
+    usable_images,
+)
 from virft_fast.data.export import check_export, export_llamafactory
 from virft_fast.data.inspection import check_picture, inspect
 from virft_fast.data.instances import Annotations, read_annotations
 from virft_fast.data.lisa import Asked, plan_grounding, read_lisa
 from virft_fast.data.loading import FILE_SUFFIXES
-from virft_fast.data.mia import Layout
 from virft_fast.data.openimages import read_openimages
 from virft_fast.data.refcoco import read_refcoco
 from virft_fast.data.survey import open_space, survey
@@ -46,18 +49,13 @@ from virft_fast.tasks.prompts import CLASSIFICATION_SETS
 @unbreakable()
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for input that can't be used, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["mia"]:
+        from virft_fast.mia.__main__ import main as mia_main  # it loads models, which takes seconds
+
+        return mia_main(argv[1:])
     arguments = make_parser().parse_args(argv)
-    try:
-        with usage():
-            arguments.run(arguments)
-    except UsageError as error:
-        print(f"virft_fast.data: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        more = "; the same command goes on where it was" if arguments.run is _mia else ""
-        print(f"virft_fast.data: interrupted{more}", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status("data", partial(arguments.run, arguments))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -80,9 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
     _classification_arguments(build.add_parser("classification", help="from labelled images"))
     _grounding_arguments(build.add_parser("grounding", help="from LISA's ReasonSeg folders"))
     _refcoco_arguments(build.add_parser("refcoco", help="from RefCOCO, RefCOCO+ or RefCOCOg"))
-    _mia_arguments(
-        commands.add_parser("mia", help="multi-image preference pairs, by the model's attention")
-    )
+    commands.add_parser("mia", add_help=False, help="another name of python -m virft_fast.mia")
     _inspect_arguments(commands.add_parser("inspect", help="look at a data set"))
     export = commands.add_parser("export", help="write a data set for another trainer")
     _export_arguments(
@@ -93,18 +89,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _output_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--output", type=Path, required=True, help="folder to write; new, or empty")
-    add("--overwrite", action="store_true", help="replace a data set once the new one is whole")
-
-
 def _common(parser: argparse.ArgumentParser) -> None:
-    _output_arguments(parser)
+    output_arguments(parser)
     add = parser.add_argument
     add("--allow_missing", action="store_true", help="leave out rows whose image is missing")
     add("--seed", type=int, default=0, help="of every choice")
-    add("--test_share", type=_share, default=0.0, help="of the images, held out as split test")
+    add("--test_share", type=share, default=0.0, help="of the images, held out as split test")
 
 
 def _space_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,13 +105,9 @@ def _space_arguments(parser: argparse.ArgumentParser) -> None:
         default="qwen2_vl",
         help="whose boxes: 0..1000, or pixels of the resized image (qwen2_5_vl)",
     )
-    add("--min_pixels", type=_positive, default=3136, help="of the processor, for boxes in pixels")
-    add(
-        "--max_pixels",
-        type=_positive,
-        default=401_408,
-        help="of the processor, for boxes in pixels",
-    )
+    purpose = "of the processor, for boxes in pixels"
+    add("--min_pixels", type=positive, default=3136, help=purpose)
+    add("--max_pixels", type=positive, default=401_408, help=purpose)
 
 
 def _detection_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,7 +132,7 @@ def _folder_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _rows_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--max_rows", type=_positive, help="rows of a split, chosen by the seed; default: all"
+        "--max_rows", type=positive, help="rows of a split, chosen by the seed; default: all"
     )
 
 
@@ -157,9 +143,9 @@ def _choice_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="all, names separated by commas, or base65, novel15, few8 (COCO), lvis13, lvis6",
     )
-    add("--shots", type=_positive, help="images of each category in train, at most; default: all")
+    add("--shots", type=positive, help="images of each category in train, at most; default: all")
     _rows_arguments(parser)
-    add("--negatives", type=_share, default=0.0, help="rows without objects, a share of the others")
+    add("--negatives", type=share, default=0.0, help="rows without objects, a share of the others")
 
 
 def _classification_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,7 +154,7 @@ def _classification_arguments(parser: argparse.ArgumentParser) -> None:
     add("--source", type=Path, required=True, help="folder or CSV file")
     add("--reader", choices=sorted(READERS), default="folder", help="layout of the source")
     add("--images", type=Path, help="where the paths of a CSV file start; default: its folder")
-    add("--shots", type=_positive, help="images of each class in train, at most; default: all")
+    add("--shots", type=positive, help="images of each class in train, at most; default: all")
     add("--thing", help='what the images show, as in "an image containing a plant"')
     add("--kind", help='what is asked for, as in "the species of the plant"')
     parser.set_defaults(run=_build_classification)
@@ -207,75 +193,11 @@ def _dataset_arguments(parser: argparse.ArgumentParser) -> None:
     add("--box_space", choices=BOX_SPACES, default="auto", help="as in training")
 
 
-def _mia_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--dataset_name", required=True, help="questions about one image each, as in training; "
-        "also LLaVA's JSON")  # fmt: skip
-    add("--dataset_config", help="configuration of a hub data set, or of a folder with a README.md")
-    add("--split", default="train")
-    add("--images", type=Path, help="where image paths of a JSON file start; default: its folder")
-    add("--model_name_or_path", required=True, help="the model that answers, as in training")
-    _output_arguments(parser)
-    add("--seed", type=_natural, default=0, help="of every choice")
-    add("--max_rows", type=_positive, help="take the first so many rows; default: all")
-    add("--test_share", type=_share, default=0.0,
-        help="of the images, about, whose scenes are the split test")  # fmt: skip
-    scenes = parser.add_argument_group("scenes")
-    add = scenes.add_argument
-    add("--shares", type=_weights, default="sequence=15.1,collage=9.3,pip=4.5",
-        help="weights of the kinds of scenes")  # fmt: skip
-    add("--sequence_images", type=_numbers, default="2,3,4,5",
-        help="numbers of images, each as likely; 2,2,3: twice as often 2 as 3")  # fmt: skip
-    add("--collage_images", type=_numbers, default="2,3,4,6,9", help="numbers of cells, likewise")
-    add("--companions", choices=("source", "all"), default="source",
-        help="other images of a scene: of the row's source (its column source, or the first folder "
-        "in which paths differ), or of any")  # fmt: skip
-    add("--cell", type=_positive, default=448, help="side of a collage's cell in pixels")
-    add(
-        "--gutter",
-        type=_natural,
-        default=40,
-        help="between cells, and of the labels' strip, in pixels",
-    )
-    add("--label_size", type=_positive, default=36, help="of the labels, in pixels")
-    answers = parser.add_argument_group("answers")
-    add = answers.add_argument
-    add(
-        "--mode",
-        choices=("corrupted", "clean"),
-        default="corrupted",
-        help="noise on the target of collages and pictures in pictures, as MIA-DPO, or none",
-    )
-    add("--layer", type=int, help="where attention is measured, from 0; default: the middle one")
-    add("--batch_size", type=_positive, default=16, help="scenes answered together")
-    add("--max_completion_length", type=_positive, default=512, help="longest answer in tokens")
-    add("--max_prompt_length", type=_positive, help="a longer scene is left out")
-    add("--rollout_cache_tokens", type=_positive, help="as in training")
-    add("--min_pixels", type=int, help="as in training")
-    add("--max_pixels", type=int, help="as in training; of each image")
-    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-        help="auto: bfloat16 on a GPU, else float32")  # fmt: skip
-    chosen = parser.add_argument_group("selection")
-    add = chosen.add_argument
-    add(
-        "--thresholds",
-        type=_weights,
-        default="",
-        help="attention limits that differ from MIA-DPO's, such as sequence2=0.7,pip2=0.9",
-    )
-    add("--min_perplexity", type=float, default=1.1, help="of an answer; it has to be above")
-    add("--max_length_ratio", type=float, default=10.0, help="of the two answers, in characters")
-    add("--min_edit_distance", type=float, default=0.05, help="of the two, share of the longer")
-    add("--pictures", type=_natural, default=12,
-        help="kept and dropped scenes on the sheet OUTPUT.png; 0: no sheet")  # fmt: skip
-    parser.set_defaults(run=_mia)
-
-
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     _dataset_arguments(parser)
     add = parser.add_argument
     add("--output", type=Path, default=Path("inspect.png"), help="sheet of pictures")
-    add("--pictures", type=_positive, default=20, help="on the sheet")
+    add("--pictures", type=positive, default=20, help="on the sheet")
     parser.set_defaults(run=_inspect)
 
 
@@ -287,42 +209,6 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace a data set of that name")
     add("--compat_prompt", action="store_true", help="as in training")
     parser.set_defaults(run=_export)
-
-
-def _weights(text: str) -> dict[str, float]:
-    try:
-        pairs = [part.split("=") for part in text.split(",") if part.strip()]
-        weights = {name.strip(): float(value) for name, value in pairs}
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected name=number,..., got {text!r}") from error
-    if len(weights) < len(pairs):
-        raise argparse.ArgumentTypeError(f"expected each name once, got {text!r}")
-    return weights
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected numbers, got {text!r}") from error
-
-
-def _share(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) < 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"expected a share in [0, 1), got {text!r}")
-
-
-def _positive(text: str) -> int:
-    return _natural(text, least=1)
-
-
-def _natural(text: str, least: int = 0) -> int:
-    with contextlib.suppress(ValueError):
-        if int(text) >= least:
-            return int(text)
-    raise argparse.ArgumentTypeError(f"expected a number, {least} or more, got {text!r}")
 
 
 def _progress(items: Any, total: int | None = None) -> Any:
@@ -372,7 +258,7 @@ def _write_detection(
     for split, source in sources.items():
         chosen = categories
         if source is not first:
-            chosen = _same_categories(first, categories, source, built, split)
+            chosen = same_categories(first, categories, source, built, split)
         images = usable_images(source, chosen, built, allow_missing=arguments.allow_missing)
         plan = partial(
             plan_detection,
@@ -395,27 +281,6 @@ def _write_detection(
     columns = {"problem": "string", "solution": "string", "category": "string", "image_id": "int64"}
     splits = {split: splits[split] for split in sorted(splits, key=lambda s: s != "train")}
     _write(arguments, splits, columns, built, f"{arguments.kind.upper()} detection", "detection")
-
-
-def _same_categories(
-    annotations: Annotations,
-    categories: Sequence[int],
-    other: Annotations,
-    built: Built,
-    split: str,
-) -> list[int]:
-    """The categories by their names in another split, without those of which it has no box."""
-    numbers = {name: number for number, name in other.categories.items()}
-    seen = {number for _, number in other.boxes}
-    chosen = []
-    for name in (annotations.categories[number] for number in categories):
-        if numbers.get(name) in seen:
-            chosen.append(numbers[name])
-        else:
-            built.leave_out(f"category without a box in the {split} annotations", name)
-    if not chosen:
-        raise ValueError(f"{split} annotations: not a single box of the chosen categories")
-    return chosen
 
 
 def _build_classification(arguments: argparse.Namespace) -> None:
@@ -558,201 +423,12 @@ def _write(
         splits,
         features,
         built,
-        card=lambda built: _card(arguments, title, built),
+        card=lambda built: dataset_card(title, built, vars(arguments)),
         check=lambda row: check_solution(task, row["solution"], row.get("extent")),
         progress=_progress,
     )
     print("\n".join(built.lines()))
     print(f"written: {arguments.output}")
-
-
-def _card(arguments: argparse.Namespace, title: str, built: Built) -> str:
-    files = "\n".join(
-        f"  - split: {split}\n    path: data/{split}-*" for split, n in built.rows.items() if n
-    )
-    given = {
-        name: value
-        for name, value in sorted(vars(arguments).items())
-        if name != "run" and value is not None and value is not False
-    }
-    return "\n".join(
-        [
-            "---",
-            f"configs:\n- config_name: default\n  data_files:\n{files}",
-            "---",
-            f"# {title}",
-            "",
-            "Built by `python -m virft_fast.data build`. Columns: `image`, `problem` (the prompt), "
-            "`solution` (the ground truth in the answer's form), and what they were made of.",
-            "",
-            *(f"- {line}" for line in built.lines()),
-            "",
-            "Arguments:",
-            "",
-            *(f"- {name}: {value}" for name, value in given.items()),
-            "",
-        ]
-    )
-
-
-# --- Preference pairs ------------------------------------------------------------------------
-
-
-def _mia(arguments: argparse.Namespace) -> None:
-    from virft_fast import dist, mia
-
-    device = dist.init()
-    try:
-        _mia_on_each_rank(arguments, device, mia, dist)
-    finally:
-        dist.shutdown()
-
-
-def _mia_on_each_rank(arguments: argparse.Namespace, device: Any, mia: Any, dist: Any) -> None:
-    from tqdm import tqdm
-
-    from virft_fast.models.qwen_vl import weights_stamp
-
-    out = arguments.output
-    sources = (arguments.dataset_name, arguments.images, arguments.model_name_or_path)
-    check_output(out, arguments.overwrite, sources)
-    sheet = out.with_name(f"{out.name}.png")
-    if arguments.pictures and sheet.exists() and not arguments.overwrite:
-        raise ValueError(f"{sheet}: exists already; pass --overwrite, --pictures 0 or another name")
-    if arguments.images and not arguments.images.is_dir():
-        raise ValueError(f"--images {arguments.images}: expected a folder, got none")
-    mia.edit_distance("", "")  # better without its package now than after the answers
-    rows = load_rows(
-        arguments.dataset_name,
-        arguments.split,
-        dataset_config=arguments.dataset_config,
-        image_folder=arguments.images,
-    )
-    selection = mia.Selection(
-        {_scene_key(name): value for name, value in arguments.thresholds.items()},
-        arguments.min_perplexity,
-        arguments.max_length_ratio,
-        arguments.min_edit_distance,
-    )
-    layout = Layout(
-        arguments.shares,
-        arguments.sequence_images,
-        arguments.collage_images,
-        arguments.cell,
-        arguments.gutter,
-        arguments.label_size,
-        label_indent=arguments.gutter // 2,
-    )
-    scenes = mia.Scenes(
-        rows,
-        layout,
-        seed=arguments.seed,
-        noise=arguments.mode == "corrupted",
-        groups=mia.source_groups(rows) if arguments.companions == "source" else None,
-        test_share=arguments.test_share,
-    )
-    answering = _answering(arguments, device, mia)
-    # All that an answer depends on but its scene; how answers are selected may change.
-    asked = ("dataset_name", "dataset_config", "split", "images", "model_name_or_path", "seed",
-             "shares", "sequence_images", "collage_images", "cell", "gutter", "label_size", "mode",
-             "layer", "max_completion_length", "max_prompt_length", "min_pixels", "max_pixels",
-             "dtype", "test_share", "companions")  # fmt: skip
-    settings = {name: getattr(arguments, name) for name in asked}
-    settings |= {"images": str(arguments.images), "weights": weights_stamp(answering.path)}
-    journal = mia.open_journal(
-        out.with_name(f".{out.name}.answers.jsonl"), settings, overwrite=arguments.overwrite
-    )
-    indices = range(min(len(rows), arguments.max_rows or len(rows)))
-    with tqdm(total=len(indices), unit="scene", disable=not dist.is_main()) as bar:
-        answers = mia.answer_all(
-            scenes, answering, journal, indices, batch_size=arguments.batch_size,
-            progress=bar.update,
-        )  # fmt: skip
-    if journal is None:
-        return
-    reasons = {index: mia.reasons_against(a, selection) for index, a in answers.items()}
-    print("\n".join(mia.table(answers, reasons)))
-    counts = mia.write_pairs(
-        out, scenes, answers, reasons, selection, progress=_progress,
-        card=lambda: _mia_card(arguments, mia.table(answers, reasons)),
-    )  # fmt: skip
-    print(", ".join(f"{split}: {count} pairs" for split, count in counts.items()))
-    print(f"written: {out}")
-    if picture := mia.attention_sheet(scenes, answering, answers, reasons, arguments.pictures):
-        picture.save(sheet)
-        print(f"written: {sheet}")
-    journal.remove()
-
-
-def _answering(arguments: argparse.Namespace, device: Any, mia: Any) -> Any:
-    import torch
-
-    from virft_fast.models.processing import load_processor
-    from virft_fast.models.qwen_vl import Policy, load_model, read_config
-    from virft_fast.models.tiny import resolve_model_path
-    from virft_fast.rollout.backends import check_cache_limit, make_rollout
-
-    path = resolve_model_path(arguments.model_name_or_path)
-    processor = load_processor(
-        path, min_pixels=arguments.min_pixels, max_pixels=arguments.max_pixels
-    )
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if arguments.dtype != "auto":
-        dtype = getattr(torch, arguments.dtype)
-    check_cache_limit(
-        "native",
-        arguments.rollout_cache_tokens,
-        num_generations=1,
-        max_prompt_length=arguments.max_prompt_length,
-        max_completion_length=arguments.max_completion_length,
-        device=device,
-    )
-    layers = read_config(path).text_config.num_hidden_layers
-    layer = layers // 2 if arguments.layer is None else arguments.layer
-    if not 0 <= layer < layers:
-        raise ValueError(f"--layer: expected 0 to {layers - 1}, got {layer}")
-    policy = Policy(load_model(path, dtype=dtype).to(device)).eval()
-    rollout = make_rollout(
-        "native",
-        lambda: contextlib.nullcontext(policy),
-        processor.tokenizer,
-        device=device,
-        max_cache_tokens=arguments.rollout_cache_tokens,
-    )
-    return mia.Answering(
-        policy,
-        rollout,
-        processor,
-        layer,
-        arguments.max_completion_length,
-        device,
-        arguments.max_prompt_length,
-        path=str(path),
-    )
-
-
-def _scene_key(name: str) -> tuple[str, int]:
-    kind = name.rstrip("0123456789")
-    number = name[len(kind) :] or ("2" if kind == "pip" else "0")
-    return kind, int(number)
-
-
-def _mia_card(arguments: argparse.Namespace, lines: Sequence[str]) -> str:
-    given = {k: v for k, v in sorted(vars(arguments).items()) if k != "run" and v is not None}
-    return "\n".join(
-        [
-            "# Multi-image preference pairs (MIA-DPO)",
-            "",
-            "Made by `python -m virft_fast.data mia`. Columns as TRL's DPOTrainer takes them: "
-            "`images`, `prompt`, `chosen` (the row's own answer), `rejected` (the model's), and "
-            "why the pair was kept. `selection.jsonl` has every row, kept or not.",
-            "",
-            *(f"    {line}" for line in lines),
-            "",
-            *(f"- {name}: {value}" for name, value in given.items()),
-            "",
-        ]
-    )
 
 
 # --- Looking and exporting -------------------------------------------------------------------

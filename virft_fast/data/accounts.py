@@ -66,6 +66,25 @@ class Built:
         return lines + self.notes
 
 
+def dataset_card(title: str, built: Built, flags: Mapping[str, Any]) -> str:
+    """README.md of a data set: its splits, its columns, the account and the flags that were set."""
+    files = "\n".join(
+        f"  - split: {split}\n    path: data/{split}-*" for split, n in built.rows.items() if n
+    )
+    lines = "\n".join(f"- {line}" for line in built.lines())
+    arguments = "\n".join(
+        f"- {name}: {value}"
+        for name, value in sorted(flags.items())
+        if name != "run" and value is not None and value is not False
+    )
+    return (
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}\n---\n# {title}\n\n"
+        "Built by `python -m virft_fast.data build`. Columns: `image`, `problem` (the prompt), "
+        "`solution` (the ground truth in the answer's form), and what they were made of.\n\n"
+        f"{lines}\n\nArguments:\n\n{arguments}\n"
+    )
+
+
 def listing(items: Sequence[Any], most: int = MAX_LISTED) -> str:
     """The first of them by name, and how many more there are."""
     named = printable(", ".join(f"{item!s:.300}" for item in items[:most]))

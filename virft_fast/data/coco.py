@@ -70,6 +70,31 @@ def pick_names(known: Iterable[str], seen: Collection[str], kind: str, wanted: s
     return list(dict.fromkeys(names))
 
 
+def same_categories(
+    annotations: Annotations,
+    categories: Sequence[int],
+    other: Annotations,
+    built: Built,
+    split: str,
+) -> list[int]:
+    """Ids of the same categories, by name, in another split; without those it has no box of.
+
+    Raises:
+        ValueError: it has a box of none of them.
+    """
+    numbers = {name: number for number, name in other.categories.items()}
+    seen = {number for _, number in other.boxes}
+    chosen = []
+    for name in (annotations.categories[number] for number in categories):
+        if numbers.get(name) in seen:
+            chosen.append(numbers[name])
+        else:
+            built.leave_out(f"category without a box in the {split} annotations", name)
+    if not chosen:
+        raise ValueError(f"{split} annotations: not a single box of the chosen categories")
+    return chosen
+
+
 def image_paths(annotations: Annotations, images: Iterable[int]) -> dict[int, Path]:
     """Image id -> where it is, or would be, for those of which that is certain.
 

@@ -1,0 +1,255 @@
+"""`python -m virft_fast.mia`: multi-image preference pairs from questions about one image each.
+
+Under torchrun the scenes are divided among the ranks. A killed run resumes where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from virft_fast import dist
+from virft_fast.cli import Parser, exit_status, natural, output_arguments, positive, share
+from virft_fast.commands import end_process
+from virft_fast.console import unbreakable
+from virft_fast.data import load_rows
+from virft_fast.data.writing import check_output
+from virft_fast.mia.answering import Answering, answer_all, open_journal
+from virft_fast.mia.pairs import write_pairs
+from virft_fast.mia.scenes import SceneLayout, Scenes, source_groups
+from virft_fast.mia.selection import Selection, edit_distance, reasons_against, table
+from virft_fast.mia.sheet import attention_sheet
+from virft_fast.models.processing import load_processor
+from virft_fast.models.qwen_vl import Policy, load_model, read_config, weights_stamp
+from virft_fast.models.tiny import resolve_model_path
+from virft_fast.rollout.backends import check_cache_limit, make_rollout
+
+# Flags that no answer depends on: a run may resume with other values. All others have to stay.
+_FREE_FLAGS = {
+    "output", "overwrite", "max_rows", "batch_size", "rollout_cache_tokens", "thresholds",
+    "min_perplexity", "max_length_ratio", "min_edit_distance", "pictures",
+}  # fmt: skip
+
+
+@unbreakable()
+def main(argv: list[str] | None = None) -> int:
+    """Make pairs; returns the exit status: 0, 2 for input that can't be used, 130 for Ctrl-C."""
+    arguments = make_parser().parse_args(argv)
+    again = "; the same command goes on where it was"
+    try:
+        return exit_status("mia", lambda: run(arguments, dist.init()), again)
+    finally:
+        dist.shutdown()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m virft_fast.mia")
+    _data_arguments(parser)
+    _scene_arguments(parser.add_argument_group("scenes"))
+    _answer_arguments(parser.add_argument_group("answers"))
+    _selection_arguments(parser.add_argument_group("selection"))
+    return parser
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--dataset_name", required=True, help="questions about one image each, as in training; "
+        "also LLaVA's JSON")  # fmt: skip
+    add("--dataset_config", help="configuration of a hub data set, or of a folder with a README.md")
+    add("--split", default="train")
+    add("--images", type=Path, help="where image paths of a JSON file start; default: its folder")
+    add("--model_name_or_path", required=True, help="the model that answers, as in training")
+    output_arguments(parser)
+    add("--seed", type=natural, default=0, help="of every choice")
+    add("--max_rows", type=positive, help="take the first so many rows; default: all")
+    add("--test_share", type=share, default=0.0,
+        help="of the images, about, whose scenes are the split test")  # fmt: skip
+
+
+def _scene_arguments(group: Any) -> None:
+    add = group.add_argument
+    add("--shares", type=_weights, default="sequence=15.1,collage=9.3,pip=4.5",
+        help="weights of the kinds of scenes")  # fmt: skip
+    add("--sequence_images", type=_numbers, default="2,3,4,5",
+        help="numbers of images, each as likely; 2,2,3: twice as often 2 as 3")  # fmt: skip
+    add("--collage_images", type=_numbers, default="2,3,4,6,9", help="numbers of cells, likewise")
+    add("--companions", choices=("source", "all"), default="source",
+        help="other images of a scene: of the row's source (its column source, or the first folder "
+        "in which paths differ), or of any")  # fmt: skip
+    add("--cell", type=positive, default=448, help="side of a collage's cell in pixels")
+    add("--gutter", type=natural, default=40,
+        help="between cells, and of the labels' strip, in pixels")  # fmt: skip
+    add("--label_size", type=positive, default=36, help="of the labels, in pixels")
+
+
+def _answer_arguments(group: Any) -> None:
+    add = group.add_argument
+    add("--mode", choices=("corrupted", "clean"), default="corrupted",
+        help="noise on the target of collages and pictures in pictures, as MIA-DPO, or "
+        "none")  # fmt: skip
+    add("--layer", type=int, help="where attention is measured, from 0; default: the middle one")
+    add("--batch_size", type=positive, default=16, help="scenes answered together")
+    add("--max_completion_length", type=positive, default=512, help="longest answer in tokens")
+    add("--max_prompt_length", type=positive, help="a longer scene is left out")
+    add("--rollout_cache_tokens", type=positive, help="as in training")
+    add("--min_pixels", type=int, help="as in training")
+    add("--max_pixels", type=int, help="as in training; of each image")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+        help="auto: bfloat16 on a GPU, else float32")  # fmt: skip
+
+
+def _selection_arguments(group: Any) -> None:
+    add = group.add_argument
+    add("--thresholds", type=_weights, default="",
+        help="attention limits that differ from MIA-DPO's, such as "
+        "sequence2=0.7,pip2=0.9")  # fmt: skip
+    add("--min_perplexity", type=float, default=1.1, help="of an answer; it has to be above")
+    add("--max_length_ratio", type=float, default=10.0, help="of the two answers, in characters")
+    add("--min_edit_distance", type=float, default=0.05, help="of the two, share of the longer")
+    add("--pictures", type=natural, default=12,
+        help="kept and dropped scenes on the sheet OUTPUT.png; 0: no sheet")  # fmt: skip
+
+
+def _weights(text: str) -> dict[str, float]:
+    with contextlib.suppress(ValueError):
+        pairs = [pair.split("=") for pair in text.split(",") if pair.strip()]
+        weights = {name.strip(): float(value) for name, value in pairs}
+        if len(weights) < len(pairs):
+            raise argparse.ArgumentTypeError(f"expected each name once, got {text!r}")
+        return weights
+    raise argparse.ArgumentTypeError(f"expected name=number,..., got {text!r}")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    with contextlib.suppress(ValueError):
+        return tuple(int(word) for word in text.split(","))
+    raise argparse.ArgumentTypeError(f"expected numbers, got {text!r}")
+
+
+def run(arguments: argparse.Namespace, device: torch.device) -> None:
+    """Answer every scene, then write the pairs that are kept and show what was dropped.
+
+    Raises:
+        ValueError, OSError: flags, data or model can't be used, or no pair was kept.
+    """
+    out = arguments.output
+    sheet = _check_files(arguments)
+    edit_distance("", "")  # a missing package is said now, not after all the answers
+    selection, path = _selection(arguments), resolve_model_path(arguments.model_name_or_path)
+    scenes = _scenes(arguments)
+    answering = _answering(arguments, path, device)
+    settings = {k: value for k, value in vars(arguments).items() if k not in _FREE_FLAGS}
+    settings |= {"images": str(arguments.images), "weights": weights_stamp(path)}
+    journal = open_journal(
+        out.with_name(f".{out.name}.answers.jsonl"), settings, overwrite=arguments.overwrite
+    )
+    indices = range(len(scenes))[: arguments.max_rows]
+    with tqdm(total=len(indices), unit="scene", disable=not dist.is_main()) as bar:
+        answers = answer_all(
+            scenes, answering, journal, indices, batch_size=arguments.batch_size,
+            progress=bar.update,
+        )  # fmt: skip
+    if journal is None:
+        return
+    reasons = {index: reasons_against(a, selection) for index, a in answers.items()}
+    print("\n".join(table(answers, reasons)))
+    counts = write_pairs(
+        out, scenes, answers, reasons, selection, progress=partial(tqdm, unit="row"),
+        card=lambda: _card(arguments, table(answers, reasons)),
+    )  # fmt: skip
+    print(", ".join(f"{split}: {count} pairs" for split, count in counts.items()))
+    print(f"written: {out}")
+    if picture := attention_sheet(scenes, answering, answers, reasons, arguments.pictures):
+        picture.save(sheet)
+        print(f"written: {sheet}")
+    journal.remove()
+
+
+def _check_files(arguments: argparse.Namespace) -> Path:
+    """Check what is read and written before any work; returns the path of the sheet."""
+    out = arguments.output
+    sources = (arguments.dataset_name, arguments.images, arguments.model_name_or_path)
+    check_output(out, arguments.overwrite, sources)
+    sheet = out.with_name(f"{out.name}.png")
+    if arguments.pictures and sheet.exists() and not arguments.overwrite:
+        raise ValueError(f"{sheet}: exists already; pass --overwrite, --pictures 0 or another name")
+    if arguments.images and not arguments.images.is_dir():
+        raise ValueError(f"--images {arguments.images}: expected a folder, got none")
+    return sheet
+
+
+def _selection(arguments: argparse.Namespace) -> Selection:
+    thresholds = {_scene_key(name): limit for name, limit in arguments.thresholds.items()}
+    names = ("min_perplexity", "max_length_ratio", "min_edit_distance")
+    return Selection(thresholds, *(getattr(arguments, name) for name in names))
+
+
+def _scene_key(name: str) -> tuple[str, int]:
+    kind = name.rstrip("0123456789")
+    number = name[len(kind) :] or ("2" if kind == "pip" else "0")
+    return kind, int(number)
+
+
+def _scenes(arguments: argparse.Namespace) -> Scenes:
+    rows = load_rows(
+        arguments.dataset_name,
+        arguments.split,
+        dataset_config=arguments.dataset_config,
+        image_folder=arguments.images,
+    )
+    names = ("shares", "sequence_images", "collage_images", "cell", "gutter", "label_size")
+    sizes = {name: getattr(arguments, name) for name in names}
+    layout = SceneLayout(**sizes, label_indent=arguments.gutter // 2)
+    return Scenes(
+        rows,
+        layout,
+        seed=arguments.seed,
+        noise=arguments.mode == "corrupted",
+        groups=source_groups(rows) if arguments.companions == "source" else None,
+        test_share=arguments.test_share,
+    )
+
+
+def _answering(arguments: argparse.Namespace, path: str, device: torch.device) -> Answering:
+    pixels = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
+    processor = load_processor(path, **pixels)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if arguments.dtype != "auto":
+        dtype = getattr(torch, arguments.dtype)
+    limits = {n: getattr(arguments, n) for n in ("max_completion_length", "max_prompt_length")}
+    cache = arguments.rollout_cache_tokens
+    check_cache_limit("native", cache, num_generations=1, device=device, **limits)
+    layers = read_config(path).text_config.num_hidden_layers
+    layer = layers // 2 if arguments.layer is None else arguments.layer
+    if not 0 <= layer < layers:
+        raise ValueError(f"--layer: expected 0 to {layers - 1}, got {layer}")
+    policy = Policy(load_model(path, dtype=dtype).to(device)).eval()
+    weights = partial(contextlib.nullcontext, policy)
+    rollout = make_rollout(
+        "native", weights, processor.tokenizer, device=device, max_cache_tokens=cache
+    )
+    return Answering(policy, rollout, processor, layer, device=device, **limits)
+
+
+def _card(arguments: argparse.Namespace, lines: Sequence[str]) -> str:
+    counts = "\n".join(f"    {line}" for line in lines)
+    given = {k: v for k, v in sorted(vars(arguments).items()) if v is not None}
+    flags = "\n".join(f"- {name}: {value}" for name, value in given.items())
+    return (
+        "# Multi-image preference pairs (MIA-DPO)\n\n"
+        "Made by `python -m virft_fast.mia`. Columns as TRL's DPOTrainer takes them: "
+        "`images`, `prompt`, `chosen` (the row's own answer), `rejected` (the model's), and "
+        "why the pair was kept. `selection.jsonl` has every row, kept or not.\n\n"
+        f"{counts}\n\n{flags}\n"
+    )
+
+
+if __name__ == "__main__":
+    end_process(main())
