@@ -47,6 +47,7 @@ from virft_fast.models.processing import resized
 from virft_fast.models.qwen_vl import Policy, control_tokens_in, encode_prompt
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.native import NativeRollout
+from virft_fast.rollout.observers import AttentionObserver
 
 MAX_TRUTH_CHARACTERS = 512
 # Small scenes are shown up to this size.
@@ -395,11 +396,12 @@ class Answering:
 
     def _answers(self, kept: Sequence[tuple[Plan, Scene, Prompt]]) -> Iterator[Answer]:
         prompts = [prompt for _, _, prompt in kept]
-        drawn = self.rollout.generate(prompts, 1, self.sampling, watch_layer=self.layer)
+        observer = AttentionObserver(self.layer)
+        drawn = self.rollout.generate(prompts, 1, self.sampling, observer=observer)
         lengths = drawn.completion_mask.sum(1).tolist()
         means = drawn.sampling_logps.sum(1).cpu() / torch.tensor(lengths)
         for number, ((plan, scene, prompt), attention) in enumerate(
-            zip(kept, drawn.attention, strict=True)
+            zip(kept, observer.attention, strict=True)
         ):
             if self.special(drawn.texts[number]):  # spelled out
                 problem = "special tokens in the model's answer"
