@@ -31,6 +31,7 @@ from virft_fast.mia import Plan, SceneLayout, attention_ratio, compose
 from virft_fast.models.qwen_vl import Policy, banned_token_ids, core, encode_prompt
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.native import NativeRollout
+from virft_fast.rollout.observers import AttentionObserver
 
 ROUNDS = 3
 # kind, images, side of an image in pixels, scenes, tokens of an answer
@@ -106,8 +107,9 @@ def test_selection(race, request, kind, count, side, number, length):
 
     def ours():
         sampling = Sampling(max_completion_length=length, greedy=True)
-        drawn = rollout.generate(prompts, 1, sampling, watch_layer=layer)
-        answers = zip(drawn.completion_ids.cpu(), drawn.attention, prompts, scenes, strict=True)
+        observer = AttentionObserver(layer)
+        drawn = rollout.generate(prompts, 1, sampling, observer=observer)
+        answers = zip(drawn.completion_ids.cpu(), observer.attention, prompts, scenes, strict=True)
         return [
             (row, attention_ratio(attention.cpu(), prompt, scene, kind, 2))
             for row, attention, prompt, scene in answers

@@ -38,7 +38,7 @@ class Mutant(NamedTuple):
 
 GRPO, STEP = "algorithms/grpo.py", "algorithms/step.py"
 ENGINE, SAMPLING = "engine.py", "rollout/sampling.py"
-NATIVE, PREFIX = "rollout/native.py", "models/shared_prefix.py"
+DECODING, PREFIX = "rollout/decoding.py", "models/shared_prefix.py"
 TOKEN, LOSS, LINEAR = "kernels/token_loss.py", "kernels/grpo_loss.py", "kernels/linear.py"
 ADVANTAGES, ROWS = "kernels/advantages.py", "kernels/logprobs.py"
 REWARDS, ORIGINAL, SCORING = "tasks/rewards.py", "tasks/visual_rft.py", "tasks/scoring.py"
@@ -185,11 +185,11 @@ MUTANTS = [
            "ends.int().argmax(1)", "tests/test_rollout.py -k mask_ends"),
     Mutant("banned tokens are drawn", SAMPLING, "scores = logits + self.bias", "scores = logits",
            "tests/test_rollout.py -k banned"),
-    Mutant("positions begin at the prompt's end", NATIVE, "places[:, group.start : group.first].max() + 1",
+    Mutant("positions begin at the prompt's end", DECODING, "places[:, group.start : group.first].max() + 1",
            "places[:, group.start : group.first].max()", "tests/test_rollout.py -k plain_generate"),
-    Mutant("kept rows lose their order", NATIVE,
-           "flat = (kept[:, None] * self.G + order).flatten()",
-           "flat = (kept[:, None] * rows + order).flatten()",
+    Mutant("kept rows lose their order", DECODING,
+           "rows = (groups[:, None] * num_generations + order).flatten()",
+           "rows = (groups[:, None] * order.shape[1] + order).flatten()",
            "tests/test_rollout.py -k plain_generate"),
     # Rewards, matching, data
     Mutant("accuracy_confidence at 0.4", REWARDS,

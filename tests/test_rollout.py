@@ -16,11 +16,13 @@ from models import FAMILIES, random_model
 from virft_fast.models.image_attention import attention_to_prompts
 from virft_fast.models.qwen_vl import Policy, core, load_model
 from virft_fast.rollout import Sampling
-from virft_fast.rollout import native as native_module
+from virft_fast.rollout import decoding as decoding_module
 from virft_fast.rollout import sampling as sampling_module
 from virft_fast.rollout.backends import make_rollout
+from virft_fast.rollout.cache import Buffers, CachePlan, cache_numbers
 from virft_fast.rollout.hf import HFRollout
-from virft_fast.rollout.native import CachePlan, NativeRollout, cache_numbers
+from virft_fast.rollout.native import NativeRollout
+from virft_fast.rollout.observers import AttentionObserver
 from virft_fast.rollout.sampling import Sampler, _uniform
 
 EVERYTHING = Sampling(
@@ -153,8 +155,14 @@ def test_prompts_that_fill_the_cache_are_decoded_in_turn(policy, processor, prom
     small = rollout_of("native", policy, processor.tokenizer, max_cache_tokens=longest + 3 * 32)
     sampling = Sampling(20, seed=5)
     assert list(small._batches(policy, prompts, 3, sampling)) == [(0, 1), (1, 2), (2, 3), (3, 4)]
-    expected, out = (r.generate(prompts, 3, sampling) for r in (native, small))
+    observers = AttentionObserver(1), AttentionObserver(1)
+    expected, out = (
+        r.generate(prompts, 3, sampling, observer=observer)
+        for r, observer in zip((native, small), observers, strict=True)
+    )
     assert out.texts == expected.texts
+    for pair in zip(*(observer.attention for observer in observers), strict=True):
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-6)
 
 
 def test_prompt_that_does_not_fit_is_named_before_anything_runs(policy, processor, prompts):
@@ -172,7 +180,7 @@ def test_prompt_that_does_not_fit_is_named_before_anything_runs(policy, processo
 def test_long_prompts_are_read_in_several_calls(monkeypatch, native, prompts):
     sampling = Sampling(16, seed=2)
     expected = native.generate(prompts, 2, sampling)
-    monkeypatch.setitem(native_module.PREFILL_TOKENS, "cpu", 1)
+    monkeypatch.setitem(decoding_module.PREFILL_TOKENS, "cpu", 1)
     out = native.generate(prompts, 2, sampling)
     assert out.texts == expected.texts
     torch.testing.assert_close(out.sampling_logps, expected.sampling_logps, rtol=0, atol=1e-5)
@@ -188,7 +196,7 @@ def test_features_of_a_frozen_tower_are_each_prompts_own(monkeypatch, processor,
     policy = Policy(model)
     samples = [make_sample(i, ((56, 84),) * count) for i, count in enumerate(images)]
     prompts = make_prompts(processor, *samples)
-    monkeypatch.setitem(native_module.PREFILL_TOKENS, "cpu", 1)  # a call for each prompt
+    monkeypatch.setitem(decoding_module.PREFILL_TOKENS, "cpu", 1)  # a call for each prompt
     rollout = rollout_of(backend, policy, processor.tokenizer)
     found = rollout.generate(prompts, 2, Sampling(4, seed=1)).image_features
     assert [len(features) for features in found] == [6 * count for count in images]
@@ -210,13 +218,14 @@ class Recorded:
     def __init__(self, run, pool, device):
         run()  # the warm-up
         decoding = copy.copy(run.func.__self__)
-        decoding.caches = [replace(caches) for caches in decoding.caches]
+        decoding.observer = copy.copy(decoding.observer)
         decoding.sampler = copy.copy(decoding.sampler)
         decoding.read_token = copy.copy(decoding.read_token)
         self.run = lambda: decoding._decode(*run.args)
         self.pool, self.replays = pool, 0
-        tensors = [decoding.tokens, decoding.drawn, decoding.prompt_bias, decoding.read_token.cos]
-        tensors += [decoding.caches[0].prompt_keys, decoding.caches[0].keys]
+        state = decoding.state
+        tensors = [state.tokens, state.drawn, state.prompt_bias, decoding.read_token.cos]
+        tensors += [state.caches[0].prompt_keys, state.caches[0].keys]
         self.addresses = [(tuple(t.shape), t.data_ptr()) for t in tensors]
         self.made.append(self)
 
@@ -230,7 +239,7 @@ def graphs(monkeypatch):
     """Graphs that were recorded, on the CPU."""
     pools = itertools.count()
     monkeypatch.setattr(Recorded, "made", [])
-    monkeypatch.setattr(native_module, "_record", Recorded)
+    monkeypatch.setattr(decoding_module, "capture_graph", Recorded)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
     return Recorded.made
 
@@ -251,14 +260,15 @@ def test_replayed_graphs_give_what_the_steps_give(graphs, native, policy, proces
     for number, (some, count, length, options) in enumerate(calls):
         for seed in (number, 100 + number):
             sampling = Sampling(length, seed=seed, **options)
-            watch = (1, None, 0)[number % 3]
-            out, expected = (
-                r.generate(some, count, sampling, watch_layer=watch) for r in (rollout, native)
-            )
+            layer = (1, None, 0)[number % 3]
+            one, other = (None if layer is None else AttentionObserver(layer) for _ in range(2))
+            out = rollout.generate(some, count, sampling, observer=one)
+            expected = native.generate(some, count, sampling, observer=other)
             assert torch.equal(out.completion_ids, expected.completion_ids)
             assert torch.equal(out.sampling_logps, expected.sampling_logps)
-            for one, other in zip(out.attention or (), expected.attention or (), strict=True):
-                assert torch.equal(one, other)
+            if layer is not None:
+                assert len(one.attention) == len(some) * count
+                assert all(map(torch.equal, one.attention, other.attention))
     assert sum(graph.replays for graph in graphs) > 3 * len(graphs)
 
 
@@ -320,7 +330,7 @@ def test_graphs_are_found_again_and_forgotten_when_memory_moves(graphs, policy, 
 
 
 def test_graphs_do_not_pile_up(graphs, monkeypatch, native, policy, processor, prompts):
-    monkeypatch.setattr(native_module, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(decoding_module, "MAX_GRAPHS", 2)
     rollout = NativeRollout(
         lambda: nullcontext(policy), processor.tokenizer, device=CPU, graphs=True
     )
@@ -338,13 +348,13 @@ def test_memory_of_a_rollout_is_free_for_training(native, prompts):
 def test_plan_is_what_is_allocated(monkeypatch, policy, processor, prompts):
     """The one number that batches, the check at the start and --dry_run go by."""
     taken = {}
-    take = native_module._Buffers.take
+    take = Buffers.take
 
     def noted(self, name, shape, dtype):
         taken[name] = torch.Size(shape).numel()
         return take(self, name, shape, dtype)
 
-    monkeypatch.setattr(native_module._Buffers, "take", noted)
+    monkeypatch.setattr(Buffers, "take", noted)
     rollout = rollout_of("native", policy, processor.tokenizer)
     sampling = Sampling(10, seed=1)
     rollout.generate(prompts, 3, sampling)
@@ -458,18 +468,20 @@ def test_further_stop_ids_end_a_completion(rollout, prompts, processor):
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_watched_attention_is_that_of_a_second_reading(native, policy, prompts, layer, processor):
+def test_observed_attention_is_that_of_a_second_reading(native, policy, prompts, layer, processor):
     """Of completions that end at different times, one token long too, in groups of one and three;
     what is drawn does not change."""
     sampling = Sampling(24, temperature=1.3, seed=1)
     for num_generations, length in ((1, 24), (3, 24), (3, 1)):
         asked = replace(sampling, max_completion_length=length)
-        out = native.generate(prompts, num_generations, asked, watch_layer=layer)
+        observer = AttentionObserver(layer)
+        out = native.generate(prompts, num_generations, asked, observer=observer)
         plain = native.generate(prompts, num_generations, asked)
-        assert torch.equal(out.completion_ids, plain.completion_ids) and plain.attention is None
+        assert torch.equal(out.completion_ids, plain.completion_ids)
         lengths = out.completion_mask.sum(1).tolist()
         assert length == 1 or len(set(lengths)) > 1
-        for row, attention in enumerate(out.attention):
+        assert len(observer.attention) == len(lengths)
+        for row, attention in enumerate(observer.attention):
             prompt = prompts[row // num_generations]
             inputs = policy.collate(
                 [prompt],
@@ -480,6 +492,45 @@ def test_watched_attention_is_that_of_a_second_reading(native, policy, prompts, 
             )
             (expected,) = attention_to_prompts(policy, inputs, layer)
             torch.testing.assert_close(attention, expected, atol=1e-6, rtol=0)
+
+
+def test_any_observer_is_told_what_happens_in_order(native, policy, prompts):
+    """Per layer, each prompt once and each step once; shares of a row add up to less than 1."""
+
+    class Recorder:
+        key = "recorder"
+
+        def __init__(self):
+            self.events = []
+
+        def start(self, prompts, plan, take):
+            self.events.append(("start", len(prompts)))
+            return ()
+
+        def prompt_attention(self, layer, number, query, key, group, scaling):
+            assert query.shape[1:] == (key.shape[1], key.shape[2])
+            assert group.prompt_length == len(prompts[number].input_ids)
+            self.events.append(("prompt", layer, number))
+
+        def step_attention(self, layer, shares, rows, done):
+            heads, groups = policy.config.text_config.num_attention_heads, len(prompts)
+            assert shares.shape[0] == groups and shares.shape[1] * shares.shape[3] == heads
+            assert (shares.sum(-1) < 1).all()
+            assert rows.tolist() == list(range(2 * groups)) and not done.any()
+            self.events.append(("step", layer))
+
+        def finish(self):
+            self.events.append(("finish",))
+
+    recorder = Recorder()
+    native.generate(prompts, 2, Sampling(3, seed=0), observer=recorder)
+    layers = range(policy.config.text_config.num_hidden_layers)
+    assert recorder.events == [
+        ("start", len(prompts)),
+        *(("prompt", layer, number) for layer in layers for number in range(len(prompts))),
+        *[("step", layer) for layer in layers] * 2,
+        ("finish",),
+    ]
 
 
 def test_one_token_completions(rollout, prompts):

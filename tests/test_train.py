@@ -29,7 +29,7 @@ from virft_fast.models import shared_prefix
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import load_model
 from virft_fast.models.tiny import TINY_PATH
-from virft_fast.rollout.native import cache_numbers
+from virft_fast.rollout.cache import cache_numbers
 from virft_fast.train import main, parse_args
 from virft_fast.train.conclusion import _read_curve
 from virft_fast.train.rows import prepare_data

@@ -78,8 +78,6 @@ class Rollouts:
             from; 0 where masked.
         image_features: of each prompt, (its image tokens, features); None if the tower may have
             changed since.
-        attention: of each completion (P,) float32 on its prompt's tokens, at the layer that was
-            watched; None if none was.
     """
 
     prompts: tuple[Prompt, ...]
@@ -90,7 +88,6 @@ class Rollouts:
     texts: tuple[str, ...]
     sampling_logps: Tensor
     image_features: tuple[Tensor, ...] | None = None
-    attention: tuple[Tensor, ...] | None = None
 
     @property
     def num_sequences(self) -> int:

@@ -22,6 +22,7 @@ from virft_fast.models.image_attention import coverage, image_tokens
 from virft_fast.models.qwen_vl import Policy, control_tokens_in, encode_prompt
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.native import NativeRollout
+from virft_fast.rollout.observers import AttentionObserver
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,12 @@ class Answering:
         if not batch:
             return
         prompts = [prompt for _, _, prompt in batch]
-        rollouts = self.rollout.generate(prompts, 1, self.sampling, watch_layer=self.layer)
+        observer = AttentionObserver(self.layer)
+        rollouts = self.rollout.generate(prompts, 1, self.sampling, observer=observer)
         lengths = rollouts.completion_mask.sum(1).tolist()
         mean_logps = rollouts.sampling_logps.sum(1).cpu() / torch.tensor(lengths)
         for number, (plan, scene, prompt) in enumerate(batch):
-            text, attention = rollouts.texts[number], rollouts.attention[number].cpu()
+            text, attention = rollouts.texts[number], observer.attention[number].cpu()
             if self.special(text):  # spelled out, token by token
                 yield plan.index, {"problem": "special tokens in the model's answer"}
                 continue

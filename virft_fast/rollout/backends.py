@@ -10,8 +10,9 @@ import torch
 from virft_fast.config import ROLLOUT_BACKENDS
 from virft_fast.models.qwen_vl import Policy
 from virft_fast.rollout import Rollout, Weights
+from virft_fast.rollout.cache import CachePlan
 from virft_fast.rollout.hf import HFRollout
-from virft_fast.rollout.native import CachePlan, NativeRollout, check_reachable
+from virft_fast.rollout.native import NativeRollout, check_reachable
 
 logger = logging.getLogger(__name__)
 

@@ -48,14 +48,9 @@ class HFRollout:
                 )
             finally:
                 policy.train(training)
+        stop_ids = (self.tokenizer.eos_token_id, *sampling.stop_token_ids)
         return make_rollouts(
-            prompts,
-            num_generations,
-            tokens,
-            logps,
-            (self.tokenizer.eos_token_id, *sampling.stop_token_ids),
-            self.tokenizer,
-            features,
+            prompts, num_generations, tokens, logps, stop_ids, self.tokenizer, features
         )
 
     def _generate(

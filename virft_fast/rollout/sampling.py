@@ -18,6 +18,7 @@ from torch import Tensor
 from virft_fast.batch import Prompt, Rollouts
 from virft_fast.models.qwen_vl import control_token_ids
 from virft_fast.rollout import Sampling
+from virft_fast.rollout.cache import select
 
 
 class Sampler:
@@ -55,10 +56,10 @@ class Sampler:
                 row[prompt.input_ids.to(device)] = True
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with some of the rows, in this order."""
-        self.seeds = to_front(self.seeds, self.seeds[rows])
+        """Continue with some of the rows, in this order."""
+        self.seeds = select(self.seeds, rows)
         if self.seen is not None:
-            self.seen = to_front(self.seen, self.seen[rows])
+            self.seen = select(self.seen, rows)
 
     def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Draw the next token of each row.
@@ -153,12 +154,6 @@ def _mix(seed: int, row: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
     return (z ^ (z >> 31)) >> 1
-
-
-def to_front(whole: Tensor, kept: Tensor) -> Tensor:
-    """A copy of `kept` at the front of the memory of `whole`, a tensor that is dense in it."""
-    memory = whole if whole._base is None else whole._base
-    return memory.view(-1)[: kept.numel()].view(kept.shape).copy_(kept)
 
 
 def make_rollouts(

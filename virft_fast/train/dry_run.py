@@ -14,7 +14,7 @@ from virft_fast.data import BadRow
 from virft_fast.engine import load_deepspeed_config, zero_stage
 from virft_fast.models.adapters import is_reference
 from virft_fast.models.qwen_vl import Policy
-from virft_fast.rollout.native import KEPT_SHARE, CachePlan, cache_numbers
+from virft_fast.rollout.cache import KEPT_SHARE, CachePlan, cache_numbers
 from virft_fast.train.flags import num_steps, prompts_per_step
 from virft_fast.train.model import keeps_reference
 from virft_fast.train.rows import first_prompt
