@@ -34,14 +34,10 @@ PREFIX_ATTENTIONS = ("two_part", "flex", "dense")
 
 
 # Flags of GRPO's that the other algorithms heed, too.
-BESIDE_GRPO = (
-    "max_completion_length",
-    "loss_impl",
-    "prefix_sharing",
-    "prefix_attention",
-    "rollout_backend",
-    "rollout_cache_tokens",
-)
+BESIDE_GRPO = """
+    max_completion_length loss_impl prefix_sharing prefix_attention rollout_backend
+    rollout_cache_tokens
+""".split()
 
 
 class UsageError(ValueError):

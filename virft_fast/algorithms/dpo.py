@@ -439,6 +439,7 @@ def _all_checks(checks: Sequence[Callable[[Sample], str | None]], sample: Sample
 
 class DPO(Algorithm):
     name = "dpo"
+    step = staticmethod(train_step)
     preferences = True
     files = (REFERENCE_FILE,)
 
@@ -475,11 +476,6 @@ class DPO(Algorithm):
     def begin(self, config: RunConfig, state: DPOState, data: Data, *, resumed: bool) -> None:
         if config.dpo.precompute_ref_log_probs:
             _reference_beforehand(config, state, data, resumed=resumed)
-
-    def step(
-        self, state: DPOState, prompts: Sequence[Prompt]
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        return train_step(state, prompts)
 
     def evaluate(self, config: RunConfig, state: DPOState, data: Data, num_rows: int) -> HeldOut:
         means = evaluate(state, data.test.load, num_rows, config.train.eval_batch_size)

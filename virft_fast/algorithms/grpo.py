@@ -316,6 +316,7 @@ def _rollout_stats(
 
 class GRPO(Algorithm):
     name = "grpo"
+    step = staticmethod(train_step)
     draws = True
 
     def without_effect(self, config: RunConfig) -> list[str]:
@@ -326,11 +327,6 @@ class GRPO(Algorithm):
 
     def may_use_reference(self, config: RunConfig) -> bool:
         return True  # with another --beta
-
-    def step(
-        self, state: TrainState, prompts: Sequence[Prompt]
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        return train_step(state, prompts)
 
     def curve(self, reward_names: Sequence[str]) -> list[str]:
         return ["reward", *(f"rewards/{name}" for name in reward_names)]

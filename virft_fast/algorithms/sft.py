@@ -120,6 +120,7 @@ def given_answers(
 
 class SFT(Algorithm):
     name = "sft"
+    step = staticmethod(train_step)
 
     def without_effect(self, config: RunConfig) -> list[str]:
         unused = [name for name in given_flags(config.grpo) if name not in BESIDE_GRPO]
@@ -132,11 +133,6 @@ class SFT(Algorithm):
 
     def rolls_out(self, config: RunConfig) -> bool:
         return config.train.eval_samples > 0
-
-    def step(
-        self, state: TrainState, prompts: Sequence[Prompt]
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        return train_step(state, prompts)
 
 
 ALGORITHM = SFT()

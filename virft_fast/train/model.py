@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,6 @@ def prepare_training(
     ds_config, settings = deepspeed_config(config, settings)
     partitioning = prepare_deepspeed(ds_config, device) if ds_config else None
     dtype = training_dtype(model, bf16=train.bf16, deepspeed=ds_config is not None)
-    # Whatever beta is: resuming with another one needs the same parameters.
     algorithm = algorithm_of(config)
     frozen_copy = algorithm.may_use_reference(config)
     policy = build_policy(model, grpo, dtype, device, frozen_copy=frozen_copy)
@@ -125,23 +125,16 @@ def prepare_training(
         frozen = replace(model, gradient_checkpointing=False)
         reference = build_policy(frozen, grpo, dtype, device)
     del partitioning
-    engine: PlainEngine | DeepSpeedEngine
-    if ds_config is None:
-        engine = PlainEngine(policy, settings, device=device, bf16=train.bf16)
-    else:
-        engine = DeepSpeedEngine(
-            policy,
-            settings,
-            config=ds_config,
-            device=device,
-            make_empty=lambda: build_policy(
-                model, grpo, dtype, device, empty=True, frozen_copy=frozen_copy
-            ),
-        )
+    empty = partial(build_policy, model, grpo, dtype, device, empty=True, frozen_copy=frozen_copy)
+    engine = (
+        DeepSpeedEngine(policy, settings, config=ds_config, device=device, make_empty=empty)
+        if ds_config is not None
+        else PlainEngine(policy, settings, device=device, bf16=train.bf16)
+    )
     call_reference = engine.forward if algorithm.uses_reference(config) else None
     if reference is not None:
         call_reference = make_reference(reference, engine, ds_config)
-    rate = learning_rates(config, num_steps(config, len(data.train)))
+    total_steps = num_steps(config, len(data.train))
     return algorithm.make_state(
         config,
         policy=policy,
@@ -157,7 +150,7 @@ def prepare_training(
         tokenizer=processor.tokenizer,
         reward_funcs=data.reward_funcs,
         reward_weights=data.reward_weights,
-        learning_rate=rate,
+        learning_rate=learning_rates(config, total_steps),
         prompts_per_microbatch=train.per_device_train_batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         max_tokens_per_microbatch=train.max_tokens_per_microbatch,
@@ -165,7 +158,7 @@ def prepare_training(
         max_bad_steps=train.max_bad_steps,
         base_weights=base_weights,
         save_dtype=stored_dtype(config),
-        max_steps=num_steps(config, len(data.train)),
+        max_steps=total_steps,
         num_rows=len(data.train),
     )
 

@@ -23,44 +23,17 @@ logger = logging.getLogger("virft_fast")
 
 # What must not change between a run and its continuation; anything else may, and is named, except
 # what says where and how often things are written.
-SAME_ON_RESUME = (
-    "algorithm",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_generations",
-    "seed",
-    "dataset_name",
-    "dataset_train_split",
-    "dataset_config",
-    "dataset_streaming",
-    "compat_prompt",
-    "model_name_or_path",
-    "freeze_vision_tower",
-    "bf16",
-    "use_peft",
-    "lora_r",
-    "lora_alpha",
-    "lora_target_modules",
-    "dpo_beta",
-    "label_smoothing",
-    "dpo_gamma",
-    "precompute_ref_log_probs",
-)
-UNNAMED_ON_RESUME = (
-    "output_dir",
-    "overwrite_output_dir",
-    "run_name",
-    "config",
-    "dry_run",
-    "logging_steps",
-    "report_to",
-    "log_completions_steps",
-    "save_steps",
-    "save_only_model",
-    "save_total_limit",
-    "resume_from_checkpoint",
-    "local_rank",
-)
+SAME_ON_RESUME = """
+    algorithm per_device_train_batch_size gradient_accumulation_steps num_generations seed
+    dataset_name dataset_train_split dataset_config dataset_streaming compat_prompt
+    model_name_or_path freeze_vision_tower bf16 use_peft lora_r lora_alpha lora_target_modules
+    dpo_beta label_smoothing dpo_gamma precompute_ref_log_probs
+""".split()
+UNNAMED_ON_RESUME = """
+    output_dir overwrite_output_dir run_name config dry_run logging_steps report_to
+    log_completions_steps save_steps save_only_model save_total_limit resume_from_checkpoint
+    local_rank
+""".split()
 
 
 def read_resumed(folder: Path, config: RunConfig, plan: LoraPlan | None) -> dict[str, Any]:

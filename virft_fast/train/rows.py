@@ -25,60 +25,51 @@ FIRST_PROMPT_SECONDS = 15.0
 
 def prepare_data(config: RunConfig, processor: Any) -> Data:
     """Load the rows and find out how they are scored."""
-    rows = load_rows(
-        config.data.dataset_name,
-        config.data.dataset_train_split,
-        dataset_config=config.data.dataset_config,
-        streaming=config.data.dataset_streaming,
-        columns=column_names(config.data.columns),
+    flags, algorithm = config.data, algorithm_of(config)
+    load = partial(
+        load_rows,
+        flags.dataset_name,
+        dataset_config=flags.dataset_config,
+        streaming=flags.dataset_streaming,
+        columns=column_names(flags.columns),
     )
-    task, space = config.data.task, config.data.box_space
-    options = {
-        "compat_prompt": config.data.compat_prompt,
-        "box_space": "thousandths" if space == "auto" else space,
-    }
-    samples = SampleDataset(rows, **options)
-    algorithm = algorithm_of(config)
+    rows, task, space = load(flags.dataset_train_split), flags.task, flags.box_space
     algorithm.check_data(config, rows.column_names)
+    samples_of = partial(
+        SampleDataset,
+        compat_prompt=flags.compat_prompt,
+        box_space="thousandths" if space == "auto" else space,
+    )
     preferences = algorithm.preferences
     if preferences:
         task = "preference"
     elif task == "auto":
-        task = tasks.detect_task(first_solutions(samples))
+        task = tasks.detect_task(first_solutions(samples_of(rows)))
     check = None if preferences else partial(tasks.check_solution, task)
-    samples = SampleDataset(rows, check_solution=check, **options)
     fits = algorithm.check_row(config, processor.tokenizer)
-    boxes = open_space(task, space)
+    prompts_of = partial(
+        PromptSource, processor=processor, max_prompt_length=flags.max_prompt_length, check=fits
+    )
+    samples, boxes = samples_of(rows, check_solution=check), open_space(task, space)
     found = survey(samples, boxes=boxes, check=fits)
     warned = found.settle_boxes()
     _check_left_out(config, found)
-    train = PromptSource(
-        samples, processor, max_prompt_length=config.data.max_prompt_length, check=fits
-    )
-    test = None
-    if config.train.eval_samples:
-        test_rows = load_rows(
-            config.data.dataset_name,
-            config.data.dataset_test_split,
-            dataset_config=config.data.dataset_config,
-            streaming=config.data.dataset_streaming,
-            columns=column_names(config.data.columns),
-        )
-        test = _replace_rows(train, SampleDataset(test_rows, check_solution=check, **options))
-        most = config.train.eval_samples
-        held_out = survey(test.samples, boxes=boxes, most=most, check=fits)
-        held_out.settle_boxes()
-    names = config.grpo.reward_funcs
+    names = [] if preferences else config.grpo.reward_funcs
     if not names and not preferences:
         names = tasks.default_rewards(task, found.solutions)
-    names = [] if preferences else names
+    table = found.table(flags.dataset_train_split, "" if config.grpo.reward_funcs else task)
+    test = None
+    if config.train.eval_samples:
+        held_out = samples_of(load(flags.dataset_test_split), check_solution=check)
+        test = prompts_of(held_out)
+        found = survey(held_out, boxes=boxes, most=config.train.eval_samples, check=fits)
+        found.settle_boxes()
+        table += found.lines(flags.dataset_test_split)
     known = None
     if "accuracy" in names and task == "classification" and algorithm.rolls_out(config):
         known = samples.classes()
-    table = found.table(config.data.dataset_train_split, "" if config.grpo.reward_funcs else task)
-    table += held_out.lines(config.data.dataset_test_split) if test is not None else []
     return Data(
-        train=train,
+        train=prompts_of(samples),
         test=test,
         task=task,
         reward_funcs=tasks.told_classes(tasks.load_reward_funcs(names), known),
@@ -98,15 +89,6 @@ def _check_left_out(config: RunConfig, found: Survey) -> None:
             f"--max_bad_rows {most}: expected at most so many rows that can't be used, got {left} "
             f"of {found.read} ({'; '.join(reasons[:5])}); mend the data or raise it"
         )
-
-
-def _replace_rows(source: PromptSource, samples: SampleDataset) -> PromptSource:
-    return PromptSource(
-        samples,
-        source.processor,
-        max_prompt_length=source.max_prompt_length,
-        check=source.check,
-    )
 
 
 def warn_of_unearned(data: Data) -> None:
