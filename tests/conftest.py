@@ -20,7 +20,7 @@ LONG = ["triton", "distributed", "stages", "train", "crash_campaign", "dpo", "st
 
 
 def pytest_collection_modifyitems(items):
-    """Files with tests of half a minute first, so that no process waits for another one's last."""
+    """Files with tests of half a minute first, so that none of them begins at the end."""
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
 
 

@@ -228,7 +228,7 @@ def test_the_end_of_a_sentence_turns_no_name_into_another():
 
 
 @pytest.mark.parametrize(
-    "pair", [("5 mW", "5 MW"), ("5mm", "5 Mm"), ("5 Pa", "5 pA"), ("0.5 MPa", "0.5 mPa"),
+    "pair", [("5 mW", "5 MW"), ("5mJ", "5 MJ"), ("5 Pa", "5 pA"), ("0.5 MPa", "0.5 mPa"),
              ("5-mV", "5-MV"), ("5 mWです", "5 MW")],
 )  # fmt: skip
 def test_prefixes_of_units_keep_their_case(pair):
@@ -237,7 +237,13 @@ def test_prefixes_of_units_keep_their_case(pair):
 
 
 def test_other_letters_of_units_do_not():
-    for pair in [("10 KG", "10 kg"), ("5 PM", "5 pm"), ("5 MM", "5 mm"), ("5 MB", "5 mb")]:
+    for pair in [
+        ("10 KG", "10 kg"),
+        ("500 Mg", "500 mg"),
+        ("5 PM", "5 pm"),
+        ("5 MM", "5 mm"),
+        ("5 MB", "5 mb"),
+    ]:
         assert same_label(*pair), pair
     assert same_label("Model 5 Max", "model 5 max") and same_label("MW", "mw")
 

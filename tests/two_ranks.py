@@ -20,7 +20,8 @@ import torch
 from helpers import CPU, letter_count, make_prompts, make_sample
 
 from virft_fast import dist
-from virft_fast.algorithms import grpo, sft
+from virft_fast.algorithms import sft
+from virft_fast.algorithms import step as step_module
 from virft_fast.algorithms.grpo import train_step
 from virft_fast.algorithms.step import TrainState
 from virft_fast.commands import end_process
@@ -142,7 +143,7 @@ def spoil(engine):
 
 def count_plans(engine):
     """Of each step: how many microbatches this rank had itself, and how many it went through."""
-    plans, plan, backward = [], grpo.plan_microbatches, engine.backward
+    plans, plan, backward = [], step_module.plan_microbatches, engine.backward
 
     def planned(*args, **kwargs):
         made = plan(*args, **kwargs)
@@ -153,7 +154,7 @@ def count_plans(engine):
         plans[-1][1] += 1
         return backward(*args, **kwargs)
 
-    grpo.plan_microbatches, engine.backward = planned, counted
+    step_module.plan_microbatches, engine.backward = planned, counted
     return plans
 
 
@@ -164,11 +165,11 @@ def take_steps(out, stage, batch, kind, processor):
     start = engine.model_state(model, torch.float32)
     if kind == "nan":
         spoil(engine)
-    original = grpo.plan_microbatches
+    original = step_module.plan_microbatches
     plans = count_plans(engine)
     step = sft.train_step if kind == "sft" else train_step
     metrics = [step(state, mine)[0] for _ in range(STEPS)]
-    grpo.plan_microbatches = original
+    step_module.plan_microbatches = original
     plans = dist.all_gather_object(plans)
     end = engine.model_state(model, torch.float32)
     if dist.is_main():

@@ -58,7 +58,7 @@ _INVISIBLE = dict.fromkeys(
 _FOLDED = {**_WIDE, **_QUOTES, **_DASHES, **_INVISIBLE, 0xFEFF: None, ord("_"): " "}
 # Mega-, peta- and pascal after a number: "5 MW" is not "5 mW". "MM" and "PM" are only shouted.
 _LARGE = re.compile(
-    r"(?<=\d)[ -]?[MP](?=(?:[AJamsgLlNFHTStΩ]|Wh?|VA?|eV|Hz|Pa|Bq|Gy|Sv|ohm|mol|bar)(?![A-Za-z]))"
+    r"(?<=\d)[ -]?[MP](?=(?:[AaJNFHTS\u03a9\u2126]|Wh?|VA?|eV|Hz|Pa|Bq|Gy|Sv|ohm|bar)(?![A-Za-z]))"
 )
 
 
