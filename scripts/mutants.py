@@ -190,7 +190,7 @@ MUTANTS = [
     Mutant("kept rows lose their order", DECODING,
            "rows = (groups[:, None] * num_generations + order).flatten()",
            "rows = (groups[:, None] * order.shape[1] + order).flatten()",
-           "tests/test_rollout.py -k plain_generate"),
+           "tests/test_rollout.py -k stay_apart"),
     # Rewards, matching, data
     Mutant("accuracy_confidence at 0.4", REWARDS,
            "matched = _match(pairs, min_iou=0.5)[0] >= 0", "matched = _match(pairs, min_iou=0.4)[0] >= 0",

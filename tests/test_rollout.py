@@ -148,6 +148,26 @@ def test_same_seed_same_rows_and_batches_can_be_split(rollout, prompts):
     assert len(set(whole.texts)) > 3
 
 
+def test_rows_of_several_groups_that_shrink_stay_apart(monkeypatch, native, policy, prompts):
+    """About one token in 16 ends a completion: most rows end early, in every group."""
+    sampling = Sampling(40, temperature=8.0, seed=2, stop_token_ids=tuple(range(0, 1024, 16)))
+    sizes, keep = [], decoding_module.Decoding._keep
+
+    def noted(self, active, groups, rows):
+        sizes.append((groups, rows))
+        keep(self, active, groups, rows)
+
+    monkeypatch.setattr(decoding_module.Decoding, "_keep", noted)
+    together = native.generate(prompts, 8, sampling)
+    assert any(groups > 1 and rows < 8 for groups, rows in sizes), sizes
+    alone = [native.generate([p], 8, sampling, first_row=8 * i) for i, p in enumerate(prompts)]
+    completions = [
+        [ids[mask].tolist() for ids, mask in zip(r.completion_ids, r.completion_mask, strict=True)]
+        for r in (together, *alone)
+    ]
+    assert completions[0] == sum(completions[1:], [])
+
+
 def test_prompts_that_fill_the_cache_are_decoded_in_turn(policy, processor, prompts, native):
     """A limit on the cache changes when things are computed, not what."""
     longest = max(len(prompt.input_ids) for prompt in prompts)

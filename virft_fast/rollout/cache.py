@@ -154,7 +154,7 @@ class LayerCache:
 
     @classmethod
     def allocate(cls, plan: CachePlan, layer: int, value: Tensor, take: Take) -> LayerCache:
-        """For the (1, K, S, E) values of a packed row, in their dtype."""
+        """The cache of `layer`, in the dtype of `value`, which is (1, K, S, E) of a packed row."""
         (_, heads, _, size), dtype = value.shape, value.dtype
         prompt = (plan.groups, heads, plan.prompt_length, size)
         own = (plan.groups, heads, plan.num_generations, plan.completion_length, size)
@@ -168,7 +168,7 @@ class LayerCache:
             prompts = (select(self.prompt_keys, groups), select(self.prompt_values, groups))
         heads, _, length, size = self.keys.shape[1:]
         index = rows[:, None, :, None, None].expand(-1, heads, -1, length, size)
-        own = (to_front(part, part[groups].gather(2, index)) for part in (self.keys, self.values))
+        own = (to_front(kv, kv[groups].gather(2, index)) for kv in (self.keys, self.values))
         return LayerCache(*prompts, *own)
 
 
