@@ -179,8 +179,13 @@ def write(path, text):
 def test_boxes_in_shares_are_no_pixels(instances, capsys):
     instances.write([picture(1, "a.png")], [mark(1, (0, 0.1, 0.5, 0.5)), mark(1, (0, 0, 1, 1))])
     assert instances.build() == 2
-    assert "expected boxes in pixels, got 2 within 0..1" in capsys.readouterr().err
-    instances.write([picture(1, "a.png")], [mark(1, (0, 0, 1, 1)), mark(1, (0, 0, 9, 9))])
+    assert "expected boxes in pixels, got 2 of 2 within 0..1" in capsys.readouterr().err
+    shares = [(0, 0.1, 0.5, 0.5), (0.2, 0.2, 0.5, 0.7), (0.8, 0.1, 0.3, 0.5)]
+    instances.write([picture(1, "a.png")], [mark(1, box) for box in shares])
+    assert instances.build() == 2
+    assert "got 2 of 3 within 0..1" in capsys.readouterr().err
+    pixels = [(0, 0, 1, 1), (0, 0, 9, 9), (2, 2, 5, 5), (0, 0, 0, 0), (0, 0, 0, 0)]
+    instances.write([picture(1, "a.png")], [mark(1, box) for box in pixels])
     assert instances.build() == 0
 
 

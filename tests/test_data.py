@@ -147,6 +147,41 @@ def test_parquet_folder(tmp_path, names, splits):
         load_rows(str(folder), "other")
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("coco_train", "coco_test"),
+        ("Train", "Test"),
+        ("train2017", "val2017"),
+        ("train", "testing"),
+        ("train/a", "test/part/a"),
+        ("train/0", "test_data/0"),
+        ("train/data-00000-of-00001", "test/data-00000-of-00001"),
+        ("training/latest", "dev-set/contest"),
+    ],
+)
+def test_any_word_of_a_path_names_its_split(tmp_path, train, test):
+    for name in (train, test):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        rows_of(2, name).to_parquet(tmp_path / f"{name}.parquet")
+    other = "validation" if "val" in test or "dev" in test else "test"
+    for split, name in (("train", train), (other, test)):
+        problem, _ = load_rows(str(tmp_path), split)["problem"]
+        assert name in problem
+
+
+def test_shards_keep_their_own_name_and_a_file_without_a_split_is_not_guessed(tmp_path):
+    for name in ("train_sft-00000-of-00001", "train_gen-00000-of-00001"):
+        rows_of(2, name).to_parquet(tmp_path / f"{name}.parquet")
+    assert len(load_rows(str(tmp_path), "train_gen")) == 2
+    for name in ("trainval", "train_and_test"):
+        rows_of(2, name).to_parquet(tmp_path / f"{name}.parquet")
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="none in .*train_and_test.parquet, .*trainval.parq"):
+            load_rows(str(tmp_path), "train_gen", streaming=streaming)
+    assert len(load_rows(str(tmp_path / "trainval.parquet"), "train")) == 2
+
+
 def hub_folder(folder):
     """Two configurations; the names of the files alone would mislead."""
     for name in ("easy/first", "easy/second", "train-easy", "hard/train-00000-of-00001"):

@@ -104,6 +104,15 @@ def test_a_yolo_folder_that_cant_be_used(yolo, tmp_path, capsys, settings, said)
     assert build("yolo", tmp_path / "nothing", tmp_path / "out") == 2
 
 
+def test_yolo_labels_with_a_mark_or_commas(yolo, tmp_path, capsys):
+    (yolo / "labels/train/a.txt").write_text("\ufeff0 .5 .5 .5 .5\n", encoding="utf-8")
+    (yolo / "labels/train/b.txt").write_text("0,.5,.5,.5,.5\n\n0 .5 .5 1 1\n")
+    assert build("yolo", yolo, tmp_path / "out") == 0
+    assert [name for name, _ in rows(tmp_path / "out")] == ["box", "box"]
+    said = capsys.readouterr().out
+    assert "no class with a box or a polygon: 1" in said and "b.txt, line 1" in said
+
+
 def test_yolo_names_are_texts(yolo, tmp_path):
     text = "train: images/train\nval: null\ntest:\nkpt_shape: null\nnames: [{}]\n"
     for names in (["yes", "1.0"], ["null", "0x1F"]):
@@ -165,6 +174,27 @@ def test_voc_names(voc, tmp_path, capsys):
     assert build("voc", voc, tmp_path / "out") == 0
     assert len(rows(tmp_path / "out")) == 3 and len(rows(tmp_path / "out", "validation")) == 1
     assert "of another image" not in capsys.readouterr().out
+
+
+def test_a_voc_annotation_never_takes_anothers_image(voc, tmp_path, capsys):
+    """000001.xml names 000002.jpg, and its own image has another suffix."""
+    (voc / "JPEGImages/000001.jpg").rename(voc / "JPEGImages/000001.png")
+    file = voc / "Annotations/000001.xml"
+    file.write_text(file.read_text().replace("000001.jpg", "000002.jpg"))
+    assert build("voc", voc, tmp_path / "out") == 0
+    taken = [row for path in (tmp_path / "out").rglob("train-*.parquet")
+             for row in pq.read_table(path).to_pylist()]  # fmt: skip
+    assert {(row["category"], row["image"]["path"]) for row in taken} == {
+        ("dog", "000001.png"), ("cat", "000001.png"), ("cat", "000002.jpg")}  # fmt: skip
+    assert "filename of another image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, split", [("valid", "validation"), ("minival", None)])
+def test_sets_of_voc_by_other_names(voc, tmp_path, capsys, name, split):
+    (voc / "ImageSets/Main/val.txt").rename(voc / f"ImageSets/Main/{name}.txt")
+    assert build("voc", voc, tmp_path / "out") == 0
+    assert len(rows(tmp_path / "out", "validation")) == (split is not None)
+    assert ("in no set that is read: 1" in capsys.readouterr().out) == (split is None)
 
 
 def test_voc_files_with_entities_are_not_expanded(voc, tmp_path, capsys):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import csv
+import functools
 import io
 import json
 
 import pytest
 from PIL import Image
 
+from virft_fast import tasks
+from virft_fast.batch import Sample
 from virft_fast.data.loading import load_rows
 from virft_fast.data.samples import BadRow, SampleDataset
 
@@ -154,6 +157,44 @@ def test_lists_in_cells(tmp_path):
     assert first.solution == "[1, 2]"
     assert words(second) == [("user", "<>[sic] Which?")]
     assert second.columns["choices"] == "['yes', 'no']"
+
+
+def test_an_empty_list_in_a_cell_is_no_value(tmp_path):
+    IMAGE.save(tmp_path / "a.png")
+    (tmp_path / "d.csv").write_text(
+        "problem,images,extent,choices,messages,completion\n?,[],[],[],[],[]\n?,[ ],,,,[]\n"
+    )
+    samples = SampleDataset(load_rows(str(tmp_path / "d.csv"), "train"))
+    for sample in (samples.get(0), samples.get(1)):
+        assert words(sample) == [("user", "?")] and sample.solution == "[]"
+        assert sample.columns["extent"] is None and sample.columns["choices"] is None
+
+
+@pytest.mark.parametrize("label, learned", [(False, 0), (0, 0), ("false", 0), ("False ", 0),
+                                            (True, 1), (1, 1), ("1", 1), (None, 1)])  # fmt: skip
+def test_an_answer_labelled_bad_is_not_learned(label, learned):
+    sample = read({"prompt": "?", "completion": "cat", "label": label})
+    assert isinstance(sample, Sample) == learned
+    if not learned:
+        assert "expected a good one, got the label" in sample.reason
+
+
+@pytest.mark.parametrize("given", [{"A": "Yes", "B": "No", "C": None}, '{"A": "Yes", "B": "No"}'])
+def test_options_by_letter_are_a_list(given):
+    assert read({"problem": "?", "solution": "B", "options": given}).columns["options"] == [
+        "Yes",
+        "No",
+    ]
+
+
+@pytest.mark.parametrize("given", ["['Yes', 'No']", "Yes|No"])
+@pytest.mark.parametrize("task, refused", [("choice", 1), ("classification", 1), ("number", 0)])
+def test_options_that_are_no_list_are_said(given, task, refused):
+    check = functools.partial(tasks.check_solution, task)
+    rows = [{"problem": "?", "solution": "1", "options": given}]
+    sample = SampleDataset(rows, check_solution=check).get(0)
+    assert isinstance(sample, Sample) != refused
+    assert not refused or "or as JSON such as" in sample.reason
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "saved"])

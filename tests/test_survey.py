@@ -90,6 +90,8 @@ def test_boxes_of_a_named_space_are_converted_to_what_the_model_answers_in(space
      '500, 500], "label": "cat 7", "id": 200}, {"bbox_2d": ["500", 500, 1000, 1000]}]\n```'),
     ("{x1: 200, y1: 50, x2: 1e3, y2: 250, score: 80%}",
      "{x1: 100, y1: 100, x2: 500, y2: 500, score: 80%}"),
+    ("<think>colors [255, 0, 0, 128]</think><answer>(200,50),(1000,250)</answer>",
+     "<think>colors [255, 0, 0, 128]</think><answer>(100,100),(500,500)</answer>"),
     ("<answer>No Objects</answer>", "<answer>No Objects</answer>"),
     ("a cat of 3", "a cat of 3"),
 ])  # fmt: skip
@@ -136,6 +138,38 @@ def test_a_box_outside_its_image_is_a_bad_row():
     samples = samples_of(rows_of(["[1200, 100, 2800, 900]"]), box_space="pixels")
     assert isinstance(samples.get(0), BadRow)
     assert survey(samples, boxes=False).kept == 0
+
+
+def test_boxes_of_an_image_that_is_shown_turned_are_counted_as_it_is_shown(tmp_path):
+    """Stored 640x480, shown 480x640: of the two boxes only the first fits."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (640, 480)).save(tmp_path / "turned.jpg", exif=exif)
+    Image.new("RGB", (480, 640)).save(tmp_path / "plain.jpg")
+    names = ("turned", "turned", "plain")
+    boxes = ("[240, 64, 480, 320]", "[400, 10, 500, 40]", "[240, 64, 480, 320]")
+    rows = [{"image": str(tmp_path / f"{name}.jpg"), "problem": "?", "solution": box}
+            for name, box in zip(names, boxes, strict=True)]  # fmt: skip
+    samples = samples_of(rows, box_space="pixels")
+    assert samples.get(0).solution == samples.get(2).solution == "[500, 100, 1000, 500]"
+    assert isinstance(samples.get(1), BadRow)
+    found = survey(samples, boxes=False)
+    assert found.account.converted["boxes counted in the image as its EXIF data turn it"] == [
+        "row 0"
+    ]
+
+
+@pytest.mark.parametrize("space, box", [("pixels", "[20, 5, 100, 25]"),
+                                        ("unit", "[0.1, 0.1, 0.5, 0.5]")])  # fmt: skip
+def test_a_prompt_with_boxes_that_would_not_be_converted_is_a_bad_row(space, box):
+    """A form to answer in, or a box in thousandths where the row's are, is none."""
+    image, ask = Image.new("RGB", (200, 50)), {"role": "user", "content": "Find [x1, y1, x2, y2]."}
+    answer = {"role": "assistant", "content": box}
+    row = {"images": [image], "messages": [ask, answer]}
+    for turns in ([ask, answer, ask, answer], [ask | {"content": f"What is in {box}?"}, answer]):
+        refused = samples_of([row | {"messages": turns}], box_space=space).get(0)
+        assert "expected a prompt without boxes" in refused.reason
+    assert samples_of([row], box_space=space).get(0).solution == "[100, 100, 500, 500]"
 
 
 def test_what_is_left_out_is_counted_by_reason(tmp_path):

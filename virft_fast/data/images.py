@@ -96,7 +96,16 @@ def image_size(source: Any, folder: Path | None = None) -> tuple[int, int]:
     Raises:
         UnreadableImage: it is no image, or too large.
     """
-    return _reading(source, folder, _header_size, lambda image: image.size)
+    return _reading(source, folder, _header, lambda image: (image.size, 1))[0]
+
+
+def is_turned(source: Any, folder: Path | None = None) -> bool:
+    """Whether EXIF data turn or mirror the image when it is shown.
+
+    Raises:
+        UnreadableImage: as `image_size`.
+    """
+    return _reading(source, folder, _header, lambda image: (image.size, 1))[1] in range(2, 9)
 
 
 def _reading(source: Any, folder: Path | None, read: Any, take: Any) -> Any:
@@ -141,23 +150,20 @@ def _decode(file: Path | io.BytesIO) -> Image.Image:
         return _to_rgb(ImageOps.exif_transpose(image))
 
 
-def _header_size(file: Path | io.BytesIO) -> tuple[int, int]:
+def _header(file: Path | io.BytesIO) -> tuple[tuple[int, int], int | None]:
+    """(width, height) as the image is shown, and its EXIF orientation."""
     with Image.open(file, formats=IMAGE_FORMATS) as image:
         check_pixels(image)
-        if image.format != "PNG":
-            exif = image.getexif()
-        else:  # whose own method decodes the image first, for a chunk that may come last
-            exif = Image.Image.getexif(image)
+        decode = image.format != "PNG"
+        if not decode and "exif" not in image.info:  # its chunk may come last
+            start = image.fp.tell()
             image.fp.seek(0)
-            if "exif" not in image.info and b"eXIf" in image.fp.read():
-                return _decode_size(file)
-        return image.size[::-1] if exif.get(0x0112) in SIDEWAYS else image.size
-
-
-def _decode_size(file: Path | io.BytesIO) -> tuple[int, int]:
-    if not isinstance(file, Path):
-        file.seek(0)
-    return _decode(file).size
+            decode = b"eXIf" in image.fp.read()
+            image.fp.seek(start)
+        # PNG's own method decodes the image first.
+        exif = image.getexif() if decode else Image.Image.getexif(image)
+        turn = exif.get(0x0112)
+        return image.size[::-1] if turn in SIDEWAYS else image.size, turn
 
 
 def as_shown(

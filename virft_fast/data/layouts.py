@@ -110,13 +110,13 @@ def read_row(
         system = non_empty(system, "system")
         if turns[0]["role"] != "system":
             turns = [{"role": "system", "content": system}, *turns]
-        elif (other := _text(turns[0])).strip() != system.strip():
+        elif (other := turn_text(turns[0])).strip() != system.strip():
             raise Unusable(f"system: expected that of {column}, {other!r:.40}, got {system!r:.40}")
     if turns[-1]["role"] != "user":
         raise Unusable(f"{column}: expected the last turn to be the user's, got {turns[-1]!r:.80}")
     held = next((name for name in IMAGE_COLUMNS if _as_list(row.get(name))), None)
     messages, sources = _place_images(turns, _as_list(row.get(held)), column)
-    problem = non_empty(question.problem or _text(turns[-1]), column)
+    problem = non_empty(question.problem or turn_text(turns[-1]), column)
     if row.get("objects") and (tag := OBJECT_TAG.search(f"{problem} {question.said}")):
         raise Unusable(f"{column}: expected texts with their boxes, got {tag[0]} and objects")
     answered, solution = _first_answer(row, question)
@@ -210,7 +210,7 @@ def _conversation(row: Row, options: _Options) -> _Question:
     at = later[0] if options.first and later else len(turns) - 1
     if at not in later:  # nobody answers the last question: the row needs a solution of its own
         at = len(turns)
-    said = _text(turns[at]) if at < len(turns) else None
+    said = turn_text(turns[at]) if at < len(turns) else None
     if said is not None:
         _check_learned(given[at], name)
     prompt = turns[:at]
@@ -286,8 +286,9 @@ def _ground_truth(row: Row, question: _Question) -> Any:
 
 def _completion(row: Row, question: _Question) -> Any:
     """TRL's; one that is labelled as bad is no answer to learn."""
-    if row.get("completion") is not None and row.get("label") is False:
-        raise Unusable("completion: expected a good one, got the label False")
+    label = row.get("label")
+    if row.get("completion") is not None and str(label).strip().lower() in ("false", "0", "0.0"):
+        raise Unusable(f"completion: expected a good one, got the label {label}")
     return spoken_text(row.get("completion"))
 
 
@@ -417,7 +418,8 @@ def _read_part(part: Any, where: str) -> dict[str, Any]:
     raise Unusable(f"{where}: expected image and text parts, got {part!r:.80}")
 
 
-def _text(turn: Turn) -> str:
+def turn_text(turn: Turn) -> str:
+    """The texts of a turn, without its images."""
     content = turn["content"]
     if isinstance(content, str):
         return IMAGE_TAG.sub("", content).strip() if IMAGE_TAG.search(content) else content
@@ -539,11 +541,16 @@ def _json(text: str) -> Any:
 
 
 def read_list(name: str, value: Any) -> Any:
-    """A column's value; where it is a list as JSON, and the column holds such, that list."""
-    listed = _json(value) if isinstance(value, str) and value.lstrip().startswith("[") else None
-    chat = all(isinstance(v, Mapping) and {"role", "from"} & set(v) for v in listed or ())
+    """A column's value; where it is a list as JSON, and the column holds such, that list: None
+    for an empty one. Options by letter, {"A": ..., "B": ...}, are the list of them."""
+    listed = _json(value) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
+    if isinstance(listed, Mapping) and name in CLASS_COLUMNS:
+        return [option for option in listed.values() if option is not None]
+    if not isinstance(listed, list) or listed is value:
+        return value
+    chat = listed and all(isinstance(v, Mapping) and {"role", "from"} & set(v) for v in listed)
     held = name in LIST_COLUMNS or (name in TURN_COLUMNS and chat)
-    return listed if listed and held else value
+    return (listed or None) if held else value
 
 
 def _as_list(value: Any) -> list[Any]:

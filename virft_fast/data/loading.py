@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from virft_fast.data.accounts import Built
+from virft_fast.data.accounts import Built, listing
 from virft_fast.data.images import one_line, placed
 from virft_fast.data.layouts import (
     ANSWERS,
@@ -42,7 +42,9 @@ ACCEPTED = (
 OTHER_COLUMNS = ("rejected", "system", "completion", *LIST_COLUMNS)
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
-SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
+# Word in a path -> the split it names.
+SPLIT_WORDS = {name: name for name in ("train", "test", "eval", *VALIDATION_NAMES)}
+SPLIT_WORDS |= {"training": "train", "testing": "test", "evaluation": "eval"}
 SHARD_NAME = re.compile(r"(?P<split>\w+)-(?P<number>\d+)-of-(?P<total>\d+)")
 
 
@@ -336,10 +338,20 @@ def _parquet_files(folder: Path) -> list[Path]:
 
 
 def _files_of(split: str, files: Sequence[Path], where: Path) -> list[str]:
-    splits: dict[str, list[str]] = {}
-    for file in files:
-        splits.setdefault(_parquet_split(file, where), []).append(str(file))
-    files = splits[_found_split(split, list(splits), where)]
+    """The split's files; where no path names a split, all of them are "train".
+
+    Raises:
+        ValueError: no such split, a shard is missing, or only some of the paths name a split.
+    """
+    named = {str(file): _parquet_split(file, where) for file in files}
+    unnamed = [file for file, name in named.items() if name is None]
+    if 0 < len(unnamed) < len(named):
+        raise ValueError(
+            f"--dataset_name {where}: expected a split's name such as train or test in the path of "
+            f"every .parquet file or of none, got none in {listing(unnamed)}; rename or move these"
+        )
+    chosen = _found_split(split, list(dict.fromkeys(n or "train" for n in named.values())), where)
+    files = [file for file, name in named.items() if (name or "train") == chosen]
     _check_shards(files, where)
     return files
 
@@ -357,16 +369,24 @@ def _check_shards(files: Sequence[str], where: Path) -> None:
             )
 
 
-def _parquet_split(file: Path, where: Path) -> str:
-    """train-00000-of-00002.parquet, train.parquet and train/0000.parquet are of "train", as is a
-    file that names no split."""
+def _parquet_split(file: Path, where: Path) -> str | None:
+    """The split that a file's path names; None if it names none.
+
+    The file's name decides, then the nearest folder below the data set's: a name that holds one
+    split's word, in any case, between characters that aren't letters. A shard keeps the name before
+    its number, so that train_sft-00000-of-00002 is of "train_sft".
+    """
     shard = SHARD_NAME.fullmatch(file.stem)
-    if shard:
-        return shard["split"]
-    first = re.split(r"[-_.]", file.stem)[0]
-    if first in SPLIT_NAMES:
-        return first
-    return file.parent.name if file.parent != where and file.parent.name in SPLIT_NAMES else "train"
+    stem = shard["split"] if shard else file.stem
+    folders = file.relative_to(where).parts[:-1]
+    if file == where and file.parent.name.lower() in SPLIT_WORDS:
+        folders = (file.parent.name,)
+    for name in (stem, *reversed(folders)):
+        words = [word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_WORDS]
+        if len(splits := {SPLIT_WORDS[word] for word in words}) == 1:
+            own = shard and name is stem and name.lower() not in SPLIT_WORDS
+            return name if own else splits.pop()
+    return stem if shard else None
 
 
 def _load_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
@@ -512,9 +532,9 @@ def _as_dataset(records: list[dict[str, Any]], folder: Path) -> datasets.Dataset
 
 def _absolute_paths(value: Any, folder: Path) -> Any:
     """One path or a list of them as a list of absolute ones: rows of both kinds fit one column."""
+    value = read_list(IMAGE_COLUMNS[0], value)
     if value is None:
         return None
-    value = read_list(IMAGE_COLUMNS[0], value)
     items = [_path(item) for item in (value if isinstance(value, list) else [value])]
     return [placed(folder, item) if isinstance(item, str) and item else "" for item in items]
 

@@ -27,6 +27,7 @@ from virft_fast.data.layouts import (
     read_list,
     read_row,
     spoken_text,
+    turn_text,
 )
 from virft_fast.tasks import in_thousandths
 from virft_fast.tasks.labels import ClosedSet, class_set
@@ -148,6 +149,12 @@ class SampleDataset:
                 )
             first = sizes[0] if sizes else image_size(reading.sources[0], self.image_folder)
         try:
+            turns = map(turn_text, reading.messages)
+            if boxed := next((t for t in turns if in_thousandths(t, first) != t), None):
+                raise Unusable(
+                    f"--box_space {self._box_space}: expected a prompt without boxes, because only "
+                    f"answers are converted, got {boxed!r:.80}; write thousandths in both"
+                )
             return in_thousandths(text, first)
         except ValueError as error:
             raise Unusable(f"--box_space {self._box_space}: {error}") from error
@@ -225,7 +232,8 @@ class SampleDataset:
             Unusable: it isn't.
         """
         solution = non_empty(solution, "solution")
-        choices = next((row[n] for n in CLASS_COLUMNS if is_class_set(row.get(n))), None)
+        listed = (row.get(name) for name in CLASS_COLUMNS)
+        choices = next((v for v in listed if is_class_set(v) or (isinstance(v, str) and v)), None)
         more = {"extent": row.get("extent"), "choices": choices}
         more = {name: value for name, value in more.items() if value is not None}
         wrong = self._check_solution(solution, **more) if self._check_solution else None

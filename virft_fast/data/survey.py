@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from virft_fast.batch import Sample
 from virft_fast.data.accounts import Built, listing
-from virft_fast.data.images import UnreadableImage, image_size
+from virft_fast.data.images import UnreadableImage, image_size, is_turned
 from virft_fast.data.layouts import ANSWERS, IMAGE_COLUMNS, PIXELS, QUESTIONS, Unusable
 from virft_fast.data.samples import SampleDataset
 from virft_fast.tasks import BOX_TASKS, DEFAULT_REWARDS, default_rewards
@@ -138,6 +138,8 @@ def survey(
         without += [] if reading.sources else [f"row {index}"]
         images.add(reading.image_column)
         changed = samples.rules if sample.solution != reading.solution else ()
+        if changed and reading.sources and is_turned(reading.sources[0], samples.image_folder):
+            changed = (*changed, "boxes counted in the image as its EXIF data turn it")
         answered = reading.layout.split(" + ")[1]
         if samples.class_names.get(answered):
             changed = (f"numbers of the column {answered} to the names of its classes", *changed)

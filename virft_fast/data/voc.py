@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from os.path import isfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from virft_fast.data.image_files import IMAGE_SUFFIXES, ImageFiles, is_image
 from virft_fast.data.instances import Annotations, annotations_of, number_of
 
 # Set of ImageSets/Main -> split; trainval where there is no train.
-SETS = {"train": "train", "trainval": "train", "val": "validation", "test": "test"}
+SETS = {"train": "train", "trainval": "train", "val": "validation", "valid": "validation",
+        "validation": "validation", "test": "test"}  # fmt: skip
 
 
 def read_voc(source: Path) -> dict[str, Annotations]:
@@ -29,17 +30,21 @@ def read_voc(source: Path) -> dict[str, Annotations]:
     root = _root(source)
     images = ImageFiles(root / "JPEGImages" if (root / "JPEGImages").is_dir() else root)
     found: dict[str, Annotations] = {}
+    used: set[Path] = set()
     for name, split in SETS.items():
         listed = root / "ImageSets" / "Main" / f"{name}.txt"
         if listed.is_file() and split not in found:
-            lines = listed.read_text(encoding="utf-8").splitlines()
+            lines = listed.read_text(encoding="utf-8-sig").splitlines()
             files = [_file(root / "Annotations", line.strip()) for line in lines if line.strip()]
             found[split] = _annotations(files, images, f"--source {root}, {name}")
+            used.update(files)
     if not found:
-        files = sorted((root / "Annotations").glob("*.xml"))
-        found["train"] = _annotations(files, images, f"--source {root}")
+        used = {*(root / "Annotations").glob("*.xml")}
+        found["train"] = _annotations(sorted(used), images, f"--source {root}")
     if "train" not in found:
         raise ValueError(f"--source {root}: expected train or trainval in ImageSets/Main")
+    for file in sorted({*(root / "Annotations").glob("*.xml")} - used):
+        found["train"].account.leave_out("annotation file in no set that is read", str(file))
     return found
 
 
@@ -91,13 +96,19 @@ def _image_name(tree: ElementTree.Element, file: Path, images: ImageFiles, accou
     named = next(filter(None, given), file.stem)
     if not is_image(Path(named)):
         account.convert("filename without an image's suffix, completed by what is there", named)
-        names = [named + suffix for suffix in IMAGE_SUFFIXES]
-        named = next((n for n in names if isfile(images.find(n).path or "")), names[0])
-    own = f"{file.stem}{Path(named).suffix}"
-    if own == re.split(r"[/\\]", named)[-1] or not (images.folder / own).is_file():
+        named = _existing(named, IMAGE_SUFFIXES, images) or named + IMAGE_SUFFIXES[0]
+    base = Path(re.split(r"[/\\]", named)[-1])
+    own = _existing(file.stem, (base.suffix, *IMAGE_SUFFIXES), images)
+    if base.stem == file.stem or own is None:
         return named
     account.convert("filename of another image, taken for the one of the annotation's name", named)
     return own
+
+
+def _existing(stem: str, suffixes: Sequence[str], images: ImageFiles) -> str | None:
+    """The first name of this stem that there is an image of."""
+    names = (stem + suffix for suffix in suffixes)
+    return next((name for name in names if isfile(images.find(name).path or "")), None)
 
 
 def _tree(file: Path, account: Built) -> ElementTree.Element | None:

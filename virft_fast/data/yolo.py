@@ -83,7 +83,7 @@ def _images(home: Path, root: Any, entries: Any) -> Iterator[Path]:
             continue
         place = _placed(home, root, entry)
         if place.suffix == ".txt" and place.is_file():
-            lines = place.read_text(encoding="utf-8").splitlines()
+            lines = place.read_text(encoding="utf-8-sig").splitlines()
             yield from (_placed(home, root, line.strip()) for line in lines if line.strip())
         elif place.is_dir():
             yield from (path for path in walk(place) if is_image(path))
@@ -134,15 +134,16 @@ def _labels(
     """
     if not file.is_file():
         return
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines()):
-        where = f"{file}, line {number + 1}"
+    text = file.read_text(encoding="utf-8-sig", errors="replace")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
         try:
             category, *values = map(float, line.split())
-            values = values[:4] if keypoints else values
         except ValueError:
-            values = [] if line.split() else None
-        if values is None:
-            continue
+            category, values = math.nan, []
+        values = values[:4] if keypoints else values
         usable = len(values) == 4 or (len(values) >= 6 and len(values) % 2 == 0)
         finite = all(map(math.isfinite, (category, *values)))
         if not usable or not finite or category != int(category):

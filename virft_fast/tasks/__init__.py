@@ -213,14 +213,18 @@ def check_solution(
     task: str,
     solution: str,
     extent: Sequence[float] | None = None,
-    choices: Sequence[str] | None = None,
+    choices: Sequence[str] | str | None = None,
 ) -> str | None:
     """None for a ground truth that can be scored, else what is wrong with it.
 
     Args:
         extent: (width, height) of the space its boxes are counted in; None: 0..1000.
-        choices: the class names that the row itself lists.
+        choices: the class names that the row itself lists; a text is no list.
     """
+    if task in ("classification", "choice") and isinstance(choices, str):
+        return (
+            f'expected its options as a list, or as JSON such as ["no", "yes"], got {choices!r:.80}'
+        )
     if task == "classification" and choices is not None:
         try:
             ClosedSet(choices)
@@ -265,24 +269,32 @@ def check_solution(
 
 def in_thousandths(text: str, extent: Sequence[float]) -> str:
     """The text with the boxes of its thought and its answer, counted in `extent`, (width, height),
-    in whole thousandths. All else stays as written.
+    in whole thousandths. All else stays as written, and so do four numbers in a thought that are no
+    box inside `extent`.
 
     Raises:
         ValueError: the numbers of a box can't be told from the others.
     """
-    return "".join(_part_in_thousandths(part, extent_of(extent)) for part in _PARTS.split(text))
+    parts, space = _PARTS.split(text), extent_of(extent)
+    before = ("", *parts)
+    return "".join(
+        _part_in_thousandths(part, space, thought=mark == "<think>")
+        for mark, part in zip(before, parts, strict=False)
+    )
 
 
-def _part_in_thousandths(text: str, extent: Extent) -> str:
+def _part_in_thousandths(text: str, extent: Extent, *, thought: bool) -> str:
     # Parsed with its places in the numbers' stead, a text says where the numbers of boxes stand.
     numbers, given = itertools.count(), _NUMBER.findall(text)
     places = list(map(int, _sides(_NUMBER.sub(lambda _: str(next(numbers)), text))))
     sides = _sides(text)
     if sides != [brackets.float_of(given[at]) if at < len(given) else None for at in places]:
         raise ValueError(f"expected boxes whose numbers stand alone, got {text!r:.120}")
-    boxes = (sides[at : at + 4] for at in range(0, len(sides), 4))
-    whole = [side for box in boxes for side in _whole(to_thousand(box, extent))]
-    new, numbers = dict(zip(places, whole, strict=True)), itertools.count()
+    new, numbers = {}, itertools.count()
+    for at in range(0, len(sides), 4):
+        box = to_thousand(sides[at : at + 4], extent)
+        if valid_box(box) or not thought:
+            new |= zip(places[at : at + 4], _whole(box), strict=True)
     return _NUMBER.sub(lambda found: str(new.get(next(numbers), found[0])), text)
 
 
