@@ -110,7 +110,6 @@ def annotations_of(
     categories, category_ids = _categories(data["categories"], used, account)
     boxes: dict[tuple[int, int], list[Box]] = defaultdict(list)
     records, marked = [], set()
-    told = len(account.left_out.get(NO_BOX, ())) + len(account.left_out.get(NO_AREA, ()))
     for record in data["annotations"]:
         about = _known(record, image_ids, category_ids, account)
         if about is None:
@@ -126,7 +125,7 @@ def annotations_of(
                 boxes[about].append(box)
     if not shares_of:
         _check_pixels([record["bbox"] for record in records], images, where)
-    bad = len(account.left_out.get(NO_BOX, ())) + len(account.left_out.get(NO_AREA, ())) - told
+    bad = len(account.left_out.get(NO_BOX, ())) + len(account.left_out.get(NO_AREA, ()))
     if not images or (data["annotations"] and not boxes):
         lost = "; ".join(account.lines())
         raise ValueError(f"{where}: expected images with boxes, not a single box is usable; {lost}")

@@ -240,12 +240,10 @@ def _query(row: Row, options: _Options) -> _Question:
     """ms-swift's `query`, after the pairs of its `history`."""
     turns = []
     for pair in _as_list(row.get("history")):
-        if not (
-            isinstance(pair, (list, tuple)) and [isinstance(s, str) for s in pair] == [True] * 2
-        ):
+        if not isinstance(pair, (list, tuple)) or list(map(type, pair)) != [str, str]:
             raise Unusable(f"history: expected pairs of a query and its response, got {pair!r:.80}")
-        asked, said = pair
-        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        query, response = pair
+        turns += [{"role": "user", "content": query}, {"role": "assistant", "content": response}]
     text = non_empty(row.get("query"), "query")
     return _Question([*turns, {"role": "user", "content": text}], problem=text)
 
@@ -279,8 +277,7 @@ def _number_as_text(value: Any) -> Any:
 def _ground_truth(row: Row, question: _Question) -> Any:
     """verl's reward_model: {"ground_truth": ...}."""
     value = row.get("reward_model")
-    if isinstance(value, str):
-        value = _json(value)
+    value = _json(value) if isinstance(value, str) else value
     return value.get("ground_truth") if isinstance(value, Mapping) else None
 
 
@@ -331,11 +328,8 @@ def spoken_text(value: Any) -> str | None:
 def pair_prompt(row: Row) -> Any:
     """The prompt of a preference pair whose answers may be chats: turns before the last are the
     prompt's, or go behind it, where both answers have the same."""
-    leads = []
-    for name in ("chosen", "rejected"):
-        chat = row.get(name)
-        leads.append(list(chat[:-1]) if isinstance(chat, (list, tuple)) else [])
-    lead, other = leads
+    chats = (row.get("chosen"), row.get("rejected"))
+    lead, other = (list(chat[:-1]) if isinstance(chat, (list, tuple)) else [] for chat in chats)
     if list(map(_spoken, lead)) != list(map(_spoken, other)):
         raise Unusable(
             f"chosen, rejected: expected the same turns before the last in both, got {len(lead)} "
@@ -497,11 +491,8 @@ def _check_texts(texts: Sequence[str], num_images: int, where: str) -> None:
     for text in texts:
         if mark := UNREAD_TAG.search(text):
             raise Unusable(f"{where}: expected texts and {IMAGE_PLACE} places, got {mark[0]}")
-        numbers = [int(number) for number in _NUMBERED.findall(text)]
-        if numbers and max(numbers) > max(num_images, 0):
-            raise Unusable(
-                f"{where}: expected {max(numbers)} images, as it names, got {num_images}"
-            )
+        if (named := max(map(int, _NUMBERED.findall(text)), default=0)) > num_images:
+            raise Unusable(f"{where}: expected {named} images, as it names, got {num_images}")
 
 
 def _split(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
@@ -524,10 +515,8 @@ def _split_part(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _without_sources(turn: Turn) -> Turn:
     if isinstance(turn["content"], str):
         return turn
-    return {
-        **turn,
-        "content": [{k: v for k, v in p.items() if k != "source"} for p in turn["content"]],
-    }
+    parts = [{k: v for k, v in part.items() if k != "source"} for part in turn["content"]]
+    return {**turn, "content": parts}
 
 
 # --- Values ----------------------------------------------------------------------------------

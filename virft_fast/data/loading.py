@@ -10,6 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,11 +83,8 @@ def load_rows(
         ValueError: it can't be read, or lacks the split, the configuration, a needed column or any
             row, or is to be streamed and not in parquet.
     """
-    rows: datasets.Dataset | ParquetRows
-    if streaming:
-        rows = _stream_rows(dataset_name, split, dataset_config)
-    else:
-        rows = _find_rows(dataset_name, split, dataset_config, image_folder)
+    load = _stream_rows if streaming else partial(_find_rows, image_folder=image_folder)
+    rows: datasets.Dataset | ParquetRows = load(dataset_name, split, dataset_config)
     account = getattr(rows, "account", None)
     rows = _renamed(rows, columns or {}, f"--dataset_name {dataset_name}")
     rows.image_folder, rows.account = _folder_of(dataset_name, image_folder), account
@@ -114,18 +112,16 @@ def _renamed(rows: Any, columns: Mapping[str, str], where: str) -> Any:
                 f"--columns {name}={source}: {where} has no column {source!r}, it has "
                 f"{', '.join(rows.column_names)}"
             )
-    there = set(rows.column_names)
-    rivals: set[str] = set()
-    for kind in ({*QUESTIONS}, {*ANSWERS} - {"completion", "chosen"}, {*IMAGE_COLUMNS}):
-        rivals |= kind if kind & set(columns) else set()
-    gone = sorted(there & {*columns, *rivals} - set(columns.values()))
-    if gone:
-        logger.warning("--columns: not read, because others are named: %s", ", ".join(gone))
-    moved = {source: name for name, source in columns.items() if name != source}
+    kinds = ({*QUESTIONS}, {*ANSWERS} - {"completion", "chosen"}, {*IMAGE_COLUMNS})
+    replaced = set(columns).union(*(kind for kind in kinds if kind & set(columns)))
+    dropped = sorted(replaced.intersection(rows.column_names) - set(columns.values()))
+    if dropped:
+        logger.warning("--columns: not read, because others are named: %s", ", ".join(dropped))
+    renamed = {source: name for name, source in columns.items() if name != source}
     if isinstance(rows, ParquetRows):
-        rows.rename(moved, without=gone)
+        rows.rename(renamed, without=dropped)
         return rows
-    return rows.remove_columns(gone).rename_columns(moved) if moved or gone else rows
+    return rows.remove_columns(dropped).rename_columns(renamed) if renamed or dropped else rows
 
 
 def _find_rows(
@@ -236,6 +232,8 @@ def _load_file(path: Path, split: str, image_folder: Path | None = None) -> data
         raise ValueError(
             f"--dataset_name {path}: expected rows, got values nested too deep"
         ) from None
+    except ValueError as error:
+        raise ValueError(f"--dataset_name {error}") from error
 
 
 def _load_parquet(files: Sequence[str], where: Path) -> datasets.Dataset:
@@ -264,8 +262,8 @@ def _folder_files(folder: Path, split: str, config: str | None) -> list[str]:
     try:
         builder = datasets.load_dataset_builder(str(folder), config)
     except Exception as error:  # a missing configuration, file or key: they share no base
-        files = _files_on_card(folder, split, config)
-        if files:  # another split has none: it was not downloaded
+        # Another split may have no files: it was not downloaded.
+        if files := _files_on_card(folder, split, config):
             _check_shards(files, folder)
             return files
         pattern = re.search(r"[*?\[]", str(folder.resolve()))
@@ -277,9 +275,8 @@ def _folder_files(folder: Path, split: str, config: str | None) -> list[str]:
             f"{one_line(error)}{hint}"
         ) from error
     files = _builder_files(builder, split, str(folder), "README.md to name .parquet files")
-    elsewhere = next((file for file in files if not Path(file).is_file()), None)
-    if elsewhere:  # an address: nothing of a folder is downloaded
-        raise ValueError(f"--dataset_name {folder}: README.md: no file {elsewhere}; fetch it")
+    if missing := [file for file in files if not Path(file).is_file()]:  # or addresses
+        raise ValueError(f"--dataset_name {folder}: README.md: no file {missing[0]}; fetch it")
     _check_shards(files, folder)
     return files
 
@@ -343,34 +340,34 @@ def _files_of(split: str, files: Sequence[Path], where: Path) -> list[str]:
     Raises:
         ValueError: no such split, a shard is missing, or only some of the paths name a split.
     """
-    named = {str(file): _parquet_split(file, where) for file in files}
-    unnamed = [file for file, name in named.items() if name is None]
-    if 0 < len(unnamed) < len(named):
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        splits.setdefault(_parquet_split(file, where), []).append(str(file))
+    unnamed = splits.pop("", [])
+    if unnamed and splits:
         raise ValueError(
             f"--dataset_name {where}: expected a split's name such as train or test in the path of "
             f"every .parquet file or of none, got none in {listing(unnamed)}; rename or move these"
         )
-    chosen = _found_split(split, list(dict.fromkeys(n or "train" for n in named.values())), where)
-    files = [file for file, name in named.items() if (name or "train") == chosen]
-    _check_shards(files, where)
-    return files
+    splits = splits or {"train": unnamed}
+    _check_shards(chosen := splits[_found_split(split, list(splits), where)], where)
+    return chosen
 
 
 def _check_shards(files: Sequence[str], where: Path) -> None:
     """Raise ValueError if a file of train-00000-of-00002, train-00001-of-00002 is not there."""
-    shards = [found for file in files if (found := SHARD_NAME.fullmatch(Path(file).stem))]
-    for total in {found["total"] for found in shards}:
-        there = {int(found["number"]) for found in shards if found["total"] == total}
-        missing = sorted(set(range(int(total))) - there)
-        if missing:
+    shards = [shard for file in files if (shard := SHARD_NAME.fullmatch(Path(file).stem))]
+    for total in {shard["total"] for shard in shards}:
+        numbers = {int(shard["number"]) for shard in shards if shard["total"] == total}
+        if missing := sorted(set(range(int(total))) - numbers):
             raise ValueError(
                 f"--dataset_name {where}: expected {int(total)} files of the split, number "
                 f"{', '.join(map(str, missing[:5]))} is not there"
             )
 
 
-def _parquet_split(file: Path, where: Path) -> str | None:
-    """The split that a file's path names; None if it names none.
+def _parquet_split(file: Path, where: Path) -> str:
+    """The split that a file's path names; empty if it names none.
 
     The file's name decides, then the nearest folder below the data set's: a name that holds one
     split's word, in any case, between characters that aren't letters. A shard keeps the name before
@@ -386,7 +383,7 @@ def _parquet_split(file: Path, where: Path) -> str | None:
         if len(splits := {SPLIT_WORDS[word] for word in words}) == 1:
             own = shard and name is stem and name.lower() not in SPLIT_WORDS
             return name if own else splits.pop()
-    return stem if shard else None
+    return stem if shard else ""
 
 
 def _load_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
@@ -395,8 +392,7 @@ def _load_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
     try:
         return datasets.load_dataset(name, config, split=split, trust_remote_code=False)
     except Exception as error:  # network, hub, configuration and builder errors share no base
-        unknown = re.match(r"Unknown split .* Should be one of (\[.*\])", str(error))
-        if unknown:
+        if unknown := re.match(r"Unknown split .* Should be one of (\[.*\])", str(error)):
             found = _found_split(split, re.findall(r"'([^']*)'", unknown[1]), name)
             return datasets.load_dataset(name, config, split=found, trust_remote_code=False)
         raise _hub_error(name, error) from error
@@ -462,15 +458,11 @@ def _open_remote(address: str) -> Any:
 def _read_json(path: Path, account: Built) -> list[dict[str, Any]]:
     """The records of a JSON list or of JSON lines, told apart by content; in any encoding, which
     `account` records where it had to be guessed."""
-    try:
-        text = read_text(path, account)
-    except ValueError as error:
-        raise ValueError(f"--dataset_name {error}") from error
-    records = _parse_json(text, path)
+    records = _parse_json(read_text(path, account), path)
     for number, record in enumerate(records):
         if not isinstance(record, dict):
             raise ValueError(
-                f"--dataset_name {path}: expected every record to be an object such as "
+                f"{path}: expected every record to be an object such as "
                 f'{{"image_path", "problem", "solution"}}, got {record!r:.80} at {number}'
             )
     return records
@@ -482,26 +474,21 @@ def _parse_json(text: str, path: Path) -> list[Any]:
         return value if isinstance(value, list) else [value]
     except (ValueError, RecursionError) as error:  # also numbers of too many digits
         if text.lstrip().startswith("["):
-            raise ValueError(f"--dataset_name {path}: not valid JSON: {error}") from error
+            raise ValueError(f"{path}: not valid JSON: {error}") from error
     records = []
     # Not splitlines(): that also splits at characters which may stand inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
         try:
             records += [json.loads(line, object_pairs_hook=_once)] if line.strip() else []
         except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"--dataset_name {path}: line {number} is not valid JSON: {error}"
-            ) from error
+            raise ValueError(f"{path}: line {number} is not valid JSON: {error}") from error
     return records
 
 
 def _read_csv(path: Path, account: Built) -> list[dict[str, Any]]:
     """The rows of a table, of texts; an empty cell is no value."""
-    try:
-        rows = read_table(path, (QUESTIONS,), account)[1]
-        return [{k: v or None for k, v in row.items() if k} for _, row in rows]
-    except ValueError as error:
-        raise ValueError(f"--dataset_name {error}") from error
+    rows = read_table(path, (QUESTIONS,), account)[1]
+    return [{k: v or None for k, v in row.items() if k} for _, row in rows]
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -535,12 +522,9 @@ def _absolute_paths(value: Any, folder: Path) -> Any:
     value = read_list(IMAGE_COLUMNS[0], value)
     if value is None:
         return None
-    items = [_path(item) for item in (value if isinstance(value, list) else [value])]
-    return [placed(folder, item) if isinstance(item, str) and item else "" for item in items]
-
-
-def _path(item: Any) -> Any:
-    return item.get("path") or item.get("url") if isinstance(item, dict) else item
+    items = value if isinstance(value, list) else [value]
+    paths = [i.get("path") or i.get("url") if isinstance(i, dict) else i for i in items]
+    return [placed(folder, path) if isinstance(path, str) and path else "" for path in paths]
 
 
 def _utf8(value: Any) -> Any:

@@ -174,8 +174,7 @@ def _note_space(found: Survey, index: int, samples: SampleDataset) -> None:
     for box in numbers:
         inside = 0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]
         if max(box) > THOUSAND and inside:
-            image = f"{size[0]}x{size[1]}"
-            found.in_pixels.append(f"row {index}: a box {list(box)} in an image of {image}")
+            found.in_pixels.append(f"row {index}: a box {list(box)} in {size[0]}x{size[1]} pixels")
             return
     if PIXELS.search(problem):
         found.in_pixels.append(f"row {index}: {SPEAKS_OF_PIXELS}")

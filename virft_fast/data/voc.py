@@ -29,23 +29,22 @@ def read_voc(source: Path) -> dict[str, Annotations]:
     """
     root = _root(source)
     images = ImageFiles(root / "JPEGImages" if (root / "JPEGImages").is_dir() else root)
-    found: dict[str, Annotations] = {}
-    used: set[Path] = set()
+    sets: dict[str, list[Path]] = {}
     for name, split in SETS.items():
         listed = root / "ImageSets" / "Main" / f"{name}.txt"
-        if listed.is_file() and split not in found:
+        if listed.is_file() and split not in sets:
             lines = listed.read_text(encoding="utf-8-sig").splitlines()
-            files = [_file(root / "Annotations", line.strip()) for line in lines if line.strip()]
-            found[split] = _annotations(files, images, f"--source {root}, {name}")
-            used.update(files)
-    if not found:
-        used = {*(root / "Annotations").glob("*.xml")}
-        found["train"] = _annotations(sorted(used), images, f"--source {root}")
-    if "train" not in found:
+            sets[split] = [
+                _file(root / "Annotations", line.strip()) for line in lines if line.strip()
+            ]
+    annotated = sorted((root / "Annotations").glob("*.xml"))
+    sets = sets or {"train": annotated}
+    if "train" not in sets:
         raise ValueError(f"--source {root}: expected train or trainval in ImageSets/Main")
-    for file in sorted({*(root / "Annotations").glob("*.xml")} - used):
-        found["train"].account.leave_out("annotation file in no set that is read", str(file))
-    return found
+    read = {s: _annotations(f, images, f"--source {root}, {s}") for s, f in sets.items()}
+    for file in sorted(set(annotated).difference(*sets.values())):
+        read["train"].account.leave_out("annotation file in no set that is read", str(file))
+    return read
 
 
 def _file(folder: Path, line: str) -> Path:

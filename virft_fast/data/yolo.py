@@ -30,12 +30,10 @@ def read_yolo(source: Path) -> dict[str, Annotations]:
     file = _yaml_file(source)
     settings = _settings(file)
     names = settings.get("names")
-    pairs = names.items() if isinstance(names, dict) else enumerate(names or ())
-    if not isinstance(names, (list, dict)):
+    if not names or not isinstance(names, (list, dict)):
         raise ValueError(f"--source {file}: expected names of the classes, got {names!r:.80}")
+    pairs = names.items() if isinstance(names, dict) else enumerate(names)
     categories = [{"id": key_of(number), "name": str(name)} for number, name in pairs]
-    if not categories:
-        raise ValueError(f"--source {file}: expected names of the classes, got {names!r:.80}")
     found = {}
     for key, split in SPLITS.items():
         paths = list(_images(file.parent, settings.get("path"), settings.get(key)))
@@ -116,12 +114,9 @@ def _annotations(
 
 def _label_file(image: Path) -> Path:
     """labels/ in the place of the last images/ in the path, as Ultralytics has it."""
-    parts = list(image.with_suffix(".txt").parts)
-    for at in range(len(parts) - 1, -1, -1):
-        if parts[at] == "images":
-            parts[at] = "labels"
-            break
-    return Path(*parts)
+    parts = image.with_suffix(".txt").parts
+    at = max((at for at, part in enumerate(parts) if part == "images"), default=None)
+    return Path(*parts) if at is None else Path(*parts[:at], "labels", *parts[at + 1 :])
 
 
 def _labels(

@@ -275,11 +275,10 @@ def in_thousandths(text: str, extent: Sequence[float]) -> str:
     Raises:
         ValueError: the numbers of a box can't be told from the others.
     """
-    parts, space = _PARTS.split(text), extent_of(extent)
-    before = ("", *parts)
+    parts = _PARTS.split(text)  # the last is no tag
     return "".join(
-        _part_in_thousandths(part, space, thought=mark == "<think>")
-        for mark, part in zip(before, parts, strict=False)
+        _part_in_thousandths(part, extent_of(extent), thought=parts[at - 1] == "<think>")
+        for at, part in enumerate(parts)
     )
 
 
