@@ -185,10 +185,10 @@ def _pick_split(data: Any, split: str, name: str | Path) -> datasets.Dataset:
     import datasets
 
     splits = data if isinstance(data, datasets.DatasetDict) else {"train": data}
-    return splits[_found_split(split, list(splits), name)]
+    return splits[_resolve_split(split, list(splits), name)]
 
 
-def _found_split(split: str, splits: Sequence[str], name: str | Path) -> str:
+def _resolve_split(split: str, splits: Sequence[str], name: str | Path) -> str:
     """The split, or the one that goes by another name for validation."""
     if split in splits:
         return split
@@ -220,7 +220,7 @@ def _load_file(path: Path, split: str, image_folder: Path | None = None) -> data
         return _load_parquet(_files_of(split, [path], path), path)
     if path.suffix not in FILE_SUFFIXES:
         raise ValueError(f"--dataset_name {path}: unknown kind of file; {_accepted()}")
-    _found_split(split, ["train"], path)
+    _resolve_split(split, ["train"], path)
     folder = path.parent if image_folder is None else image_folder
     try:
         account = Built()
@@ -305,17 +305,17 @@ def _files_on_card(folder: Path, split: str, config: str | None) -> list[str]:
     listed = [entry for entry in chosen[0]["data_files"] if isinstance(entry, dict)]
     paths = [entry.get("path") for entry in listed if entry.get("split") == split]
     patterns = [p for path in paths for p in (path if isinstance(path, list) else [path])]
-    found = [file for p in patterns if isinstance(p, str) and p for file in folder.glob(p)]
-    return [str(file) for file in sorted(found) if file.suffix == ".parquet" and file.is_file()]
+    matches = [file for p in patterns if isinstance(p, str) and p for file in folder.glob(p)]
+    return [str(file) for file in sorted(matches) if file.suffix == ".parquet" and file.is_file()]
 
 
 def _builder_files(builder: Any, split: str, name: str, expected: str, hint: str = "") -> list[str]:
     splits = {str(key): list(files) for key, files in (builder.config.data_files or {}).items()}
     kinds = {file.rsplit(".", 1)[-1] for files in splits.values() for file in files}
     if kinds != {"parquet"}:
-        found = ", ".join(sorted(kinds)) or "none"
-        raise ValueError(f"--dataset_name {name}: expected {expected}, got {found}{hint}")
-    return splits[_found_split(split, list(splits), name)]
+        got = ", ".join(sorted(kinds)) or "none"
+        raise ValueError(f"--dataset_name {name}: expected {expected}, got {got}{hint}")
+    return splits[_resolve_split(split, list(splits), name)]
 
 
 def _parquet_files(folder: Path) -> list[Path]:
@@ -350,7 +350,7 @@ def _files_of(split: str, files: Sequence[Path], where: Path) -> list[str]:
             f"every .parquet file or of none, got none in {listing(unnamed)}; rename or move these"
         )
     splits = splits or {"train": unnamed}
-    _check_shards(chosen := splits[_found_split(split, list(splits), where)], where)
+    _check_shards(chosen := splits[_resolve_split(split, list(splits), where)], where)
     return chosen
 
 
@@ -393,8 +393,8 @@ def _load_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
         return datasets.load_dataset(name, config, split=split, trust_remote_code=False)
     except Exception as error:  # network, hub, configuration and builder errors share no base
         if unknown := re.match(r"Unknown split .* Should be one of (\[.*\])", str(error)):
-            found = _found_split(split, re.findall(r"'([^']*)'", unknown[1]), name)
-            return datasets.load_dataset(name, config, split=found, trust_remote_code=False)
+            resolved = _resolve_split(split, re.findall(r"'([^']*)'", unknown[1]), name)
+            return datasets.load_dataset(name, config, split=resolved, trust_remote_code=False)
         raise _hub_error(name, error) from error
 
 
@@ -492,7 +492,7 @@ def _read_csv(path: Path, account: Built) -> list[dict[str, Any]]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that is there twice, the reader would take the last."""
+    """A JSON object without repeated keys, of which json.loads would keep the last."""
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]

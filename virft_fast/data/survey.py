@@ -29,7 +29,7 @@ SPEAKS_OF_PIXELS = "the question speaks of pixels"
 
 @dataclass
 class Survey:
-    """What was found in the first rows of a split.
+    """What the first rows of a split hold.
 
     Attributes:
         rows: of the split. read: those looked at.
@@ -116,24 +116,24 @@ def survey(
         most: no more rows than these are used.
         check: what the algorithm refuses of a sample, here one without its images, and why.
     """
-    found = Survey(len(samples) if most is None else min(most, len(samples)))
-    found.read = min(found.rows, MAX_STREAMED_ROWS if samples.streamed else MAX_ROWS)
+    result = Survey(len(samples) if most is None else min(most, len(samples)))
+    result.read = min(result.rows, MAX_STREAMED_ROWS if samples.streamed else MAX_ROWS)
     if samples.account is not None:
-        found.account.add(samples.account)
+        result.account.add(samples.account)
     layouts: dict[str, int] = {}
     without, images = [], set()
-    for index in range(found.read):
+    for index in range(result.read):
         try:
             if boxes:
-                _note_space(found, index, samples)
+                _note_space(result, index, samples)
             reading, sample = samples.outline(index)
             if wrong := check(sample) if check else None:
                 raise Unusable(wrong)
         except (Unusable, UnreadableImage) as error:
-            found.account.leave_out(_kind(str(error)), f"row {index}")
+            result.account.leave_out(_kind(str(error)), f"row {index}")
             continue
-        found.kept += 1
-        found.solutions.append(sample.solution)
+        result.kept += 1
+        result.solutions.append(sample.solution)
         layouts[reading.layout] = layouts.get(reading.layout, 0) + 1
         without += [] if reading.sources else [f"row {index}"]
         images.add(reading.image_column)
@@ -144,22 +144,22 @@ def survey(
         if samples.class_names.get(answered):
             changed = (f"numbers of the column {answered} to the names of its classes", *changed)
         for rule in (*reading.converted, *changed):
-            found.account.convert(rule, f"row {index}")
+            result.account.convert(rule, f"row {index}")
     named = ", ".join(f"{name} ({count})" for name, count in layouts.items())
     notes = [f"read from the columns {named or 'none'}"]
     if without:
         notes.append(f"without an image: {len(without)} ({listing(without)})")
     read = {*images, *(column for layout in layouts for column in layout.split(" + "))}
     others = [name for name in samples.names if name in CHOSEN_AMONG and name not in read]
-    if found.kept and (unread := [*others, *([] if images - {None} else samples.unread_images)]):
+    if result.kept and (unread := [*others, *([] if images - {None} else samples.unread_images)]):
         notes.append(f"not read: {', '.join(unread)}; --columns says which columns are")
     if taken := sorted(RESERVED & set(samples.names)):
         notes.append(f"rewards get the run's own {', '.join(taken)}, not the columns of that name")
-    found.account.notes += notes
-    return found
+    result.account.notes += notes
+    return result
 
 
-def _note_space(found: Survey, index: int, samples: SampleDataset) -> None:
+def _note_space(result: Survey, index: int, samples: SampleDataset) -> None:
     row, reading = samples.read(index)
     solution, problem = reading.solution, reading.problem
     if row.get("extent") is not None or not isinstance(solution, str):
@@ -170,18 +170,18 @@ def _note_space(found: Survey, index: int, samples: SampleDataset) -> None:
     if not numbers:
         return
     size = sizes[0] if sizes else (0, 0)
-    found.large += max(size) > THOUSAND
+    result.large += max(size) > THOUSAND
     for box in numbers:
         inside = 0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]
         if max(box) > THOUSAND and inside:
-            found.in_pixels.append(f"row {index}: a box {list(box)} in {size[0]}x{size[1]} pixels")
+            result.in_pixels.append(f"row {index}: a box {list(box)} in {size[0]}x{size[1]} pixels")
             return
     if PIXELS.search(problem):
-        found.in_pixels.append(f"row {index}: {SPEAKS_OF_PIXELS}")
+        result.in_pixels.append(f"row {index}: {SPEAKS_OF_PIXELS}")
     elif all(0 <= v <= 1 for box in numbers for v in box) and any(
         v != int(v) for box in numbers for v in box
     ):
-        found.in_unit.append(f"row {index}: a box {list(numbers[0])}")
+        result.in_unit.append(f"row {index}: a box {list(numbers[0])}")
 
 
 def _kind(reason: str) -> str:

@@ -29,15 +29,14 @@ def read_voc(source: Path) -> dict[str, Annotations]:
     """
     root = _root(source)
     images = ImageFiles(root / "JPEGImages" if (root / "JPEGImages").is_dir() else root)
+    folder = root / "Annotations"
     sets: dict[str, list[Path]] = {}
     for name, split in SETS.items():
         listed = root / "ImageSets" / "Main" / f"{name}.txt"
         if listed.is_file() and split not in sets:
             lines = listed.read_text(encoding="utf-8-sig").splitlines()
-            sets[split] = [
-                _file(root / "Annotations", line.strip()) for line in lines if line.strip()
-            ]
-    annotated = sorted((root / "Annotations").glob("*.xml"))
+            sets[split] = [_file(folder, line.strip()) for line in lines if line.strip()]
+    annotated = sorted(folder.glob("*.xml"))
     sets = sets or {"train": annotated}
     if "train" not in sets:
         raise ValueError(f"--source {root}: expected train or trainval in ImageSets/Main")
@@ -66,7 +65,7 @@ def _root(source: Path) -> Path:
     return roots[0]
 
 
-def _annotations(files: list[Path], found: ImageFiles, where: str) -> Annotations:
+def _annotations(files: list[Path], image_files: ImageFiles, where: str) -> Annotations:
     account = Built()
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -76,7 +75,7 @@ def _annotations(files: list[Path], found: ImageFiles, where: str) -> Annotation
         if tree is None:
             continue
         number = len(images)
-        name = _image_name(tree, file, found, account)
+        name = _image_name(tree, file, image_files, account)
         images.append({"id": number, "file_name": name, "width": tree.findtext("size/width"),
                        "height": tree.findtext("size/height")})  # fmt: skip
         for label, box, difficult in _objects(tree, file, account):
@@ -85,7 +84,7 @@ def _annotations(files: list[Path], found: ImageFiles, where: str) -> Annotation
                                 "iscrowd": int(difficult)})  # fmt: skip
     listed = [{"id": number, "name": name} for name, number in categories.items()]
     data = {"images": images, "annotations": annotations, "categories": listed}
-    return annotations_of(data, "coco", found.find, account, where)
+    return annotations_of(data, "coco", image_files.find, account, where)
 
 
 def _image_name(tree: ElementTree.Element, file: Path, images: ImageFiles, account: Built) -> str:
@@ -126,14 +125,14 @@ def _objects(
     tree: ElementTree.Element, file: Path, account: Built
 ) -> Iterator[tuple[str, list[float], bool]]:
     """Name, x, y, width and height, and whether it is difficult."""
-    for part in tree.iter("object"):
-        label = (part.findtext("name") or "").strip()
-        sides = [number_of(part.findtext(f"bndbox/{n}")) for n in ("xmin", "ymin", "xmax", "ymax")]
+    for item in tree.iter("object"):
+        label = (item.findtext("name") or "").strip()
+        sides = [number_of(item.findtext(f"bndbox/{n}")) for n in ("xmin", "ymin", "xmax", "ymax")]
         if not label or None in sides:
             account.leave_out("object without a name or four numbers", str(file))
             continue
         left, top, right, bottom = sides
-        difficult = (part.findtext("difficult") or "0").strip() == "1"
+        difficult = (item.findtext("difficult") or "0").strip() == "1"
         if difficult:
             account.convert("difficult object, ignored as a crowd", str(file))
         yield label, [left - 1, top - 1, right - left + 1, bottom - top + 1], difficult

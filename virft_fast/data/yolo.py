@@ -34,18 +34,18 @@ def read_yolo(source: Path) -> dict[str, Annotations]:
         raise ValueError(f"--source {file}: expected names of the classes, got {names!r:.80}")
     pairs = names.items() if isinstance(names, dict) else enumerate(names)
     categories = [{"id": key_of(number), "name": str(name)} for number, name in pairs]
-    found = {}
+    splits = {}
     for key, split in SPLITS.items():
         paths = list(_images(file.parent, settings.get("path"), settings.get(key)))
         if paths:
-            found[split] = _annotations(
+            splits[split] = _annotations(
                 paths, categories, f"--source {file}, {key}", bool(settings.get("kpt_shape"))
             )
-    if "train" not in found:
+    if "train" not in splits:
         raise ValueError(
             f"--source {file}: expected images where train: says, got {settings.get('train')!r}"
         )
-    return found
+    return splits
 
 
 def _yaml_file(source: Path) -> Path:

@@ -289,7 +289,8 @@ def _part_in_thousandths(text: str, extent: Extent, *, thought: bool) -> str:
     sides = _sides(text)
     if sides != [brackets.float_of(given[at]) if at < len(given) else None for at in places]:
         raise ValueError(f"expected boxes whose numbers stand alone, got {text!r:.120}")
-    new, numbers = {}, itertools.count()
+    new: dict[int, int] = {}
+    numbers = itertools.count()
     for at in range(0, len(sides), 4):
         box = to_thousand(sides[at : at + 4], extent)
         if valid_box(box) or not thought:
