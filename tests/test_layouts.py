@@ -170,7 +170,8 @@ def test_an_empty_list_in_a_cell_is_no_value(tmp_path):
         assert sample.columns["extent"] is None and sample.columns["choices"] is None
 
 
-@pytest.mark.parametrize("label, learned", [(False, 0), (0, 0), ("false", 0), ("False ", 0),
+# A number may be a class, too.
+@pytest.mark.parametrize("label, learned", [(False, 0), (0, 1), ("false", 0), ("False ", 0),
                                             (True, 1), (1, 1), ("1", 1), (None, 1)])  # fmt: skip
 def test_an_answer_labelled_bad_is_not_learned(label, learned):
     sample = read({"prompt": "?", "completion": "cat", "label": label})

@@ -284,7 +284,7 @@ def _ground_truth(row: Row, question: _Question) -> Any:
 def _completion(row: Row, question: _Question) -> Any:
     """TRL's; one that is labelled as bad is no answer to learn."""
     label = row.get("label")
-    if row.get("completion") is not None and str(label).strip().lower() in ("false", "0", "0.0"):
+    if row.get("completion") is not None and str(label).strip().lower() == "false":
         raise Unusable(f"completion: expected a good one, got the label {label}")
     return spoken_text(row.get("completion"))
 
