@@ -100,7 +100,9 @@ def parse_label(text: str) -> list[str]:
 
 
 _WRAPPERS = ('""', "''", "()", "[]", "{}", "「」", "『』", "《》", "【】", "〈〉", "$$", "**")
-_BOXED = re.compile(r"\\(?:boxed|text|mathrm|mathbf|textbf) ?\{(.*)\}")
+_BOXED = re.compile(
+    r"\\(?:(?:boxed|text|mathrm|mathbf|textbf) ?\{(.*)\}|\((.*)\\\)|\[(.*)\\\])", re.DOTALL
+)
 _OPENING = re.compile(r"[-*•] (?=[^\d.$€£¥₹])|[:;?¿¡•·'\"]|[.,](?! ?\d)|#+ ")
 _CLOSING = " .,:;?。、।…‥"
 # After a digit these are feet, inches, a factorial.
@@ -119,7 +121,7 @@ def peel(text: str) -> str:
         if text[:1] + text[-1:] in _WRAPPERS and "," not in inside:
             text = inside
         if boxed := _BOXED.fullmatch(text):
-            text = boxed[1]
+            text = boxed[boxed.lastindex or 0].strip()
         if opening := _OPENING.match(text):
             text = text[opening.end() :]
         text = _UNPAIRED.sub("", text.rstrip(_CLOSING)).strip()
@@ -162,7 +164,7 @@ def _key(text: str) -> str:
 _THING = (
     "(?:final |correct |right |best )?(?:answer|class|label|category|species|breed|make|model|type|"
     "name|object|subject|image|picture|photo|photograph|animal|plant|flower|pet|car|aircraft|"
-    "airplane|plane|dog|cat|bird|thing|result|number|digit|letter|word|value|color|colour|sign)"
+    "airplane|plane|dog|cat|bird|thing|result|number|digit|letter|word|value|color|colour|sign|option|choice)(?: name)?"
 )
 # Before a name, by language, in folded text. None of them holds a negation or a doubt.
 LEAD_INS: dict[str, str] = {
@@ -170,8 +172,8 @@ LEAD_INS: dict[str, str] = {
         rf"(?:(?:so|thus|therefore),? )?(?:(?:(?:this|that|it|(?:(?:the|my|this|its) )?"
         rf"{_THING}(?: (?:of|in|on) (?:the|this) {_THING}){{0,2}})"
         rf"(?:'s| is| are| shows| depicts| contains)(?: called| classified as)?(?: ?:| )"
-        r"|(?:the |my )?(?:(?:final |correct |right |best )?(?:answer|class|label|category|species|"
-        r"breed|make|model|result)) ?[:=]|i see ) ?)"
+        r"|(?:the |my )?(?:(?:final |correct |right |best )?(?:(?:answer|class|label|category|"
+        r"species|breed|make|model|result)(?: name)?|name)) ?[:=]|i see ) ?)"
     ),
     "Chinese": (
         "(?:(?:[这這那](?:[张張]?(?:图片|圖片|图像|图|圖|照片))?|它|[图圖](?:片|像)?[中里]|照片[中里])"

@@ -23,13 +23,16 @@ LETTERS = "abcdefghij"  # of options that a row doesn't list
 _MAX_CHOICE = 2000  # characters
 _ROMAN = dict(zip("i ii iii iv v vi vii viii ix x xi xii".split(), range(1, 13), strict=True))
 _OPTION = re.compile(
-    r"(?:(?:option|choice|answer|opción|opção|opzione|вариант|विकल्प|选项|選項|选择?|選擇?|選択肢|"
-    r"선택지)(?: is)? ?[:#]? ?)?[(\[]?(?P<name>[a-z]|\d{1,2}|[ivx]{2,4})[)\]]?"
-    r"(?:[.:)\]、](?!\d) ?(?P<text>.+))?"
+    r"(?:(?:option|choice|answer|opción|opção|opzione|вариант|विकल्प|选项|選項|故?选择?|故?選擇?|"
+    r"選択肢|선택지)(?: is)? ?[:#]? ?)?[(\[]?(?P<name>[a-z]|\d{1,2}|[ivx]{2,4})[)\]]?"
+    r"(?: is (?:the )?(?:correct|right)(?: (?:answer|option|choice))?"
+    r"|(?:[.:)\]、](?!\d)|(?<!\d) - ) ?(?P<text>.+))?"
 )
 # A letter or number alone, also among characters that no spaces part.
 _LATIN = "[a-z0-9\u00c0-\u024f\u1e00-\u1eff]"
-_ALONE = re.compile(rf"(?<!{_LATIN})(?:[ivx]{{2,4}}|[a-z]|\d{{1,2}})(?!{_LATIN}|'{_LATIN}|\.\d)")
+_ALONE = re.compile(
+    rf"(?<!{_LATIN})(?:[ivx]{{2,4}}|[a-z]|\d{{1,2}})(?!{_LATIN}|'{_LATIN}|\.\d| ?=)"
+)
 _ARTICLE = re.compile(r"[ai] [^\W\d_]{2}")
 # Words after an option's letter that take it back or doubt it.
 _TAKEN_BACK = frozenset(
@@ -51,9 +54,17 @@ _TAKEN_BACK_WITHIN = re.compile(
     r"n't|\bn'|[≠¬❌✗✘]|[不没沒非无無未否错錯除别別違誤]|以外|ない|なく|なし|ませ|"
     r"じゃな|あらず|ちが|아[니닌님닙닐]|않|못|없|제외|틀[렸린림]|말고|빼고"
 )
-# The letter of "vitamin C" is no option's.
+# Where an option's text may begin with a negation, as "No" and "None of the above" do. It does not
+# where one of the other words judges the option: "Not correct".
+_NEGATIVE = frozenset(
+    "no non none not nothing neither never cannot can false nein faux нет".split()
+)
+_JUDGING = frozenset("correct right true answer option choice it this that one way".split())
+# The letters of "vitamin C", "triangle E", "20 g" and "x = c" name no option.
 _LETTERED = re.compile(
-    rf"(vitamin[ae]? |hepatitis |type |class |grade |维生素 ?|ビタミン|비타민 ?)[a-z](?!{_LATIN})"
+    r"((?:vitamin[ae]?|hepatitis|type|class|grade|triangle|point|angle|line|figure|group|team) |"
+    r"维生素 ?|ビタミン|비타민 ?|[∠△] ?|\w ?= ?|[\d°] ?(?=[acfghj](?! ?[.:)\]、])))"
+    rf"[a-z](?!{_LATIN})"
 )
 
 
@@ -65,15 +76,17 @@ def option_of(text: str, options: Sequence[str] | None = None) -> str | None:
         options: their texts, in order, where the row lists them. Letters and numbers then go as
             far as they do, else letters to "j" (and Roman "v" and "x"), and a text after the
             letter may be that of its option, whatever words are in it, but of no other. Else it
-            may be any text that negates nothing and names no second letter.
+            may be any text that takes nothing back and names no second letter.
     """
     text = answer_text(text)
     if len(text) > _MAX_CHOICE:
         return None
-    found = next(filter(None, map(_OPTION.fullmatch, readings(text))), None)
-    if found is None:
+    lines = text.replace("\n", ": ", 1)  # a letter's line, then its text
+    spellings = (*readings(text), *readings(lines))
+    option = next(filter(None, map(_OPTION.fullmatch, spellings)), None)
+    if option is None:
         return None
-    name, said = found["name"], found["text"]
+    name, said = option["name"], option["text"]
     place = _place(name, options)
     if place is None:
         return None
@@ -82,47 +95,63 @@ def option_of(text: str, options: Sequence[str] | None = None) -> str | None:
     if said is None or place in named:
         return name
     others = [readings(option)[-1] for n, option in texts if n != place]
-    return None if named or mentioned(said, others) or _takes_back(said, name, options) else name
+    return (
+        None if named or mentioned(said, others) or _takes_back(said, name, options, text) else name
+    )
 
 
 def _place(name: str, options: Sequence[str] | None) -> int | None:
     """Which option a name is, from 1; None if there are not so many."""
     if name.isdecimal():
-        place, most = int(name), 99
+        place, limit = int(name), 99
     elif len(name) == 1 and (options or name in LETTERS):
-        place, most = ord(name) - ord("a") + 1, len(LETTERS)
+        place, limit = ord(name) - ord("a") + 1, len(LETTERS)
         if options and place > len(options):
             place = _ROMAN.get(name, place)
     else:
-        place, most = _ROMAN.get(name, 100), 99
-    return place if place <= (len(options) if options else most) else None
+        place, limit = _ROMAN.get(name, 100), 99
+    return place if place <= (len(options) if options else limit) else None
 
 
 def _text_of(option: str) -> str:
     """An option's text, without a letter of its own."""
-    found = _OPTION.fullmatch(peel(fold(option)))
-    return found["text"] if found and found["text"] else option
+    match = _OPTION.fullmatch(peel(fold(option)))
+    return (match and match["text"]) or option
 
 
-def _takes_back(said: str, name: str, options: Sequence[str] | None) -> bool:
-    """Whether a text after an option's letter negates it, or may name another option."""
+def _takes_back(said: str, name: str, options: Sequence[str] | None, text: str) -> bool:
+    """Whether the text after an option's letter rejects it, or may name another option.
+
+    Args:
+        text: the whole answer, not folded. A negation with a capital begins an option's text.
+    """
     said = _LETTERED.sub(r"\1", said)
     for other in _ALONE.finditer(said):
         article = _ARTICLE.match(said, other.start())
-        # Where the options aren't known, those of letters are not numbered as well.
-        alike = options is not None or other[0].isdecimal() == name.isdecimal()
+        # Where the options aren't known, those of letters have no numbers, and no Roman ones.
+        alike = options is not None or (
+            other[0].isdecimal() == name.isdecimal()
+            and (other[0].isdecimal() or other[0] in LETTERS or name in _ROMAN)
+        )
         if other[0] != name and not article and alike and _place(other[0], options) is not None:
             return True
+    head, *rest = [*words(said), ""]
+    capitals = {head.capitalize(), head.upper()}
+    if options is None and head in _NEGATIVE and not capitals.isdisjoint(re.findall(r"\w+", text)):
+        if not _JUDGING.isdisjoint(rest) or name in rest or (head == "not" and not rest[1:]):
+            return True
+        said = " ".join(rest[1:] if head == "can" else rest)
     return bool(_TAKEN_BACK_WITHIN.search(said)) or not _TAKEN_BACK.isdisjoint(words(said))
 
 
 # --- Numbers ---------------------------------------------------------------------------------
 
 _MAX_NUMBER = 500  # characters
+_UNIT = r"[^\W\d_]{1,12}(?:\^\d|[²³])?"
 _NUMBER = re.compile(
     r"(?P<sign>[-+]?) ?(?P<currency>[$€£¥₹]?) ?(?P<whole>(?!0)\d{1,3}(?:,\d{3})+|\d{1,60})?"
     r"(?P<decimals>\.\d{1,60})?(?:e(?P<power>[-+]?\d{1,2}))?(?: ?/ ?(?P<below>\d{1,60}))?"
-    r" ?(?P<unit>%|°?[^\W\d_]{0,12})"
+    rf" ?(?P<unit>%|°?(?:{_UNIT}(?:/{_UNIT})?)?)"
 )
 
 
@@ -141,15 +170,16 @@ def number_of(text: str) -> Number | None:
     if len(text) > _MAX_NUMBER:
         return None
     for reading in reversed(readings(text)):  # です is no unit
-        found = _NUMBER.fullmatch(reading.replace("−", "-"))
-        if not found or not (found["whole"] or found["decimals"]):
+        match = _NUMBER.fullmatch(reading.replace("−", "-"))
+        if not match or not (match["whole"] or match["decimals"]):
             continue
-        if not (below := Fraction(found["below"] or 1)):
+        if not (below := Fraction(match["below"] or 1)):
             continue
-        value = Fraction((found["whole"] or "0").replace(",", "") + (found["decimals"] or ""))
-        value = value * Fraction(10) ** int(found["power"] or 0) / below
-        value = -value if found["sign"] == "-" else value
-        return Number(value, found["currency"] + found["unit"], found["below"] is not None)
+        value = Fraction((match["whole"] or "0").replace(",", "") + (match["decimals"] or ""))
+        value = value * Fraction(10) ** int(match["power"] or 0) / below
+        value = -value if match["sign"] == "-" else value
+        unit = match["unit"].replace("²", "^2").replace("³", "^3")
+        return Number(value, match["currency"] + unit, match["below"] is not None)
     return None
 
 
@@ -174,22 +204,40 @@ _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega
 _NAMED = re.compile(
     rf"(?P<name>(?:[A-Za-z]|\\(?:{_GREEK}))(?:_\{{?\w{{1,3}}\}}?)?'?(?:\([a-z]\))?) ?= ?(?P<is>.+)"
 )
+_TEXT = r"\\(?:text|mathrm|mbox) ?\{[^{}]*\}"
+_NORMAL = [  # spellings of one formula
+    (re.compile(r"√ ?(?:\(([^()]*)\)|(\d+|[A-Za-z](?![A-Za-z])))"), r"\\sqrt{\1\2}"),
+    (re.compile(r"π|\\pi(?![A-Za-z])"), r"\\pi "),
+    (re.compile(r"\^ ?\{? ?(?:\\circ|°) ?\}?|\\degree|°"), r"^{\\circ}"),
+    (re.compile(r"≤|\\leq?(?![A-Za-z])"), r"\\leq "),
+    (re.compile(r"≥|\\geq?(?![A-Za-z])"), r"\\geq "),
+    (re.compile(r"\^ ?\{(\w)\}(?! ?[\w^])"), r"^\1"),
+    (re.compile(r"\\(?:left|right)(?![A-Za-z]) ?|\\[!,]"), ""),
+]
 _SPELLED = [  # LaTeX -> what `number_of` reads
+    (re.compile(r"^(\\[dt]?frac ?\{(?:\d+\}\{)?)-"), r"-\1"),
     (re.compile(r"(?<![\d.])\\[dt]?frac ?(?:\{(\d+)\}\{(\d+)\}|(\d)(\d)(?!\d))"), r"\1\3/\2\4"),
     (re.compile(r"(?<=\d) ?(?:\\times|\\cdot|×) ?10\^(?:\{(-?\d\d?)\}|(\d))"), r"e\1\2"),
     (re.compile(r"\\(?:text|mathrm|mbox) ?\{([^{}]*)\}"), r" \1"),
     (re.compile(r"(?<=\d)\{,\}(?=\d{3})"), ","),
-    (re.compile(r"\\([%$])|\^\{?(?:\\circ|°)\}?|\\[!,]"), r"\1"),
+    (re.compile(r"\^\{\\circ\} *(?!$)"), "°"),
+    (re.compile(r"\\([%$])|\^\{\\circ\}"), r"\1"),
 ]
 # What may stand anywhere in a formula of one value. All else joins values or compares them, and is
-# only read where the truth has the same: = < , \pm \cup \text{or} and so on.
-_PART = re.compile(r"\\(?:text|mathrm|mbox) ?\{[^{}]*\}|\\[A-Za-z]+|\\.|.", re.DOTALL)
+# only read where the truth has the same: = < , \pm \cup \text{or} and so on. A text comes with its
+# exponent, and "ABC" and "east" are one token: their letters aren't factors.
+_TOKEN = re.compile(
+    rf"{_TEXT}(?:\^(?:\{{[^{{}}]*\}}|\w))?|\\[A-Za-z]+|\\.|[A-Z]{{2,}}|[A-Za-z]{{4,}}|.",
+    re.DOTALL,
+)
 _ONE_VALUE = frozenset(
-    r"\frac \dfrac \tfrac \sqrt \cdot \times \div \left \right \circ \pi \infty \sin \cos \tan \cot"
-    r" \sec \csc \arcsin \arccos \arctan \log \ln \exp \overline".split()
+    r"\frac \dfrac \tfrac \sqrt \cdot \times \div \pi \infty \sin \cos \tan \cot \sec"
+    r" \csc \arcsin \arccos \arctan \log \ln \exp \overline".split()
 ) | {rf"\{name}" for name in _GREEK.split("|")}
-_PUNCTUATION = frozenset("0123456789+-−*/^_(){}.' ·×÷√π∞°")
+_PUNCTUATION = frozenset("0123456789+-−*/^_(){}.' ·×÷∞")
 _FUNCTIONS = re.compile(r"(?<![A-Za-z\\])(?:sqrt|sin|cos|tan|log|ln|exp|pi)(?![A-Za-z])")
+# A quotient that may end before or after the factor that follows.
+_AMBIGUOUS = re.compile(rf"/ ?\d+ ?(?:[A-Za-z(]|\\(?:pi|sqrt|[dt]?frac|{_GREEK}))")
 # Large powers, factorials and numbers, and two numbers side by side.
 _UNREAD = re.compile(
     r"\^ ?\{? ?[-(]*\d{3,}|\^\d*\^|\^ ?\\(?!circ|pi|theta)|(?:\d{3}|[)}\]!]) ?!|\d{60}|"
@@ -227,27 +275,40 @@ def _warm_up(math_verify: Any) -> None:
 def same_formula(answer: str, truth: str) -> bool:
     """Whether an answer is one value and the truth's, by math-verify.
 
-    Where the truth is a number, so must be the answer. Else signs and words that could join several
-    values, or say something about one, must be those of the truth.
+    Where the truth is a number, so must be the answer. Otherwise signs and words that could join
+    several values or qualify one must match the truth's, and so must what math-verify drops or
+    reorders: units, texts, factorials, degrees, names such as ABC, the brackets of a tuple.
+    "1/2x" has two readings and equals only itself.
 
     Raises:
         ValueError: math-verify is not installed.
     """
     math_verify = import_math_verify()
-    given, wanted = (peel(answer_text(text).strip()) for text in (answer, truth))
+    raw = [_rewrite(answer_text(text).strip(), _NORMAL) for text in (answer, truth)]
+    given, wanted = map(peel, raw)
     if not given or len(given) > MAX_FORMULA:
         return False
     (given_name, given), (name, wanted) = _named(given), _named(wanted)
     if given_name and name and given_name != name:
         return False
+    factorials = raw[0].count("!") == raw[1].count("!")
     if " ".join(given.split()) == " ".join(wanted.split()):
-        return True
-    if (number := number_of(_spelled(wanted))) is not None:
-        read = number_of(_spelled(given))
-        if read is not None and not read.unit and number.unit.isalpha():  # the unit may be missing
-            read = read._replace(unit=number.unit)
+        return factorials
+    ambiguous = any(map(_AMBIGUOUS.search, (given, wanted)))
+    spelled = [_rewrite(text, _SPELLED) for text in (given, wanted)]
+    read, number = map(number_of, spelled)
+    # A space tells the unit of "2 m" from the variable of "2x".
+    spaced, has_unit = (bool(re.search(r"\d [^\W\d_]", text)) for text in spelled)
+    is_number = has_unit or (spaced and not ambiguous)
+    if number is not None and (is_number or not number.unit.isalpha()):
+        if read is not None and not read.unit and has_unit:
+            read = read._replace(unit=number.unit)  # the unit may be missing
         return read is not None and _equal(read, number)
-    if _UNREAD.search(given) or not (_is_small(given) and _is_as_single(given, wanted)):
+    if any(re.search(_TEXT, text) and not re.search(_TEXT, peel(text)) for text in raw):
+        return factorials and fold(given) == fold(wanted)
+    if ambiguous or not factorials or _UNREAD.search(given) or not _is_small(given):
+        return False
+    if not _is_as_single(given, wanted):
         return False
     _warm_up(math_verify)
     return _within(_MAX_CALLS, lambda: _verify(math_verify, given, wanted))
@@ -255,14 +316,12 @@ def same_formula(answer: str, truth: str) -> bool:
 
 def _named(text: str) -> tuple[str, str]:
     """Name and value of "x = 5"; "" for a name where there is none."""
-    found = _NAMED.fullmatch(text)
-    return (found["name"], found["is"].strip()) if found and "=" not in found["is"] else ("", text)
+    match = _NAMED.fullmatch(text)
+    return (match["name"], match["is"].strip()) if match and "=" not in match["is"] else ("", text)
 
 
-def _spelled(text: str) -> str:
-    for pattern, plain in _SPELLED:
-        text = pattern.sub(plain, text)
-    return text
+def _rewrite(text: str, rules: Sequence[tuple[re.Pattern[str], str]]) -> str:
+    return functools.reduce(lambda text, rule: rule[0].sub(rule[1], text), rules, text)
 
 
 def _is_small(text: str) -> bool:
@@ -291,16 +350,18 @@ def _is_small(text: str) -> bool:
 
 
 def _is_as_single(given: str, wanted: str) -> bool:
-    """Whether a formula has no joints and no letters but those of the truth."""
-    (joints, letters), (known_joints, known_letters) = _joints(given), _joints(wanted)
-    return joints == known_joints and letters <= known_letters
+    """Whether a formula has the truth's joints and no other letters, and is a tuple if it is one."""
+    (joints, letters), (true_joints, true_letters) = _joints(given), _joints(wanted)
+    if "," in wanted and given.startswith("(") != wanted.startswith("("):
+        return False
+    return joints == true_joints and letters <= true_letters
 
 
 def _joints(text: str) -> tuple[Counter[str], set[str]]:
-    """What may join values, how often; and the letters, those of known functions left out."""
-    parts = _PART.findall(_FUNCTIONS.sub("", text))
-    letters = {part for part in parts if part.isalpha()}
-    return Counter(p for p in parts if p not in _ONE_VALUE | _PUNCTUATION | letters), letters
+    """What may join values or isn't multiplied, with counts; and the letters outside functions."""
+    tokens = _TOKEN.findall(_FUNCTIONS.sub("", text))
+    letters = {token for token in tokens if token.isalpha() and len(token) == 1}
+    return Counter(t for t in tokens if t not in _ONE_VALUE | _PUNCTUATION | letters), letters
 
 
 def _verify(math_verify: Any, given: str, wanted: str) -> bool:
@@ -316,12 +377,12 @@ def _verify(math_verify: Any, given: str, wanted: str) -> bool:
         return False
 
 
-def _within(most: int, compare: Callable[[], bool]) -> bool:
-    """What `compare` says, or false after `most` calls of functions: a bound that holds on any
+def _within(limit: int, compare: Callable[[], bool]) -> bool:
+    """What `compare` says, or false after `limit` calls of functions: a bound that holds on any
     thread and is the same on every machine. Where a profiler runs there is no bound."""
     if sys.getprofile() is not None:
         return compare()
-    left = most
+    left = limit
 
     def count(frame: Any, event: str, argument: Any) -> None:
         nonlocal left
