@@ -153,7 +153,8 @@ def test_spellings_of_one_name(answer, label):
 
 SENTENCES = {
     "English": ("cat", ["This is a cat.", "It's a cat", "the answer is: a cat", "Answer: cat",
-                        "The animal in the image is a cat", "The species of the pet is: cat"]),
+                        "The animal in the image is a cat", "The species of the pet is: cat",
+                        "species name: cat", "The breed name is cat", "Name: cat"]),
     "Chinese": ("猫", ["这是一只猫", "答案是猫", "图片中的动物是猫。", "答案：猫", "這是猫"]),
     "Japanese": ("猫", ["これは猫です", "答えは猫です。", "この動物は猫だ"]),
     "Korean": ("고양이", ["이것은 고양이입니다", "정답: 고양이", "이 동물은 고양이이다"]),
@@ -206,6 +207,8 @@ def test_what_an_object_is_may_only_stand_after_its_name():
         (["BAE 146-200", "DC-10"], "British Aerospace BAE 146-200", "BAE 146-200"),
         (["sun", "flo", "wer", "sunflower"], "sun flo wer", None),
         (["cat", "boxed"], "\\boxed{cat}", "cat"),
+        (SETS["pets"], "A Maine Coon cat", "Maine_Coon"),
+        (SETS["pets"], "Species name: a Maine Coon cat", "Maine_Coon"),
     ],
 )  # fmt: skip
 def test_a_word_of_another_label_is_not_neutral(names, answer, label):

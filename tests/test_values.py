@@ -121,6 +121,30 @@ def test_options_that_are_taken_back_or_joined(answer):
     assert not any(pays(CHOICE, answer, truth) for truth in ["A", "B", "C", "D", "1", "2", "5"])
 
 
+@pytest.mark.parametrize(
+    "answer, truth",
+    [("B. No", "B"), ("B) NO", "B"), ("B. False", "B"), ("D. Cannot be determined", "D"),
+     ("D. Can't be determined", "D"), ("B. None of the above", "B"), ("A. Not visible", "A"),
+     ("B. 20 g", "B"), ("B. 20 °C", "B"), ("B. 12 V", "B"), ("B. World War II", "B"),
+     ("B. x = 5", "B"), ("B. E = mc^2", "B"), ("B. y = c", "B"), ("D. Triangle E", "D"),
+     ("The correct option is B.", "B"), ("Option B is correct", "B"), ("B is correct", "B"),
+     ("B\ncat", "B"), ("(B)\na cat", "B"), ("2\na cat", "2"), ("B - a cat", "B"),
+     ("\\(B\\)", "B"), ("故选B", "B")],
+)  # fmt: skip
+def test_an_options_text_may_negate_or_hold_units_and_variables(answer, truth):
+    assert pays(CHOICE, answer, truth) and not pays(CHOICE, answer, "C")
+
+
+@pytest.mark.parametrize(
+    "answer", ["A. or B", "A. not A", "A. Not A", "A. Not", "A. Not correct", "A. Not this one",
+               "A. No, B", "A. No. It isn't", "A. Wrong", "A. Rejected", "A. is not it", "A - B",
+               "A - not B", "A\nB", "A\nB\nC", "A. 1 C. 2", "A is not correct",
+               "A is correct or B is correct", "I. V", "1 - 5"],
+)  # fmt: skip
+def test_a_text_that_judges_its_option_or_names_another_is_none(answer):
+    assert not any(pays(CHOICE, answer, truth) for truth in ["A", "B", "C", "I", "V", "1", "5"])
+
+
 def test_a_row_may_list_its_options():
     listed = ["a cat", "not a cat", "C. a dog and a cat", "none of the above"]
 
@@ -145,6 +169,7 @@ def test_a_row_may_list_its_options():
     [("5", "5"), ("5.0", "5"), ("+5", "5"), ("-5", "-5"), ("−5", "-5"), ("1,234", "1234"),
      ("1/2", "0.5"), ("10/4", "2.5"), ("2", "4/2"), ("4/2", "2/1"), ("2e3", "2000"), ("1e1", "10"),
      ("５", "5"), ("५", "5"), ("5です", "5"), ("5 है", "5"), ("80%", "80 %"), ("$5", "$5.00"),
+     ("12 km/h", "12 km/h"), ("5 m/s²", "5 m/s^2"), ("12 cm^2", "12cm²"),
      ("5 cm", "5cm"), ("5 KM", "5 km"), ("5 MM", "5 mm"), ("5MW", "5 MW"),
      (".5", "0.5"), ("The answer is 5.", "5"), ("\\boxed{5}", "5")],
 )  # fmt: skip
@@ -156,7 +181,8 @@ def test_equal_numbers(answer, truth):
     "answer, truth",
     [("-5", "5"), ("3.5", "35"), ("1/2", "12"), ("5%", "5"), ("$5", "5%"), ("5 or 6", "5"),
      ("5, 6", "5"), ("5 6", "56"), ("5-6", "5"), ("<5", "5"), ("5 cm", "5 mm"),
-     ("5 mW", "5 MW"), ("5 M\u2126", "5 m\u2126"), ("5 pA", "5 Pa"), ("not 5", "5"),
+     ("12 km/h", "12 km"), ("12 cm^2", "12 cm"), ("12 cm^2", "12 cm^3"), ("5 cm/5", "5 cm"),
+     ("5^2", "5"), ("5 mW", "5 MW"), ("5 M\u2126", "5 m\u2126"), ("5 pA", "5 Pa"), ("not 5", "5"),
      ("1/0", "1"), ("", "0"), ("nan", "0"), ("inf", "0"), ("5" * 400, "5"), ("1e999", "1"),
      ("1,23", "123"), ("five", "5"), ("5 5", "5"), ("0x5", "5"), ("4/2", "2"), ("0/5", "0"),
      ("2-3", "2"), ("2..3", "2"), ("2~3", "2"), ("2±1", "2"), ("~2", "2"), ("≈2", "2"),
@@ -176,7 +202,15 @@ def test_other_numbers(answer, truth):
      ("2\\sqrt{2}", "\\sqrt{8}"), ("(1,2)", "(1, 2)"), ("2x+1", "y=2x+1"), ("x > 5", "x>5"),
      ("x^2+y^2-1=0", "x^2+y^2=1"), ("1.5\\times10^3", "1500"), ("45^\\circ", "45^{\\circ}"),
      ("5", "5\\text{ cm}"), ("50\\%", "50%"), ("\\{2,1\\}", "\\{1,2\\}"),
-     ("\\pi/4", "\\frac{\\pi}{4}")],
+     ("\\pi/4", "\\frac{\\pi}{4}"), ("\\(5\\)", "5"), ("\\[\n5\n\\]", "5"),
+     ("6\\pi", "6π"), ("6π", "6\\pi"), ("2√3", "2\\sqrt{3}"), ("√(12)", "2\\sqrt{3}"),
+     ("90°", "90^{\\circ}"), ("\\sqrt{12}^{°}", "2\\sqrt{3}^\\circ"),
+     ("20^\\circ\\text{C}", "20 °C"),
+     ("\\frac{-1}{3}", "-\\frac{1}{3}"), ("-\\frac13", "\\frac{1}{-3}"),
+     ("x \\le 3", "x \\leq 3"), ("x≥3", "x \\ge 3"), ("\\left(1,2\\right)", "(1,2)"),
+     ("36\\pi\\text{ cm}^{2}", "36\\pi\\text{ cm}^2"), ("12", "12\\text{ cm}^2"),
+     ("1/2 cm", "\\frac{1}{2}\\text{ cm}"), ("5\\text{ cm}", "5cm"), ("East", "\\text{east}"),
+     ("1/2x", "1/2x"), ("x/2", "\\frac{1}{2}x"), ("zyx", "xyz"), ("AB+CD", "CD + AB")],
 )  # fmt: skip
 def test_equal_formulas(answer, truth):
     pytest.importorskip("math_verify")
@@ -200,6 +234,14 @@ def test_equal_formulas(answer, truth):
      ("2^\\frac{9^9}{1}", "\\pi"),
      ("((9^{99}+1)^{99}+1)^{99}", "\\pi"), ("2^{9}^{9}", "\\pi"), ("9^9^9", "\\pi"),
      ("(9^{99})!", "3!x"), ("99999!", "3!x"), ("\\binom{9^{99}}{9}", "\\binom{x}{2}"),
+     ("36\\pi\\text{ cm}^2", "36\\pi\\text{ cm}^3"), ("12\\text{ cm}^2", "12\\text{ cm}^3"),
+     ("\\sqrt{2}\\text{ cm}^2", "\\sqrt{2}\\text{ cm}"), ("\\angle BAC", "\\angle ABC"),
+     ("ACB", "ABC"), ("\\text{seat}", "\\text{east}"), ("seat", "east"),
+     ("2\\sqrt{2}!", "2\\sqrt{2}"), ("2\\sqrt{2}", "2\\sqrt{2}!"),
+     ("\\sqrt{3}^\\circ", "\\sqrt{3}"),
+     ("(1,2)", "1,2"), ("1,2", "(1,2)"), ("1/2x", "\\frac{1}{2x}"), ("1/2x", "\\frac{1}{2}x"),
+     ("1/2 x", "\\frac{1}{2}x"), ("1/2\\pi", "\\frac{1}{2\\pi}"), ("2", "2x"),
+     ("\\(5\\) or \\(6\\)", "5"), ("x\\le3", "x\\ge3"),
      ("2^{9", "\\pi"), ("(((" * 9 + "\\pi", "\\pi"), ("\\frac{", "\\pi")],
 )  # fmt: skip
 def test_other_formulas(answer, truth):

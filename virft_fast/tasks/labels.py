@@ -100,9 +100,7 @@ def parse_label(text: str) -> list[str]:
 
 
 _WRAPPERS = ('""', "''", "()", "[]", "{}", "「」", "『』", "《》", "【】", "〈〉", "$$", "**")
-_BOXED = re.compile(
-    r"\\(?:(?:boxed|text|mathrm|mathbf|textbf) ?\{(.*)\}|\((.*)\\\)|\[(.*)\\\])", re.DOTALL
-)
+_BOXED = re.compile(r"(?s)\\(?:(?:boxed|text|mathrm|mathbf|textbf) ?\{|[([])(.*)(?:\}|\\[)\]])")
 _OPENING = re.compile(r"[-*•] (?=[^\d.$€£¥₹])|[:;?¿¡•·'\"]|[.,](?! ?\d)|#+ ")
 _CLOSING = " .,:;?。、।…‥"
 # After a digit these are feet, inches, a factorial.
@@ -121,7 +119,7 @@ def peel(text: str) -> str:
         if text[:1] + text[-1:] in _WRAPPERS and "," not in inside:
             text = inside
         if boxed := _BOXED.fullmatch(text):
-            text = boxed[boxed.lastindex or 0].strip()
+            text = boxed[1].strip()
         if opening := _OPENING.match(text):
             text = text[opening.end() :]
         text = _UNPAIRED.sub("", text.rstrip(_CLOSING)).strip()
@@ -161,65 +159,44 @@ def _key(text: str) -> str:
 
 # --- Lead-ins --------------------------------------------------------------------------------
 
+_RIGHT = "(?:final |correct |right |best )?"
 _THING = (
-    "(?:final |correct |right |best )?(?:answer|class|label|category|species|breed|make|model|type|"
-    "name|object|subject|image|picture|photo|photograph|animal|plant|flower|pet|car|aircraft|"
-    "airplane|plane|dog|cat|bird|thing|result|number|digit|letter|word|value|color|colour|sign|option|choice)(?: name)?"
+    rf"{_RIGHT}(?:answer|class|label|category|species|breed|make|model|type|name|object|subject|"
+    "image|picture|photo|photograph|animal|plant|flower|pet|car|aircraft|airplane|plane|dog|cat|"
+    "bird|thing|result|number|digit|letter|word|value|color|colour|sign|option|choice)(?: name)?"
 )
 # Before a name, by language, in folded text. None of them holds a negation or a doubt.
 LEAD_INS: dict[str, str] = {
-    "English": (
-        rf"(?:(?:so|thus|therefore),? )?(?:(?:(?:this|that|it|(?:(?:the|my|this|its) )?"
-        rf"{_THING}(?: (?:of|in|on) (?:the|this) {_THING}){{0,2}})"
-        rf"(?:'s| is| are| shows| depicts| contains)(?: called| classified as)?(?: ?:| )"
-        r"|(?:the |my )?(?:(?:final |correct |right |best )?(?:(?:answer|class|label|category|"
-        r"species|breed|make|model|result)(?: name)?|name)) ?[:=]|i see ) ?)"
-    ),
-    "Chinese": (
-        "(?:(?:[这這那](?:[张張]?(?:图片|圖片|图像|图|圖|照片))?|它|[图圖](?:片|像)?[中里]|照片[中里])"
-        "(?:[中里]?的?(?:物体|动物|動物|植物|花|汽?[车車]|飞机|飛機|品种|类别|种类|对象))?(?:是|为|為|有|:)"
-        "|(?:(?:正确|最终|最后)的?)?(?:答案|类别|類別|品种|品種|种类|種類|结果|型号|名称|标签)"
-        "(?:是|为|為|:)) ?"
-    ),
-    "Japanese": (
-        "(?:これ|それ|あれ|この(?:画像|写真|動物|植物|花|車|物体)|答え|答|正解|回答|種類|品種|クラス)"
-        "(?:は、?|:) ?"
-    ),
-    "Korean": (
-        "(?:(?:이것은|이건|그것은|이 (?:이미지|사진|동물|식물|꽃|자동차|물체)[은는]|(?:정답|답)은)"
-        " ?|(?:정답|답) ?: ?)"
-    ),
+    "English": rf"(?:(?:so|thus|therefore),? )?(?:(?:(?:this|that|it|(?:(?:the|my|this|its) )?"
+    rf"{_THING}(?: (?:of|in|on) (?:the|this) {_THING}){{0,2}})"
+    rf"(?:'s| is| are| shows| depicts| contains)(?: called| classified as)?(?: ?:| )"
+    rf"|(?:the |my )?{_RIGHT}(?:(?:answer|class|label|category|species|breed|make|model|result)"
+    r"(?: name)?|name) ?[:=]|i see ) ?)",
+    "Chinese": "(?:(?:[这這那](?:[张張]?(?:图片|圖片|图像|图|圖|照片))?|它|[图圖](?:片|像)?[中里]"
+    "|照片[中里])(?:[中里]?的?(?:物体|动物|動物|植物|花|汽?[车車]|飞机|飛機|品种|类别|种类|对象))?"
+    "(?:是|为|為|有|:)|(?:(?:正确|最终|最后)的?)?"
+    "(?:答案|类别|類別|品种|品種|种类|種類|结果|型号|名称|标签)(?:是|为|為|:)) ?",
+    "Japanese": "(?:これ|それ|あれ|この(?:画像|写真|動物|植物|花|車|物体)|答え|答|正解|回答"
+    "|種類|品種|クラス)(?:は、?|:) ?",
+    "Korean": "(?:(?:이것은|이건|그것은|이 (?:이미지|사진|동물|식물|꽃|자동차|물체)[은는]"
+    "|(?:정답|답)은) ?|(?:정답|답) ?: ?)",
     "Hindi": "(?:(?:यह|ये|वह|इस (?:चित्र|छवि|तस्वीर) में|(?:सही )?(?:उत्तर|जवाब))(?: है)?(?: ?:)? )",
-    "Spanish": (
-        "(?:(?:est[oae]|es[oae])(?: (?:imagen|foto|animal|planta|flor|coche|objeto))? es "
-        "|(?:la )?(?:respuesta|clase|especie|etiqueta)(?: correcta| final)? ?(?:es |: ?)"
-        "|es (?=un |una |el |la ))"
-    ),
-    "French": (
-        "(?:c'est |(?:ceci|cela) est |il s'agit (?:de |d'(?=une? ))"
-        "|(?:la )?(?:réponse|classe|espèce)(?: correcte| finale)? ?(?:est |: ?))"
-    ),
-    "German": (
-        "(?:(?:das|dies|dieses|es|hier|das bild|dieses bild) (?:ist|zeigt) "
-        "|(?:die )?(?:richtige )?(?:antwort|klasse|art) ?(?:ist |lautet |: ?))"
-    ),
-    "Italian": (
-        "(?:quest[oa](?: immagine| foto)? è |(?:la )?(?:risposta|classe|specie) ?(?:è |: ?)"
-        "|è (?=un |uno |una |il |la |lo ))"
-    ),
-    "Portuguese": (
-        "(?:(?:ist|iss|est|ess)[oae](?: imagem| foto)? é "
-        "|(?:a )?(?:resposta|classe|espécie)(?: correta| final)? ?(?:é |: ?)|é (?=uma? |o |a ))"
-    ),
-    "Russian": (
-        "(?:это (?:- )?|(?:правильный )?ответ ?[:-] ?"
-        "|на (?:изображении|картинке|фото|фотографии) (?:- )?"
-        "(?:изображ[её]н[аоы]? |показан[аоы]? )?)"
-    ),
-    "Vietnamese": (
-        "(?:(?:đây|nó|đó|hình này|hình ảnh này|bức ảnh này)(?: chính)? là "
-        "|(?:đáp án|câu trả lời)(?: đúng)? ?(?:là |: ?))"
-    ),
+    "Spanish": "(?:(?:est[oae]|es[oae])(?: (?:imagen|foto|animal|planta|flor|coche|objeto))? es "
+    "|(?:la )?(?:respuesta|clase|especie|etiqueta)(?: correcta| final)? ?(?:es |: ?)"
+    "|es (?=un |una |el |la ))",
+    "French": "(?:c'est |(?:ceci|cela) est |il s'agit (?:de |d'(?=une? ))"
+    "|(?:la )?(?:réponse|classe|espèce)(?: correcte| finale)? ?(?:est |: ?))",
+    "German": "(?:(?:das|dies|dieses|es|hier|das bild|dieses bild) (?:ist|zeigt) "
+    "|(?:die )?(?:richtige )?(?:antwort|klasse|art) ?(?:ist |lautet |: ?))",
+    "Italian": "(?:quest[oa](?: immagine| foto)? è |(?:la )?(?:risposta|classe|specie) ?(?:è |: ?)"
+    "|è (?=un |uno |una |il |la |lo ))",
+    "Portuguese": "(?:(?:ist|iss|est|ess)[oae](?: imagem| foto)? é "
+    "|(?:a )?(?:resposta|classe|espécie)(?: correta| final)? ?(?:é |: ?)|é (?=uma? |o |a ))",
+    "Russian": "(?:это (?:- )?|(?:правильный )?ответ ?[:-] ?"
+    "|на (?:изображении|картинке|фото|фотографии) (?:- )?"
+    "(?:изображ[её]н[аоы]? |показан[аоы]? )?)",
+    "Vietnamese": "(?:(?:đây|nó|đó|hình này|hình ảnh này|bức ảnh này)(?: chính)? là "
+    "|(?:đáp án|câu trả lời)(?: đúng)? ?(?:là |: ?))",
 }
 _LEAD_IN = re.compile(f"^(?:{'|'.join(LEAD_INS.values())})")
 # After a name, where no name could end so; and what may be the end of one.

@@ -30,9 +30,7 @@ _OPTION = re.compile(
 )
 # A letter or number alone, also among characters that no spaces part.
 _LATIN = "[a-z0-9\u00c0-\u024f\u1e00-\u1eff]"
-_ALONE = re.compile(
-    rf"(?<!{_LATIN})(?:[ivx]{{2,4}}|[a-z]|\d{{1,2}})(?!{_LATIN}|'{_LATIN}|\.\d| ?=)"
-)
+_ALONE = re.compile(rf"(?<!{_LATIN})(?:[ivx]{{2,4}}|[a-z]|\d{{1,2}})(?!'?{_LATIN}|\.\d| ?=)")
 _ARTICLE = re.compile(r"[ai] [^\W\d_]{2}")
 # Words after an option's letter that take it back or doubt it.
 _TAKEN_BACK = frozenset(
@@ -56,9 +54,7 @@ _TAKEN_BACK_WITHIN = re.compile(
 )
 # Where an option's text may begin with a negation, as "No" and "None of the above" do. It does not
 # where one of the other words judges the option: "Not correct".
-_NEGATIVE = frozenset(
-    "no non none not nothing neither never cannot can false nein faux нет".split()
-)
+_NEGATIVE = frozenset("no non none not nothing neither never cannot can false nein faux".split())
 _JUDGING = frozenset("correct right true answer option choice it this that one way".split())
 # The letters of "vitamin C", "triangle E", "20 g" and "x = c" name no option.
 _LETTERED = re.compile(
@@ -81,8 +77,8 @@ def option_of(text: str, options: Sequence[str] | None = None) -> str | None:
     text = answer_text(text)
     if len(text) > _MAX_CHOICE:
         return None
-    lines = text.replace("\n", ": ", 1)  # a letter's line, then its text
-    spellings = (*readings(text), *readings(lines))
+    # A letter may have a line of its own, above its text.
+    spellings = (*readings(text), *readings(text.replace("\n", ": ", 1)))
     option = next(filter(None, map(_OPTION.fullmatch, spellings)), None)
     if option is None:
         return None
@@ -95,22 +91,17 @@ def option_of(text: str, options: Sequence[str] | None = None) -> str | None:
     if said is None or place in named:
         return name
     others = [readings(option)[-1] for n, option in texts if n != place]
-    return (
-        None if named or mentioned(said, others) or _takes_back(said, name, options, text) else name
-    )
+    unclear = named or mentioned(said, others) or _takes_back(said, name, options, text)
+    return None if unclear else name
 
 
 def _place(name: str, options: Sequence[str] | None) -> int | None:
     """Which option a name is, from 1; None if there are not so many."""
-    if name.isdecimal():
-        place, limit = int(name), 99
-    elif len(name) == 1 and (options or name in LETTERS):
-        place, limit = ord(name) - ord("a") + 1, len(LETTERS)
-        if options and place > len(options):
-            place = _ROMAN.get(name, place)
-    else:
-        place, limit = _ROMAN.get(name, 100), 99
-    return place if place <= (len(options) if options else limit) else None
+    count = len(options or LETTERS)
+    letter = ord(name) - ord("a") + 1 if len(name) == 1 else 0
+    number = letter if 0 < letter <= count else _ROMAN.get(name, 1000)
+    place = int(name) if name.isdecimal() else number
+    return place if place <= (count if options else 99) else None
 
 
 def _text_of(option: str) -> str:
@@ -129,10 +120,9 @@ def _takes_back(said: str, name: str, options: Sequence[str] | None, text: str) 
     for other in _ALONE.finditer(said):
         article = _ARTICLE.match(said, other.start())
         # Where the options aren't known, those of letters have no numbers, and no Roman ones.
-        alike = options is not None or (
-            other[0].isdecimal() == name.isdecimal()
-            and (other[0].isdecimal() or other[0] in LETTERS or name in _ROMAN)
-        )
+        numbered = other[0].isdecimal()
+        alike = numbered or other[0] in LETTERS or name in _ROMAN
+        alike = options is not None or (alike and numbered == name.isdecimal())
         if other[0] != name and not article and alike and _place(other[0], options) is not None:
             return True
     head, *rest = [*words(said), ""]
@@ -171,15 +161,12 @@ def number_of(text: str) -> Number | None:
         return None
     for reading in reversed(readings(text)):  # です is no unit
         match = _NUMBER.fullmatch(reading.replace("−", "-"))
-        if not match or not (match["whole"] or match["decimals"]):
-            continue
-        if not (below := Fraction(match["below"] or 1)):
-            continue
-        value = Fraction((match["whole"] or "0").replace(",", "") + (match["decimals"] or ""))
-        value = value * Fraction(10) ** int(match["power"] or 0) / below
-        value = -value if match["sign"] == "-" else value
-        unit = match["unit"].replace("²", "^2").replace("³", "^3")
-        return Number(value, match["currency"] + unit, match["below"] is not None)
+        if match and (match["whole"] or match["decimals"]) and int(match["below"] or 1):
+            value = Fraction((match["whole"] or "0").replace(",", "") + (match["decimals"] or ""))
+            value = value * Fraction(10) ** int(match["power"] or 0) / int(match["below"] or 1)
+            value = -value if match["sign"] == "-" else value
+            unit = match["unit"].replace("²", "^2").replace("³", "^3")
+            return Number(value, match["currency"] + unit, match["below"] is not None)
     return None
 
 
@@ -204,14 +191,13 @@ _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega
 _NAMED = re.compile(
     rf"(?P<name>(?:[A-Za-z]|\\(?:{_GREEK}))(?:_\{{?\w{{1,3}}\}}?)?'?(?:\([a-z]\))?) ?= ?(?P<is>.+)"
 )
-_TEXT = r"\\(?:text|mathrm|mbox) ?\{[^{}]*\}"
+_TEXT = r"\\(?:text|mathrm|mbox) ?\{[^{}]*\}(?:\^(?:\{[^{}]*\}|\w))?"  # with its exponent
+_SIGNS = str.maketrans({"π": r"\pi ", "≤": r"\leq ", "≥": r"\geq ", "°": r"^{\circ}"})
 _NORMAL = [  # spellings of one formula
     (re.compile(r"√ ?(?:\(([^()]*)\)|(\d+|[A-Za-z](?![A-Za-z])))"), r"\\sqrt{\1\2}"),
-    (re.compile(r"π|\\pi(?![A-Za-z])"), r"\\pi "),
-    (re.compile(r"\^ ?\{? ?(?:\\circ|°) ?\}?|\\degree|°"), r"^{\\circ}"),
-    (re.compile(r"≤|\\leq?(?![A-Za-z])"), r"\\leq "),
-    (re.compile(r"≥|\\geq?(?![A-Za-z])"), r"\\geq "),
+    (re.compile(r"\^{1,2} ?(?:\\circ|\{ ?\^?\{?\\circ ?\}?\})|\\degree"), r"^{\\circ}"),
     (re.compile(r"\^ ?\{(\w)\}(?! ?[\w^])"), r"^\1"),
+    (re.compile(r"(\\[lg]e)(?![A-Za-z])"), r"\1q"),
     (re.compile(r"\\(?:left|right)(?![A-Za-z]) ?|\\[!,]"), ""),
 ]
 _SPELLED = [  # LaTeX -> what `number_of` reads
@@ -226,10 +212,7 @@ _SPELLED = [  # LaTeX -> what `number_of` reads
 # What may stand anywhere in a formula of one value. All else joins values or compares them, and is
 # only read where the truth has the same: = < , \pm \cup \text{or} and so on. A text comes with its
 # exponent, and "ABC" and "east" are one token: their letters aren't factors.
-_TOKEN = re.compile(
-    rf"{_TEXT}(?:\^(?:\{{[^{{}}]*\}}|\w))?|\\[A-Za-z]+|\\.|[A-Z]{{2,}}|[A-Za-z]{{4,}}|.",
-    re.DOTALL,
-)
+_TOKEN = re.compile(rf"{_TEXT}|\\[A-Za-z]+|\\.|[A-Z]{{2,}}|[A-Za-z]{{4,}}|.", re.DOTALL)
 _ONE_VALUE = frozenset(
     r"\frac \dfrac \tfrac \sqrt \cdot \times \div \pi \infty \sin \cos \tan \cot \sec"
     r" \csc \arcsin \arccos \arctan \log \ln \exp \overline".split()
@@ -284,7 +267,7 @@ def same_formula(answer: str, truth: str) -> bool:
         ValueError: math-verify is not installed.
     """
     math_verify = import_math_verify()
-    raw = [_rewrite(answer_text(text).strip(), _NORMAL) for text in (answer, truth)]
+    raw = [_rewrite(answer_text(it).translate(_SIGNS), _NORMAL).strip() for it in (answer, truth)]
     given, wanted = map(peel, raw)
     if not given or len(given) > MAX_FORMULA:
         return False
@@ -298,9 +281,9 @@ def same_formula(answer: str, truth: str) -> bool:
     spelled = [_rewrite(text, _SPELLED) for text in (given, wanted)]
     read, number = map(number_of, spelled)
     # A space tells the unit of "2 m" from the variable of "2x".
-    spaced, has_unit = (bool(re.search(r"\d [^\W\d_]", text)) for text in spelled)
-    is_number = has_unit or (spaced and not ambiguous)
-    if number is not None and (is_number or not number.unit.isalpha()):
+    spaced, has_unit = (re.search(r"\d +[^\W\d_]", text) for text in spelled)
+    is_unit = has_unit or (spaced and not ambiguous)
+    if number is not None and (is_unit or not number.unit.isalpha()):
         if read is not None and not read.unit and has_unit:
             read = read._replace(unit=number.unit)  # the unit may be missing
         return read is not None and _equal(read, number)
@@ -337,20 +320,19 @@ def _is_small(text: str) -> bool:
             powers[-1] += 1
         elif char in ")}]":
             start, within = opened.pop(), powers.pop()
-            if not opened:
-                return False
-            part, is_raised = text[start:at], text[at + 1 : at + 2] == "^"
+            chunk, is_raised = text[start:at], text[at + 1 : at + 2] == "^"
             if text[:start].endswith("^"):
-                if within or is_raised or sum(map(str.isdigit, part)) > 4:
-                    return False
-            elif is_raised and within and (within > 2 or re.search(r"\d\d", part)):
+                is_large = within or is_raised or sum(map(str.isdigit, chunk)) > 4
+            else:
+                is_large = is_raised and within and (within > 2 or re.search(r"\d\d", chunk))
+            if is_large or not opened:
                 return False
             powers[-1] += within
     return len(opened) == 1
 
 
 def _is_as_single(given: str, wanted: str) -> bool:
-    """Whether a formula has the truth's joints and no other letters, and is a tuple if it is one."""
+    """Whether a formula has the truth's joints, tuples and no other letters."""
     (joints, letters), (true_joints, true_letters) = _joints(given), _joints(wanted)
     if "," in wanted and given.startswith("(") != wanted.startswith("("):
         return False
@@ -367,10 +349,8 @@ def _joints(text: str) -> tuple[Counter[str], set[str]]:
 def _verify(math_verify: Any, given: str, wanted: str) -> bool:
     # math-verify's own timeouts are signals, which only the main thread gets.
     try:
-        read = [
-            math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=None)
-            for text in (wanted, given)
-        ]
+        texts = (f"\\boxed{{{text}}}" for text in (wanted, given))
+        read = [math_verify.parse(text, parsing_timeout=None) for text in texts]
         return bool(all(read) and math_verify.verify(*read, timeout_seconds=None))
     # What a model writes is data, and the parser's errors share no base.
     except Exception:
