@@ -30,7 +30,7 @@ _OPTION = re.compile(
 )
 # A letter or number alone, also among characters that no spaces part.
 _LATIN = "[a-z0-9\u00c0-\u024f\u1e00-\u1eff]"
-_ALONE = re.compile(rf"(?<!{_LATIN})(?:[ivx]{{2,4}}|[a-z]|\d{{1,2}})(?!'?{_LATIN}|\.\d| ?=)")
+_ALONE = re.compile(rf"(?<!{_LATIN})(?:[ivx]{{2,4}}|[a-z]|\d{{1,2}})(?!'?{_LATIN}|\.\d| ?=|\()")
 _ARTICLE = re.compile(r"[ai] [^\W\d_]{2}")
 # Words after an option's letter that take it back or doubt it.
 _TAKEN_BACK = frozenset(
@@ -324,7 +324,7 @@ def _is_small(text: str) -> bool:
             if text[:start].endswith("^"):
                 is_large = within or is_raised or sum(map(str.isdigit, chunk)) > 4
             else:
-                is_large = is_raised and within and (within > 2 or re.search(r"\d\d", chunk))
+                is_large = is_raised and within and (within > 2 or bool(re.search(r"\d\d", chunk)))
             if is_large or not opened:
                 return False
             powers[-1] += within
