@@ -1,5 +1,6 @@
 """Kernels against a float64 oracle, gradcheck, each other and the invariants they promise."""
 
+import inspect
 import math
 
 import pytest
@@ -859,10 +860,19 @@ def test_tensors_on_another_device_are_named():
 
 
 def test_the_two_losses_have_the_same_defaults():
-    from_logits, linear = grpo_loss.__kwdefaults__, linear_grpo_loss.__kwdefaults__
-    assert {k: v for k, v in from_logits.items() if k != "inplace"} == {
-        k: v for k, v in linear.items() if k not in ("bias", "chunk_tokens")
+    from_logits, linear = (
+        {name: p.default for name, p in inspect.signature(function).parameters.items()}
+        for function in (grpo_loss, linear_grpo_loss)
+    )
+    assert {k: v for k, v in from_logits.items() if k not in ("logits", "inplace")} == {
+        k: v for k, v in linear.items() if k not in ("hidden", "weight", "bias", "chunk_tokens")
     }
+    assert from_logits["epsilon_low"] == 0.2 and "kwargs" not in from_logits
+
+
+def test_an_argument_that_is_unknown_is_named():
+    with pytest.raises(TypeError, match="grpo_loss: .* unknown argument epsilon"):
+        grpo_loss(torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.int64), epsilon=0.2)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0)])

@@ -11,9 +11,6 @@ from virft_fast.algorithms import base, sft, step
 class Toy(base.Algorithm):
     name = "toy"
 
-    def without_effect(self, config):
-        return []
-
     def step(self, state, prompts):
         stats, start = step.StepStats(), time.perf_counter()
         rate = state.learning_rate(state.step)

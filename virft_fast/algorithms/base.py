@@ -57,7 +57,7 @@ class Algorithm:
         Raises:
             UsageError: flags that mean something else here.
         """
-        ...
+        return []
 
     def check_data(self, config: RunConfig, column_names: Sequence[str]) -> None:
         """Raise UsageError if rows with these columns can't be trained on."""
@@ -90,7 +90,7 @@ class Algorithm:
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """One step on this rank's B prompts: metrics, the same on all ranks, and a record of each
         of its completions that was drawn."""
-        ...
+        raise NotImplementedError
 
     def evaluate(self, config: RunConfig, state: Any, data: Data, num_rows: int) -> HeldOut:
         """On the first held-out rows; all ranks call it."""

@@ -34,6 +34,7 @@ from virft_fast.algorithms.step import (
     as_reference,
     backward,
     empty_microbatch,
+    equally_many,
     finish,
     microbatch,
     plan_microbatches,
@@ -289,8 +290,7 @@ def _batches(state: DPOState, prompts: Sequence[Prompt], answers: Rollouts | Non
         )
         for parts in plan
     ]
-    most = max(1, *dist.all_gather_object(len(made)))
-    return made + [Pairs(empty_microbatch(state, tower=True), ())] * (most - len(made))
+    return equally_many(made, lambda: Pairs(empty_microbatch(state, tower=True), ()))
 
 
 @torch.no_grad()

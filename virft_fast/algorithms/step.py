@@ -220,7 +220,8 @@ def lay_out(
         shared=state.policy.shares_prefix,
     )
     made = [microbatch(state, rollouts, parts, advantages, mask) for parts in plan]
-    return equally_many(state, made, tower=rollouts.image_features is None)
+    tower = rollouts.image_features is None
+    return equally_many(made, lambda: empty_microbatch(state, tower=tower))
 
 
 def microbatch(
@@ -275,12 +276,11 @@ def as_reference(state: TrainState) -> Any:
     return adapters.as_reference(state.policy.model)
 
 
-def equally_many(
-    state: TrainState, made: list[Microbatch], *, tower: bool = True
-) -> list[Microbatch]:
-    """The microbatches, with empty ones after them up to the number on the rank with the most."""
-    most = max(1, *dist.all_gather_object(len(made)))
-    return made + [empty_microbatch(state, tower=tower)] * (most - len(made))
+def equally_many(made: list[Any], make_empty: Callable[[], Any]) -> list[Any]:
+    """The microbatches, with empty ones after them up to the number on the rank with the most, at
+    least one."""
+    missing = max(1, *dist.all_gather_object(len(made))) - len(made)
+    return made + [make_empty()] * missing if missing else made
 
 
 def loss_shares(

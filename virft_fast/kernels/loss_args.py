@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -68,5 +69,14 @@ def takes_loss_args(function: F) -> F:
                           annotation=f.type)
         for f in fields(LossArgs)
     ]  # fmt: skip
-    function.__signature__ = signature.replace(parameters=[*own, *collected])  # type: ignore[attr-defined]
-    return function
+    shown = signature.replace(parameters=[*own, *collected])
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if unknown := kwargs.keys() - shown.parameters.keys():
+            message = f"expected what its help shows, got the unknown argument {min(unknown)}"
+            raise TypeError(f"{function.__name__}: {message}")
+        return function(*args, **kwargs)
+
+    checked.__signature__ = shown  # type: ignore[attr-defined]
+    return checked  # type: ignore[return-value]

@@ -16,7 +16,7 @@ from virft_fast.algorithms.base import Data
 from virft_fast.algorithms.step import TrainState
 from virft_fast.config import RunConfig
 from virft_fast.data import BadRow
-from virft_fast.metrics import METRICS_FILE
+from virft_fast.metrics import COMPLETIONS_FILE, METRICS_FILE
 from virft_fast.report import format_table, write_report, write_summary
 from virft_fast.train.setup import REPORT_FILE, SUMMARY_FILE
 
@@ -70,7 +70,7 @@ def conclude(
     print(f"model and processor  {output_dir}")
     print(f"metrics              {output_dir / METRICS_FILE}")
     if algorithm.draws:
-        print(f"completions          {output_dir / 'completions.jsonl'}")
+        print(f"completions          {output_dir / COMPLETIONS_FILE}")
     print(f"report               {output_dir / REPORT_FILE}, {output_dir / SUMMARY_FILE}")
     print(f"trained {state.step} steps in {train_seconds:.0f} s; peak memory of this process "
           f"{peak_rss_mib():.0f} MiB")  # fmt: skip
