@@ -522,9 +522,4 @@ def _report_failure(
     if error is None:
         return
     text = "".join(traceback.format_exception_only(error)).strip()
-    logger.error(
-        "COULD NOT SAVE %s: %s. %s. Free some disk.",
-        target,
-        text,
-        comfort,
-    )
+    logger.error("COULD NOT SAVE %s: %s. %s. Free some disk.", target, text, comfort)

@@ -104,11 +104,8 @@ def warn_of_unearned(data: Data) -> None:
         logger.warning(
             "reward %s: the solution itself does not earn it in %d of %d rows checked (%s); mend "
             "the solutions, or choose others with --reward_funcs",
-            name,
-            len(rows),
-            len(samples),
-            "; ".join(rows[:3]),
-        )
+            name, len(rows), len(samples), "; ".join(rows[:3]),
+        )  # fmt: skip
 
 
 def first_prompt(source: PromptSource) -> Prompt:
