@@ -4,6 +4,7 @@ that hands tests out would wait for it before it starts the ones that run them."
 from __future__ import annotations
 
 import os
+import signal
 
 # Before torch is imported anywhere: the tests run side by side with their own child processes.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +23,14 @@ LONG = ["triton", "distributed", "stages", "train", "crash_campaign", "dpo", "st
 def pytest_collection_modifyitems(items):
     """Files with tests of half a minute first, so that none of them begins at the end."""
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
+@pytest.fixture
+def heard_hangup():
+    """SIGHUP as it is without nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")

@@ -128,6 +128,7 @@ def test_a_section_that_ends_in_time_is_left_alone(tmp_path):
     ("number", "status"),
     [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130), (signal.SIGHUP, 129)],
 )
+@pytest.mark.usefixtures("heard_hangup")
 def test_signals_are_remembered(tmp_path, number, status):
     before = signal.getsignal(number)
     with Watch(tmp_path) as watched:
