@@ -123,25 +123,32 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
             _delete_run(output_dir, keep=model.model_name_or_path)
         dist.barrier()
         algorithm.begin(config, state, data, resumed=bool(resume))
-        writer = MetricsWriter(
-            output_dir,
-            total_steps=total_steps,
-            report_to=config.train.report_to,
-            run_name=config.train.run_name or output_dir.name,
-            config=config.flat(),
-            logging_steps=config.train.logging_steps,
-            log_completions_steps=config.train.log_completions_steps,
-            is_main=dist.is_main(),
-            start_step=state.step,
-        )
-    if config.train.resume_from_checkpoint:
-        writer.truncate_to(state.step)
+        writer = _open_writer(config, total_steps, state.step)
     if saved:
         writer.load_state_dict(saved["writer"])
     return Run(
         processor, data, state, sampler, writer, total_steps, saved,
         saved_step=-1 if resume and not here else state.step,
     )  # fmt: skip
+
+
+def _open_writer(config: RunConfig, total_steps: int, step: int) -> MetricsWriter:
+    """The run's records, without those after `step`."""
+    train, output_dir = config.train, Path(config.train.output_dir)
+    writer = MetricsWriter(
+        output_dir,
+        total_steps=total_steps,
+        report_to=train.report_to,
+        run_name=train.run_name or output_dir.name,
+        config=config.flat(),
+        logging_steps=train.logging_steps,
+        log_completions_steps=train.log_completions_steps,
+        is_main=dist.is_main(),
+        start_step=step,
+    )
+    if train.resume_from_checkpoint:
+        writer.truncate_to(step)
+    return writer
 
 
 def prepare_output_dir(config: RunConfig, lock: OutputLock) -> Path | None:
