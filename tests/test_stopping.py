@@ -77,6 +77,12 @@ RAISES = "raise OSError('judge unreachable')"
 HANGS = "while True: pass"
 
 
+def test_an_error_in_the_last_evaluation_costs_no_report(start, tmp_path):
+    with pytest.raises(RewardError):
+        start(RAISES, "--eval_samples", "1", "--max_steps", "1")
+    assert (tmp_path / "run/summary.json").is_file() and (tmp_path / "run/config.json").is_file()
+
+
 @pytest.mark.parametrize("what", [RAISES, "raise SystemExit(3)"])
 def test_a_reward_that_raises_loses_no_step(start, tmp_path, capsys, what):
     out = tmp_path / "run"

@@ -450,6 +450,26 @@ def test_true_starts_again_what_was_killed_before_its_first_checkpoint(digits, t
     assert "already holds a run" in fails(capsys, *argv)
 
 
+def test_a_model_of_another_program_is_not_overwritten(digits, tmp_path, capsys):
+    out = tmp_path / "model"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    (out / "model-00001-of-00002.safetensors").touch()
+    argv = arguments(digits, out, "--max_steps", 1)
+    assert "already holds a run or a model" in fails(capsys, *argv)
+    assert (out / "model-00001-of-00002.safetensors").is_file()
+
+
+def test_a_checkpoint_that_is_a_link_is_resumed(digits, tmp_path):
+    out = tmp_path / "run"
+    argv = [str(a) for a in arguments(digits, out, "--save_steps", 1, "--max_steps", 1)]
+    assert main(argv) == 0
+    (out / "checkpoint-1").rename(tmp_path / "elsewhere")
+    (out / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
+    assert main([*argv, "--resume_from_checkpoint", "latest", "--max_steps", "2"]) == 0
+    assert [record["step"] for record in read_jsonl(out / "metrics.jsonl")] == [1, 2]
+
+
 def test_overwriting_clears_the_folder_for_a_checkpoint_of_another(digits, tmp_path):
     first, second = tmp_path / "a", tmp_path / "b"
     for out in (first, second):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import socket
@@ -282,6 +283,34 @@ def test_the_launcher_of_a_forked_process_is_the_one_that_forked_it(tmp_path):
     )
     done = subprocess.run([*argv, str(tmp_path)], capture_output=True, timeout=60, **options)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_forked_child_ends_when_it_is_told_to(tmp_path):
+    with Watch(tmp_path) as watched:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        time.sleep(0.2)
+        child.terminate()
+        child.join(20)
+        assert child.exitcode == -signal.SIGTERM and not watched.stopped
+
+
+def test_the_last_words_wait_for_no_reader(tmp_path):
+    argv, options = child(
+        "read, write = os.pipe()\n"
+        "os.set_blocking(write, False)\n"
+        "while True:\n"
+        "    try:\n"
+        "        os.write(write, b'x' * 4096)\n"
+        "    except BlockingIOError:\n"
+        "        break\n"
+        "os.set_blocking(write, True)\n"
+        "os.dup2(write, 2)\n"
+        "watch.WRITE_SECONDS = 0.1\n"
+        "watch.Watch(here)._end('why')\n"
+    )
+    done = subprocess.run([*argv, str(tmp_path)], capture_output=True, timeout=60, **options)
+    assert done.returncode == 1
 
 
 def test_a_run_in_another_thread_has_no_time_limits(tmp_path):

@@ -128,7 +128,8 @@ def write_final_model(
         for path in folder.iterdir():
             if MODEL_FILES.fullmatch(path.name) and path.name not in written:
                 path.unlink()
-        for path in sorted(aside.iterdir()):
+        # Where a loader finds the configuration, the rest is there.
+        for path in sorted(aside.iterdir(), key=lambda path: "config.json" in path.name):
             _flush(path)
             os.replace(path, folder / path.name)
         aside.rmdir()

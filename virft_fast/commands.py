@@ -5,6 +5,7 @@ Importing this loads no command, so that the list of them appears at once.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -47,8 +48,9 @@ def end_process(status: int) -> None:
     it. So, too, where threads are left that the shutdown would wait for, of a reward that hangs."""
     left = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
     if left or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # closed
+                stream.flush()
         os._exit(status)
     sys.exit(status)
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import virft_fast
 from virft_fast import progress
@@ -33,14 +33,22 @@ STOP_SECONDS = 10.0  # from a signal until a section is given up, so that the ru
 DEAF_SECONDS = 5.0  # from then until the process is ended
 NATIVE_SECONDS = 30.0  # from a limit until a process that runs no Python is ended
 STALL_SECONDS = 600.0  # without progress until every rank writes where it stands
+WRITE_SECONDS = 2.0  # for the last words of a process
 ORPHAN_SECONDS = 60.0  # without progress, of a process whose launcher is gone
 
 
-def _note_parent() -> None:
+_handled: dict[int, Any] = {}  # signals that a watch handles -> their handlers before
+
+
+def _after_fork() -> None:
+    """A child of a reward function ends when it is told to, and has another launcher."""
     virft_fast.PARENT_PROCESS = os.getppid()
+    for number, handler in _handled.items():
+        with contextlib.suppress(ValueError, TypeError):
+            signal.signal(number, handler)
 
 
-os.register_at_fork(after_in_child=_note_parent)
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class SectionTimeout(BaseException):
@@ -93,7 +101,7 @@ class Watch:
         self._given_up: BaseException | None = None
         self._parent = virft_fast.PARENT_PROCESS if "LOCAL_RANK" in os.environ else None
         self._ended = threading.Event()
-        self._handlers: dict[int, object] = {}
+        self._handlers: dict[int, Any] = {}
         self._stalled = False
 
     def __enter__(self) -> Watch:
@@ -102,12 +110,14 @@ class Watch:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, say
                     self._handlers[number] = signal.signal(number, self._stop)
             self._handlers[WAKE] = signal.signal(WAKE, self._wake)
+            _handled.update(self._handlers)
         progress.mark("start")
         threading.Thread(target=self._run, name="virft_fast watch", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        _handled.clear()
         for number, handler in self._handlers.items():
             # A last WAKE may be on its way, and would end the process.
             default = signal.SIG_IGN if number == WAKE else signal.SIG_DFL
@@ -257,12 +267,18 @@ class Watch:
     def _say(self, text: str) -> None:
         # Not by logging, whose lock the interrupted code may hold; straight to the descriptor.
         if self.rank == 0:
-            with contextlib.suppress(OSError):
-                os.write(2, f"virft_fast: {text}\n".encode())
+            _write(f"virft_fast: {text}\n")
 
     def _end(self, why: str, status: int = 1) -> None:
         """End the process, whatever the main thread does; nothing can be saved."""
         text = f"virft_fast: rank {self.rank}: {why}; this process ends. {self.comfort()}\n"
-        with contextlib.suppress(OSError):
-            os.write(2, text.encode())
+        # A pipe that nobody reads must not keep it.
+        writes = threading.Thread(target=_write, args=(text,), daemon=True)
+        writes.start()
+        writes.join(WRITE_SECONDS)
         os._exit(status)
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())

@@ -106,11 +106,11 @@ class RewardLog:
 
     def log_metric(self, name: str, value: float) -> None:
         """Report a number; its mean over a step and all ranks is a metric of that name."""
-        self.metrics.setdefault(name, []).append(float(value))
+        self.metrics.setdefault(str(name), []).append(float(value))
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
         """Report a column of the completions' records, one value a completion."""
-        self.extra.setdefault(column, []).extend(values)
+        self.extra.setdefault(str(column), []).extend(values)
 
     def arguments(self, trainer_state: Any = None) -> dict[str, Any]:
         """What a reward function gets of it."""

@@ -8,12 +8,10 @@ from typing import Any
 from virft_fast import checkpoint as checkpoints
 from virft_fast import dist
 from virft_fast.algorithms import algorithm_of
-from virft_fast.algorithms.base import Data
-from virft_fast.algorithms.step import TooManyBadSteps, TrainState
+from virft_fast.algorithms.step import TooManyBadSteps
 from virft_fast.config import RunConfig
 from virft_fast.console import say
-from virft_fast.data import NoUsableRows, PromptSampler, TooManyBadRows
-from virft_fast.metrics import MetricsWriter
+from virft_fast.data import NoUsableRows, TooManyBadRows
 from virft_fast.train.flags import prompts_per_step
 from virft_fast.train.setup import Run
 from virft_fast.watch import SectionStopped, Watch
@@ -36,9 +34,6 @@ def train(config: RunConfig, run: Run, before: dict[str, Any] | None, watch: Wat
     algorithm, complete = algorithm_of(config), True
     data, state, writer = run.data, run.state, run.writer
 
-    def state_dict() -> dict[str, Any]:
-        return _state_dict(config, state, run.sampler, data, writer, before)
-
     def save(kept: dict[str, Any], only_model: bool = False) -> bool:
         if kept["step"] == run.saved_step:
             return True
@@ -58,7 +53,7 @@ def train(config: RunConfig, run: Run, before: dict[str, Any] | None, watch: Wat
         return written is not None
 
     while state.step < run.total_steps:
-        kept = state_dict()
+        kept = _state_dict(config, run, before)
         if dist.any_rank(watch.stopped, state.engine.device):
             # Whatever --save_only_model says: who is stopped wants to go on.
             return "saved" if save(kept) else "lost"
@@ -70,7 +65,10 @@ def train(config: RunConfig, run: Run, before: dict[str, Any] | None, watch: Wat
             together = dist.is_agreed(error) or isinstance(error, AGREED_ERRORS)
             hurried = isinstance(error, KeyboardInterrupt)  # asked to stop, a second time
             if isinstance(error, AGREED_ERRORS) and state.step > kept["step"]:
-                kept, updates = state_dict(), state.engine.updates  # raised by a whole step
+                kept, updates = (
+                    _state_dict(config, run, before),
+                    state.engine.updates,
+                )  # raised by a whole step
             saved = together and updates == state.engine.updates and not hurried and save(kept)
             if is_given_up(error):
                 state.step = kept["step"]
@@ -83,7 +81,7 @@ def train(config: RunConfig, run: Run, before: dict[str, Any] | None, watch: Wat
         writer.step(state.step, metrics)
         writer.completions(state.step, [record for part in parts for record in part])
         if cfg.save_steps and state.step % cfg.save_steps == 0:
-            complete &= save(state_dict(), cfg.save_only_model)
+            complete &= save(_state_dict(config, run, before), cfg.save_only_model)
     return "done" if complete else "incomplete"
 
 
@@ -122,27 +120,15 @@ def where_to_resume(output_dir: Path) -> str:
     return f"saved is {whole[-1]}; resume with --resume_from_checkpoint latest"
 
 
-def _state_dict(
-    config: RunConfig,
-    state: TrainState,
-    sampler: PromptSampler,
-    data: Data,
-    writer: MetricsWriter,
-    before: dict[str, Any] | None,
-) -> dict[str, Any]:
-    return {
-        "step": state.step,
-        "bad_steps": state.bad_steps,
-        "silent_steps": state.silent_steps,
-        "idle_steps": state.idle_steps,
-        "skipped_steps": state.skipped_steps,
-        "num_tokens": state.num_tokens,
+def _state_dict(config: RunConfig, run: Run, before: dict[str, Any] | None) -> dict[str, Any]:
+    counters = ("step", "bad_steps", "silent_steps", "idle_steps", "skipped_steps", "num_tokens")
+    return {name: getattr(run.state, name) for name in counters} | {
         "world_size": dist.world_size(),
-        "sampler": sampler.state_dict(),
-        "bad_rows": data.bad_rows.state_dict(),
-        "writer": writer.state_dict(),
+        "sampler": run.sampler.state_dict(),
+        "bad_rows": run.data.bad_rows.state_dict(),
+        "writer": run.writer.state_dict(),
         "before": before,
         "config": config.flat(),
-        "weights": state.base_weights,
-        "adapter": state.adapter,
+        "weights": run.state.base_weights,
+        "adapter": run.state.adapter,
     }

@@ -44,10 +44,7 @@ def begin_adapter(model: ModelConfig) -> tuple[ModelConfig, LoraPlan | None]:
     targets, plan, values = model.lora_target_modules, None, {**LORA_DEFAULTS}
     if model.use_peft:
         plan = plan_lora(
-            model.model_name_or_path,
-            revision=model.model_revision,
-            target_modules=targets,
-            **flags,
+            model.model_name_or_path, revision=model.model_revision, target_modules=targets, **flags
         )
         values = {name: getattr(plan, name) for name in values}
     return replace(

@@ -127,18 +127,23 @@ def _run(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLock
         engine=state.engine,
         dtype=state.save_dtype,
     )
-    after = None
+    after, failure = None, None
     try:
         after = evaluate(config, state, data)
     except BaseException as error:
-        if not is_given_up(error):
+        if is_given_up(error):
+            say("stopped by a signal; the evaluation after training was given up")
+        elif isinstance(error, Exception) and dist.is_agreed(error):
+            failure = error  # raised once the report is written
+        else:
             raise
-        say("stopped by a signal; the evaluation after training was given up")
     if dist.is_main():
         conclude(config, data, state, before, after, train_seconds)
         if ready.saved.get("changed"):
             print(f"resumed with other flags: {ready.saved['changed']}")
     dist.barrier()
+    if failure is not None:
+        raise failure
     if ended == "incomplete":
         say(f"not all checkpoints could be written into {output_dir}; see above")
     if not written:

@@ -116,7 +116,7 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
     total_steps = num_steps(config, len(data.train))
     if resume:
         load_checkpoint(resume, saved, state, sampler, data, config)
-    here = resume is not None and resume.resolve().parent == output_dir.resolve()
+    here = resume is not None and resume.parent.resolve() == output_dir.resolve()
     with usage():
         # Nothing of an earlier run is deleted before this one has all that it needs.
         if config.train.overwrite_output_dir and not here and dist.is_main():
@@ -170,13 +170,13 @@ def prepare_output_dir(config: RunConfig, lock: OutputLock) -> Path | None:
     resume, wanted = None, config.train.resume_from_checkpoint
     if wanted:
         resume = checkpoints.find_checkpoint(output_dir, wanted, dry_run=config.train.dry_run)
-    left = [METRICS_FILE, BASE_FOLDER, "damaged-checkpoint-*"]
+    left = ["config.json", "adapter_config.json", "damaged-checkpoint-*"]
     if wanted and resume is None:
         say(f"--resume_from_checkpoint {wanted}: no checkpoint in {output_dir}; this run starts")
-        # A run that was killed before its first checkpoint starts again.
-        left = ["config.json", "adapter_config.json", "damaged-checkpoint-*"]
-    elif wanted and resume.resolve().parent == output_dir.resolve():
+    elif wanted and resume.parent.resolve() == output_dir.resolve():
         return resume
+    else:  # with `true`, a run that was killed before its first checkpoint starts again
+        left += [METRICS_FILE, BASE_FOLDER]
     holds_run = checkpoints.list_checkpoints(output_dir) or any(
         any(output_dir.glob(name)) for name in left
     )
@@ -184,7 +184,8 @@ def prepare_output_dir(config: RunConfig, lock: OutputLock) -> Path | None:
     dist.barrier()
     if occupied and not config.train.overwrite_output_dir:
         raise UsageError(
-            f"--output_dir {output_dir} already holds a run; pass --resume_from_checkpoint latest "
+            f"--output_dir {output_dir} already holds a run or a model; pass "
+            f"--resume_from_checkpoint latest "
             f"to go on with it, --overwrite_output_dir to delete it, or another folder"
         )
     for model in begins_in:
