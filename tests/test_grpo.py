@@ -292,6 +292,35 @@ def test_tokens_of_truncated_completions_are_counted_as_drawn(processor, prompts
     assert metrics["num_tokens"] == state.num_tokens == 3 * 8
 
 
+def test_a_long_gradient_is_shortened(processor, prompts, monkeypatch):
+    state = make_state(processor, prompts_per_microbatch=4, settings={"max_grad_norm": 1e-3})
+    optimizer, lengths = state.engine.optimizer, []
+    step = optimizer.step
+
+    def measured():
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        lengths.append(float(torch.nn.utils.get_total_norm([g for g in grads if g is not None])))
+        step()
+
+    monkeypatch.setattr(optimizer, "step", measured)
+    metrics, _ = train_step(state, prompts)
+    assert metrics["grad_norm"] > 1e-2 and lengths == [pytest.approx(1e-3, rel=1e-3)]
+
+
+def test_every_step_draws_anew(processor, prompts, monkeypatch):
+    state = make_state(processor, prompts_per_microbatch=4)
+    generate, seeds = state.rollout.generate, []
+
+    def noted(prompts, num_generations, sampling, **more):
+        seeds.append(sampling.seed)
+        return generate(prompts, num_generations, sampling, **more)
+
+    monkeypatch.setattr(state.rollout, "generate", noted)
+    for _ in range(3):
+        train_step(state, prompts)
+    assert len(set(seeds)) == 3
+
+
 def test_a_gradient_that_is_not_finite_is_never_applied(processor, prompts):
     """The loss is finite, its gradient is not."""
     state = make_state(processor, prompts_per_microbatch=4)

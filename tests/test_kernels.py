@@ -672,11 +672,18 @@ def test_three_products_and_none_for_tokens_without_a_gradient():
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 4, 7, 1000])
-def test_dropped_and_moved_rows_leave_the_gradient_as_it_is(chunk_tokens):
+def test_dropped_and_moved_rows_leave_the_gradient_as_it_is(chunk_tokens, monkeypatch):
     """Clipped, silent and masked tokens in every tile, and sequences longer than a tile."""
     problem = make_problem(seed=5)
-    hidden, weight, bias, ids, mask, old, ref, advantages = problem
+    hidden, weight, bias, ids, mask, _, ref, advantages = problem
     advantages[1] = 0.0
+    # Ratios that are clipped with a positive advantage: of every third token.
+    now = oracle_logps(hidden @ weight.T + bias, ids)[0].detach()
+    old = now - (torch.arange(now.numel()).view_as(now) % 3 == 0).to(now)
+    compacted, sizes = linear_module._compacted, []
+    monkeypatch.setattr(
+        linear_module, "_compacted", lambda *a: sizes.append(len(a[1])) or compacted(*a)
+    )
     for level in LEVELS:
         leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
         options = {"advantages": advantages, "old_logps": old, "importance_sampling_level": level}
@@ -690,6 +697,7 @@ def test_dropped_and_moved_rows_leave_the_gradient_as_it_is(chunk_tokens):
         )
         torch.testing.assert_close(ours.loss, expected)
         torch.testing.assert_close(gradients(ours.loss, *leaves), gradients(expected, *whole))
+    assert sizes or chunk_tokens == 1
 
 
 def test_linear_logps_equal_torchs_linear_cross_entropy():

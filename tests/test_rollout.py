@@ -77,6 +77,19 @@ def banned_ids(model, tokenizer):
     return banned_token_ids(tokenizer, model.config.text_config.vocab_size)
 
 
+@pytest.mark.parametrize("greedy", [True, False])
+def test_banned_tokens_are_never_drawn(greedy):
+    logits = torch.full((50, 7), -4.0)
+    logits[:, 3] = 20.0
+    sampler = Sampler(
+        Sampling(1, greedy=greedy), vocab_size=7, banned=[3], first_row=0, prompts=[None] * 50,
+        device=CPU,
+    )  # fmt: skip
+    tokens, logps = sampler(logits, torch.tensor(0))
+    assert 3 not in tokens
+    torch.testing.assert_close(logps, -torch.tensor(6.0).log().expand(50))
+
+
 def test_greedy_equals_plain_generate(rollout, policy, prompts, processor):
     ours = rollout.generate(prompts, 1, Sampling(12, greedy=True))
     model = policy.model.eval()
