@@ -26,11 +26,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def heard_hangup():
-    """SIGHUP as it is without nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def heard_signals():
+    """Signals as they are without nohup, which ignores SIGHUP, and without a shell's &, which
+    ignores SIGINT."""
+    handlers = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

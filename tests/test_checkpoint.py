@@ -286,6 +286,7 @@ def test_rotation_renames_first_and_says_what_it_could_not_delete(
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", *theirs}
 
 
+@pytest.mark.usefixtures("heard_signals")
 def test_an_error_of_any_kind_costs_one_checkpoint_and_ctrl_c_passes(
     state, processor, tmp_path, monkeypatch
 ):

@@ -123,7 +123,7 @@ def test_an_async_reward_has_the_same_time(start, tmp_path, capsys, monkeypatch)
 
 
 @pytest.mark.parametrize(("number", "status"), [("SIGTERM", 0), ("SIGINT", 130), ("SIGHUP", 129)])
-@pytest.mark.usefixtures("heard_hangup")
+@pytest.mark.usefixtures("heard_signals")
 def test_a_signal_lets_the_step_end_and_saves_it(start, tmp_path, capsys, number, status):
     assert start(f"os.kill(os.getpid(), signal.{number})") == status
     assert saved(tmp_path / "run") == ["checkpoint-3"]

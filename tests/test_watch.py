@@ -129,7 +129,7 @@ def test_a_section_that_ends_in_time_is_left_alone(tmp_path):
     ("number", "status"),
     [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130), (signal.SIGHUP, 129)],
 )
-@pytest.mark.usefixtures("heard_hangup")
+@pytest.mark.usefixtures("heard_signals")
 def test_signals_are_remembered(tmp_path, number, status):
     before = signal.getsignal(number)
     with Watch(tmp_path) as watched:
@@ -146,6 +146,7 @@ def test_the_set_up_stops_at_once(tmp_path):
             pytest.fail("went on")
 
 
+@pytest.mark.usefixtures("heard_signals")
 def test_a_second_interrupt_ends_the_run_at_once(tmp_path):
     with Watch(tmp_path), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
