@@ -65,10 +65,8 @@ def train(config: RunConfig, run: Run, before: dict[str, Any] | None, watch: Wat
             together = dist.is_agreed(error) or isinstance(error, AGREED_ERRORS)
             hurried = isinstance(error, KeyboardInterrupt)  # asked to stop, a second time
             if isinstance(error, AGREED_ERRORS) and state.step > kept["step"]:
-                kept, updates = (
-                    _state_dict(config, run, before),
-                    state.engine.updates,
-                )  # raised by a whole step
+                # A whole step raised it.
+                kept, updates = _state_dict(config, run, before), state.engine.updates
             saved = together and updates == state.engine.updates and not hurried and save(kept)
             if is_given_up(error):
                 state.step = kept["step"]
