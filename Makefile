@@ -13,7 +13,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.txt csrc/matching/*)
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml setup.py constraints.txt Makefile $(NATIVE) | cksum | cut -d' ' -f1)
 FUZZ_SECONDS ?= 60
 
-.PHONY: setup demo test lint format coverage test-core fuzz check-cuda check-triton bench tiny-model demo-curves demo-mia clean
+.PHONY: setup demo test lint types format coverage test-core fuzz check-cuda check-triton bench tiny-model demo-curves demo-mia clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -42,6 +42,9 @@ coverage: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -15,11 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
+
+Json: TypeAlias = Any  # a value from JSON, YAML or a dataset: check its type where it is used
+Row: TypeAlias = dict[str, Json]  # a dataset's row or a JSON object
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,10 @@ class Sample:
     """
 
     index: int
-    messages: tuple[dict[str, Any], ...]
+    messages: tuple[Row, ...]
     images: tuple[Image, ...]
     solution: str
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Json] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
