@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -57,7 +58,11 @@ def wait_for_lock():
     lock.acquire()
 
 
-HANGS = [spin, sleep, receive, swallow, wait_for_lock]
+def backtrack():
+    re.match("(a+)+$", "a" * 50 + "b")  # keeps the interpreter, so that no other thread runs
+
+
+HANGS = [spin, sleep, receive, swallow, wait_for_lock, backtrack]
 
 
 @pytest.mark.parametrize("hang", HANGS)
@@ -195,7 +200,7 @@ def child(code, **environment):
 
 def test_what_hears_no_signal_is_ended_with_what_there_is_to_go_on_with(tmp_path):
     argv, options = child(
-        "signal.pthread_sigmask(signal.SIG_BLOCK, {watch.WAKE})\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {watch.WAKE, watch.TIMER})\n"
         "with watch.Watch(here, comfort=lambda: 'saved is checkpoint-5') as watched:\n"
         "    with watched.section('reward function f', 0.1):\n"
         "        while True: pass\n"

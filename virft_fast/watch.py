@@ -31,6 +31,7 @@ EXIT_STATUS = {signal.SIGINT: 130, signal.SIGHUP: 129}  # of a run that was stop
 TICK = 0.5
 STOP_SECONDS = 10.0  # from a signal until a section is given up, so that the run ends within 20
 DEAF_SECONDS = 5.0  # from then until the process is ended
+TIMER = getattr(signal, "SIGVTALRM", None)  # from the kernel, after CPU time
 NATIVE_SECONDS = 30.0  # from a limit until a process that runs no Python is ended
 STALL_SECONDS = 600.0  # without progress until every rank writes where it stands
 WRITE_SECONDS = 2.0  # for the last words of a process
@@ -109,7 +110,9 @@ class Watch:
             for number in STOP_SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, say
                     self._handlers[number] = signal.signal(number, self._stop)
-            self._handlers[WAKE] = signal.signal(WAKE, self._wake)
+            for number in (WAKE, TIMER):
+                if number is not None:
+                    self._handlers[number] = signal.signal(number, self._wake)
             _handled.update(self._handlers)
         progress.mark("start")
         threading.Thread(target=self._run, name="virft_fast watch", daemon=True).start()
@@ -120,7 +123,7 @@ class Watch:
         _handled.clear()
         for number, handler in self._handlers.items():
             # A last WAKE may be on its way, and would end the process.
-            default = signal.SIG_IGN if number == WAKE else signal.SIG_DFL
+            default = signal.SIG_IGN if number in (WAKE, TIMER) else signal.SIG_DFL
             signal.signal(number, default if handler in (None, signal.SIG_DFL) else handler)
 
     @property
@@ -154,10 +157,14 @@ class Watch:
         if limit is not None and WAKE in self._handlers:
             # A thread of its own that needs no interpreter: native code may never let go of it.
             faulthandler.dump_traceback_later(limit + NATIVE_SECONDS, exit=True, file=2)
+            self._set_timer(limit / 4)
+        if self.stopped:
+            self._set_timer(TICK)
         try:
             yield
         finally:
             self._section, self._woken_at = before, None
+            self._set_timer(0.0)
             given_up, self._given_up = self._given_up, None
             if limit is not None and WAKE in self._handlers:
                 faulthandler.cancel_dump_traceback_later()
@@ -178,8 +185,16 @@ class Watch:
             again = "; once more ends it at once, unsaved" if number == signal.SIGINT else ""
             self._say(f"{signal.Signals(number).name}: the run stops at the next step{again}")
         self.received = number
+        if self._section is not None:
+            self._set_timer(TICK)
         if first and self._section is not None and self._section.patience == 0:
             raise SectionStopped(f"{self._section.what} was given up")
+
+    def _set_timer(self, seconds: float) -> None:
+        """Have the kernel wake the main thread from then on (of CPU time; 0: no more). A regular
+        expression keeps other threads from running, the watch's too, but does look for signals."""
+        if TIMER in self._handlers:
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds, TICK if seconds else 0.0)
 
     def _wake(self, number: int, frame: FrameType | None) -> None:
         section, now = self._section, time.monotonic()
