@@ -34,7 +34,7 @@ BOX = (1.0, 2.0, 30.0, 40.0)
         "<answer>no</answer> then <answer>[{'Position': [1,2,30,40],'Confidence': 0.5}]</answer>",
     ],
 )
-def test_b8_boxes_are_read_however_they_are_written(text):
+def test_boxes_are_read_however_they_are_written(text):
     detection = parse_detection(text)
     assert detection.boxes == (BOX,)
     assert detection.confidences == (0.5,)

@@ -934,7 +934,7 @@ def test_resume_of_another_set():
         PromptSampler(5, 2, seed=1).load_state_dict(state)
 
 
-def test_b10_overlong_prompt_is_skipped_never_cut(processor):
+def test_overlong_prompt_is_skipped_never_cut(processor):
     """Its image tokens count; one token less room and the row is gone, whole."""
     image = Image.new("RGB", (112, 112))
     row = {"image": image, "problem": "Detect every red.", "solution": "<answer>a</answer>"}

@@ -160,7 +160,7 @@ def test_visual_rfts_launch_line_is_accepted(path):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=by_name)
-def test_b16_scripts_parse_and_name_files_that_exist(path):
+def test_scripts_parse_and_name_files_that_exist(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
     for name in re.findall(r"configs/[\w.]+\w", path.read_text()):
         assert (ROOT / name).is_file(), name
@@ -238,7 +238,7 @@ def test_architecture_draws_the_house_as_it_is():
     assert {path for path in drawn if not (ROOT / path).exists()} == set()
 
 
-def test_b15_releases_are_required_and_the_tested_ones_are_among_them():
+def test_releases_are_required_and_the_tested_ones_are_among_them():
     """No commit of another project is pinned; any release in the range will do."""
     required = {}
     for line in metadata.requires("virft_fast"):

@@ -85,7 +85,7 @@ def test_zero_spread_leaves_the_policy_where_it_is_without_kl(processor, prompts
 
 
 @pytest.mark.parametrize("bad", [math.nan, None, math.inf, -math.inf])
-def test_b5_reward_that_is_not_finite_never_reaches_the_loss(processor, prompts, bad):
+def test_reward_that_is_not_finite_never_reaches_the_loss(processor, prompts, bad):
     def reward(prompts, completions, **columns):
         return [bad, *letter_count(prompts, completions)[1:]]
 
@@ -139,7 +139,7 @@ def test_truncated_completions_leave_the_loss_but_not_the_log(processor, prompts
     assert largest_difference(before, parameters(state.policy)) == 0
 
 
-def test_b11_the_text_that_is_rewarded_is_the_tokens_that_were_drawn(processor, prompts):
+def test_the_text_that_is_rewarded_is_the_tokens_that_were_drawn(processor, prompts):
     seen = []
 
     def reward(prompts, completions, **columns):
@@ -156,7 +156,7 @@ def test_b11_the_text_that_is_rewarded_is_the_tokens_that_were_drawn(processor, 
         assert processor.tokenizer.decode(ids[mask], skip_special_tokens=True) == text
 
 
-def test_b12_each_completion_is_scored_against_its_own_solution(processor, prompts):
+def test_each_completion_is_scored_against_its_own_solution(processor, prompts):
     seen = []
 
     def reward(prompts, completions, solution, **columns):

@@ -80,7 +80,7 @@ def plain_logps(policy, prompt, ids):
 
 @pytest.mark.parametrize("packed", [False, True])
 @torch.no_grad()
-def test_b9_mixed_batch_equals_plain_model_row_by_row(policy, prompts, completions, packed):
+def test_mixed_batch_equals_plain_model_row_by_row(policy, prompts, completions, packed):
     """Images of different size, several images and none in one batch: each row sees its own."""
     ids, mask = completions
     logps, _ = policy(collate(policy, prompts, completions, packed))
@@ -151,7 +151,7 @@ def test_special_tokens_of_the_user_are_text(processor):
     ]  # fmt: skip
 
 
-def test_b13_checkpoints_sampling_defaults_are_set_aside(tmp_path):
+def test_checkpoints_sampling_defaults_are_set_aside(tmp_path):
     folder = tmp_path / "greedy"
     shutil.copytree(resolve_model_path("tiny"), folder)
     (folder / "generation_config.json").write_text(
@@ -258,7 +258,7 @@ def test_batch_of_one_and_prompt_alone_agree(policy, processor, completions):
     torch.testing.assert_close(together[: len(alone)], alone, rtol=0, atol=1e-5)
 
 
-def test_b17_evaluation_sees_images_as_training_did(tmp_path):
+def test_evaluation_sees_images_as_training_did(tmp_path):
     """The image size of training is saved with the model, and evaluation takes it from there."""
     load_processor("tiny", min_pixels=56 * 56, max_pixels=56 * 84).save_pretrained(tmp_path)
     sample = make_sample(0, [(300, 200)])

@@ -183,44 +183,44 @@ def test_grounding_giou(answer, expected):
 # The bugs of the original, by their numbers.
 
 
-def test_b1_one_equal_coordinate_pays_nothing():
+def test_one_equal_coordinate_pays_nothing():
     answer, truth = boxes(([300, 100, 400, 400], 1)), boxes(([100, 100, 200, 200], 1))
     for name in ("accuracy_iou", "accuracy_confidence", "visual_rft_accuracy_iou"):
         assert reward(name, answer, truth) == 0
 
 
 @pytest.mark.parametrize("answer", ["(1000,1000),(0,0)", "(200,200),(100,100)"])
-def test_b2_inverted_boxes_pay_nothing(answer):
+def test_inverted_boxes_pay_nothing(answer):
     assert reward("grounding_giou", answer, "<answer> (100,100),(200,200) </answer>") == 0
     inverted = boxes(([1000, 1000, 0, 0], 1))
     assert reward("accuracy_iou", inverted, boxes(([100, 100, 200, 200], 1))) == 0
 
 
-def test_b3_two_boxes_where_one_is_asked_for_pay_nothing():
+def test_two_boxes_where_one_is_asked_for_pay_nothing():
     answer = "(100,100),(200,200) (0,0),(10,10)"
     assert reward("grounding_giou", answer, "<answer> (100,100),(200,200) </answer>") == 0
 
 
 @pytest.mark.parametrize("answer", ["", "<answer></answer>", "<answer>a</answer>",
                                     "rose tulip petunia lily daisy pansy"])  # fmt: skip
-def test_b4_empty_short_and_list_all_answers_pay_nothing(answer):
+def test_empty_short_and_list_all_answers_pay_nothing(answer):
     assert reward("accuracy", answer, "<answer>petunia</answer>") == 0
 
 
 @pytest.mark.parametrize("name", [n for n in REWARDS if "confidence" in n or "iou" in n])
-def test_b5_confidence_nan_gives_a_finite_reward(name):
+def test_confidence_nan_gives_a_finite_reward(name):
     answer = "<answer>[{'Position': [0, 0, 100, 100], 'Confidence': NaN}]</answer>"
     assert math.isfinite(reward(name, answer, boxes((A, 1))))
 
 
-def test_b6_junk_of_confidence_zero_pays_nothing():
+def test_junk_of_confidence_zero_pays_nothing():
     junk = boxes(*(([i, i, i + 10, i + 10], 0) for i in range(800, 820)))
     for name in ("accuracy_iou", "accuracy_confidence"):
         assert reward(name, junk, TRUTH) == 0
     assert reward("visual_rft_accuracy_confidence", junk, TRUTH) == 1  # the hole, kept
 
 
-def test_b7_correct_no_objects_pays():
+def test_correct_no_objects_pays():
     for name in ("accuracy_iou", "accuracy_confidence"):
         assert reward(name, "<answer>No Objects</answer>", "<answer>No Objects</answer>") == 1
         assert reward(name, "<answer>No Objects</answer>", TRUTH) == 0
@@ -228,7 +228,7 @@ def test_b7_correct_no_objects_pays():
     assert reward("accuracy_iou", "gibberish", "<answer>No Objects</answer>") == 0
 
 
-def test_b8_answers_over_several_lines_pay():
+def test_answers_over_several_lines_pay():
     assert reward("accuracy_iou", TRUTH.replace("[", "\n[\n", 1), TRUTH) == 1
 
 

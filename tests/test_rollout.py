@@ -624,7 +624,7 @@ def draws(logits, sampling, n, prompts=None):
     ],
     ids=str,
 )  # fmt: skip
-def test_b13_draws_follow_the_exact_probabilities(options):
+def test_draws_follow_the_exact_probabilities(options):
     """Chi-square of 20,000 draws against the filtered softmax, by transformers' own filters."""
     import transformers as hf
     from scipy.stats import chisquare

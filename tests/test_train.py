@@ -105,7 +105,7 @@ def test_visual_rft_launch_line_on_two_ranks_with_zero3(digits, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_b14_killed_and_resumed_run_equals_the_uninterrupted_one(digits, tmp_path, processes):
+def test_killed_and_resumed_run_equals_the_uninterrupted_one(digits, tmp_path, processes):
     """kill -9 in the middle, resume from the last checkpoint: same records, same weights."""
     more = ["--max_steps", 6, "--save_steps", 2, "--logging_steps", 3, "--eval_samples", 4]
     if processes == 2:
