@@ -1,4 +1,5 @@
-"""Turn benchmarks/results/*.json into docs/benchmarks.md and docs/benchmarks.png.
+"""Turn benchmarks/results/*.json into docs/benchmarks.md, docs/benchmarks.png and the front page's
+docs/step.png.
 
 python benchmarks/report.py [--results FOLDER] [--out FOLDER]
 """
@@ -78,6 +79,43 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def plot_step(result: dict[str, Any], path: Path) -> None:
+    """Time and peak memory of a whole training step, ours beside the first contender."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = result["cases"]
+    labels = ["\n".join(case.split("G=8, ")[1].split(", ")) for case in cases]
+    labels = [label.replace("P=", "prompt ").replace("C=", "answer ") for label in labels]
+    peer = next(iter(next(iter(cases.values()))["ms"]))
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    units = (
+        ("seconds", lambda e, n: e["ms"][n] / 1e3),
+        ("MiB", lambda e, n: e["notes"][n]["peak_mib"]),
+    )
+    for axes, title, (unit, value) in zip(panels, ("Time", "Peak memory"), units, strict=True):
+        theirs = [value(entry, peer) for entry in cases.values()]
+        ours = [value(entry, entry["ours"]) for entry in cases.values()]
+        places = range(len(labels))
+        axes.bar([x - 0.2 for x in places], theirs, 0.38, color="#b0b7c3", label=peer)
+        bars = axes.bar([x + 0.2 for x in places], ours, 0.38, color="#2563eb", label="virft_fast")
+        ratios = [f"{t / o:.1f}x less" for t, o in zip(theirs, ours, strict=True)]
+        axes.bar_label(bars, ratios, padding=2, fontsize=8)
+        axes.set_xticks(places, [f"{label} tokens" for label in labels], fontsize=8)
+        axes.set_title(f"{title} ({unit})", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False, fontsize=9)
+    threads = result["machine"]["threads"]
+    figure.suptitle(
+        f"One GRPO step, 8 completions of an image prompt; CPU ({threads} thread), small model",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
@@ -89,7 +127,10 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "benchmarks.md").write_text(markdown(results))
     plot(results, arguments.out / "benchmarks.png")
-    print(f"written: {arguments.out / 'benchmarks.md'}, {arguments.out / 'benchmarks.png'}")
+    for result in results:
+        if result["suite"] == "step":
+            plot_step(result, arguments.out / "step.png")
+    print(f"written: benchmarks.md, benchmarks.png and step.png in {arguments.out}")
 
 
 if __name__ == "__main__":
