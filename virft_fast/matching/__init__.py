@@ -1,6 +1,6 @@
 """Boxes: formats and coordinate spaces, pairwise IoU, and one-to-one matching of many problems."""
 
-from virft_fast.matching.assign import is_native, match_boxes, pairwise_iou
+from virft_fast.matching.assign import is_native, match_boxes, pairwise_iou, why_not_native
 from virft_fast.matching.boxes import (
     cxcywh_to_xyxy,
     pad_boxes,
@@ -17,6 +17,7 @@ __all__ = [
     "pad_boxes",
     "pairwise_iou",
     "rescale_boxes",
+    "why_not_native",
     "xywh_to_xyxy",
     "xyxy_to_cxcywh",
     "xyxy_to_xywh",

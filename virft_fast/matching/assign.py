@@ -40,6 +40,11 @@ def is_native(device: torch.device | str = "cpu") -> bool:
     return _C is not None and (kind == "cpu" or (kind == "cuda" and _WITH_CUDA))
 
 
+def why_not_native() -> str:
+    """The reason why the native operators are not in use, or ""."""
+    return "" if _C is not None else _WHY_NOT
+
+
 def pairwise_iou(
     pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor, *, kind: str = "iou"
 ) -> Tensor:
