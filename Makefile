@@ -13,7 +13,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.txt csrc/matching/*)
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml setup.py constraints.txt Makefile $(NATIVE) | cksum | cut -d' ' -f1)
 FUZZ_SECONDS ?= 60
 
-.PHONY: setup demo test lint types format coverage test-core fuzz check-cuda check-triton bench tiny-model demo-curves demo-mia clean
+.PHONY: setup demo test lint types docs package format coverage test-core fuzz check-cuda check-triton bench tiny-model demo-curves demo-mia clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -30,7 +30,7 @@ $(STAMP):
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/python -m virft_fast.train --config configs/demo.yaml $(DEMO_ARGS)
+	$(BIN)/python -m virft_fast demo $(DEMO_ARGS)
 
 # One thread a process: the tests run two at a time, and some start two processes of their own.
 test: $(STAMP)
@@ -42,6 +42,16 @@ coverage: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+# The site in site/; a warning is an error.
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict --quiet
+
+# sdist and wheel in dist/, the native matcher in it.
+package: $(STAMP)
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
 
 types: $(STAMP)
 	$(BIN)/mypy

@@ -25,7 +25,7 @@ def main() -> int:
     curves, figures = {}, {}
     for seed in args.seeds:
         run = args.runs / f"seed{seed}"
-        config = ["--config", str(ROOT / "configs/demo.yaml"), "--output_dir", str(run)]
+        config = ["--config", str(ROOT / "virft_fast/demo.yaml"), "--output_dir", str(run)]
         status = train([*config, "--seed", str(seed), *more])
         if status:
             return status

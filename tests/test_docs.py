@@ -30,7 +30,7 @@ DOCS = sorted(
     if path.is_file()
 )
 SCRIPTS = sorted([*CONFIGS.glob("*.sh"), *CONFIGS.glob("*.sbatch")])
-YAMLS = sorted(CONFIGS.glob("*.yaml"))
+YAMLS = [*sorted(CONFIGS.glob("*.yaml")), ROOT / "virft_fast/demo.yaml"]
 TORCHRUN = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"}
 SLURM = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time",
          "signal", "requeue", "kill-on-bad-exit"}  # fmt: skip

@@ -18,7 +18,7 @@ from virft_fast import train
 
 STEPS = 4
 METRICS = ("loss", "grad_norm", "kl", "reward", "entropy")
-CONFIG = Path(__file__).parents[2] / "configs/demo.yaml"
+CONFIG = Path(__file__).parents[2] / "virft_fast/demo.yaml"
 ARGUMENTS = ["--config", str(CONFIG), "--max_steps", str(STEPS), "--eval_samples", "8"]
 
 

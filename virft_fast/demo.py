@@ -1,0 +1,14 @@
+"""`virft-fast demo [flags]`: train the embedded model on generated shapes, as `make demo` does."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from virft_fast import train
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train with demo.yaml, flags in `argv` winning over it; returns the exit status."""
+    config = Path(__file__).with_name("demo.yaml")
+    return train.main(["--config", str(config), *(sys.argv[1:] if argv is None else argv)])
