@@ -19,7 +19,7 @@ COMPLETIONS = ("#8fd19e", "#c3a6e0", "#f4a582")
 STYLE = {
     "font.size": 11,
     "svg.hashsalt": "virft_fast",  # equal files from equal drawings
-    "svg.fonttype": "path",
+    "svg.fonttype": "none",  # text stays text
     "savefig.facecolor": "white",
 }
 

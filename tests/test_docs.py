@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -17,9 +18,11 @@ from packaging.requirements import Requirement
 
 from virft_fast import evaluate, merge
 from virft_fast.config import TRAIN_GROUPS, EvalConfig, known_flags
+from virft_fast.data import layouts
 from virft_fast.data.__main__ import make_parser
 from virft_fast.mia.__main__ import make_parser as make_mia_parser
 from virft_fast.tasks import REWARDS
+from virft_fast.train import main as train_main
 from virft_fast.train import parse_args
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +70,13 @@ VISUAL_RFT_FLAGS = {
 }  # fmt: skip
 
 
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
 def by_name(path):
     return path.name
 
@@ -108,9 +118,13 @@ def test_commands_are_accepted(path):
         accept[module](arguments)
 
 
-def test_readme_builds_and_evaluates_every_set_of_visual_rft():
+def trained(arguments):
+    return parse_args(arguments).data
+
+
+def test_reproduce_builds_and_evaluates_every_set_of_visual_rft():
     """As tests/test_visual_rft_sets.py does it, small."""
-    found = list(commands((ROOT / "README.md").read_text()))
+    found = list(commands((ROOT / "docs/reproduce.md").read_text()))
     built = [make_parser().parse_args(a) for m, a in found if a[0] == "build"]
     wanted = [evaluate.parse_args(a) for m, a in found if m == "virft_fast.evaluate"]
     readers = {build.reader for build in built if hasattr(build, "reader")}
@@ -121,6 +135,9 @@ def test_readme_builds_and_evaluates_every_set_of_visual_rft():
     outputs = {str(build.output) for build in built}
     named = {c.dataset_name for c in wanted if not c.annotations}
     assert {c.split(":")[0] for c in named} - {"shapes_detection"} <= outputs
+    assert {c.dataset_name for m, a in found if m == "virft_fast.train" for c in [trained(a)]} <= (
+        outputs
+    )
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=by_name)
@@ -186,33 +203,103 @@ def test_readme_begins_with_the_two_commands():
     ]
 
 
-def test_readmes_code_runs_as_written(capsys):
-    """The parts by what they are said to take, the rollout by itself."""
-    parts, rollout = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    given = {
+def python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def batch():
+    """What the parts are said to take."""
+    return {
         "hidden": torch.randn(16, 5, 8, requires_grad=True),
         "lm_head": torch.nn.Linear(8, 32, bias=False),
         "completion_ids": torch.randint(32, (16, 5)),
         "completion_mask": torch.ones(16, 5, dtype=torch.bool),
+        "advantages": torch.randn(16),
         "rewards": torch.rand(16),
         "ref_logps": torch.full((16, 5), -3.0),
         "list_of_predicted": [[[0, 0, 10, 10], [20, 20, 30, 30]], []],
         "list_of_true": [[[0, 0, 10, 9]], [[0, 0, 5, 5]]],
     }
+
+
+def test_readmes_code_runs_as_written():
+    (parts,), given = python_blocks("README.md"), batch()
     exec(parts, given)
     assert given["hidden"].grad.abs().max() > 0 and given["out"].kl.shape == (16, 5)
     assert given["matches"].tolist() == [[0, -1], [-1, -1]]
     assert given["REWARDS"] is REWARDS
-    alone = {}
+
+
+def test_the_rollout_runs_as_written(capsys):
+    (rollout,), alone = python_blocks("docs/how_it_works.md"), {}
     exec(rollout, alone)
     out = alone["out"]
     assert capsys.readouterr().out == out.texts[0] + "\n"
     assert len(out.texts) == 8 and out.completion_ids.shape == out.sampling_logps.shape
 
 
-def test_readme_lists_every_reward():
-    named = set(re.findall(r"^\| `(\w+)`", (ROOT / "README.md").read_text(), re.MULTILINE))
-    assert named == {name for name in REWARDS if not name.startswith("visual_rft_")}
+def test_the_extensions_run_as_written(capsys, monkeypatch):
+    reward, layout, loss, algorithm = python_blocks("docs/extending.md")
+    given = {}
+    exec(reward, given)
+    answers = [[{"role": "assistant", "content": text}] for text in ("I am not sure", "a cat")]
+    assert given["says_unsure"](prompts=[], completions=answers, solution=[]) == [1.0, 0.0]
+    monkeypatch.setattr(layouts, "ANSWERS", {**layouts.ANSWERS})
+    exec(layout, {})
+    assert capsys.readouterr().out == "cat\n"
+    given = batch()
+    exec(loss, given)
+    assert given["hidden"].grad.abs().max() > 0
+    assert (ROOT / "tests/toy_algorithm.py").read_text().endswith(algorithm)
+
+
+def test_rewards_page_lists_every_reward():
+    named = re.findall(
+        r"^\| `(\w+)` \| [\[0]", (ROOT / "docs/rewards.md").read_text(), re.MULTILINE
+    )
+    assert sorted(named) == sorted(REWARDS)
+
+
+@pytest.mark.parametrize("name", ["flags", "memory"])
+def test_generated_pages_are_up_to_date(name):
+    made = load_script(f"make_{name}_page")
+    assert made.page() == made.PAGE.read_text(), f"run python scripts/make_{name}_page.py"
+
+
+def test_metrics_page_lists_what_runs_log(tmp_path):
+    answers = {
+        "grpo": {"solution": "<answer>[[1, 2, 30, 40]]</answer>"},
+        "sft": {"solution": "<answer>[[1, 2, 30, 40]]</answer>"},
+        "dpo": {"chosen": "7", "rejected": "1"},
+    }
+    logged = set()
+    for name, answer in answers.items():
+        rows, out = tmp_path / f"{name}.jsonl", tmp_path / name
+        rows.write_text(json.dumps({"prompt": "Where is it?", **answer}) + "\n")
+        argv = ["--algorithm", name, "--dataset_name", str(rows), "--output_dir", str(out)]
+        assert train_main([*argv, "--max_steps", "1", "--max_completion_length", "48"]) == 0
+        logged |= set(json.loads((out / "metrics.jsonl").read_text().splitlines()[0]))
+    rewards = {f"rewards/{name}" for name in REWARDS}
+    assert logged & rewards
+    logged = logged - rewards - {"step"} | {"rewards/NAME"}
+    rows = re.findall(r"^\| (`[^|]*) \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
+    listed = [name for row in rows for name in re.findall(r"`([\w/]+)`", row)]
+    assert sorted(listed) == sorted(logged)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=by_name)
+def test_links_into_a_page_lead_to_a_heading(path):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#([\w-]+)\)", path.read_text()):
+        page = (path.parent / target) if target else path
+        if page.suffix == ".md" and page.exists():
+            assert anchor in set(anchors(page.read_text())), f"{target}#{anchor}"
+
+
+def anchors(text):
+    """Of a page's headings, as mkdocs and Git hosts make them."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for heading in re.findall(r"^#+ (.*)", text, re.MULTILINE):
+        yield re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
 
 
 def drawn_tree(text):
@@ -261,9 +348,7 @@ def test_releases_are_required_and_the_tested_ones_are_among_them():
 
 def test_every_change_that_a_test_has_to_notice_can_be_made():
     """The list of scripts/mutants.py stays true to the files."""
-    spec = importlib.util.spec_from_file_location("mutants", ROOT / "scripts/mutants.py")
-    mutants = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutants)
+    mutants = load_script("mutants")
     texts = {m.file: (ROOT / "virft_fast" / m.file).read_text() for m in mutants.MUTANTS}
     assert [m.name for m in mutants.MUTANTS if texts[m.file].count(m.old) != 1] == []
     assert len({m.name for m in mutants.MUTANTS}) == len(mutants.MUTANTS) >= 60
