@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -251,6 +252,14 @@ def test_the_extensions_run_as_written(capsys, monkeypatch):
     exec(loss, given)
     assert given["hidden"].grad.abs().max() > 0
     assert (ROOT / "tests/toy_algorithm.py").read_text().endswith(algorithm)
+
+
+def test_api_page_names_what_there_is():
+    """mkdocs drops a member that it doesn't find, or finds as a module, without a word."""
+    for block in (ROOT / "docs/api.md").read_text().split("\n::: ")[1:]:
+        where, members = block.split()[0], re.findall(r"^        - (\w+)", block, re.MULTILINE)
+        for name in [f"{where}.{member}" for member in members] or [where]:
+            assert callable(pkgutil.resolve_name(name)), name
 
 
 def test_rewards_page_lists_every_reward():
