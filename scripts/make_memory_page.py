@@ -33,7 +33,7 @@ MODELS = {
 # Title, processes, ZeRO stage, flags.
 SETUPS = [
     ("LoRA, 1 GPU", 1, 2, "--use_peft --deepspeed configs/zero2.json"),
-    ("LoRA, 1 GPU, no DeepSpeed", 1, 0, "--use_peft"),
+    ("LoRA, 1 GPU, float32", 1, 0, "--use_peft"),
     ("full, 1 GPU, no KL", 1, 2, "--beta 0 --deepspeed configs/zero2.json"),
     ("full, 8 GPUs, ZeRO-2", 8, 2, "--deepspeed configs/zero2.json"),
     ("full, 8 GPUs, ZeRO-3", 8, 3, "--deepspeed configs/zero3.json"),
@@ -51,10 +51,10 @@ def page() -> str:
 
 
 def table() -> str:
-    lines = [["GiB per GPU", *MODELS], ["---"] * (1 + len(MODELS))]
-    for title, world, stage, flags in SETUPS:
-        cells = (_cell(estimate_gib(name, world, stage, flags)) for name in MODELS)
-        lines.append([title, *cells])
+    lines = [["", *(title for title, *_ in SETUPS)], ["---"] * (1 + len(SETUPS))]
+    lines += [
+        [name, *(_cell(estimate_gib(name, *setup)) for _, *setup in SETUPS)] for name in MODELS
+    ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -82,7 +82,7 @@ def estimate_gib(name: str, world: int, stage: int, flags: str) -> float:
 
 def _cell(gib: float) -> str:
     fits = [size for size in GPUS_GIB if gib <= (1 - ROOM) * size]
-    return f"{gib:.1f} ({f'{fits[0]} GB' if fits else 'none'})"
+    return f"{gib:.1f} ({fits[0] if fits else 'none'})"
 
 
 if __name__ == "__main__":
