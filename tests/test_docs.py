@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.util
 import json
 import pkgutil
@@ -267,6 +268,30 @@ def test_rewards_page_lists_every_reward():
         r"^\| `(\w+)` \| [\[0]", (ROOT / "docs/rewards.md").read_text(), re.MULTILINE
     )
     assert sorted(named) == sorted(REWARDS)
+
+
+def test_troubleshooting_quotes_messages_that_there_are():
+    text = (ROOT / "docs/troubleshooting.md").read_text()
+    quoted = [
+        q for line in re.findall(r"^### (.*)", text, re.M) for q in re.findall('"(.+?)"', line)
+    ]
+    for table in re.findall(r"^\| (?:message|reason) \|.*\n\|---.*\n((?:\|.*\n)+)", text, re.M):
+        quoted += re.findall(r"^\| `([^`]+)`", table, re.M)
+    assert len(quoted) > 25
+    said = "\n".join(strings_of(path) for path in sorted((ROOT / "virft_fast").rglob("*.py")))
+    parts = [part.strip() for q in quoted for part in re.split(r"\.\.\.|\bN\b", q) if part.strip()]
+    assert [part for part in parts if part not in said] == []
+
+
+def strings_of(path):
+    """The texts of a file, a line each, with a tab for what is filled in."""
+    lines = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            lines.append("\t".join(p.value for p in node.values if isinstance(p, ast.Constant)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            lines.append(node.value)
+    return "\n".join(lines)
 
 
 @pytest.mark.parametrize("name", ["flags", "memory"])
