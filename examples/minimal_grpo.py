@@ -16,13 +16,13 @@ from virft_fast.rollout import Sampling
 from virft_fast.rollout.native import NativeRollout
 from virft_fast.tasks import REWARDS
 
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 40
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 32
 B, G = 4, 8  # prompts a step, completions a prompt: N = B * G completions
 CPU = torch.device("cpu")
 
 processor, policy = load_processor("tiny"), Policy(load_model("tiny").train())
 rollout = NativeRollout(lambda: nullcontext(policy), processor.tokenizer, device=CPU)
-optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-4, betas=(0.9, 0.99), weight_decay=0)
+optimizer = torch.optim.AdamW(policy.parameters(), lr=4e-4, betas=(0.9, 0.99), weight_decay=0)
 rows, history = shapes(seed=0), []
 for step in range(1, STEPS + 1):
     # Prompts: an image with colored shapes and a question, such as "Detect every red."
