@@ -105,13 +105,36 @@ def test_tutorial_runs_as_written(page, tmp_path, monkeypatch, capsys, caplog):
         LEARNING[page.stem](printed)
 
 
-def learns_by_parts(printed: str) -> None:
-    rewards = [float(value) for value in re.findall(r"reward (\d\.\d+)", printed)]
-    first, last = rewards[:10], rewards[-10:]
-    assert sum(last) / len(last) > sum(first) / len(first) + 0.05
+def numbers(pattern: str, printed: str) -> list[float]:
+    return [float(value) for value in re.findall(pattern, printed)]
 
 
-LEARNING = {"compose": learns_by_parts}
+def reward_rises(printed: str) -> None:
+    last_ten = numbers(r"last ten (\d\.\d+)", printed)
+    assert len(last_ten) == 32 and last_ten[-1] > last_ten[9] + 0.05
+
+
+def boxes_get_better(printed: str) -> None:
+    ious = numbers(r"IoU of matched boxes (\d\.\d+)", printed)
+    assert ious[0] < 0.4 and ious[-1] > 0.5
+
+
+def sft_teaches_the_format(printed: str) -> None:
+    before, after = re.search(r"no_label +(\d\.\d+) \(.*?\) +(\d\.\d+) ", printed).groups()
+    assert float(before) == 1.0 and float(after) < 0.5
+
+
+def loss_falls(printed: str) -> None:
+    losses = numbers(r"step \d+/\d+ +loss (\d\.\d+)", printed)
+    assert losses[0] == pytest.approx(0.693, abs=1e-3) and losses[-1] < 0.6
+
+
+LEARNING = {
+    "compose": reward_rises,
+    "matcher_in_detr": boxes_get_better,
+    "mia_dpo": loss_falls,
+    "sft_then_grpo": sft_teaches_the_format,
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
