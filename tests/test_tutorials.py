@@ -2,8 +2,8 @@
 
 The blocks of a page run in their order, in one folder that looks like a checkout's root. A block
 with a title is the file of that name. A block after `<!-- full size -->` is parsed and not run. The
-blocks before a `text` block must have printed its lines, except `...`; numbers with a decimal point,
-times and speeds may differ.
+blocks before a `text` block must have printed its lines, except `...`; numbers with a decimal
+point, times and speeds may differ.
 """
 
 from __future__ import annotations
