@@ -196,7 +196,7 @@ MUTANTS = [
            "matched = _match(pairs, min_iou=0.5)[0] >= 0", "matched = _match(pairs, min_iou=0.4)[0] >= 0",
            "tests/test_rewards.py -k accuracy_confidence"),
     Mutant("further boxes cost nothing", REWARDS,
-           "most = max(len(predicted.boxes), len(true.boxes))", "most = len(true.boxes)",
+           "count = max(len(predicted.boxes), len(true.boxes))", "count = len(true.boxes)",
            "tests/test_rewards.py -k accuracy_iou"),
     Mutant("two boxes count as one", REWARDS,
            "boxes = [d.boxes[0] if d and len(d.boxes) == 1 else NOT_A_BOX for d in detections]",
