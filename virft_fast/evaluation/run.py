@@ -144,7 +144,7 @@ class Evaluation:
             else:
                 questions = of_annotations(config, images, exists, self._extent_for())
             names = config.reward_funcs or tasks.DEFAULT_REWARDS[questions.task]
-            reward_funcs = tasks.told_classes(
+            reward_funcs = tasks.with_class_set(
                 self.rewards or tasks.load_reward_funcs(names), questions.labels
             )
             sam = self._sam(questions) if config.sam_path else None

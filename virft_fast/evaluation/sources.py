@@ -35,7 +35,7 @@ from virft_fast.evaluation.questions import (
     read_exists_map,
 )
 from virft_fast.tasks.labels import ClosedSet
-from virft_fast.tasks.prompts import asked_category
+from virft_fast.tasks.prompts import category_in
 
 logger = logging.getLogger(__name__)
 _TEXT_COLUMNS = (
@@ -278,7 +278,7 @@ def _first(indices: Sequence[int], config: EvalConfig) -> Sequence[int]:
 def category_of(record: Record) -> str:
     """Also where the rows don't name it."""
     asked = str(record.get("problem") or record.get("prompt"))
-    return str(record.get("category") or asked_category(asked) or "object")
+    return str(record.get("category") or category_in(asked) or "object")
 
 
 # --- What has changed --------------------------------------------------------------------------

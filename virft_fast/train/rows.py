@@ -72,7 +72,7 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
         train=prompts_of(samples),
         test=test,
         task=task,
-        reward_funcs=tasks.told_classes(tasks.load_reward_funcs(names), known),
+        reward_funcs=tasks.with_class_set(tasks.load_reward_funcs(names), known),
         reward_weights=config.grpo.weights_of(names),
         bad_rows=BadRows(config.data.max_bad_rows),
         permutation=rows.permutation if isinstance(rows, ParquetRows) else None,
