@@ -271,7 +271,7 @@ def test_a_built_data_set_has_its_own_truth(coco, tmp_path, answers):
 def test_questions_are_in_the_space_of_the_models_family(coco, tmp_path, processor):
     """Qwen2.5-VL counts pixels of the image as its processor resizes it."""
     from virft_fast.config import EvalConfig
-    from virft_fast.data.prompts import PromptSource
+    from virft_fast.data.prompt_source import PromptSource
     from virft_fast.evaluation.run import Evaluation
     from virft_fast.evaluation.sources import images_of, of_annotations
     from virft_fast.tasks import parse_detection

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from virft_fast import dist, train, watch
 from virft_fast.algorithms import grpo
 from virft_fast.data.demo import build_demo
-from virft_fast.data.prompts import PromptSource
+from virft_fast.data.prompt_source import PromptSource
 from virft_fast.tasks import RewardError
 from virft_fast.train import main
 from virft_fast.train.loop import is_given_up

@@ -12,7 +12,7 @@ from virft_fast.algorithms.step import TrainState
 from virft_fast.batch import Prompt, Sample
 from virft_fast.config import RunConfig
 from virft_fast.data import BadRows
-from virft_fast.data.prompts import PromptSource
+from virft_fast.data.prompt_source import PromptSource
 from virft_fast.evaluation.scoring import evaluate_rewards
 
 

@@ -23,23 +23,18 @@ from virft_fast.config import BOX_SPACES, TASKS, column_names
 from virft_fast.console import unbreakable
 from virft_fast.data import SampleDataset, first_solutions, load_rows
 from virft_fast.data.accounts import Built, dataset_card
-from virft_fast.data.classification import READERS, plan_classification, read_csv
-from virft_fast.data.coco import (
-    pick_categories,
-    plan_detection,
-    same_categories,
-    usable_images,
-)
+from virft_fast.data.coco import pick_categories, plan_detection, same_categories, usable_images
 from virft_fast.data.export import check_export, export_llamafactory
 from virft_fast.data.inspection import check_picture, inspect
 from virft_fast.data.instances import Annotations, read_annotations
+from virft_fast.data.labelled_images import READERS, plan_classification, read_csv
 from virft_fast.data.lisa import Asked, plan_grounding, read_lisa
 from virft_fast.data.loading import FILE_SUFFIXES
 from virft_fast.data.openimages import read_openimages
 from virft_fast.data.refcoco import read_refcoco
 from virft_fast.data.survey import open_space, survey
 from virft_fast.data.voc import read_voc
-from virft_fast.data.writing import Plan, check_output, drop_missing, write_dataset
+from virft_fast.data.writing import Plan, check_new_dataset, drop_missing, write_dataset
 from virft_fast.data.yolo import read_yolo
 from virft_fast.tasks import check_solution, detect_task
 from virft_fast.tasks.coordinates import FAMILY_SPACE, Extent
@@ -223,7 +218,7 @@ def _progress(items: Any, total: int | None = None) -> Any:
 def _build_detection(arguments: argparse.Namespace) -> None:
     sources = (arguments.annotations, arguments.images, arguments.test_annotations,
                arguments.test_images)  # fmt: skip
-    check_output(arguments.output, arguments.overwrite, sources)
+    check_new_dataset(arguments.output, arguments.overwrite, sources)
     if arguments.test_share and arguments.test_annotations:
         raise ValueError("--test_share: expected no --test_annotations beside it; leave one out")
     if arguments.test_images and not arguments.test_annotations:
@@ -238,7 +233,7 @@ def _build_detection(arguments: argparse.Namespace) -> None:
 
 def _build_folder(arguments: argparse.Namespace) -> None:
     source, images = arguments.source, getattr(arguments, "images", None)
-    check_output(arguments.output, arguments.overwrite, (source, images))
+    check_new_dataset(arguments.output, arguments.overwrite, (source, images))
     if arguments.kind == "openimages":
         sources = read_openimages(source, images, negatives=arguments.negatives > 0)
     else:
@@ -284,7 +279,7 @@ def _write_detection(
 
 
 def _build_classification(arguments: argparse.Namespace) -> None:
-    check_output(arguments.output, arguments.overwrite, (arguments.source, arguments.images))
+    check_new_dataset(arguments.output, arguments.overwrite, (arguments.source, arguments.images))
     reader = READERS[arguments.reader]
     if not arguments.source.exists():
         raise FileNotFoundError(f"--source {arguments.source}: no such file or folder")
@@ -315,7 +310,7 @@ def _build_classification(arguments: argparse.Namespace) -> None:
 
 
 def _build_grounding(arguments: argparse.Namespace) -> None:
-    check_output(arguments.output, arguments.overwrite, (arguments.source,))
+    check_new_dataset(arguments.output, arguments.overwrite, (arguments.source,))
     if not arguments.source.is_dir():
         raise ValueError(f"--source {arguments.source}: expected a folder, got none")
     built = Built()
@@ -333,7 +328,7 @@ def _build_grounding(arguments: argparse.Namespace) -> None:
 
 
 def _build_refcoco(arguments: argparse.Namespace) -> None:
-    check_output(arguments.output, arguments.overwrite, (arguments.source, arguments.images))
+    check_new_dataset(arguments.output, arguments.overwrite, (arguments.source, arguments.images))
     built = Built()
     rows = read_refcoco(arguments.source, arguments.images, built)
     if arguments.allow_missing:  # before so many of them are drawn
@@ -356,10 +351,7 @@ def _write_grounding(
 
     splits = {
         split: plan_grounding(
-            asked,
-            compat=arguments.compat_prompt,
-            extent_for=_extent_for(arguments),
-            masks=masks,
+            asked, compat=arguments.compat_prompt, extent_for=_extent_for(arguments), masks=masks
         )
         for split, asked in rows.items()
     }

@@ -50,7 +50,9 @@ class Plan:
     size: tuple[int, int] | None = None
 
 
-def check_output(out: Path, overwrite: bool, sources: Iterable[Path | str | None] = ()) -> None:
+def check_new_dataset(
+    out: Path, overwrite: bool, sources: Iterable[Path | str | None] = ()
+) -> None:
     """Better before the work than after it.
 
     Args:

@@ -22,7 +22,7 @@ from virft_fast import dist, tasks
 from virft_fast.batch import Rollouts
 from virft_fast.config import EvalConfig, UsageError, usage
 from virft_fast.data import BadRow, BadRows, SampleDataset
-from virft_fast.data.prompts import PromptSource
+from virft_fast.data.prompt_source import PromptSource
 from virft_fast.evaluation import grounding
 from virft_fast.evaluation.answering import answer
 from virft_fast.evaluation.detection import need_coco_eval, truth_of_records

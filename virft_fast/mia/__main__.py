@@ -19,7 +19,7 @@ from virft_fast.cli import Parser, exit_status, natural, output_arguments, posit
 from virft_fast.commands import end_process
 from virft_fast.console import unbreakable
 from virft_fast.data import load_rows
-from virft_fast.data.writing import check_output
+from virft_fast.data.writing import check_new_dataset
 from virft_fast.mia.answering import Answering, answer_all, open_journal
 from virft_fast.mia.pairs import write_pairs
 from virft_fast.mia.scenes import SceneLayout, Scenes, source_groups
@@ -170,7 +170,7 @@ def _check_files(arguments: argparse.Namespace) -> Path:
     """Check what is read and written before any work; returns the path of the sheet."""
     out = arguments.output
     sources = (arguments.dataset_name, arguments.images, arguments.model_name_or_path)
-    check_output(out, arguments.overwrite, sources)
+    check_new_dataset(out, arguments.overwrite, sources)
     sheet = out.with_name(f"{out.name}.png")
     if arguments.pictures and sheet.exists() and not arguments.overwrite:
         raise ValueError(f"{sheet}: exists already; pass --overwrite, --pictures 0 or another name")

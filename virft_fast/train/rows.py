@@ -13,7 +13,7 @@ from virft_fast.algorithms.base import Data
 from virft_fast.batch import Prompt
 from virft_fast.config import RunConfig, UsageError, column_names
 from virft_fast.data import BadRow, BadRows, ParquetRows, SampleDataset, first_solutions, load_rows
-from virft_fast.data.prompts import PromptSource
+from virft_fast.data.prompt_source import PromptSource
 from virft_fast.data.survey import Survey, open_space, survey
 from virft_fast.train.flags import num_steps, prompts_per_step
 
