@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from virft_fast.data.instances import box_of, number_of
+from virft_fast.data.instances import box_of, finite_number
 from virft_fast.evaluation.bootstrap import Array
 from virft_fast.evaluation.journal import Record
 from virft_fast.evaluation.reading import predicted_boxes, true_boxes
@@ -67,7 +67,7 @@ def make_truth(
     inside their image."""
     kept = []
     for record in annotations:
-        box, area = box_of(record.get("bbox")), number_of(record.get("area"))
+        box, area = box_of(record.get("bbox")), finite_number(record.get("area"))
         image = images.get(record["image_id"])
         if image and record["category_id"] in categories and _has_area(box, image):
             kept.append(

@@ -62,7 +62,7 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
     if config.train.eval_samples:
         held_out = samples_of(load(flags.dataset_test_split), check_solution=check)
         test = prompts_of(held_out)
-        found = survey(held_out, boxes=boxes, most=config.train.eval_samples, check=fits)
+        found = survey(held_out, boxes=boxes, limit=config.train.eval_samples, check=fits)
         found.settle_boxes()
         table += found.lines(flags.dataset_test_split)
     known = None
