@@ -25,14 +25,14 @@ from virft_fast.data import ParquetRows, load_rows
 from virft_fast.data.accounts import Built, dataset_card
 from virft_fast.data.coco import pick_categories, plan_detection, same_categories, usable_images
 from virft_fast.data.export import check_export, export_llamafactory
-from virft_fast.data.inspection import check_picture, inspect
+from virft_fast.data.inspection import check_picture, inspect, open_samples
 from virft_fast.data.instances import Annotations, read_annotations
 from virft_fast.data.labelled_images import READERS, plan_classification, read_csv
 from virft_fast.data.lisa import Instruction, plan_grounding, read_lisa
 from virft_fast.data.loading import FILE_SUFFIXES
 from virft_fast.data.openimages import read_openimages
 from virft_fast.data.refcoco import read_refcoco
-from virft_fast.data.survey import open_samples, open_space, survey
+from virft_fast.data.survey import open_space, survey
 from virft_fast.data.voc import read_voc
 from virft_fast.data.writing import ExtentFor, Plan, check_new_dataset, drop_missing, write_dataset
 from virft_fast.data.yolo import read_yolo
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import datasets
 
 Item = TypeVar("Item")
+MAX_ROWS_HELP = "rows of a split, chosen by the seed; default: all"
 
 
 @unbreakable()
@@ -117,18 +118,13 @@ def _folder_arguments(parser: argparse.ArgumentParser) -> None:
     _choice_arguments(parser)
 
 
-def _rows_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--max_rows", type=positive, help="rows of a split, chosen by the seed; default: all")
-
-
 def _choice_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--categories", default="all",
         help="all, names separated by commas, or base65, novel15, few8 (COCO), lvis13, lvis6"
     )  # fmt: skip
     add("--shots", type=positive, help="images of each category in train, at most; default: all")
-    _rows_arguments(parser)
+    add("--max_rows", type=positive, help=MAX_ROWS_HELP)
     add("--negatives", type=share, default=0.0, help="rows without objects, a share of the others")
 
 
@@ -155,8 +151,8 @@ def _grounding_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _refcoco_arguments(parser: argparse.ArgumentParser) -> None:
     _common(parser)
-    _rows_arguments(parser)
     add = parser.add_argument
+    add("--max_rows", type=positive, help=MAX_ROWS_HELP)
     add("--source", type=Path, required=True,
         help="folder of instances.json and refs(...).p, or one of several such files")  # fmt: skip
     add("--images", type=Path, required=True, help="COCO's train2014 or train2017")

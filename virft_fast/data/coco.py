@@ -174,11 +174,13 @@ def plan_detection(
     if max_rows is not None:
         pairs = pairs[: max(1, round(max_rows / (1 + negatives)))]
     wanted = round(negatives * len(pairs))
+    checked = annotations.negatives
     candidates = [
         (image, category)
         for image in sorted({image for image, _ in pairs})
         for category in categories
-        if _is_absent(annotations, image, category)
+        if (image, category) not in annotations.marked
+        and (checked is None or category in checked[image])
     ]
     absent = rng.sample(candidates, min(wanted, len(candidates)))
     if len(absent) < wanted and built is not None:
@@ -190,12 +192,6 @@ def plan_detection(
     return [
         _plan(annotations, images[image], image, category, extent_for) for image, category in pairs
     ]
-
-
-def _is_absent(annotations: Annotations, image: int, category: int) -> bool:
-    """Whether the category is known to be absent from the image."""
-    absent = annotations.negatives is None or category in annotations.negatives[image]
-    return absent and (image, category) not in annotations.marked
 
 
 def _plan(

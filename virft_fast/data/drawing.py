@@ -14,10 +14,7 @@ CELL, MARGIN, LINES = 260, 10, 4  # pixels, pixels, lines of a caption
 
 
 def draw_boxes(
-    image: Image.Image,
-    boxes: Sequence[Box],
-    colour: tuple[int, int, int],
-    labels: Sequence[str] = (),
+    image: Image.Image, boxes: Sequence[Box], colour: tuple[int, ...], labels: Sequence[str] = ()
 ) -> Image.Image:
     """A copy with boxes in 0..1000 drawn on it, with dark edges to stand out on any image."""
     image = image.copy()

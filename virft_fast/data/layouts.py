@@ -13,15 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from virft_fast.batch import Json, Row
-from virft_fast.data.turns import (
-    IMAGE_TAG,
-    ROLES,
-    Unusable,
-    non_empty,
-    place_images,
-    read_turn,
-    turn_text,
-)
+from virft_fast.data.turns import IMAGE_TAG, Unusable, non_empty, place_images, read_turn, turn_text
 from virft_fast.tasks.answers import answer_text
 from virft_fast.tasks.prompts import grounding_format
 from virft_fast.tasks.rewards import CLASS_COLUMNS
@@ -281,7 +273,8 @@ def spoken_text(value: Json) -> str | None:
     if isinstance(value, list) and value and isinstance(value[-1], Mapping):
         turn = value[-1]
         _check_learned(turn, "answer")
-        said = ROLES.get(str(turn.get("role") or turn.get("from") or "assistant")) == "assistant"
+        role = str(turn.get("role") or turn.get("from") or "assistant")
+        said = role in ("assistant", "gpt")
         value = turn.get("content", turn.get("value")) if said else None
     if isinstance(value, list):
         parts = [part for part in value if isinstance(part, Mapping) and part.get("type") == "text"]

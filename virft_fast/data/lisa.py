@@ -120,20 +120,12 @@ def _shape(data: Json) -> Shape | None:
 
 
 def _is_point(point: Json) -> bool:
-    return (
-        isinstance(point, list)
-        and len(point) == 2
-        and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in point)
-        and all(abs(v) < 1e6 for v in point)  # NaN is not
-    )
+    pair = isinstance(point, list) and len(point) == 2
+    return pair and all(type(side) in (int, float) and abs(side) < 1e6 for side in point)  # no NaN
 
 
 def plan_grounding(
-    row: Instruction,
-    *,
-    compat: bool = False,
-    extent_for: ExtentFor | None = None,
-    masks: bool = True,
+    row: Instruction, *, compat: bool, extent_for: ExtentFor | None, masks: bool
 ) -> Plan:
     """A row that asks for the box around the target.
 

@@ -61,7 +61,7 @@ def read_refcoco(source: Path, images: Path, built: Built) -> dict[str, list[Ins
     for number, reference in enumerate(references):
         where = f"reference {number}"
         meant = by_id.get(key_of(reference.get("ann_id")), [])
-        split, texts = _split(reference), _sentences(reference)
+        split, texts = REFERENCE_SPLITS.get(str(reference.get("split"))), _sentences(reference)
         if split is None:
             built.leave_out(f"reference in none of the splits {', '.join(REFERENCE_SPLITS)}", where)
         elif len(meant) != 1:
@@ -114,11 +114,6 @@ def _references(file: Path, built: Built) -> list[Row]:
     return [reference for reference in data if isinstance(reference, dict)]
 
 
-def _split(reference: Row) -> str | None:
-    split = reference.get("split")
-    return REFERENCE_SPLITS.get(split) if isinstance(split, str) else None
-
-
 def _sentences(reference: Row) -> list[str]:
     """`sent` of each sentence: `raw` in lower case and without punctuation."""
     given = reference.get("sentences")
@@ -163,22 +158,15 @@ def _listed(length: int) -> Callable[[Any], None]:
     return load
 
 
-_CODES = _Opcodes(
-    {
-        code[0]: pickle._Unpickler.dispatch[code[0]]
-        for code in (
-            pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE,
-            pickle.NEWFALSE, pickle.INT, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG,
-            pickle.LONG1, pickle.LONG4, pickle.FLOAT, pickle.BINFLOAT, pickle.STRING,
-            pickle.BINSTRING, pickle.SHORT_BINSTRING, pickle.BINBYTES, pickle.SHORT_BINBYTES,
-            pickle.BINBYTES8, pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE,
-            pickle.BINUNICODE8, pickle.EMPTY_LIST, pickle.LIST, pickle.APPEND, pickle.APPENDS,
-            pickle.EMPTY_DICT, pickle.DICT, pickle.SETITEM, pickle.SETITEMS, pickle.GET,
-            pickle.BINGET, pickle.LONG_BINGET, pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT,
-            pickle.MEMOIZE,
-        )
-    }
-)  # fmt: skip
+_PLAIN_OPCODES = """
+    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4
+    FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE
+    BINUNICODE SHORT_BINUNICODE BINUNICODE8 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT
+    SETITEM SETITEMS GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE
+"""
+_CODES = _Opcodes()
+for _code in (getattr(pickle, name)[0] for name in _PLAIN_OPCODES.split()):
+    _CODES[_code] = pickle._Unpickler.dispatch[_code]
 # Tuples become lists: hashing a deeply nested one, as a key, could take forever.
 _CODES[pickle.TUPLE[0]] = _CODES[pickle.LIST[0]]
 _CODES[pickle.EMPTY_TUPLE[0]] = _CODES[pickle.EMPTY_LIST[0]]

@@ -126,7 +126,10 @@ class SampleDataset:
             Unusable: it can't be read.
         """
         try:
-            row = self._row(index)
+            stored = self._rows[index]
+            row = self._plain(
+                stored.to_pylist()[0] if hasattr(stored, "to_pylist") else dict(stored)
+            )
         # A stored text may not be UTF-8, a stored time out of Python's range.
         except Exception as error:
             raise Unusable(f"the row can't be read: {one_line(error)}") from error
@@ -194,10 +197,6 @@ class SampleDataset:
         for table in rows.remove_columns(images).iter(1000):
             yield from map(self._plain, plain_rows(table))
 
-    def _row(self, index: int) -> Row:
-        row = self._rows[index]
-        return self._plain(row.to_pylist()[0] if hasattr(row, "to_pylist") else dict(row))
-
     def _plain(self, row: Row) -> Row:
         """The row with JSON texts and lists in CSV parsed, and class names for their numbers."""
         for name in self._json_columns:
@@ -208,11 +207,7 @@ class SampleDataset:
         return {name: read_list(name, value) for name, value in row.items()}
 
     def _sample(
-        self,
-        index: int,
-        row: Row,
-        reading: Reading,
-        sizes: Sequence[tuple[int, int]] | None = None,
+        self, index: int, row: Row, reading: Reading, sizes: Sequence[tuple[int, int]] | None = None
     ) -> Sample:
         """The sample, without its images."""
         left = self._image_columns | RESERVED

@@ -9,29 +9,17 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING
 
 from virft_fast.batch import Sample
 from virft_fast.data.accounts import Built, listing
 from virft_fast.data.images import UnreadableImage, image_size, is_turned
 from virft_fast.data.layouts import ANSWERS, IMAGE_COLUMNS, PIXELS, QUESTIONS
-from virft_fast.data.samples import SampleDataset, first_solutions
-from virft_fast.data.streaming import ParquetRows
+from virft_fast.data.samples import SampleDataset
 from virft_fast.data.turns import Unusable
-from virft_fast.tasks import (
-    BOX_TASKS,
-    DEFAULT_REWARDS,
-    check_solution,
-    default_rewards,
-    detect_task,
-)
+from virft_fast.tasks import BOX_TASKS, DEFAULT_REWARDS, default_rewards
 from virft_fast.tasks.answers import parse_detection
 from virft_fast.tasks.coordinates import THOUSAND
 from virft_fast.tasks.scoring import RESERVED
-
-if TYPE_CHECKING:
-    import datasets
 
 MAX_ROWS = 20_000
 MAX_STREAMED_ROWS = 200
@@ -112,17 +100,6 @@ def open_space(task: str, box_space: str) -> bool:
             "it out, or pass --task detection or grounding"
         )
     return task in BOX_TASKS and box_space == "auto"
-
-
-def open_samples(
-    rows: datasets.Dataset | ParquetRows, task: str, box_space: str, *, compat_prompt: bool = False
-) -> tuple[SampleDataset, str]:
-    """The rows as samples of a task, and the task; "auto" detects it from the first solutions."""
-    space = "thousandths" if box_space == "auto" else box_space
-    samples_of = partial(SampleDataset, rows, compat_prompt=compat_prompt, box_space=space)
-    if task == "auto":
-        task = detect_task(first_solutions(samples_of()))
-    return samples_of(check_solution=partial(check_solution, task)), task
 
 
 def survey(
