@@ -330,10 +330,10 @@ def _hold_out(plans: Sequence[Plan], share: float, seed: int) -> dict[str, list[
     """Split by image: no image is in both splits."""
     images = sorted({plan.image for plan in plans})
     test = set(random.Random(seed).sample(images, round(share * len(images))))
-    return {
-        "train": [plan for plan in plans if plan.image not in test],
-        "test": [plan for plan in plans if plan.image in test],
-    }
+    splits: dict[str, list[Plan]] = {"train": [], "test": []}
+    for plan in plans:
+        splits["test" if plan.image in test else "train"].append(plan)
+    return splits
 
 
 def _extent_for(arguments: argparse.Namespace) -> ExtentFor | None:

@@ -164,8 +164,7 @@ def plan_detection(
         if category in chosen and image in images and complete:
             by_category[category].append(image)
     if shots is not None:
-        names = annotations.categories
-        few = {names[c]: len(i) for c, i in by_category.items() if len(i) < shots}
+        few = {annotations.categories[c]: len(i) for c, i in by_category.items() if len(i) < shots}
         if built is not None:
             built.note_few(few, shots)
         by_category = {c: sorted(rng.sample(i, min(shots, len(i)))) for c, i in by_category.items()}
@@ -200,11 +199,8 @@ def _plan(
     record = annotations.images[image]
     size = (record["width"], record["height"])
     name = annotations.categories[category]
-    row = {
-        "problem": detection_problem(name, "pixels" if extent_for else "thousand"),
-        "category": name,
-        "image_id": image,
-    }
+    problem = detection_problem(name, "pixels" if extent_for else "thousand")
+    row = {"problem": problem, "category": name, "image_id": image}
 
     def fill(width: int, height: int, orientation: int) -> Row:
         extent = extent_for(width, height) if extent_for else (1000, 1000)

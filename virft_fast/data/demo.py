@@ -90,13 +90,9 @@ def _shape_example(rng: np.random.Generator) -> Row:
     pixels = np.asarray(image, np.float32) + rng.normal(0, 6, (size, size, 3))
     colour, box = placed[int(rng.integers(len(placed)))]
     position = [_grid(v) for v in box]
-    return {
-        "image": Image.fromarray(pixels.clip(0, 255).astype(np.uint8)),
-        "problem": SHAPES_PROBLEM.format(colour),
-        "solution": f"<answer>{box_list([position])}</answer>",
-        "box": position,
-        "colour": colour,
-    }
+    solution = f"<answer>{box_list([position])}</answer>"
+    return {"image": _to_image(pixels), "problem": SHAPES_PROBLEM.format(colour),
+            "solution": solution, "box": position, "colour": colour}  # fmt: skip
 
 
 def _free_box(rng: np.random.Generator, taken: list[PixelBox]) -> PixelBox | None:
@@ -140,12 +136,12 @@ def _digit_example(rng: np.random.Generator, glyphs: np.ndarray, labels: np.ndar
     weight[y : y + side, x : x + side, 0] = np.asarray(resized, np.float32) / 255
     pixels = background * (1 - weight) + ink * weight + rng.normal(0, 8, (size, size, 3))
     word = WORDS[int(labels[chosen])]
-    return {
-        "image": Image.fromarray(pixels.clip(0, 255).astype(np.uint8)),
-        "problem": DIGITS_PROBLEM,
-        "solution": f"<answer>{word}</answer>",
-        "label": word,
-    }
+    image, solution = _to_image(pixels), f"<answer>{word}</answer>"
+    return {"image": image, "problem": DIGITS_PROBLEM, "solution": solution, "label": word}
+
+
+def _to_image(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def _split_examples(name: str, split: str, seed: int) -> Iterator[Row]:

@@ -170,8 +170,7 @@ def _header(image: Image.Image, opened: bool) -> tuple[tuple[int, int], int | No
         decode = b"eXIf" in image.fp.read()
         image.fp.seek(start)
     # PNG's own method decodes the whole image first.
-    exif = image.getexif() if decode else Image.Image.getexif(image)
-    turn = exif.get(0x0112)
+    turn = (image.getexif() if decode else Image.Image.getexif(image)).get(0x0112)
     return image.size[::-1] if turn in SIDEWAYS else image.size, turn
 
 

@@ -274,8 +274,7 @@ def spoken_text(value: Json) -> str | None:
         turn = value[-1]
         _check_learned(turn, "answer")
         role = str(turn.get("role") or turn.get("from") or "assistant")
-        said = role in ("assistant", "gpt")
-        value = turn.get("content", turn.get("value")) if said else None
+        value = turn.get("content", turn.get("value")) if role in ("assistant", "gpt") else None
     if isinstance(value, list):
         parts = [part for part in value if isinstance(part, Mapping) and part.get("type") == "text"]
         value = "".join(str(part.get("text") or "") for part in parts)

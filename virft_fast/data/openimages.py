@@ -122,14 +122,12 @@ def _annotations(
         for _, (image, label, sure) in _rows(path, ("ImageID", "LabelName", "Confidence"), account):
             if image in ids and label in numbers and finite_number(sure) == 0:
                 absent[image].append(numbers[label])
-    data: dict[str, list[Row]] = {
-        "images": [
-            {"id": number, "file_name": image, "neg_category_ids": absent.get(image, [])}
-            for image, number in ids.items()
-        ],
-        "annotations": records,
-        "categories": [{"id": number, "name": name} for number, (_, name) in enumerate(names)],
-    }
+    listed: list[Row] = [
+        {"id": number, "file_name": image, "neg_category_ids": absent.get(image, [])}
+        for image, number in ids.items()
+    ]
+    categories: list[Row] = [{"id": n, "name": name} for n, (_, name) in enumerate(names)]
+    data = {"images": listed, "annotations": records, "categories": categories}
 
     def find(image: str) -> Found:
         paths = places[image]

@@ -190,14 +190,9 @@ class PromptSampler:
 
     def state_dict(self) -> Row:
         """Where the next batch starts, as JSON values; the same on all ranks."""
-        return {
-            "num_rows": self.num_rows,
-            "seed": self.seed,
-            "epoch": self._epoch,
-            "position": self._position,
-            "order": self._checksum(),
-            "bad": [[index, reason] for index, reason in self._bad.items()],
-        }
+        bad = [[index, reason] for index, reason in self._bad.items()]
+        return {"num_rows": self.num_rows, "seed": self.seed, "epoch": self._epoch,
+                "position": self._position, "order": self._checksum(), "bad": bad}  # fmt: skip
 
     def load_state_dict(self, state: Row) -> None:
         """Resume from a `state_dict`, on any number of ranks.

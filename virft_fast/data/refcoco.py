@@ -27,13 +27,8 @@ from virft_fast.data.lisa import TARGET, Instruction, Shape
 from virft_fast.data.texts import only_file, read_json
 
 # Split of a reference -> ours.
-REFERENCE_SPLITS = {
-    "train": "train",
-    "val": "validation",
-    "test": "test",
-    "testA": "testA",
-    "testB": "testB",
-}
+REFERENCE_SPLITS = {"train": "train", "val": "validation", "test": "test",
+                    "testA": "testA", "testB": "testB"}  # fmt: skip
 # Largest pickle that is read: each of its bytes can make an object of about 100 bytes.
 MAX_BYTES = 2**27
 

@@ -223,13 +223,8 @@ class SampleDataset:
             columns.pop("completion", None)
         elif said and taught != solution and (taught != said or row.get("completion") is None):
             columns["completion"] = taught  # what is learned, if it isn't the solution
-        return Sample(
-            index=index,
-            messages=tuple(reading.messages),
-            images=(),
-            solution=solution,
-            columns=columns | {"problem": reading.problem, "solution": solution},
-        )
+        columns |= {"problem": reading.problem, "solution": solution}
+        return Sample(index, tuple(reading.messages), (), solution, columns)
 
     def checked(self, solution: Json, row: Row) -> str:
         """The row's solution, if it is a text that passes `check_solution`.

@@ -78,8 +78,7 @@ def files_in_folder(folder: Path, split: str, config: str | None) -> list[str]:
     except Exception as error:  # for a missing configuration, file or key: they share no base
         # The files of another split may be missing because they weren't downloaded.
         if files := _files_on_card(folder, split, config):
-            _check_shards(files, folder)
-            return files
+            return _complete(files, folder)
         pattern = re.search(r"[*?\[]", str(folder.resolve()))
         hint = f"; rename the folder, its {pattern[0]} is taken for a pattern" if pattern else ""
         names = ", ".join(str(entry.get("config_name")) for entry in _card_configs(folder))
@@ -91,8 +90,7 @@ def files_in_folder(folder: Path, split: str, config: str | None) -> list[str]:
     files = builder_files(builder, split, str(folder), "README.md to name .parquet files")
     if missing := [file for file in files if not Path(file).is_file()]:  # or addresses
         raise ValueError(f"--dataset_name {folder}: README.md: no file {missing[0]}; fetch it")
-    _check_shards(files, folder)
-    return files
+    return _complete(files, folder)
 
 
 def builder_files(
@@ -170,13 +168,15 @@ def files_of(split: str, files: Sequence[Path], where: Path) -> list[str]:
             f"every .parquet file or of none, got none in {listing(unnamed)}; rename or move these"
         )
     splits = splits or {"train": unnamed}
-    chosen = splits[resolve_split(split, list(splits), where)]
-    _check_shards(chosen, where)
-    return chosen
+    return _complete(splits[resolve_split(split, list(splits), where)], where)
 
 
-def _check_shards(files: Sequence[str], where: Path) -> None:
-    """Raise ValueError if a shard, such as train-00001-of-00002, is missing."""
+def _complete(files: list[str], where: Path) -> list[str]:
+    """The files.
+
+    Raises:
+        ValueError: a shard, such as train-00001-of-00002, is missing.
+    """
     shards = [shard for file in files if (shard := SHARD_NAME.fullmatch(Path(file).stem))]
     for total in {shard["total"] for shard in shards}:
         numbers = {int(shard["number"]) for shard in shards if shard["total"] == total}
@@ -185,6 +185,7 @@ def _check_shards(files: Sequence[str], where: Path) -> None:
                 f"--dataset_name {where}: expected {int(total)} files of the split, number "
                 f"{', '.join(map(str, missing[:5]))} is not there"
             )
+    return files
 
 
 def _split_of(file: Path, where: Path) -> str:

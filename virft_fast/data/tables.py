@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,11 +37,9 @@ def read_file(path: Path, account: Built, folder: Path) -> datasets.Dataset:
     for name in dict.fromkeys(key for record in records for key in record):
         values = [_utf8(record.get(name)) for record in records]
         if name in IMAGE_COLUMNS:
-            columns[name] = _column([_absolute_paths(value, folder) for value in values])
-        elif name in JSON_COLUMNS and any(isinstance(value, (list, dict)) for value in values):
-            columns[name] = _as_json(values)
-        else:
-            columns[name] = _column(values)
+            values = [_absolute_paths(value, folder) for value in values]
+        chats = name in JSON_COLUMNS and any(isinstance(value, (list, dict)) for value in values)
+        columns[name] = _column(values, as_json=chats)
     return datasets.Dataset(pa.table(columns))
 
 
@@ -110,20 +109,12 @@ def _utf8(value: Json) -> Json:
     return value
 
 
-def _as_json(values: Sequence[Json]) -> pa.Array:
-    import pyarrow as pa
-
-    return pa.array([None if v is None else json.dumps(v) for v in values], pa.json_())
-
-
-def _column(values: Sequence[Json]) -> pa.Array:
+def _column(values: Sequence[Json], *, as_json: bool) -> pa.Array:
     """An arrow array. If the values differ in kind, it holds them as JSON: each keeps its kind, and
     one odd row doesn't make the whole file unreadable."""
     import pyarrow as pa
 
-    if {int, float} <= set(map(type, values)):  # arrow would turn 1 into 1.0
-        return _as_json(values)
-    try:
-        return pa.array(values)
-    except (pa.ArrowException, OverflowError, ValueError, TypeError):
-        return _as_json(values)
+    if not as_json and not {int, float} <= set(map(type, values)):  # arrow would turn 1 into 1.0
+        with contextlib.suppress(pa.ArrowException, OverflowError, ValueError, TypeError):
+            return pa.array(values)
+    return pa.array([None if v is None else json.dumps(v) for v in values], pa.json_())

@@ -201,18 +201,14 @@ def written_aside(
         writers = _Writers({name: SplitWriter(aside / "data", name, features) for name in splits})
         writers.folder = aside / "data"
         yield writers
-        _put_in_place(aside, out)
+        old = out.with_name(f".{out.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            os.replace(out, old)
+        os.replace(aside, out)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _put_in_place(aside: Path, out: Path) -> None:
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.replace(out, old)
-    os.replace(aside, out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _row(plan: Plan, built: Built, check: Callable[[Row], str | None]) -> Row | None:
@@ -275,7 +271,6 @@ class SplitWriter:
 
     def close(self) -> int:
         """Finish the shards and give them their final names; returns the number of rows."""
-        self._flush()
         self._finish_shard()
         for number in range(self.shards):
             name = f"{self.split}-{number:05d}-of-{self.shards:05d}.parquet"
