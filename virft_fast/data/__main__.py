@@ -43,7 +43,7 @@ from virft_fast.tasks.prompts import CLASSIFICATION_SETS
 if TYPE_CHECKING:
     import datasets
 
-Item = TypeVar("Item")
+T = TypeVar("T")
 MAX_ROWS_HELP = "rows of a split, chosen by the seed; default: all"
 
 
@@ -189,7 +189,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_export)
 
 
-def _progress(items: Iterable[Item], total: int | None = None) -> Iterable[Item]:
+def _progress(items: Iterable[T], total: int | None = None) -> Iterable[T]:
     from tqdm import tqdm
 
     return tqdm(items, total=total, unit="row")

@@ -28,7 +28,7 @@ NOT_DOWNLOADED = "nothing is downloaded; fetch it and give its path"
 _BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
 _ALPHABET = re.compile(r"[\w+/=\s-]*")
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 class UnreadableImage(ValueError):
@@ -111,9 +111,7 @@ def is_turned(source: object, folder: Path | None = None) -> bool:
     return _read(source, folder, _header)[1] in range(2, 9)
 
 
-def _read(
-    source: object, folder: Path | None, read: Callable[[Image.Image, bool], Result]
-) -> Result:
+def _read(source: object, folder: Path | None, read: Callable[[Image.Image, bool], T]) -> T:
     """`read` applied to the image and to whether it was opened here: its EXIF data then count."""
     name: object = "bytes"
     if isinstance(source, Mapping):

@@ -21,9 +21,9 @@ from virft_fast.data.splits import (
     accepted,
     builder_files,
     files_in_folder,
-    files_of,
     refuse_config,
     resolve_split,
+    split_files,
 )
 from virft_fast.data.streaming import ParquetRows
 from virft_fast.data.tables import read_file
@@ -173,7 +173,7 @@ def _load_folder(path: Path, split: str, config: str | None) -> datasets.Dataset
 
 def _load_file(path: Path, split: str, image_folder: Path) -> datasets.Dataset:
     if path.suffix == ".parquet":
-        return _load_parquet(files_of(split, [path], path), path)
+        return _load_parquet(split_files(split, [path], path), path)
     if path.suffix not in FILE_SUFFIXES:
         raise ValueError(f"--dataset_name {path}: unknown kind of file; {accepted()}")
     resolve_split(split, ["train"], path)
@@ -232,7 +232,7 @@ def _stream_rows(name: str, split: str, config: str | None) -> ParquetRows:
     open_file = None
     if path.is_file() and path.suffix == ".parquet":
         refuse_config(config, path)
-        files = files_of(split, [path], path)
+        files = split_files(split, [path], path)
     elif path.is_dir() and not _saved_to_disk(path):
         files = files_in_folder(path, split, config)
     elif path.exists() or _looks_like_path(name):

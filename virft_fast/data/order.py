@@ -15,7 +15,7 @@ from virft_fast.data.samples import BadRow
 
 logger = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
+T = TypeVar("T")
 Reasons = list[tuple[int, str]]  # (row, why it can't be used)
 
 
@@ -114,10 +114,10 @@ class PromptSampler:
 
     def next_batch(
         self,
-        load: Callable[[int], Item | BadRow],
+        load: Callable[[int], T | BadRow],
         gather: Callable[[Reasons], list[Reasons]],
         add_bad: Callable[[int, str], None],
-    ) -> list[Item]:
+    ) -> list[T]:
         """This rank's next `batch_size` usable rows, loaded.
 
         Every rank must call it with the same data; all call `gather` equally often.
@@ -130,7 +130,7 @@ class PromptSampler:
             NoUsableRows: no row of the data set can be used.
         """
         batch: list[int] = []
-        loaded: dict[int, Item] = {}
+        loaded: dict[int, T] = {}
         while True:
             self._fill(batch)
             mine = batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
@@ -162,7 +162,7 @@ class PromptSampler:
                 batch.append(index)
 
     def _load_missing(
-        self, indices: Sequence[int], loaded: dict[int, Item], load: Callable[[int], Item | BadRow]
+        self, indices: Sequence[int], loaded: dict[int, T], load: Callable[[int], T | BadRow]
     ) -> Reasons:
         """Load what isn't in `loaded` yet; returns the bad rows, in the order of `indices`."""
         bad: dict[int, str] = {}

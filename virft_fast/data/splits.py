@@ -70,7 +70,7 @@ def files_in_folder(folder: Path, split: str, config: str | None) -> list[str]:
     """
     if not _card_configs(folder):
         refuse_config(config, folder)
-        return files_of(split, _parquet_files(folder), folder)
+        return split_files(split, _parquet_files(folder), folder)
     import datasets
 
     try:
@@ -152,7 +152,7 @@ def _parquet_files(folder: Path) -> list[Path]:
     return files
 
 
-def files_of(split: str, files: Sequence[Path], where: Path) -> list[str]:
+def split_files(split: str, files: Sequence[Path], where: Path) -> list[str]:
     """The split's files; if no path names a split, all of them are "train".
 
     Raises:
