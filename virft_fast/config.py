@@ -500,6 +500,11 @@ class EvalConfig:
     pictures: int = arg(24, "Answers drawn on the page.")
     local_rank: int = arg(-1, "Set by the deepspeed launcher; the environment is what counts.")
 
+    @property
+    def source(self) -> str:
+        """The annotation file, or the data set."""
+        return self.annotations or self.dataset_name or "shapes_detection"
+
     def __post_init__(self) -> None:
         _check_choices(self)
         self._check_source()
@@ -531,7 +536,7 @@ class EvalConfig:
             _require(not self.compat_prompt, "compat_prompt", "--dataset_name with it",
                      self.compat_prompt)  # fmt: skip
         else:
-            self.dataset_name = self.dataset_name or "shapes_detection"
+            self.dataset_name = self.source
             for name in ("images", "allow_missing", "ask_exists"):
                 given = getattr(self, name)
                 _require(not given, name, "--annotations with it", given)

@@ -10,13 +10,15 @@ import contextlib
 import datetime
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
 from virft_fast import progress
+
+Value = TypeVar("Value")
 
 
 class RankFailed(RuntimeError):
@@ -165,3 +167,21 @@ def on_main(action: Callable[[], Any]) -> None:
     with agreed():
         if is_main():
             action()
+
+
+def from_main(make: Callable[[], Value]) -> Value:
+    """What `make` returns on the main process, on all ranks. Only for plain objects.
+
+    Raises:
+        ValueError: on all ranks, with the text of a ValueError or OSError of the main process.
+    """
+    value, error = None, ""
+    if is_main():
+        try:
+            value = make()
+        except (ValueError, OSError) as raised:
+            error = str(raised) or type(raised).__name__
+    value, error = all_gather_object((value, error))[0]
+    if error:
+        raise ValueError(error)
+    return value

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from virft_fast import dist
-from virft_fast.batch import Prompt
+from virft_fast.batch import Prompt, Row
 from virft_fast.evaluation.journal import Journal
 from virft_fast.mia.scenes import Plan, Scene, Scenes, without_details
 from virft_fast.models.image_attention import coverage, image_tokens
@@ -171,7 +171,7 @@ def _finite(value: Tensor) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def open_journal(path: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Journal | None:
+def open_journal(path: Path, settings: Row, *, overwrite: bool) -> Journal | None:
     """The journal of answers on the main process; None on the others.
 
     Args:
@@ -180,17 +180,18 @@ def open_journal(path: Path, settings: Mapping[str, Any], *, overwrite: bool) ->
     Raises:
         ValueError: on all ranks, if the journal can't be used; see `Journal`.
     """
-    journal, error = None, ""
-    for delete in (False, True)[: 1 + overwrite] if dist.is_main() else ():
+    journals: list[Journal] = []
+
+    def open_it() -> None:
         try:
-            journal, error = Journal(path, settings, overwrite=delete), ""
-            break
-        except (ValueError, OSError) as caught:
-            error = str(caught)
-    error = dist.all_gather_object(error)[0]
-    if error:
-        raise ValueError(error)
-    return journal
+            journals.append(Journal(path, settings))
+        except (ValueError, OSError):
+            if not overwrite:
+                raise
+            journals.append(Journal(path, settings, overwrite=True))
+
+    dist.from_main(open_it)
+    return journals[0] if journals else None
 
 
 def answer_all(

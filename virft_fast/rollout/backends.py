@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from virft_fast.config import ROLLOUT_BACKENDS
-from virft_fast.models.qwen_vl import Policy
+from virft_fast.models.qwen_vl import Policy, load_model
 from virft_fast.rollout import Rollout, Weights
 from virft_fast.rollout.cache import CachePlan
 from virft_fast.rollout.hf import HFRollout
@@ -31,6 +31,35 @@ def make_rollout(
     if backend != "native":
         raise ValueError(f"backend: expected one of {ROLLOUT_BACKENDS}, got {backend!r}")
     return NativeRollout(weights, tokenizer, device=device, max_cache_tokens=max_cache_tokens)
+
+
+def load_policy(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    dtype: str,
+    attn_implementation: str = "sdpa",
+    backend: str = "native",
+    device: torch.device,
+) -> Policy:
+    """A policy that only answers, on `device`.
+
+    Args:
+        dtype: torch's name of the weights' dtype; auto: bfloat16 on a GPU, else float32.
+    Raises:
+        ValueError, FileNotFoundError: see `load_model`; or the backend can't run the model.
+    """
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    model = load_model(
+        name_or_path,
+        revision=revision,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attn_implementation,
+    )
+    policy = Policy(model.to(device)).eval()
+    check_model(backend, policy)
+    return policy
 
 
 def check_model(backend: str, policy: Policy) -> None:
