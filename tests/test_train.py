@@ -23,7 +23,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from virft_fast import checkpoint
 from virft_fast.algorithms import grpo
 from virft_fast.config import DataConfig, EvalConfig, RunConfig
-from virft_fast.evaluation.run import of_dataset
+from virft_fast.evaluation.sources import of_dataset
 from virft_fast.metrics import MetricsWriter
 from virft_fast.models import shared_prefix
 from virft_fast.models.processing import load_processor

@@ -18,14 +18,12 @@ NO_LABEL = "(none of the labels)"
 
 def name_labels(records: Iterable[Record], labels: ClosedSet) -> list[Record]:
     """The records with `true_label` and `predicted_label`; NO_LABEL where a text names none."""
-    return [
-        {
-            **record,
-            "true_label": labels(record["solution"]) or NO_LABEL,
-            "predicted_label": predicted_label(record, labels) or NO_LABEL,
-        }
-        for record in records
-    ]
+    named = []
+    for record in records:
+        true, predicted = labels(record["solution"]), predicted_label(record, labels)
+        both = {"true_label": true or NO_LABEL, "predicted_label": predicted or NO_LABEL}
+        named.append({**record, **both})
+    return named
 
 
 def add_measures(ratios: Ratios, records: Sequence[Record], units: Sequence[Hashable]) -> None:

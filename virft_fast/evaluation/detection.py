@@ -23,15 +23,14 @@ from virft_fast.batch import Row
 from virft_fast.data.instances import box_of, number_of
 from virft_fast.evaluation.bootstrap import Array
 from virft_fast.evaluation.journal import Record
-from virft_fast.evaluation.reading import predicted_boxes, true_boxes
-from virft_fast.tasks.answers import Box, Detection
+from virft_fast.evaluation.reading import predicted_boxes, scores_of, true_boxes
+from virft_fast.tasks.answers import Box
 from virft_fast.tasks.coordinates import THOUSAND, rescale
 
 IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
 MAX_BOXES = 100  # per image and category, those with the highest scores
 MAX_AREA = 1e10  # pixels; COCO's protocol ignores larger predictions instead of counting them
-NOTHING = [0.0, 0.0, 0.0, 0.0]
 
 
 BoolArray = NDArray[np.bool_]
@@ -78,16 +77,11 @@ def make_truth(
         box, area = box_of(record.get("bbox")), number_of(record.get("area"))
         image = images.get(record["image_id"])
         if image and record["category_id"] in categories and box and _has_area(box, image):
-            kept.append(
-                {
-                    "id": len(kept) + 1,  # pycocotools takes 0 for no annotation
-                    "image_id": record["image_id"],
-                    "category_id": record["category_id"],
-                    "bbox": box,
-                    "area": area or box[2] * box[3],
-                    "iscrowd": int(bool(record.get("iscrowd"))),
-                }
-            )
+            about = {name: record[name] for name in ("image_id", "category_id")}
+            shape = {"bbox": box, "area": area or box[2] * box[3]}
+            crowd = int(bool(record.get("iscrowd")))
+            # `id` begins at 1, because pycocotools takes 0 for no annotation.
+            kept.append({"id": len(kept) + 1, **about, **shape, "iscrowd": crowd})
     names = ("width", "height", "neg_category_ids", "not_exhaustive_category_ids")
     slim = {
         number: {"id": number, **{name: image[name] for name in names if name in image}}
@@ -121,14 +115,9 @@ def truth_of_records(records: Sequence[Record]) -> Truth:
         width, height = record["size"]
         images[record["image_id"]] = {"id": record["image_id"], "width": width, "height": height}
         true = true_boxes(record)
-        annotations += [
-            {
-                "image_id": record["image_id"],
-                "category_id": numbers[str(record["category"])],
-                "bbox": xywh(box, width, height),
-            }
-            for box in (true.boxes if true else ())
-        ]
+        about = {"image_id": record["image_id"], "category_id": numbers[str(record["category"])]}
+        boxes = true.boxes if true else ()
+        annotations += [{**about, "bbox": xywh(box, width, height)} for box in boxes]
     return make_truth(images, {number: name for name, number in numbers.items()}, annotations)
 
 
@@ -138,7 +127,7 @@ def xywh(box: Box, width: int, height: int) -> list[float]:
     x1, y1, x2, y2 = rescale(box, (THOUSAND, THOUSAND), (width, height))
     usable = all(map(math.isfinite, (x1, y1, x2, y2))) and x1 < x2 and y1 < y2
     usable = usable and (x2 - x1) * (y2 - y1) <= MAX_AREA
-    return [x1, y1, x2 - x1, y2 - y1] if usable else list(NOTHING)
+    return [x1, y1, x2 - x1, y2 - y1] if usable else [0.0, 0.0, 0.0, 0.0]
 
 
 def results_of_records(records: Iterable[Record], truth: Truth) -> list[Row]:
@@ -151,23 +140,14 @@ def results_of_records(records: Iterable[Record], truth: Truth) -> list[Row]:
             continue
         image = truth.images[record["image_id"]]
         once: dict[str, tuple[Box, float]] = {}
-        for box, score in zip(read.boxes, _scores(read), strict=True):
+        for box, score in zip(read.boxes, scores_of(read), strict=True):
             once.setdefault(repr(box), (box, score))
-        for box, score in once.values():
-            results.append(
-                {
-                    "image_id": record["image_id"],
-                    "category_id": numbers[str(record["category"])],
-                    "bbox": xywh(box, image["width"], image["height"]),
-                    "score": score,
-                }
-            )
+        about = {"image_id": record["image_id"], "category_id": numbers[str(record["category"])]}
+        results += [
+            {**about, "bbox": xywh(box, image["width"], image["height"]), "score": score}
+            for box, score in once.values()
+        ]
     return results
-
-
-def _scores(read: Detection) -> list[float]:
-    """The confidences; 0 for one that is missing or outside [0, 1]."""
-    return [c if c is not None and 0 <= c <= 1 else 0.0 for c in read.confidences]
 
 
 # --- Average precision -----------------------------------------------------------------------
@@ -201,23 +181,18 @@ def average_precisions(
 
     data = truth.as_coco()
     true, predicted = COCO(data), COCO({**data, "annotations": _as_annotations(results)})
-    run = _COCOeval(true, predicted, "bbox", print_function=_silent, lvis_style=federated)
+    run = _COCOeval(true, predicted, "bbox", print_function=lambda *_: None, lvis_style=federated)
     run.params.maxDets = [1, 10, MAX_BOXES] if not federated else [300]
     run.evaluate()
     run.accumulate()
     precision = np.asarray(run.eval["precision"])  # (T, recalls, categories, areas, limits)
-    categories = {}
+    categories: dict[int, Precisions] = {}
     for column, number in enumerate(run.params.catIds):
         curves = precision[:, :, column, 0, -1]
         aps = np.where(curves > -1, curves, np.nan).mean(1)  # (T,)
-        categories[int(number)] = Precisions(
-            AP=float(aps.mean()), AP50=float(aps[0]), AP75=float(aps[5])
-        )
+        ap, ap50, ap75 = float(aps.mean()), float(aps[0]), float(aps[5])
+        categories[int(number)] = {"AP": ap, "AP50": ap50, "AP75": ap75}
     return categories
-
-
-def _silent(*_: object) -> None:
-    """faster-coco-eval reports every stage."""
 
 
 def _as_annotations(results: Sequence[Row]) -> list[Row]:
@@ -297,8 +272,7 @@ def _curve(
 ) -> Curve:
     num_true = np.zeros(len(units))
     scores, images = [np.zeros(0)], [np.zeros(0, np.int64)]
-    hits = [np.zeros((len(IOUS), 0), bool)]
-    ignored = [np.zeros((len(IOUS), 0), bool)]
+    hits, ignored = [np.zeros((len(IOUS), 0), bool)], [np.zeros((len(IOUS), 0), bool)]
     for image in sorted(truth.images):
         boxes = true.get((image, category), [])
         num_true[units[image]] = sum(not box["iscrowd"] for box in boxes)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from virft_fast.batch import Json, Row, Sample
-from virft_fast.data import BadRow
 from virft_fast.data.writing import make_folder
 from virft_fast.evaluation import pages
-from virft_fast.evaluation.journal import Record, companion
+from virft_fast.evaluation.journal import Record, RecordStore, companion
 from virft_fast.evaluation.results import Result
 from virft_fast.json_files import read_object
 from virft_fast.metrics import null_for_nan
@@ -68,10 +68,7 @@ def _is_ours(output: Path, compared: bool) -> bool:
 
 def of_models(output: Path, models: Sequence[str]) -> list[Path]:
     """The records' files of several models."""
-    names = [
-        "".join(c if c.isalnum() or c in "-_" else "-" for c in model.strip("/")).strip("-")
-        for model in models
-    ]
+    names = [re.sub(r"[^\w-]", "-", model.strip("/")).strip("-") for model in models]
     # A digest tells apart paths such as a/b and a-b.
     digests = [f"-{hashlib.sha256(model.encode()).hexdigest()[:6]}" for model in models]
     unique = [n + d if names.count(n) > 1 else n for n, d in zip(names, digests, strict=True)]
@@ -82,14 +79,14 @@ def write_result(
     output: Path,
     result: Result,
     *,
-    settings: Row,
+    store: RecordStore,
     config: Row,
-    presence: Sequence[Record] = (),
-    exists: Mapping[int, Sequence[str]] | None = None,
+    exists: Mapping[int, Sequence[str]] | None,
 ) -> None:
     """Write records, summary and the files of the task: predictions in COCO's results format and
     their truth, the presence answers and their map. Delete those that an earlier evaluation left
     and this one lacks."""
+    presence = store.records("presence")
     _write(output, _lines(result.records))
     of_task = {
         ".exists_map.json": _json(exists) if presence else None,
@@ -113,7 +110,7 @@ def write_result(
         "images_missing": result.missing,
         "categories": result.categories,
         "confusions": result.confusions,
-        "settings": settings,
+        "settings": store.journal.settings,
         "config": config,
     }
     # Last, because it marks the evaluation as done.
@@ -137,7 +134,7 @@ def write_pages(
     results: Sequence[Result],
     *,
     num_pictures: int,
-    load: Callable[[int], Sample | BadRow],
+    load: pages.LoadSample,
     question: Callable[[Sample], str],
 ) -> list[pages.Table]:
     """Write the report as Markdown and, with pictures, as HTML; returns its tables."""

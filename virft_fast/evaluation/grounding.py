@@ -94,9 +94,8 @@ class MaskModel:
         refuse_code(path, "--sam_path")
         try:
             # PIL's image processor needs no torchvision.
-            self.processor = SamProcessor(
-                SamImageProcessorPil.from_pretrained(path, trust_remote_code=False)
-            )
+            images = SamImageProcessorPil.from_pretrained(path, trust_remote_code=False)
+            self.processor = SamProcessor(images)
             model: torch.nn.Module = SamModel.from_pretrained(
                 path, trust_remote_code=False, use_safetensors=True
             )

@@ -13,10 +13,10 @@ from virft_fast.batch import Prompt, Rollouts
 from virft_fast.config import EvalConfig, usage
 from virft_fast.evaluation.questions import ExtentFor
 from virft_fast.models.processing import load_processor, resized
-from virft_fast.models.qwen_vl import Policy, load_model, read_config
+from virft_fast.models.qwen_vl import Policy, read_config
 from virft_fast.models.tiny import resolve_model_path
 from virft_fast.rollout import Rollout, Sampling
-from virft_fast.rollout.backends import check_cache_limit, check_model, load_policy, make_rollout
+from virft_fast.rollout.backends import check_cache_limit, load_policy, make_rollout
 from virft_fast.tasks.coordinates import FAMILY_SPACE
 
 logger = logging.getLogger(__name__)
@@ -46,34 +46,31 @@ class EvaluatedModel:
             min_pixels=config.min_pixels,
             max_pixels=config.max_pixels,
         )
-        empty = load_model(
-            self.path,
-            revision=config.model_revision,
-            attn_implementation=config.attn_implementation,
-            empty=True,
-        )
-        check_model(config.rollout_backend, Policy(empty))
+        self._load_policy(empty=True)  # finds what is wrong with the model
         self.family: str = read_config(self.path, config.model_revision).model_type
+
+    def _load_policy(self, *, empty: bool) -> Policy:
+        return load_policy(
+            self.path,
+            revision=self.config.model_revision,
+            dtype=self.config.dtype,
+            attn_implementation=self.config.attn_implementation,
+            backend=self.config.rollout_backend,
+            device=self.device,
+            empty=empty,
+        )
 
     @cached_property
     def rollout(self) -> Rollout:
         """Loaded when the first question is asked: a finished evaluation needs none."""
-        config = self.config
         with usage():
-            policy = load_policy(
-                self.path,
-                revision=config.model_revision,
-                dtype=config.dtype,
-                attn_implementation=config.attn_implementation,
-                backend=config.rollout_backend,
-                device=self.device,
-            )
+            policy = self._load_policy(empty=False)
         return make_rollout(
-            config.rollout_backend,
+            self.config.rollout_backend,
             lambda: contextlib.nullcontext(policy),
             self.processor.tokenizer,
             device=self.device,
-            max_cache_tokens=config.rollout_cache_tokens,
+            max_cache_tokens=self.config.rollout_cache_tokens,
         )
 
     def generate(
@@ -92,21 +89,16 @@ class EvaluatedModel:
         if FAMILY_SPACE[self.family] != "pixels":
             return None
         images = self.processor.image_processor
-        return partial(
-            resized,
-            min_pixels=images.size["shortest_edge"],
-            max_pixels=images.size["longest_edge"],
-            factor=images.patch_size * images.merge_size,
-        )
+        low, high = images.size["shortest_edge"], images.size["longest_edge"]
+        factor = images.patch_size * images.merge_size
+        return partial(resized, min_pixels=low, max_pixels=high, factor=factor)
 
     def warn_of_space(self, *, in_pixels: bool) -> None:
         """Warn if the data set counts boxes in another space than the model's family."""
         if in_pixels != (FAMILY_SPACE[self.family] == "pixels"):
+            own, other = ("0..1000", "pixels") if in_pixels else ("pixels", "0..1000")
             logger.warning(
-                "%s counts boxes in %s, but %s asks for %s; build it with another --model_family, "
-                "unless the model was trained on such rows",
-                self.family,
-                "0..1000" if in_pixels else "pixels",
-                self.config.dataset_name,
-                "pixels" if in_pixels else "0..1000",
+                f"{self.family} counts boxes in {own}, but {self.config.dataset_name} asks for "
+                f"{other}; build it with another --model_family, unless the model was trained "
+                "on such rows"
             )

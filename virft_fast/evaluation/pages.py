@@ -23,6 +23,7 @@ from virft_fast.evaluation.results import Result
 from virft_fast.tasks import BOX_TASKS
 from virft_fast.tasks.answers import answer_text
 
+LoadSample = Callable[[int], Sample | BadRow]
 PICTURE_SIDE = 420  # pixels
 MAX_TEXT = 400  # characters of an answer
 
@@ -57,9 +58,9 @@ def measure_table(results: Sequence[Result]) -> Table:
         header.append("change")
     rows = []
     for name in dict.fromkeys(name for result in results for name in result.means):
-        row = [name, *(_cell(result, name) for result in results)]
+        row = [name, *(_cell(r.means.get(name, math.nan), r.interval(name)) for r in results)]
         if len(results) > 1:
-            row.append(_change(results[0], results[-1], name))
+            row.append(_cell(*change(results[0], results[-1], name), "+"))
         rows.append(row)
     return Table("Measures, with 95 % intervals over resampled images", header, rows)
 
@@ -73,15 +74,7 @@ def change(first: Result, last: Result, name: str) -> tuple[float, bootstrap.Int
     return difference, bootstrap.interval(after - before)
 
 
-def _cell(result: Result, name: str) -> str:
-    return _with_interval(result.means.get(name, math.nan), result.interval(name), "")
-
-
-def _change(first: Result, last: Result, name: str) -> str:
-    return _with_interval(*change(first, last, name), "+")
-
-
-def _with_interval(value: float, interval: bootstrap.Interval | None, sign: str) -> str:
+def _cell(value: float, interval: bootstrap.Interval | None, sign: str = "") -> str:
     shown = _number(value, sign)
     if interval is None:
         return shown
@@ -99,10 +92,9 @@ def tables(results: Sequence[Result]) -> list[Table]:
         shown.append(_category_table(results))
     for result in results:
         if result.confusions:
-            rows = [
-                [row["true"], row["predicted"], str(row["count"]), f"{row['share']:.0%}"]
-                for row in result.confusions
-            ]
+            rows = []
+            for c in result.confusions:
+                rows.append([c["true"], c["predicted"], str(c["count"]), f"{c['share']:.0%}"])
             header = ["true", "predicted", "images", "of the true class"]
             shown.append(Table(f"Confusions of {result.model}", header, rows))
     counts = dict.fromkeys(name for result in results for name in result.counts)
@@ -122,7 +114,7 @@ def _category_table(results: Sequence[Result]) -> Table:
         for result in results:
             of_model = result.categories[number]
             interval = result.interval(f"AP/{row['category']}")
-            cells += [str(of_model["predictions"]), _with_interval(of_model["AP"], interval, "")]
+            cells += [str(of_model["predictions"]), _cell(of_model["AP"], interval)]
             cells += [_number(of_model["AP50"]), _number(of_model["AP75"])]
         rows.append(cells)
     return Table("Average precision of each category", header, rows)
@@ -149,7 +141,7 @@ def _plain(text: str) -> str:
 def pictures(
     results: Sequence[Result],
     limit: int,
-    load: Callable[[int], Sample | BadRow],
+    load: LoadSample,
     question: Callable[[Sample], str],
 ) -> list[Picture]:
     """Up to `limit` of the questions that all models answered, evenly spread.

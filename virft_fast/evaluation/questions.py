@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import TypeVar
 
 from virft_fast.batch import Row, Sample
 from virft_fast.data.accounts import listing
@@ -46,19 +46,8 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self._make(number) for number in range(self._count)[index]]
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]  # nobody slices them
         return self._make(index)
-
-
-def files_of(annotations: Annotations) -> dict[int, str]:
-    """Image id -> its file."""
-    return {number: record["file"] for number, record in annotations.images.items()}
 
 
 @dataclass(frozen=True)
@@ -125,8 +114,12 @@ def detection_rows(
 
     Args:
         extent_for: (width, height) of an image -> the space of its boxes; None: 0..1000.
+    Raises:
+        ValueError: two categories have the same name.
     """
-    annotations, names = images.annotations, distinct_names(images.annotations)
+    annotations, names = images.annotations, images.annotations.categories
+    if len(set(names.values())) < len(names):  # answers and maps refer to categories by name
+        raise ValueError("--annotations: expected categories with different names")
     pairs = [
         (image, number)
         for image in images.paths
@@ -138,10 +131,8 @@ def detection_rows(
         image, category = pairs[index]
         size = _size(annotations, image)
         extent = extent_for(*size) if extent_for else (1000, 1000)
-        boxes = [
-            written(rescale(box, size, extent), extent)
-            for box in annotations.boxes.get((image, category), [])
-        ]
+        true = annotations.boxes.get((image, category), [])
+        boxes = [written(rescale(box, size, extent), extent) for box in true]
         return {
             "image": str(images.paths[image]),
             "problem": detection_problem(names[category], "pixels" if extent_for else "thousand"),
@@ -157,18 +148,6 @@ def detection_rows(
 def _size(annotations: Annotations, image: int) -> tuple[int, int]:
     record = annotations.images[image]
     return record["width"], record["height"]
-
-
-def distinct_names(annotations: Annotations) -> dict[int, str]:
-    """Category id -> name; answers and maps refer to categories by name.
-
-    Raises:
-        ValueError: two categories have the same name.
-    """
-    names = annotations.categories
-    if len(set(names.values())) < len(names):
-        raise ValueError("--annotations: expected categories with different names")
-    return names
 
 
 def other_size(annotations: Annotations, sample: Sample) -> str | None:
@@ -189,11 +168,8 @@ def presence_rows(images: Images) -> Rows:
 
     def make(index: int) -> Row:
         image = numbers[index]
-        true = [
-            name
-            for number, name in zip(images.categories, names, strict=True)
-            if (image, number) in images.annotations.boxes
-        ]
+        pairs = zip(images.categories, names, strict=True)
+        true = [name for number, name in pairs if (image, number) in images.annotations.boxes]
         return {
             "image": str(images.paths[image]),
             "problem": presence_problem(names),
@@ -212,20 +188,23 @@ def exists_of_answers(records: Iterable[Record], names: Sequence[str]) -> dict[i
 
 
 def read_exists_map(
-    path: Path, images: Mapping[ImageId, str], names: Collection[str]
-) -> tuple[dict[ImageId, list[str]], dict[str, int]]:
+    path: str | Path | None, images: Mapping[ImageId, str], names: Collection[str]
+) -> tuple[dict[ImageId, list[str]] | None, dict[str, int]]:
     """Read a map in Visual-RFT's form, {image: [category, ...]}, an image by its id or file name.
 
     Args:
         images: image id -> its file. names: of all categories.
     Returns:
-        Image id -> categories; and the numbers of unknown images and categories in the map.
+        Image id -> categories; and the numbers of unknown images and categories in the map. None
+        and no numbers without a path.
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no such map, or about other images.
     """
+    if not path:
+        return None, {}
     try:
-        data = parse_json(path.read_bytes(), f"--exists_map {path}")
+        data = parse_json(Path(path).read_bytes(), f"--exists_map {path}")
     except FileNotFoundError:
         raise FileNotFoundError(f"--exists_map {path}: no such file") from None
     except OSError as error:

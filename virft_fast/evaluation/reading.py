@@ -29,6 +29,11 @@ def predicted_boxes(record: Record) -> Detection | None:
     return parse_detection(record["completion"], record.get("extent"))
 
 
+def scores_of(read: Detection) -> list[float]:
+    """The confidences of its boxes; 0 for one that is missing or outside [0, 1]."""
+    return [c if c is not None and 0 <= c <= 1 else 0.0 for c in read.confidences]
+
+
 def true_boxes(record: Record) -> Detection | None:
     """The solution's boxes in 0..1000."""
     return parse_detection(record["solution"], record.get("extent"))

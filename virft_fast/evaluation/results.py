@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
 
 import numpy as np
 
@@ -13,22 +12,19 @@ from virft_fast.batch import Row
 from virft_fast.evaluation import bootstrap, classification, detection, grounding
 from virft_fast.evaluation.bootstrap import Array, Interval, Measures, Ratios
 from virft_fast.evaluation.classification import Confusion
-from virft_fast.evaluation.detection import Truth
+from virft_fast.evaluation.detection import Precisions, Truth
 from virft_fast.evaluation.journal import Record
 from virft_fast.evaluation.scoring import match_answers, task_measures
 from virft_fast.tasks import BOX_TASKS
 from virft_fast.tasks.labels import ClosedSet
 
 
-class CategoryResult(TypedDict):
-    """A category under COCO's protocol: counts, and AP in [0, 1] or NaN."""
+class CategoryResult(Precisions):
+    """A category under COCO's protocol: its name, the numbers of boxes, and its AP."""
 
     category: str
     objects: int
     predictions: int
-    AP: float
-    AP50: float
-    AP75: float
 
 
 @dataclass
@@ -113,11 +109,8 @@ def measure(
         measures.append(detection.AveragePrecision(truth, result.predictions, numbers))
         result.categories, of_coco = _by_category(truth, result.predictions, federated)
         exact |= of_coco
-    result.means = bootstrap.values(measures, len(numbers)) | exact
-    if truth is not None:
-        result.means = {
-            name: value for name, value in result.means.items() if not name.startswith("AP/")
-        }
+    means = bootstrap.values(measures, len(numbers)) | exact
+    result.means = {name: value for name, value in means.items() if not name.startswith("AP/")}
     if num_draws:
         result.draws = bootstrap.draws(measures, len(numbers), num_draws, seed)
     return result

@@ -21,32 +21,16 @@ from virft_fast.batch import Rollouts, Row
 from virft_fast.config import EvalConfig, usage
 from virft_fast.data import BadRow, BadRows, SampleDataset
 from virft_fast.data.prompts import PromptSource
-from virft_fast.evaluation import grounding
+from virft_fast.evaluation import grounding, sources
 from virft_fast.evaluation.answering import answer
 from virft_fast.evaluation.detection import need_coco_eval, truth_of_records
 from virft_fast.evaluation.files import write_result
 from virft_fast.evaluation.journal import Record, RecordStore
 from virft_fast.evaluation.model import EvaluatedModel
-from virft_fast.evaluation.questions import (
-    ExistsMap,
-    Images,
-    exists_of_answers,
-    other_size,
-    presence_rows,
-)
+from virft_fast.evaluation.questions import ExistsMap, Images, exists_of_answers
 from virft_fast.evaluation.reading import marked
 from virft_fast.evaluation.results import Result, measure
 from virft_fast.evaluation.scoring import rescored, scored
-from virft_fast.evaluation.sources import (
-    Questions,
-    category_of,
-    content_stamp,
-    digest_of,
-    images_of,
-    images_stamp,
-    of_annotations,
-    of_dataset,
-)
 from virft_fast.models.qwen_vl import weights_stamp
 from virft_fast.tasks.scoring import RewardFunction, check_arguments
 
@@ -114,13 +98,17 @@ class ModelEvaluation:
         """
         config = self.config
         with usage():
-            images = images_of(config)
+            images = sources.images_of(config)
         if images is not None and config.exists_map:
             exists = images.exists
         elif images is not None and config.ask_exists and exists is None:
             exists = self._ask_exists(images)
         with usage():
-            questions = self._questions(images, exists)
+            if images is None:
+                questions = sources.of_dataset(config)
+            else:
+                extent_for = self.model.extent_for()
+                questions = sources.of_annotations(config, images, exists, extent_for)
             scorer = self._scorer(questions)
             sam = self._load_sam(questions, config.sam_path) if config.sam_path else None
         samples = questions.samples()
@@ -145,17 +133,12 @@ class ModelEvaluation:
         self._save(self.store, result, exists)
         return result, exists
 
-    def _questions(self, images: Images | None, exists: ExistsMap | None) -> Questions:
-        if images is None:
-            return of_dataset(self.config)
-        return of_annotations(self.config, images, exists, self.model.extent_for())
-
-    def _scorer(self, questions: Questions) -> Scorer:
+    def _scorer(self, questions: sources.Questions) -> Scorer:
         names = self.config.reward_funcs or tasks.DEFAULT_REWARDS[questions.task]
         functions = self.reward_funcs or tasks.load_reward_funcs(names)
         return Scorer(tasks.told_classes(functions, questions.labels), _reward_stamp(names))
 
-    def _load_sam(self, questions: Questions, path: str) -> grounding.MaskModel:
+    def _load_sam(self, questions: sources.Questions, path: str) -> grounding.MaskModel:
         """Before the first question, so that a wrong path is found before the work."""
         if questions.task != "grounding":
             raise ValueError(f"--sam_path: expected a grounding task, got {questions.task}")
@@ -167,7 +150,7 @@ class ModelEvaluation:
             )
         return grounding.MaskModel(path, self.device)
 
-    def _check_rewards(self, questions: Questions, scorer: Scorer) -> None:
+    def _check_rewards(self, questions: sources.Questions, scorer: Scorer) -> None:
         """Raise ValueError if a function can't be called with the columns of the first sample."""
         samples = map(self.load_sample, questions.indices)
         first = next((sample for sample in samples if not isinstance(sample, BadRow)), None)
@@ -178,31 +161,22 @@ class ModelEvaluation:
 
     def _ask_exists(self, images: Images) -> ExistsMap:
         """Ask the model which of the categories each image has."""
-        rows = presence_rows(images)
-        questions = Questions(
-            rows,
-            "presence",
-            range(len(rows)),
-            digest_of([*images_stamp(images), images.names]),
-            check=partial(other_size, images.annotations),
-        )
-        records = self._stage("presence", questions, SampleDataset(rows), _described)
+        questions = sources.of_presence(images)
+        samples = SampleDataset(questions.rows)
+        records = self._stage("presence", questions, samples, _described)
         return exists_of_answers(records, images.names)
 
     def _stage(
         self,
         name: str,
-        questions: Questions,
+        questions: sources.Questions,
         samples: SampleDataset,
         describe: Callable[[Rollouts], list[Record]],
     ) -> list[Record]:
         """Answers to all questions, earlier ones included."""
-        config = self.config
+        config, limit = self.config, self.config.max_prompt_length
         source = PromptSource(
-            samples,
-            self.model.processor,
-            max_prompt_length=config.max_prompt_length,
-            check=questions.check,
+            samples, self.model.processor, max_prompt_length=limit, check=questions.check
         )
         return answer(
             self.model,
@@ -230,43 +204,42 @@ class ModelEvaluation:
                 records[n] = record | {"scored_by": scorer.stamp}
         return records
 
-    def _annotated(self, records: Sequence[Record], questions: Questions) -> list[Record]:
+    def _annotated(self, records: Sequence[Record], questions: sources.Questions) -> list[Record]:
         """The records with what the measures read of them besides answer and solution."""
         records = [marked(record, self.config.answers, questions.task) for record in records]
         if (ids := questions.image_ids) is not None:
             records = [record | {"image_id": ids[record["index"]]} for record in records]
         if questions.task == "detection":
-            records = [record | {"category": category_of(record)} for record in records]
+            records = [record | {"category": sources.category_of(record)} for record in records]
         return records
 
     def _masks(
-        self, questions: Questions, sam: grounding.MaskModel, records: list[Record]
+        self, questions: sources.Questions, sam: grounding.MaskModel, records: list[Record]
     ) -> list[Record]:
         """The records with SAM's masks compared to the true ones, where the row has one."""
 
         def make_stamp() -> str:
-            masks = content_stamp(questions.rows, ["mask"])
-            # `answers`: another reading gives SAM another box.
-            return digest_of([sam.path, self.config.answers, weights_stamp(sam.path), masks])
+            masks = sources.content_stamp(questions.rows, ["mask"])
+            answers = self.config.answers  # another reading gives SAM another box
+            return sources.digest_of([sam.path, answers, weights_stamp(sam.path), masks])
 
         stamp = _on_main(make_stamp)
         done = _on_main(partial(self._earlier, "mask", questions.digest))
         masks = {mask["index"]: mask for mask in done if mask["sam"] == stamp}
         todo = [record for record in records if record["index"] not in masks]
-        mine = todo[dist.rank() :: dist.world_size()]
+        todo_here = todo[dist.rank() :: dist.world_size()]
         progress = self.progress("mask", len(records))
         step = grounding.BATCH_SIZE * dist.world_size()
         for first in range(0, len(todo), step):
-            chunk = mine[first // dist.world_size() :][: grounding.BATCH_SIZE]
+            chunk = todo_here[first // dist.world_size() :][: grounding.BATCH_SIZE]
             indices = [record["index"] for record in chunk]
             samples = [self.load_sample(index) for index in indices]
             true_masks = grounding.true_masks(questions.rows, indices)
             areas = grounding.mask_areas(sam, chunk, samples, true_masks)
-            new = [
-                {"index": index, "sam": stamp, **area}
-                for index, area in zip(indices, areas, strict=True)
+            mine = [
+                {"index": n, "sam": stamp, **area} for n, area in zip(indices, areas, strict=True)
             ]
-            new = [mask for of_rank in dist.all_gather_object(new) for mask in of_rank]
+            new = [mask for of_rank in dist.all_gather_object(mine) for mask in of_rank]
             self._keep("mask", new)
             masks |= {mask["index"]: mask for mask in new}
             progress(len(records) - len(todo) + min(first + step, len(todo)))
@@ -275,7 +248,9 @@ class ModelEvaluation:
 
     # The end, on the main process
 
-    def _measure(self, questions: Questions, scorer: Scorer, records: list[Record]) -> Result:
+    def _measure(
+        self, questions: sources.Questions, scorer: Scorer, records: list[Record]
+    ) -> Result:
         config, truth = self.config, questions.truth
         if config.task in ("coco", "lvis") and truth is None:
             with usage():
@@ -303,14 +278,8 @@ class ModelEvaluation:
     def _save(self, store: RecordStore, result: Result, exists: ExistsMap | None) -> None:
         """Write the result; the journal stays only if it holds answers that the result lacks."""
         unused = store.keep_unused(result.records)
-        write_result(
-            self.output,
-            result,
-            settings=store.journal.settings,
-            config=asdict(self.config),
-            presence=store.records("presence"),
-            exists=exists,
-        )
+        config = asdict(self.config)
+        write_result(self.output, result, store=store, config=config, exists=exists)
         if not unused:
             store.journal.remove()
 
@@ -340,19 +309,17 @@ def _on_main(make: Callable[[], Value]) -> Value:
 
 
 def _described(rollouts: Rollouts) -> list[Record]:
-    return [
-        {
-            "index": prompt.sample.index,
-            "image_id": prompt.sample.columns["image_id"],
-            "completion": text,
-            "solution": prompt.sample.solution,
-        }
-        for prompt, text in zip(rollouts.prompts, rollouts.texts, strict=True)
-    ]
+    """A record of each answer to which categories an image has."""
+    records = []
+    for prompt, text in zip(rollouts.prompts, rollouts.texts, strict=True):
+        sample = prompt.sample
+        about = {"index": sample.index, "image_id": sample.columns["image_id"]}
+        records.append({**about, "completion": text, "solution": sample.solution})
+    return records
 
 
 def _reward_stamp(names: Sequence[str]) -> str:
     """Changes with the functions and the files they are from."""
     files = [Path(name.rpartition(":")[0]) for name in names]  # a module's name is no file
     contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
-    return digest_of([list(names), contents])
+    return sources.digest_of([list(names), contents])

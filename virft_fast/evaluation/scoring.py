@@ -13,7 +13,7 @@ from virft_fast.batch import Json, Rollouts, Sample
 from virft_fast.data import BadRow, BadRows
 from virft_fast.evaluation.answering import Load, Section, answer
 from virft_fast.evaluation.journal import Record
-from virft_fast.evaluation.reading import predicted_boxes, true_boxes
+from virft_fast.evaluation.reading import predicted_boxes, scores_of, true_boxes
 from virft_fast.matching import match_boxes, pad_boxes
 from virft_fast.metrics import null_for_nan
 from virft_fast.rollout import Rollout
@@ -170,10 +170,9 @@ def task_measures(task: str, records: Sequence[Record]) -> dict[str, float]:
 def _confidences(predicted: Sequence[Detection | None], width: int) -> torch.Tensor:
     """(N, K) float32 scores; anything but a number in [0, 1] counts as 0."""
     scores = torch.zeros(len(predicted), width)
-    for row, detection in enumerate(predicted):
-        for column, value in enumerate(detection.confidences if detection else []):
-            if value is not None and 0 <= value <= 1:
-                scores[row, column] = value
+    for row, read in enumerate(predicted):
+        if read:
+            scores[row, : len(read.boxes)] = torch.tensor(scores_of(read))
     return scores
 
 

@@ -24,18 +24,9 @@ from virft_fast.data.instances import NO_AREA, NO_BOX, read_annotations
 from virft_fast.data.layouts import IMAGE_COLUMNS, IMAGE_TAG
 from virft_fast.data.samples import plain_rows
 from virft_fast.data.survey import open_space, survey
+from virft_fast.evaluation import questions
 from virft_fast.evaluation.detection import Truth, make_truth
-from virft_fast.evaluation.questions import (
-    ExistsMap,
-    ExtentFor,
-    Images,
-    Rows,
-    detection_rows,
-    files_of,
-    find_images,
-    other_size,
-    read_exists_map,
-)
+from virft_fast.evaluation.questions import ExistsMap, ExtentFor, Images, Rows, find_images
 from virft_fast.tasks.labels import ClosedSet
 from virft_fast.tasks.prompts import asked_category
 
@@ -98,12 +89,9 @@ def images_of(config: EvalConfig) -> Images | None:
         return None
     annotations = read_annotations(Path(config.annotations), config.task, Path(config.images))
     categories = pick_categories(annotations, config.task, config.categories)
-    exists: ExistsMap | None = None
-    unknown: dict[str, int] = {}
-    if config.exists_map:
-        exists, unknown = read_exists_map(
-            Path(config.exists_map), files_of(annotations), annotations.categories.values()
-        )
+    files = {number: record["file"] for number, record in annotations.images.items()}
+    names = annotations.categories.values()
+    exists, unknown = questions.read_exists_map(config.exists_map, files, names)
     images = find_images(annotations, categories, only=exists, allow_missing=config.allow_missing)
     if dist.is_main():
         for line in annotations.account.lines():
@@ -122,7 +110,7 @@ def of_annotations(
         ValueError: there is nothing to ask.
     """
     annotations = images.annotations
-    rows = detection_rows(images, exists=exists, extent_for=extent_for)
+    rows = questions.detection_rows(images, exists=exists, extent_for=extent_for)
     if not len(rows) and config.exists_map:
         raise ValueError(
             f"--exists_map {config.exists_map}: expected some of the chosen categories in it "
@@ -146,7 +134,7 @@ def of_annotations(
         "detection",
         indices,
         digest_of([*images_stamp(images), listed]),
-        check=partial(other_size, annotations),
+        check=partial(questions.other_size, annotations),
         truth=make_truth(present, chosen, annotations.records),
         counts={
             "images": len(present),
@@ -177,6 +165,14 @@ def _whole_images(rows: Rows, limit: int) -> int:
     return count
 
 
+def of_presence(images: Images) -> Questions:
+    """Questions that ask of each image which of the categories it has."""
+    rows = questions.presence_rows(images)
+    digest = digest_of([*images_stamp(images), images.names])
+    check = partial(questions.other_size, images.annotations)
+    return Questions(rows, "presence", range(len(rows)), digest, check=check)
+
+
 def of_dataset(config: EvalConfig) -> Questions:
     """Questions about the rows of a data set.
 
@@ -192,10 +188,9 @@ def of_dataset(config: EvalConfig) -> Questions:
     if task == "auto":
         task = tasks.detect_task(first_solutions(samples))
     texts = [name for name in _TEXT_COLUMNS if name in rows.column_names]
-    table = rows.select_columns(texts).with_format("arrow")
     digest = hashlib.sha256()
     records: list[Row] = []
-    for chunk in table.iter(1000):
+    for chunk in rows.select_columns(texts).with_format("arrow").iter(1000):
         plain = plain_rows(chunk)
         records += plain
         digest.update(json.dumps(plain, default=str).encode())
@@ -209,7 +204,7 @@ def of_dataset(config: EvalConfig) -> Questions:
     unknown: dict[str, int] = {}
     if config.categories != "all" or config.exists_map:
         indices, unknown = _chosen(config, records)
-    questions = Questions(
+    built = Questions(
         rows,
         task,
         indices[: config.max_samples or len(indices)],
@@ -220,18 +215,17 @@ def of_dataset(config: EvalConfig) -> Questions:
         image_ids=_image_ids(records),
         counts=unknown,
     )
-    _warn_of_changes(config, questions)
-    return questions
+    _warn_of_changes(config, task, built.samples())
+    return built
 
 
-def _warn_of_changes(config: EvalConfig, questions: Questions) -> None:
+def _warn_of_changes(config: EvalConfig, task: str, samples: SampleDataset) -> None:
     """Log what was left out and converted, if anything was.
 
     Raises:
         ValueError: --box_space auto, and boxes look like pixels or shares.
     """
-    boxes = open_space(questions.task, config.box_space)
-    rows = survey(questions.samples(), boxes=boxes)
+    rows = survey(samples, boxes=open_space(task, config.box_space))
     warning = rows.settle_boxes()
     changed = rows.account.left_out or rows.account.converted or warning
     if dist.is_main() and changed:
@@ -276,7 +270,7 @@ def _chosen(config: EvalConfig, records: Sequence[Row]) -> tuple[list[int], dict
                 f"--exists_map: expected an image_id in every row of {config.dataset_name}; "
                 "build it with python -m virft_fast.data build, or pass --annotations"
             )
-        exists, unknown = read_exists_map(Path(config.exists_map), files, categories)
+        exists, unknown = questions.read_exists_map(config.exists_map, files, categories)
     indices = [
         index
         for index, (name, image) in enumerate(zip(names, images, strict=True))

@@ -41,11 +41,13 @@ def load_policy(
     attn_implementation: str = "sdpa",
     backend: str = "native",
     device: torch.device,
+    empty: bool = False,
 ) -> Policy:
     """A policy that only answers, on `device`.
 
     Args:
         dtype: torch's name of the weights' dtype; auto: bfloat16 on a GPU, else float32.
+        empty: the model's shape alone, on the meta device.
     Raises:
         ValueError, FileNotFoundError: see `load_model`; or the backend can't run the model.
     """
@@ -56,8 +58,9 @@ def load_policy(
         revision=revision,
         dtype=getattr(torch, dtype),
         attn_implementation=attn_implementation,
+        empty=empty,
     )
-    policy = Policy(model.to(device)).eval()
+    policy = Policy(model if empty else model.to(device)).eval()
     check_model(backend, policy)
     return policy
 
