@@ -32,6 +32,7 @@ from torch import nn
 
 from virft_fast import dist, progress
 from virft_fast.engine import DeepSpeedEngine, PlainEngine
+from virft_fast.json_files import parse_json
 from virft_fast.models.adapters import BASE_FOLDER
 from virft_fast.models.qwen_vl import save_model
 
@@ -232,10 +233,7 @@ def read_checksums(checkpoint: Path) -> dict[str, tuple[int, str]] | None:
     path = checkpoint / CHECKSUMS_FILE
     if not path.exists():
         return None
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name}: expected JSON, got {error}") from error
+    content = parse_json(path.read_bytes(), path.name)
     form = {"algorithm": str, "files": {str: (COUNT, str)}}
     problem = misfit(content, form)
     if problem is None and content["algorithm"] != ALGORITHM:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from virft_fast import dist, progress
+from virft_fast.json_files import parse_json
 from virft_fast.models.adapters import has_adapter, is_trained_adapter
 
 logger = logging.getLogger(__name__)
@@ -482,10 +483,7 @@ def load_deepspeed_config(path: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"--deepspeed: expected a JSON file, got {path!r}: no such file")
-    try:
-        config = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--deepspeed {path}: expected JSON, got {error}") from error
+    config = parse_json(file.read_bytes(), f"--deepspeed {path}")
     if not isinstance(config, dict):
         raise ValueError(f"--deepspeed {path}: expected a JSON object, got {type(config).__name__}")
     blocks = {name: config.get(name, {}) for name in _BLOCKS}

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from virft_fast.json_files import json_object
+
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
@@ -42,7 +44,7 @@ class OutputLock:
             OSError: the folder can't be written.
         """
         with self._mutex() as content:
-            other = _parsed(content)
+            other = json_object(content)
             if other is not None and other.get("token") != self.owner["token"]:
                 self._refuse_if_alive(other)
             self._write()
@@ -80,7 +82,7 @@ class OutputLock:
         return True
 
     def _is_mine(self) -> bool:
-        return (_parsed(self.path.read_bytes()) or {}).get("token") == self.owner["token"]
+        return (json_object(self.path.read_bytes()) or {}).get("token") == self.owner["token"]
 
     def _refuse_if_alive(self, other: dict[str, Any]) -> None:
         who = f"process {other.get('pid')} on {other.get('host')}"
@@ -207,12 +209,3 @@ def _link(path: str) -> str | None:
         return os.readlink(path)
     except OSError:
         return None
-
-
-def _parsed(content: bytes) -> dict[str, Any] | None:
-    """The owner that a lock file names; None if it was never written whole."""
-    try:
-        owner = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    return owner if isinstance(owner, dict) else None

@@ -6,7 +6,6 @@ converted and counted; only a file with nothing usable is an error.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 from virft_fast.data.accounts import Built
 from virft_fast.data.image_files import Found, ImageFiles
 from virft_fast.data.images import UnreadableImage, image_size
-from virft_fast.data.texts import read_text
+from virft_fast.data.texts import read_json
 
 Key = int | str
 Box = tuple[float, float, float, float]
@@ -73,12 +72,7 @@ def read_annotations(
         ValueError: it is another kind of file, or no record can be used; says why.
     """
     where, account = f"{flag} {path}", Built()
-    try:
-        data = json.loads(read_text(path, account))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{where}: no such file") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: expected JSON, got {error}") from error
+    data = read_json(path, account, where)
     _check_kind(where, kind, data)
     return annotations_of(data, kind, ImageFiles(images).find, account, where)
 

@@ -8,7 +8,6 @@ read as well. A pickle can make only lists, dicts, texts and numbers here.
 from __future__ import annotations
 
 import io
-import json
 import os
 import pickle
 import re
@@ -24,7 +23,7 @@ from virft_fast.data.coco import image_paths
 from virft_fast.data.image_files import Found
 from virft_fast.data.instances import key_of, read_annotations
 from virft_fast.data.lisa import TARGET, Asked, Shape
-from virft_fast.data.texts import read_text
+from virft_fast.data.texts import read_json
 
 SPLITS = {"train": "train", "val": "validation", "test": "test", "testA": "testA", "testB": "testB"}
 # Of a pickle. A byte of it can make an object of about a hundred.
@@ -102,10 +101,7 @@ def _refs_file(source: Path) -> Path:
 
 def _references(file: Path, built: Built) -> list[dict[str, Any]]:
     if file.suffix == ".json":
-        try:
-            data = json.loads(read_text(file, built))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"--source {file}: expected JSON, got {error}") from error
+        data = read_json(file, built, f"--source {file}")
     else:
         data = _unpickled(file)
     if not isinstance(data, list):

@@ -6,10 +6,12 @@ import codecs
 import csv
 import gzip
 import io
+import json
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+from virft_fast.batch import Json
 from virft_fast.data.accounts import Built
 
 # UTF-32 first: its little-endian mark starts with that of UTF-16.
@@ -53,6 +55,24 @@ def read_text(path: Path, account: Built) -> str:
         encoding = _guessed(data, path)
         account.convert(f"text read as {encoding}, which was guessed; save it as UTF-8", str(path))
         return data.decode(encoding)
+
+
+def read_json(path: Path, account: Built, source: str) -> Json:
+    """The value of a JSON file.
+
+    Args:
+        account: see `read_text`.
+        source: names the file in errors, such as "--annotations instances.json".
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file can't be read, or is not JSON.
+    """
+    try:
+        return json.loads(read_text(path, account))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{source}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: expected JSON, got {error}") from error
 
 
 def _guessed(data: bytes, path: Path) -> str:

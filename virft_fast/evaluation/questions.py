@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from virft_fast.batch import Row, Sample
-from virft_fast.data.accounts import listing
+from virft_fast.data.accounts import Built, listing
 from virft_fast.data.coco import image_paths
 from virft_fast.data.instances import Annotations
+from virft_fast.data.texts import read_json
 from virft_fast.evaluation.journal import Record
-from virft_fast.json_files import parse_json
 from virft_fast.tasks.coordinates import Extent, rescale, written
 from virft_fast.tasks.labels import mentioned
 from virft_fast.tasks.prompts import (
@@ -203,12 +203,7 @@ def read_exists_map(
     """
     if not path:
         return None, {}
-    try:
-        data = parse_json(Path(path).read_bytes(), f"--exists_map {path}")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--exists_map {path}: no such file") from None
-    except OSError as error:
-        raise ValueError(f"--exists_map {path}: expected JSON, got {error}") from error
+    data = read_json(Path(path), Built(), f"--exists_map {path}")
     if not isinstance(data, dict) or not all(
         isinstance(names, list) and all(isinstance(name, str) for name in names)
         for names in data.values()
