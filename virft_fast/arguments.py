@@ -7,8 +7,9 @@ import contextlib
 import difflib
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from copy import copy
 from dataclasses import Field, field, fields
-from typing import ClassVar, NamedTuple, Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 Value = TypeVar("Value")
 
@@ -40,7 +41,7 @@ def arg(default: Value, help: str, *aliases: str, choices: Collection[str] = ())
     if aliases:
         metadata["aliases"] = [f"--{alias}" for alias in aliases]
     if isinstance(default, list):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+        return field(default_factory=lambda: copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -66,19 +67,26 @@ def unknown_flag_message(flag: str, names: list[str]) -> str:
     return f"unknown flag --{flag.lstrip('-')}{hint}"
 
 
-class Limit(NamedTuple):
-    """What the value of a flag must be, in words and as a test."""
-
-    expected: str
-    holds: Callable[[float], bool]
-
-
-POSITIVE = Limit("a positive number", lambda v: 0 < v < math.inf)
-ABOVE_0 = Limit("a number above 0", POSITIVE.holds)
-AT_LEAST_0 = Limit("0 or more", lambda v: v >= 0)
-FINITE_FROM_0 = Limit("a number, 0 or more", lambda v: 0 <= v < math.inf)
-AT_LEAST_1 = Limit("at least 1", lambda v: v >= 1)
-BELOW_1 = Limit("a number in [0, 1)", lambda v: 0 <= v < 1)
+# What the value of a flag must be, in words and as a test.
+LIMITS: dict[str, Callable[[float], bool]] = {
+    "a positive number": lambda v: 0 < v < math.inf,
+    "a positive number of pixels": lambda v: 0 < v < math.inf,
+    "a number above 0": lambda v: 0 < v < math.inf,
+    "seconds above 0": lambda v: 0 < v < 1e9,
+    "a ratio above 1": lambda v: v > 1,
+    "0 or more": lambda v: v >= 0,
+    "0 (off) or more": lambda v: v >= 0,
+    "a number, 0 or more": lambda v: 0 <= v < math.inf,
+    "at least 1": lambda v: v >= 1,
+    "at least 2 (an advantage compares the completions of one prompt)": lambda v: v >= 2,
+    "a number in [0, 1)": lambda v: 0 <= v < 1,
+    "a number in (0, 1]": lambda v: 0 < v <= 1,
+    "a number in [0, 2^32)": lambda v: 0 <= v < 2**32,
+    "a share in [0, 0.5)": lambda v: 0 <= v < 0.5,
+    "a share in [0, 1)": lambda v: 0 <= v < 1,
+    "a share in [0, 1]": lambda v: 0 <= v <= 1,
+    "a number of steps, or -1: --num_train_epochs": lambda v: v >= -1,
+}
 
 
 def require(ok: bool, flag: str, expected: str, got: object) -> None:
@@ -87,13 +95,13 @@ def require(ok: bool, flag: str, expected: str, got: object) -> None:
         raise ValueError(f"--{flag}: expected {expected}, got {got!r}")
 
 
-def check_limit(config: Arguments, limit: Limit, flags: str) -> None:
-    """Raise ValueError if one of these flags, separated by spaces, is beyond a limit. None is
-    allowed where it is the default."""
+def check_limit(config: Arguments, expected: str, flags: str) -> None:
+    """Raise ValueError if one of these flags, separated by spaces, breaks the limit `expected` of
+    `LIMITS`. None is allowed where it is the default."""
     for flag in flags.split():
         value = getattr(config, flag)
         if value is not None or getattr(type(config), flag) is not None:
-            require(limit.holds(value), flag, limit.expected, value)
+            require(LIMITS[expected](value), flag, expected, value)
 
 
 def check_choices(config: Arguments) -> None:
