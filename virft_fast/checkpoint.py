@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 import xxhash
-from torch import Tensor, nn
+from torch import nn
 
 from virft_fast import dist, progress
 from virft_fast.batch import Row
@@ -88,7 +88,9 @@ def save_checkpoint(
         dist.on_main(lambda: _make_empty(aside))
         with dist.agreed(), progress.busy("saving"):
             if weights is not None:
-                written += _write_model(model, weights, processor, aside, state)
+                save_model(model, weights, processor, aside)
+                (aside / STATE_FILE).write_text(json.dumps(state, indent=1))
+                written += [path for path in aside.iterdir() if path.is_file()]
         if not only_model:
             with dist.agreed():
                 written += engine.save_state(aside / "engine")
@@ -97,9 +99,7 @@ def save_checkpoint(
         every_rank = dist.all_gather_object(seals)
         dist.on_main(lambda: _publish_listed(aside, final, every_rank))
     except Exception as error:
-        _report_failure(final, error)
-        if dist.is_main():
-            shutil.rmtree(aside, ignore_errors=True)
+        _give_up(final, aside, error, "The run goes on; earlier checkpoints are intact")
         return None
     if dist.is_main():
         with contextlib.suppress(OSError):
@@ -139,9 +139,7 @@ def write_final_model(
                     os.replace(path, folder / path.name)
                 aside.rmdir()
     except Exception as error:
-        _report_failure(folder, error, "Checkpoints are intact")
-        if dist.is_main():
-            shutil.rmtree(aside, ignore_errors=True)
+        _give_up(folder, aside, error, "Checkpoints are intact")
         return False
     return True
 
@@ -414,18 +412,6 @@ def _take_back_replaced(output_dir: Path) -> None:
             path.rename(output_dir / name[1])
 
 
-def _write_model(
-    model: nn.Module,
-    weights: dict[str, Tensor],
-    processor: ImageOnlyQwen2VLProcessor,
-    folder: Path,
-    state: Row,
-) -> list[Path]:
-    save_model(model, weights, processor, folder)
-    (folder / STATE_FILE).write_text(json.dumps(state, indent=1))
-    return [path for path in folder.iterdir() if path.is_file()]
-
-
 def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "engine").mkdir(parents=True)
@@ -473,12 +459,9 @@ def _rotate(output_dir: Path, total_limit: int | None) -> None:
             delete(path)
 
 
-def _report_failure(
-    target: Path,
-    error: Exception,
-    reassurance: str = "The run goes on; earlier checkpoints are intact",
-) -> None:
-    """Log an error on the ranks that had it; raise it if the others don't know about it.
+def _give_up(target: Path, aside: Path, error: Exception, reassurance: str) -> None:
+    """Delete `aside` and log the error on the ranks that had it; raise it instead if the other
+    ranks don't know about it.
 
     On a full or broken disk torch raises RuntimeError, safetensors an error of its own, tokenizers
     a bare Exception.
@@ -488,3 +471,5 @@ def _report_failure(
     if not isinstance(error, dist.RankFailed):
         text = "".join(traceback.format_exception_only(error)).strip()
         logger.error("COULD NOT SAVE %s: %s. %s. Free some disk.", target, text, reassurance)
+    if dist.is_main():
+        shutil.rmtree(aside, ignore_errors=True)

@@ -57,10 +57,11 @@ def reduce_metrics(
     names = sorted(values)
     flat = torch.tensor([values[name] for name in names], dtype=torch.float64)  # (names, 2)
     flat = all_reduce_sum(flat)
-    return {
-        name: total / count if count else math.nan
-        for name, (total, count) in zip(names, flat.tolist(), strict=True)
-    }
+    return _means(zip(names, flat.tolist(), strict=True))
+
+
+def _means(sums: Iterable[tuple[str, tuple[float, float]]]) -> dict[str, float]:
+    return {name: total / count if count else math.nan for name, (total, count) in sums}
 
 
 class MetricsWriter:
@@ -128,11 +129,7 @@ class MetricsWriter:
             self._record(step)
 
     def _record(self, step: int) -> None:
-        means = {
-            name: total / count if count else math.nan
-            for name, (total, count) in self.window.items()
-        }
-        self.window = {}
+        means, self.window = _means(self.window.items()), {}
         self._append(METRICS_FILE, [{"step": step, **means}])
         if self.bar is None:
             elapsed = (time.monotonic() - self._started) / max(step - self._start_step, 1)
