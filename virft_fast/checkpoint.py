@@ -32,7 +32,7 @@ from torch import nn
 from virft_fast import dist, progress
 from virft_fast.batch import Row
 from virft_fast.engine import DeepSpeedEngine, PlainEngine
-from virft_fast.json_data import COUNT, MEAN, NUMBER, misfit, read_json
+from virft_fast.json_files import COUNT, MEAN, NUMBER, misfit, parse_json
 from virft_fast.models.adapters import BASE_FOLDER
 from virft_fast.models.processing import ImageOnlyQwen2VLProcessor
 from virft_fast.models.qwen_vl import save_model
@@ -234,7 +234,7 @@ def read_checksums(checkpoint: Path) -> Seals | None:
     path = checkpoint / CHECKSUMS_FILE
     if not path.exists():
         return None
-    content = read_json(path, path.name)
+    content = parse_json(path.read_bytes(), path.name)
     form = {"algorithm": str, "files": {str: (COUNT, str)}}
     problem = misfit(content, form)
     if problem is None and content["algorithm"] != ALGORITHM:
@@ -318,7 +318,7 @@ def read_state(checkpoint: Path) -> Row:
     """
     path = checkpoint / STATE_FILE
     try:
-        state = read_json(path)
+        state = parse_json(path.read_bytes(), str(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"{error}; resume an earlier checkpoint") from error
     if not isinstance(state, dict):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from virft_fast.batch import Json, Row
-from virft_fast.json_data import intact_lines
+from virft_fast.json_files import intact_lines
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from virft_fast.batch import Row
-from virft_fast.json_data import parse_json
+from virft_fast.json_files import json_object
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class OutputLock:
             OSError: the folder can't be written.
         """
         with self._mutex() as content:
-            other = _parsed(content)
+            other = json_object(content)
             if other is not None and other.get("token") != self.owner["token"]:
                 self._refuse_if_alive(other)
             self.path.write_text(json.dumps(self.owner))
@@ -82,7 +82,7 @@ class OutputLock:
         return True
 
     def _is_mine(self) -> bool:
-        return (_parsed(self.path.read_bytes()) or {}).get("token") == self.owner["token"]
+        return (json_object(self.path.read_bytes()) or {}).get("token") == self.owner["token"]
 
     def _refuse_if_alive(self, other: Row) -> None:
         who = f"process {other.get('pid')} on {other.get('host')}"
@@ -193,12 +193,3 @@ def _or_none(read: Callable[[], str]) -> str | None:
         return read()
     except OSError:
         return None
-
-
-def _parsed(content: bytes) -> Row | None:
-    """The owner that a lock file names; None if the file is incomplete."""
-    try:
-        owner = parse_json(content, LOCK_FILE)
-    except ValueError:
-        return None
-    return owner if isinstance(owner, dict) else None

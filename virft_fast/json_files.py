@@ -1,4 +1,4 @@
-"""JSON that may be cut off or edited by hand: how it is read, and how its form is checked."""
+"""JSON that people edit and that killed processes leave incomplete: read, or rejected by name."""
 
 from __future__ import annotations
 
@@ -7,34 +7,40 @@ import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from virft_fast.batch import Json
+from virft_fast.batch import Json, Row
 
 COUNT, NUMBER, MEAN = "a whole number from 0 to 2**63 - 1", "a finite number", "a number or NaN"
 
 
-def parse_json(text: str | bytes, where: object) -> Json:
-    """The value of a JSON text; bytes are UTF-8.
+def parse_json(text: str | bytes, source: str) -> Json:
+    """The value of a JSON text.
 
     Args:
-        where: what the error starts with, such as the file.
+        source: names the text in the error, such as "--deepspeed zero3.json".
     Raises:
-        ValueError: the text is not JSON, or is nested too deeply to be read.
+        ValueError: it is not JSON, or is nested too deeply.
     """
     try:
-        return json.loads(text if isinstance(text, str) else text.decode())
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: expected JSON, got {error}") from error
+        raise ValueError(f"{source}: expected JSON, got {error}") from error
 
 
-def read_json(path: Path, where: object = None) -> Json:
-    """`parse_json` of a file.
+def json_object(text: str | bytes) -> Row | None:
+    """The JSON object in a text; None if the text is incomplete or anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
-    Args:
-        where: what the error starts with; default: the path.
-    Raises:
-        OSError: the file can't be read. ValueError: it is not JSON.
-    """
-    return parse_json(path.read_bytes(), where or path)
+
+def read_object(path: Path) -> Row | None:
+    """The JSON object in a file; None if there is no such file or it holds anything else."""
+    try:
+        return json_object(path.read_bytes())
+    except OSError:
+        return None
 
 
 def intact_lines(path: Path) -> Iterator[tuple[str, Json]]:
@@ -42,7 +48,7 @@ def intact_lines(path: Path) -> Iterator[tuple[str, Json]]:
     a kill or a full disk may have cut them off."""
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            value = parse_json(line, path)
+            value = parse_json(line, str(path))
         except ValueError:
             continue
         yield line, value
