@@ -318,15 +318,14 @@ def read_state(checkpoint: Path) -> Row:
     """
     path = checkpoint / STATE_FILE
     try:
-        state = parse_json(path.read_bytes(), str(path))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{error}; resume an earlier checkpoint") from error
-    if not isinstance(state, dict):
+        state = json.loads(path.read_text())
+        if not isinstance(state, dict):
+            raise ValueError(f"a {type(state).__name__}")
+        return state
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path}: expected the state of a run, got a {type(state).__name__}; resume an earlier "
-            "checkpoint"
-        )
-    return state
+            f"{path}: expected the state of a run, got {error}; resume an earlier checkpoint"
+        ) from error
 
 
 _ROWS = [(COUNT, str)]

@@ -55,20 +55,20 @@ def prepare_data(config: RunConfig, processor: ImageOnlyQwen2VLProcessor) -> Dat
         PromptSource, processor=processor, max_prompt_length=flags.max_prompt_length, check=fits
     )
     samples, boxes = samples_of(rows, check_solution=check), open_space(task, space)
-    rows_seen = survey(samples, boxes=boxes, check=fits)
-    warning = rows_seen.settle_boxes()
-    _check_left_out(config, rows_seen)
+    seen = survey(samples, boxes=boxes, check=fits)
+    warning = seen.settle_boxes()
+    _check_left_out(config, seen)
     names = [] if preferences else config.grpo.reward_funcs
     if not names and not preferences:
-        names = tasks.default_rewards(task, rows_seen.solutions)
-    table = rows_seen.table(flags.dataset_train_split, "" if config.grpo.reward_funcs else task)
+        names = tasks.default_rewards(task, seen.solutions)
+    table = seen.table(flags.dataset_train_split, "" if config.grpo.reward_funcs else task)
     test = None
     if config.train.eval_samples:
         held_out = samples_of(load(flags.dataset_test_split), check_solution=check)
         test = prompts_of(held_out)
-        rows_seen = survey(held_out, boxes=boxes, most=config.train.eval_samples, check=fits)
-        rows_seen.settle_boxes()
-        table += rows_seen.lines(flags.dataset_test_split)
+        seen = survey(held_out, boxes=boxes, most=config.train.eval_samples, check=fits)
+        seen.settle_boxes()
+        table += seen.lines(flags.dataset_test_split)
     classes = None
     if "accuracy" in names and task == "classification" and algorithm.rolls_out(config):
         classes = samples.classes()
@@ -84,16 +84,14 @@ def prepare_data(config: RunConfig, processor: ImageOnlyQwen2VLProcessor) -> Dat
     )
 
 
-def _check_left_out(config: RunConfig, rows_seen: Survey) -> None:
+def _check_left_out(config: RunConfig, seen: Survey) -> None:
     """Raise UsageError if a run over all rows is sure to end at --max_bad_rows."""
-    unusable, limit = rows_seen.read - rows_seen.kept, config.data.max_bad_rows
-    read = num_steps(config, rows_seen.rows) * prompts_per_step(config)
-    if unusable > limit and read >= rows_seen.rows:
-        left_out = rows_seen.account.left_out
-        reasons = [f"{reason}: {len(rows)}" for reason, rows in left_out.items()]
+    unusable, limit = seen.read - seen.kept, config.data.max_bad_rows
+    if unusable > limit and num_steps(config, seen.rows) * prompts_per_step(config) >= seen.rows:
+        reasons = [f"{reason}: {len(rows)}" for reason, rows in seen.account.left_out.items()]
         raise UsageError(
             f"--max_bad_rows {limit}: expected at most so many rows that can't be used, got "
-            f"{unusable} of {rows_seen.read} ({'; '.join(reasons[:5])}); mend the data or raise it"
+            f"{unusable} of {seen.read} ({'; '.join(reasons[:5])}); mend the data or raise it"
         )
 
 
