@@ -111,23 +111,23 @@ class DataConfig:
     dataset_train_split: str = arg("train", "Split to train on.")
     dataset_test_split: str = arg("test", "Split for --eval_samples.")
     dataset_streaming: bool = arg(
-        False, "Read parquet files, of this machine or the hub, in parts while training."
+        False, "Read local or hub parquet files piece by piece while training."
     )
-    task: str = arg("auto", "What is asked; auto: read off the data.", choices=TASKS)
+    task: str = arg("auto", "Kind of task; auto: inferred from the data.", choices=TASKS)
     columns: list[str] = arg(
-        [], "Columns of other names: ours=theirs, such as problem=question solution=answer."
+        [], "Columns with other names: ours=theirs, such as problem=question solution=answer."
     )
     box_space: str = arg(
         "auto",
-        "What boxes of rows without a column extent are counted in: thousandths of the image's "
-        "sides, its pixels, unit (0..1); auto: thousandths, refused on signs of another.",
+        "Unit of boxes in rows without a column extent: thousandths of the image's sides, its "
+        "pixels, unit (0..1); auto: thousandths, or an error on signs of another unit.",
         choices=BOX_SPACES,
     )
     compat_prompt: bool = arg(
-        False, "LISA's conversations: ask for the box as the original does, to the letter."
+        False, "LISA's conversations: ask for the box in exactly the original's words."
     )
     max_prompt_length: int | None = arg(
-        None, "A longer prompt, in tokens with its images, is skipped and counted, never cut."
+        None, "Longer prompts, in tokens with their images, are skipped and counted, never cut."
     )
     max_bad_rows: int = arg(100, "Stop when more rows than this can't be used.")
 
@@ -160,14 +160,14 @@ class GRPOConfig:
     )
     repetition_penalty: float = arg(
         1.0,
-        "Above 1 makes tokens that were there already less likely; 1 is off. "
+        "Above 1 makes tokens that occurred before less likely; 1 is off. "
         "Not replayed in the loss.",
     )
     rollout_backend: str = arg(
         "native", "hf: transformers' generate, to compare with.", choices=ROLLOUT_BACKENDS
     )
     rollout_cache_tokens: int | None = arg(
-        None, "Tokens whose keys and values a rollout holds at once; None: what fits."
+        None, "Tokens whose keys and values a rollout holds at once; None: as many as fit."
     )
     prefix_sharing: str = arg(
         "auto",
@@ -182,7 +182,7 @@ class GRPOConfig:
     epsilon_high: float | None = arg(None, "... and below 1 + epsilon_high; None: epsilon_low.")
     delta: float | None = arg(None, "Upper bound of the unclipped ratio (two-sided clipping).")
     num_iterations: int = arg(1, "Optimizer passes over one batch of rollouts (mu).")
-    loss_type: str = arg("grpo", "What a token's loss is, and its mean.", choices=LOSS_TYPES)
+    loss_type: str = arg("grpo", "A token's loss, and how it is averaged.", choices=LOSS_TYPES)
     loss_impl: str = arg(
         "fused",
         "reference: whole logits and their log-softmax, to compare with.",
@@ -194,7 +194,7 @@ class GRPOConfig:
         choices=("group", "batch", "none"),
     )
     importance_sampling_level: str = arg(
-        "token", "Whose probability the ratio is of.", choices=LEVELS
+        "token", "Whose probability ratio is clipped.", choices=LEVELS
     )
     mask_truncated_completions: bool = arg(False, "Leave completions without EOS out of the loss.")
 
@@ -234,10 +234,10 @@ class DPOConfig:
     """Direct preference optimisation, with --algorithm dpo."""
 
     _argument_group_name = "DPO"
-    dpo_beta: float = arg(0.1, "How far the policy may go from the reference for a preference.")
+    dpo_beta: float = arg(0.1, "Weight of staying close to the reference.")
     label_smoothing: float = arg(
         0.0,
-        "Share of preferences taken to be the wrong way round (conservative DPO; TRL's sigmoid has "
+        "Share of preferences assumed to be swapped (conservative DPO; TRL's sigmoid assumes "
         "none).",
     )
     dpo_gamma: float = arg(0.0, "Weight of the chosen answers' mean cross entropy in the loss.")
@@ -262,7 +262,7 @@ class TrainConfig:
         "a rejected answer.",
         choices=ALGORITHMS,
     )
-    output_dir: str = arg("runs/grpo", "Where everything of this run is written.")
+    output_dir: str = arg("runs/grpo", "Folder for everything that this run writes.")
     overwrite_output_dir: bool = arg(False, "Delete what an earlier run left in --output_dir.")
     run_name: str | None = arg(None, "Name of the run in the trackers; default: output_dir's.")
     config: str | None = arg(None, "A YAML file of flags; flags on the command line win.")
@@ -305,9 +305,9 @@ class TrainConfig:
     max_bad_steps: int = arg(10, "Stop after this many non-finite steps in a row.")
     eval_samples: int = arg(0, "Held-out samples scored greedily before and after training.")
     eval_batch_size: int = arg(32, "Prompts in one batch of that evaluation.")
-    ddp_timeout: float = arg(1800.0, "Seconds without progress until processes that wait end.")
+    ddp_timeout: float = arg(1800.0, "Seconds without progress until waiting processes exit.")
     reward_timeout: float = arg(300.0, "Seconds one call of a reward function may take.")
-    local_rank: int = arg(-1, "Set by the deepspeed launcher; the environment is what counts.")
+    local_rank: int = arg(-1, "Set by the deepspeed launcher; only the environment counts.")
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -355,13 +355,13 @@ class EvalConfig:
     _argument_group_name = "Evaluation"
     model_name_or_path: str = arg("tiny", "A checkpoint folder, a hub id, or `tiny`.")
     model_revision: str | None = arg(None, "Revision of a hub id.")
-    compare: list[str] = arg([], "Several models in the place of one, side by side in one table.")
+    compare: list[str] = arg([], "Several models instead of one, side by side in one table.")
     dataset_name: str | None = arg(None, "As in training; default: shapes_detection.")
     dataset_config: str | None = arg(None, "Configuration name of a hub data set.")
     split: str = arg("test", "Split to evaluate.", "dataset_test_split")
     task: str = arg(
         "auto",
-        "What is asked; auto: read off the data; coco and lvis: detection by COCO's protocol.",
+        "Kind of task; auto: inferred from the data; coco and lvis: detection by COCO's protocol.",
         choices=EVAL_TASKS,
     )
     answers: str = arg(
@@ -369,9 +369,7 @@ class EvalConfig:
         "How answers are read: as the rewards do, or as the original's evaluation does.",
         choices=ANSWERS,
     )
-    annotations: str | None = arg(
-        None, "An instances file of COCO or LVIS in the place of a data set."
-    )
+    annotations: str | None = arg(None, "An instances file of COCO or LVIS instead of a data set.")
     images: str | None = arg(None, "Folder of its images.")
     categories: str = arg(
         "all",
@@ -381,15 +379,15 @@ class EvalConfig:
     columns: list[str] = arg([], "As in training.")
     box_space: str = arg("auto", "As in training.", choices=BOX_SPACES)
     exists_map: str | None = arg(
-        None, "JSON {image: [category, ...]}: ask about these alone, as Visual-RFT does."
+        None, "JSON {image: [category, ...]}: ask only about these, as Visual-RFT does."
     )
     ask_exists: bool = arg(
-        False, "First ask the model which categories an image has, then about these alone."
+        False, "First ask the model which categories an image has, then only about these."
     )
     allow_missing: bool = arg(False, "Evaluate without the images that are missing.")
     sam_path: str | None = arg(None, "grounding: a SamModel, for gIoU and cIoU of masks.")
     reward_funcs: list[str] = arg([], "As in training; empty: the task's default rewards.")
-    max_samples: int = arg(0, "Evaluate the first so many rows; 0: all.")
+    max_samples: int = arg(0, "Evaluate only this many rows, the first; 0: all.")
     batch_size: int = arg(16, "Prompts in one batch.", "per_device_eval_batch_size")
     max_completion_length: int = arg(1024, "Longest completion in tokens; as the original's.")
     max_prompt_length: int | None = arg(None, "A longer prompt is skipped and counted.")
@@ -402,12 +400,12 @@ class EvalConfig:
     attn_implementation: str = arg("sdpa", "As in training.", choices=ATTENTIONS)
     min_pixels: int | None = arg(None, "As in training; both budgets should agree.")
     max_pixels: int | None = arg(None, "As in training; both budgets should agree.")
-    output: str | None = arg(None, "Per-sample JSONL; default: beside the model or in runs/eval.")
-    overwrite: bool = arg(False, "Start again where an evaluation was interrupted, or is done.")
-    bootstrap: int = arg(1000, "Draws behind the 95 % intervals; 0: none.")
+    output: str | None = arg(None, "Per-sample JSONL; default: next to the model or in runs/eval.")
+    overwrite: bool = arg(False, "Start again, even if an evaluation was interrupted or is done.")
+    bootstrap: int = arg(1000, "Bootstrap draws for the 95 % intervals; 0: none.")
     seed: int = arg(0, "Seed of these draws.")
     pictures: int = arg(24, "Answers drawn on the page.")
-    local_rank: int = arg(-1, "Set by the deepspeed launcher; the environment is what counts.")
+    local_rank: int = arg(-1, "Set by the deepspeed launcher; only the environment counts.")
 
     def __post_init__(self) -> None:
         check_choices(self)

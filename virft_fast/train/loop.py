@@ -103,7 +103,7 @@ def _next_prompts(run: Run) -> list[Prompt]:
     with dist.agreed():
         if errors:
             raise errors[0]
-    return prompts
+    return [prompt for prompt in prompts if prompt is not None]
 
 
 def is_given_up(error: BaseException) -> bool:

@@ -232,7 +232,8 @@ def build_policy(
     if model.freeze_vision_tower:
         freeze_vision_tower(trained)
     if model.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        kwargs = {"use_reentrant": False}
+        base.gradient_checkpointing_enable(kwargs)  # type: ignore[operator]  # typed as a Tensor
     return Policy(
         trained.train(),
         loss_impl=grpo.loss_impl,

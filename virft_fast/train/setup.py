@@ -221,7 +221,7 @@ def _delete_run(output_dir: Path, keep: str) -> None:
 
 
 def check_start(config: RunConfig, data: Data) -> Policy:
-    """Check what would fail after the weights are loaded; returns the policy without weights.
+    """Check all that can fail before the weights are loaded; returns the policy without weights.
 
     Raises:
         ValueError, FileNotFoundError: the flags, the weight files or the rows can't be used.
