@@ -84,7 +84,7 @@ def attention_to_prompts(policy: Policy, inputs: ModelInputs, layer: int) -> lis
     count = policy.config.text_config.num_hidden_layers
     if not 0 <= layer < count:
         raise ValueError(f"layer: expected 0 to {count - 1}, got {layer}")
-    if policy.unreachable is not None or inputs.groups is None:
+    if policy.unreachable is not None or not inputs.groups:
         raise ValueError(
             "expected a model whose attention can be reached, and packed inputs; got "
             f"{policy.unreachable or 'rows of their own'}"

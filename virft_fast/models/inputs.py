@@ -35,7 +35,7 @@ class ModelInputs:
             completion tokens.
         completion_ids: (S,) int64, one completion after another.
         cu_seqlens: (N + 1,) int32, where each completion begins, and S.
-        groups: where everything is in a packed row; None if each completion has its own row.
+        groups: where everything is in a packed row; empty if each completion has its own row.
     """
 
     input_ids: Tensor
@@ -48,7 +48,7 @@ class ModelInputs:
     predictors: Tensor
     completion_ids: Tensor
     cu_seqlens: Tensor
-    groups: tuple[Group, ...] | None = None
+    groups: tuple[Group, ...] = ()
 
     def per_prompt(self, image_features: Tensor) -> tuple[Tensor, ...]:
         """Split `Policy.image_features` by prompt. Those of a blank image belong to none."""

@@ -127,7 +127,7 @@ class Policy(nn.Module):
         return self.head(hidden, inputs, temperature, loss, loss_mask)
 
     def _completion_hidden(self, inputs: ModelInputs, image_features: Tensor) -> Tensor:
-        if inputs.groups is None:
+        if not inputs.groups:
             states = self.language(inputs, image_features, inputs.attention_mask)
         else:
             device = inputs.input_ids.device
