@@ -106,20 +106,19 @@ def model_chain(name: str, revision: str | None = None) -> list[tuple[str, str |
 
 @functools.cache
 def _is_hub_adapter(hub_id: str, revision: str | None) -> bool:
-    from transformers.utils import cached_file
-
     try:
-        return bool(
-            cached_file(
-                hub_id,
-                CONFIG_FILE,
-                revision=revision,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-        )
+        return bool(hub_file(hub_id, CONFIG_FILE, revision))
     except OSError:  # no such id; the loader reports it
         return False
+
+
+def hub_file(hub_id: str, name: str, revision: str | None) -> str | None:
+    """A file of the hub in the local cache; None if there is no such file or no connection."""
+    from transformers.utils import cached_file
+
+    raises = ("missing_entries", "connection_errors")
+    quiet: Row = {f"_raise_exceptions_for_{kind}": False for kind in raises}
+    return cached_file(hub_id, name, revision=revision, **quiet)
 
 
 def _read_config(folder: str) -> Row | None:
@@ -235,11 +234,10 @@ def add_lora(
         # The vision tower of Qwen2.5-VL has layers with the same names.
         exclude_modules=r".*\bvisual\b.*",
         lora_dropout=dropout,
-        base_model_name_or_path=_absolute(model.name_or_path or ""),
         revision=revision,
     )
     adapted = peft.get_peft_model(model, config)
-    # Again, because peft has replaced it with the name as it was loaded, a relative path perhaps.
+    # peft has set it to the name as it was loaded, which may be a relative path.
     config.base_model_name_or_path = _absolute(model.name_or_path or "")
     return adapted
 

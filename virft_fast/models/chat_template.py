@@ -21,15 +21,18 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from virft_fast.batch import Row
-from virft_fast.models.families import Processor
 
 if TYPE_CHECKING:
     from _typeshed import TraceFunction
 
+    from virft_fast.models.processing import ImageOnlyQwen2VLProcessor as Processor
+
 LIMIT_S = 5.0  # of CPU time; an honest template takes milliseconds
 LIMIT_BYTES = 512 * 2**20
 LIMIT_CHARACTERS = 100_000
-_PROBE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+_PROBE: list[Row] = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+]
 
 
 class _TooLong(BaseException):

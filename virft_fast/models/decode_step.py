@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from virft_fast.models.shared_prefix import no_mask
+from virft_fast.models.shared_prefix import read
 
 if TYPE_CHECKING:  # the other families' classes have the same attributes, without the two norms
     from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen
@@ -76,14 +76,7 @@ class DecodeStep:
             out = attend(layer, query[:, :, 0], key[:, :, 0], value[:, :, 0], scaling)
             return out.view(len(out), 1, -1, query.shape[-1])
 
-        return self.text(
-            input_ids=None,
-            inputs_embeds=embeds[:, None],
-            attention_mask=no_mask(embeds.device),
-            position_ids=positions,
-            use_cache=False,
-            attention_core=core,
-        ).last_hidden_state[:, 0]
+        return read(self.text, embeds[:, None], positions, attention_core=core)[:, 0]
 
 
 def _layer(

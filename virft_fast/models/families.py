@@ -5,9 +5,8 @@ The types are transformers' classes, reduced to what this package uses of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor, nn
@@ -105,24 +104,3 @@ class Tokenizer(Protocol):
     def convert_tokens_to_ids(self, tokens: str) -> int: ...
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...
     def batch_decode(self, sequences: list[list[int]]) -> list[str]: ...
-
-
-class ImageProcessor(Protocol):
-    size: dict[str, int]  # shortest_edge, longest_edge: bounds of the area in pixels
-    patch_size: int
-    merge_size: int
-
-
-class Processor(Protocol):
-    """`processing.ImageOnlyQwen2VLProcessor`, which says what the attributes are."""
-
-    image_token: str
-    tokenizer: Tokenizer
-    image_processor: ImageProcessor
-    chat_template: str | dict[str, str] | None
-    base_files: dict[str, bytes]
-    model_type: str
-
-    def __call__(self, *args: Any, **options: Any) -> Mapping[str, Tensor]: ...
-    def apply_chat_template(self, *args: Any, **options: Any) -> str: ...
-    def save_pretrained(self, save_directory: Path) -> None: ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,8 +16,11 @@ from torch.nn import functional as F
 
 from virft_fast.batch import Prompt, Row, Sample
 from virft_fast.models import chat_template
-from virft_fast.models.families import Processor, Tokenizer
+from virft_fast.models.families import Tokenizer
 from virft_fast.models.shared_prefix import Group
+
+if TYPE_CHECKING:
+    from virft_fast.models.processing import ImageOnlyQwen2VLProcessor
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class ModelInputs:
         return replace(self, **moved)
 
 
-def encode_prompt(processor: Processor, sample: Sample) -> Prompt:
+def encode_prompt(processor: ImageOnlyQwen2VLProcessor, sample: Sample) -> Prompt:
     """Render and tokenize a sample; each image placeholder becomes as many tokens as its image has.
 
     Raises:
@@ -124,18 +128,6 @@ def banned_token_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     return sorted(i for i in control | set(unused) if i < vocab_size)
 
 
-@dataclass(frozen=True)
-class _TokenRows:
-    """The fields of ModelInputs that depend on whether the row is packed."""
-
-    input_ids: Tensor
-    attention_mask: Tensor | None
-    position_ids: Tensor
-    image_mask: Tensor
-    predictors: Tensor
-    groups: tuple[Group, ...] | None
-
-
 def collate(
     prompts: Sequence[Prompt],
     positions: Sequence[Tensor],
@@ -149,16 +141,14 @@ def collate(
     Args:
         positions: (3, P) rotary positions of each prompt.
     """
-    if packed:
-        rows = _pack(prompts, positions, completions)
-    else:
-        rows = _pad(prompts, positions, completions, pad_token_id)
+    given = (prompts, positions, completions)
+    rows = _pack(*given) if packed else _pad(*given, pad_token_id)
     flat = [ids for group in completions for ids in group]
     copies = [1 if packed else len(group) for group in completions]
     tokens = [int(prompt.mm_token_type_ids.sum()) for prompt in prompts]
     pixels, grid = _images(prompts)
     return ModelInputs(
-        **vars(rows),
+        **rows,
         pixel_values=pixels,
         image_grid_thw=grid,
         image_copies=tuple(zip(tokens, copies, strict=True)),
@@ -182,8 +172,8 @@ def _following(positions: Tensor, length: int) -> Tensor:
 
 def _pack(
     prompts: Sequence[Prompt], positions: Sequence[Tensor], completions: Sequence[Sequence[Tensor]]
-) -> _TokenRows:
-    """One row. It leaves out the last token of each completion, which predicts nothing."""
+) -> Row:
+    """The fields of one packed row, without each completion's last token, which predicts nothing."""
     ids, position_ids, images, predictors, groups = [], [], [], [], []
     start = 0
     for prompt, own_positions, group in zip(prompts, positions, completions, strict=True):
@@ -200,7 +190,7 @@ def _pack(
                 predictors.append(torch.cat([torch.tensor([groups[-1].first - 1]), own]))
             position += length
         start = groups[-1].end
-    return _TokenRows(
+    return dict(
         input_ids=torch.cat(ids)[None],
         attention_mask=None,
         position_ids=torch.cat(position_ids, 1)[:, None],
@@ -215,8 +205,8 @@ def _pad(
     positions: Sequence[Tensor],
     completions: Sequence[Sequence[Tensor]],
     pad_token_id: int,
-) -> _TokenRows:
-    """A row for each completion: prompts padded on the left, completions on the right."""
+) -> Row:
+    """The fields of a row per completion: prompts padded on the left, completions on the right."""
     before = max(len(prompt.input_ids) for prompt in prompts)
     after = max((len(ids) for group in completions for ids in group), default=0)
     rows: list[tuple[Tensor, ...]] = []
@@ -232,11 +222,10 @@ def _pad(
             others = (F.pad(row, pad) for row in (torch.ones_like(whole), places, is_image))
             rows.append((F.pad(whole, pad, value=pad_token_id), *others))
     input_ids, attention_mask, position_ids, image_mask = map(torch.stack, zip(*rows, strict=True))
-    return _TokenRows(
+    return dict(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=position_ids.transpose(0, 1).contiguous(),
         image_mask=image_mask,
         predictors=torch.cat(predictors),
-        groups=None,
     )

@@ -27,7 +27,7 @@ from virft_fast.kernels.reference import grpo_loss_reference, logps_reference
 from virft_fast.models import shared_prefix
 from virft_fast.models.families import FAMILIES, QwenConfig, base, core
 from virft_fast.models.inputs import ModelInputs, collate
-from virft_fast.models.shared_prefix import PackedAttention, no_mask
+from virft_fast.models.shared_prefix import PackedAttention, read
 
 logger = logging.getLogger(__name__)
 
@@ -147,17 +147,8 @@ class Policy(nn.Module):
         embeds, deepstack = self.embed(inputs, image_features)
         if deepstack is not None:
             options |= {"visual_pos_masks": inputs.image_mask, "deepstack_visual_embeds": deepstack}
-        if attention_mask is None:
-            attention_mask = no_mask(embeds.device)
-        outputs = core(self.model).language_model(
-            input_ids=None,
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=inputs.position_ids,
-            use_cache=False,
-            **options,
-        )
-        return outputs.last_hidden_state
+        language_model = core(self.model).language_model
+        return read(language_model, embeds, inputs.position_ids, attention_mask, **options)
 
     def embed(
         self, inputs: ModelInputs, image_features: Tensor
@@ -258,15 +249,8 @@ class Head(nn.Module):
         hidden = hidden.to(self.weight.dtype)
         if loss is None:
             return self._logps(hidden, self.weight, inputs.completion_ids, temperature=temperature)
-        out = self._loss(
-            hidden,
-            self.weight,
-            inputs.completion_ids,
-            loss_mask,
-            cu_seqlens=inputs.cu_seqlens,
-            temperature=temperature,
-            **vars(loss),
-        )
+        options = {**vars(loss), "cu_seqlens": inputs.cu_seqlens, "temperature": temperature}
+        out = self._loss(hidden, self.weight, inputs.completion_ids, loss_mask, **options)
         # A tuple, because ZeRO-3's hooks don't find tensors in a dataclass.
         return tuple(getattr(out, field.name) for field in fields(GRPOLoss))
 

@@ -20,7 +20,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from virft_fast.models.adapters import model_chain
 from virft_fast.models.chat_template import check_chat_template
-from virft_fast.models.families import FAMILIES, ImageProcessor, Tokenizer
+from virft_fast.models.families import FAMILIES, Tokenizer
 from virft_fast.models.saving import find_base_folder, read_base_files, save_processor
 from virft_fast.models.tiny import CHAT_TEMPLATE, resolve_model_path
 from virft_fast.models.trust import AsksForCode
@@ -42,7 +42,7 @@ class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
     # ProcessorMixin takes the names of the processor's components from this signature.
     def __init__(
         self,
-        image_processor: ImageProcessor,
+        image_processor: Qwen2VLImageProcessorPil,
         tokenizer: Tokenizer,
         chat_template: str | dict[str, str] | None = None,
     ) -> None:
@@ -107,11 +107,9 @@ def load_processor(
             "name them in its tokenizer_config.json"
         )
     processor.tokenizer.padding_side = "left"
+    bounds = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     size = dict(processor.image_processor.size)
-    if min_pixels is not None:
-        size["shortest_edge"] = min_pixels
-    if max_pixels is not None:
-        size["longest_edge"] = max_pixels
+    size |= {name: pixels for name, pixels in bounds.items() if pixels is not None}
     if not 0 < size["shortest_edge"] <= size["longest_edge"]:
         raise ValueError(
             f"expected 0 < min_pixels <= max_pixels, got {size['shortest_edge']} and "
@@ -139,10 +137,8 @@ def resized(
 
 def build_tiny_processor(tokenizer: Tokenizer) -> ImageOnlyQwen2VLProcessor:
     """The embedded model's processor; its images have the area of 56x56 to 168x168 pixels."""
-    image_processor = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 56 * 56, "longest_edge": 168 * 168}
-    )
-    return ImageOnlyQwen2VLProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 56**2, "longest_edge": 168**2})
+    return ImageOnlyQwen2VLProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
 def _holder(name: str, revision: str | None) -> tuple[str, str | None]:

@@ -1,6 +1,6 @@
 """Loading Qwen's vision-language models, and what is done to one before it is trained.
 
-The names of `policy`, `inputs` and `families` can be imported from here, too.
+Some names of other modules (the imports with noqa) can be imported from here, too.
 """
 
 from __future__ import annotations
@@ -16,29 +16,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from virft_fast.batch import Row
 from virft_fast.models import adapters as lora
-from virft_fast.models.adapters import add_lora, model_chain
-from virft_fast.models.families import FAMILIES, QwenConfig, base, core
-from virft_fast.models.inputs import (
-    ModelInputs,
-    banned_token_ids,
-    control_token_ids,
-    control_tokens_in,
-    encode_prompt,
-)
-from virft_fast.models.policy import Head, Policy
-from virft_fast.models.saving import find_base_folder, save_model
+from virft_fast.models.adapters import add_lora, model_chain  # noqa: F401
+from virft_fast.models.families import FAMILIES, QwenConfig, base, core  # noqa: F401
+from virft_fast.models.inputs import banned_token_ids, control_tokens_in, encode_prompt  # noqa: F401
+from virft_fast.models.policy import Policy  # noqa: F401
+from virft_fast.models.saving import find_base_folder, save_model  # noqa: F401
 from virft_fast.models.trust import AsksForCode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = [
-    "FAMILIES", "Head", "ModelInputs", "Policy", "add_lora", "apply_liger", "banned_token_ids",
-    "base", "cast_parameters", "check_weights", "control_token_ids", "control_tokens_in", "core",
-    "encode_prompt", "freeze_vision_tower", "load_model", "read_config", "save_model",
-    "usable_attention", "weights_stamp",
-]  # fmt: skip
 
 
 def load_model(
@@ -60,26 +48,24 @@ def load_model(
         FileNotFoundError: there is no such folder or hub id.
         ValueError: it is no Qwen-VL model, or can't be read.
     """
-    from transformers import GenerationConfig
+    from transformers import AutoModelForImageTextToText, GenerationConfig
 
     config = read_config(name_or_path, revision)
     check_weights(name_or_path, revision)
-    adapters = [folder for folder, _ in model_chain(name_or_path, revision)[:-1]]
-    for folder in adapters:
+    *adapters, (path, revision) = model_chain(name_or_path, revision)
+    for folder, _ in adapters:
         lora.peft_config(folder)
-    loaded_dtype = torch.float32 if adapters and not empty else dtype
     attention = usable_attention(attn_implementation)
+    options: Row = {"attn_implementation": attention, "trust_remote_code": False}
     try:
-        with lora.undivided() if adapters and not empty else contextlib.nullcontext():
-            model, missing = _from_transformers(
-                name_or_path,
-                revision,
-                config,
-                empty,
-                dtype=loaded_dtype,
-                attn_implementation=attention,
-                trust_remote_code=False,
-            )
+        if empty:
+            with torch.device("meta"):
+                return AutoModelForImageTextToText.from_config(config, dtype=dtype, **options)
+        # Other formats than safetensors are pickles.
+        options |= {"revision": revision, "use_safetensors": True, "output_loading_info": True}
+        options["dtype"] = torch.float32 if adapters else dtype
+        with lora.undivided() if adapters else contextlib.nullcontext():
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(path, **options)
     # Safetensors, torch and transformers have errors of their own for foreign or damaged files.
     except Exception as error:
         file, hint = ("config.json", "") if empty else ("weights", "; is the folder complete?")
@@ -87,14 +73,13 @@ def load_model(
             f"--model_name_or_path {name_or_path!r}: expected the {file} of a {config.model_type} "
             f"model, got {type(error).__name__}: {str(error)[:300]}{hint}"
         ) from error
-    if empty:
-        return model
-    if missing:
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"--model_name_or_path {name_or_path!r}: expected all weights of the model, but "
             f"{len(missing)} are missing ({', '.join(missing[:3])}, ...); is the folder complete?"
         )
-    for folder in reversed(adapters):
+    for folder, _ in reversed(adapters):
         model = lora.merge_adapter(model, folder)
     if adapters:
         cast_parameters(model, dtype)
@@ -106,27 +91,6 @@ def load_model(
     vars(model)["shipped_generation_config"] = model.generation_config
     model.generation_config = GenerationConfig()
     return model
-
-
-def _from_transformers(
-    name: str, revision: str | None, config: QwenConfig, empty: bool, **options: Any
-) -> tuple[PreTrainedModel, list[str]]:
-    """The model, and the names of the weights that its files lack."""
-    from transformers import AutoModelForImageTextToText
-
-    if empty:
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config, **options), []
-    path, revision = model_chain(name, revision)[-1]
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(
-        path,
-        revision=revision,
-        use_safetensors=True,  # the other files are pickles
-        output_loading_info=True,
-        **options,
-    )
-    model, info = loaded
-    return model, sorted(info["missing_keys"])
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from virft_fast.batch import Row
-from virft_fast.models.adapters import TRAINED, has_adapter
-from virft_fast.models.families import FAMILIES, Family, Processor, base
+from virft_fast.models.adapters import TRAINED, has_adapter, hub_file
+from virft_fast.models.families import FAMILIES, Family, base
 from virft_fast.models.trust import refuse_code
 
 if TYPE_CHECKING:
@@ -69,13 +69,7 @@ def find_base_folder(name_or_path: str, revision: str | None = None) -> Path:
     if config is None:  # transformers raises an OSError of its own in most cases
         raise FileNotFoundError(f"{name_or_path}: expected a config.json, got none")
     for name in sorted({*PROCESSOR_FILES, "adapter_config.json", "generation_config.json"}):
-        cached_file(
-            name_or_path,
-            name,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        hub_file(name_or_path, name, revision)
     folder = Path(config).parent
     refuse_code(folder)
     return folder
@@ -107,7 +101,10 @@ def read_base_files(folder: Path, base: Path | None = None) -> dict[str, bytes]:
 
 
 def save_model(
-    model: nn.Module, state_dict: dict[str, Tensor], processor: Processor, folder: Path
+    model: nn.Module,
+    state_dict: dict[str, Tensor],
+    processor: ImageOnlyQwen2VLProcessor,
+    folder: Path,
 ) -> None:
     """Write a folder that plain `from_pretrained` loads: weights, config, processor.
 
@@ -190,10 +187,8 @@ def save_processor(processor: ImageOnlyQwen2VLProcessor, folder: Path) -> None:
     template = processor.chat_template
     if isinstance(template, str) and "chat_template.json" not in kept:
         _write(folder / "chat_template.json", {"chat_template": template})
-    _rewrite(
-        folder / "tokenizer_config.json",
-        lambda config: _tokenizer_config(config, folder, family, template),
-    )
+    path = folder / "tokenizer_config.json"
+    _rewrite(path, lambda config: _tokenizer_config(config, folder, family, template))
 
 
 def _write_processor_configs(
@@ -208,13 +203,9 @@ def _write_processor_configs(
     size = made["image_processor"]["size"]
     before = files[IMAGE] | files[BOTH].get("image_processor", {}) or made["image_processor"]
     stock = {"processor_class": family.processor}
-    image = before | {
-        **stock,
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "size": size,
-        "min_pixels": size["shortest_edge"],
-        "max_pixels": size["longest_edge"],
-    }
+    bounds = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    image = before | stock | bounds
+    image |= {"image_processor_type": "Qwen2VLImageProcessor", "size": size}
     # In every version, a model without a video file processes videos like images.
     video = files[BOTH].get("video_processor") or files[VIDEO] or before
     video = video | stock | {"video_processor_type": family.video_processor}

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel as TextModel
 
 _PREFIX = "shared_prefix_"
 # (query (H, S, E), key (K, S, E), value (K, S, E), scaling) -> (S, H, E)
@@ -55,7 +55,7 @@ class Group:
         return self.first + sum(self.lengths)
 
 
-def install(language_model: qwen.Qwen3VLTextModel) -> str | None:
+def install(language_model: TextModel) -> str | None:
     """Route the attention of transformers' language model through `attend`, in place.
 
     Calls without a core compute the same as before.
@@ -69,7 +69,7 @@ def install(language_model: qwen.Qwen3VLTextModel) -> str | None:
     return reason
 
 
-def unreachable(language_model: qwen.Qwen3VLTextModel) -> str | None:
+def unreachable(language_model: TextModel) -> str | None:
     """Why prompts can't be shared in this model; None if they can."""
     config = language_model.config
     if not getattr(language_model, "_supports_attention_backend", False):
@@ -97,7 +97,7 @@ def _register(inner: str) -> str:
 
 def attend(
     inner: str,
-    module: qwen.Qwen3VLTextAttention,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -129,10 +129,22 @@ class _View:
         return getattr(self._whole, name)
 
 
-def no_mask(device: torch.device) -> Tensor:
-    """The `attention_mask` to pass together with a core, which ignores it: transformers builds no
-    mask of its own if it gets one with four dimensions."""
-    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+def read(
+    model: TextModel,
+    embeds: Tensor,
+    positions: Tensor,
+    mask: Tensor | None = None,
+    **options: object,
+) -> Tensor:
+    """(R, L, D) last hidden states for embeddings (R, L, D) at rotary positions (3, R, L).
+
+    Args:
+        mask: (R, L); None together with `attention_core`, which needs none.
+    """
+    if mask is None:  # with four dimensions, so that transformers builds none of its own
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
+    options |= {"inputs_embeds": embeds, "position_ids": positions, "use_cache": False}
+    return model(attention_mask=mask, **options).last_hidden_state
 
 
 class PackedAttention:

@@ -60,12 +60,9 @@ def build_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
 
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     numbers = [f"[{n}, {n}, {n}]" for n in range(0, 1001, 10)] * 200
     lines = [_without_tags(line) for line in corpus] + numbers
@@ -102,32 +99,20 @@ def build_config(tokenizer: Tokenizer, *, initializer_range: float = 0.02) -> Qw
     token_id = tokenizer.convert_tokens_to_ids
     vocab_size = -(-len(tokenizer) // 64) * 64
     text = {
-        "vocab_size": vocab_size,
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 20.0, "mrope_section": [2, 7, 7]},
-        "bos_token_id": token_id("<|endoftext|>"),
-        "eos_token_id": token_id("<|im_end|>"),
-        "pad_token_id": token_id("<|endoftext|>"),
-        "tie_word_embeddings": True,
-        "initializer_range": initializer_range,
-    }
+        "vocab_size": vocab_size, "hidden_size": 128, "intermediate_size": 384,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 1024, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 20.0, "mrope_section": [2, 7, 7],
+        },
+        "bos_token_id": token_id("<|endoftext|>"), "eos_token_id": token_id("<|im_end|>"),
+        "pad_token_id": token_id("<|endoftext|>"), "initializer_range": initializer_range,
+    }  # fmt: skip
     vision = {
-        "depth": 3,
-        "embed_dim": 128,
-        "hidden_size": 128,
-        "num_heads": 4,
-        "mlp_ratio": 2,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
+        "depth": 3, "embed_dim": 128, "hidden_size": 128, "num_heads": 4, "mlp_ratio": 2,
+        "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
         "initializer_range": initializer_range,
-    }
+    }  # fmt: skip
     return Qwen2VLConfig(
         text_config=text,
         vision_config=vision,

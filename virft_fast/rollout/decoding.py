@@ -25,9 +25,9 @@ from virft_fast.rollout.cache import WIDTH_STEP, Buffers, CachePlan, LayerCache,
 from virft_fast.rollout.observers import Observer
 from virft_fast.rollout.sampling import Sampler
 
-# Prompt tokens per call of the model. On two CPU cores 2,048 took 0 to 14 % less time than 8,192 and
-# 0.4 of the memory (64 prompts of 130 tokens, 16 of 500, 16 of 650; a small model, one run). The
-# GPU's number is a choice, not measured yet.
+# Prompt tokens per call of the model. On two CPU cores 2,048 took 0 to 14 % less time than 8,192
+# and 0.4 of the memory (64 prompts of 130 tokens, 16 of 500, 16 of 650; a small model, one run).
+# The GPU's number is a choice, not measured yet.
 PREFILL_TOKENS = {"cpu": 2_048, "cuda": 16_384}
 # Tokens between two checks which completions have ended; on CUDA a check waits for the device.
 CHECK_EVERY = {"cpu": 4, "cuda": 16}
