@@ -33,6 +33,8 @@ from virft_fast.optimizer import decay_groups as decay_groups
 # How many of ZeRO-3's partitioned numbers are gathered at once when they are copied for a rollout.
 GATHERED_NUMBERS = 2**28
 
+Stored = dict[str, Tensor]  # weights by their names in a saved model
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -61,9 +63,7 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
     def step(self, learning_rate: float, *, veto: bool = False) -> StepResult: ...
     def whole_weights(self) -> contextlib.AbstractContextManager[Policy]: ...
-    def model_state(
-        self, model: nn.Module, dtype: torch.dtype | None = None
-    ) -> dict[str, Tensor] | None: ...
+    def model_state(self, model: nn.Module, dtype: torch.dtype | None = None) -> Stored | None: ...
     def save_state(self, folder: Path) -> list[Path]: ...
     def load_state(self, folder: Path) -> None: ...
 
@@ -137,9 +137,7 @@ class PlainEngine:
         with self._autocast():
             yield self.module
 
-    def model_state(
-        self, model: nn.Module, dtype: torch.dtype | None = None
-    ) -> dict[str, Tensor] | None:
+    def model_state(self, model: nn.Module, dtype: torch.dtype | None = None) -> Stored | None:
         """The weights of `model` on the CPU, in the main process; None in the others.
 
         Args:
@@ -201,7 +199,7 @@ class DeepSpeedEngine:
         self._stale = True
         self.settings = settings
         self.zero_stage = zero_stage(config)
-        self.optimizer = make_optimizer(policy, settings)
+        optimizer = self.optimizer = make_optimizer(policy, settings)
         config = json.loads(json.dumps(config))
         # Without ZeRO and bf16 DeepSpeed clips but doesn't expose the norm, so the guard clips.
         self._clips_here = self.zero_stage == 0 and not config.get("bf16", {}).get("enabled")
@@ -209,9 +207,7 @@ class DeepSpeedEngine:
             config["gradient_clipping"] = 0.0
         self._norm = 0.0
         self._veto = False
-        self.engine, *_ = deepspeed.initialize(
-            model=policy, optimizer=self.optimizer, config=config
-        )
+        self.engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
         # Only now: `initialize` makes one step without gradients, to allocate the state.
         self.optimizer.guard = self._guard
         self.engine.checkpoint_engine = _plain_checkpoint_engine()
@@ -283,12 +279,10 @@ class DeepSpeedEngine:
                 for name, parameter in bucket:
                     targets[name].copy_(parameter)
 
-    def model_state(
-        self, model: nn.Module, dtype: torch.dtype | None = None
-    ) -> dict[str, Tensor] | None:
+    def model_state(self, model: nn.Module, dtype: torch.dtype | None = None) -> Stored | None:
         """As `PlainEngine.model_state`; all ranks call."""
         deepspeed = import_deepspeed()
-        state: dict[str, Tensor] | None = {} if dist.is_main() else None
+        state: Stored | None = {} if dist.is_main() else None
         for name, parameter in _stored_parameters(model):
             progress.mark("saving")
             partitioned = self.zero_stage == 3

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypedDict, TypeVar
 
 import numpy as np
 
-from virft_fast.algorithms.step import TrainState
+from virft_fast.algorithms.step import Metrics, TrainState
 from virft_fast.batch import Prompt, Row, Sample
 from virft_fast.config import ALGORITHMS, BESIDE_GRPO, RunConfig, UsageError, given_flags
 from virft_fast.data import BadRows
@@ -45,12 +45,13 @@ class Data:
 class HeldOut(TypedDict):
     """An evaluation on held-out rows: the means of measures, and some answers by row."""
 
-    means: dict[str, float]
+    means: Metrics
     answers: dict[str, str]
     num_samples: int
 
 
 NUM_SHOWN = 5  # answers in an evaluation
+Check = Callable[[Sample], str | None]  # what is wrong with a row, or None
 State = TypeVar("State", bound=TrainState)
 
 
@@ -92,10 +93,8 @@ class Algorithm(Generic[State]):
     def check_data(self, config: RunConfig, column_names: Sequence[str]) -> None:
         """Raise UsageError if rows with these columns can't be trained on."""
 
-    def check_row(
-        self, config: RunConfig, tokenizer: Tokenizer
-    ) -> Callable[[Sample], str | None] | None:
-        """A function that returns what is wrong with a row, or None; None: any row will do."""
+    def check_row(self, config: RunConfig, tokenizer: Tokenizer) -> Check | None:
+        """The algorithm's own check of each row, if it has one."""
         return None
 
     def rolls_out(self, config: RunConfig) -> bool:
@@ -118,7 +117,7 @@ class Algorithm(Generic[State]):
     def begin(self, config: RunConfig, state: State, data: Data, *, resumed: bool) -> None:
         """Work before the first step, when the model is loaded; all ranks call it."""
 
-    def step(self, state: State, prompts: Sequence[Prompt]) -> tuple[dict[str, float], list[Row]]:
+    def step(self, state: State, prompts: Sequence[Prompt]) -> tuple[Metrics, list[Row]]:
         """One step on this rank's B prompts.
 
         Returns:
@@ -149,9 +148,7 @@ class Algorithm(Generic[State]):
         """The metrics that show how training went, the main one first."""
         return ["loss"]
 
-    def compare(
-        self, before: HeldOut, after: HeldOut
-    ) -> tuple[str, dict[str, float], dict[str, float]]:
+    def compare(self, before: HeldOut, after: HeldOut) -> tuple[str, Metrics, Metrics]:
         """A title for two evaluations, and their means to show, before and after."""
         title = f"held-out rewards, greedy, {after['num_samples']} samples"
         return title, before["means"], after["means"]

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +25,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from virft_fast import dist, progress
-from virft_fast.algorithms.base import Algorithm, Data, HeldOut
+from virft_fast.algorithms import step
+from virft_fast.algorithms.base import Algorithm, Check, Data, HeldOut
 from virft_fast.algorithms.sft import answer_ids, given_answers
-from virft_fast.algorithms.step import (
-    Chunk,
-    Microbatch,
-    StepStats,
-    TrainState,
-    backward,
-    empty_microbatch,
-    equally_many,
-    finish,
-    microbatch,
-    plan_microbatches,
-    reference_pass,
-    step_optimizer,
-)
+from virft_fast.algorithms.step import Metrics, Microbatch, StepStats, TrainState
 from virft_fast.batch import Prompt, Rollouts, Row, Sample
 from virft_fast.config import DPOConfig, RunConfig, UsageError
 from virft_fast.data import BadRow, NoUsableRows
@@ -54,6 +43,7 @@ REFERENCE_FILE = "reference_logps.json"
 # Row -> log-probs of its (chosen, rejected) answer under the reference.
 RefLogps = dict[int, tuple[float, float]]
 Digests = dict[int, str]  # row -> `pair_digest`
+Tables = dict[str, tuple[RefLogps, Digests]]  # of the rows to train on, and the held-out ones
 Load = Callable[[int], Prompt | BadRow]
 
 
@@ -154,7 +144,7 @@ def check_unchanged(digests: Mapping[int, str], sample: Sample) -> str | None:
     return None
 
 
-def train_step(state: DPOState, prompts: Sequence[Prompt]) -> tuple[dict[str, float], list[Row]]:
+def train_step(state: DPOState, prompts: Sequence[Prompt]) -> tuple[Metrics, list[Row]]:
     """One step on this rank's B prompts and the pairs in their rows.
 
     Returns:
@@ -175,17 +165,17 @@ def train_step(state: DPOState, prompts: Sequence[Prompt]) -> tuple[dict[str, fl
         for number, pairs in enumerate(batches, 1):
             # The number of ranks is a factor, because engines average gradients over them.
             loss = _loss(state, pairs, stats, *totals) * dist.world_size()
-            finite &= backward(state, loss, last=number == len(batches))
+            finite &= step.backward(state, loss, last=number == len(batches))
             stats.add_total("loss", float(loss.detach()))
-        applied = step_optimizer(state, finite, learning_rate, stats)
+        applied = step.step_optimizer(state, finite, learning_rate, stats)
     lengths = answers.completion_mask.sum(1)
     stats.add("completion_length", float(lengths.sum()), len(lengths))
     state.step += 1
-    return finish(state, stats, answers, learning_rate, applied, start), []
+    return step.finish(state, stats, answers, learning_rate, applied, start), []
 
 
 @torch.no_grad()
-def evaluate(state: DPOState, load: Load, count: int, batch_size: int) -> dict[str, float]:
+def evaluate(state: DPOState, load: Load, count: int, batch_size: int) -> Metrics:
     """Means over rows 0 to count - 1, which are not shuffled: loss, rewards, preference accuracy;
     and `num_pairs`, how many rows could be used. All ranks call it.
 
@@ -274,23 +264,14 @@ def _batches(state: DPOState, answers: Rollouts | None) -> list[Pairs]:
     Args:
         answers: None: this rank has no pairs.
     """
-    made: list[Pairs] = []
-    if answers is not None:
-        prompts = answers.prompts
-        plan = plan_microbatches(
-            [Chunk(number, (2 * number, 2 * number + 1)) for number in range(len(prompts))],
-            prompt_lengths=[len(prompt.input_ids) for prompt in prompts],
-            lengths=answers.completion_mask.sum(1).tolist(),
-            prompts_per_microbatch=state.prompts_per_microbatch,
-            max_tokens=state.max_tokens_per_microbatch,
-            shared=state.policy.shares_prefix,
-            split=False,
-        )
-        ones = torch.ones(2 * len(prompts))
-        for chunks in plan:
-            batch = microbatch(state, answers, chunks, ones, answers.completion_mask)
-            made.append(Pairs(batch, tuple(prompts[c.prompt].sample.index for c in chunks)))
-    return equally_many(made, lambda: Pairs(empty_microbatch(state, tower=True), ()))
+    rows = iter([prompt.sample.index for prompt in answers.prompts] if answers else [])
+    if answers is None:
+        made = step.equally_many([], lambda: step.empty_microbatch(state, tower=True))
+    else:
+        mask = answers.completion_mask
+        made = step.lay_out(state, answers, torch.ones(len(mask)), mask, split=False)
+    # An empty microbatch has one completion, and no pair.
+    return [Pairs(batch, tuple(islice(rows, len(batch.advantages) // 2))) for batch in made]
 
 
 @torch.no_grad()
@@ -306,7 +287,7 @@ def _add_reference(state: DPOState, batches: list[Pairs], computed: RefLogps | N
                 with state.engine.whole_weights() as policy:
                     batch.image_features = policy.image_features(batch.inputs)
             features = batch.image_features
-            logps = reference_pass(state, batch.inputs, image_features=features)
+            logps = step.reference_pass(state, batch.inputs, image_features=features)
             pairs.ref_logps = _sums(pairs, logps)
 
 
@@ -318,21 +299,18 @@ def _loss(
     Args:
         num_pairs, num_tokens: all ranks' pairs, and the tokens of their chosen answers.
     """
-    logps, entropy = state.engine.forward(
-        pairs.batch.inputs, image_features=pairs.batch.image_features
-    )
+    batch, ref_logps = pairs.batch, pairs.ref_logps
+    logps, entropy = state.engine.forward(batch.inputs, image_features=batch.image_features)
     if not pairs.rows:
         return 0.0 * logps.sum()
-    sums = _sums(pairs, logps)
-    losses, rewards, ref_logps = None, None, pairs.ref_logps
+    sums, dpo, outcome = _sums(pairs, logps), state.dpo, None
     if ref_logps is not None:
-        losses, rewards = dpo_loss(
-            sums, ref_logps, beta=state.dpo.dpo_beta, label_smoothing=state.dpo.label_smoothing
-        )
-    _add_stats(stats, pairs, sums.detach(), entropy.detach(), losses, rewards)
-    if losses is None:
+        smoothing = dpo.label_smoothing
+        outcome = dpo_loss(sums, ref_logps, beta=dpo.dpo_beta, label_smoothing=smoothing)
+    _add_stats(stats, pairs, sums.detach(), entropy.detach(), outcome)
+    if outcome is None:
         return 0.0 * logps.sum()
-    return losses.sum() / num_pairs - state.dpo.dpo_gamma * sums[:, 0].sum() / num_tokens
+    return outcome[0].sum() / num_pairs - dpo.dpo_gamma * sums[:, 0].sum() / num_tokens
 
 
 def _add_stats(
@@ -340,16 +318,20 @@ def _add_stats(
     pairs: Pairs,
     sums: Tensor,
     entropy: Tensor,
-    losses: Tensor | None,
-    rewards: Tensor | None,
+    loss: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Add sums over pairs or tokens for the step's means, with a single wait for the device."""
+    """Add sums over pairs or tokens for the step's means, with a single wait for the device.
+
+    Args:
+        loss: from `dpo_loss`.
+    """
     lengths = pairs.batch.inputs.cu_seqlens.diff().view(-1, 2)
     # The accuracy of the log-probs is meaningful even before training, the one of rewards isn't.
     columns = {"num_chosen": lengths[:, 0], "num_tokens": lengths, "entropy": entropy,
                "logps/chosen": sums[:, 0], "logps/rejected": sums[:, 1],
                "logps/accuracies": sums[:, 0] > sums[:, 1]}  # fmt: skip
-    if losses is not None and rewards is not None:
+    if loss is not None:
+        losses, rewards = loss
         margins = rewards[:, 0] - rewards[:, 1]
         columns |= {"dpo_loss": losses.detach(), "rewards/chosen": rewards[:, 0],
                     "rewards/rejected": rewards[:, 1], "rewards/margins": margins,
@@ -378,7 +360,7 @@ def _precompute_reference(config: RunConfig, state: DPOState, data: Data, *, res
     From then on only rows that have not changed can be used."""
     path = Path(config.train.output_dir) / REFERENCE_FILE
     held_out = 0 if data.test is None else min(config.train.eval_samples, len(data.test))
-    counts = {"train": len(data.train), "test": held_out}
+    counts: Row = {"train": len(data.train), "test": held_out}
     # The flags that decide which rows can be used, and what the model reads of them.
     flags = ("max_completion_length", "max_prompt_length", "min_pixels", "max_pixels")
     limits = {name: config.flat()[name] for name in flags}
@@ -399,9 +381,7 @@ def _precompute_reference(config: RunConfig, state: DPOState, data: Data, *, res
             source.check = partial(_all_checks, (source.check, partial(check_unchanged, digests)))
 
 
-def _compute_reference(
-    config: RunConfig, state: DPOState, data: Data, counts: Mapping[str, int]
-) -> dict[str, tuple[RefLogps, Digests]]:
+def _compute_reference(config: RunConfig, state: DPOState, data: Data, counts: Row) -> Tables:
     from tqdm import tqdm
 
     tables = {}
@@ -413,9 +393,7 @@ def _compute_reference(
     return tables
 
 
-def _read_reference(
-    path: Path, counts: Mapping[str, int], limits: Row
-) -> dict[str, tuple[RefLogps, Digests]]:
+def _read_reference(path: Path, counts: Row, limits: Row) -> Tables:
     try:
         saved = json.loads(path.read_text())
         had = saved["counts"]
@@ -441,9 +419,7 @@ def _read_reference(
         ) from error
 
 
-def _all_checks(
-    checks: Sequence[Callable[[Sample], str | None] | None], sample: Sample
-) -> str | None:
+def _all_checks(checks: Sequence[Check | None], sample: Sample) -> str | None:
     return next((wrong for check in checks if check and (wrong := check(sample))), None)
 
 
@@ -474,7 +450,7 @@ class DPO(Algorithm[DPOState]):
                 "answers are not converted; leave it out"
             )
 
-    def check_row(self, config: RunConfig, tokenizer: Tokenizer) -> Callable[[Sample], str | None]:
+    def check_row(self, config: RunConfig, tokenizer: Tokenizer) -> Check:
         return partial(check_pair, tokenizer, config.grpo.max_completion_length)
 
     def uses_reference(self, config: RunConfig) -> bool:
@@ -491,9 +467,7 @@ class DPO(Algorithm[DPOState]):
         means = evaluate(state, data.held_out.load, num_rows, config.train.eval_batch_size)
         return {"means": means, "answers": {}, "num_samples": int(means.pop("num_pairs"))}
 
-    def compare(
-        self, before: HeldOut, after: HeldOut
-    ) -> tuple[str, dict[str, float], dict[str, float]]:
+    def compare(self, before: HeldOut, after: HeldOut) -> tuple[str, Metrics, Metrics]:
         title = f"held-out pairs, {after['num_samples']} samples"
         # Before training the policy is the reference, so its rewards are all 0.
         first = {k: v for k, v in before["means"].items() if not k.startswith("rewards/")}

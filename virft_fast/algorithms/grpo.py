@@ -23,6 +23,7 @@ from torch import Tensor
 from virft_fast import dist
 from virft_fast.algorithms.base import Algorithm
 from virft_fast.algorithms.step import (
+    Metrics,
     Microbatch,
     StepStats,
     TooManyBadSteps,
@@ -66,7 +67,7 @@ IDLE = {
 }
 
 
-def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[dict[str, float], list[Row]]:
+def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[Metrics, list[Row]]:
     """One GRPO step on this rank's B prompts.
 
     Returns:
@@ -134,7 +135,7 @@ def _plain(value: object) -> Json:
         return repr(value)[:1000]
 
 
-def _count_silent(state: TrainState, metrics: dict[str, float], names: Sequence[str]) -> None:
+def _count_silent(state: TrainState, metrics: Metrics, names: Sequence[str]) -> None:
     """Raise TooManyBadSteps if a reward function has scored nothing for too long, on any rank."""
     for name in names:
         scored_some = math.isfinite(metrics.get(f"rewards/{name}", math.nan))
@@ -148,7 +149,7 @@ def _count_silent(state: TrainState, metrics: dict[str, float], names: Sequence[
             )
 
 
-def _count_idle(state: TrainState, metrics: dict[str, float]) -> None:
+def _count_idle(state: TrainState, metrics: Metrics) -> None:
     """Warn after many steps in a row that taught little; once for each such series."""
     for name, (limit, text) in IDLE.items():
         state.idle_steps[name] = state.idle_steps.get(name, 0) + 1 if metrics[name] > limit else 0
@@ -290,16 +291,12 @@ def _mismatch_stats(stats: StepStats, out: GRPOLoss, mb: Microbatch) -> None:
 
 
 def _rollout_stats(
-    stats: StepStats,
-    state: TrainState,
-    rollouts: Rollouts,
-    rewards_per_func: Tensor,
-    rewards: Tensor,
+    stats: StepStats, state: TrainState, rollouts: Rollouts, by_function: Tensor, rewards: Tensor
 ) -> None:
     groups = rewards.view(-1, state.config.num_generations)  # (B, G)
     scored = rewards[~rewards.isnan()]
     stats.add("reward", float(scored.sum()), len(scored))
-    for (name, _), column in zip(state.reward_funcs, rewards_per_func.T, strict=True):
+    for (name, _), column in zip(state.reward_funcs, by_function.T, strict=True):
         valid = column[~column.isnan()]
         stats.add(f"rewards/{name}", float(valid.sum()), len(valid))
     spread = [float(g[~g.isnan()].std()) if (~g.isnan()).sum() > 1 else 0.0 for g in groups]

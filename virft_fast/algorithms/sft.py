@@ -9,14 +9,15 @@ one big batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from virft_fast.algorithms.base import Algorithm
+from virft_fast.algorithms.base import Algorithm, Check
 from virft_fast.algorithms.step import (
+    Metrics,
     Microbatch,
     StepStats,
     TrainState,
@@ -57,7 +58,7 @@ def check_answer(tokenizer: Tokenizer, limit: int, sample: Sample) -> str | None
     return None
 
 
-def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[dict[str, float], list[Row]]:
+def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[Metrics, list[Row]]:
     """One step on this rank's B prompts and the answers in their rows.
 
     Returns:
@@ -125,7 +126,7 @@ class SFT(Algorithm):
         unused = super().without_effect(config)
         return [name for name in unused if not (scored and name.startswith("reward_"))]
 
-    def check_row(self, config: RunConfig, tokenizer: Tokenizer) -> Callable[[Sample], str | None]:
+    def check_row(self, config: RunConfig, tokenizer: Tokenizer) -> Check:
         return partial(check_answer, tokenizer, config.grpo.max_completion_length)
 
     def rolls_out(self, config: RunConfig) -> bool:

@@ -30,6 +30,7 @@ from virft_fast.models.policy import Policy
 from virft_fast.rollout import Rollout
 
 T = TypeVar("T")
+Metrics = dict[str, float]
 
 
 def _no_limit(what: str, limit: float | None) -> AbstractContextManager[object]:
@@ -211,10 +212,10 @@ def plan_microbatches(
 
 
 def lay_out(
-    state: TrainState, rollouts: Rollouts, advantages: Tensor, mask: Tensor
+    state: TrainState, rollouts: Rollouts, advantages: Tensor, mask: Tensor, split: bool = True
 ) -> list[Microbatch]:
-    """Microbatches of the completions that have a token in the (N, T) `mask`; equally many on all
-    ranks, at least one."""
+    """Microbatches of the completions that have a token in the (N, T) `mask`, in their order;
+    equally many on all ranks, at least one. For `split` see `plan_microbatches`."""
     size, trains = rollouts.num_generations, mask.any(1).tolist()
     groups = [range(first, first + size) for first in range(0, len(trains), size)]
     rows = [tuple(row for row in group if trains[row]) for group in groups]
@@ -225,6 +226,7 @@ def lay_out(
         prompts_per_microbatch=state.prompts_per_microbatch,
         max_tokens=state.max_tokens_per_microbatch,
         shared=state.policy.shares_prefix,
+        split=split,
     )
     made = [microbatch(state, rollouts, chunks, advantages, mask) for chunks in plan]
     tower = rollouts.image_features is None
@@ -372,7 +374,7 @@ def finish(
     learning_rate: float,
     applied: bool,
     start: float,
-) -> dict[str, float]:
+) -> Metrics:
     """The step's metrics, reduced over the ranks; also counts tokens and bad steps in `state`.
 
     Raises:

@@ -173,7 +173,7 @@ def _following(positions: Tensor, length: int) -> Tensor:
 def _pack(
     prompts: Sequence[Prompt], positions: Sequence[Tensor], completions: Sequence[Sequence[Tensor]]
 ) -> Row:
-    """The fields of one packed row, without each completion's last token, which predicts nothing."""
+    """The fields of one packed row, without the completions' last tokens: they predict nothing."""
     ids, position_ids, images, predictors, groups = [], [], [], [], []
     start = 0
     for prompt, own_positions, group in zip(prompts, positions, completions, strict=True):

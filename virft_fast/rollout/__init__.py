@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from virft_fast.batch import Prompt, Rollouts
-from virft_fast.models.families import Tokenizer
 from virft_fast.models.policy import Policy
 
 # A context in which the policy has whole weights and may be called outside the engine's `forward`.
@@ -52,9 +51,6 @@ class Sampling:
         ):
             if not fits:
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
-
-    def all_stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        return (tokenizer.eos_token_id, *self.stop_token_ids)
 
 
 def check_request(prompts: Sequence[Prompt], num_generations: int) -> None:

@@ -58,7 +58,6 @@ def check_cache_limit(
     plan = CachePlan.rounded(
         1, num_generations, max_prompt_length or 1, max_completion_length, device.type
     )
-    what = "any prompt"
-    if max_prompt_length is not None:
-        what = f"a prompt of --max_prompt_length {max_prompt_length} tokens"
+    length = max_prompt_length
+    what = "any prompt" if length is None else f"a prompt of --max_prompt_length {length} tokens"
     plan.check(limit, f"--rollout_cache_tokens {limit}: {what}")

@@ -122,7 +122,7 @@ class Decoding:
         self.read_token = DecodeStep(core(self.policy.model).language_model)
         self.pad, take = self.tokenizer.pad_token_id, self.buffers.take
         self.state = DecodeState.allocate(self.plan, self.length, self.pad, take)
-        stop_ids = self.sampler.sampling.all_stop_ids(self.tokenizer)
+        stop_ids = (self.tokenizer.eos_token_id, *self.sampler.sampling.stop_token_ids)
         self.stop_ids = take("stop_ids", (len(stop_ids),), torch.long)
         self.stop_ids.copy_(torch.tensor(stop_ids))
 

@@ -43,7 +43,8 @@ class HFRollout:
         from transformers import GenerationConfig, LogitsProcessorList
 
         check_request(prompts, num_generations)
-        pad, stop_ids = self.tokenizer.pad_token_id, sampling.all_stop_ids(self.tokenizer)
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        stops = [eos, *sampling.stop_token_ids]
         nothing = torch.zeros(0, dtype=torch.long)
         empty = [[nothing] * num_generations for _ in prompts]
         with evaluating(self.weights) as policy:
@@ -71,12 +72,8 @@ class HFRollout:
             mask = inputs.attention_mask
             assert mask is not None, "rows that are not packed have an attention mask"
             text_positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            config = GenerationConfig(
-                max_new_tokens=sampling.max_completion_length,
-                do_sample=False,
-                eos_token_id=list(stop_ids),
-                pad_token_id=pad,
-            )
+            limits = {"max_new_tokens": sampling.max_completion_length, "eos_token_id": stops}
+            config = GenerationConfig(do_sample=False, pad_token_id=pad, **limits)
             tokens = base(policy.model).generate(
                 inputs_embeds=embeds,
                 attention_mask=mask,
@@ -86,9 +83,7 @@ class HFRollout:
             )
             kept = inputs.per_prompt(features) if policy.vision_frozen else None
         logps = torch.stack(draws.logps, 1)
-        return make_rollouts(
-            prompts, num_generations, tokens, logps, stop_ids, self.tokenizer, kept
-        )
+        return make_rollouts(prompts, num_generations, tokens, logps, stops, self.tokenizer, kept)
 
 
 @dataclass

@@ -105,10 +105,8 @@ class NativeRollout:
                 self._buffers.release(keep_small=self._with_graphs())
             kept = features if policy.vision_frozen else None
         tokens, logps = (torch.cat(batches) for batches in zip(*outputs, strict=True))
-        stop_ids = sampling.all_stop_ids(self.tokenizer)
-        return make_rollouts(
-            prompts, num_generations, tokens, logps, stop_ids, self.tokenizer, kept
-        )
+        stops = (self.tokenizer.eos_token_id, *sampling.stop_token_ids)
+        return make_rollouts(prompts, num_generations, tokens, logps, stops, self.tokenizer, kept)
 
     def fits(self, prompt: Prompt, num_generations: int, sampling: Sampling) -> bool:
         """Whether the prompt and its completions fit into the cache; else `generate` raises."""
@@ -149,9 +147,8 @@ class NativeRollout:
         return self._buffers.capacity(cache_numbers(policy.config.text_config) * size)
 
     def _with_graphs(self) -> bool:
-        if self.graphs is not None:
-            return self.graphs
-        return self.device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+        default = self.device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+        return default if self.graphs is None else self.graphs
 
     def banned(self, policy: Policy) -> list[int]:
         """Token ids that are never drawn."""

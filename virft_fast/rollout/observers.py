@@ -97,6 +97,5 @@ class AttentionObserver:
         single = self.last_of_prompt.repeat_interleave(repeats, 0)
         mean = self.sums / self.counts.clamp(min=1)[:, None]
         attention = torch.where(self.counts[:, None] > 0, mean, single)
-        self.attention += [
-            row[:length].clone() for row, length in zip(attention, self.lengths, strict=True)
-        ]
+        rows = zip(attention, self.lengths, strict=True)
+        self.attention += [row[:length].clone() for row, length in rows]

@@ -10,19 +10,15 @@ from virft_fast.batch import Json, Rollouts, Row
 from virft_fast.metrics import null_for_nan
 
 
-def reward_arguments(
-    rollouts: Rollouts,
-) -> tuple[list[list[Row]], list[list[Row]], dict[str, list[Json]]]:
+def reward_arguments(rollouts: Rollouts) -> tuple[list[Json], list[Json], dict[str, list[Json]]]:
     """Prompts, completions and columns as TRL passes them to a reward function, N long each."""
     repeated = [p.sample for p in rollouts.prompts for _ in range(rollouts.num_generations)]
     names = {name for sample in repeated for name in sample.columns}
     columns = {name: [sample.columns.get(name) for sample in repeated] for name in sorted(names)}
     grids = [p.image_grid_thw for p in rollouts.prompts for _ in range(rollouts.num_generations)]
     columns["image_grid_thw"] = [None if grid is None else grid.tolist() for grid in grids]
-    columns["completion_ids"] = [
-        ids[mask].tolist()
-        for ids, mask in zip(rollouts.completion_ids, rollouts.completion_mask, strict=True)
-    ]
+    tokens = zip(rollouts.completion_ids, rollouts.completion_mask, strict=True)
+    columns["completion_ids"] = [ids[mask].tolist() for ids, mask in tokens]
     completions = [[{"role": "assistant", "content": text}] for text in rollouts.texts]
     return [list(sample.messages) for sample in repeated], completions, columns
 
