@@ -20,10 +20,10 @@ from models import FAMILIES, random_model
 
 from virft_fast.algorithms.grpo import train_step
 from virft_fast.algorithms.step import Chunk, plan_microbatches
-from virft_fast.engine import decay_groups
 from virft_fast.models import shared_prefix
 from virft_fast.models.qwen_vl import Policy, add_lora, core, freeze_vision_tower, load_model
 from virft_fast.models.shared_prefix import Group, PackedAttention
+from virft_fast.optimizer import decay_groups
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.backends import make_rollout
 

@@ -18,9 +18,7 @@ from virft_fast.optimizer import OptimizerSettings
 logger = logging.getLogger(__name__)
 
 _BLOCKS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
-_FP16_SCALING = (
-    "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale",
-)  # fmt: skip
+_SCALING = "loss_scale initial_scale_power loss_scale_window hysteresis min_loss_scale".split()
 
 
 def load_deepspeed_config(path: str) -> Row:
@@ -103,7 +101,7 @@ def resolve_deepspeed_config(
     fp16 = config.get("fp16", {})
     if fp16.get("enabled") is True:
         raise ValueError("--deepspeed: fp16 is not supported; use bf16 (--bf16) or float32")
-    for name in _FP16_SCALING:
+    for name in _SCALING:
         if fp16.get(name) == "auto":
             fp16.pop(name)
     if config.get("bf16", {}).get("enabled", bf16) != bf16:

@@ -1,7 +1,8 @@
 """The engines, which own parameters, gradients and optimizer state. All of DeepSpeed is in here.
 
 `PlainEngine` runs one process or replicas, `DeepSpeedEngine` any ZeRO stage; `Engine` says what
-both can do. A step whose gradient is not finite is skipped on every rank.
+both can do. A step whose gradient is not finite is skipped on every rank. The file is long because
+no other module may import deepspeed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from virft_fast.deepspeed_config import resolve_deepspeed_config as resolve_deep
 from virft_fast.models.adapters import has_adapter, is_trained_adapter
 from virft_fast.models.policy import Policy
 from virft_fast.optimizer import OptimizerSettings, make_optimizer
-from virft_fast.optimizer import decay_groups as decay_groups
 
 # How many of ZeRO-3's partitioned numbers are gathered at once when they are copied for a rollout.
 GATHERED_NUMBERS = 2**28
@@ -205,8 +205,7 @@ class DeepSpeedEngine:
         self._clips_here = self.zero_stage == 0 and not config.get("bf16", {}).get("enabled")
         if self._clips_here:
             config["gradient_clipping"] = 0.0
-        self._norm = 0.0
-        self._veto = False
+        self._norm, self._veto = 0.0, False
         self.engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
         # Only now: `initialize` makes one step without gradients, to allocate the state.
         self.optimizer.guard = self._guard
@@ -461,9 +460,7 @@ def _stored_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters to save, frozen ones too, under `model`'s own names, tied ones once: all of
     them, or the adapter's if there is one."""
     whole = not has_adapter(model)
-    for name, parameter in model.named_parameters():
-        if whole or is_trained_adapter(name):
-            yield name, parameter
+    return ((n, p) for n, p in model.named_parameters() if whole or is_trained_adapter(n))
 
 
 def _without_enums(value: object) -> object:

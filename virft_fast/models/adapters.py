@@ -265,10 +265,10 @@ def attach(model: PreTrainedModel, plan: LoraPlan, *, reference: bool = False) -
         ValueError: the adapter's weights can't be read or don't fit the base model.
     """
     if plan.kind != "continued":
+        targets, revision = plan.target_modules, plan.revision
         return add_lora(
-            model, r=plan.r, alpha=plan.alpha, target_modules=plan.target_modules,
-            revision=plan.revision,
-        )  # fmt: skip
+            model, r=plan.r, alpha=plan.alpha, target_modules=targets, revision=revision
+        )
     peft = _import_peft("--use_peft")
     config = cast("LoraConfig", peft_config(plan.name))  # checked by `plan_lora`
     config.inference_mode = False

@@ -61,14 +61,13 @@ class DecodeStep:
 
     def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """(R,) token ids at (R,) positions, the same on all axes -> (R, D) last hidden states."""
-        embeds = self.text.get_input_embeddings()(tokens)
+        hidden = self.text.get_input_embeddings()(tokens)
         if self.rotation is None:
-            return self._own_forward(embeds, positions[None, :, None].expand(3, -1, -1), attend)
+            return self._own_forward(hidden, positions[None, :, None].expand(3, -1, -1), attend)
         cos, sin = (table[positions][:, None] for table in self.rotation)  # (R, 1, E)
-        hidden = embeds
         layers = cast("list[qwen.Qwen3VLTextDecoderLayer]", self.text.layers)
-        for number, layer in enumerate(layers):
-            hidden = _layer(number, layer, hidden, cos, sin, attend)
+        for layer in layers:
+            hidden = _layer(layer, hidden, cos, sin, attend)
         return _norm(self.text.norm, hidden)
 
     def _own_forward(self, embeds: Tensor, positions: Tensor, attend: Attend) -> Tensor:
@@ -80,12 +79,7 @@ class DecodeStep:
 
 
 def _layer(
-    number: int,
-    layer: qwen.Qwen3VLTextDecoderLayer,
-    hidden: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    attend: Attend,
+    layer: qwen.Qwen3VLTextDecoderLayer, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend
 ) -> Tensor:
     attention = layer.self_attn
     normed = _norm(layer.input_layernorm, hidden)
@@ -97,7 +91,7 @@ def _layer(
     both = torch.cat([query, key], 1)  # (R, H + K, E)
     both = torch.addcmul(both * cos, both.roll(both.shape[-1] // 2, -1), sin)
     query, key = both.split([query.shape[1], key.shape[1]], 1)
-    out = attend(number, query, key, value, attention.scaling)
+    out = attend(attention.layer_idx, query, key, value, attention.scaling)
     hidden = hidden + attention.o_proj(out)
     return hidden + layer.mlp(_norm(layer.post_attention_layernorm, hidden))
 

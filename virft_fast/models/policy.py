@@ -128,7 +128,8 @@ class Policy(nn.Module):
 
     def _completion_hidden(self, inputs: ModelInputs, image_features: Tensor) -> Tensor:
         if not inputs.groups:
-            states = self.language(inputs, image_features, inputs.attention_mask)
+            mask = inputs.attention_mask
+            states = self.language(inputs, image_features, attention_mask=mask)
         else:
             device = inputs.input_ids.device
             attention = PackedAttention(inputs.groups, device, self.prefix_attention)
@@ -136,19 +137,13 @@ class Policy(nn.Module):
             attention.check(self.config.text_config.num_hidden_layers)
         return states.flatten(0, 1).index_select(0, inputs.predictors)  # (S, D)
 
-    def language(
-        self,
-        inputs: ModelInputs,
-        image_features: Tensor,
-        attention_mask: Tensor | None = None,
-        **options: object,
-    ) -> Tensor:
+    def language(self, inputs: ModelInputs, image_features: Tensor, **options: object) -> Tensor:
         """(R, L, D) last hidden states; `options` are passed on to the transformers model."""
         embeds, deepstack = self.embed(inputs, image_features)
         if deepstack is not None:
             options |= {"visual_pos_masks": inputs.image_mask, "deepstack_visual_embeds": deepstack}
         language_model = core(self.model).language_model
-        return read(language_model, embeds, inputs.position_ids, attention_mask, **options)
+        return read(language_model, embeds, inputs.position_ids, **options)
 
     def embed(
         self, inputs: ModelInputs, image_features: Tensor

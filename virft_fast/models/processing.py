@@ -100,16 +100,16 @@ def load_processor(
             f"--model_name_or_path {name!r}: expected a Qwen-VL tokenizer, got one without "
             f"{IMAGE_TOKEN}; is it a text-only model?"
         )
-    lacking = [n for n in ("eos_token", "pad_token") if getattr(processor.tokenizer, n) is None]
-    if lacking:
+    tokenizer = processor.tokenizer
+    if lacking := [n for n in ("eos_token", "pad_token") if getattr(tokenizer, n) is None]:
         raise ValueError(
             f"--model_name_or_path {name!r}: expected a tokenizer with {' and '.join(lacking)}; "
             "name them in its tokenizer_config.json"
         )
-    processor.tokenizer.padding_side = "left"
+    tokenizer.padding_side = "left"
     bounds = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     size = dict(processor.image_processor.size)
-    size |= {name: pixels for name, pixels in bounds.items() if pixels is not None}
+    size |= {edge: pixels for edge, pixels in bounds.items() if pixels is not None}
     if not 0 < size["shortest_edge"] <= size["longest_edge"]:
         raise ValueError(
             f"expected 0 < min_pixels <= max_pixels, got {size['shortest_edge']} and "

@@ -25,7 +25,7 @@ from virft_fast.models.families import FAMILIES, Family, base
 from virft_fast.models.trust import refuse_code
 
 if TYPE_CHECKING:
-    from virft_fast.models.processing import ImageOnlyQwen2VLProcessor
+    from virft_fast.models.processing import ImageOnlyQwen2VLProcessor as Processor
 
 logger = logging.getLogger(__name__)
 
@@ -101,10 +101,7 @@ def read_base_files(folder: Path, base: Path | None = None) -> dict[str, bytes]:
 
 
 def save_model(
-    model: nn.Module,
-    state_dict: dict[str, Tensor],
-    processor: ImageOnlyQwen2VLProcessor,
-    folder: Path,
+    model: nn.Module, state_dict: dict[str, Tensor], processor: Processor, folder: Path
 ) -> None:
     """Write a folder that plain `from_pretrained` loads: weights, config, processor.
 
@@ -167,7 +164,7 @@ def released_config(config: Row, dtype: torch.dtype) -> Row:
     return out | {"dtype": name, "torch_dtype": name}
 
 
-def save_processor(processor: ImageOnlyQwen2VLProcessor, folder: Path) -> None:
+def save_processor(processor: Processor, folder: Path) -> None:
     """Write the tokenizer's and the processor's files for transformers 4 and 5.
 
     Args:

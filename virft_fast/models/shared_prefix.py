@@ -129,22 +129,17 @@ class _View:
         return getattr(self._whole, name)
 
 
-def read(
-    model: TextModel,
-    embeds: Tensor,
-    positions: Tensor,
-    mask: Tensor | None = None,
-    **options: object,
-) -> Tensor:
+def read(model: TextModel, embeds: Tensor, positions: Tensor, **options: object) -> Tensor:
     """(R, L, D) last hidden states for embeddings (R, L, D) at rotary positions (3, R, L).
 
     Args:
-        mask: (R, L); None together with `attention_core`, which needs none.
+        options: of transformers' model; without an `attention_mask`, `attention_core` is needed.
     """
-    if mask is None:  # with four dimensions, so that transformers builds none of its own
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
+    if options.get("attention_mask") is None:
+        # Four dimensions, so that transformers builds none of its own.
+        options["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
     options |= {"inputs_embeds": embeds, "position_ids": positions, "use_cache": False}
-    return model(attention_mask=mask, **options).last_hidden_state
+    return model(**options).last_hidden_state
 
 
 class PackedAttention:

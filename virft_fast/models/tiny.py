@@ -11,6 +11,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from virft_fast.batch import Row
 from virft_fast.models.families import Tokenizer
 
 if TYPE_CHECKING:
@@ -66,11 +67,9 @@ def build_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     numbers = [f"[{n}, {n}, {n}]" for n in range(0, 1001, 10)] * 200
     lines = [_without_tags(line) for line in corpus] + numbers
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = BpeTrainer(
-        vocab_size=1024,
-        min_frequency=20,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=1024, min_frequency=20, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(lines, trainer)
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIAL_TOKENS])
@@ -97,31 +96,24 @@ def build_config(tokenizer: Tokenizer, *, initializer_range: float = 0.02) -> Qw
     from transformers import Qwen2VLConfig
 
     token_id = tokenizer.convert_tokens_to_ids
-    vocab_size = -(-len(tokenizer) // 64) * 64
+    rope = {"rope_type": "default", "rope_theta": 20.0, "mrope_section": [2, 7, 7]}
     text = {
-        "vocab_size": vocab_size, "hidden_size": 128, "intermediate_size": 384,
+        "vocab_size": -(-len(tokenizer) // 64) * 64, "hidden_size": 128, "intermediate_size": 384,
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
         "max_position_embeddings": 1024, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-        "rope_parameters": {
-            "rope_type": "default", "rope_theta": 20.0, "mrope_section": [2, 7, 7],
-        },
         "bos_token_id": token_id("<|endoftext|>"), "eos_token_id": token_id("<|im_end|>"),
         "pad_token_id": token_id("<|endoftext|>"), "initializer_range": initializer_range,
+        "rope_parameters": rope,
     }  # fmt: skip
     vision = {
         "depth": 3, "embed_dim": 128, "hidden_size": 128, "num_heads": 4, "mlp_ratio": 2,
         "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
         "initializer_range": initializer_range,
     }  # fmt: skip
-    return Qwen2VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
-        tie_word_embeddings=True,
-    )
+    special = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+               "vision_start_token_id": "<|vision_start|>"}  # fmt: skip
+    ids: Row = {name: token_id(token) for name, token in special.items()}
+    return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
 
 
 def tokenizer_corpus(problems: list[str], answers: list[str], *, seed: int = 0) -> list[str]:

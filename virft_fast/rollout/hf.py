@@ -45,8 +45,7 @@ class HFRollout:
         check_request(prompts, num_generations)
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         stops = [eos, *sampling.stop_token_ids]
-        nothing = torch.zeros(0, dtype=torch.long)
-        empty = [[nothing] * num_generations for _ in prompts]
+        empty = [[torch.zeros(0, dtype=torch.long)] * num_generations for _ in prompts]
         with evaluating(self.weights) as policy:
             inputs = policy.collate(
                 prompts, empty, pad_token_id=pad, device=self.device, packed=False

@@ -74,8 +74,7 @@ class AttentionObserver:
         # For each row the sum over its queries, and their number.
         self.sums = take("observed", (len(self.lengths), plan.prompt_length), torch.float32).zero_()
         self.counts = take("num_observed", (len(self.lengths),), torch.float32).zero_()
-        shape = (plan.groups, plan.prompt_length)
-        self.last_of_prompt = take("last_of_prompt", shape, torch.float32)
+        self.last_of_prompt = take("last", (plan.groups, plan.prompt_length), torch.float32)
         return self.sums, self.counts
 
     def prompt_attention(
