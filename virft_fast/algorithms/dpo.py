@@ -185,7 +185,7 @@ def evaluate(state: DPOState, load: Load, count: int, batch_size: int) -> Metric
     sums = StepStats()
     state.policy.eval()
     num_pairs = 0
-    for prompts in _shares(load, count, batch_size):
+    for prompts in _own_prompts(load, count, batch_size):
         num_pairs += len(prompts)
         batches = _batches(state, _answers(state, prompts) if prompts else None)
         _add_reference(state, batches, state.test_ref_logps)
@@ -225,7 +225,7 @@ def reference_logps(
     own_logps: RefLogps = {}
     own_digests: Digests = {}
     state.policy.eval()
-    for prompts in _shares(load, count, batch_size):
+    for prompts in _own_prompts(load, count, batch_size):
         own_digests |= {prompt.sample.index: pair_digest(prompt.sample) for prompt in prompts}
         for pairs in _batches(state, _answers(state, prompts) if prompts else None):
             sums = _sums(pairs, state.engine.forward(pairs.batch.inputs)[0]).tolist()
@@ -240,7 +240,7 @@ def reference_logps(
     return logps, digests
 
 
-def _shares(load: Load, count: int, batch_size: int) -> Iterator[list[Prompt]]:
+def _own_prompts(load: Load, count: int, batch_size: int) -> Iterator[list[Prompt]]:
     """This rank's usable prompts of rows 0 to count - 1, in equally many batches on every rank."""
     world, rank = dist.world_size(), dist.rank()
     for first in range(0, count, batch_size * world):
