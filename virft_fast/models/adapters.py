@@ -31,7 +31,6 @@ from virft_fast.models.trust import refuse_code
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +215,7 @@ def _check_continues(name: str, config: Row) -> None:
 
 
 def add_lora(
-    model: PreTrainedModel,
+    model: nn.Module,
     *,
     r: int,
     alpha: float,
@@ -238,7 +237,7 @@ def add_lora(
     )
     adapted = peft.get_peft_model(model, config)
     # peft has set it to the name as it was loaded, which may be a relative path.
-    config.base_model_name_or_path = _absolute(model.name_or_path or "")
+    config.base_model_name_or_path = _absolute(base(model).name_or_path)
     return adapted
 
 
@@ -255,7 +254,7 @@ def _check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
             )
 
 
-def attach(model: PreTrainedModel, plan: LoraPlan, *, reference: bool = False) -> PeftModel:
+def attach(model: nn.Module, plan: LoraPlan, *, reference: bool = False) -> PeftModel:
     """The base model with the adapter to train, whose weights are float32.
 
     Args:
@@ -307,7 +306,7 @@ def peft_config(folder: str) -> PeftConfig:
         ) from error
 
 
-def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
+def merge_adapter(model: nn.Module, folder: str) -> nn.Module:
     """The base model with an adapter merged into its weights, all of which are trainable.
 
     Args:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class VisionConfig(Protocol):
 
 class QwenConfig(Protocol):
     model_type: str
+    dtype: torch.dtype
     text_config: TextConfig
     vision_config: VisionConfig
     get_text_config: Callable[[], TextConfig]
@@ -73,6 +75,7 @@ class QwenCore(Protocol):
 
 
 class QwenVL(Protocol):
+    name_or_path: str
     config: QwenConfig
     generation_config: GenerationConfig
     lm_head: nn.Linear

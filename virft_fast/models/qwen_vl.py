@@ -10,7 +10,7 @@ import json
 import warnings
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,9 +25,6 @@ from virft_fast.models.policy import Policy  # noqa: F401
 from virft_fast.models.saving import find_base_folder, save_model  # noqa: F401
 from virft_fast.models.trust import AsksForCode
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 def load_model(
     name_or_path: str,
@@ -36,7 +33,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
     empty: bool = False,
-) -> PreTrainedModel:
+) -> nn.Module:
     """A Qwen-VL model from a folder, a hub id or `tiny`, in `dtype`, on the CPU; partitioned while
     a ZeRO-3 configuration of DeepSpeed is active.
 
@@ -88,16 +85,16 @@ def load_model(
     vars(model).pop("_weight_conversions", None)
     # A checkpoint's sampling defaults (Qwen ships a near-greedy temperature) must never affect a
     # rollout, so they are set aside; `save_model` writes them back.
-    vars(model)["shipped_generation_config"] = model.generation_config
-    model.generation_config = GenerationConfig()
+    vars(model)["shipped_generation_config"] = base(model).generation_config
+    base(model).generation_config = GenerationConfig()
     return model
 
 
-def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the weights in place; buffers such as rotary frequencies keep their precision."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
+    base(model).config.dtype = dtype
 
 
 def read_config(name_or_path: str, revision: str | None = None) -> QwenConfig:
@@ -203,7 +200,7 @@ def usable_attention(name: str) -> str:
     return "sdpa"
 
 
-def apply_liger(model: PreTrainedModel, device: torch.device) -> None:
+def apply_liger(model: nn.Module, device: torch.device) -> None:
     """Replace RMSNorm, SwiGLU and rotary embedding by liger-kernel's; only a warning off CUDA."""
     if device.type != "cuda":
         warnings.warn("--use_liger_kernel has no effect without CUDA", stacklevel=2)
@@ -214,7 +211,7 @@ def apply_liger(model: PreTrainedModel, device: torch.device) -> None:
         raise ValueError(
             "--use_liger_kernel: expected the package liger-kernel; pip install 'virft_fast[gpu]'"
         ) from error
-    patch = getattr(liger, f"apply_liger_kernel_to_{model.config.model_type}")
+    patch = getattr(liger, f"apply_liger_kernel_to_{base(model).config.model_type}")
     # Without liger's fused cross entropy, because the loss is ours.
     patch(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
