@@ -31,7 +31,7 @@ import xxhash
 from torch import nn
 
 from virft_fast import dist, progress
-from virft_fast.engine import DeepSpeedEngine, PlainEngine
+from virft_fast.engine import Engine
 from virft_fast.models.adapters import BASE_FOLDER
 from virft_fast.models.qwen_vl import save_model
 
@@ -60,7 +60,7 @@ def save_checkpoint(
     *,
     model: nn.Module,
     processor: Any,
-    engine: PlainEngine | DeepSpeedEngine,
+    engine: Engine,
     state: dict[str, Any],
     dtype: torch.dtype | None = None,
     only_model: bool = False,
@@ -113,7 +113,7 @@ def write_final_model(
     *,
     model: nn.Module,
     processor: Any,
-    engine: PlainEngine | DeepSpeedEngine,
+    engine: Engine,
     dtype: torch.dtype | None = None,
 ) -> bool:
     """Write the model alone into `folder`, beside what is there; all ranks call. Weights of
