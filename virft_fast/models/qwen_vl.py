@@ -45,24 +45,24 @@ def load_model(
         FileNotFoundError: there is no such folder or hub id.
         ValueError: it is no Qwen-VL model, or can't be read.
     """
-    from transformers import AutoModelForImageTextToText, GenerationConfig
+    from transformers import AutoModelForImageTextToText as AutoModel
+    from transformers import GenerationConfig
 
     config = read_config(name_or_path, revision)
     check_weights(name_or_path, revision)
     *adapters, (path, revision) = model_chain(name_or_path, revision)
     for folder, _ in adapters:
         lora.peft_config(folder)
-    attention = usable_attention(attn_implementation)
-    options: Row = {"attn_implementation": attention, "trust_remote_code": False}
+    options: Row = {"attn_implementation": usable_attention(attn_implementation), "dtype": dtype}
     try:
         if empty:
             with torch.device("meta"):
-                return AutoModelForImageTextToText.from_config(config, dtype=dtype, **options)
+                return AutoModel.from_config(config, trust_remote_code=False, **options)
         # Other formats than safetensors are pickles.
         options |= {"revision": revision, "use_safetensors": True, "output_loading_info": True}
         options["dtype"] = torch.float32 if adapters else dtype
         with lora.undivided() if adapters else contextlib.nullcontext():
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(path, **options)
+            loaded: Any = AutoModel.from_pretrained(path, trust_remote_code=False, **options)
     # Safetensors, torch and transformers have errors of their own for foreign or damaged files.
     except Exception as error:
         file, hint = ("config.json", "") if empty else ("weights", "; is the folder complete?")
