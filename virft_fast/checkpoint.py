@@ -31,7 +31,7 @@ from torch import nn
 
 from virft_fast import dist, progress
 from virft_fast.batch import Row
-from virft_fast.engine import DeepSpeedEngine, PlainEngine
+from virft_fast.engine import Engine
 from virft_fast.json_files import COUNT, MEAN, NUMBER, misfit, parse_json
 from virft_fast.models.adapters import BASE_FOLDER
 from virft_fast.models.processing import ImageOnlyQwen2VLProcessor
@@ -63,7 +63,7 @@ def save_checkpoint(
     *,
     model: nn.Module,
     processor: ImageOnlyQwen2VLProcessor,
-    engine: PlainEngine | DeepSpeedEngine,
+    engine: Engine,
     state: Row,
     dtype: torch.dtype | None = None,
     only_model: bool = False,
@@ -113,7 +113,7 @@ def write_final_model(
     *,
     model: nn.Module,
     processor: ImageOnlyQwen2VLProcessor,
-    engine: PlainEngine | DeepSpeedEngine,
+    engine: Engine,
     dtype: torch.dtype | None = None,
 ) -> bool:
     """Write only the model into `folder`, which may hold other files; all ranks must call. Weights

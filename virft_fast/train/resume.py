@@ -7,11 +7,11 @@ from pathlib import Path
 
 from virft_fast import checkpoint as checkpoints
 from virft_fast import dist
-from virft_fast.algorithms import algorithm_of
+from virft_fast.algorithms import algorithm_of, find_algorithm
 from virft_fast.algorithms.base import Data
 from virft_fast.algorithms.step import TrainState
 from virft_fast.batch import Json, Row
-from virft_fast.config import RunConfig, UsageError, usage
+from virft_fast.config import ALGORITHMS, RunConfig, UsageError, usage
 from virft_fast.console import say
 from virft_fast.data import PromptSampler
 from virft_fast.engine import find_state
@@ -21,13 +21,13 @@ from virft_fast.models.tiny import resolve_model_path
 
 logger = logging.getLogger("virft_fast")
 
-# Flags that must not change when a run is resumed. Others may; changes are logged, except those of
-# the second list, which decide where and how often things are written.
+# Flags that must not change when a run is resumed, beside those that algorithms name. Others may;
+# changes are logged, except those of the second list, which decide where and how often things are
+# written.
 SAME_ON_RESUME = """
     algorithm per_device_train_batch_size gradient_accumulation_steps num_generations seed
     dataset_name dataset_train_split dataset_config dataset_streaming compat_prompt
     model_name_or_path freeze_vision_tower bf16 use_peft lora_r lora_alpha lora_target_modules
-    dpo_beta label_smoothing dpo_gamma precompute_ref_log_probs
 """.split()
 UNNAMED_ON_RESUME = """
     output_dir overwrite_output_dir run_name config dry_run logging_steps report_to
@@ -48,7 +48,8 @@ def read_resumed(folder: Path, config: RunConfig, plan: LoraPlan | None) -> Row:
     now = config.flat() | {"processes": dist.world_size()}
     was = saved["config"] | {"processes": saved.get("world_size")}
     changed = [k for k in now if was.get(k, now[k]) != now[k]]
-    refused = [k for k in ("processes", *SAME_ON_RESUME) if k in changed]
+    of_algorithms = [k for name in ALGORITHMS for k in find_algorithm(name).same_on_resume]
+    refused = [k for k in ("processes", *SAME_ON_RESUME, *of_algorithms) if k in changed]
     if refused:
         raise UsageError(
             f"--resume_from_checkpoint {folder}: expected what it was saved with, "
