@@ -21,7 +21,7 @@ from virft_fast.data.survey import open_space, survey
 from virft_fast.data.writing import make_folder
 from virft_fast.tasks import BOX_TASKS, check_solution, detect_task, parse_detection
 from virft_fast.tasks.answers import answer_text
-from virft_fast.tasks.prompts import asked_category
+from virft_fast.tasks.prompts import category_in
 
 MOST_COMMON = 10
 
@@ -145,7 +145,7 @@ def subject(sample: Sample, task: str) -> str:
     if task not in BOX_TASKS:
         return answer_text(sample.solution)
     problem, columns = sample.columns["problem"], sample.columns
-    return asked_category(problem) or str(columns.get("category") or problem)[:80]
+    return category_in(problem) or str(columns.get("category") or problem)[:80]
 
 
 def true_boxes(sample: Sample) -> list[Any]:

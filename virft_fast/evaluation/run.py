@@ -136,7 +136,7 @@ class ModelEvaluation:
     def _scorer(self, questions: sources.Questions) -> Scorer:
         names = self.config.reward_funcs or tasks.DEFAULT_REWARDS[questions.task]
         functions = self.reward_funcs or tasks.load_reward_funcs(names)
-        return Scorer(tasks.told_classes(functions, questions.labels), _reward_stamp(names))
+        return Scorer(tasks.with_class_set(functions, questions.labels), _reward_stamp(names))
 
     def _load_sam(self, questions: sources.Questions, path: str) -> grounding.MaskModel:
         """Before the first question, so that a wrong path is found before the work."""

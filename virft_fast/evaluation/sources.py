@@ -28,7 +28,7 @@ from virft_fast.evaluation import questions
 from virft_fast.evaluation.detection import Truth, make_truth
 from virft_fast.evaluation.questions import ExistsMap, ExtentFor, Images, Rows, find_images
 from virft_fast.tasks.labels import ClosedSet
-from virft_fast.tasks.prompts import asked_category
+from virft_fast.tasks.prompts import category_in
 
 if TYPE_CHECKING:
     import datasets
@@ -289,7 +289,7 @@ def _chosen(config: EvalConfig, records: Sequence[Row]) -> tuple[list[int], dict
 def category_of(record: Row) -> str:
     """The category that a row or record is about, named or read off its question."""
     problem = str(record.get("problem") or record.get("prompt"))
-    return str(record.get("category") or asked_category(problem) or "object")
+    return str(record.get("category") or category_in(problem) or "object")
 
 
 # --- Digests -----------------------------------------------------------------------------------

@@ -1,16 +1,15 @@
 """`python -m virft_fast.mia`: multi-image preference pairs from questions about one image each.
 
-Under torchrun the scenes are divided among the ranks. A killed run resumes where it was.
+Under torchrun the scenes are divided among the ranks. A killed run resumes from its journal.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -32,7 +31,7 @@ from virft_fast.models.tiny import resolve_model_path
 from virft_fast.rollout.backends import check_cache_limit, load_policy
 from virft_fast.rollout.native import NativeRollout
 
-# Flags that no answer depends on: a run may resume with other values. All others have to stay.
+# Flags that answers don't depend on: a run may resume with other values of these only.
 _FREE_FLAGS = {
     "output", "overwrite", "max_rows", "batch_size", "rollout_cache_tokens", "thresholds",
     "min_perplexity", "max_length_ratio", "min_edit_distance", "pictures",
@@ -53,9 +52,9 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m virft_fast.mia")
     _data_arguments(parser)
-    _scene_arguments(parser.add_argument_group("scenes"))
-    _answer_arguments(parser.add_argument_group("answers"))
-    _selection_arguments(parser.add_argument_group("selection"))
+    _scene_arguments(parser.add_argument_group("scenes").add_argument)
+    _answer_arguments(parser.add_argument_group("answers").add_argument)
+    _selection_arguments(parser.add_argument_group("selection").add_argument)
     return parser
 
 
@@ -74,8 +73,7 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the images, about, whose scenes are the split test")  # fmt: skip
 
 
-def _scene_arguments(group: Any) -> None:
-    add = group.add_argument
+def _scene_arguments(add: Callable[..., argparse.Action]) -> None:
     add("--shares", type=_weights, default="sequence=15.1,collage=9.3,pip=4.5",
         help="weights of the kinds of scenes")  # fmt: skip
     add("--sequence_images", type=_numbers, default="2,3,4,5",
@@ -90,11 +88,9 @@ def _scene_arguments(group: Any) -> None:
     add("--label_size", type=positive, default=36, help="of the labels, in pixels")
 
 
-def _answer_arguments(group: Any) -> None:
-    add = group.add_argument
-    add("--mode", choices=("corrupted", "clean"), default="corrupted",
-        help="noise on the target of collages and pictures in pictures, as MIA-DPO, or "
-        "none")  # fmt: skip
+def _answer_arguments(add: Callable[..., argparse.Action]) -> None:
+    add("--mode", choices=("corrupted", "clean"), default="corrupted", help="noise on the target "
+        "of collages and pictures in pictures, as MIA-DPO, or none")  # fmt: skip
     add("--layer", type=int, help="where attention is measured, from 0; default: the middle one")
     add("--batch_size", type=positive, default=16, help="scenes answered together")
     add("--max_completion_length", type=positive, default=512, help="longest answer in tokens")
@@ -106,11 +102,9 @@ def _answer_arguments(group: Any) -> None:
         help="auto: bfloat16 on a GPU, else float32")  # fmt: skip
 
 
-def _selection_arguments(group: Any) -> None:
-    add = group.add_argument
-    add("--thresholds", type=_weights, default="",
-        help="attention limits that differ from MIA-DPO's, such as "
-        "sequence2=0.7,pip2=0.9")  # fmt: skip
+def _selection_arguments(add: Callable[..., argparse.Action]) -> None:
+    add("--thresholds", type=_weights, default="", help="attention limits that differ from "
+        "MIA-DPO's, such as sequence2=0.7,pip2=0.9")  # fmt: skip
     add("--min_perplexity", type=float, default=1.1, help="of an answer; it has to be above")
     add("--max_length_ratio", type=float, default=10.0, help="of the two answers, in characters")
     add("--min_edit_distance", type=float, default=0.05, help="of the two, share of the longer")
@@ -142,15 +136,14 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
     """
     out = arguments.output
     sheet = _check_files(arguments)
-    edit_distance("", "")  # a missing package is said now, not after all the answers
+    edit_distance("", "")  # report a missing package now, not after all the answers
     selection, path = _selection(arguments), resolve_model_path(arguments.model_name_or_path)
     scenes = _scenes(arguments)
     answering = _answering(arguments, path, device)
     settings = {k: value for k, value in vars(arguments).items() if k not in _FREE_FLAGS}
     settings |= {"images": str(arguments.images), "weights": weights_stamp(path)}
-    journal = open_journal(
-        out.with_name(f".{out.name}.answers.jsonl"), settings, overwrite=arguments.overwrite
-    )
+    journal_path = out.with_name(f".{out.name}.answers.jsonl")
+    journal = open_journal(journal_path, settings, overwrite=arguments.overwrite)
     indices = range(len(scenes))[: arguments.max_rows]
     with tqdm(total=len(indices), unit="scene", disable=not dist.is_main()) as bar:
         answers = answer_all(
@@ -200,22 +193,17 @@ def _scene_key(name: str) -> tuple[str, int]:
 
 def _scenes(arguments: argparse.Namespace) -> Scenes:
     rows = load_rows(
-        arguments.dataset_name,
-        arguments.split,
-        dataset_config=arguments.dataset_config,
+        arguments.dataset_name, arguments.split, dataset_config=arguments.dataset_config,
         image_folder=arguments.images,
-    )
+    )  # fmt: skip
     names = ("shares", "sequence_images", "collage_images", "cell", "gutter", "label_size")
     sizes = {name: getattr(arguments, name) for name in names}
     layout = SceneLayout(**sizes, label_indent=arguments.gutter // 2)
+    groups = source_groups(rows) if arguments.companions == "source" else None
     return Scenes(
-        rows,
-        layout,
-        seed=arguments.seed,
-        noise=arguments.mode == "corrupted",
-        groups=source_groups(rows) if arguments.companions == "source" else None,
+        rows, layout, seed=arguments.seed, noise=arguments.mode == "corrupted", groups=groups,
         test_share=arguments.test_share,
-    )
+    )  # fmt: skip
 
 
 def _answering(arguments: argparse.Namespace, path: str, device: torch.device) -> Answering:
@@ -229,12 +217,9 @@ def _answering(arguments: argparse.Namespace, path: str, device: torch.device) -
     if not 0 <= layer < layers:
         raise ValueError(f"--layer: expected 0 to {layers - 1}, got {layer}")
     policy = load_policy(path, dtype=arguments.dtype, device=device)
-    rollout = NativeRollout(
-        lambda: contextlib.nullcontext(policy),
-        processor.tokenizer,
-        device=device,
-        max_cache_tokens=cache,
-    )
+    weights = lambda: contextlib.nullcontext(policy)  # noqa: E731
+    tokenizer = processor.tokenizer
+    rollout = NativeRollout(weights, tokenizer, device=device, max_cache_tokens=cache)
     return Answering(policy, rollout, processor, layer, device=device, **limits)
 
 
