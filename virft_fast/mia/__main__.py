@@ -26,9 +26,9 @@ from virft_fast.mia.scenes import SceneLayout, Scenes, source_groups
 from virft_fast.mia.selection import Selection, edit_distance, reasons_against, table
 from virft_fast.mia.sheet import attention_sheet
 from virft_fast.models.processing import load_processor
-from virft_fast.models.qwen_vl import Policy, load_model, read_config, weights_stamp
+from virft_fast.models.qwen_vl import read_config, weights_stamp
 from virft_fast.models.tiny import resolve_model_path
-from virft_fast.rollout.backends import check_cache_limit
+from virft_fast.rollout.backends import check_cache_limit, load_policy
 from virft_fast.rollout.native import NativeRollout
 
 # Flags that answers don't depend on: a run may resume with other values of these only.
@@ -209,9 +209,6 @@ def _scenes(arguments: argparse.Namespace) -> Scenes:
 def _answering(arguments: argparse.Namespace, path: str, device: torch.device) -> Answering:
     pixels = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
     processor = load_processor(path, **pixels)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if arguments.dtype != "auto":
-        dtype = getattr(torch, arguments.dtype)
     limits = {n: getattr(arguments, n) for n in ("max_completion_length", "max_prompt_length")}
     cache = arguments.rollout_cache_tokens
     check_cache_limit("native", cache, num_generations=1, device=device, **limits)
@@ -219,7 +216,7 @@ def _answering(arguments: argparse.Namespace, path: str, device: torch.device) -
     layer = layers // 2 if arguments.layer is None else arguments.layer
     if not 0 <= layer < layers:
         raise ValueError(f"--layer: expected 0 to {layers - 1}, got {layer}")
-    policy = Policy(load_model(path, dtype=dtype).to(device)).eval()
+    policy = load_policy(path, dtype=arguments.dtype, device=device)
     weights = lambda: contextlib.nullcontext(policy)  # noqa: E731
     tokenizer = processor.tokenizer
     rollout = NativeRollout(weights, tokenizer, device=device, max_cache_tokens=cache)

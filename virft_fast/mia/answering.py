@@ -175,17 +175,18 @@ def open_journal(path: Path, settings: Row, *, overwrite: bool) -> Journal | Non
     Raises:
         ValueError: on all ranks, if the journal can't be used; see `Journal`.
     """
-    journal, error = None, ""
-    for delete in (False, True)[: 1 + overwrite] if dist.is_main() else ():
+    journals: list[Journal] = []
+
+    def open_it() -> None:
         try:
-            journal, error = Journal(path, settings, overwrite=delete), ""
-            break
-        except (ValueError, OSError) as caught:
-            error = str(caught)
-    error = dist.all_gather_object(error)[0]
-    if error:
-        raise ValueError(error)
-    return journal
+            journals.append(Journal(path, settings))
+        except (ValueError, OSError):
+            if not overwrite:
+                raise
+            journals.append(Journal(path, settings, overwrite=True))
+
+    dist.from_main(open_it)
+    return journals[0] if journals else None
 
 
 def answer_all(
