@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from virft_fast.tasks.brackets import Group, Items, read_groups
+from virft_fast.tasks.brackets import BracketGroup, Items, read_groups
 from virft_fast.tasks.coordinates import Box, to_thousand
 from virft_fast.tasks.labels import (  # noqa: F401  (all of them importable from here)
     ClosedSet,
@@ -123,9 +123,11 @@ def _in_row(items: Items, *, listed: bool = False) -> list[_Prediction]:
     Args:
         listed: whether the groups are in one list; else only commas between them join them.
     """
-    groups = [item for item in items if isinstance(item, Group) and (item.items or item.fields[1:])]
+    groups = [
+        item for item in items if isinstance(item, BracketGroup) and (item.items or item.fields[1:])
+    ]
     read: list[tuple[list[_Prediction], bool]] = []  # with: if there are none, is it a box unread?
-    corner: Group | None = None
+    corner: BracketGroup | None = None
     for group, after in itertools.zip_longest(groups, groups[1:]):
         if group is corner:
             continue
@@ -142,7 +144,7 @@ def _in_row(items: Items, *, listed: bool = False) -> list[_Prediction]:
     return [p for predictions, unread in read for p in (predictions or [_Prediction()] * unread)]
 
 
-def _in_group(group: Group) -> list[_Prediction]:
+def _in_group(group: BracketGroup) -> list[_Prediction]:
     if group.opening == "{":
         return _in_object(group)
     box = _box([group])
@@ -152,7 +154,7 @@ def _in_group(group: Group) -> list[_Prediction]:
     return predictions or [_Prediction()] * (group.opening == "<" and group.ended)
 
 
-def _in_object(group: Group) -> list[_Prediction]:
+def _in_object(group: BracketGroup) -> list[_Prediction]:
     objects: list[dict[str, Items]] = [{}]
     for name, items in group.fields:
         key = _letters(name)
@@ -226,12 +228,12 @@ def _values(items: Items) -> Iterator[float | str]:
             yield from _values(item.items)
 
 
-def _is_point(group: Group) -> bool:
+def _is_point(group: BracketGroup) -> bool:
     two = group.opening in "[(" and group.ended and len(group.items) == 2
     return two and all(isinstance(v, float) and math.isfinite(v) for v in group.items)
 
 
-def _announces(group: Group) -> bool:
+def _announces(group: BracketGroup) -> bool:
     """Whether it is meant as an object or a box; words in parentheses are not."""
     if group.opening != "(":
         return group.ended

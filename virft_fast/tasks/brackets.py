@@ -33,12 +33,12 @@ _MARKS = {"<|box_start|>": "<", "<|box_end|>": ">"}
 _CLOSES = {"]": "[(", ")": "[(", "}": "{", ">": "<"}
 
 # Quoted numbers are strings, and so are those that can't be read, as 1.2.3.
-Item: TypeAlias = Union["Group", float, str]
+Item: TypeAlias = Union["BracketGroup", float, str]
 Items: TypeAlias = Sequence[Item]
 
 
 @dataclass(eq=False, slots=True)
-class Group:
+class BracketGroup:
     """The content of one pair of brackets.
 
     Attributes:
@@ -56,9 +56,9 @@ class Group:
     ended: bool = False
 
 
-def read_groups(text: str) -> Group:
+def read_groups(text: str) -> BracketGroup:
     """The text as a group without brackets of its own."""
-    root = Group("", [], [])
+    root = BracketGroup("", [], [])
     stack, before, left = [root], "", MAX_GROUPS
     start = text[:MAX_CHARACTERS]
     matches = _TOKEN.finditer(start if start.isascii() else start.translate(_ASCII))
@@ -79,7 +79,7 @@ def read_groups(text: str) -> Group:
                 if not left:
                     return root
                 _open(stack, token, before)
-            elif items and not isinstance(items[-1], Group):
+            elif items and not isinstance(items[-1], BracketGroup):
                 _after_word(stack[-1], token)
         before = token
     root.ended = start == text and next(matches, None) is None
@@ -94,7 +94,7 @@ def float_of(token: str) -> float | str:
         return token
 
 
-def _after_word(group: Group, token: str) -> None:
+def _after_word(group: BracketGroup, token: str) -> None:
     """A colon makes the last word a name in braces, and a percent sign stays with its number."""
     if token == ":" and group.opening == "{":
         name, group.items = str(group.items.pop()), []
@@ -103,22 +103,22 @@ def _after_word(group: Group, token: str) -> None:
         group.items[-1] = f"{group.items[-1]}%"
 
 
-def _open(stack: list[Group], bracket: str, before: str) -> None:
+def _open(stack: list[BracketGroup], bracket: str, before: str) -> None:
     """Put a group into the last open one; an object that is no value of another ends that one."""
     while bracket == "{" and before != ":" and stack[-1].opening == "{":
         stack.pop().ended = True
     if len(stack) > MAX_DEPTH:
         del stack[1:]
     around = stack[-1].items
-    follows = before == "," and bool(around) and isinstance(around[-1], Group)
-    group = Group(bracket, [], [], joined=follows)
+    follows = before == "," and bool(around) and isinstance(around[-1], BracketGroup)
+    group = BracketGroup(bracket, [], [], joined=follows)
     if bracket == "{":
         group.fields.append(("", group.items))
     around.append(group)
     stack.append(group)
 
 
-def _close(stack: list[Group], bracket: str) -> None:
+def _close(stack: list[BracketGroup], bracket: str) -> None:
     """End the last group that the bracket can end, and all groups in it, if there is one."""
     for depth in range(len(stack) - 1, 0, -1):
         if stack[depth].opening in _CLOSES[bracket]:
