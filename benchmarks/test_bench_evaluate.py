@@ -17,7 +17,7 @@ from vlm import make_model
 
 from virft_fast.data import BadRows, SampleDataset
 from virft_fast.data.demo import DEMO_DATASETS
-from virft_fast.data.prompts import PromptSource
+from virft_fast.data.prompt_source import PromptSource
 from virft_fast.evaluation.answering import answer
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import Policy, banned_token_ids, core, load_model

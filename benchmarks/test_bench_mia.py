@@ -27,7 +27,7 @@ from measure import DEVICE, peak_memory, synchronised
 from PIL import Image
 from vlm import SHAPES, make_model, make_processor
 
-from virft_fast.mia import Plan, SceneLayout, attention_ratio, compose
+from virft_fast.mia import SceneLayout, ScenePlan, attention_ratio, compose
 from virft_fast.models.qwen_vl import Policy, banned_token_ids, core, encode_prompt
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.native import NativeRollout
@@ -51,7 +51,7 @@ def make_scenes(kind, count, side, number):
         pixels = rng.integers(0, 255, (count, side // 14, side // 14, 3)).astype("u1")
         images = [Image.fromarray(p).resize((side, side)) for p in pixels]
         target = index % count
-        plan = Plan(index, kind, tuple(range(count)), target, f"In Image{target + 1},")
+        plan = ScenePlan(index, kind, tuple(range(count)), target, f"In Image{target + 1},")
         yield compose(plan, images, "Which digit is this?", layout)
 
 

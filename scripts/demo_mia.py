@@ -26,7 +26,7 @@ import torch
 from virft_fast import mia
 from virft_fast.algorithms import dpo
 from virft_fast.data.demo import demo_dataset
-from virft_fast.mia import Plan, Scene, SceneLayout
+from virft_fast.mia import Scene, SceneLayout, ScenePlan
 from virft_fast.mia.__main__ import main as mia_main
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import Policy, load_model
@@ -165,7 +165,7 @@ def preferences(
     processor: Any,
     answering: mia.Answering,
     scenes: mia.Scenes,
-    plans: list[Plan],
+    plans: list[ScenePlan],
     made: list[Scene],
 ) -> dict[int, bool]:
     """Row -> whether the truth is likelier than the digit of a companion, where one differs."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from helpers import read_jsonl
 
 from virft_fast import config
-from virft_fast.algorithms import Algorithm, find_algorithm
+from virft_fast.algorithms import Algorithm, find_algorithm, step
+from virft_fast.algorithms.base import Data
 from virft_fast.train import main
 
 
@@ -31,3 +34,19 @@ def test_an_algorithm_from_outside_is_a_file_and_a_line(tmp_path, monkeypatch, c
     assert "--algorithm: expected one of grpo, sft, dpo, toy, got 'tor'; did you mean toy?" in (
         capsys.readouterr().err
     )
+
+
+def test_an_algorithm_names_its_own_flags_and_ignores_the_others():
+    run = config.RunConfig(dpo=config.DPOConfig(dpo_beta=0.3), grpo=config.GRPOConfig(top_k=5))
+    ignored = {name: find_algorithm(name).without_effect(run) for name in config.ALGORITHMS}
+    assert ignored == {"grpo": ["dpo_beta"], "sft": ["dpo_beta", "top_k"], "dpo": ["top_k"]}
+    kept = [flag for name in config.ALGORITHMS for flag in find_algorithm(name).same_on_resume]
+    assert "dpo_beta" in kept and set(kept) <= run.flat().keys()
+
+
+def test_what_a_loss_or_an_evaluation_needs_and_has_not_is_named():
+    with pytest.raises(ValueError, match=r"reference: expected a model, got None"):
+        step.reference_pass(SimpleNamespace(reference=None), None)
+    data = Data(None, None, "auto", [], [], None)
+    with pytest.raises(config.UsageError, match="expected a data set with held-out rows"):
+        data.held_out  # noqa: B018

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from virft_fast.tasks.answers import answer_text, parse_detection, parse_label, valid_box, words
 from virft_fast.tasks.prompts import (
     CLASSIFICATION_SETS,
-    asked_category,
+    category_in,
     classification_problem,
     detection_problem,
 )
@@ -344,11 +344,11 @@ def test_classification_of_ones_own():
 @pytest.mark.parametrize("category", ["cat", "rubik's cube", "'", "hot dog", "dogs' bowl's"])
 @pytest.mark.parametrize("space", ["thousand", "pixels"])
 def test_the_category_is_read_back_from_the_question(category, space):
-    assert asked_category(detection_problem(category, space)) == category
+    assert category_in(detection_problem(category, space)) == category
 
 
 @pytest.mark.parametrize(
     "problem, category", [("Find category 'cat'.", "cat"), ("A cat?", None), ("category ''", None)]
 )
 def test_the_category_of_other_prompts(problem, category):
-    assert asked_category(problem) == category
+    assert category_in(problem) == category

@@ -14,8 +14,8 @@ from scipy.io import savemat
 
 from virft_fast.data import BadRow, SampleDataset, load_rows
 from virft_fast.data.__main__ import main
-from virft_fast.data.classification import FLOWERS
 from virft_fast.data.image_files import ImageFiles
+from virft_fast.data.labelled_images import FLOWERS
 from virft_fast.data.lisa import IGNORED, TARGET
 from virft_fast.tasks import check_solution, parse_detection
 from virft_fast.tasks.coordinates import extent_of, rescale, to_thousand, written
@@ -403,7 +403,7 @@ def test_boxes_in_pixels_of_the_resized_image(coco, tmp_path, processor):
 
 
 def test_pixels_of_another_size_than_the_models_are_a_bad_row(coco, tmp_path, processor):
-    from virft_fast.data.prompts import PromptSource
+    from virft_fast.data.prompt_source import PromptSource
 
     for most, fits in ((28224, True), (6272, False)):
         out = tmp_path / str(most)

@@ -16,8 +16,9 @@ import yaml
 from processes import environment
 
 from virft_fast import commands, dist
+from virft_fast.arguments import UsageError, flag_names
 from virft_fast.cli import parse
-from virft_fast.config import TRAIN_GROUPS, EvalConfig, UsageError, known_flags
+from virft_fast.config import TRAIN_GROUPS, EvalConfig
 from virft_fast.data.__main__ import make_parser
 from virft_fast.launch_lines import FOREIGN, find
 from virft_fast.mia.__main__ import make_parser as make_mia_parser
@@ -287,7 +288,7 @@ def test_resuming_if_there_is_something_to_resume(tmp_path, capsys):
 
 
 def test_the_table_takes_none_of_our_flags_and_each_line_says_what_it_has_to():
-    ours = known_flags(TRAIN_GROUPS)
+    ours = flag_names(TRAIN_GROUPS)
     for foreign in FOREIGN:
         for pattern in foreign.flags.split():
             assert not [name for name in ours if fnmatchcase(name, pattern)]

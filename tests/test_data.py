@@ -30,7 +30,7 @@ from virft_fast.data import (
     load_rows,
 )
 from virft_fast.data.images import image_size, open_image
-from virft_fast.data.prompts import PromptSource
+from virft_fast.data.prompt_source import PromptSource
 
 SOLUTION = "<answer>cat</answer>"
 RED = (255, 0, 0)

@@ -19,7 +19,8 @@ import yaml
 from packaging.requirements import Requirement
 
 from virft_fast import evaluate, merge
-from virft_fast.config import TRAIN_GROUPS, EvalConfig, known_flags
+from virft_fast.arguments import flag_names
+from virft_fast.config import TRAIN_GROUPS, EvalConfig
 from virft_fast.data import layouts
 from virft_fast.data.__main__ import make_parser
 from virft_fast.mia.__main__ import make_parser as make_mia_parser
@@ -60,7 +61,7 @@ def parser_flags(parser):
                 yield from parser_flags(command)
 
 
-KNOWN = {*known_flags(TRAIN_GROUPS), *known_flags((EvalConfig,)), *parser_flags(make_parser()),
+KNOWN = {*flag_names(TRAIN_GROUPS), *flag_names((EvalConfig,)), *parser_flags(make_parser()),
          *parser_flags(merge.make_parser()), *parser_flags(make_mia_parser()),
          *OTHERS}  # fmt: skip
 # The flags of src/scripts/2B_base65cate_6k.sh in Visual-RFT, as in its README.

@@ -139,11 +139,11 @@ def test_a_part_of_the_questions_is_about_whole_images(
 
 def test_models_and_outputs_with_similar_names_do_not_collide(tmp_path):
     from virft_fast.evaluation.files import of_models
-    from virft_fast.evaluation.journal import beside
+    from virft_fast.evaluation.journal import companion
 
     places = of_models(tmp_path / "x.jsonl", ["a/b", "a-b", "c"])
     assert len(set(places)) == 3 and places[2] == tmp_path / "x.c.jsonl"
-    assert beside(tmp_path / "v1.5", ".summary.json") == tmp_path / "v1.5.summary.json"
+    assert companion(tmp_path / "v1.5", ".summary.json") == tmp_path / "v1.5.summary.json"
 
 
 def test_the_tiny_model_finds_some_of_its_shapes(shapes, tmp_path, capsys):
@@ -271,8 +271,8 @@ def test_a_built_data_set_has_its_own_truth(coco, tmp_path, answers):
 def test_questions_are_in_the_space_of_the_models_family(coco, tmp_path, processor):
     """Qwen2.5-VL counts pixels of the image as its processor resizes it."""
     from virft_fast.config import EvalConfig
-    from virft_fast.data.prompts import PromptSource
-    from virft_fast.evaluation.run import Evaluation
+    from virft_fast.data.prompt_source import PromptSource
+    from virft_fast.evaluation.run import ModelEvaluation
     from virft_fast.evaluation.sources import images_of, of_annotations
     from virft_fast.tasks import parse_detection
 
@@ -280,11 +280,11 @@ def test_questions_are_in_the_space_of_the_models_family(coco, tmp_path, process
         task="coco", annotations=str(coco / "instances.json"), images=str(coco / "images")
     )
     cpu = torch.device("cpu")
-    evaluation = Evaluation(config, tmp_path / "x.jsonl", cpu, lambda *_: lambda done: None)
+    evaluation = ModelEvaluation(config, tmp_path / "x.jsonl", cpu, lambda *_: lambda done: None)
     boxes = {}
     for family in ("qwen2_vl", "qwen2_5_vl"):
-        evaluation.family = family
-        asked = of_annotations(config, images_of(config), None, evaluation._extent_for())
+        evaluation.model.family = family
+        asked = of_annotations(config, images_of(config), None, evaluation.model.extent_for())
         source = PromptSource(asked.samples(), processor, check=asked.check)
         prompts = [source.load(index) for index in asked.indices]
         boxes[family] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -24,8 +25,8 @@ from virft_fast.data.__main__ import main as data_main
 from virft_fast.mia import (
     Answer,
     Answering,
-    Plan,
     SceneLayout,
+    ScenePlan,
     Scenes,
     Selection,
     attention_ratio,
@@ -43,6 +44,7 @@ from virft_fast.mia.scenes import (
     clean_question,
     collage,
     corrupted,
+    image_digest,
     picture_in_picture,
     plan_scene,
     without_details,
@@ -120,18 +122,18 @@ def test_picture_in_picture_pixel_by_pixel(target):
 
 def test_words_of_each_kind():
     images = [flat(0), flat(1), flat(2)]
-    plan = Plan(0, "sequence", (5, 0, 7), 1, "In Image2,")
+    plan = ScenePlan(0, "sequence", (5, 0, 7), 1, "In Image2,")
     scene = compose(plan, images, "Which digit is this?", SceneLayout())
     shown = "".join(part.get("text", "<image>") for part in scene.content)
     assert (
         shown == "Image1:<image>\nImage2:<image>\nImage3:<image>\nIn Image2, which digit is this?"
     )
     assert scene.target_image == 1 and scene.box == (0, 0, 56, 56) and len(scene.images) == 3
-    plan = Plan(0, "collage", (5, 0, 7), 1, "In Image2,")
+    plan = ScenePlan(0, "collage", (5, 0, 7), 1, "In Image2,")
     scene = compose(plan, images, "Which digit is this?", SceneLayout())
     assert scene.content[-1]["text"] == "\nIn Image2, which digit is this?"
     assert scene.target_image == 0 and scene.box == (488, 40, 936, 488)
-    plan = Plan(0, "pip", (0, 5), 0, PIP_PREFIXES[0])
+    plan = ScenePlan(0, "pip", (0, 5), 0, PIP_PREFIXES[0])
     scene = compose(plan, images[:2], "Which digit is this?", SceneLayout())
     assert scene.content[-1]["text"] == f"\n{PIP_PREFIXES[0]} which digit is this?"
     assert clean_question("<image>\nWhat is it?") == clean_question("What is it?\n<image>")
@@ -139,7 +141,7 @@ def test_words_of_each_kind():
 
 def test_noise_lies_where_the_original_puts_it():
     images = [flat(0), flat(1)]
-    plan = Plan(3, "collage", (3, 1), 0, "In Image1,")
+    plan = ScenePlan(3, "collage", (3, 1), 0, "In Image1,")
     scene = compose(plan, images, "What?", SceneLayout())
     noisy = corrupted(scene, "collage", 0, 3)
     before, after = (np.asarray(s.images[0]).astype(int) for s in (scene, noisy))
@@ -151,13 +153,15 @@ def test_noise_lies_where_the_original_puts_it():
     # The noise itself, modulo 256: sigma 225 is nearly uniform there, sigma 49 is not.
     difference = (after - before)[top:bottom, left:right] % 256
     assert np.histogram(difference, 16, (0, 256))[0].min() > 0.03 * difference.size
-    plan = Plan(3, "pip", (3, 1), 0, "x")
+    plan = ScenePlan(3, "pip", (3, 1), 0, "x")
     scene = compose(plan, [flat(0), flat(1, (400, 400))], "What?", SceneLayout())
     noisy = corrupted(scene, "pip", 0, 3)
     before, after = (np.asarray(s.images[0]).astype(int) for s in (scene, noisy))
     difference = (after - before + 128) % 256 - 128
     assert abs(difference.std() - 49) < 1.5 and abs(difference.mean()) < 1.0
-    scene = compose(Plan(0, "sequence", (0, 1), 0, "In Image1,"), images, "What?", SceneLayout())
+    scene = compose(
+        ScenePlan(0, "sequence", (0, 1), 0, "In Image1,"), images, "What?", SceneLayout()
+    )
     assert corrupted(scene, "sequence", 0, 0) is scene
 
 
@@ -237,9 +241,9 @@ def test_coverage_by_hand():
 
 
 SCENES = {
-    "sequence": Plan(2, "sequence", (0, 1, 2), 2, "In Image3,"),
-    "collage": Plan(1, "collage", (0, 1, 2), 1, "In Image2,"),
-    "pip": Plan(0, "pip", (0, 1), 0, PIP_PREFIXES[0]),
+    "sequence": ScenePlan(2, "sequence", (0, 1, 2), 2, "In Image3,"),
+    "collage": ScenePlan(1, "collage", (0, 1, 2), 1, "In Image2,"),
+    "pip": ScenePlan(0, "pip", (0, 1), 0, PIP_PREFIXES[0]),
 }
 SMALL = SceneLayout(cell=64, gutter=20, label_size=12)
 
@@ -389,6 +393,9 @@ def test_the_sheet_shows_the_measured_attention(answering, scenes, monkeypatch, 
     monkeypatch.setattr(sheet_module, "SHEET_PIXELS", 1)
     attention_sheet(One, answering, {1: answer}, {1: ["perplexity"]}, 1)
     ((picture, caption),) = shown
+    with monkeypatch.context() as patched:  # an image has changed since
+        patched.setattr(answering, "prompt", lambda index, scene: "a longer prompt")
+        assert attention_sheet(One, answering, {1: answer}, {1: ["perplexity"]}, 1) is None
     assert caption.startswith("perplexity; ") and caption.endswith(f"said: {answer.text}")
     green = (np.asarray(picture) == (0, 160, 0)).all(-1)
     left, top, right, bottom = scene.box
@@ -676,7 +683,7 @@ def test_companions_come_from_the_same_source(llava):
         plan = made.plan(index)
         if index == 5:
             assert plan == "image can't be read"
-        elif isinstance(plan, Plan):
+        elif isinstance(plan, ScenePlan):
             assert len({groups[row] for row in plan.order}) == 1
             assert 5 not in plan.order and not {0, 1} <= set(plan.order)
 
@@ -798,7 +805,7 @@ def test_an_answer_about_other_images_or_words_is_asked_for_again(llava, tmp_pat
         rows := load_rows(str(copy / "llava.json"), "train", image_folder=copy / "images"),
         SceneLayout({"sequence": 1}, (2,)), seed=0, noise=False, groups=source_groups(rows),
     )  # fmt: skip
-    plans = {n: plan for n in range(14) if isinstance(plan := scenes.plan(n), Plan)}
+    plans = {n: plan for n in range(14) if isinstance(plan := scenes.plan(n), ScenePlan)}
     noisy(99, (56, 56)).save(copy / "images" / "coco" / "3.png")
     (copy / "images" / "ocr" / "9.png").unlink()
     talks = json.loads((copy / "llava.json").read_text())
@@ -909,7 +916,13 @@ def test_a_chat_with_a_part_for_its_image_has_its_truth(tmp_path):
         seed=0,
         noise=False,
     )
-    assert isinstance(scenes.plan(2), Plan) and scenes.truth(2) == "Thing 2."
+    plan = scenes.plan(2)
+    assert isinstance(plan, ScenePlan) and scenes.truth(2) == "Thing 2."
+    # What journals of answers hold: another digest would have every scene answered again.
+    written = f"(Plan(index=2, kind='pip', order={plan.order}, target=0, prefix={plan.prefix!r})"
+    rest = ("What is it?", "Thing 2.", [image_digest(noisy(n, (56, 56))) for n in plan.order])
+    described = f"{written}, {repr(rest)[1:]}"
+    assert scenes.digest(plan) == hashlib.sha1(described.encode()).hexdigest()[:16]
 
 
 def test_no_scene_has_images_of_both_splits(llava):
@@ -920,7 +933,7 @@ def test_no_scene_has_images_of_both_splits(llava):
             rows, SceneLayout({"sequence": 1}, (2, 3)), seed=seed, noise=False, test_share=0.4
         )
         assert made.held_out(0) == made.held_out(1)
-        plans = [plan for index in range(14) if isinstance(plan := made.plan(index), Plan)]
+        plans = [plan for index in range(14) if isinstance(plan := made.plan(index), ScenePlan)]
         splits = [{made.held_out(row) for row in plan.order} for plan in plans]
         assert all(len(split) == 1 for split in splits) and {True} in splits and {False} in splits
         none = Scenes(rows, SceneLayout(), seed=seed, noise=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import logging
 import math
@@ -25,8 +26,8 @@ from virft_fast.tasks import (
     is_ours,
     load_reward_funcs,
     score,
-    told_classes,
     unearned,
+    with_class_set,
 )
 from virft_fast.tasks.labels import ClosedSet
 
@@ -486,6 +487,16 @@ def test_reward_files_may_hold_dataclasses_and_share_a_name(tmp_path):
     assert [function(completions=["x"])[0] for _, function in functions] == [1, 2]
 
 
+def test_columns_may_have_the_names_of_a_rewards_own_arguments():
+    """Inside, `scored` calls them `texts` and `truths`; a data set may have such columns."""
+    columns = {name: ["x"] for name in ("texts", "truths", "reward", "columns")}
+    for name, expected in (("accuracy", 1.0), ("accuracy_iou", 0.0), ("visual_rft_accuracy", 1.0)):
+        assert REWARDS[name](completions=["cat"], solution=["cat"], **columns) == [expected]
+    assert list(inspect.signature(REWARDS["accuracy"]).parameters) == [
+        "prompts", "completions", "solution", "columns",
+    ]  # fmt: skip
+
+
 def test_the_task_is_what_most_solutions_show():
     good = [boxes((A, 1))] * 10
     assert detect_task([*good, "garbage"]) == "detection"
@@ -505,5 +516,5 @@ def test_a_reward_of_the_users_is_not_taken_for_ours_of_the_same_name(tmp_path):
     assert is_ours(*ours[0]) and not is_ours(*mine[0])
     sample = Sample(0, ({"role": "user", "content": "?"},), (), "cat", {"solution": "cat"})
     classes = ClosedSet(["cat", "dog"])
-    assert told_classes(mine, classes) == mine and is_ours(*told_classes(ours, classes)[0])
+    assert with_class_set(mine, classes) == mine and is_ours(*with_class_set(ours, classes)[0])
     assert unearned(mine, [sample]) == unearned(ours, [sample]) == []

@@ -257,7 +257,7 @@ class Recorded:
         self.run = lambda: decoding._decode(*run.args)
         self.pool, self.replays = pool, 0
         state = decoding.state
-        tensors = [state.tokens, state.drawn, state.prompt_bias, decoding.read_token.cos]
+        tensors = [state.tokens, state.drawn, state.prompt_bias, decoding.read_token.rotation[0]]
         tensors += [state.caches[0].prompt_keys, state.caches[0].keys]
         self.addresses = [(tuple(t.shape), t.data_ptr()) for t in tensors]
         self.made.append(self)

@@ -19,11 +19,11 @@ from helpers import (
 from models import FAMILIES, random_model
 
 from virft_fast.algorithms.grpo import train_step
-from virft_fast.algorithms.step import Part, plan_microbatches
-from virft_fast.engine import decay_groups
+from virft_fast.algorithms.step import Chunk, plan_microbatches
 from virft_fast.models import shared_prefix
 from virft_fast.models.qwen_vl import Policy, add_lora, core, freeze_vision_tower, load_model
 from virft_fast.models.shared_prefix import Group, PackedAttention
+from virft_fast.optimizer import decay_groups
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.backends import make_rollout
 
@@ -513,7 +513,7 @@ def test_metrics_of_rollout_against_training(processor, prompts):
 
 
 PLAN = {"prompt_lengths": [10, 20, 10], "lengths": [5] * 12, "prompts_per_microbatch": 2}
-PARTS = [Part(b, tuple(range(4 * b, 4 * b + 4))) for b in range(3)]
+CHUNKS = [Chunk(b, tuple(range(4 * b, 4 * b + 4))) for b in range(3)]
 
 
 def rows_of(plan):
@@ -521,25 +521,25 @@ def rows_of(plan):
 
 
 def test_plan_by_prompts():
-    plan = plan_microbatches(PARTS, **PLAN, max_tokens=None, shared=True)
+    plan = plan_microbatches(CHUNKS, **PLAN, max_tokens=None, shared=True)
     assert [[part.prompt for part in parts] for parts in plan] == [[0, 1], [2]]
 
 
 def test_plan_by_tokens_keeps_groups_whole():
     """30, 40 and 30 tokens with a shared prompt."""
-    assert [len(p) for p in plan_microbatches(PARTS, **PLAN, max_tokens=70, shared=True)] == [2, 1]
-    assert [len(p) for p in plan_microbatches(PARTS, **PLAN, max_tokens=100, shared=True)] == [3]
+    assert [len(p) for p in plan_microbatches(CHUNKS, **PLAN, max_tokens=70, shared=True)] == [2, 1]
+    assert [len(p) for p in plan_microbatches(CHUNKS, **PLAN, max_tokens=100, shared=True)] == [3]
     # Unshared, padded: 4 * 15, 4 * 25, ...
-    plan = plan_microbatches(PARTS, **PLAN, max_tokens=100, shared=False)
+    plan = plan_microbatches(CHUNKS, **PLAN, max_tokens=100, shared=False)
     assert [len(p) for p in plan] == [1, 1, 1]
 
 
 def test_plan_splits_a_group_only_where_it_is_too_long_alone():
-    plan = plan_microbatches(PARTS, **PLAN, max_tokens=35, shared=True)
+    plan = plan_microbatches(CHUNKS, **PLAN, max_tokens=35, shared=True)
     assert rows_of(plan) == [
         [(0, (0, 1, 2, 3))], [(1, (4, 5, 6))], [(1, (7,))], [(2, (8, 9, 10, 11))],
     ]  # fmt: skip
-    alone = plan_microbatches(PARTS[:1], **PLAN, max_tokens=1, shared=True)
+    alone = plan_microbatches(CHUNKS[:1], **PLAN, max_tokens=1, shared=True)
     assert rows_of(alone) == [[(0, (row,))] for row in range(4)]
 
 

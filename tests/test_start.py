@@ -15,8 +15,8 @@ from virft_fast import evaluate, train
 from virft_fast.data import SampleDataset, load_rows
 from virft_fast.data.__main__ import main as data_main
 from virft_fast.data.demo import build_demo
-from virft_fast.evaluation import run as evaluation
 from virft_fast.models.tiny import TINY_PATH
+from virft_fast.rollout import backends
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def without_weights(monkeypatch):
         assert empty, "the model was loaded"
         return real(*args, empty=True, **options)
 
-    for module in (train.model, evaluation):
+    for module in (train.model, backends):
         monkeypatch.setattr(module, "load_model", load_model)
 
 

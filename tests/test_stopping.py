@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from virft_fast import dist, train, watch
 from virft_fast.algorithms import grpo
 from virft_fast.data.demo import build_demo
-from virft_fast.data.prompts import PromptSource
+from virft_fast.data.prompt_source import PromptSource
 from virft_fast.tasks import RewardError
 from virft_fast.train import main
 from virft_fast.train.loop import is_given_up
@@ -295,6 +295,15 @@ def test_a_run_stops_with_another_rank_that_is_asked_to(start, tmp_path, capsys,
     assert start("pass", "--max_steps", "50") == 0
     assert True not in asked and "stopped by a signal" in capsys.readouterr().err
     assert len(saved(tmp_path / "run")) == 1
+
+
+def test_every_rank_gets_what_the_main_process_computes(monkeypatch):
+    assert dist.on_main(lambda: 3) == 3
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "is_main", lambda: False)
+    others = iter([None, [5]])  # the main process's error, then its result
+    monkeypatch.setattr(dist, "all_gather_object", lambda mine: [next(others), mine])
+    assert dist.on_main(lambda: pytest.fail("another rank computes it, too")) == 5
 
 
 def test_what_fails_on_one_rank_is_agreed_upon(monkeypatch):

@@ -14,7 +14,7 @@ from virft_fast.config import EvalConfig, column_names
 from virft_fast.data import survey as survey_module
 from virft_fast.data.inspection import inspect
 from virft_fast.data.loading import load_rows
-from virft_fast.data.prompts import PromptSource
+from virft_fast.data.prompt_source import PromptSource
 from virft_fast.data.samples import BadRow, SampleDataset, taught_answer
 from virft_fast.data.survey import survey
 from virft_fast.evaluation.sources import of_dataset

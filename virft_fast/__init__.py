@@ -1,6 +1,6 @@
-"""virft_fast: GRPO for vision-language models on rewards that can be verified.
+"""virft_fast: GRPO for vision-language models with verifiable rewards.
 
-Importing this package loads neither torch nor any other heavy library; take what you need from
+Importing this package loads neither torch nor any other heavy library. Import what you need from
 `virft_fast.kernels`, `virft_fast.matching` and `virft_fast.tasks`, or run
 `python -m virft_fast.train`.
 """
@@ -8,5 +8,5 @@ Importing this package loads neither torch nor any other heavy library; take wha
 import os
 
 __version__ = "0.1.0"
-# Of a launcher, before it can be gone: what is imported after this takes seconds.
+# The launcher's process id, read before the imports that take seconds: it may exit meanwhile.
 PARENT_PROCESS = os.getppid()

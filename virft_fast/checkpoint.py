@@ -1,53 +1,56 @@
-"""Checkpoints: a folder that `from_pretrained` loads and, beside the model, all that a resumed run
-needs to go on bit for bit.
+"""Checkpoints: a folder that `from_pretrained` loads, with all that a run needs to resume
+bit-for-bit.
 
     checkpoint-100/
       config.json, model.safetensors, tokenizer and processor files    the model, or its adapter
-      trainer_state.json       step, data order, metric sums, what the run was started with
-      engine/                  weights in full precision and optimizer state, by the engine
-      checksums.json           size and checksum of each of these files, against bit rot
+      trainer_state.json       step, data order, metric sums, the flags of the run
+      engine/                  weights in full precision and optimizer state, written by the engine
+      checksums.json           size and checksum of each of these files, to detect bit rot
 
-A checkpoint is written under another name and renamed when all of it is on disk, and renamed before
-it is deleted, so a kill at any moment leaves the last good one.
+A checkpoint is written under another name and renamed once all of it is on disk. Before it is
+deleted, it is renamed again. So a kill at any moment leaves the last good one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
-import reprlib
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
 from torch import nn
 
 from virft_fast import dist, progress
-from virft_fast.engine import DeepSpeedEngine, PlainEngine
+from virft_fast.batch import Row
+from virft_fast.engine import Engine
+from virft_fast.json_files import COUNT, MEAN, NUMBER, misfit, parse_json
 from virft_fast.models.adapters import BASE_FOLDER
+from virft_fast.models.processing import ImageOnlyQwen2VLProcessor
 from virft_fast.models.qwen_vl import save_model
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE, CHECKSUMS_FILE = "trainer_state.json", "checksums.json"
-ALGORITHM = "xxh3_128"  # finds bit rot at the speed of memory; an attacker could forge it
+ALGORITHM = "xxh3_128"  # as fast as memory; detects bit rot, but not an attacker
+Seals = dict[str, tuple[int, str]]  # file name -> size in bytes, checksum
 _NAME = re.compile(r"checkpoint-(\d+)")
 _ASIDE = ".writing"
 _OF_A_RUN = rf"(?:checkpoint-\d+|{BASE_FOLDER})"
-# What a killed run may leave of its own beside its checkpoints.
+# What a killed run may leave next to its checkpoints.
 LEFTOVER = re.compile(
     rf"deleting-{_OF_A_RUN}-\d+|replaced-({_OF_A_RUN})-\d+"
     rf"|(?:{_OF_A_RUN}|model|metrics|completions|summary|reference_logps)\{_ASIDE}"
 )
-# What makes a folder a model or an adapter to transformers and peft.
+# Files that make transformers or peft take a folder for a model or an adapter.
 MODEL_FILES = re.compile(
     r"(adapter_|pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
     r"|adapter_config\.json"
@@ -59,51 +62,48 @@ def save_checkpoint(
     step: int,
     *,
     model: nn.Module,
-    processor: Any,
-    engine: PlainEngine | DeepSpeedEngine,
-    state: dict[str, Any],
+    processor: ImageOnlyQwen2VLProcessor,
+    engine: Engine,
+    state: Row,
     dtype: torch.dtype | None = None,
     only_model: bool = False,
     total_limit: int | None = None,
 ) -> Path | None:
-    """Write `output_dir/checkpoint-{step}`; all ranks call.
+    """Write `output_dir/checkpoint-{step}`; all ranks must call.
 
     Args:
         state: plain JSON data, the same on every rank.
         dtype: of the stored weights; None keeps the one they are trained in.
-        only_model: leave the engine's state out; such a checkpoint can't be resumed.
+        only_model: omit the engine's state; such a checkpoint can't be resumed.
         total_limit: afterwards keep only this many latest checkpoints.
     Returns:
-        The folder, or None if it could not be written (a full disk, say): then a loud warning
-        has been given, and earlier checkpoints are as they were.
+        The folder, or None if it could not be written, for example because the disk is full. Then
+        an error has been logged, and earlier checkpoints are intact.
     """
     final = output_dir / f"checkpoint-{step}"
     aside = output_dir / f"{final.name}{_ASIDE}"
     written: list[Path] = []  # by this rank
-    checksums: dict[str, Any] = {}
-    error = _on_main(lambda: _make_empty(aside))
-    dist.barrier()
-    weights = engine.model_state(model, dtype)
-    if error is None and dist.is_main():
-        options = (model, weights, processor, aside, state)
-        with progress.busy("saving"):
-            error = _attempt(lambda: written.extend(_write_model(*options)))
-    # Every rank joins in the engine's collectives even if the main process has failed by now.
-    if not only_model:
-        engine_error = _attempt(lambda: written.extend(engine.save_state(aside / "engine")))
-        error = error or engine_error
-    with progress.busy("saving"):
-        error = error or _attempt(lambda: checksums.update(_seal(aside, written)))
-    failed = dist.any_rank(error is not None, engine.device)
-    if not failed:
-        parts = dist.all_gather_object(checksums)
-        error = _on_main(lambda: _publish_listed(aside, final, parts))
-        failed = dist.any_rank(error is not None, engine.device)
-    if failed:
-        _report_failure(final, error)
-        _on_main(lambda: shutil.rmtree(aside, ignore_errors=True))
+    weights = engine.model_state(model, dtype)  # None except on the main process
+    try:
+        dist.on_main(lambda: _make_empty(aside))
+        with dist.agreed(), progress.busy("saving"):
+            if weights is not None:
+                save_model(model, weights, processor, aside)
+                (aside / STATE_FILE).write_text(json.dumps(state, indent=1))
+                written += [path for path in aside.iterdir() if path.is_file()]
+        if not only_model:
+            with dist.agreed():
+                written += engine.save_state(aside / "engine")
+        with dist.agreed(), progress.busy("saving"):
+            seals = _seal(aside, written)
+        every_rank = dist.all_gather_object(seals)
+        dist.on_main(lambda: _publish_listed(aside, final, every_rank))
+    except Exception as error:
+        _give_up(final, aside, error, "The run goes on; earlier checkpoints are intact")
         return None
-    _on_main(lambda: _rotate(output_dir, total_limit))
+    if dist.is_main():
+        with contextlib.suppress(OSError):
+            _rotate(output_dir, total_limit)
     dist.barrier()
     return final
 
@@ -112,40 +112,41 @@ def write_final_model(
     folder: Path,
     *,
     model: nn.Module,
-    processor: Any,
-    engine: PlainEngine | DeepSpeedEngine,
+    processor: ImageOnlyQwen2VLProcessor,
+    engine: Engine,
     dtype: torch.dtype | None = None,
 ) -> bool:
-    """Write the model alone into `folder`, beside what is there; all ranks call. Weights of
-    another model in `folder` are deleted, because a loader might take them for this one's."""
-    weights = engine.model_state(model, dtype)
+    """Write only the model into `folder`, which may hold other files; all ranks must call. Weights
+    of another model in `folder` are deleted, because a loader might take them for this one's.
+
+    Returns:
+        False if it could not be written; then an error has been logged.
+    """
+    weights = engine.model_state(model, dtype)  # None except on the main process
     aside = folder / f"model{_ASIDE}"
-
-    def write() -> None:
-        shutil.rmtree(aside, ignore_errors=True)
-        save_model(model, weights, processor, aside)
-        written = {path.name for path in aside.iterdir()}
-        for path in folder.iterdir():
-            if MODEL_FILES.fullmatch(path.name) and path.name not in written:
-                path.unlink()
-        # Where a loader finds the configuration, the rest is there.
-        for path in sorted(aside.iterdir(), key=lambda path: "config.json" in path.name):
-            _flush(path)
-            os.replace(path, folder / path.name)
-        aside.rmdir()
-
-    error = _on_main(write)
-    if error is not None:
-        shutil.rmtree(aside, ignore_errors=True)
-    failed = dist.any_rank(error is not None, engine.device)
-    if failed:
-        _report_failure(folder, error, "Checkpoints are intact")
-    return not failed
+    try:
+        with dist.agreed():
+            if weights is not None:
+                shutil.rmtree(aside, ignore_errors=True)
+                save_model(model, weights, processor, aside)
+                written = {path.name for path in aside.iterdir()}
+                for path in folder.iterdir():
+                    if MODEL_FILES.fullmatch(path.name) and path.name not in written:
+                        path.unlink()
+                # config.json comes last: a loader that finds it finds the rest, too.
+                for path in sorted(aside.iterdir(), key=lambda path: "config.json" in path.name):
+                    _flush(path)
+                    os.replace(path, folder / path.name)
+                aside.rmdir()
+    except Exception as error:
+        _give_up(folder, aside, error, "Checkpoints are intact")
+        return False
+    return True
 
 
-def write_whole_model(folder: Path, model: nn.Module, processor: Any) -> None:
-    """Write a whole model of this process into a folder of its own, which replaces what is there;
-    a kill leaves the old folder or the new one."""
+def write_whole_model(folder: Path, model: nn.Module, processor: ImageOnlyQwen2VLProcessor) -> None:
+    """Write this process's whole model into `folder`, replacing the folder if it exists; a kill
+    leaves either the old folder or the new one."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     aside = folder.with_name(f"{folder.name}{_ASIDE}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -156,20 +157,21 @@ def write_whole_model(folder: Path, model: nn.Module, processor: Any) -> None:
 
 
 def find_checkpoint(output_dir: Path, name: str, *, dry_run: bool = False) -> Path | None:
-    """The folder that --resume_from_checkpoint means, its files as they were written; all ranks
+    """The folder that --resume_from_checkpoint names, once its files are verified; all ranks must
     call, and each reads its share of the files.
 
     Args:
-        name: a checkpoint's folder, or "latest" (or "true") for the newest in `output_dir` that is
-            whole. Damaged ones, newer than that, are renamed `damaged-checkpoint-*`.
-        dry_run: leave the damaged ones where they are.
+        name: a checkpoint folder, or "latest" (or "true") for the newest intact one in
+            `output_dir`. Newer, damaged ones are renamed to `damaged-checkpoint-*`.
+        dry_run: don't rename damaged ones.
     Returns:
-        The folder; None for "true" where there is no checkpoint.
+        The folder; None for "true" if there is no checkpoint.
     Raises:
         FileNotFoundError, ValueError: there is none, it holds no engine state or is damaged.
     """
-    if not dry_run:
-        _on_main(lambda: _take_back_replaced(output_dir))
+    if dist.is_main() and not dry_run:
+        with contextlib.suppress(OSError):
+            _take_back_replaced(output_dir)
     dist.barrier()
     if name.lower() in ("latest", "true"):
         return _find_latest(output_dir, name, dry_run)
@@ -195,12 +197,12 @@ def find_checkpoint(output_dir: Path, name: str, *, dry_run: bool = False) -> Pa
 
 
 def _find_latest(output_dir: Path, name: str, dry_run: bool) -> Path | None:
-    # The main process's list, because it renames some of them on the way.
-    found = dist.all_gather_object(list_checkpoints(output_dir))[0]
-    if not found and name.lower() == "true":
+    # Only the main process lists the folder, because it renames some of its entries below.
+    checkpoints = dist.all_gather_object(list_checkpoints(output_dir))[0]
+    if not checkpoints and name.lower() == "true":
         return None
     damaged = []
-    for path in reversed([path for path in found if _has_engine(path)]):
+    for path in reversed([path for path in checkpoints if _has_engine(path)]):
         problem = find_damage(path)
         if problem is None:
             return path
@@ -215,7 +217,7 @@ def _find_latest(output_dir: Path, name: str, dry_run: bool) -> Path | None:
 
 
 def _has_engine(checkpoint: Path) -> bool:
-    """Also of a checkpoint that has lost it."""
+    """Whether a checkpoint has engine state, or had it when it was written."""
     try:
         listed = read_checksums(checkpoint) or {}
     except (OSError, ValueError):
@@ -223,8 +225,8 @@ def _has_engine(checkpoint: Path) -> bool:
     return (checkpoint / "engine").is_dir() or any(name.startswith("engine/") for name in listed)
 
 
-def read_checksums(checkpoint: Path) -> dict[str, tuple[int, str]] | None:
-    """Name -> size in bytes and checksum of the files of a checkpoint; None of one without a list.
+def read_checksums(checkpoint: Path) -> Seals | None:
+    """Sizes and checksums of a checkpoint's files; None if it has no list of them.
 
     Raises:
         OSError, ValueError: the list can't be read.
@@ -232,10 +234,7 @@ def read_checksums(checkpoint: Path) -> dict[str, tuple[int, str]] | None:
     path = checkpoint / CHECKSUMS_FILE
     if not path.exists():
         return None
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name}: expected JSON, got {error}") from error
+    content = parse_json(path.read_bytes(), path.name)
     form = {"algorithm": str, "files": {str: (COUNT, str)}}
     problem = misfit(content, form)
     if problem is None and content["algorithm"] != ALGORITHM:
@@ -246,7 +245,7 @@ def read_checksums(checkpoint: Path) -> dict[str, tuple[int, str]] | None:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with one of a checkpoint's files, the same on every rank; None: nothing."""
+    """What is wrong with a checkpoint's files, the same on every rank; None if they are intact."""
     return next(filter(None, dist.all_gather_object(_damage_of_share(checkpoint))), None)
 
 
@@ -286,9 +285,9 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _seal(folder: Path, paths: Iterable[Path]) -> dict[str, tuple[int, str]]:
-    """Put files of `folder` on disk, and read them meanwhile, for they are still in memory:
-    name -> size and checksum."""
+def _seal(folder: Path, paths: Iterable[Path]) -> Seals:
+    """Flush files of `folder` to disk and seal them. Checksums are computed meanwhile, while the
+    files are still in memory."""
     paths = list(paths)
     with ThreadPoolExecutor(1) as other:
         flushed = other.map(_flush, paths)
@@ -296,21 +295,22 @@ def _seal(folder: Path, paths: Iterable[Path]) -> dict[str, tuple[int, str]]:
             path.relative_to(folder).as_posix(): (path.stat().st_size, checksum(path))
             for path in paths
         }
-        list(flushed)  # raises what one of them has raised
+        list(flushed)  # raises the error of a failed flush
     return sums
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    if not output_dir.is_dir():
-        return []
-    found = [(_NAME.fullmatch(path.name), path) for path in output_dir.iterdir()]
-    return [path for match, path in sorted(
-        ((m, p) for m, p in found if m), key=lambda pair: int(pair[0].group(1))
-    )]  # fmt: skip
+    return [path for _, path in _numbered(output_dir)]
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
+def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
+    """The step of each complete checkpoint and its folder, oldest first."""
+    paths = output_dir.iterdir() if output_dir.is_dir() else ()
+    return sorted((int(name[1]), path) for path in paths if (name := _NAME.fullmatch(path.name)))
+
+
+def read_state(checkpoint: Path) -> Row:
     """The JSON state written with a checkpoint.
 
     Raises:
@@ -328,9 +328,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ) from error
 
 
-COUNT, NUMBER, MEAN = "a whole number from 0 to 2**63 - 1", "a finite number", "a number or NaN"
 _ROWS = [(COUNT, str)]
-_STATE: dict[str, Any] = {
+_STATE: Row = {
     **dict.fromkeys(("step", "bad_steps", "skipped_steps", "num_tokens", "world_size"), COUNT),
     "sampler": {
         **dict.fromkeys(("num_rows", "seed", "epoch", "position", "order"), COUNT),
@@ -339,8 +338,8 @@ _STATE: dict[str, Any] = {
     "bad_rows": {"rows": _ROWS},
     "writer": {"window": {str: (NUMBER, COUNT)}},
 }
-# May be missing, in what earlier versions wrote, or null.
-_MAY_BE_MISSING: dict[str, Any] = {
+# May be null, or missing because an earlier version wrote the state.
+_MAY_BE_MISSING: Row = {
     "silent_steps": {str: COUNT},
     "idle_steps": {str: COUNT},
     "before": {"means": {str: MEAN}, "answers": {str: str}, "num_samples": COUNT},
@@ -350,11 +349,11 @@ _MAY_BE_MISSING: dict[str, Any] = {
 }
 
 
-def check_state(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Check that a run can go on with what `read_state` has read, whoever wrote it.
+def check_state(checkpoint: Path, state: Row) -> None:
+    """Check that a run can resume from what `read_state` returned.
 
     Raises:
-        ValueError: a value is missing or not of its kind.
+        ValueError: a value is missing or has the wrong type.
     """
     optional = {k: v for k, v in _MAY_BE_MISSING.items() if state.get(k) is not None}
     problem = misfit(state, _STATE | optional)
@@ -368,52 +367,18 @@ def check_state(checkpoint: Path, state: dict[str, Any]) -> None:
         )
 
 
-def misfit(value: Any, form: Any, where: str = "") -> str | None:
-    """The first part of JSON data that is not of `form`, what was expected there and what came.
-
-    Args:
-        form: `COUNT`, `NUMBER`, `MEAN`, a type; [form of the items]; (form of each item); {str:
-            form of the values}; {key: form}, where other keys may be there too.
-    """
-    parts: list[tuple[Any, Any, str]] = []
-    if form == COUNT:
-        expected, fits = form, type(value) is int and 0 <= value < 2**63
-    elif form in (NUMBER, MEAN):  # NaN is not below anything
-        expected, fits = form, type(value) in (int, float)
-        fits = fits and (abs(value) < 1e300 or (form == MEAN and value != value))
-    elif isinstance(form, type):
-        expected, fits = f"a {form.__name__}", type(value) is form
-    elif isinstance(form, dict):
-        expected, fits = "a dict", type(value) is dict
-        if fits:
-            keys = value if str in form else form
-            parts = [(value.get(k), form.get(str, form.get(k)), f".{k}") for k in keys]
-    else:
-        fixed = len(form) if isinstance(form, tuple) else None
-        expected = "a list" if fixed is None else f"a list of {fixed}"
-        fits = type(value) is list and fixed in (None, len(value))
-        if fits:
-            forms = form * len(value) if fixed is None else form
-            parts = [(v, f, f"[{i}]") for i, (v, f) in enumerate(zip(value, forms, strict=True))]
-    if not fits:
-        return f"{where.removeprefix('.')}: expected {expected}, got {reprlib.repr(value)}"
-    return next(filter(None, (misfit(v, f, where + at) for v, f, at in parts)), None)
-
-
 def set_later_aside(output_dir: Path, step: int) -> list[Path]:
-    """Rename the checkpoints after `step`, which a run resumed there is about to write again."""
+    """Rename the checkpoints after `step`, because a run resumed there writes them again."""
     moved = []
-    for path in list_checkpoints(output_dir):
-        if int(_NAME.fullmatch(path.name).group(1)) > step:
-            target = path.with_name(f"abandoned-{path.name}-{time.time_ns()}")
-            path.rename(target)
-            moved.append(target)
+    for number, path in _numbered(output_dir):
+        if number > step:
+            moved.append(path.rename(path.with_name(f"abandoned-{path.name}-{time.time_ns()}")))
     return moved
 
 
 def delete(path: Path) -> None:
-    """Delete what is ours, under another name, so that a kill leaves nothing half under this one;
-    where that fails it is logged, once."""
+    """Rename one of our files or folders and delete it, so that a kill leaves nothing incomplete
+    under its name. A failure is logged once for each path."""
     try:
         if not LEFTOVER.fullmatch(path.name):
             path = path.rename(path.with_name(f"deleting-{path.name}-{time.time_ns()}"))
@@ -431,7 +396,7 @@ _undeletable: set[Path] = set()
 
 
 def delete_leftovers(output_dir: Path, total_limit: int | None) -> None:
-    """Delete what a killed run left half-written or half-deleted, or had no time to delete."""
+    """Delete what a killed run left incomplete, and checkpoints beyond `total_limit`."""
     for path in output_dir.iterdir():
         if LEFTOVER.fullmatch(path.name):
             delete(path)
@@ -439,19 +404,11 @@ def delete_leftovers(output_dir: Path, total_limit: int | None) -> None:
 
 
 def _take_back_replaced(output_dir: Path) -> None:
-    """Undo the first of `_publish`'s two renames where a kill came between them."""
+    """Undo the first of `_publish`'s two renames if a kill prevented the second."""
     for path in output_dir.iterdir():
-        match = LEFTOVER.fullmatch(path.name)
-        if match and match.group(1) and not (output_dir / match.group(1)).exists():
-            path.rename(output_dir / match.group(1))
-
-
-def _write_model(
-    model: nn.Module, weights: Any, processor: Any, folder: Path, state: dict[str, Any]
-) -> list[Path]:
-    save_model(model, weights, processor, folder)
-    (folder / STATE_FILE).write_text(json.dumps(state, indent=1))
-    return [path for path in folder.iterdir() if path.is_file()]
+        name = LEFTOVER.fullmatch(path.name)
+        if name and name[1] and not (output_dir / name[1]).exists():
+            path.rename(output_dir / name[1])
 
 
 def _make_empty(folder: Path) -> None:
@@ -459,9 +416,9 @@ def _make_empty(folder: Path) -> None:
     (folder / "engine").mkdir(parents=True)
 
 
-def _publish_listed(aside: Path, final: Path, parts: list[dict[str, Any]]) -> None:
-    """Write the list of checksums, from those of each rank, and publish."""
-    listed = {name: seal for part in parts for name, seal in part.items()}
+def _publish_listed(aside: Path, final: Path, every_rank: list[Seals]) -> None:
+    """Publish with a list of checksums: each rank's, and those of files that no rank reported."""
+    listed = {name: seal for seals in every_rank for name, seal in seals.items()}
     others = (p for p in aside.rglob("*") if p.relative_to(aside).as_posix() not in listed)
     listed |= _seal(aside, filter(Path.is_file, others))
     content = {"algorithm": ALGORITHM, "files": listed}
@@ -471,7 +428,7 @@ def _publish_listed(aside: Path, final: Path, parts: list[dict[str, Any]]) -> No
 
 
 def _publish(aside: Path, final: Path) -> None:
-    """Rename a folder whose files are on disk."""
+    """Rename a folder, whose files must be on disk, to its final name."""
     engine = aside / "engine"
     if engine.is_dir() and not any(engine.iterdir()):
         engine.rmdir()
@@ -487,7 +444,7 @@ def _publish(aside: Path, final: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """To disk, so that the rename can't survive a crash that its content doesn't."""
+    """Flush to disk, so that after a crash a renamed file or folder has its content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -501,26 +458,17 @@ def _rotate(output_dir: Path, total_limit: int | None) -> None:
             delete(path)
 
 
-def _on_main(action: Callable[[], Any]) -> Exception | None:
-    return _attempt(action) if dist.is_main() else None
+def _give_up(target: Path, aside: Path, error: Exception, reassurance: str) -> None:
+    """Delete `aside` and log the error on the ranks that had it; raise it instead if the other
+    ranks don't know about it.
 
-
-def _attempt(action: Callable[[], Any]) -> Exception | None:
-    """Run `action`; an error comes back instead of rising: on a full or broken disk torch raises
-    RuntimeError, safetensors its own kind, tokenizers a bare Exception."""
-    try:
-        action()
-    except Exception as error:
-        return error
-    return None
-
-
-def _report_failure(
-    target: Path,
-    error: Exception | None,
-    comfort: str = "The run goes on; earlier checkpoints are intact",
-) -> None:
-    if error is None:
-        return
-    text = "".join(traceback.format_exception_only(error)).strip()
-    logger.error("COULD NOT SAVE %s: %s. %s. Free some disk.", target, text, comfort)
+    On a full or broken disk torch raises RuntimeError, safetensors an error of its own, tokenizers
+    a bare Exception.
+    """
+    if not dist.is_agreed(error):
+        raise error
+    if not isinstance(error, dist.RankFailed):
+        text = "".join(traceback.format_exception_only(error)).strip()
+        logger.error("COULD NOT SAVE %s: %s. %s. Free some disk.", target, text, reassurance)
+    if dist.is_main():
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Command lines: one parser for every command, its help, and flags from a YAML file."""
+"""Command lines: the parser of every command, its help, and flags from a YAML file."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
+from transformers.hf_argparser import DataClassType, string_to_bool
 
-from virft_fast.config import UsageError, known_flags, unknown_flag_message, usage
+from virft_fast.arguments import Arguments, UsageError, flag_names, unknown_flag_message, usage
 from virft_fast.launch_lines import find, set_aside
 
 METAVARS = {int: "N", float: "X", Path: "PATH", string_to_bool: "true|false"}
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """One spelling a flag, its kind of value, its default; a percent sign stands for itself."""
+    """Shows one spelling of each flag, its type and its default; "%" needs no escape."""
 
-    def __init__(self, prog: str, **more: Any) -> None:
-        super().__init__(prog, max_help_position=32, **more)
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
 
     def _expand_help(self, action: argparse.Action) -> str:
-        default = action.default
-        text = action.help or ""
+        default, text = action.default, action.help or ""
         if not action.option_strings or default in (None, argparse.SUPPRESS, [], ""):
             return text
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
@@ -45,56 +44,57 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(HfArgumentParser):
-    """Flags of dataclasses (one group of the help each), or plain argparse's without them."""
+    """A parser with the flags of dataclasses, each a group of the help; flags can be added."""
 
-    def __init__(self, groups: Sequence[type] = (), **more: Any) -> None:
-        more = {"formatter_class": HelpFormatter, "allow_abbrev": False} | more
-        super().__init__(list(groups), **more)
+    def __init__(self, groups: Sequence[type[Arguments]] = (), **options: object) -> None:
+        options = {"formatter_class": HelpFormatter, "allow_abbrev": False} | options
+        super().__init__([DataClassType(group) for group in groups], **options)
         for action in self._actions:
-            if action.choices is not None:  # shown here, checked by the dataclass
+            if action.choices is not None:  # shown here; the dataclass checks them
                 action.metavar = f"{{{','.join(action.choices)}}}"
                 action.choices = None
 
 
 def parse(
-    groups: Sequence[type], argv: Sequence[str], prog: str, *, launch_lines: bool = False
+    groups: Sequence[type[Arguments]], argv: Sequence[str], prog: str, *, launch_lines: bool = False
 ) -> tuple[Any, ...]:
-    """One object of each of these dataclasses; a `--config` file's flags come before the others.
+    """An instance of each of these dataclasses; flags override those of a `--config` file.
 
     Args:
-        launch_lines: accept other trainers' flags whose values change nothing.
+        launch_lines: accept other trainers' flags if their values change nothing.
     Raises:
         UsageError: an unknown or misspelt flag or key, or a value out of range.
     """
-    known = known_flags(tuple(groups))
+    names = flag_names(groups)
     with usage():
-        path = _config_path(argv) if "config" in known else None
+        path = _config_path(argv) if "config" in names else None
         if path is not None:
-            argv = [*_read_yaml(path, known), *argv]  # the later of two flags wins
+            argv = [*_read_yaml(path, names), *argv]  # the later of two flags wins
         if launch_lines:
-            argv = set_aside(argv, known)
+            argv = set_aside(argv, names)
     parser = Parser(groups, prog=prog, usage=f"{prog} [--flag value ...]", exit_on_error=False)
     try:
         *configs, unknown = parser.parse_args_into_dataclasses(
             list(argv), return_remaining_strings=True, look_for_args_file=False
         )
     except argparse.ArgumentError as error:
-        raise UsageError(f"{error.argument_name.split('/')[0]}: {error.message}") from error
+        flag = (error.argument_name or prog).split("/")[0]
+        raise UsageError(f"{flag}: {error.message}") from error
     except ValueError as error:
         raise UsageError(str(error)) from error
     flags = [word.split("=")[0] for word in unknown if word.startswith("--")]
     if flags:
-        raise UsageError("; ".join(unknown_flag_message(flag, known) for flag in flags))
+        raise UsageError("; ".join(unknown_flag_message(flag, names) for flag in flags))
     if unknown:
         raise UsageError(f"expected a flag, got {unknown[0]!r}")
     return tuple(configs)
 
 
 def exit_status(command: str, action: Callable[[], None], interrupted: str = "") -> int:
-    """Run a command; returns 0, 2 for input that can't be used, or 130 after Ctrl-C.
+    """Run a command; returns 0, or 2 for input that can't be used, or 130 after Ctrl-C.
 
     Args:
-        interrupted: what to add to the message after Ctrl-C.
+        interrupted: added to the message after Ctrl-C.
     """
     try:
         with usage():
@@ -109,7 +109,7 @@ def exit_status(command: str, action: Callable[[], None], interrupted: str = "")
 
 
 def output_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of a command that writes a data set."""
+    """Add the flags of a command that writes a data set."""
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder to write; new, or empty")
     add("--overwrite", action="store_true", help="replace a data set once the new one is whole")
@@ -137,15 +137,15 @@ def natural(text: str, least: int = 0) -> int:
 
 
 def _config_path(argv: Sequence[str]) -> str | None:
-    found = [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
-    found += [path for word, path in zip(argv, argv[1:], strict=False) if word == "--config"]
-    if len(found) > 1:
-        raise UsageError(f"--config: expected one file, got {', '.join(found)}; join them")
-    return found[0] if found else None
+    paths = [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
+    paths += [path for word, path in zip(argv, argv[1:], strict=False) if word == "--config"]
+    if len(paths) > 1:
+        raise UsageError(f"--config: expected one file, got {', '.join(paths)}; join them")
+    return paths[0] if paths else None
 
 
-def _read_yaml(path: str, known: list[str]) -> list[str]:
-    """The file's flags as words of a command line, so that one parser checks them all."""
+def _read_yaml(path: str, names: list[str]) -> list[str]:
+    """The file's flags as words of a command line, so that the same parser checks them."""
     import yaml
 
     if not Path(path).is_file():
@@ -157,25 +157,23 @@ def _read_yaml(path: str, known: list[str]) -> list[str]:
         raise UsageError(f"--config {path}: expected YAML, got {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config {path}: expected a mapping of flags to values")
-    written = [str(key.value) for key, _ in tree.value] if values else []
-    double = sorted({key for key in written if written.count(key) > 1})
+    written = [str(k.value) for k, _ in tree.value] if isinstance(tree, yaml.MappingNode) else []
+    double = ", ".join(sorted({key for key in written if written.count(key) > 1}))
     if double:  # YAML would take the last
-        raise UsageError(
-            f"--config {path}: expected every flag once, got {', '.join(double)} again"
-        )
+        raise UsageError(f"--config {path}: expected every flag once, got {double} again")
     if values.get("config") is not None:
         raise UsageError(f"--config {path}: config: expected no file in the file; join them")
-    foreign = [key for key in values if key not in known and find(str(key))]
-    unknown = [str(key) for key in values if key not in known and key not in foreign]
+    foreign = [key for key in values if key not in names and find(str(key))]
+    unknown = [str(key) for key in values if key not in names and key not in foreign]
     if unknown:
-        raise UsageError("; ".join(unknown_flag_message(key, known) for key in unknown))
+        raise UsageError("; ".join(unknown_flag_message(key, names) for key in unknown))
     words = []
     for key, value in values.items():
-        if value is None or (value == [] and key in known):  # as if the flag were not there
+        if value is None or (value == [] and key in names):  # as if the flag were not given
             continue
-        parts = value if isinstance(value, list) and key not in foreign else [value]
-        if key in known and any(isinstance(part, (dict, list, type(None))) for part in parts):
+        items = value if isinstance(value, list) and key not in foreign else [value]
+        if key in names and any(isinstance(item, (dict, list, type(None))) for item in items):
             raise UsageError(f"--config {path}: {key}: expected a value or a list, got {value!r}")
-        parts = [str(part) for part in parts]
-        words += [f"--{key}={parts[0]}"] if len(parts) == 1 else [f"--{key}", *parts]
+        items = [str(item) for item in items]
+        words += [f"--{key}={items[0]}"] if len(items) == 1 else [f"--{key}", *items]
     return words

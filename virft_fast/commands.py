@@ -1,6 +1,6 @@
-"""`virft-fast COMMAND`, or `python -m virft_fast COMMAND`: every command by its name.
+"""`virft-fast COMMAND`, or `python -m virft_fast COMMAND`: runs a command by its name.
 
-Importing this loads no command, so that the list of them appears at once.
+Importing this module loads no command, so the list of commands appears at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COMMANDS = {
 
 @unbreakable()
 def main(argv: list[str] | None = None) -> int:
-    """Run the command that `argv` begins with, or list all; returns the exit status."""
+    """Run the command that `argv` starts with, or list all; returns the exit status."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in COMMANDS:
         return importlib.import_module(COMMANDS[name][0]).main(rest)
@@ -45,9 +45,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def end_process(status: int) -> None:
-    """Exit. With several processes without Python's own shutdown: a thread of the collectives that
-    asks for the interpreter while it goes down would abort the process, and a finished run with
-    it. So, too, where threads are left that the shutdown would wait for, of a reward that hangs."""
+    """Exit; skip Python's own shutdown in two cases. With several processes, a thread of the
+    collectives that needs the interpreter during the shutdown would abort a finished run. And the
+    shutdown would wait for threads that still run, for example in a reward function that hangs."""
     left = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
     if left or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         for stream in (sys.stdout, sys.stderr):

@@ -1,20 +1,23 @@
-"""The arguments of a training run: small dataclasses, checked as they are made.
+"""The arguments of a training run and of an evaluation: small dataclasses, checked when made.
 
-Names are those of TRL and Visual-RFT, so that a launch line of theirs starts this program; the
-defaults are the ones Visual-RFT's paper ran with (lr 1e-6, beta 0.04, 256 tokens, 8 completions).
-Parsing lives in `virft_fast.train`; nothing below the algorithms sees these objects.
+Names are those of TRL and Visual-RFT, so that their launch lines start this program; defaults are
+those of the Visual-RFT paper (lr 1e-6, beta 0.04, 256 tokens, 8 completions). `virft_fast.cli`
+parses them. Nothing below the algorithms sees these objects.
 """
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import logging
 import math
-from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field
 
+from virft_fast.arguments import UsageError as UsageError
+from virft_fast.arguments import arg, check_choices, check_limit, require
+from virft_fast.arguments import flag_names as known_flags  # noqa: F401
+from virft_fast.arguments import given_flags as given_flags
+from virft_fast.arguments import unknown_flag_message as unknown_flag_message
+from virft_fast.arguments import usage as usage
+from virft_fast.batch import Row
 from virft_fast.kernels.loss_args import LEVELS, LOSS_TYPES
 
 logger = logging.getLogger("virft_fast")
@@ -26,65 +29,17 @@ EVAL_TASKS = (*TASKS, "coco", "lvis")
 BOX_SPACES = ("auto", "thousandths", "pixels", "unit")
 ANSWERS = ("lenient", "visual_rft")
 DTYPES = ("auto", "float32", "bfloat16")
-ATTENTIONS = ("sdpa", "eager", "flash_attention_2")  # any other name may be a kernel of the hub
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 SAVE_DTYPES = (*DTYPES, "float16")
 LOSS_IMPLS = ("fused", "reference")
 ROLLOUT_BACKENDS = ("native", "hf")
 PREFIX_ATTENTIONS = ("two_part", "flex", "dense")
 
-
-# Flags of GRPO's that the other algorithms heed, too.
+# GRPO options that also apply to SFT and DPO.
 BESIDE_GRPO = """
     max_completion_length loss_impl prefix_sharing prefix_attention rollout_backend
     rollout_cache_tokens
 """.split()
-
-
-class UsageError(ValueError):
-    """The arguments don't name a run that can start: said to the user without a traceback."""
-
-
-@contextlib.contextmanager
-def usage() -> Iterator[None]:
-    """Errors in here are the user's to mend."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
-
-
-def arg(default: Any, help: str, *aliases: str, choices: Collection[str] = ()) -> Any:
-    """A dataclass field with a help text, other spellings of its flag, and its values if few."""
-    metadata: dict[str, Any] = {"help": help}
-    if choices:
-        metadata["choices"] = choices
-    if aliases:
-        metadata["aliases"] = [f"--{alias}" for alias in aliases]
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def given_flags(config: Any) -> list[str]:
-    """The flags of a group that have another value than by default."""
-    default = type(config)()
-    return [f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)]
-
-
-def _require(ok: bool, flag: str, expected: str, got: Any) -> None:
-    if not ok:
-        raise ValueError(f"--{flag}: expected {expected}, got {got!r}")
-
-
-def _check_choices(config: Any) -> None:
-    for entry in fields(config):
-        choices, value = entry.metadata.get("choices"), getattr(config, entry.name)
-        if choices and value not in choices:
-            close = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(
-                f"--{entry.name}: expected one of {', '.join(choices)}, got {value!r}{hint}"
-            )
 
 
 @dataclass
@@ -124,21 +79,11 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choices(self)
-        for name in ("min_pixels", "max_pixels"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, name, "a positive number of pixels", value)
-        if self.min_pixels and self.max_pixels:
-            _require(
-                self.min_pixels <= self.max_pixels,
-                "min_pixels",
-                f"at most --max_pixels ({self.max_pixels})",
-                self.min_pixels,
-            )
-        for name in ("lora_r", "lora_alpha"):
-            value = getattr(self, name)
-            _require(value is None or 0 < value < math.inf, name, "a positive number", value)
-        _require(0 <= self.lora_dropout < 1, "lora_dropout", "a share in [0, 1)", self.lora_dropout)
+        check_choices(self)
+        check_limit(self, "a positive number of pixels", "min_pixels max_pixels")
+        _check_pixels(self.min_pixels, self.max_pixels)
+        check_limit(self, "a positive number", "lora_r lora_alpha")
+        check_limit(self, "a share in [0, 1)", "lora_dropout")
         if self.lora_dropout:
             logger.warning(
                 "--lora_dropout %s: set to 0, because the loss compares log-probs of two passes, "
@@ -147,12 +92,12 @@ class ModelConfig:
             )
             self.lora_dropout = 0.0
         bad = [name for name in self.lora_target_modules if name in ("lm_head", "embed_tokens")]
-        _require(not bad, "lora_target_modules", "no lm_head and no embed_tokens", bad)
+        require(not bad, "lora_target_modules", "no lm_head and no embed_tokens", bad)
 
 
 @dataclass
 class DataConfig:
-    """Where the samples come from, and how many broken ones are put up with."""
+    """Where the samples come from, and how many bad rows to tolerate."""
 
     _argument_group_name = "Data"
     dataset_name: str = arg(
@@ -166,31 +111,30 @@ class DataConfig:
     dataset_train_split: str = arg("train", "Split to train on.")
     dataset_test_split: str = arg("test", "Split for --eval_samples.")
     dataset_streaming: bool = arg(
-        False, "Read parquet files, of this machine or the hub, in parts while training."
+        False, "Read local or hub parquet files piece by piece while training."
     )
-    task: str = arg("auto", "What is asked; auto: read off the data.", choices=TASKS)
+    task: str = arg("auto", "Kind of task; auto: inferred from the data.", choices=TASKS)
     columns: list[str] = arg(
-        [], "Columns of other names: ours=theirs, such as problem=question solution=answer."
+        [], "Columns with other names: ours=theirs, such as problem=question solution=answer."
     )
     box_space: str = arg(
         "auto",
-        "What boxes of rows without a column extent are counted in: thousandths of the image's "
-        "sides, its pixels, unit (0..1); auto: thousandths, refused on signs of another.",
+        "Unit of boxes in rows without a column extent: thousandths of the image's sides, its "
+        "pixels, unit (0..1); auto: thousandths, or an error on signs of another unit.",
         choices=BOX_SPACES,
     )
     compat_prompt: bool = arg(
-        False, "LISA's conversations: ask for the box as the original does, to the letter."
+        False, "LISA's conversations: ask for the box in exactly the original's words."
     )
     max_prompt_length: int | None = arg(
-        None, "A longer prompt, in tokens with its images, is skipped and counted, never cut."
+        None, "Longer prompts, in tokens with their images, are skipped and counted, never cut."
     )
     max_bad_rows: int = arg(100, "Stop when more rows than this can't be used.")
 
     def __post_init__(self) -> None:
-        _check_choices(self)
-        _require(self.max_bad_rows >= 0, "max_bad_rows", "0 or more", self.max_bad_rows)
-        length = self.max_prompt_length
-        _require(length is None or length > 0, "max_prompt_length", "a positive number", length)
+        check_choices(self)
+        check_limit(self, "0 or more", "max_bad_rows")
+        check_limit(self, "a positive number", "max_prompt_length")
 
 
 @dataclass
@@ -216,14 +160,14 @@ class GRPOConfig:
     )
     repetition_penalty: float = arg(
         1.0,
-        "Above 1 makes tokens that were there already less likely; 1 is off. "
+        "Above 1 makes tokens that occurred before less likely; 1 is off. "
         "Not replayed in the loss.",
     )
     rollout_backend: str = arg(
         "native", "hf: transformers' generate, to compare with.", choices=ROLLOUT_BACKENDS
     )
     rollout_cache_tokens: int | None = arg(
-        None, "Tokens whose keys and values a rollout holds at once; None: what fits."
+        None, "Tokens whose keys and values a rollout holds at once; None: as many as fit."
     )
     prefix_sharing: str = arg(
         "auto",
@@ -238,7 +182,7 @@ class GRPOConfig:
     epsilon_high: float | None = arg(None, "... and below 1 + epsilon_high; None: epsilon_low.")
     delta: float | None = arg(None, "Upper bound of the unclipped ratio (two-sided clipping).")
     num_iterations: int = arg(1, "Optimizer passes over one batch of rollouts (mu).")
-    loss_type: str = arg("grpo", "What a token's loss is, and its mean.", choices=LOSS_TYPES)
+    loss_type: str = arg("grpo", "A token's loss, and how it is averaged.", choices=LOSS_TYPES)
     loss_impl: str = arg(
         "fused",
         "reference: whole logits and their log-softmax, to compare with.",
@@ -250,7 +194,7 @@ class GRPOConfig:
         choices=("group", "batch", "none"),
     )
     importance_sampling_level: str = arg(
-        "token", "Whose probability the ratio is of.", choices=LEVELS
+        "token", "Whose probability ratio is clipped.", choices=LEVELS
     )
     mask_truncated_completions: bool = arg(False, "Leave completions without EOS out of the loss.")
 
@@ -258,39 +202,22 @@ class GRPOConfig:
         self.scale_rewards = {"true": "group", "false": "none"}.get(
             str(self.scale_rewards).lower(), str(self.scale_rewards)
         )
-        _check_choices(self)
-        _require(
-            self.num_generations >= 2,
-            "num_generations",
-            "at least 2 (an advantage compares the completions of one prompt)",
-            self.num_generations,
-        )
+        check_choices(self)
+        pairs = "at least 2 (an advantage compares the completions of one prompt)"
+        check_limit(self, pairs, "num_generations")
         if self.reward_funcs:  # else the task names them, once the data set is read
             self.weights_of(self.reward_funcs)
-        _require(
-            self.max_completion_length > 0,
-            "max_completion_length",
-            "a positive number",
-            self.max_completion_length,
-        )
-        _require(
-            0 < self.temperature < math.inf, "temperature", "a number above 0", self.temperature
-        )
         finite = all(math.isfinite(weight) for weight in self.reward_weights)
-        _require(finite, "reward_weights", "finite numbers", self.reward_weights)
-        _require(0 < self.top_p <= 1, "top_p", "a number in (0, 1]", self.top_p)
-        _require(self.top_k >= 0, "top_k", "0 (off) or more", self.top_k)
-        _require(0 <= self.min_p < 1, "min_p", "a number in [0, 1)", self.min_p)
-        penalty = self.repetition_penalty
-        _require(0 < penalty < math.inf, "repetition_penalty", "a number above 0", penalty)
-        most = self.rollout_cache_tokens
-        _require(most is None or most > 0, "rollout_cache_tokens", "a positive number", most)
-        _require(0 <= self.beta < math.inf, "beta", "a number, 0 or more", self.beta)
-        _require(0 <= self.epsilon_low < 1, "epsilon_low", "a number in [0, 1)", self.epsilon_low)
-        high = self.epsilon_high
-        _require(high is None or high >= 0, "epsilon_high", "0 or more", high)
-        _require(self.delta is None or self.delta > 1, "delta", "a ratio above 1", self.delta)
-        _require(self.num_iterations >= 1, "num_iterations", "at least 1", self.num_iterations)
+        require(finite, "reward_weights", "finite numbers", self.reward_weights)
+        check_limit(self, "a positive number", "max_completion_length rollout_cache_tokens")
+        check_limit(self, "a number above 0", "temperature repetition_penalty")
+        check_limit(self, "a number in (0, 1]", "top_p")
+        check_limit(self, "0 (off) or more", "top_k")
+        check_limit(self, "a number in [0, 1)", "min_p epsilon_low")
+        check_limit(self, "a number, 0 or more", "beta")
+        check_limit(self, "0 or more", "epsilon_high")
+        check_limit(self, "a ratio above 1", "delta")
+        check_limit(self, "at least 1", "num_iterations")
 
     def weights_of(self, reward_funcs: list[str]) -> list[float]:
         """One weight for each of these reward functions, or a ValueError."""
@@ -307,10 +234,10 @@ class DPOConfig:
     """Direct preference optimisation, with --algorithm dpo."""
 
     _argument_group_name = "DPO"
-    dpo_beta: float = arg(0.1, "How far the policy may go from the reference for a preference.")
+    dpo_beta: float = arg(0.1, "Weight of staying close to the reference.")
     label_smoothing: float = arg(
         0.0,
-        "Share of preferences taken to be the wrong way round (conservative DPO; TRL's sigmoid has "
+        "Share of preferences assumed to be swapped (conservative DPO; TRL's sigmoid assumes "
         "none).",
     )
     dpo_gamma: float = arg(0.0, "Weight of the chosen answers' mean cross entropy in the loss.")
@@ -319,10 +246,9 @@ class DPOConfig:
     )
 
     def __post_init__(self) -> None:
-        _require(0 < self.dpo_beta < math.inf, "dpo_beta", "a number above 0", self.dpo_beta)
-        smoothing = self.label_smoothing
-        _require(0 <= smoothing < 0.5, "label_smoothing", "a share in [0, 0.5)", smoothing)
-        _require(0 <= self.dpo_gamma < math.inf, "dpo_gamma", "0 or more", self.dpo_gamma)
+        check_limit(self, "a number above 0", "dpo_beta")
+        check_limit(self, "a share in [0, 0.5)", "label_smoothing")
+        check_limit(self, "a number, 0 or more", "dpo_gamma")
 
 
 @dataclass
@@ -336,7 +262,7 @@ class TrainConfig:
         "a rejected answer.",
         choices=ALGORITHMS,
     )
-    output_dir: str = arg("runs/grpo", "Where everything of this run is written.")
+    output_dir: str = arg("runs/grpo", "Folder for everything that this run writes.")
     overwrite_output_dir: bool = arg(False, "Delete what an earlier run left in --output_dir.")
     run_name: str | None = arg(None, "Name of the run in the trackers; default: output_dir's.")
     config: str | None = arg(None, "A YAML file of flags; flags on the command line win.")
@@ -379,48 +305,31 @@ class TrainConfig:
     max_bad_steps: int = arg(10, "Stop after this many non-finite steps in a row.")
     eval_samples: int = arg(0, "Held-out samples scored greedily before and after training.")
     eval_batch_size: int = arg(32, "Prompts in one batch of that evaluation.")
-    ddp_timeout: float = arg(1800.0, "Seconds without progress until processes that wait end.")
+    ddp_timeout: float = arg(1800.0, "Seconds without progress until waiting processes exit.")
     reward_timeout: float = arg(300.0, "Seconds one call of a reward function may take.")
-    local_rank: int = arg(-1, "Set by the deepspeed launcher; the environment is what counts.")
+    local_rank: int = arg(-1, "Set by the deepspeed launcher; only the environment counts.")
 
     def __post_init__(self) -> None:
-        _check_choices(self)
-        for name in ("ddp_timeout", "reward_timeout"):
-            value = getattr(self, name)
-            _require(0 < value < 1e9, name, "seconds above 0", value)
+        check_choices(self)
+        check_limit(self, "seconds above 0", "ddp_timeout reward_timeout")
         if str(self.resume_from_checkpoint).lower() in ("false", "none"):
             self.resume_from_checkpoint = None
-        for name in (
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "logging_steps",
-            "max_bad_steps",
-            "eval_batch_size",
-        ):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "save_steps",
-                     "log_completions_steps", "eval_samples", "warmup_steps"):  # fmt: skip
-            value = getattr(self, name)
-            _require(0 <= value < math.inf, name, "a number, 0 or more", value)
-        for name in ("adam_beta1", "adam_beta2"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, name, "a number in [0, 1)", value)
-        epsilon = self.adam_epsilon
-        _require(0 < epsilon < math.inf, "adam_epsilon", "a number above 0", epsilon)
-        _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", "a share in [0, 1]",
-                 self.warmup_ratio)  # fmt: skip
-        _require(0 <= self.seed < 2**32, "seed", "a number in [0, 2^32)", self.seed)
-        most = self.max_tokens_per_microbatch
-        _require(most is None or most > 0, "max_tokens_per_microbatch", "a positive number", most)
-        _require(self.save_dtype in SAVE_DTYPES, "save_dtype", f"one of {SAVE_DTYPES}",
-                 self.save_dtype)  # fmt: skip
-        limit = self.save_total_limit
-        _require(limit is None or limit >= 1, "save_total_limit", "at least 1", limit)
-        steps = self.max_steps
-        _require(steps >= -1, "max_steps", "a number of steps, or -1: --num_train_epochs", steps)
+        check_limit(self, "at least 1", "per_device_train_batch_size gradient_accumulation_steps")
+        check_limit(self, "at least 1", "logging_steps max_bad_steps eval_batch_size")
+        check_limit(self, "at least 1", "save_total_limit")
+        check_limit(self, "a number, 0 or more", "learning_rate weight_decay max_grad_norm")
+        check_limit(self, "a number, 0 or more", "save_steps log_completions_steps eval_samples")
+        check_limit(self, "a number, 0 or more", "warmup_steps")
+        check_limit(self, "a number in [0, 1)", "adam_beta1 adam_beta2")
+        check_limit(self, "a number above 0", "adam_epsilon")
+        check_limit(self, "a share in [0, 1]", "warmup_ratio")
+        check_limit(self, "a number in [0, 2^32)", "seed")
+        check_limit(self, "a positive number", "max_tokens_per_microbatch")
+        dtypes = f"one of {SAVE_DTYPES}"
+        require(self.save_dtype in SAVE_DTYPES, "save_dtype", dtypes, self.save_dtype)
+        check_limit(self, "a number of steps, or -1: --num_train_epochs", "max_steps")
         if self.max_steps <= 0:
-            epochs = self.num_train_epochs
-            _require(0 < epochs < math.inf, "num_train_epochs", "a number above 0", epochs)
+            check_limit(self, "a number above 0", "num_train_epochs")
 
 
 @dataclass
@@ -433,7 +342,7 @@ class RunConfig:
     dpo: DPOConfig = field(default_factory=DPOConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
-    def flat(self) -> dict[str, Any]:
+    def flat(self) -> Row:
         """Every flag with its value, as in a --config file."""
         groups = (self.model, self.data, self.grpo, self.dpo, self.train)
         return {name: value for group in groups for name, value in asdict(group).items()}
@@ -446,13 +355,13 @@ class EvalConfig:
     _argument_group_name = "Evaluation"
     model_name_or_path: str = arg("tiny", "A checkpoint folder, a hub id, or `tiny`.")
     model_revision: str | None = arg(None, "Revision of a hub id.")
-    compare: list[str] = arg([], "Several models in the place of one, side by side in one table.")
+    compare: list[str] = arg([], "Several models instead of one, side by side in one table.")
     dataset_name: str | None = arg(None, "As in training; default: shapes_detection.")
     dataset_config: str | None = arg(None, "Configuration name of a hub data set.")
     split: str = arg("test", "Split to evaluate.", "dataset_test_split")
     task: str = arg(
         "auto",
-        "What is asked; auto: read off the data; coco and lvis: detection by COCO's protocol.",
+        "Kind of task; auto: inferred from the data; coco and lvis: detection by COCO's protocol.",
         choices=EVAL_TASKS,
     )
     answers: str = arg(
@@ -460,9 +369,7 @@ class EvalConfig:
         "How answers are read: as the rewards do, or as the original's evaluation does.",
         choices=ANSWERS,
     )
-    annotations: str | None = arg(
-        None, "An instances file of COCO or LVIS in the place of a data set."
-    )
+    annotations: str | None = arg(None, "An instances file of COCO or LVIS instead of a data set.")
     images: str | None = arg(None, "Folder of its images.")
     categories: str = arg(
         "all",
@@ -472,15 +379,15 @@ class EvalConfig:
     columns: list[str] = arg([], "As in training.")
     box_space: str = arg("auto", "As in training.", choices=BOX_SPACES)
     exists_map: str | None = arg(
-        None, "JSON {image: [category, ...]}: ask about these alone, as Visual-RFT does."
+        None, "JSON {image: [category, ...]}: ask only about these, as Visual-RFT does."
     )
     ask_exists: bool = arg(
-        False, "First ask the model which categories an image has, then about these alone."
+        False, "First ask the model which categories an image has, then only about these."
     )
     allow_missing: bool = arg(False, "Evaluate without the images that are missing.")
     sam_path: str | None = arg(None, "grounding: a SamModel, for gIoU and cIoU of masks.")
     reward_funcs: list[str] = arg([], "As in training; empty: the task's default rewards.")
-    max_samples: int = arg(0, "Evaluate the first so many rows; 0: all.")
+    max_samples: int = arg(0, "Evaluate only this many rows, the first; 0: all.")
     batch_size: int = arg(16, "Prompts in one batch.", "per_device_eval_batch_size")
     max_completion_length: int = arg(1024, "Longest completion in tokens; as the original's.")
     max_prompt_length: int | None = arg(None, "A longer prompt is skipped and counted.")
@@ -493,55 +400,57 @@ class EvalConfig:
     attn_implementation: str = arg("sdpa", "As in training.", choices=ATTENTIONS)
     min_pixels: int | None = arg(None, "As in training; both budgets should agree.")
     max_pixels: int | None = arg(None, "As in training; both budgets should agree.")
-    output: str | None = arg(None, "Per-sample JSONL; default: beside the model or in runs/eval.")
-    overwrite: bool = arg(False, "Start again where an evaluation was interrupted, or is done.")
-    bootstrap: int = arg(1000, "Draws behind the 95 % intervals; 0: none.")
+    output: str | None = arg(None, "Per-sample JSONL; default: next to the model or in runs/eval.")
+    overwrite: bool = arg(False, "Start again, even if an evaluation was interrupted or is done.")
+    bootstrap: int = arg(1000, "Bootstrap draws for the 95 % intervals; 0: none.")
     seed: int = arg(0, "Seed of these draws.")
     pictures: int = arg(24, "Answers drawn on the page.")
-    local_rank: int = arg(-1, "Set by the deepspeed launcher; the environment is what counts.")
+    local_rank: int = arg(-1, "Set by the deepspeed launcher; only the environment counts.")
+
+    @property
+    def source(self) -> str:
+        """The annotation file, or the data set."""
+        return self.annotations or self.dataset_name or "shapes_detection"
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         self._check_source()
-        most = self.rollout_cache_tokens
-        _require(most is None or most > 0, "rollout_cache_tokens", "a positive number", most)
-        _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
-        for name in ("max_samples", "max_bad_rows", "bootstrap", "seed", "pictures"):
-            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
-        length = self.max_completion_length
-        _require(length > 0, "max_completion_length", "a positive number", length)
-        for name in ("max_prompt_length", "min_pixels", "max_pixels"):
-            given = getattr(self, name)
-            _require(given is None or given > 0, name, "a positive number", given)
-        low, high = self.min_pixels, self.max_pixels
-        ordered = not (low and high) or low <= high
-        _require(ordered, "min_pixels", f"at most --max_pixels ({high})", low)
+        check_limit(self, "at least 1", "batch_size")
+        check_limit(self, "0 or more", "max_samples max_bad_rows bootstrap seed pictures")
+        check_limit(self, "a positive number", "max_completion_length max_prompt_length")
+        check_limit(self, "a positive number", "min_pixels max_pixels rollout_cache_tokens")
+        _check_pixels(self.min_pixels, self.max_pixels)
         several = len(self.compare)
-        _require(several != 1, "compare", "two models or more", self.compare)
-        _require(len(set(self.compare)) == several, "compare", "different models", self.compare)
+        require(several != 1, "compare", "two models or more", self.compare)
+        require(len(set(self.compare)) == several, "compare", "different models", self.compare)
 
     def _check_source(self) -> None:
-        """That flags which belong together are together."""
+        """Check that flags which need each other come together."""
         by_coco = self.task in ("coco", "lvis")
         if self.annotations:
-            _require(by_coco, "task", "coco or lvis with --annotations", self.task)
-            _require(bool(self.images), "images", "the folder of the images", self.images)
-            _require(not self.dataset_name, "dataset_name", "none beside --annotations",
-                     self.dataset_name)  # fmt: skip
-            _require(not self.compat_prompt, "compat_prompt", "--dataset_name with it",
-                     self.compat_prompt)  # fmt: skip
+            require(by_coco, "task", "coco or lvis with --annotations", self.task)
+            require(bool(self.images), "images", "the folder of the images", self.images)
+            name, expected = self.dataset_name, "none beside --annotations"
+            require(not name, "dataset_name", expected, name)
+            compat, expected = self.compat_prompt, "--dataset_name with it"
+            require(not compat, "compat_prompt", expected, compat)
         else:
-            self.dataset_name = self.dataset_name or "shapes_detection"
-            for name in ("images", "allow_missing", "ask_exists"):
-                given = getattr(self, name)
-                _require(not given, name, "--annotations with it", given)
-        for name, default in (("categories", "all"), ("exists_map", None)):
-            given = getattr(self, name)
-            _require(by_coco or given == default, name, "--task coco or lvis with it", given)
+            self.dataset_name = self.source
+            for flag in ("images", "allow_missing", "ask_exists"):
+                given = getattr(self, flag)
+                require(not given, flag, "--annotations with it", given)
+        for flag, default in (("categories", "all"), ("exists_map", None)):
+            given = getattr(self, flag)
+            require(by_coco or given == default, flag, "--task coco or lvis with it", given)
         both = bool(self.exists_map and self.ask_exists)
-        _require(not both, "ask_exists", "no --exists_map beside it", self.ask_exists)
+        require(not both, "ask_exists", "no --exists_map beside it", self.ask_exists)
         grounded = self.task in ("auto", "grounding")
-        _require(not self.sam_path or grounded, "sam_path", "--task grounding with it", self.task)
+        require(not self.sam_path or grounded, "sam_path", "--task grounding with it", self.task)
+
+
+def _check_pixels(low: int | None, high: int | None) -> None:
+    ordered = low is None or high is None or low <= high
+    require(ordered, "min_pixels", f"at most --max_pixels ({high})", low)
 
 
 TRAIN_GROUPS = (ModelConfig, DataConfig, GRPOConfig, DPOConfig, TrainConfig)
@@ -561,20 +470,3 @@ def column_names(pairs: list[str]) -> dict[str, str]:
     if len(names) < len(pairs) or len(set(names.values())) < len(pairs):
         raise ValueError(f"--columns: expected every name once, got {' '.join(pairs)}")
     return names
-
-
-def known_flags(groups: tuple[type, ...]) -> list[str]:
-    """Flag names, aliases included, without dashes."""
-    names = []
-    for group in groups:
-        for entry in fields(group):
-            names.append(entry.name)
-            names += [alias.lstrip("-") for alias in entry.metadata.get("aliases", [])]
-    return names
-
-
-def unknown_flag_message(flag: str, known: list[str]) -> str:
-    """Error text for a flag nobody knows, with the closest ones that exist."""
-    close = difflib.get_close_matches(flag.lstrip("-"), known, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join('--' + name for name in close)}?" if close else ""
-    return f"unknown flag --{flag.lstrip('-')}{hint}"

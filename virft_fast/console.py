@@ -1,4 +1,4 @@
-"""Standard output and error that may break without taking the run with them."""
+"""Standard streams that may break without ending the run."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TextIO
 
 
 class _Unbreakable:
-    """A text stream whose writes are lost, and not an error, where it can't be written:
-    `| head` has ended, the log's disk is full."""
+    """A text stream that drops text it can't write, instead of raising an error: `| head` has
+    ended, or the log's disk is full."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is not lost either
+        if isinstance(stream, io.TextIOWrapper):  # escape characters that its encoding lacks
             with contextlib.suppress(OSError, ValueError):
                 stream.reconfigure(errors="backslashreplace")
 
@@ -29,16 +29,16 @@ class _Unbreakable:
         with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
 
 @contextlib.contextmanager
 def unbreakable() -> Iterator[None]:
-    """Context, and decorator, in which neither standard stream raises an error when written to.
+    """Context and decorator in which writing to a standard stream raises no error.
 
-    At its end what is still buffered for a broken stream is dropped, so that Python does not end
-    with status 120 over it.
+    On exit, text still buffered for a broken stream is dropped; else Python would end with status
+    120.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (
@@ -54,7 +54,7 @@ def unbreakable() -> Iterator[None]:
             _settle(stream)
 
 
-def _settle(stream: Any) -> None:
+def _settle(stream: TextIO | None) -> None:
     if stream is None:
         return
     try:
@@ -68,7 +68,7 @@ def _settle(stream: Any) -> None:
 
 
 def say(text: str) -> None:
-    """To standard error, by the main process."""
+    """Print to standard error on the main process."""
     from virft_fast import dist  # torch
 
     if dist.is_main():

@@ -1,7 +1,7 @@
-"""Rank, world and the few collectives the house needs; all of it works with one process.
+"""Rank, world size and the few collectives that the package needs; all work with one process.
 
-A process group is made by `init` only when a launcher (torchrun, deepspeed, srun through torchrun)
-has set WORLD_SIZE above 1.
+`init` creates a process group only if a launcher (torchrun, deepspeed, or torchrun under srun) has
+set WORLD_SIZE above 1.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -18,12 +18,14 @@ from torch import Tensor
 
 from virft_fast import progress
 
+Value = TypeVar("Value")
+
 
 class RankFailed(RuntimeError):
-    """Raised on the other ranks when some fail inside `agreed`; names them and their errors.
+    """Raised inside `agreed` on the ranks that did not fail; names those that did.
 
     Attributes:
-        errors: rank -> (name of the error's class, its text).
+        errors: failed rank -> (name of the error's class, its text).
     """
 
     def __init__(self, errors: dict[int, tuple[str, str]]) -> None:
@@ -32,7 +34,7 @@ class RankFailed(RuntimeError):
 
 
 def init(timeout_s: float = 1800.0) -> torch.device:
-    """Join the process group, if there is one to join, and return this process's device.
+    """Join the launcher's process group, if there is one; returns this process's device.
 
     Args:
         timeout_s: seconds a collective waits for the other processes.
@@ -66,7 +68,7 @@ def _check_environment() -> None:
             f"WORLD_SIZE={world}: expected {', '.join(missing)} beside it; start with torchrun, "
             "or unset WORLD_SIZE to run one process"
         )
-    if int(given["RANK"]) >= world:
+    if int(os.environ["RANK"]) >= world:
         raise ValueError(f"RANK: expected less than WORLD_SIZE={world}, got {given['RANK']}")
 
 
@@ -78,7 +80,7 @@ def local_device() -> torch.device:
 
 
 def shutdown() -> None:
-    """Leave the process group, if one was joined."""
+    """Leave the process group, if this process has joined one."""
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
 
@@ -117,11 +119,11 @@ def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
     return bool(all_reduce_sum(count).item() > 0)
 
 
-def all_gather_object(value: Any) -> list[Any]:
-    """Every rank's value, in the order of the ranks. Only for our own small, plain objects."""
+def all_gather_object(value: Value) -> list[Value]:
+    """Every rank's value, in rank order. It is pickled, so pass only small objects of our own."""
     if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
+    values = [value] * world_size()  # placeholders
     with progress.waiting("all_gather"):
         torch_dist.all_gather_object(values, value)
     return values
@@ -129,12 +131,12 @@ def all_gather_object(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
-    """What fails in here on one rank fails on all of them; `is_agreed` tells such an error.
+    """If the body fails on one rank, every rank raises; `is_agreed` recognizes such errors.
 
-    Every rank enters, and inside there is no collective.
+    Every rank must enter, and the body must not call collectives.
 
     Raises:
-        RankFailed: on the ranks where nothing failed. Elsewhere the error itself rises.
+        RankFailed: on ranks where the body succeeded. The others raise their own error.
     """
     error: BaseException | None = None
     try:
@@ -144,24 +146,46 @@ def agreed() -> Iterator[None]:
     mine = None if error is None else (type(error).__name__, str(error)[:1000])
     errors = {r: e for r, e in enumerate(all_gather_object(mine)) if e is not None}
     if error is not None:
-        error.virft_fast_agreed = True
+        setattr(error, _AGREED, True)
         raise error
     if errors:
         raise RankFailed(errors)
 
 
+_AGREED = "virft_fast_agreed"  # attribute of an error that every rank knows about
+
+
 def is_agreed(error: BaseException) -> bool:
-    """Whether every rank is raising at the same place, so that they can still work together."""
-    alone = world_size() == 1
-    return alone or isinstance(error, RankFailed) or getattr(error, "virft_fast_agreed", False)
+    """Whether every rank raises here, so that they can still call collectives together."""
+    return world_size() == 1 or isinstance(error, RankFailed) or getattr(error, _AGREED, False)
 
 
-def on_main(action: Callable[[], Any]) -> None:
-    """Call `action` on the main process; what it raises is raised on all ranks.
+def on_main(action: Callable[[], Value]) -> Value:
+    """What `action` returns on the main process, on every rank; all ranks must call.
 
     Raises:
-        RankFailed: on the others, if it raised.
+        RankFailed: on the other ranks, if `action` raised; the main process raises its error.
     """
+    results: list[Value] = []
     with agreed():
         if is_main():
-            action()
+            results.append(action())
+    return all_gather_object(results)[0][0]
+
+
+def from_main(make: Callable[[], Value]) -> Value:
+    """What `make` returns on the main process, on all ranks. Only for plain objects.
+
+    Raises:
+        ValueError: on all ranks, with the text of a ValueError or OSError of the main process.
+    """
+    results: list[tuple[list[Value], str]] = [([], "")]
+    if is_main():
+        try:
+            results = [([make()], "")]
+        except (ValueError, OSError) as raised:
+            results = [([], str(raised) or type(raised).__name__)]
+    values, error = all_gather_object(results)[0][0]
+    if error:
+        raise ValueError(error)
+    return values[0]

@@ -1,9 +1,8 @@
 """`python -m virft_fast.evaluate`: greedy answers of a checkpoint to held-out rows, scored.
 
-Prints the rewards' means and the task's own measures with their 95 % intervals, and writes one JSON
-line a sample, a summary, a report and a page with pictures. `--compare` puts several models side by
-side. Under torchrun the samples are divided among the ranks; an evaluation that was killed goes on
-where it was.
+Prints the rewards' means and the task's measures with their 95 % intervals. Writes a JSON line per
+sample, a summary, a report and a page with pictures. `--compare` puts several models side by side.
+torchrun divides the samples among the ranks. A killed evaluation resumes where it was.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ import logging
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,12 +29,12 @@ from virft_fast.data import NoUsableRows, TooManyBadRows
 from virft_fast.data.accounts import listing
 from virft_fast.data.inspection import subject
 from virft_fast.evaluation import files
-from virft_fast.evaluation.journal import beside
+from virft_fast.evaluation.journal import companion
 from virft_fast.evaluation.pages import Table
 from virft_fast.evaluation.results import Result
-from virft_fast.evaluation.run import Evaluation
+from virft_fast.evaluation.run import ModelEvaluation
 
-# What of the counts is also said in the terminal.
+# Endings of the counts that are also printed.
 _LEFT_OUT = ("that can't be used", "without a true mask", "that are unknown")
 
 
@@ -51,9 +49,8 @@ def main(argv: list[str] | None = None) -> int:
             device = dist.init()
             if dist.is_main():
                 read = (config.dataset_name, config.annotations, config.exists_map)
-                files.check_output(
-                    output_path(config), config.compare, read, overwrite=config.overwrite
-                )
+                output = output_path(config)
+                files.check_result_files(output, config.compare, read, overwrite=config.overwrite)
         return run(config, device)
     except UsageError as error:
         print(f"virft_fast.evaluate: error: {error}", file=sys.stderr)
@@ -81,41 +78,30 @@ def parse_args(argv: list[str]) -> EvalConfig:
 
 
 def run(config: EvalConfig, device: torch.device) -> int:
-    """Every model, one after another, then the report of them all."""
+    """Evaluate the models one after another, then write one report of all."""
     output, several = output_path(config), len(config.compare) > 1
     results: list[Result] = []
-    exists, load = None, None
+    exists = None
     models = config.compare or [config.model_name_or_path]
-    places = files.of_models(output, models) if several else [output]
+    outputs = files.of_models(output, models) if several else [output]
     todo = []
-    for model, place in zip(models, places, strict=True):  # a wrong name is said before any work
+    for model, path in zip(models, outputs, strict=True):  # finds wrong names before any work
         one, bars = replace(config, model_name_or_path=model, compare=[]), contextlib.ExitStack()
-        todo.append((Evaluation(one, place, device, partial(_bar, bars)), bars))
+        todo.append((ModelEvaluation(one, path, device, partial(_bar, bars)), bars))
     while todo:
         evaluation, bars = todo.pop(0)
         with bars:
-            # What the first model says is there, the others are asked about too.
+            # The first model's answer to which categories exist holds for the others, too.
             result, exists = evaluation.run(exists)
         load = evaluation.load_sample
         if result is not None:
-            others = evaluation.keep_others(result)
-            files.write_result(
-                evaluation.output,
-                result,
-                settings=evaluation.journal.settings,
-                config=asdict(evaluation.config),
-                presence=evaluation.presence(),
-                exists=exists,
-            )
-            if not others:
-                evaluation.journal.remove()
             results.append(result)
-        del evaluation  # and its model, before the next one is loaded
+        del evaluation  # frees its model before the next one is loaded
     if dist.is_main():
         if several:
-            files.write_comparison(beside(output, ".summary.json"), results)
+            files.write_comparison(companion(output, ".summary.json"), results)
         title = f"{', '.join(r.model for r in results)} on {_source(config)}"
-        tables = files.write_report(
+        tables = files.write_pages(
             output,
             title,
             results,
@@ -124,7 +110,7 @@ def run(config: EvalConfig, device: torch.device) -> int:
             question=lambda sample: subject(sample, results[0].task),
         )
         _show(config, results, tables[0])
-        print(f"written: {beside(output, '')}.* (summary.json, md, html, ...)")
+        print(f"written: {companion(output, '')}.* (summary.json, md, html, ...)")
     dist.barrier()
     return 0
 
@@ -132,10 +118,13 @@ def run(config: EvalConfig, device: torch.device) -> int:
 def _bar(bars: contextlib.ExitStack, what: str, total: int) -> Callable[[int], None]:
     from tqdm import tqdm
 
-    bar = bars.enter_context(
-        tqdm(total=total, desc=what, unit="sample", disable=not dist.is_main())
-    )
-    return lambda done: bar.update(done - bar.n)
+    bar = tqdm(total=total, desc=what, unit="sample", disable=not dist.is_main())
+    bars.enter_context(bar)
+
+    def show(done: int) -> None:
+        bar.update(done - bar.n)
+
+    return show
 
 
 def _source(config: EvalConfig) -> str:
@@ -146,7 +135,7 @@ def _source(config: EvalConfig) -> str:
 def _show(config: EvalConfig, results: list[Result], table: Table) -> None:
     first = results[0]
     print(f"{first.task}, {len(first.records)} samples of {_source(config)}")
-    rows: list[list[Any]] = [table.header, *table.rows] if len(results) > 1 else table.rows
+    rows = [table.header, *table.rows] if len(results) > 1 else table.rows
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = zip(row, widths, strict=True)
@@ -161,15 +150,15 @@ def _show(config: EvalConfig, results: list[Result], table: Table) -> None:
 
 
 def output_path(config: EvalConfig) -> Path:
-    """--output, or a file in the checkpoint's folder, or in runs/eval for a model without one, and
-    for several. Other questions have another name."""
+    """--output; else a file in the checkpoint's folder, or in runs/eval for several models or one
+    without a folder. Its name depends on the questions."""
     if config.output:
         return Path(config.output)
-    source, given = config.annotations or config.dataset_name, config.exists_map
+    source, given = config.source, config.exists_map
     folder = Path(config.model_name_or_path)
-    beside_model = folder.is_dir() and not config.compare
-    model = [] if beside_model or config.compare else [config.model_name_or_path]
-    parts = [
+    in_folder = folder.is_dir() and not config.compare
+    model = [] if in_folder or config.compare else [config.model_name_or_path]
+    words = [
         "compare" if config.compare else "eval",
         *model,
         Path(source).stem,
@@ -178,11 +167,11 @@ def output_path(config: EvalConfig) -> Path:
         "" if config.categories == "all" else config.categories,
         "ask" if config.ask_exists else Path(given).stem if given else "",
     ]
-    name = "_".join(re.sub(r"[^\w-]+", "-", part)[:40].strip("-") for part in parts if part)
-    # Of what is cut off or replaced in the name, and of sources with the same stem.
-    exact = [parts, _resolved(source), given and _resolved(given), config.dataset_config]
+    name = "_".join(re.sub(r"[^\w-]+", "-", word)[:40].strip("-") for word in words if word)
+    # A digest tells apart what is cut off or replaced in the name, and sources of the same stem.
+    exact = [words, _resolved(source), given and _resolved(given), config.dataset_config]
     digest = hashlib.sha256(json.dumps(exact).encode()).hexdigest()
-    return (folder if beside_model else Path("runs/eval")) / f"{name}_{digest[:6]}.jsonl"
+    return (folder if in_folder else Path("runs/eval")) / f"{name}_{digest[:6]}.jsonl"
 
 
 def _resolved(source: str) -> str:

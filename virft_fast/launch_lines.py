@@ -1,7 +1,7 @@
 """Flags of other trainers' launch lines (TRL, transformers, Visual-RFT, VLM-R1) that we don't have.
 
-A value that changes nothing here is accepted with a warning that says why. Any other value is an
-error that says what to do instead. `docs/launch_lines.md` shows the table to users.
+A value that changes nothing here is accepted; a warning says why. Any other value is an error that
+says what to do instead. `docs/launch_lines.md` shows the table to users.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from typing import NamedTuple
 
 logger = logging.getLogger("virft_fast")
 
-# Values that stand for a flag that is not given.
+# Values that mean the same as omitting the flag.
 NOTHING = ("none", "null", "", "[]", "{}")
-# Words for a switch; yaml makes a bool of `no`.
+# Values of a switch; YAML turns `no` into False.
 _SWITCH = {"true": 1.0, "yes": 1.0, "on": 1.0, "false": 0.0, "no": 0.0, "off": 0.0}
 
 
 class Foreign(NamedTuple):
-    """Flags without a meaning here.
+    """Flags that do nothing here.
 
     Attributes:
-        flags: names, separated by spaces; `*` stands for any ending.
-        harmless: values that change nothing, separated by spaces, beside NOTHING; `*` is any value.
+        flags: names, separated by spaces; `*` matches any ending.
+        harmless: values that change nothing, separated by spaces, in addition to NOTHING; `*` is
+            any value.
         why: why these have no effect.
-        instead: what to do if another value is meant.
+        instead: what to do if another value is needed.
     """
 
     flags: str
@@ -35,7 +36,7 @@ class Foreign(NamedTuple):
     instead: str = ""
 
 
-# The first line that names a flag counts.
+# The first entry that matches a flag counts.
 FOREIGN = (
     # Rollout
     Foreign("use_vllm", "false", "rollouts run inside the training process",
@@ -190,20 +191,20 @@ FOREIGN = (
 
 
 def find(flag: str) -> Foreign | None:
-    """The table's line for a flag without dashes, if it has one."""
+    """The table's entry for a flag, given without dashes; None if it has none."""
     name = flag.replace("-", "_")
     fits = (f for f in FOREIGN if any(fnmatchcase(name, pattern) for pattern in f.flags.split()))
     return next(fits, None)
 
 
-def set_aside(words: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The words of a command line without the table's flags and their values; each line of the
-    table that was used is warned about once.
+def set_aside(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The words of a command line without the table's flags and their values. Each entry of the
+    table that applies causes one warning.
 
     Args:
-        known: our own flags, which the table never takes.
+        names: our own flags, to which the table never applies.
     Raises:
-        ValueError: a value that would change the run; names every such flag.
+        ValueError: values that would change the run; names all such flags.
     """
     kept: list[str] = []
     used: dict[Foreign, list[str]] = {}
@@ -212,7 +213,7 @@ def set_aside(words: Sequence[str], known: Sequence[str]) -> list[str]:
     while rest:
         flag, joined, value = rest.pop(0).partition("=")
         name = flag[2:].replace("-", "_")
-        foreign = find(name) if flag.startswith("--") and name not in known else None
+        foreign = find(name) if flag.startswith("--") and name not in names else None
         if foreign is None:
             kept.append(flag + joined + value)
             continue
@@ -228,8 +229,8 @@ def set_aside(words: Sequence[str], known: Sequence[str]) -> list[str]:
     if wrong:
         raise ValueError("; ".join(wrong))
     for foreign, flags in used.items():
-        flags = ", ".join(dict.fromkeys(flags))
-        logger.warning("without effect: %s; %s", flags, foreign.why or "it is not given")
+        listed = ", ".join(dict.fromkeys(flags))
+        logger.warning("without effect: %s; %s", listed, foreign.why or "it is not given")
     return kept
 
 

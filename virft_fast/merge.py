@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
 import torch
 
 from virft_fast.checkpoint import write_whole_model
+from virft_fast.cli import exit_status
 from virft_fast.commands import end_process
-from virft_fast.config import SAVE_DTYPES, UsageError, usage
+from virft_fast.config import SAVE_DTYPES
 from virft_fast.console import unbreakable
 from virft_fast.data.writing import make_folder
 from virft_fast.models.adapters import merge_adapter, model_chain
@@ -21,27 +21,25 @@ from virft_fast.models.qwen_vl import cast_parameters, check_weights, load_model
 
 @unbreakable()
 def main(argv: list[str] | None = None) -> int:
-    """Merge; returns the exit status: 0 done, 2 can't."""
+    """Merge; returns the exit status: 0, or 2 for input that can't be used."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     arguments = make_parser().parse_args(argv)
-    try:
-        with usage():
-            dtype = merge(arguments.adapter, arguments.out, arguments.base, arguments.dtype)
-    except UsageError as error:
-        print(f"virft_fast.merge: error: {error}", file=sys.stderr)
-        return 2
-    print(f"written: {arguments.out}, a whole model in {str(dtype).removeprefix('torch.')}")
-    return 0
+
+    def run() -> None:
+        dtype = merge(arguments.adapter, arguments.out, arguments.base, arguments.dtype)
+        print(f"written: {arguments.out}, a whole model in {str(dtype).removeprefix('torch.')}")
+
+    return exit_status("merge", run)
 
 
 def merge(adapter: str, out: str, base: str | None = None, dtype: str = "auto") -> torch.dtype:
-    """Write the model that an adapter's folder stands for; returns the dtype it is stored in.
+    """Write an adapter and its base as one model; returns the dtype in which it is stored.
 
     Args:
-        base: instead of the base model that the adapter names.
-        dtype: "auto" takes the base model's. The sum itself is in float32.
+        base: a model to use instead of the base that the adapter names.
+        dtype: "auto" is the base model's. The weights are added in float32.
     Raises:
-        ValueError, OSError: no adapter that can be merged, or a folder that already holds a model.
+        ValueError, OSError: there is no adapter that can be merged, or `out` is not empty.
     """
     folder = Path(out)
     make_folder(folder, "OUT", make=False)

@@ -1,7 +1,7 @@
-"""What a person sees of a run: one reduction a step, a progress bar or lines, JSONL, trackers.
+"""What users see of a run: one reduction a step, a progress bar or lines, JSONL, trackers.
 
-Losing a record is better than losing a run: a full disk or a tracker that fails is warned about
-once and the run goes on.
+Losing a record is better than losing a run: if the disk is full or a tracker fails, one error is
+logged and the run goes on.
 """
 
 from __future__ import annotations
@@ -13,17 +13,34 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 import torch
 from torch import Tensor
+
+from virft_fast.batch import Json, Row
+from virft_fast.json_files import intact_lines
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE, COMPLETIONS_FILE = "metrics.jsonl", "completions.jsonl"
 SHOWN_SAMPLES = 4
+
+
+class Tracker(Protocol):
+    """What is used of a tracker of accelerate. Its client may raise anything."""
+
+    def store_init_configuration(self, values: Row) -> None: ...
+
+    def log(self, values: dict[str, float], step: int) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 def reduce_metrics(
@@ -40,26 +57,27 @@ def reduce_metrics(
     names = sorted(values)
     flat = torch.tensor([values[name] for name in names], dtype=torch.float64)  # (names, 2)
     flat = all_reduce_sum(flat)
-    return {
-        name: total / count if count else math.nan
-        for name, (total, count) in zip(names, flat.tolist(), strict=True)
-    }
+    return _means(zip(names, flat.tolist(), strict=True))
+
+
+def _means(sums: Iterable[tuple[str, tuple[float, float]]]) -> dict[str, float]:
+    return {name: total / count if count else math.nan for name, (total, count) in sums}
 
 
 class MetricsWriter:
-    """Writes a run's records; on ranks other than the main one everything does nothing.
+    """Writes a run's records. On ranks other than the main one its methods do nothing.
 
     Args:
         output_dir: where metrics.jsonl and completions.jsonl go.
         total_steps: of the whole run.
-        report_to: names of accelerate's trackers, or none or all.
-        config: what the trackers show as the run's settings.
-        logging_steps: steps between two records; each has the means of the steps since the last.
-        log_completions_steps: steps between two tables of samples; 0 is never.
-        start_step: steps done before, in a resumed run.
+        report_to: names of accelerate's trackers, or none, or all.
+        config: the run's settings, for the trackers.
+        logging_steps: steps between two records; a record holds the means since the last one.
+        log_completions_steps: steps between two tables of samples; 0: never.
+        start_step: steps that a resumed run has done before.
         stream: where bar, lines and tables go; standard error by default.
     Raises:
-        ValueError: a tracker is not known or not installed.
+        ValueError: a tracker does not exist or is not installed.
     """
 
     def __init__(
@@ -69,7 +87,7 @@ class MetricsWriter:
         total_steps: int,
         report_to: list[str],
         run_name: str,
-        config: dict[str, Any],
+        config: Row,
         logging_steps: int = 1,
         log_completions_steps: int = 0,
         is_main: bool = True,
@@ -89,7 +107,7 @@ class MetricsWriter:
         self.trackers = _make_trackers(names, run_name, self.output_dir, config) if is_main else []
         self.bar = self._make_bar(start_step) if is_main else None
 
-    def _make_bar(self, start_step: int) -> Any:
+    def _make_bar(self, start_step: int) -> tqdm | None:
         if not self.stream.isatty():
             return None
         from tqdm import tqdm
@@ -97,29 +115,21 @@ class MetricsWriter:
         return tqdm(total=self.total_steps, initial=start_step, file=self.stream, unit="step")
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Take the metrics of a step, counted from 1."""
+        """Record the metrics of a step; steps count from 1."""
         if not self.is_main:
             return
         for name, value in metrics.items():
             total, count = self.window.get(name, (0.0, 0))
-            if math.isfinite(value):  # one skipped step does not blank the others
+            if math.isfinite(value):  # a skipped step must not spoil the mean
                 total, count = total + value, count + 1
             self.window[name] = (total, count)
         if self.bar is not None:
-            self._guarded("the progress bar", lambda: self._advance(step, metrics))
+            self._guarded("the progress bar", partial(_advance, self.bar, step, metrics))
         if step % self.logging_steps == 0 or step == self.total_steps:
             self._record(step)
 
-    def _advance(self, step: int, metrics: dict[str, float]) -> None:
-        self.bar.set_postfix_str(_headline(metrics), refresh=False)
-        self.bar.update(step - self.bar.n)
-
     def _record(self, step: int) -> None:
-        means = {
-            name: total / count if count else math.nan
-            for name, (total, count) in self.window.items()
-        }
-        self.window = {}
+        means, self.window = _means(self.window.items()), {}
         self._append(METRICS_FILE, [{"step": step, **means}])
         if self.bar is None:
             elapsed = (time.monotonic() - self._started) / max(step - self._start_step, 1)
@@ -127,10 +137,10 @@ class MetricsWriter:
             self._say(f"step {step}/{self.total_steps}  {_headline(means)}  ETA {eta}\n")
         finite = {name: v for name, v in means.items() if math.isfinite(v)}
         for tracker in self.trackers:
-            self._guarded(_label(tracker), lambda t=tracker, f=finite: t.log(f, step=step))
+            self._guarded(_label(tracker), partial(tracker.log, finite, step=step))
 
-    def completions(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Append records of completions; every log_completions_steps also show some."""
+    def completions(self, step: int, rows: list[Row]) -> None:
+        """Append records of completions, and show some every `log_completions_steps`."""
         if not self.is_main:
             return
         self._append(COMPLETIONS_FILE, [{"step": step, **row} for row in rows])
@@ -146,9 +156,9 @@ class MetricsWriter:
                 self.stream.write(text)
                 self.stream.flush()
 
-        self._guarded("to the terminal", write)  # it may be a file on a full disk
+        self._guarded("to the terminal", write)  # which may be a file on a full disk
 
-    def _append(self, name: str, records: list[dict[str, Any]]) -> None:
+    def _append(self, name: str, records: list[Row]) -> None:
         def write() -> None:
             lines = "".join(json.dumps(null_for_nan(record)) + "\n" for record in records)
             with (self.output_dir / name).open("a+b") as file:
@@ -157,46 +167,45 @@ class MetricsWriter:
                     file.write(lines.encode())
                     file.flush()
                 except OSError:
-                    # Half a line would spoil the next one.
+                    # Else the next record would continue the incomplete line.
                     os.ftruncate(file.fileno(), size)
                     raise
 
         self._guarded(name, write)
 
-    def _guarded(self, what: str, action: Callable[[], Any]) -> None:
+    def _guarded(self, what: str, action: Callable[[], object]) -> None:
         try:
             action()
-        # A tracker's client may raise anything; none of it is worth the run.
         except Exception as error:
             if what not in self._warned:
                 self._warned.add(what)
                 logger.error("COULD NOT WRITE %s: %s. The run goes on without.", what, error)
 
     def truncate_to(self, step: int) -> None:
-        """Drop what a killed run wrote after its last checkpoint, at `step`."""
+        """Drop the records that a killed run wrote after its last checkpoint, at `step`."""
         if self.is_main:
             for name in (METRICS_FILE, COMPLETIONS_FILE):
                 path = self.output_dir / name
                 if path.is_file():
-                    self._guarded(name, lambda path=path: _keep_up_to(path, step))
+                    self._guarded(name, partial(_keep_up_to, path, step))
 
-    def state_dict(self) -> dict[str, Any]:
-        """The unfinished window's sums, as plain data."""
+    def state_dict(self) -> Row:
+        """Sums and counts since the last record, as JSON data."""
         return {"window": {name: list(pair) for name, pair in self.window.items()}}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Row) -> None:
         self.window = {name: (total, count) for name, (total, count) in state["window"].items()}
 
     def close(self) -> None:
-        """End the bar and the trackers."""
+        """Close the bar and the trackers."""
         if self.bar is not None:
             self.bar.close()
         for tracker in self.trackers:
             self._guarded(_label(tracker), tracker.finish)
 
 
-def null_for_nan(value: Any) -> Any:
-    """`value` with None for each number that is not finite, which JSON has no word for."""
+def null_for_nan(value: Json) -> Json:
+    """`value` with None for each number that is not finite, because JSON has no such numbers."""
     if isinstance(value, dict):
         return {key: null_for_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -204,7 +213,7 @@ def null_for_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def sample_table(step: int, rows: list[dict[str, Any]], width: int) -> str:
+def sample_table(step: int, rows: Iterable[Row], width: int) -> str:
     """A few completions as plain text, no line longer than `width`."""
     lines = [f"completions of step {step}"]
     for row in rows:
@@ -214,28 +223,28 @@ def sample_table(step: int, rows: list[dict[str, Any]], width: int) -> str:
         )
         lines.append(f"  row {row['index']}  advantage {row['advantage']:+.2f}  {rewards}")
         prompt = _one_line(row["prompt"])
-        room = max(width - len("    prompt     ..."), 0)  # a prompt's end says what was asked
-        lines.append(
-            "    prompt     " + (prompt if len(prompt) <= room else f"...{prompt[-room:]}")
-        )
-        lines.append("    completion " + _one_line(row["completion"]))
+        room = max(width - len("    prompt     ..."), 0)
+        if len(prompt) > room:  # keep its end, where the question is
+            prompt = f"...{prompt[-room:]}"
+        lines += [f"    prompt     {prompt}", f"    completion {_one_line(row['completion'])}"]
         if row.get("solution") is not None:
-            lines.append("    solution   " + _one_line(row["solution"]))
+            lines.append(f"    solution   {_one_line(row['solution'])}")
     return "\n".join(line if len(line) <= width else line[: width - 3] + "..." for line in lines)
 
 
-def _one_line(text: Any) -> str:
+def _one_line(text: object) -> str:
     return " ".join(str(text).split())
+
+
+def _advance(bar: tqdm, step: int, metrics: dict[str, float]) -> None:
+    bar.set_postfix_str(_headline(metrics), refresh=False)
+    bar.update(step - bar.n)
 
 
 def _headline(metrics: dict[str, float]) -> str:
     first = "reward" if "reward" in metrics else "loss"
     shown = {first: metrics.get(first, math.nan)}
-    shown |= {
-        name.split("/", 1)[1]: value
-        for name, value in metrics.items()
-        if name.startswith("rewards/")
-    }
+    shown |= {n.split("/", 1)[1]: v for n, v in metrics.items() if n.startswith("rewards/")}
     text = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
     return f"{text}  {metrics.get('tokens_per_s', math.nan):,.0f} tok/s"
 
@@ -247,35 +256,23 @@ def _clock(seconds: float) -> str:
 
 
 def _keep_up_to(path: Path, step: int) -> None:
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the last line of a killed run may be cut
-            continue
-        if record["step"] <= step:
-            kept.append(line)
+    kept = [line for line, record in intact_lines(path) if record["step"] <= step]
     aside = path.with_suffix(".writing")
     aside.write_text("".join(line + "\n" for line in kept))
     os.replace(aside, path)
 
 
-def _tracker_names(report_to: list[str]) -> list[str]:
+def check_trackers(report_to: list[str]) -> list[str]:
+    """The names of the trackers that --report_to selects.
+
+    Raises:
+        ValueError: one does not exist or is not installed.
+    """
     entries = [name.strip() for entry in report_to for name in entry.split(",")]
     names = list(dict.fromkeys(name for name in entries if name))
     if len(names) > 1 and not {"all", "none"}.isdisjoint(names):
         raise ValueError(f"--report_to: expected all or none alone, got {' '.join(names)}")
-    return [] if names == ["none"] else names
-
-
-def check_trackers(report_to: list[str]) -> list[str]:
-    """Names of the trackers that --report_to means.
-
-    Raises:
-        ValueError: one is not known or not installed.
-    """
-    names = _tracker_names(report_to)
-    if not names:
+    if names in ([], ["none"]):
         return []
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
@@ -284,8 +281,8 @@ def check_trackers(report_to: list[str]) -> list[str]:
         return available
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
-            known = ", ".join([*LOGGER_TYPE_TO_CLASS, "all", "none"])
-            raise ValueError(f"--report_to: expected one of {known}, got {name!r}")
+            choices = ", ".join([*LOGGER_TYPE_TO_CLASS, "all", "none"])
+            raise ValueError(f"--report_to: expected one of {choices}, got {name!r}")
         if name not in available:
             raise ValueError(
                 f"--report_to {name}: its package is not installed; pip install "
@@ -294,31 +291,30 @@ def check_trackers(report_to: list[str]) -> list[str]:
     return names
 
 
-def _make_trackers(
-    names: list[str], run_name: str, output_dir: Path, config: dict[str, Any]
-) -> list[Any]:
+def _make_trackers(names: list[str], run_name: str, output_dir: Path, config: Row) -> list[Tracker]:
     if not names:
         return []
     from accelerate import PartialState
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     PartialState()  # the trackers ask it which process is the main one
     trackers = []
     for name in names:
         try:
-            cls = LOGGER_TYPE_TO_CLASS[name]
-            trackers.append(_start_tracker(cls, run_name, output_dir, config))
-        # Its client may raise anything, offline for one; metrics.jsonl has it all anyway.
+            trackers.append(_start_tracker(name, run_name, output_dir, config))
+        # Offline, for example; metrics.jsonl holds the same numbers.
         except Exception as error:
             logger.error("COULD NOT START %s: %s. The run goes on without.", name, error)
     return trackers
 
 
-def _label(tracker: Any) -> str:
+def _label(tracker: Tracker) -> str:
     return f"to {getattr(tracker, 'name', type(tracker).__name__)}"
 
 
-def _start_tracker(cls: Any, run_name: str, output_dir: Path, config: dict[str, Any]) -> Any:
+def _start_tracker(name: str, run_name: str, output_dir: Path, config: Row) -> Tracker:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    cls = LOGGER_TYPE_TO_CLASS[name]
     folder = {"logging_dir": str(output_dir)} if cls.requires_logging_directory else {}
     tracker = cls(run_name, **folder)
     if hasattr(tracker, "start"):

@@ -1,8 +1,8 @@
-"""One run an output folder: `.lock` names the process that writes there.
+"""One run per output folder: `.lock` names the process that writes there.
 
-The owner touches the file while it lives. A lock is taken over from a process of this host that is
-gone, and from another host's, or another container's, after HEARTBEAT_LIMIT seconds without a
-touch. Times are compared on the file system's own clock.
+The owner touches the file while it lives. Another run takes the lock over if the owner was a
+process of this host and is gone, or if it runs on another host, or in another container, and has
+not touched the file for HEARTBEAT_LIMIT seconds. Ages are measured by the file system's own clock.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+
+from virft_fast.batch import Row
+from virft_fast.json_files import json_object
 
 logger = logging.getLogger(__name__)
 
@@ -35,35 +37,35 @@ class OutputLock:
         self.held = False
 
     def acquire(self) -> None:
-        """Take the lock; the folder is there.
+        """Take the lock of an existing folder.
 
         Raises:
-            ValueError: another run has it; says which.
+            ValueError: another run holds it; says which.
             OSError: the folder can't be written.
         """
         with self._mutex() as content:
-            other = _parsed(content)
+            other = json_object(content)
             if other is not None and other.get("token") != self.owner["token"]:
                 self._refuse_if_alive(other)
-            self._write()
+            self.path.write_text(json.dumps(self.owner))
         self.held = True
 
     def beat(self) -> bool:
-        """Say that this process is alive; False if another run has taken the lock over."""
+        """Show that this process is alive; False if another run has taken the lock over."""
         if not self.held:
             return True
         try:
             if not self._is_mine():
                 return False
             os.utime(self.path)
-        except FileNotFoundError:  # somebody has deleted it, and nobody has taken the folder yet
+        except FileNotFoundError:  # deleted by somebody, but not taken over
             return self._write_anew()
-        except OSError as error:  # a file system that hangs for a while is no other run
+        except OSError as error:  # a file system that fails for a while, not another run
             logger.warning("could not touch %s: %s", self.path, error)
         return True
 
     def release(self) -> None:
-        """Give the lock back, if it is still this process's."""
+        """Delete the lock file, if it still names this process."""
         with contextlib.suppress(OSError):
             if self.held and self._is_mine():
                 self.path.unlink()
@@ -80,12 +82,11 @@ class OutputLock:
         return True
 
     def _is_mine(self) -> bool:
-        return (_parsed(self.path.read_bytes()) or {}).get("token") == self.owner["token"]
+        return (json_object(self.path.read_bytes()) or {}).get("token") == self.owner["token"]
 
-    def _refuse_if_alive(self, other: dict[str, Any]) -> None:
+    def _refuse_if_alive(self, other: Row) -> None:
         who = f"process {other.get('pid')} on {other.get('host')}"
-        here = all(other.get(key) == self.owner[key] for key in ("host", "boot", "namespace"))
-        if here:
+        if all(other.get(key) == self.owner[key] for key in ("host", "boot", "namespace")):
             started = _started(other.get("pid"))
             if started is not None and started == other.get("started"):
                 raise ValueError(
@@ -106,7 +107,7 @@ class OutputLock:
         )
 
     def _age(self) -> float:
-        """Seconds since the last touch, by the clock that stamps files."""
+        """Seconds since the last touch, by the file system's clock."""
         probe = self.path.with_name(f"{LOCK_FILE}.{uuid.uuid4().hex}")
         probe.touch()
         try:
@@ -114,25 +115,22 @@ class OutputLock:
         finally:
             probe.unlink(missing_ok=True)
 
-    def _write(self) -> None:
-        self.path.write_text(json.dumps(self.owner))
-
     @contextlib.contextmanager
     def _mutex(self) -> Iterator[bytes]:
-        """The lock file's content, while no other process looks at it or writes it."""
+        """The lock file's content; meanwhile no other process reads or writes the file."""
         deadline = time.monotonic() + _MUTEX_SECONDS
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 if self._flocked(descriptor, deadline) and self._replaced(descriptor):
-                    continue  # deleted between opening and locking it
+                    continue  # deleted between `open` and `flock`
                 yield os.pread(descriptor, 1 << 16, 0)
                 return
             finally:
                 os.close(descriptor)
 
     def _flocked(self, descriptor: int, deadline: float) -> bool:
-        """Whether the file is locked; False, with a warning, where the file system has no locks."""
+        """Whether the file is locked; False, with a warning, if the file system has no locks."""
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -147,44 +145,39 @@ class OutputLock:
             except OSError as error:
                 logger.warning(
                     "%s: this file system has no locks (%s): a run that starts in this folder at "
-                    "the same moment would not be noticed",
-                    self.path,
-                    error,
-                )
+                    "the same moment would not be noticed", self.path, error,
+                )  # fmt: skip
                 return False
 
     def _replaced(self, descriptor: int) -> bool:
         try:
-            found = os.stat(self.path)
+            return not os.path.samestat(os.stat(self.path), os.fstat(descriptor))
         except FileNotFoundError:
             return True
-        mine = os.fstat(descriptor)
-        return (found.st_ino, found.st_dev) != (mine.st_ino, mine.st_dev)
 
 
-def _this_process() -> dict[str, Any]:
+def _this_process() -> Row:
     return {
         "pid": os.getpid(),
         "host": socket.gethostname(),
-        "boot": _first_line("/proc/sys/kernel/random/boot_id"),
-        "namespace": _link("/proc/self/ns/pid"),
+        "boot": _or_none(lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip()),
+        "namespace": _or_none(lambda: os.readlink("/proc/self/ns/pid")),
         "started": _started(os.getpid()),
         "token": uuid.uuid4().hex,
     }
 
 
-def _started(pid: Any) -> str | None:
-    """When the process began, in clock ticks since the host did; None if there is none.
+def _started(pid: object) -> str | None:
+    """When a process started, in clock ticks since boot; None if it does not run.
 
-    Where there is no /proc: "alive" for every process that is."""
+    Without /proc: "alive" if it runs."""
     if not isinstance(pid, int) or isinstance(pid, bool) or pid <= 0:
         return None
     if os.path.isdir("/proc/self"):
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
-        except OSError:
+        stat = _or_none(Path(f"/proc/{pid}/stat").read_text)
+        if stat is None:
             return None
-        fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
+        fields = stat.rpartition(")")[2].split()  # the name before may contain anything
         return None if fields[0] in "ZX" else fields[19]
     try:
         os.kill(pid, 0)
@@ -195,24 +188,8 @@ def _started(pid: Any) -> str | None:
     return "alive"
 
 
-def _first_line(path: str) -> str | None:
+def _or_none(read: Callable[[], str]) -> str | None:
     try:
-        return Path(path).read_text().strip()
+        return read()
     except OSError:
         return None
-
-
-def _link(path: str) -> str | None:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return None
-
-
-def _parsed(content: bytes) -> dict[str, Any] | None:
-    """The owner that a lock file names; None if it was never written whole."""
-    try:
-        owner = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    return owner if isinstance(owner, dict) else None

@@ -1,4 +1,4 @@
-"""What this process did last, and when, for a watcher in another thread (`virft_fast.watch`)."""
+"""What this process did last, and when: for the watcher thread of `virft_fast.watch`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _busy = 0
 
 
 def mark(what: str) -> None:
-    """Note that the run has moved on, to `what`."""
+    """Record that the run has reached `what`."""
     global _what, _when
     _what, _when = what, time.monotonic()
 
 
 @contextlib.contextmanager
 def waiting(collective: str) -> Iterator[None]:
-    """Note that this process waits for the others in a collective."""
+    """Record that this process waits for the others in a collective."""
     global _collective
     before, _collective = _collective, collective
     try:
@@ -31,7 +31,7 @@ def waiting(collective: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def busy(what: str) -> Iterator[None]:
-    """A part that takes its time, such as writing to a slow disk: all of it is progress."""
+    """All of the body counts as progress: it may take long, as writing to a slow disk does."""
     global _busy
     mark(what)
     _busy += 1
@@ -48,5 +48,5 @@ def idle() -> float:
 
 
 def where() -> str:
-    """What was marked last, and the collective that is waited in."""
+    """The last mark, and the collective in which this process waits."""
     return _what if _collective is None else f"{_what}, waiting in {_collective}"

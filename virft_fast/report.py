@@ -1,31 +1,36 @@
-"""A run's end: the table and summary of what changed, and report.png, which shows it."""
+"""The end of a run: the table and summary of what changed, and report.png."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from virft_fast.metrics import null_for_nan
+from virft_fast.batch import Json, Row
+from virft_fast.evaluation.files import write_json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
-# Okabe and Ito's colours, told apart with any colour vision.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-TRUE_COLOUR, PREDICTED_COLOUR = "#FFFFFF", "#FF3FB4"
+# Okabe and Ito's colors, distinguishable with any color vision.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+TRUE_COLOR, PREDICTED_COLOR = "#FFFFFF", "#FF3FB4"
 SMOOTHING = 9  # steps
 
-ParsedBoxes = list[tuple[list[float], float | None]]
+ParseBoxes = Callable[[str], list[tuple[list[float], float | None]]]
 
 
 def format_table(before: dict[str, float], after: dict[str, float]) -> str:
-    """Name, before, after and change, one line a measure."""
+    """A text table of name, before, after and change, one line per measure."""
     width = max([len("measure"), *map(len, after)])
     lines = [f"{'measure':{width}}  {'before':>8}  {'after':>8}  {'change':>8}"]
     for name, value in after.items():
@@ -41,9 +46,9 @@ def write_summary(
     after: dict[str, float],
     train_seconds: float,
     peak_rss_mib: float,
-    **more: Any,
+    **more: Json,
 ) -> None:
-    """The figures as JSON, NaN as null; written aside, then renamed."""
+    """Write the figures as JSON, NaN as null."""
     summary = {
         "before": before,
         "after": after,
@@ -51,43 +56,37 @@ def write_summary(
         "peak_rss_mib": round(peak_rss_mib, 1),
         **more,
     }
-
-    def write() -> None:
-        aside = path.with_suffix(".writing")
-        aside.write_text(json.dumps(null_for_nan(summary), indent=1) + "\n")
-        os.replace(aside, path)
-
-    _or_warn(path, write)
+    _or_warn(path, partial(write_json, path, summary))
 
 
 def write_report(
     path: Path,
     *,
-    curve: list[dict[str, Any]],
+    curve: Sequence[Row],
     before: dict[str, float],
     after: dict[str, float],
-    examples: list[dict[str, Any]],
-    parse_boxes: Callable[[str], ParsedBoxes],
+    examples: Sequence[Row],
+    parse_boxes: ParseBoxes,
 ) -> None:
-    """report.png: reward curve, before and after, and a few answers to look at.
+    """Draw report.png: the reward curve, means before and after, and a few answers.
 
     Args:
         curve: records of metrics.jsonl.
-        before, after: means to compare.
+        before, after: means by name.
         examples: dicts with `image` (PIL), `problem`, `solution`, and the answers `before` and
             `after`.
         parse_boxes: text -> [([x1, y1, x2, y2] in 0..1000, confidence or None), ...].
     """
-    _or_warn(path, lambda: _report(path, curve, before, after, examples, parse_boxes))
+    _or_warn(path, lambda: _draw_report(path, curve, before, after, examples, parse_boxes))
 
 
-def _report(
+def _draw_report(
     path: Path,
-    curve: list[dict[str, Any]],
+    curve: Sequence[Row],
     before: dict[str, float],
     after: dict[str, float],
-    examples: list[dict[str, Any]],
-    parse_boxes: Callable[[str], ParsedBoxes],
+    examples: Sequence[Row],
+    parse_boxes: ParseBoxes,
 ) -> None:
     plt = _pyplot()
     columns = max(len(examples), 1)
@@ -112,12 +111,12 @@ def _report(
     plt.close(figure)
 
 
-def write_curves(path: Path, runs: dict[str, list[dict[str, Any]]], key: str = "reward") -> None:
-    """One measure of several runs over their steps, in one figure."""
+def write_curves(path: Path, runs: Mapping[str, Sequence[Row]], key: str = "reward") -> None:
+    """Plot one measure of several runs over their steps in one figure."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(8, 4.5), dpi=110, layout="constrained")
-    for (name, curve), colour in zip(runs.items(), _cycle(len(runs)), strict=True):
-        _draw_line(axis, curve, key, name, colour)
+    for (name, curve), color in zip(runs.items(), _cycle(len(runs)), strict=True):
+        _draw_line(axis, curve, key, name, color)
     axis.set(xlabel="step", ylabel=key)
     axis.legend(frameon=False)
     axis.grid(alpha=0.3)
@@ -125,7 +124,7 @@ def write_curves(path: Path, runs: dict[str, list[dict[str, Any]]], key: str = "
     plt.close(figure)
 
 
-def _pyplot() -> Any:
+def _pyplot() -> ModuleType:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -134,8 +133,8 @@ def _pyplot() -> Any:
     return plt
 
 
-def _or_warn(path: Path, write: Callable[[], Any]) -> None:
-    """A finished run is not lost to a full disk, nor to a picture that can't be drawn."""
+def _or_warn(path: Path, write: Callable[[], None]) -> None:
+    """Log errors instead of raising them: a full disk or a failed plot must not fail a run."""
     try:
         write()
     except Exception as error:
@@ -143,16 +142,16 @@ def _or_warn(path: Path, write: Callable[[], Any]) -> None:
 
 
 def _cycle(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+    return [COLORS[i % len(COLORS)] for i in range(count)]
 
 
-def _draw_curve(axis: Any, curve: list[dict[str, Any]]) -> None:
+def _draw_curve(axis: Axes, curve: Sequence[Row]) -> None:
     names = sorted({key for record in curve for key in record if key.startswith("rewards/")})
     keys = ["reward", *names] if len(names) > 1 else ["reward"]
     rewarded = any("reward" in record for record in curve)
     keys = keys if rewarded else ["loss"]
-    for key, colour in zip(keys, _cycle(len(keys)), strict=True):
-        _draw_line(axis, curve, key, key.removeprefix("rewards/"), colour)
+    for key, color in zip(keys, _cycle(len(keys)), strict=True):
+        _draw_line(axis, curve, key, key.removeprefix("rewards/"), color)
     if rewarded:
         axis.set(xlabel="step", ylabel="mean over sampled completions")
         axis.set_title("training rewards", fontsize=11)
@@ -164,30 +163,30 @@ def _draw_curve(axis: Any, curve: list[dict[str, Any]]) -> None:
         axis.legend(frameon=False)
 
 
-def _draw_line(axis: Any, curve: list[dict[str, Any]], key: str, name: str, colour: str) -> None:
-    """Raw values faint, their running mean bold."""
+def _draw_line(axis: Axes, curve: Sequence[Row], key: str, name: str, color: str) -> None:
+    """Plot raw values faintly and their running mean boldly."""
     points = [(record["step"], record[key]) for record in curve if record.get(key) is not None]
     if not points:
         return
     steps, values = zip(*points, strict=True)
-    axis.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
+    axis.plot(steps, values, color=color, alpha=0.25, linewidth=1)
     means = []
     for at in range(len(values)):
         window = values[max(0, at - SMOOTHING + 1) : at + 1]
         means.append(sum(window) / len(window))
-    axis.plot(steps, means, color=colour, linewidth=2, label=name)
+    axis.plot(steps, means, color=color, linewidth=2, label=name)
 
 
-def _draw_bars(axis: Any, before: dict[str, float], after: dict[str, float]) -> None:
+def _draw_bars(axis: Axes, before: dict[str, float], after: dict[str, float]) -> None:
     names = list(after)[::-1]
     height = 0.38
-    for offset, means, label, colour in (
+    for offset, means, label, color in (
         (height / 2, before, "before", "#999999"),
-        (-height / 2, after, "after", COLOURS[0]),
+        (-height / 2, after, "after", COLORS[0]),
     ):
         places = [at + offset for at in range(len(names))]
         values = [means.get(name, math.nan) for name in names]
-        bars = axis.barh(places, values, height, label=label, color=colour)
+        bars = axis.barh(places, values, height, label=label, color=color)
         axis.bar_label(bars, fmt="%.3f", padding=3, fontsize=9)
     axis.set_yticks(range(len(names)), [name.removeprefix("rewards/") for name in names])
     largest = max([1.0, *(v for v in (*before.values(), *after.values()) if math.isfinite(v))])
@@ -197,23 +196,21 @@ def _draw_bars(axis: Any, before: dict[str, float], after: dict[str, float]) -> 
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_example(
-    axis: Any, example: dict[str, Any], when: str, parse_boxes: Callable[[str], ParsedBoxes]
-) -> None:
+def _draw_example(axis: Axes, example: Row, when: str, parse_boxes: ParseBoxes) -> None:
     image = example["image"]
     axis.imshow(image)
     axis.set_xticks([])
     axis.set_yticks([])
     true, predicted = parse_boxes(example["solution"]), parse_boxes(example[when])
     for box, _ in true:
-        _draw_box(axis, image, box, TRUE_COLOUR, "-", None)
+        _draw_box(axis, image, box, TRUE_COLOR, "-", None)
     for box, confidence in predicted:
-        _draw_box(axis, image, box, PREDICTED_COLOUR, "--", confidence)
+        _draw_box(axis, image, box, PREDICTED_COLOR, "--", confidence)
     quoted = re.search(r"'([^']+)'", example["problem"])  # Visual-RFT's prompts quote the category
     title = textwrap.shorten(
         quoted.group(1) if quoted else example["problem"], 34, placeholder="..."
     )
-    # Text of a model or a data set may hold $; it is no formula.
+    # A $ in texts of models and data sets begins no formula.
     axis.set_title(f"{when}: {title}", fontsize=9, parse_math=False)
     if not true:
         answer = example[when].rpartition("<answer>")[2].partition("</answer>")[0]
@@ -227,7 +224,7 @@ def _plain(solution: str) -> str:
 
 
 def _draw_box(
-    axis: Any, image: Any, box: list[float], colour: str, style: str, confidence: float | None
+    axis: Axes, image: Image, box: list[float], color: str, style: str, confidence: float | None
 ) -> None:
     from matplotlib import patheffects
     from matplotlib.patches import Rectangle
@@ -241,7 +238,7 @@ def _draw_box(
     rim = [patheffects.withStroke(linewidth=4, foreground="black")] if style == "-" else []
     axis.add_patch(
         Rectangle(
-            (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, lw=2, linestyle=style,
+            (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, lw=2, linestyle=style,
             path_effects=rim,
         )
     )  # fmt: skip
@@ -249,5 +246,5 @@ def _draw_box(
         y = min(max(y1, 0.07 * image.height), image.height)
         axis.text(
             min(max(x1, 0), 0.85 * image.width), y, f"{confidence:.2g}", color="white", fontsize=8,
-            va="bottom", bbox={"facecolor": colour, "edgecolor": "none", "pad": 1, "alpha": 0.8},
+            va="bottom", bbox={"facecolor": color, "edgecolor": "none", "pad": 1, "alpha": 0.8},
         )  # fmt: skip

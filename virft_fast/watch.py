@@ -27,7 +27,10 @@ logger = logging.getLogger("virft_fast")
 # Asks the main thread to leave a section; no launcher or library sends it.
 WAKE = getattr(signal, "SIGRTMIN", signal.SIGUSR2) + (5 if hasattr(signal, "SIGRTMIN") else 0)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-EXIT_STATUS = {signal.SIGINT: 130, signal.SIGHUP: 129}  # of a run that was stopped; else 0
+EXIT_STATUS: dict[int, int] = {
+    signal.SIGINT: 130,
+    signal.SIGHUP: 129,
+}
 TICK = 0.5
 STOP_SECONDS = 10.0  # from a signal until a section is given up, so that the run ends within 20
 DEAF_SECONDS = 5.0  # from then until the process is ended
@@ -110,9 +113,9 @@ class Watch:
             for number in STOP_SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, say
                     self._handlers[number] = signal.signal(number, self._stop)
-            for number in (WAKE, TIMER):
-                if number is not None:
-                    self._handlers[number] = signal.signal(number, self._wake)
+            for wakes in (WAKE, TIMER):
+                if wakes is not None:
+                    self._handlers[wakes] = signal.signal(wakes, self._wake)
             _handled.update(self._handlers)
         progress.mark("start")
         threading.Thread(target=self._run, name="virft_fast watch", daemon=True).start()
@@ -134,7 +137,7 @@ class Watch:
     @property
     def exit_status(self) -> int:
         """Of a run that was asked to stop, and could save."""
-        return EXIT_STATUS.get(self.received, 0)
+        return EXIT_STATUS.get(self.received or 0, 0)
 
     @contextlib.contextmanager
     def section(
@@ -231,7 +234,7 @@ class Watch:
         if now < deadline:
             return
         with contextlib.suppress(ProcessLookupError, ValueError):
-            signal.pthread_kill(threading.main_thread().ident, WAKE)
+            signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
         if self._woken_at is None:
             self._woken_at = now
         if now >= self._woken_at + DEAF_SECONDS and self._section is section:

@@ -1,25 +1,30 @@
-"""What a run asks of its algorithm, and the rows that it hands to it."""
+"""What a run needs from its algorithm, and the rows that it passes to it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from typing import Any, Generic, TypedDict, TypeVar
 
 import numpy as np
 
-from virft_fast.algorithms.step import TrainState
-from virft_fast.batch import Prompt, Sample
-from virft_fast.config import RunConfig
+from virft_fast.algorithms.step import Metrics, TrainState
+from virft_fast.batch import Prompt, Row, Sample
+from virft_fast.config import ALGORITHMS, BESIDE_GRPO, RunConfig, UsageError, given_flags
 from virft_fast.data import BadRows
-from virft_fast.data.prompts import PromptSource
+from virft_fast.data.prompt_source import PromptSource
 from virft_fast.evaluation.scoring import evaluate_rewards
+from virft_fast.models.families import Tokenizer
 
 
 @dataclass
 class Data:
-    """The training rows and their order, the held-out rows, and how they are scored; `table` says
-    what was left out and converted."""
+    """The training rows and their order, the held-out rows, and how they are scored.
+
+    Attributes:
+        table: lines that say which rows were skipped or converted.
+    """
 
     train: PromptSource
     test: PromptSource | None
@@ -30,75 +35,103 @@ class Data:
     permutation: Callable[[np.random.Generator], np.ndarray] | None = None
     table: Sequence[str] = ()
 
+    @property
+    def held_out(self) -> PromptSource:
+        if self.test is None:
+            raise UsageError("--eval_samples: expected a data set with held-out rows, got none")
+        return self.test
 
-NUM_SHOWN = 5  # answers that are kept of an evaluation
-# Of the held-out rows: `means` of measures, `answers` by row, `num_samples`; JSON.
-HeldOut = dict[str, Any]
+
+class HeldOut(TypedDict):
+    """An evaluation on held-out rows: the means of measures, and some answers by row."""
+
+    means: Metrics
+    answers: dict[str, str]
+    num_samples: int
 
 
-class Algorithm:
-    """What a run asks of its algorithm. Each module of `virft_fast.algorithms` ends in one.
+NUM_SHOWN = 5  # answers in an evaluation
+Check = Callable[[Sample], str | None]  # what is wrong with a row, or None
+State = TypeVar("State", bound=TrainState)
+
+
+def find_algorithm(name: str) -> Algorithm:
+    """The algorithm of --algorithm `name`."""
+    return import_module(ALGORITHMS[name]).ALGORITHM
+
+
+class Algorithm(Generic[State]):
+    """What a run needs from its algorithm. Each module of `virft_fast.algorithms` ends in one.
 
     Attributes:
         name: of --algorithm.
-        draws: whether a step draws completions, which are scored and written down.
-        preferences: whether rows hold pairs of answers, in the place of solutions and rewards.
-        files: what it writes into --output_dir, beside what every run writes.
+        flags: the field of `RunConfig` with its own flags, if it has some.
+        same_on_resume: flags that must not change when one of its runs is resumed, in addition to
+            those of every run.
+        draws: whether a step draws completions, which are scored and recorded.
+        preferences: whether rows have pairs of answers instead of solutions and rewards.
+        files: what it writes into --output_dir, in addition to what every run writes.
     """
 
     name: str
+    flags: str = ""
+    same_on_resume: Sequence[str] = ()
     draws: bool = False
     preferences: bool = False
     files: Sequence[str] = ()
 
     def without_effect(self, config: RunConfig) -> list[str]:
-        """The flags of `config` that change nothing.
+        """The flags that the user has set and this algorithm ignores.
 
         Raises:
-            UsageError: flags that mean something else here.
+            UsageError: a flag means something else here.
         """
-        return []
+        groups = sorted({find_algorithm(name).flags for name in ALGORITHMS} - {self.flags, ""})
+        given = [name for group in groups for name in given_flags(getattr(config, group))]
+        return [name for name in given if name not in BESIDE_GRPO]
 
     def check_data(self, config: RunConfig, column_names: Sequence[str]) -> None:
         """Raise UsageError if rows with these columns can't be trained on."""
 
-    def check_row(self, config: RunConfig, tokenizer: Any) -> Callable[[Sample], str | None] | None:
-        """What says what is wrong with a row, or None; None where nothing can be."""
+    def check_row(self, config: RunConfig, tokenizer: Tokenizer) -> Check | None:
+        """The algorithm's own check of each row, if it has one."""
         return None
 
     def rolls_out(self, config: RunConfig) -> bool:
-        """Whether the model answers prompts, in steps or in the evaluation before and after."""
+        """Whether completions are drawn, in steps or in the evaluations before and after them."""
         return self.draws
 
     def uses_reference(self, config: RunConfig) -> bool:
-        """Whether a step asks a reference for log-probs: a model of its own, or the policy with its
-        adapter off or as it began."""
+        """Whether a step needs log-probs of a reference: another model, or the policy with its
+        adapter disabled or as it was at the start."""
         return False
 
     def may_use_reference(self, config: RunConfig) -> bool:
-        """Whether a run resumed with other flags could; its parameters must be the same."""
+        """Whether a step would with other flags, which a resumed run may have; it must have the
+        same parameters."""
         return self.uses_reference(config)
 
-    def make_state(self, config: RunConfig, **parts: Any) -> TrainState:
-        return TrainState(config=config.grpo, **parts)
+    def make_state(self, config: RunConfig, **fields: Any) -> TrainState:
+        return TrainState(config=config.grpo, **fields)
 
-    def begin(self, config: RunConfig, state: Any, data: Data, *, resumed: bool) -> None:
-        """What is done before the first step, once the model is there; all ranks call it."""
+    def begin(self, config: RunConfig, state: State, data: Data, *, resumed: bool) -> None:
+        """Work before the first step, when the model is loaded; all ranks call it."""
 
-    def step(
-        self, state: Any, prompts: Sequence[Prompt]
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """One step on this rank's B prompts: metrics, the same on all ranks, and a record of each
-        of its completions that was drawn."""
+    def step(self, state: State, prompts: Sequence[Prompt]) -> tuple[Metrics, list[Row]]:
+        """One step on this rank's B prompts.
+
+        Returns:
+            Metrics, the same on all ranks, and a record of each completion that this rank drew.
+        """
         raise NotImplementedError
 
-    def evaluate(self, config: RunConfig, state: Any, data: Data, num_rows: int) -> HeldOut:
-        """On the first held-out rows; all ranks call it."""
+    def evaluate(self, config: RunConfig, state: State, data: Data, num_rows: int) -> HeldOut:
+        """Evaluate on the first held-out rows; all ranks call it."""
         with state.engine.whole_weights():
             pass  # gathered by all ranks, before anything can fail on one of them
         result = evaluate_rewards(
             state.rollout,
-            data.test.load,
+            data.held_out.load,
             range(num_rows),
             reward_funcs=data.reward_funcs,
             bad_rows=BadRows(config.data.max_bad_rows),
@@ -112,16 +145,14 @@ class Algorithm:
         return {"means": result.means, "answers": answers, "num_samples": len(result.records)}
 
     def curve(self, reward_names: Sequence[str]) -> list[str]:
-        """The metrics that tell how training went, the main one first."""
+        """The metrics that show how training went, the main one first."""
         return ["loss"]
 
-    def compare(
-        self, before: HeldOut, after: HeldOut
-    ) -> tuple[str, dict[str, float], dict[str, float]]:
-        """What is shown of two evaluations: a title, means before and after."""
+    def compare(self, before: HeldOut, after: HeldOut) -> tuple[str, Metrics, Metrics]:
+        """A title for two evaluations, and their means to show, before and after."""
         title = f"held-out rewards, greedy, {after['num_samples']} samples"
         return title, before["means"], after["means"]
 
     def answers(self, sample: Sample) -> dict[str, str]:
-        """What a row teaches, by what it is called."""
+        """Name -> text of the answers that a row has."""
         return {"solution": sample.solution}

@@ -1,9 +1,9 @@
-"""DPO: from pairs of a chosen and a rejected answer, the prompt and its images read once for both.
+"""DPO on pairs of a chosen and a rejected answer; the prompt and its images are read once for both.
 
-A pair is a group of two completions that are given instead of sampled, so everything a group has
-in GRPO it has here: one packed row, one pass of the vision tower, log-probs without whole logits.
-The loss is that of Rafailov et al. (arXiv:2305.18290), with the smoothing of conservative DPO and
-MIA-DPO's cross entropy of the chosen answer beside it.
+A pair is a group of two given completions, and is computed like a group in GRPO: in one packed row,
+with one pass of the vision tower and without whole logits. The loss is that of Rafailov et al.
+(arXiv:2305.18290), with the label smoothing of conservative DPO and MIA-DPO's cross entropy of the
+chosen answer as options.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,42 +25,34 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from virft_fast import dist, progress
-from virft_fast.algorithms.base import Algorithm, Data, HeldOut
+from virft_fast.algorithms import step
+from virft_fast.algorithms.base import Algorithm, Check, Data, HeldOut
 from virft_fast.algorithms.sft import answer_ids, given_answers
-from virft_fast.algorithms.step import (
-    Microbatch,
-    Part,
-    StepStats,
-    TrainState,
-    as_reference,
-    backward,
-    empty_microbatch,
-    equally_many,
-    finish,
-    microbatch,
-    plan_microbatches,
-    step_optimizer,
-)
-from virft_fast.batch import Prompt, Rollouts, Sample
-from virft_fast.config import BESIDE_GRPO, DPOConfig, RunConfig, UsageError, given_flags
+from virft_fast.algorithms.step import Metrics, Microbatch, StepStats, TrainState
+from virft_fast.batch import Prompt, Rollouts, Row, Sample
+from virft_fast.config import DPOConfig, RunConfig, UsageError
 from virft_fast.data import BadRow, NoUsableRows
 from virft_fast.metrics import reduce_metrics
-from virft_fast.models.qwen_vl import control_tokens_in
+from virft_fast.models.families import Tokenizer
+from virft_fast.models.inputs import control_tokens_in
 
 logger = logging.getLogger(__name__)
 
 REFERENCE_FILE = "reference_logps.json"
 
-# Row -> the reference's log-probs of its (chosen, rejected) answer.
+# Row -> log-probs of its (chosen, rejected) answer under the reference.
 RefLogps = dict[int, tuple[float, float]]
+Digests = dict[int, str]  # row -> `pair_digest`
+Tables = dict[str, tuple[RefLogps, Digests]]  # of the rows to train on, and the held-out ones
+Load = Callable[[int], Prompt | BadRow]
 
 
 @dataclass
 class DPOState(TrainState):
-    """`TrainState` with what pairs need.
+    """`TrainState` for pairs.
 
     Attributes:
-        ref_logps, test_ref_logps: of the training, of the held-out data, where they were computed
+        ref_logps, test_ref_logps: the training rows' and the held-out rows', if they were computed
             beforehand; None: `reference` computes them.
     """
 
@@ -73,7 +66,7 @@ class Pairs:
     """Pairs that go through the model in one call: n of them, 2n completions.
 
     Attributes:
-        rows: the data set's row of each pair; none in a microbatch that only keeps others company.
+        rows: the data set's row of each pair; empty in an `empty_microbatch`.
         ref_logps: (n, 2), or None.
     """
 
@@ -89,14 +82,14 @@ def dpo_loss(
 
     Args:
         logps: (n, 2) summed log-probs of the chosen and the rejected answer.
-        ref_logps: (n, 2), the reference's.
+        ref_logps: (n, 2), the same under the reference.
         beta: > 0.
-        label_smoothing: share of pairs taken to be the wrong way round, in [0, 0.5): conservative
-            DPO's, which TRL 1.16's "sigmoid" has not.
+        label_smoothing: share of pairs assumed to be swapped, in [0, 0.5); conservative DPO's, TRL
+            1.16's "sigmoid" has none.
     Returns:
-        losses (n,), and rewards (n, 2), beta times the log-ratios, detached.
+        Losses (n,), and rewards (n, 2), which are beta times the log-ratios, detached.
     Raises:
-        ValueError: shapes.
+        ValueError: wrong shapes.
     With log-ratios that differ by 1 and beta 1 the loss is -log sigmoid(1) = 0.3133.
     """
     if logps.ndim != 2 or logps.shape[1] != 2 or ref_logps.shape != logps.shape:
@@ -113,19 +106,19 @@ def dpo_loss(
 
 
 def pair_of(sample: Sample) -> tuple[str, str]:
-    """The chosen and the rejected answer of a row that `check_pair` found nothing wrong with."""
+    """The chosen and the rejected answer of a row that has passed `check_pair`."""
     return sample.columns["chosen"], sample.columns["rejected"]
 
 
-def check_pair(tokenizer: Any, most: int, sample: Sample) -> str | None:
+def check_pair(tokenizer: Tokenizer, limit: int, sample: Sample) -> str | None:
     """What is wrong with a row's pair of answers, or None."""
     for name in ("chosen", "rejected"):
         text = sample.columns.get(name)
         if not isinstance(text, str):
             return f"{name}: expected an answer, a text or a chat, got nothing"
         ids = answer_ids(tokenizer, text)[:-1].tolist()  # an answer that was cut off gets an EOS
-        if len(ids) > most:
-            return f"{name}: {len(ids)} tokens, more than --max_completion_length {most}; raise it"
+        if len(ids) > limit:
+            return f"{name}: {len(ids)} tokens, more than --max_completion_length {limit}; raise it"
         if control := control_tokens_in(tokenizer, text):
             return f"{name}: holds the special token {control[0]}; remove it from the text"
     if sample.columns["chosen"] == sample.columns["rejected"]:
@@ -134,15 +127,15 @@ def check_pair(tokenizer: Any, most: int, sample: Sample) -> str | None:
 
 
 def pair_digest(sample: Sample) -> str:
-    """Changes with anything the model reads of a row: chat, answers, pictures."""
-    found = hashlib.sha1(repr((sample.messages, pair_of(sample))).encode("utf-8", "replace"))
+    """A hash of what the model reads of a row: chat, answers, images."""
+    digest = hashlib.sha1(repr((sample.messages, pair_of(sample))).encode("utf-8", "replace"))
     for image in sample.images:
-        found.update(repr(image.size).encode() + image.tobytes())
-    return found.hexdigest()
+        digest.update(repr(image.size).encode() + image.tobytes())
+    return digest.hexdigest()
 
 
-def check_known(digests: Mapping[int, str], sample: Sample) -> str | None:
-    """What is wrong with a row whose reference log-probs were computed beforehand, or None."""
+def check_unchanged(digests: Mapping[int, str], sample: Sample) -> str | None:
+    """What is wrong with a row, if its reference log-probs were computed beforehand, or None."""
     digest = digests.get(sample.index)
     if digest is None:
         return "it could not be used when the reference's log-probs were computed; start again"
@@ -151,46 +144,40 @@ def check_known(digests: Mapping[int, str], sample: Sample) -> str | None:
     return None
 
 
-def train_step(
-    state: DPOState, prompts: Sequence[Prompt]
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """One step on this rank's B prompts and the pairs their rows hold.
+def train_step(state: DPOState, prompts: Sequence[Prompt]) -> tuple[Metrics, list[Row]]:
+    """One step on this rank's B prompts and the pairs in their rows.
 
     Returns:
-        metrics, the same on all ranks; and no records.
+        Metrics, the same on all ranks; no records.
     Raises:
-        TooManyBadSteps: `max_bad_steps` steps in a row had to be skipped.
+        TooManyBadSteps: `max_bad_steps` steps in a row were skipped.
     """
     stats, start = StepStats(), time.perf_counter()
     torch.manual_seed(state.seed + state.step)
     answers = _answers(state, prompts)
     chosen = answers.completion_mask[::2]
     with stats.timed("train"):
-        batches = _batches(state, prompts, answers)
+        batches = _batches(state, answers)
         _add_reference(state, batches, state.ref_logps)
         counts = torch.tensor([len(chosen), int(chosen.sum())], dtype=torch.float64)
-        counts = dist.all_reduce_sum(counts.to(state.engine.device)).tolist()
+        totals = dist.all_reduce_sum(counts.to(state.engine.device)).tolist()
         learning_rate, finite = state.learning_rate(state.step), True
         for number, pairs in enumerate(batches, 1):
-            # Engines average gradients over ranks, hence the factor.
-            loss = _loss(state, pairs, stats, *counts) * dist.world_size()
-            finite &= backward(state, loss, last=number == len(batches))
+            # The number of ranks is a factor, because engines average gradients over them.
+            loss = _loss(state, pairs, stats, *totals) * dist.world_size()
+            finite &= step.backward(state, loss, last=number == len(batches))
             stats.add_total("loss", float(loss.detach()))
-        applied = step_optimizer(state, finite, learning_rate, stats)
+        applied = step.step_optimizer(state, finite, learning_rate, stats)
     lengths = answers.completion_mask.sum(1)
     stats.add("completion_length", float(lengths.sum()), len(lengths))
     state.step += 1
-    return finish(state, stats, answers, learning_rate, applied, start), []
+    return step.finish(state, stats, answers, learning_rate, applied, start), []
 
 
 @torch.no_grad()
-def evaluate(
-    state: DPOState, load: Callable[[int], Prompt | BadRow], count: int, batch_size: int
-) -> dict[str, float]:
-    """Means over rows 0 to count - 1 as they are: loss, rewards, preference accuracy; `num_pairs`
-    is how many of them could be used.
-
-    Every rank has to call it.
+def evaluate(state: DPOState, load: Load, count: int, batch_size: int) -> Metrics:
+    """Means over rows 0 to count - 1, which are not shuffled: loss, rewards, preference accuracy;
+    and `num_pairs`, how many rows could be used. All ranks call it.
 
     Raises:
         NoUsableRows: none could be used.
@@ -198,10 +185,9 @@ def evaluate(
     sums = StepStats()
     state.policy.eval()
     num_pairs = 0
-    for prompts in _shares(load, count, batch_size):
+    for prompts in _own_prompts(load, count, batch_size):
         num_pairs += len(prompts)
-        answers = _answers(state, prompts)
-        batches = _batches(state, prompts, answers)
+        batches = _batches(state, _answers(state, prompts) if prompts else None)
         _add_reference(state, batches, state.test_ref_logps)
         for pairs in batches:
             _loss(state, pairs, sums, 1.0, 1.0)
@@ -214,8 +200,8 @@ def evaluate(
             f"expected a held-out pair that can be used, got none in {count} rows, for the reasons "
             "above; mend them, or leave --eval_samples out"
         )
-    # A rank without a usable row has counted nothing, and takes part all the same.
-    names = {name for part in dist.all_gather_object(sorted(sums.sums)) for name in part}
+    # All ranks reduce the same metrics, even one without a usable row.
+    names = {name for of_rank in dist.all_gather_object(list(sums.sums)) for name in of_rank}
     counted = {name: sums.sums.get(name, (0.0, 0.0)) for name in sorted(names)}
     means = reduce_metrics(counted, lambda t: dist.all_reduce_sum(t.to(device)).to(t.device))
     means = {name: value for name, value in means.items() if not math.isnan(value)}
@@ -225,32 +211,37 @@ def evaluate(
 @torch.no_grad()
 def reference_logps(
     state: DPOState,
-    load: Callable[[int], Prompt | BadRow],
+    load: Load,
     count: int,
     batch_size: int,
-    progress: Callable[[int], None] = lambda rows: None,
-) -> tuple[RefLogps, dict[int, str]]:
-    """The untrained policy's log-probs of every usable row's answers, and the digests of these
-    rows, the same on all ranks."""
-    found: RefLogps = {}
-    digests: dict[int, str] = {}
+    report: Callable[[int], object] = lambda rows: None,
+) -> tuple[RefLogps, Digests]:
+    """The log-probs of every usable row's answers under the untrained policy, and these rows'
+    digests, the same on all ranks.
+
+    Args:
+        report: is called after each batch, with this rank's number of rows in it.
+    """
+    own_logps: RefLogps = {}
+    own_digests: Digests = {}
     state.policy.eval()
-    for prompts in _shares(load, count, batch_size):
-        digests |= {prompt.sample.index: pair_digest(prompt.sample) for prompt in prompts}
-        for pairs in _batches(state, prompts, _answers(state, prompts)):
-            logps, _ = state.engine.forward(pairs.batch.inputs)
-            found |= dict(zip(pairs.rows, map(tuple, _sums(pairs, logps).tolist()), strict=True))
-        progress(len(prompts))
+    for prompts in _own_prompts(load, count, batch_size):
+        own_digests |= {prompt.sample.index: pair_digest(prompt.sample) for prompt in prompts}
+        for pairs in _batches(state, _answers(state, prompts) if prompts else None):
+            sums = _sums(pairs, state.engine.forward(pairs.batch.inputs)[0]).tolist()
+            own_logps |= {row: (c, r) for row, (c, r) in zip(pairs.rows, sums, strict=True)}
+        report(len(prompts))
     state.policy.train()
-    parts = dist.all_gather_object((found, digests))
-    return (
-        {row: sums for part, _ in parts for row, sums in part.items()},
-        {row: digest for _, part in parts for row, digest in part.items()},
-    )
+    logps: RefLogps = {}
+    digests: Digests = {}
+    for logps_of_rank, digests_of_rank in dist.all_gather_object((own_logps, own_digests)):
+        logps |= logps_of_rank
+        digests |= digests_of_rank
+    return logps, digests
 
 
-def _shares(load: Callable[[int], Prompt | BadRow], count: int, batch_size: int) -> Any:
-    """This rank's usable prompts of rows 0 to count - 1, equally many batches on every rank."""
+def _own_prompts(load: Load, count: int, batch_size: int) -> Iterator[list[Prompt]]:
+    """This rank's usable prompts of rows 0 to count - 1, in equally many batches on every rank."""
     world, rank = dist.world_size(), dist.rank()
     for first in range(0, count, batch_size * world):
         rows = range(first + rank * batch_size, min(first + (rank + 1) * batch_size, count))
@@ -263,100 +254,94 @@ def _shares(load: Callable[[int], Prompt | BadRow], count: int, batch_size: int)
         yield prompts
 
 
-def _answers(state: DPOState, prompts: Sequence[Prompt]) -> Rollouts | None:
-    if not prompts:
-        return None
+def _answers(state: DPOState, prompts: Sequence[Prompt]) -> Rollouts:
     return given_answers(state.tokenizer, prompts, [pair_of(p.sample) for p in prompts])
 
 
-def _batches(state: DPOState, prompts: Sequence[Prompt], answers: Rollouts | None) -> list[Pairs]:
-    """The pairs in microbatches, equally many on all ranks, at least one; no pair is split."""
-    plan: list[list[Part]] = []
-    if answers is not None:
-        plan = plan_microbatches(
-            [Part(number, (2 * number, 2 * number + 1)) for number in range(len(prompts))],
-            prompt_lengths=[len(prompt.input_ids) for prompt in prompts],
-            lengths=answers.completion_mask.sum(1).tolist(),
-            prompts_per_microbatch=state.prompts_per_microbatch,
-            max_tokens=state.max_tokens_per_microbatch,
-            shared=state.policy.shares_prefix,
-            split=False,
-        )
-        ones = torch.ones(2 * len(prompts))
-    made = [
-        Pairs(
-            microbatch(state, answers, parts, ones, answers.completion_mask),
-            tuple(prompts[part.prompt].sample.index for part in parts),
-        )
-        for parts in plan
-    ]
-    return equally_many(made, lambda: Pairs(empty_microbatch(state, tower=True), ()))
+def _batches(state: DPOState, answers: Rollouts | None) -> list[Pairs]:
+    """The pairs in microbatches, equally many on all ranks, at least one; no pair is split.
+
+    Args:
+        answers: None: this rank has no pairs.
+    """
+    rows = iter([prompt.sample.index for prompt in answers.prompts] if answers else [])
+    if answers is None:
+        made = step.equally_many([], lambda: step.empty_microbatch(state, tower=True))
+    else:
+        mask = answers.completion_mask
+        made = step.lay_out(state, answers, torch.ones(len(mask)), mask, split=False)
+    # An empty microbatch has one completion, and no pair.
+    return [Pairs(batch, tuple(islice(rows, len(batch.advantages) // 2))) for batch in made]
 
 
 @torch.no_grad()
-def _add_reference(state: DPOState, batches: list[Pairs], known: RefLogps | None) -> None:
+def _add_reference(state: DPOState, batches: list[Pairs], computed: RefLogps | None) -> None:
     for pairs in batches:
         batch = pairs.batch
-        if known is not None:
-            values = [known[row] for row in pairs.rows]
+        if computed is not None:
+            values = [computed[row] for row in pairs.rows]
             pairs.ref_logps = torch.tensor(values, device=state.engine.device).view(-1, 2)
         elif state.reference is not None:
-            # A frozen tower is the reference's too. Whole weights are free but under ZeRO-3.
+            # The reference has the same frozen tower. Whole weights are cheap except under ZeRO-3.
             if state.policy.vision_frozen and state.engine.zero_stage < 3 and pairs.rows:
                 with state.engine.whole_weights() as policy:
                     batch.image_features = policy.image_features(batch.inputs)
-            with as_reference(state):
-                logps, _ = state.reference(batch.inputs, image_features=batch.image_features)
+            features = batch.image_features
+            logps = step.reference_pass(state, batch.inputs, image_features=features)
             pairs.ref_logps = _sums(pairs, logps)
 
 
 def _loss(
     state: DPOState, pairs: Pairs, stats: StepStats, num_pairs: float, num_tokens: float
 ) -> Tensor:
-    """This microbatch's share of the loss of all `num_pairs` pairs and `num_tokens` tokens of
-    chosen answers, over all ranks."""
-    logps, entropy = state.engine.forward(
-        pairs.batch.inputs, image_features=pairs.batch.image_features
-    )
+    """The microbatch's share of the loss.
+
+    Args:
+        num_pairs, num_tokens: all ranks' pairs, and the tokens of their chosen answers.
+    """
+    batch, ref_logps = pairs.batch, pairs.ref_logps
+    logps, entropy = state.engine.forward(batch.inputs, image_features=batch.image_features)
     if not pairs.rows:
         return 0.0 * logps.sum()
-    sums = _sums(pairs, logps)
-    losses, rewards, ref_logps = None, None, pairs.ref_logps
+    sums, dpo, outcome = _sums(pairs, logps), state.dpo, None
     if ref_logps is not None:
-        losses, rewards = dpo_loss(
-            sums, ref_logps, beta=state.dpo.dpo_beta, label_smoothing=state.dpo.label_smoothing
-        )
-    _note(stats, pairs, sums.detach(), entropy.detach(), losses, rewards)
-    if losses is None:
+        smoothing = dpo.label_smoothing
+        outcome = dpo_loss(sums, ref_logps, beta=dpo.dpo_beta, label_smoothing=smoothing)
+    _add_stats(stats, pairs, sums.detach(), entropy.detach(), outcome)
+    if outcome is None:
         return 0.0 * logps.sum()
-    return losses.sum() / num_pairs - state.dpo.dpo_gamma * sums[:, 0].sum() / num_tokens
+    return outcome[0].sum() / num_pairs - dpo.dpo_gamma * sums[:, 0].sum() / num_tokens
 
 
-def _note(
+def _add_stats(
     stats: StepStats,
     pairs: Pairs,
     sums: Tensor,
     entropy: Tensor,
-    losses: Tensor | None,
-    rewards: Tensor | None,
+    loss: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Sums over pairs, or tokens, for the means of the step; one wait for the device."""
+    """Add sums over pairs or tokens for the step's means, with a single wait for the device.
+
+    Args:
+        loss: from `dpo_loss`.
+    """
     lengths = pairs.batch.inputs.cu_seqlens.diff().view(-1, 2)
-    # Of the log-probs it says something before training too, unlike of the rewards.
-    parts = {"num_chosen": lengths[:, 0], "num_tokens": lengths, "entropy": entropy,
-             "logps/chosen": sums[:, 0], "logps/rejected": sums[:, 1],
-             "logps/accuracies": sums[:, 0] > sums[:, 1]}  # fmt: skip
-    if losses is not None and rewards is not None:
+    # The accuracy of the log-probs is meaningful even before training, the one of rewards isn't.
+    columns = {"num_chosen": lengths[:, 0], "num_tokens": lengths, "entropy": entropy,
+               "logps/chosen": sums[:, 0], "logps/rejected": sums[:, 1],
+               "logps/accuracies": sums[:, 0] > sums[:, 1]}  # fmt: skip
+    if loss is not None:
+        losses, rewards = loss
         margins = rewards[:, 0] - rewards[:, 1]
-        parts |= {"dpo_loss": losses.detach(), "rewards/chosen": rewards[:, 0],
-                  "rewards/rejected": rewards[:, 1], "rewards/margins": margins,
-                  "rewards/accuracies": margins > 0}  # fmt: skip
-    totals = torch.stack([part.sum().double() for part in parts.values()]).tolist()
-    found = dict(zip(parts, totals, strict=True))
-    num_chosen, num_tokens = found.pop("num_chosen"), found.pop("num_tokens")
-    stats.add("nll", -found["logps/chosen"], num_chosen)
-    stats.add("entropy", found.pop("entropy"), num_tokens)
-    for name, total in found.items():
+        columns |= {"dpo_loss": losses.detach(), "rewards/chosen": rewards[:, 0],
+                    "rewards/rejected": rewards[:, 1], "rewards/margins": margins,
+                    "rewards/accuracies": margins > 0}  # fmt: skip
+    stacked = torch.stack([column.sum().double() for column in columns.values()])
+    totals = dict(zip(columns, stacked.tolist(), strict=True))
+    num_chosen, num_tokens = totals.pop("num_chosen"), totals.pop("num_tokens")
+    stats.add("nll", -totals["logps/chosen"], num_chosen)
+    stats.add("entropy", totals.pop("entropy"), num_tokens)
+    for name, total in totals.items():
         stats.add(name, total, len(sums))
 
 
@@ -365,92 +350,93 @@ def _sums(pairs: Pairs, logps: Tensor) -> Tensor:
     if not pairs.rows:
         return logps.new_zeros(0, 2)
     lengths = pairs.batch.inputs.cu_seqlens.diff().long()
-    # Its checks would wait for the device, and the lengths are ours.
+    # unsafe: no checks, which would wait for the device; the lengths are right by construction.
     sums = torch.segment_reduce(logps, "sum", lengths=lengths, initial=0.0, unsafe=True)
     return sums.view(-1, 2)
 
 
-def _reference_beforehand(config: RunConfig, state: DPOState, data: Data, *, resumed: bool) -> None:
-    """The reference's log-probs of all rows: computed at the start of a run, read later on. From
-    then on only rows that are as they were can be used."""
+def _precompute_reference(config: RunConfig, state: DPOState, data: Data, *, resumed: bool) -> None:
+    """The reference's log-probs of all rows, computed when a run starts and read when it resumes.
+    From then on only rows that have not changed can be used."""
     path = Path(config.train.output_dir) / REFERENCE_FILE
     held_out = 0 if data.test is None else min(config.train.eval_samples, len(data.test))
-    counts = {"train": len(data.train), "test": held_out}
-    # What decides which rows can be used, and what the model reads of them.
+    counts: Row = {"train": len(data.train), "test": held_out}
+    # The flags that decide which rows can be used, and what the model reads of them.
     flags = ("max_completion_length", "max_prompt_length", "min_pixels", "max_pixels")
     limits = {name: config.flat()[name] for name in flags}
     if resumed:
-        try:
-            saved = json.loads(path.read_text())
-            had = saved["counts"]
-            if had["train"] != counts["train"] or had["test"] < held_out:
-                raise ValueError(f"it is of {had} rows, these are {counts}")
-            if saved["limits"] != limits:
-                raise ValueError(f"it was made with {saved['limits']}, these are {limits}")
-            tables = [
-                (
-                    {int(row): (float(c), float(r)) for row, (c, r) in saved[name].items()},
-                    {int(row): str(d) for row, d in saved["digests"][name].items()},
-                )
-                for name in counts
-            ]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UsageError(
-                f"{path}: expected the reference's log-probs of this run, got a file that is "
-                "damaged or of another version; start the run again"
-            ) from error
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"{path}: expected the reference's log-probs of this run: {error}; start it again"
-            ) from error
-        _use_reference(state, data, tables)
-        return
+        tables = _read_reference(path, counts, limits)
+    else:
+        tables = _compute_reference(config, state, data, counts)
+        if dist.is_main():
+            content: Row = {"counts": counts, "limits": limits, "digests": {}}
+            for name, (logps, digests) in tables.items():
+                content[name], content["digests"][name] = logps, digests
+            aside = path.with_suffix(".writing")
+            aside.write_text(json.dumps(content))
+            aside.replace(path)
+    state.ref_logps, state.test_ref_logps = tables["train"][0], tables["test"][0]
+    for source, (_, digests) in zip((data.train, data.test), tables.values(), strict=True):
+        if source is not None:
+            source.check = partial(_all_checks, (source.check, partial(check_unchanged, digests)))
+
+
+def _compute_reference(config: RunConfig, state: DPOState, data: Data, counts: Row) -> Tables:
     from tqdm import tqdm
 
-    tables = []
-    for source, count in ((data.train, counts["train"]), (data.test, counts["test"])):
+    tables = {}
+    size = max(config.train.eval_batch_size, state.prompts_per_microbatch)
+    for source, (name, count) in zip((data.train, data.test), counts.items(), strict=True):
         with tqdm(total=count, unit="row", desc="reference", disable=not dist.is_main()) as bar:
-            size = max(config.train.eval_batch_size, state.prompts_per_microbatch)
-            load = source.load if source is not None else None
-            tables.append(reference_logps(state, load, count, size, bar.update))
-    _use_reference(state, data, tables)
-    if dist.is_main():
-        aside = path.with_suffix(".writing")
-        content = {"counts": counts, "limits": limits, "digests": {}}
-        for name, (logps, digests) in zip(counts, tables, strict=True):
-            content |= {name: logps}
-            content["digests"] |= {name: digests}
-        aside.write_text(json.dumps(content))
-        aside.replace(path)
+            load = (source or data.train).load  # without held-out rows `count` is 0
+            tables[name] = reference_logps(state, load, count, size, bar.update)
+    return tables
 
 
-def _use_reference(
-    state: DPOState, data: Data, tables: Sequence[tuple[RefLogps, dict[int, str]]]
-) -> None:
-    (state.ref_logps, of_train), (state.test_ref_logps, of_test) = tables
-    for source, digests in ((data.train, of_train), (data.test, of_test)):
-        if source is not None:
-            source.check = partial(_all_checks, (source.check, partial(check_known, digests)))
+def _read_reference(path: Path, counts: Row, limits: Row) -> Tables:
+    try:
+        saved = json.loads(path.read_text())
+        had = saved["counts"]
+        if had["train"] != counts["train"] or had["test"] < counts["test"]:
+            raise ValueError(f"it is of {had} rows, these are {counts}")
+        if saved["limits"] != limits:
+            raise ValueError(f"it was made with {saved['limits']}, these are {limits}")
+        return {
+            name: (
+                {int(row): (float(c), float(r)) for row, (c, r) in saved[name].items()},
+                {int(row): str(d) for row, d in saved["digests"][name].items()},
+            )
+            for name in counts
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{path}: expected the reference's log-probs of this run, got a file that is damaged "
+            "or of another version; start the run again"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{path}: expected the reference's log-probs of this run: {error}; start it again"
+        ) from error
 
 
-def _all_checks(checks: Sequence[Callable[[Sample], str | None]], sample: Sample) -> str | None:
-    return next((wrong for wrong in (check(sample) for check in checks) if wrong), None)
+def _all_checks(checks: Sequence[Check | None], sample: Sample) -> str | None:
+    return next((wrong for check in checks if check and (wrong := check(sample))), None)
 
 
-class DPO(Algorithm):
-    name = "dpo"
+class DPO(Algorithm[DPOState]):
+    name = flags = "dpo"
+    same_on_resume = ("dpo_beta", "label_smoothing", "dpo_gamma", "precompute_ref_log_probs")
     step = staticmethod(train_step)
     preferences = True
     files = (REFERENCE_FILE,)
 
     def without_effect(self, config: RunConfig) -> list[str]:
-        if config.grpo.beta != type(config.grpo)().beta:  # TRL's DPO has a --beta too
+        if config.grpo.beta != type(config.grpo)().beta:  # it is TRL's name of dpo_beta
             raise UsageError(
                 f"--beta {config.grpo.beta}: it is the weight of GRPO's KL term; for --algorithm "
                 f"dpo pass --dpo_beta {config.grpo.beta}"
             )
-        unused = [name for name in given_flags(config.grpo) if name not in BESIDE_GRPO]
-        return unused + ([] if config.data.task == "auto" else ["task"])
+        return super().without_effect(config) + ["task"] * (config.data.task != "auto")
 
     def check_data(self, config: RunConfig, column_names: Sequence[str]) -> None:
         if not {"chosen", "rejected"} <= set(column_names):
@@ -464,28 +450,26 @@ class DPO(Algorithm):
                 "answers are not converted; leave it out"
             )
 
-    def check_row(self, config: RunConfig, tokenizer: Any) -> Callable[[Sample], str | None]:
+    def check_row(self, config: RunConfig, tokenizer: Tokenizer) -> Check:
         return partial(check_pair, tokenizer, config.grpo.max_completion_length)
 
     def uses_reference(self, config: RunConfig) -> bool:
         return not config.dpo.precompute_ref_log_probs
 
-    def make_state(self, config: RunConfig, **parts: Any) -> DPOState:
-        return DPOState(config=config.grpo, dpo=config.dpo, **parts)
+    def make_state(self, config: RunConfig, **fields: Any) -> DPOState:
+        return DPOState(config=config.grpo, dpo=config.dpo, **fields)
 
     def begin(self, config: RunConfig, state: DPOState, data: Data, *, resumed: bool) -> None:
         if config.dpo.precompute_ref_log_probs:
-            _reference_beforehand(config, state, data, resumed=resumed)
+            _precompute_reference(config, state, data, resumed=resumed)
 
     def evaluate(self, config: RunConfig, state: DPOState, data: Data, num_rows: int) -> HeldOut:
-        means = evaluate(state, data.test.load, num_rows, config.train.eval_batch_size)
+        means = evaluate(state, data.held_out.load, num_rows, config.train.eval_batch_size)
         return {"means": means, "answers": {}, "num_samples": int(means.pop("num_pairs"))}
 
-    def compare(
-        self, before: HeldOut, after: HeldOut
-    ) -> tuple[str, dict[str, float], dict[str, float]]:
+    def compare(self, before: HeldOut, after: HeldOut) -> tuple[str, Metrics, Metrics]:
         title = f"held-out pairs, {after['num_samples']} samples"
-        # Before training the policy is the reference, and prefers nothing to it.
+        # Before training the policy is the reference, so its rewards are all 0.
         first = {k: v for k, v in before["means"].items() if not k.startswith("rewards/")}
         return title, first, {k: v for k, v in after["means"].items() if k in first}
 

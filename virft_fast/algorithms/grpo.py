@@ -1,11 +1,11 @@
 """GRPO: one step, readable top to bottom.
 
-What a step does: G completions for each prompt, a reward for each, advantages within the groups,
-and `num_iterations` passes of the clipped loss over them. It differs from Visual-RFT's trainer in
-what was broken there (images follow their prompts, truncated and unscorable completions are dealt
-with, the token count spans all microbatches and ranks before the first backward) and from TRL's in
-that a microbatch counts prompts or tokens, so that a group stays together and its prompt is read
-once, and in that completions nothing can be learnt from are not read at all.
+A step draws G completions for each prompt, rewards each of them, computes advantages within the
+groups, and makes `num_iterations` passes of the clipped loss over them. Unlike in Visual-RFT's
+trainer, images follow their prompts, truncated and unscorable completions are handled, and tokens
+are counted over all microbatches and ranks before the first backward pass. Unlike in TRL's trainer,
+a microbatch is a number of prompts or tokens, so that a group stays together and its prompt is read
+once; and completions without any influence on the gradient are not read at all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,26 +23,30 @@ from torch import Tensor
 from virft_fast import dist
 from virft_fast.algorithms.base import Algorithm
 from virft_fast.algorithms.step import (
+    Metrics,
     Microbatch,
     StepStats,
     TooManyBadSteps,
     TrainState,
-    as_reference,
     finish,
     lay_out,
     loss_shares,
+    reference_pass,
     update,
 )
-from virft_fast.batch import Prompt, Rollouts
-from virft_fast.config import GRPOConfig, RunConfig, given_flags
+from virft_fast.batch import Json, Prompt, Rollouts, Row
+from virft_fast.config import GRPOConfig, RunConfig
 from virft_fast.kernels import GRPOLoss, LossArgs, group_advantages
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.records import completion_records, reward_arguments
 from virft_fast.tasks import RewardLog, score
 
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
 logger = logging.getLogger(__name__)
 
-# Metric -> the value above which a step teaches little, and what to say after IDLE_STEPS of them.
+# Metric -> (limit above which a step teaches little, warning after IDLE_STEPS such steps).
 IDLE_STEPS = 20
 IDLE = {
     "frac_reward_zero_std": (
@@ -63,22 +67,20 @@ IDLE = {
 }
 
 
-def train_step(
-    state: TrainState, prompts: Sequence[Prompt]
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[Metrics, list[Row]]:
     """One GRPO step on this rank's B prompts.
 
     Returns:
-        metrics, the same on all ranks, and a record of each of this rank's N completions.
+        Metrics, the same on all ranks, and a record of each of this rank's N completions.
     Raises:
-        TooManyBadSteps: `max_bad_steps` steps in a row had to be skipped, or had no finite value
-            of one of the reward functions.
+        TooManyBadSteps: `max_bad_steps` steps in a row were skipped, or got no finite value from
+            one of the reward functions.
     """
     cfg, stats, start = state.config, StepStats(), time.perf_counter()
     torch.manual_seed(state.seed + state.step)
     log = RewardLog()
     with stats.timed("rollout"), state.engine.whole_weights():
-        pass  # gathered by all ranks, before anything here can fail on one of them
+        pass  # all ranks gather the weights, before something below can fail on one of them
     with dist.agreed():
         with stats.timed("rollout"), state.section("rollout", None):
             rollouts = state.rollout.generate(
@@ -102,7 +104,7 @@ def train_step(
                 stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: float, first=iteration == 0
             ) -> None:
                 _loss_stats(stats, out, mb, loss / cfg.num_iterations)
-                if first:  # later the weights are no longer those that drew
+                if first:  # afterwards the weights are not those of the rollout
                     _mismatch_stats(stats, out, mb)
 
             applied &= update(
@@ -124,8 +126,8 @@ def train_step(
     return metrics, records
 
 
-def _plain(value: Any) -> Any:
-    """What a reward function reports, as JSON can hold it."""
+def _plain(value: object) -> Json:
+    """A value that a reward function reports, or its repr if JSON can't represent it."""
     try:
         json.dumps(value)
         return value
@@ -133,8 +135,8 @@ def _plain(value: Any) -> Any:
         return repr(value)[:1000]
 
 
-def _count_silent(state: TrainState, metrics: dict[str, float], names: Sequence[str]) -> None:
-    """Stop where a reward function has scored nothing for too long, on any rank."""
+def _count_silent(state: TrainState, metrics: Metrics, names: Sequence[str]) -> None:
+    """Raise TooManyBadSteps if a reward function has scored nothing for too long, on any rank."""
     for name in names:
         scored_some = math.isfinite(metrics.get(f"rewards/{name}", math.nan))
         state.silent_steps[name] = 0 if scored_some else state.silent_steps.get(name, 0) + 1
@@ -147,8 +149,8 @@ def _count_silent(state: TrainState, metrics: dict[str, float], names: Sequence[
             )
 
 
-def _count_idle(state: TrainState, metrics: dict[str, float]) -> None:
-    """Warn where steps have taught little for long, once until one does teach."""
+def _count_idle(state: TrainState, metrics: Metrics) -> None:
+    """Warn after many steps in a row that taught little; once for each such series."""
     for name, (limit, text) in IDLE.items():
         state.idle_steps[name] = state.idle_steps.get(name, 0) + 1 if metrics[name] > limit else 0
         if state.idle_steps[name] == IDLE_STEPS:
@@ -156,7 +158,7 @@ def _count_idle(state: TrainState, metrics: dict[str, float]) -> None:
 
 
 def score_rollouts(state: TrainState, rollouts: Rollouts, log: RewardLog) -> tuple[Tensor, Tensor]:
-    """Rewards (N, R), NaN where a function abstains, and their weighted sums (N,)."""
+    """Rewards (N, R), NaN where a function gave none, and their weighted sums (N,)."""
     shared = log.arguments(_trainer_state(state)) if _has_own_rewards(state) else {}
     arguments = reward_arguments(rollouts)
     return score(
@@ -169,12 +171,12 @@ def score_rollouts(state: TrainState, rollouts: Rollouts, log: RewardLog) -> tup
 
 
 def _has_own_rewards(state: TrainState) -> bool:
-    """Whether a reward function is the user's; ours neither look at the run nor report of it."""
+    """Whether a reward function is the user's; ours neither read the run's state nor report."""
     modules = (getattr(function, "__module__", "") for _, function in state.reward_funcs)
     return not all(module.startswith("virft_fast.") for module in modules)
 
 
-def _trainer_state(state: TrainState) -> Any:
+def _trainer_state(state: TrainState) -> TrainerState:
     from transformers import TrainerState
 
     done = state.step * state.prompts_per_step * dist.world_size()
@@ -184,11 +186,11 @@ def _trainer_state(state: TrainState) -> Any:
 
 
 def _reported_stats(stats: StepStats, state: TrainState, log: RewardLog) -> None:
-    """Metrics that reward functions reported, on any rank; never under the name of one of ours."""
+    """Add the metrics that reward functions have reported on any rank, except under our names."""
     if not _has_own_rewards(state):
         return
-    parts = dist.all_gather_object(list(log.metrics))
-    for name in sorted({name for part in parts for name in part}):
+    names = dist.all_gather_object(list(log.metrics))
+    for name in sorted({name for of_rank in names for name in of_rank}):
         values = log.metrics.get(name, [])
         if name not in stats.sums:
             stats.add(name, sum(values), len(values))
@@ -208,8 +210,8 @@ def _sampling(state: TrainState) -> Sampling:
 
 
 def _advantages(rewards: Tensor, cfg: GRPOConfig) -> Tensor:
-    """(N,) advantages; "batch" scales by the spread over all ranks' rewards."""
-    gathered = torch.tensor([r for part in dist.all_gather_object(rewards.tolist()) for r in part])
+    """(N,) advantages, from all ranks' rewards, because "batch" scales by their spread."""
+    gathered = torch.tensor([r for rs in dist.all_gather_object(rewards.tolist()) for r in rs])
     advantages = group_advantages(gathered, cfg.num_generations, scale_rewards=cfg.scale_rewards)
     first = dist.rank() * len(rewards)
     return advantages[first : first + len(rewards)]
@@ -218,7 +220,7 @@ def _advantages(rewards: Tensor, cfg: GRPOConfig) -> Tensor:
 def make_microbatches(
     state: TrainState, rollouts: Rollouts, advantages: Tensor, stats: StepStats
 ) -> list[Microbatch]:
-    """The completions that something can be learnt from, in microbatches."""
+    """The completions that can influence the gradient, in microbatches."""
     mask = _loss_mask(state, rollouts, advantages)
     trains = mask.any(1).tolist()
     stats.add("dropped_fraction", trains.count(False), len(trains))
@@ -226,8 +228,8 @@ def make_microbatches(
 
 
 def _loss_mask(state: TrainState, rollouts: Rollouts, advantages: Tensor) -> Tensor:
-    """(N, T) bool. Without a KL term a token whose advantage is 0 adds nothing to loss or
-    gradient: groups of equal rewards drop out here, before the model reads them."""
+    """(N, T) bool. Without a KL term tokens with advantage 0 add nothing to loss and gradient, so
+    that groups of equal rewards are left out, and the model doesn't read them."""
     mask = _counted(rollouts, state.config)
     if state.config.beta == 0:
         mask = mask & (advantages != 0).to(mask.device)[:, None]
@@ -235,7 +237,7 @@ def _loss_mask(state: TrainState, rollouts: Rollouts, advantages: Tensor) -> Ten
 
 
 def _counted(rollouts: Rollouts, cfg: GRPOConfig) -> Tensor:
-    """(N, T) bool, the tokens that the loss is a mean over."""
+    """(N, T) bool, the tokens that the loss averages over."""
     if cfg.mask_truncated_completions:
         return rollouts.completion_mask & ~rollouts.truncated[:, None]
     return rollouts.completion_mask
@@ -244,7 +246,7 @@ def _counted(rollouts: Rollouts, cfg: GRPOConfig) -> Tensor:
 def _shares(
     microbatches: list[Microbatch], rollouts: Rollouts, cfg: GRPOConfig
 ) -> list[tuple[LossArgs, float]]:
-    """As `loss_shares`, with the arguments that the flags name."""
+    """`loss_shares` with the arguments that the flags name."""
     args = LossArgs(
         beta=cfg.beta,
         epsilon_low=cfg.epsilon_low,
@@ -259,19 +261,18 @@ def _shares(
 
 @torch.no_grad()
 def _frozen_passes(state: TrainState, microbatches: list[Microbatch]) -> None:
-    """Log-probs that stay fixed during the step: the reference's and, if the policy is going to
-    move under the same rollouts, its own."""
+    """Add the log-probs that stay fixed during the step: the reference's and, if the rollouts are
+    used for several updates, the policy's own."""
     cfg = state.config
     for mb in microbatches:
         shared = {"temperature": cfg.temperature, "image_features": mb.image_features}
         if cfg.beta > 0:
-            with as_reference(state):
-                mb.ref_logps, _ = state.reference(mb.inputs, **shared)
+            mb.ref_logps = reference_pass(state, mb.inputs, **shared)
         if cfg.num_iterations > 1:
             mb.old_logps, _ = state.engine.forward(mb.inputs, **shared)
 
 
-def _loss_stats(stats: StepStats, out: Any, mb: Microbatch, loss: float) -> None:
+def _loss_stats(stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: float) -> None:
     tokens = float(mb.loss_mask.sum())
     stats.add_total("loss", loss)
     stats.add("entropy", float(out.entropy.sum()), tokens)
@@ -282,7 +283,7 @@ def _loss_stats(stats: StepStats, out: Any, mb: Microbatch, loss: float) -> None
 
 
 def _mismatch_stats(stats: StepStats, out: GRPOLoss, mb: Microbatch) -> None:
-    """How far training and rollout disagree about the same tokens under the same weights."""
+    """How much training's log-probs and the rollout's differ, under the same weights."""
     difference = (out.logps - mb.sampling_logps)[mb.loss_mask]
     stats.add("sampling_logp_difference", float(difference.abs().sum()), difference.numel())
     ratio = float(difference.max().exp()) if difference.numel() else 0.0
@@ -290,16 +291,12 @@ def _mismatch_stats(stats: StepStats, out: GRPOLoss, mb: Microbatch) -> None:
 
 
 def _rollout_stats(
-    stats: StepStats,
-    state: TrainState,
-    rollouts: Rollouts,
-    rewards_per_func: Tensor,
-    rewards: Tensor,
+    stats: StepStats, state: TrainState, rollouts: Rollouts, by_function: Tensor, rewards: Tensor
 ) -> None:
     groups = rewards.view(-1, state.config.num_generations)  # (B, G)
     scored = rewards[~rewards.isnan()]
     stats.add("reward", float(scored.sum()), len(scored))
-    for (name, _), column in zip(state.reward_funcs, rewards_per_func.T, strict=True):
+    for (name, _), column in zip(state.reward_funcs, by_function.T, strict=True):
         valid = column[~column.isnan()]
         stats.add(f"rewards/{name}", float(valid.sum()), len(valid))
     spread = [float(g[~g.isnan()].std()) if (~g.isnan()).sum() > 1 else 0.0 for g in groups]
@@ -315,18 +312,15 @@ def _rollout_stats(
 
 
 class GRPO(Algorithm):
-    name = "grpo"
+    name = flags = "grpo"
     step = staticmethod(train_step)
     draws = True
-
-    def without_effect(self, config: RunConfig) -> list[str]:
-        return given_flags(config.dpo)
 
     def uses_reference(self, config: RunConfig) -> bool:
         return config.grpo.beta > 0
 
     def may_use_reference(self, config: RunConfig) -> bool:
-        return True  # with another --beta
+        return True  # if --beta is above 0
 
     def curve(self, reward_names: Sequence[str]) -> list[str]:
         return ["reward", *(f"rewards/{name}" for name in reward_names)]

@@ -1,23 +1,23 @@
-"""Supervised fine-tuning: the same data, engine and loss as GRPO, with the answers given.
+"""Supervised fine-tuning, with GRPO's engine and loss on the data set's own answers.
 
-The gradient of the cross entropy is the policy gradient of a completion whose advantage is 1, at a
-ratio of 1 and averaged over tokens. So a step is GRPO's update on the data set's own answers: the
-prompt is masked, logits are formed tile by tile, several samples share a row without padding, and
-accumulation and ranks equal one big batch.
+The gradient of the cross entropy is the policy gradient with advantage 1 and ratio 1, averaged over
+tokens. So a step is GRPO's update on given completions: the loss leaves out the prompt, logits are
+formed tile by tile, several samples share a row without padding, and accumulation and ranks equal
+one big batch.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from virft_fast.algorithms.base import Algorithm
+from virft_fast.algorithms.base import Algorithm, Check
 from virft_fast.algorithms.step import (
+    Metrics,
     Microbatch,
     StepStats,
     TrainState,
@@ -26,46 +26,45 @@ from virft_fast.algorithms.step import (
     loss_shares,
     update,
 )
-from virft_fast.batch import Prompt, Rollouts, Sample
-from virft_fast.config import BESIDE_GRPO, RunConfig, given_flags
+from virft_fast.batch import Prompt, Rollouts, Row, Sample
+from virft_fast.config import RunConfig
 from virft_fast.data.loading import taught_answer
 from virft_fast.kernels import GRPOLoss, LossArgs
-from virft_fast.models.qwen_vl import control_tokens_in
+from virft_fast.models.families import Tokenizer
+from virft_fast.models.inputs import control_tokens_in
 
-# With advantages of 1 the gradient of a mean cross entropy over tokens.
+# With advantage 1 its gradient is that of the mean cross entropy over tokens.
 CROSS_ENTROPY = LossArgs(loss_type="dapo")
 
 
-def answer_ids(tokenizer: Any, text: str) -> Tensor:
-    """(C,) tokens of an answer, EOS included."""
+def answer_ids(tokenizer: Tokenizer, text: str) -> Tensor:
+    """(C,) int64 tokens of an answer, EOS included."""
     ids = tokenizer(text, add_special_tokens=False).input_ids
     return torch.tensor([*ids, tokenizer.eos_token_id])
 
 
-def check_answer(tokenizer: Any, most: int, sample: Sample) -> str | None:
-    """What is wrong with the answer of a row, or None.
+def check_answer(tokenizer: Tokenizer, limit: int, sample: Sample) -> str | None:
+    """What is wrong with a row's answer, or None.
 
     Args:
-        most: tokens, EOS included.
+        limit: tokens, EOS included.
     """
     text = taught_answer(sample)
     if control := control_tokens_in(tokenizer, text):
         return f"the answer holds the special token {control[0]}; remove it from the text"
     count = len(answer_ids(tokenizer, text))
-    if count > most:
-        return f"the answer has {count} tokens, more than --max_completion_length {most}; raise it"
+    if count > limit:
+        return f"the answer has {count} tokens, more than --max_completion_length {limit}; raise it"
     return None
 
 
-def train_step(
-    state: TrainState, prompts: Sequence[Prompt]
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """One step on this rank's B prompts and the answers their rows hold.
+def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[Metrics, list[Row]]:
+    """One step on this rank's B prompts and the answers in their rows.
 
     Returns:
-        metrics, the same on all ranks, `loss` the mean cross entropy of a token; and no records.
+        Metrics, the same on all ranks, `loss` being the mean cross entropy per token; no records.
     Raises:
-        TooManyBadSteps: `max_bad_steps` steps in a row had to be skipped.
+        TooManyBadSteps: `max_bad_steps` steps in a row were skipped.
     """
     stats, start = StepStats(), time.perf_counter()
     torch.manual_seed(state.seed + state.step)
@@ -83,8 +82,8 @@ def train_step(
 def prepare(
     state: TrainState, prompts: Sequence[Prompt], texts: Sequence[str]
 ) -> tuple[Rollouts, list[Microbatch], list[tuple[LossArgs, float]]]:
-    """Microbatches of prompts and their answers, and what makes their loss the mean cross entropy
-    of a token; `step.update` takes both, of several data sets one after another too."""
+    """The answers, and the microbatches and `loss_shares` with which `step.update` minimizes their
+    mean cross entropy per token."""
     answers = given_answers(state.tokenizer, prompts, [[text] for text in texts])
     mask = answers.completion_mask
     microbatches = lay_out(state, answers, torch.ones(len(prompts)), mask)
@@ -92,16 +91,16 @@ def prepare(
 
 
 def note_cross_entropy(stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: float) -> None:
-    """The surrogate's value says nothing: at a ratio of 1 it is -1, whatever the model knows."""
+    """Add the cross entropy as the loss, because the surrogate is always -1 at ratio 1."""
     tokens = float(mb.loss_mask.sum())
     stats.add("entropy", float(out.entropy.sum()), tokens)
     stats.add("loss", -float(out.logps.sum()), tokens)
 
 
 def given_answers(
-    tokenizer: Any, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
 ) -> Rollouts:
-    """Answers that are given, equally many to each prompt, in the place of sampled ones."""
+    """Given answers, equally many for each prompt, in the form of sampled ones."""
     flat = [text for answers in texts for text in answers]
     rows = [answer_ids(tokenizer, text) for text in flat]
     pad = tokenizer.pad_token_id
@@ -123,12 +122,11 @@ class SFT(Algorithm):
     step = staticmethod(train_step)
 
     def without_effect(self, config: RunConfig) -> list[str]:
-        unused = [name for name in given_flags(config.grpo) if name not in BESIDE_GRPO]
-        if config.train.eval_samples:  # its evaluation scores answers
-            unused = [name for name in unused if not name.startswith("reward_")]
-        return given_flags(config.dpo) + unused
+        scored = config.train.eval_samples > 0  # the evaluation uses the reward functions
+        unused = super().without_effect(config)
+        return [name for name in unused if not (scored and name.startswith("reward_"))]
 
-    def check_row(self, config: RunConfig, tokenizer: Any) -> Callable[[Sample], str | None]:
+    def check_row(self, config: RunConfig, tokenizer: Tokenizer) -> Check:
         return partial(check_answer, tokenizer, config.grpo.max_completion_length)
 
     def rolls_out(self, config: RunConfig) -> bool:

@@ -1,9 +1,9 @@
-"""What every algorithm's step is made of.
+"""What the steps of all algorithms share.
 
-A step's completions, drawn or given, are laid out in microbatches, equally many on all ranks. What
-the loss is divided by is counted over all of them before the first backward pass, so that
-accumulation and data parallelism equal one big batch. A loss or gradient that is not finite on any
-rank skips the update on all of them.
+A step's completions, drawn or given, are divided into microbatches, equally many on all ranks. The
+loss's normalizer is counted over all of them before the first backward pass, so that accumulation
+and data parallelism equal one big batch. If a loss or gradient is not finite on any rank, all ranks
+skip the update.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,20 +20,25 @@ from torch import Tensor
 from virft_fast import dist, progress
 from virft_fast.batch import Prompt, Rollouts, Sample
 from virft_fast.config import GRPOConfig
-from virft_fast.engine import DeepSpeedEngine, PlainEngine
+from virft_fast.engine import Engine
 from virft_fast.kernels import GRPOLoss, LossArgs
 from virft_fast.metrics import reduce_metrics
 from virft_fast.models import adapters
-from virft_fast.models.qwen_vl import ModelInputs, Policy
+from virft_fast.models.families import Tokenizer
+from virft_fast.models.inputs import ModelInputs
+from virft_fast.models.policy import Policy
 from virft_fast.rollout import Rollout
 
+T = TypeVar("T")
+Metrics = dict[str, float]
 
-def _any_time(what: str, limit: float | None) -> AbstractContextManager[Any]:
+
+def _no_limit(what: str, limit: float | None) -> AbstractContextManager[object]:
     return nullcontext()
 
 
 class TooManyBadSteps(RuntimeError):
-    """Step after step had no finite gradient, or a reward no finite value."""
+    """Too many steps in a row had no finite gradient, or a reward function no finite value."""
 
 
 @dataclass
@@ -41,31 +46,32 @@ class TrainState:
     """Everything a step works on.
 
     Attributes:
-        reference: callable like the policy module, or None without a KL term; with LoRA the
-            policy itself, called within `as_reference`.
+        reference: callable like the policy, or None if no step needs it; with LoRA the policy
+            itself. Call it with `reference_pass`.
         prompts_per_microbatch, gradient_accumulation_steps: their product is the number of prompts
-            a step takes on this rank.
-        max_tokens_per_microbatch: fill microbatches by the tokens the model reads instead.
+            of a step on this rank.
+        max_tokens_per_microbatch: limit of the tokens that the model reads in a microbatch; it
+            replaces the number of prompts.
         learning_rate: step -> rate.
-        step: steps done.
-        bad_steps: non-finite steps in a row, up to now.
-        silent_steps: steps in a row without a finite value, by name of the reward function.
-        idle_steps: steps in a row with little to learn from, by the metric of `IDLE` that says so.
-        num_tokens: completion tokens drawn so far on all ranks, those nothing was learnt from too.
-        base_weights: stamp of the weights the run began with.
-        adapter: how its adapter began, a `LoraPlan.kind`; None without one.
-        save_dtype: of saved weights; None keeps the dtype they are trained in.
-        max_steps, num_rows: of the whole run and of its data set, for reward functions to know.
-        section: (what, seconds or None) -> context of a part of the step that may be given up.
-        reward_timeout: seconds that one call of a reward function may take; None: any time.
+        step: number of completed steps.
+        bad_steps: the latest consecutive steps that were not finite.
+        silent_steps: reward function -> its latest consecutive steps without a finite value.
+        idle_steps: metric in `IDLE` -> the latest consecutive steps in which it exceeded its limit.
+        num_tokens: completion tokens so far, on all ranks, including those left out of the loss.
+        base_weights: `weights_stamp` of the weights that the run started with.
+        adapter: how its adapter started, a `LoraPlan.kind`; None without one.
+        save_dtype: of saved weights; None: the dtype they are trained in.
+        max_steps, num_rows: of the whole run and of its data set, for reward functions.
+        section: (name, seconds or None) -> context for a part of the step, with a time limit.
+        reward_timeout: limit of one call of a reward function, in seconds; None: no limit.
     """
 
     config: GRPOConfig
     policy: Policy
-    engine: PlainEngine | DeepSpeedEngine
-    reference: Callable[..., Any] | None
+    engine: Engine
+    reference: Callable[..., tuple[Tensor, ...]] | None
     rollout: Rollout
-    tokenizer: Any
+    tokenizer: Tokenizer
     reward_funcs: list[tuple[str, Callable[..., Any]]]
     reward_weights: list[float]
     learning_rate: Callable[[int], float]
@@ -80,12 +86,12 @@ class TrainState:
     num_tokens: int = 0
     silent_steps: dict[str, int] = field(default_factory=dict)
     idle_steps: dict[str, int] = field(default_factory=dict)
-    base_weights: list[Any] | None = None
+    base_weights: list[list[str | int]] | None = None
     adapter: str | None = None
     save_dtype: torch.dtype | None = None
     max_steps: int = 0
     num_rows: int = 0
-    section: Callable[[str, float | None], AbstractContextManager[Any]] = _any_time
+    section: Callable[[str, float | None], AbstractContextManager[object]] = _no_limit
     reward_timeout: float | None = None
 
     @property
@@ -93,18 +99,18 @@ class TrainState:
         return self.prompts_per_microbatch * self.gradient_accumulation_steps
 
 
-# Loss types that are a mean over sequences; the others are a mean over tokens.
+# Loss types that average over sequences; the others average over tokens.
 SEQUENCE_MEANS = ("grpo", "gspo", "dr_grpo")
 
 
 @dataclass
 class Microbatch:
-    """Completions that go through the model in one call; S tokens in all, packed as in `inputs`.
+    """n completions that go through the model in one call, with S tokens in all.
 
     Attributes:
         advantages: (n,). loss_mask: (S,) bool.
         sampling_logps, ref_logps, old_logps: (S,), or None.
-        image_features: of a frozen tower.
+        image_features: see `Policy.forward`; None: the tower computes them.
     """
 
     inputs: ModelInputs
@@ -118,12 +124,12 @@ class Microbatch:
 
 @dataclass
 class StepStats:
-    """What a step saw on this rank.
+    """What a step has measured on this rank, by metric.
 
     Attributes:
-        sums: (sum, count) of what is averaged over everything that was counted, on all ranks.
-        totals: a sum over this rank's part of the step; its mean over ranks is meant.
-        largest: of which the largest of all ranks is meant.
+        sums: (sum, count); the metric is the sum over all ranks, divided by their count.
+        totals: a sum over this rank's microbatches; the metric is its mean over the ranks.
+        largest: the metric is the largest of all ranks.
     """
 
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -145,16 +151,19 @@ class StepStats:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Completions of one prompt that are read together: the prompt's number on this rank and the
-    rows of the rollouts."""
+class Chunk:
+    """Completions of one prompt that are read together.
+
+    Attributes:
+        prompt: its number on this rank. rows: the completions' rows in the rollouts.
+    """
 
     prompt: int
     rows: tuple[int, ...]
 
 
 def plan_microbatches(
-    parts: Sequence[Part],
+    chunks: Sequence[Chunk],
     *,
     prompt_lengths: Sequence[int],
     lengths: Sequence[int],
@@ -162,64 +171,64 @@ def plan_microbatches(
     max_tokens: int | None,
     shared: bool,
     split: bool = True,
-) -> list[list[Part]]:
-    """Whole groups in their order, by number or, with `max_tokens`, as many as fit.
+) -> list[list[Chunk]]:
+    """Divide groups into microbatches, in their order: by number, or by `max_tokens`.
 
     Args:
+        chunks: whole groups.
         prompt_lengths: tokens of each prompt. lengths: tokens of each row's completion.
-        shared: whether the prompt is read once, or by every completion.
-        split: whether a group may be.
+        shared: whether a prompt is read once, or by every completion.
+        split: whether a group may be split.
     Returns:
-        The parts of each microbatch. A group is split only where it is too long by itself, and one
-        completion that is too long stands alone.
+        The chunks of each microbatch. A group is split only if it exceeds `max_tokens` by itself;
+        a single completion that exceeds them gets a microbatch of its own.
     """
     if max_tokens is None:
         size = prompts_per_microbatch
-        return [list(parts[i : i + size]) for i in range(0, len(parts), size)]
+        return [list(chunks[i : i + size]) for i in range(0, len(chunks), size)]
 
-    def tokens(chosen: Sequence[Part]) -> int:
-        rows = [(prompt_lengths[part.prompt], lengths[row]) for part in chosen for row in part.rows]
+    def tokens(chosen: Sequence[Chunk]) -> int:
+        rows = [(prompt_lengths[c.prompt], lengths[row]) for c in chosen for row in c.rows]
         if shared:
-            return sum(prompt_lengths[part.prompt] for part in chosen) + sum(c for _, c in rows)
-        longest = max((p for p, _ in rows), default=0) + max((c for _, c in rows), default=0)
+            return sum(prompt_lengths[c.prompt] for c in chosen) + sum(n for _, n in rows)
+        longest = max((p for p, _ in rows), default=0) + max((n for _, n in rows), default=0)
         return len(rows) * longest  # with its padding
 
-    plan: list[list[Part]] = []
-    for part in parts:
-        if split and tokens([part]) > max_tokens:
-            pieces, rows = [], ()
-            for row in part.rows:
-                if rows and tokens([Part(part.prompt, (*rows, row))]) > max_tokens:
-                    pieces.append([Part(part.prompt, rows)])
+    plan: list[list[Chunk]] = []
+    for chunk in chunks:
+        if split and tokens([chunk]) > max_tokens:
+            rows: tuple[int, ...] = ()
+            for row in chunk.rows:
+                if rows and tokens([Chunk(chunk.prompt, (*rows, row))]) > max_tokens:
+                    plan.append([Chunk(chunk.prompt, rows)])
                     rows = ()
                 rows = (*rows, row)
-            plan += [*pieces, [Part(part.prompt, rows)]]
-        elif plan and tokens([*plan[-1], part]) <= max_tokens:
-            plan[-1].append(part)
+            plan.append([Chunk(chunk.prompt, rows)])
+        elif plan and tokens([*plan[-1], chunk]) <= max_tokens:
+            plan[-1].append(chunk)
         else:
-            plan.append([part])
+            plan.append([chunk])
     return plan
 
 
 def lay_out(
-    state: TrainState, rollouts: Rollouts, advantages: Tensor, mask: Tensor
+    state: TrainState, rollouts: Rollouts, advantages: Tensor, mask: Tensor, split: bool = True
 ) -> list[Microbatch]:
-    """The completions with a token of the (N, T) `mask`, in microbatches, equally many on all
-    ranks, at least one."""
+    """Microbatches of the completions that have a token in the (N, T) `mask`, in their order;
+    equally many on all ranks, at least one. For `split` see `plan_microbatches`."""
     size, trains = rollouts.num_generations, mask.any(1).tolist()
-    parts = [
-        Part(prompt, tuple(row for row in range(prompt * size, (prompt + 1) * size) if trains[row]))
-        for prompt in range(len(rollouts.prompts))
-    ]
+    groups = [range(first, first + size) for first in range(0, len(trains), size)]
+    rows = [tuple(row for row in group if trains[row]) for group in groups]
     plan = plan_microbatches(
-        [part for part in parts if part.rows],
+        [Chunk(prompt, chosen) for prompt, chosen in enumerate(rows) if chosen],
         prompt_lengths=[len(prompt.input_ids) for prompt in rollouts.prompts],
         lengths=rollouts.completion_mask.sum(1).tolist(),
         prompts_per_microbatch=state.prompts_per_microbatch,
         max_tokens=state.max_tokens_per_microbatch,
         shared=state.policy.shares_prefix,
+        split=split,
     )
-    made = [microbatch(state, rollouts, parts, advantages, mask) for parts in plan]
+    made = [microbatch(state, rollouts, chunks, advantages, mask) for chunks in plan]
     tower = rollouts.image_features is None
     return equally_many(made, lambda: empty_microbatch(state, tower=tower))
 
@@ -227,24 +236,24 @@ def lay_out(
 def microbatch(
     state: TrainState,
     rollouts: Rollouts,
-    parts: Sequence[Part],
+    chunks: Sequence[Chunk],
     advantages: Tensor,
     loss_mask: Tensor,
 ) -> Microbatch:
-    """The parts' completions, their (N,) advantages and (N, T) loss mask on the device."""
+    """The chunks' completions, with their (N,) advantages and (N, T) loss mask, on the device."""
     device = state.engine.device
     ids, lengths = rollouts.completion_ids.cpu(), rollouts.completion_mask.sum(1).tolist()
-    rows = torch.tensor([row for part in parts for row in part.rows])
+    rows = torch.tensor([row for chunk in chunks for row in chunk.rows])
     real = rollouts.completion_mask[rows]
     inputs = state.policy.collate(
-        [rollouts.prompts[part.prompt] for part in parts],
-        [[ids[row, : lengths[row]] for row in part.rows] for part in parts],
+        [rollouts.prompts[chunk.prompt] for chunk in chunks],
+        [[ids[row, : lengths[row]] for row in chunk.rows] for chunk in chunks],
         pad_token_id=state.tokenizer.pad_token_id,
         device=device,
     )
     features = None
     if rollouts.image_features is not None:
-        features = torch.cat([rollouts.image_features[part.prompt] for part in parts])
+        features = torch.cat([rollouts.image_features[chunk.prompt] for chunk in chunks])
     return Microbatch(
         inputs,
         advantages[rows].to(device),
@@ -255,8 +264,11 @@ def microbatch(
 
 
 def empty_microbatch(state: TrainState, *, tower: bool) -> Microbatch:
-    """A token that counts for nothing: under ZeRO-3 every rank has to make the same calls, the
-    vision tower's among them where the others' features are not known (`tower`)."""
+    """One token that is not in the loss, because under ZeRO-3 all ranks must make the same calls.
+
+    Args:
+        tower: whether the other ranks call the vision tower.
+    """
     device = state.engine.device
     pad = torch.tensor([state.tokenizer.pad_token_id])
     nothing = Sample(-1, (), (), "")
@@ -271,14 +283,17 @@ def empty_microbatch(state: TrainState, *, tower: bool) -> Microbatch:
     return Microbatch(inputs, zero, zero.bool(), zero, image_features=features)
 
 
-def as_reference(state: TrainState) -> Any:
-    """Context in which a policy with an adapter computes as it did when the run began."""
-    return adapters.as_reference(state.policy.model)
+def reference_pass(state: TrainState, inputs: ModelInputs, **options: object) -> Tensor:
+    """(S,) log-probs under the reference; for the options see `Policy.forward`."""
+    if state.reference is None:
+        raise ValueError("TrainState.reference: expected a model, got None; this loss needs one")
+    with adapters.as_reference(state.policy.model):
+        return state.reference(inputs, **options)[0]
 
 
-def equally_many(made: list[Any], make_empty: Callable[[], Any]) -> list[Any]:
-    """The microbatches, with empty ones after them up to the number on the rank with the most, at
-    least one."""
+def equally_many(made: list[T], make_empty: Callable[[], T]) -> list[T]:
+    """The microbatches, followed by as many empty ones as needed to have equally many on all ranks,
+    at least one."""
     missing = max(1, *dist.all_gather_object(len(made))) - len(made)
     return made + [make_empty()] * missing if missing else made
 
@@ -286,20 +301,17 @@ def equally_many(made: list[Any], make_empty: Callable[[], Any]) -> list[Any]:
 def loss_shares(
     microbatches: list[Microbatch], counted: Tensor, loss: LossArgs
 ) -> list[tuple[LossArgs, float]]:
-    """What makes each microbatch's loss its share of one big batch, counted over all microbatches
-    and ranks: its arguments, and a factor.
+    """Loss arguments and a factor for each microbatch, with which its loss is its share of the loss
+    of one big batch, over all microbatches and ranks.
 
-    Completions that were left out count like any other. Engines average gradients over ranks, hence
-    the factor `world_size`.
+    Completions outside the microbatches are counted, too. As engines average gradients over the
+    ranks, the factor contains their number.
 
     Args:
-        counted: (N, T) bool, this rank's tokens that the loss is a mean over.
+        counted: (N, T) bool, this rank's tokens that the loss averages over.
     """
-    counts = torch.tensor(
-        [len(counted), int(counted.sum())],
-        dtype=torch.float64,
-        device=microbatches[0].loss_mask.device,
-    )
+    device = microbatches[0].loss_mask.device
+    counts = torch.tensor([len(counted), int(counted.sum())], dtype=torch.float64, device=device)
     num_sequences, num_tokens = dist.all_reduce_sum(counts).tolist()
     world = dist.world_size()
     if loss.loss_type in SEQUENCE_MEANS:
@@ -316,21 +328,20 @@ def update(
     note: Callable[[StepStats, GRPOLoss, Microbatch, float], None],
     temperature: float = 1.0,
 ) -> bool:
-    """One optimizer update; False if it was skipped on all ranks.
+    """One optimizer update; returns False if all ranks skipped it.
 
     Args:
-        shares: of `loss_shares`.
-        note: told of each microbatch's outcome and share of the loss.
+        shares: from `loss_shares`.
+        note: is called with each microbatch's result and share of the loss.
     """
     finite = True
     for number, (mb, (args, scale)) in enumerate(zip(microbatches, shares, strict=True), 1):
+        args = replace(args, advantages=mb.advantages, old_logps=mb.old_logps)
         fields = state.engine.forward(
             mb.inputs,
             temperature=temperature,
             image_features=mb.image_features,
-            loss=replace(
-                args, advantages=mb.advantages, old_logps=mb.old_logps, ref_logps=mb.ref_logps
-            ),
+            loss=replace(args, ref_logps=mb.ref_logps),
             loss_mask=mb.loss_mask,
         )
         out = GRPOLoss(*fields)
@@ -341,7 +352,7 @@ def update(
 
 
 def backward(state: TrainState, loss: Tensor, *, last: bool) -> bool:
-    """Add a microbatch's gradient; returns whether its loss is finite."""
+    """Add a microbatch's gradient; returns whether its loss was finite."""
     finite = bool(torch.isfinite(loss.detach()))
     state.engine.backward(loss, last=last)
     progress.mark("training")
@@ -349,7 +360,7 @@ def backward(state: TrainState, loss: Tensor, *, last: bool) -> bool:
 
 
 def step_optimizer(state: TrainState, finite: bool, learning_rate: float, stats: StepStats) -> bool:
-    """Update the weights, unless a loss of any rank was not finite."""
+    """Update the weights, unless a loss was not finite on any rank; returns whether it did."""
     veto = dist.any_rank(not finite, state.engine.device)
     result = state.engine.step(learning_rate, veto=veto)
     stats.add("grad_norm", result.grad_norm)
@@ -363,13 +374,17 @@ def finish(
     learning_rate: float,
     applied: bool,
     start: float,
-) -> dict[str, float]:
-    """Reduce over ranks, keep the books, and stop a run that can't go on."""
+) -> Metrics:
+    """The step's metrics, reduced over the ranks; also counts tokens and bad steps in `state`.
+
+    Raises:
+        TooManyBadSteps: `max_bad_steps` steps in a row were skipped.
+    """
     world = dist.world_size()
     sums = stats.sums | {name: (total, 1.0) for name, total in stats.totals.items()}
     sums["num_tokens"] = (float(rollouts.completion_mask.sum()) * world, 1.0)
     device = state.engine.device
-    # NCCL reduces tensors of its own device only.
+    # Moved, because NCCL reduces only tensors on its device.
     metrics = reduce_metrics(sums, lambda t: dist.all_reduce_sum(t.to(device)).to(t.device))
     state.num_tokens += round(metrics.pop("num_tokens"))
     state.bad_steps = 0 if applied else state.bad_steps + 1
@@ -378,12 +393,11 @@ def finish(
     step_tokens = metrics["completion_length"] * len(rollouts.texts) * world
     for name, value in stats.largest.items():
         metrics[name] = max(dist.all_gather_object(value))
-    for part in ("rollout", "train"):
-        if f"time/{part}_s" not in metrics:  # fine-tuning samples nothing
-            continue
-        seconds = max(metrics[f"time/{part}_s"], 1e-9)
-        metrics[f"{part}_tokens_per_s"] = step_tokens / seconds
-        metrics[f"time/{part}_share"] = seconds / step_time_s
+    for phase in ("rollout", "train"):
+        if f"time/{phase}_s" in metrics:  # not every algorithm has a rollout
+            seconds = max(metrics[f"time/{phase}_s"], 1e-9)
+            metrics[f"{phase}_tokens_per_s"] = step_tokens / seconds
+            metrics[f"time/{phase}_share"] = seconds / step_time_s
     metrics |= {
         "learning_rate": learning_rate,
         "num_tokens": float(state.num_tokens),

@@ -1,17 +1,10 @@
-"""Data sets as samples and prompts: loading, bad rows, the order of training."""
+"""Data sets as samples and prompts: loading, unusable rows, the order of training."""
 
 from virft_fast.data.loading import BadRow, SampleDataset, first_solutions, load_rows
 from virft_fast.data.order import BadRows, NoUsableRows, PromptSampler, TooManyBadRows
 from virft_fast.data.streaming import ParquetRows
 
 __all__ = [
-    "BadRow",
-    "BadRows",
-    "NoUsableRows",
-    "ParquetRows",
-    "PromptSampler",
-    "SampleDataset",
-    "TooManyBadRows",
-    "first_solutions",
-    "load_rows",
-]
+    "BadRow", "BadRows", "NoUsableRows", "ParquetRows", "PromptSampler", "SampleDataset",
+    "TooManyBadRows", "first_solutions", "load_rows",
+]  # fmt: skip

@@ -1,9 +1,9 @@
 """`python -m virft_fast.data`: build, inspect and export data sets.
 
-build coco|lvis|yolo|voc|openimages       detection: from what you have to what training reads
+build coco|lvis|yolo|voc|openimages       detection: from annotations to rows for training
 build refcoco|grounding, classification   likewise for grounding and classification
 mia                                       another name of `python -m virft_fast.mia`
-inspect                                   numbers, bad rows and a sheet of pictures
+inspect                                   figures, bad rows and a sheet of images
 export llamafactory                       for supervised fine-tuning elsewhere
 """
 
@@ -12,46 +12,47 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from virft_fast.cli import Parser, exit_status, output_arguments, positive, share
 from virft_fast.commands import end_process
 from virft_fast.config import BOX_SPACES, TASKS, column_names
 from virft_fast.console import unbreakable
-from virft_fast.data import SampleDataset, first_solutions, load_rows
+from virft_fast.data import ParquetRows, load_rows
 from virft_fast.data.accounts import Built, dataset_card
-from virft_fast.data.classification import READERS, plan_classification, read_csv
-from virft_fast.data.coco import (
-    pick_categories,
-    plan_detection,
-    same_categories,
-    usable_images,
-)
+from virft_fast.data.coco import pick_categories, plan_detection, same_categories, usable_images
 from virft_fast.data.export import check_export, export_llamafactory
-from virft_fast.data.inspection import check_picture, inspect
+from virft_fast.data.inspection import check_picture, inspect, open_samples
 from virft_fast.data.instances import Annotations, read_annotations
-from virft_fast.data.lisa import Asked, plan_grounding, read_lisa
+from virft_fast.data.labelled_images import READERS, plan_classification, read_csv
+from virft_fast.data.lisa import Instruction, plan_grounding, read_lisa
 from virft_fast.data.loading import FILE_SUFFIXES
 from virft_fast.data.openimages import read_openimages
 from virft_fast.data.refcoco import read_refcoco
 from virft_fast.data.survey import open_space, survey
 from virft_fast.data.voc import read_voc
-from virft_fast.data.writing import Plan, check_output, drop_missing, write_dataset
+from virft_fast.data.writing import ExtentFor, Plan, check_new_dataset, drop_missing, write_dataset
 from virft_fast.data.yolo import read_yolo
-from virft_fast.tasks import check_solution, detect_task
-from virft_fast.tasks.coordinates import FAMILY_SPACE, Extent
+from virft_fast.tasks import check_solution
+from virft_fast.tasks.coordinates import FAMILY_SPACE
 from virft_fast.tasks.prompts import CLASSIFICATION_SETS
+
+if TYPE_CHECKING:
+    import datasets
+
+T = TypeVar("T")
+MAX_ROWS_HELP = "rows of a split, chosen by the seed; default: all"
 
 
 @unbreakable()
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for input that can't be used, 130 for Ctrl-C."""
+    """Run a command; returns the exit status: 0, 2 for unusable input, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["mia"]:
-        from virft_fast.mia.__main__ import main as mia_main  # it loads models, which takes seconds
+        from virft_fast.mia.__main__ import main as mia_main  # loads models, which takes seconds
 
         return mia_main(argv[1:])
     arguments = make_parser().parse_args(argv)
@@ -59,19 +60,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Of all commands."""
+    """The parser of all commands."""
     parser = Parser(prog="python -m virft_fast.data")
     commands = parser.add_subparsers(required=True, metavar="command")
-    build = commands.add_parser("build", help="make a data set").add_subparsers(
-        required=True, metavar="kind"
-    )
+    command = commands.add_parser("build", help="make a data set")
+    command.set_defaults(run=_build)
+    build = command.add_subparsers(required=True, metavar="kind")
     for kind in ("coco", "lvis"):
         _detection_arguments(build.add_parser(kind, help=f"from {kind.upper()}'s instances files"))
-        build.choices[kind].set_defaults(run=_build_detection, kind=kind)
+        build.choices[kind].set_defaults(build=_build_detection, kind=kind)
     layouts = {"yolo": "Ultralytics'", "voc": "Pascal VOC's", "openimages": "Open Images'"}
     for kind, whose in layouts.items():
         _folder_arguments(build.add_parser(kind, help=f"from a folder in {whose} layout"))
-        build.choices[kind].set_defaults(run=_build_folder, kind=kind)
+        build.choices[kind].set_defaults(build=_build_folder, kind=kind)
     build.choices["openimages"].add_argument(
         "--images", type=Path, required=True, help="folder of the images; others are not read"
     )
@@ -80,39 +81,28 @@ def make_parser() -> argparse.ArgumentParser:
     _refcoco_arguments(build.add_parser("refcoco", help="from RefCOCO, RefCOCO+ or RefCOCOg"))
     commands.add_parser("mia", add_help=False, help="another name of python -m virft_fast.mia")
     _inspect_arguments(commands.add_parser("inspect", help="look at a data set"))
-    export = commands.add_parser("export", help="write a data set for another trainer")
-    _export_arguments(
-        export.add_subparsers(required=True, metavar="trainer").add_parser(
-            "llamafactory", help="sharegpt JSON and dataset_info.json"
-        )
-    )
+    command = commands.add_parser("export", help="write a data set for another trainer")
+    export = command.add_subparsers(required=True, metavar="trainer")
+    _export_arguments(export.add_parser("llamafactory", help="sharegpt JSON and dataset_info.json"))
     return parser
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
+def _common(parser: argparse.ArgumentParser, *, boxes: bool = True) -> None:
     output_arguments(parser)
     add = parser.add_argument
     add("--allow_missing", action="store_true", help="leave out rows whose image is missing")
     add("--seed", type=int, default=0, help="of every choice")
     add("--test_share", type=share, default=0.0, help="of the images, held out as split test")
-
-
-def _space_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--model_family",
-        choices=sorted(FAMILY_SPACE),
-        default="qwen2_vl",
-        help="whose boxes: 0..1000, or pixels of the resized image (qwen2_5_vl)",
-    )
-    purpose = "of the processor, for boxes in pixels"
-    add("--min_pixels", type=positive, default=3136, help=purpose)
-    add("--max_pixels", type=positive, default=401_408, help=purpose)
+    if boxes:
+        add("--model_family", choices=sorted(FAMILY_SPACE), default="qwen2_vl",
+            help="whose boxes: 0..1000, or pixels of the resized image (qwen2_5_vl)")  # fmt: skip
+        purpose = "of the processor, for boxes in pixels"
+        add("--min_pixels", type=positive, default=3136, help=purpose)
+        add("--max_pixels", type=positive, default=401_408, help=purpose)
 
 
 def _detection_arguments(parser: argparse.ArgumentParser) -> None:
     _common(parser)
-    _space_arguments(parser)
     add = parser.add_argument
     add("--annotations", type=Path, required=True, help="instances file of the training images")
     add("--images", type=Path, required=True, help="folder of the training images")
@@ -123,33 +113,23 @@ def _detection_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _folder_arguments(parser: argparse.ArgumentParser) -> None:
     _common(parser)
-    _space_arguments(parser)
-    parser.add_argument(
-        "--source", type=Path, required=True, help="the folder, or for yolo its data.yaml"
-    )
+    add = parser.add_argument
+    add("--source", type=Path, required=True, help="the folder, or for yolo its data.yaml")
     _choice_arguments(parser)
-
-
-def _rows_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max_rows", type=positive, help="rows of a split, chosen by the seed; default: all"
-    )
 
 
 def _choice_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--categories",
-        default="all",
-        help="all, names separated by commas, or base65, novel15, few8 (COCO), lvis13, lvis6",
-    )
+    add("--categories", default="all",
+        help="all, names separated by commas, or base65, novel15, few8 (COCO), lvis13, lvis6"
+    )  # fmt: skip
     add("--shots", type=positive, help="images of each category in train, at most; default: all")
-    _rows_arguments(parser)
+    add("--max_rows", type=positive, help=MAX_ROWS_HELP)
     add("--negatives", type=share, default=0.0, help="rows without objects, a share of the others")
 
 
 def _classification_arguments(parser: argparse.ArgumentParser) -> None:
-    _common(parser)
+    _common(parser, boxes=False)
     add = parser.add_argument
     add("--source", type=Path, required=True, help="folder or CSV file")
     add("--reader", choices=sorted(READERS), default="folder", help="layout of the source")
@@ -157,29 +137,27 @@ def _classification_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shots", type=positive, help="images of each class in train, at most; default: all")
     add("--thing", help='what the images show, as in "an image containing a plant"')
     add("--kind", help='what is asked for, as in "the species of the plant"')
-    parser.set_defaults(run=_build_classification)
+    parser.set_defaults(build=_build_classification)
 
 
 def _grounding_arguments(parser: argparse.ArgumentParser) -> None:
     _common(parser)
-    _space_arguments(parser)
     add = parser.add_argument
     add("--source", type=Path, required=True, help="a ReasonSeg folder, or one with train, val ...")
     add("--first_only", action="store_true", help="an image's first instruction and polygon only")
     add("--compat_prompt", action="store_true", help="the original's prompt to the letter")
-    parser.set_defaults(run=_build_grounding)
+    parser.set_defaults(build=_build_grounding)
 
 
 def _refcoco_arguments(parser: argparse.ArgumentParser) -> None:
     _common(parser)
-    _space_arguments(parser)
-    _rows_arguments(parser)
     add = parser.add_argument
+    add("--max_rows", type=positive, help=MAX_ROWS_HELP)
     add("--source", type=Path, required=True,
         help="folder of instances.json and refs(...).p, or one of several such files")  # fmt: skip
     add("--images", type=Path, required=True, help="COCO's train2014 or train2017")
     add("--compat_prompt", action="store_true", help="the original's prompt to the letter")
-    parser.set_defaults(run=_build_refcoco)
+    parser.set_defaults(build=_build_refcoco)
 
 
 def _dataset_arguments(parser: argparse.ArgumentParser) -> None:
@@ -211,7 +189,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_export)
 
 
-def _progress(items: Any, total: int | None = None) -> Any:
+def _progress(items: Iterable[T], total: int | None = None) -> Iterable[T]:
     from tqdm import tqdm
 
     return tqdm(items, total=total, unit="row")
@@ -220,10 +198,14 @@ def _progress(items: Any, total: int | None = None) -> Any:
 # --- Building --------------------------------------------------------------------------------
 
 
+def _build(arguments: argparse.Namespace) -> None:
+    names = ("source", "annotations", "images", "test_annotations", "test_images")
+    sources = [getattr(arguments, name, None) for name in names]
+    check_new_dataset(arguments.output, arguments.overwrite, sources)
+    arguments.build(arguments)
+
+
 def _build_detection(arguments: argparse.Namespace) -> None:
-    sources = (arguments.annotations, arguments.images, arguments.test_annotations,
-               arguments.test_images)  # fmt: skip
-    check_output(arguments.output, arguments.overwrite, sources)
     if arguments.test_share and arguments.test_annotations:
         raise ValueError("--test_share: expected no --test_annotations beside it; leave one out")
     if arguments.test_images and not arguments.test_annotations:
@@ -237,10 +219,9 @@ def _build_detection(arguments: argparse.Namespace) -> None:
 
 
 def _build_folder(arguments: argparse.Namespace) -> None:
-    source, images = arguments.source, getattr(arguments, "images", None)
-    check_output(arguments.output, arguments.overwrite, (source, images))
+    source, negatives = arguments.source, arguments.negatives > 0
     if arguments.kind == "openimages":
-        sources = read_openimages(source, images, negatives=arguments.negatives > 0)
+        sources = read_openimages(source, arguments.images, negatives=negatives)
     else:
         sources = {"yolo": read_yolo, "voc": read_voc}[arguments.kind](source)
     if arguments.test_share and "test" in sources:
@@ -251,24 +232,19 @@ def _build_folder(arguments: argparse.Namespace) -> None:
 def _write_detection(
     arguments: argparse.Namespace, sources: Mapping[str, Annotations], kind: str
 ) -> None:
-    """Rows about the boxes of each split; the first split says which categories there are."""
+    """Write the rows of each split; the categories are those of the first split."""
     first = next(iter(sources.values()))
     categories = pick_categories(first, kind, arguments.categories)
-    built, splits, extent_for = Built(), {}, _extent_for(arguments)
+    names = [first.categories[number] for number in categories]
+    built, splits = Built(), {}
     for split, source in sources.items():
-        chosen = categories
-        if source is not first:
-            chosen = same_categories(first, categories, source, built, split)
+        chosen = categories if source is first else same_categories(names, source, built, split)
         images = usable_images(source, chosen, built, allow_missing=arguments.allow_missing)
         plan = partial(
-            plan_detection,
-            source,
-            categories=chosen,
-            seed=arguments.seed,
-            max_rows=arguments.max_rows,
-            negatives=arguments.negatives,
-            extent_for=extent_for,
-        )
+            plan_detection, source, categories=chosen, seed=arguments.seed,
+            max_rows=arguments.max_rows, negatives=arguments.negatives,
+            extent_for=_extent_for(arguments),
+        )  # fmt: skip
         held_out: set[int] = set()
         if arguments.test_share and source is first:
             ids = sorted(source.images)
@@ -278,13 +254,12 @@ def _write_detection(
         kept = {i: p for i, p in images.items() if i not in held_out}
         shots = {"shots": arguments.shots, "built": built} if source is first else {}
         splits[split] = plan(images=kept, **shots)
-    columns = {"problem": "string", "solution": "string", "category": "string", "image_id": "int64"}
     splits = {split: splits[split] for split in sorted(splits, key=lambda s: s != "train")}
-    _write(arguments, splits, columns, built, f"{arguments.kind.upper()} detection", "detection")
+    title = f"{arguments.kind.upper()} detection"
+    _write(arguments, splits, built, title, "detection", category="string", image_id="int64")
 
 
 def _build_classification(arguments: argparse.Namespace) -> None:
-    check_output(arguments.output, arguments.overwrite, (arguments.source, arguments.images))
     reader = READERS[arguments.reader]
     if not arguments.source.exists():
         raise FileNotFoundError(f"--source {arguments.source}: no such file or folder")
@@ -297,136 +272,104 @@ def _build_classification(arguments: argparse.Namespace) -> None:
         reader = partial(read_csv, images=arguments.images)
     built = Built()
     rows = reader(arguments.source, built)
-    if arguments.allow_missing:  # before so many of them are drawn
+    if arguments.allow_missing:  # before any are sampled
         rows = drop_missing({"": rows}, built, allow_missing=True)[""]
     thing, kind = CLASSIFICATION_SETS.get(arguments.reader, ("object", "class"))
     splits = plan_classification(
-        rows,
-        thing=arguments.thing or thing,
-        kind=arguments.kind or kind,
-        seed=arguments.seed,
-        shots=arguments.shots,
-        test_share=arguments.test_share,
-        built=built,
-    )
-    columns = {"problem": "string", "solution": "string", "label": "string"}
+        rows, thing=arguments.thing or thing, kind=arguments.kind or kind, seed=arguments.seed,
+        shots=arguments.shots, test_share=arguments.test_share, built=built,
+    )  # fmt: skip
     title = f"{arguments.reader} classification"
-    _write(arguments, splits, columns, built, title, "classification")
+    _write(arguments, splits, built, title, "classification", label="string")
 
 
 def _build_grounding(arguments: argparse.Namespace) -> None:
-    check_output(arguments.output, arguments.overwrite, (arguments.source,))
-    if not arguments.source.is_dir():
-        raise ValueError(f"--source {arguments.source}: expected a folder, got none")
-    built = Built()
-    names = {"train": "train", "val": "validation", "test": "test"}
-    folders = {
-        split: arguments.source / name
-        for name, split in names.items()
-        if (arguments.source / name).is_dir()
-    }
+    source, built = arguments.source, Built()
+    if not source.is_dir():
+        raise ValueError(f"--source {source}: expected a folder, got none")
+    folders = {"train": source / "train", "validation": source / "val", "test": source / "test"}
+    folders = {split: folder for split, folder in folders.items() if folder.is_dir()}
     rows = {
         split: read_lisa(folder, built, first_only=arguments.first_only)
-        for split, folder in (folders or {"train": arguments.source}).items()
+        for split, folder in (folders or {"train": source}).items()
     }
     _write_grounding(arguments, rows, built, "LISA grounding")
 
 
 def _build_refcoco(arguments: argparse.Namespace) -> None:
-    check_output(arguments.output, arguments.overwrite, (arguments.source, arguments.images))
     built = Built()
     rows = read_refcoco(arguments.source, arguments.images, built)
-    if arguments.allow_missing:  # before so many of them are drawn
+    if arguments.allow_missing:  # before any are sampled
         rows = drop_missing(rows, built, allow_missing=True)
     if arguments.max_rows:
         rng = random.Random(arguments.seed)
-        rows = {s: rng.sample(part, min(len(part), arguments.max_rows)) for s, part in rows.items()}
+        rows = {s: rng.sample(r, min(len(r), arguments.max_rows)) for s, r in rows.items()}
     _write_grounding(arguments, rows, built, "RefCOCO grounding", masks=False)
 
 
 def _write_grounding(
     arguments: argparse.Namespace,
-    rows: Mapping[str, Sequence[Asked]],
+    rows: Mapping[str, Sequence[Instruction]],
     built: Built,
     title: str,
     *,
     masks: bool = True,
 ) -> None:
-    import datasets
-
-    splits = {
-        split: plan_grounding(
-            asked,
-            compat=arguments.compat_prompt,
-            extent_for=_extent_for(arguments),
-            masks=masks,
-        )
-        for split, asked in rows.items()
-    }
+    extent_for, compat = _extent_for(arguments), arguments.compat_prompt
+    plan = partial(plan_grounding, compat=compat, extent_for=extent_for, masks=masks)
+    splits = {split: list(map(plan, of_split)) for split, of_split in rows.items()}
     if arguments.test_share:
         if set(splits) != {"train"}:
             raise ValueError("--test_share: the source has splits of its own; leave it out")
         splits = _hold_out(splits["train"], arguments.test_share, arguments.seed)
-    columns: dict[str, Any] = {"problem": "string", "solution": "string", "image_id": "int64"}
-    if masks:
-        columns["mask"] = datasets.Image()
-    _write(arguments, splits, columns, built, title, "grounding")
+    columns = {"image_id": "int64"} | ({"mask": "image"} if masks else {})
+    _write(arguments, splits, built, title, "grounding", **columns)
 
 
 def _hold_out(plans: Sequence[Plan], share: float, seed: int) -> dict[str, list[Plan]]:
-    """By image: no image is in both splits."""
+    """Split by image: no image is in both splits."""
     images = sorted({plan.image for plan in plans})
     test = set(random.Random(seed).sample(images, round(share * len(images))))
-    return {
-        "train": [plan for plan in plans if plan.image not in test],
-        "test": [plan for plan in plans if plan.image in test],
-    }
+    splits: dict[str, list[Plan]] = {"train": [], "test": []}
+    for plan in plans:
+        splits["test" if plan.image in test else "train"].append(plan)
+    return splits
 
 
-def _extent_for(arguments: argparse.Namespace) -> Callable[[int, int], Extent] | None:
+def _extent_for(arguments: argparse.Namespace) -> ExtentFor | None:
     if FAMILY_SPACE[arguments.model_family] != "pixels":
         return None
-    if arguments.min_pixels > arguments.max_pixels:
-        raise ValueError(
-            f"--min_pixels {arguments.min_pixels}: expected at most --max_pixels "
-            f"{arguments.max_pixels}"
-        )
+    low, high = arguments.min_pixels, arguments.max_pixels
+    if low > high:
+        raise ValueError(f"--min_pixels {low}: expected at most --max_pixels {high}")
     from virft_fast.models.processing import resized
 
-    def extent(width: int, height: int) -> Extent:
-        return resized(
-            width, height, min_pixels=arguments.min_pixels, max_pixels=arguments.max_pixels
-        )
-
-    return extent
+    return partial(resized, min_pixels=low, max_pixels=high)
 
 
 def _write(
     arguments: argparse.Namespace,
     splits: Mapping[str, Sequence[Plan]],
-    columns: Mapping[str, Any],
     built: Built,
     title: str,
     task: str,
+    **columns: str,
 ) -> None:
     import datasets
 
+    columns = {"problem": "string", "solution": "string", **columns}
     features = {
-        name: datasets.Value(kind) if isinstance(kind, str) else kind
+        name: datasets.Image() if kind == "image" else datasets.Value(kind)
         for name, kind in columns.items()
     }
     if getattr(arguments, "model_family", "") and _extent_for(arguments):
         features["extent"] = datasets.List(datasets.Value("int64"))
     splits = drop_missing(splits, built, allow_missing=arguments.allow_missing)
     write_dataset(
-        arguments.output,
-        splits,
-        features,
-        built,
+        arguments.output, splits, features, built, progress=_progress,
         card=lambda built: dataset_card(title, built, vars(arguments)),
         check=lambda row: check_solution(task, row["solution"], row.get("extent")),
-        progress=_progress,
-    )
+    )  # fmt: skip
     print("\n".join(built.lines()))
     print(f"written: {arguments.output}")
 
@@ -434,51 +377,41 @@ def _write(
 # --- Looking and exporting -------------------------------------------------------------------
 
 
-def _load(arguments: argparse.Namespace) -> Any:
+def _load(arguments: argparse.Namespace) -> datasets.Dataset | ParquetRows:
     return load_rows(
-        arguments.dataset_name,
-        arguments.split,
-        dataset_config=arguments.dataset_config,
-        streaming=arguments.dataset_streaming,
-        columns=column_names(arguments.columns),
-    )
+        arguments.dataset_name, arguments.split, dataset_config=arguments.dataset_config,
+        streaming=arguments.dataset_streaming, columns=column_names(arguments.columns),
+    )  # fmt: skip
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     check_picture(arguments.output)
     rows = _load(arguments)
-    found = inspect(
-        rows,
-        task=arguments.task,
-        pictures=arguments.pictures,
-        progress=_progress,
+    result = inspect(
+        rows, task=arguments.task, pictures=arguments.pictures, progress=_progress,
         box_space=arguments.box_space,
-    )
-    print("\n".join(found.lines()))
-    if found.pictures:
-        found.sheet().save(arguments.output)
+    )  # fmt: skip
+    print("\n".join(result.lines()))
+    if result.pictures:
+        result.sheet().save(arguments.output)
         print(f"written: {arguments.output}")
 
 
 def _export(arguments: argparse.Namespace) -> None:
     source = Path(arguments.dataset_name).expanduser().resolve()
-    known = source.suffix in FILE_SUFFIXES
-    name = arguments.name if arguments.name is not None else source.stem if known else source.name
+    name = source.stem if source.suffix in FILE_SUFFIXES else source.name
+    name = name if arguments.name is None else arguments.name
     check_export(arguments.output, name, overwrite=arguments.overwrite)
     if source in [(arguments.output / file).resolve() for file in (name, f"{name}.json")]:
         raise ValueError(f"--name {name}: the source {source} would be replaced; pass another")
     rows = _load(arguments)
-    task, space = arguments.task, arguments.box_space
-    options = {
-        "compat_prompt": arguments.compat_prompt,
-        "box_space": "thousandths" if space == "auto" else space,
-    }
-    if task == "auto":
-        task = detect_task(first_solutions(SampleDataset(rows, **options)))
-    samples = SampleDataset(rows, check_solution=partial(check_solution, task), **options)
-    found = survey(samples, boxes=open_space(task, space))
-    warned = found.settle_boxes()
-    print("\n".join([*found.lines(arguments.split), *([f"  warning: {warned}"] if warned else [])]))
+    space = arguments.box_space
+    samples, task = open_samples(rows, arguments.task, space, compat_prompt=arguments.compat_prompt)
+    surveyed = survey(samples, boxes=open_space(task, space))
+    warned = surveyed.settle_boxes()
+    print("\n".join(surveyed.lines(arguments.split)))
+    if warned:
+        print(f"  warning: {warned}")
     count, bad = export_llamafactory(
         samples, arguments.output, name, overwrite=arguments.overwrite, progress=_progress
     )

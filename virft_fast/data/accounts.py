@@ -1,11 +1,10 @@
-"""The account of what is read: what was left out, what was converted, by reason and by name."""
+"""What a reader left out and converted, by reason and by name."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 MAX_LISTED = 10
 
@@ -18,7 +17,7 @@ class Built:
         rows: split -> number of rows.
         left_out: reason -> names of what was left out.
         converted: rule -> names of what is used in another form than the source has it.
-        notes: whatever else there is to know.
+        notes: anything else worth reading.
     """
 
     rows: dict[str, int] = field(default_factory=dict)
@@ -40,7 +39,7 @@ class Built:
         self.notes += other.notes
 
     def note_alike(self, names: Iterable[str], what: str) -> None:
-        """Note names that differ in case or spaces only: likely slips, but not ours to merge."""
+        """Note names that differ only in case or spaces: likely typos, but not ours to merge."""
         alike = defaultdict(list)
         for name in dict.fromkeys(names):
             alike["".join(name.split()).casefold()].append(name)
@@ -52,13 +51,13 @@ class Built:
                 )
 
     def note_few(self, few: Mapping[str, int], shots: int) -> None:
-        """That these have fewer images than asked for."""
+        """Note which categories or classes have fewer images than `shots`."""
         if few:
             counts = listing([f"{name} {count}" for name, count in few.items()])
             self.notes.append(f"fewer than {shots} images, all of them taken: {counts}")
 
     def lines(self) -> list[str]:
-        """One a split, reason, rule and note: the table at the end of a build."""
+        """The table at the end of a build: a line for each split, reason, rule and note."""
         lines = [f"{split}: {count} rows" for split, count in self.rows.items()]
         for kind, counted in (("left out", self.left_out), ("converted", self.converted)):
             for why, items in counted.items():
@@ -66,8 +65,8 @@ class Built:
         return lines + self.notes
 
 
-def dataset_card(title: str, built: Built, flags: Mapping[str, Any]) -> str:
-    """README.md of a data set: its splits, its columns, the account and the flags that were set."""
+def dataset_card(title: str, built: Built, flags: Mapping[str, object]) -> str:
+    """README.md of a data set: its splits and columns, the account, and the flags that were set."""
     files = "\n".join(
         f"  - split: {split}\n    path: data/{split}-*" for split, n in built.rows.items() if n
     )
@@ -75,7 +74,7 @@ def dataset_card(title: str, built: Built, flags: Mapping[str, Any]) -> str:
     arguments = "\n".join(
         f"- {name}: {value}"
         for name, value in sorted(flags.items())
-        if name != "run" and value is not None and value is not False
+        if not callable(value) and value is not None and value is not False
     )
     return (
         f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}\n---\n# {title}\n\n"
@@ -85,12 +84,12 @@ def dataset_card(title: str, built: Built, flags: Mapping[str, Any]) -> str:
     )
 
 
-def listing(items: Sequence[Any], most: int = MAX_LISTED) -> str:
-    """The first of them by name, and how many more there are."""
-    named = printable(", ".join(f"{item!s:.300}" for item in items[:most]))
-    return named if len(items) <= most else f"{named} and {len(items) - most} more"
+def listing(items: Sequence[object], limit: int = MAX_LISTED) -> str:
+    """The first `limit` items, and how many more there are."""
+    named = printable(", ".join(f"{item!s:.300}" for item in items[:limit]))
+    return named if len(items) <= limit else f"{named} and {len(items) - limit} more"
 
 
 def printable(text: str) -> str:
-    """Text that can be encoded: file names and JSON may hold half a character."""
+    """The text with lone surrogates escaped: file names and JSON may hold some, UTF-8 may not."""
     return text.encode("utf-8", "backslashreplace").decode()

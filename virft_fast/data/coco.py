@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import random
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
+from virft_fast.batch import Row
 from virft_fast.data.accounts import Built, listing
 from virft_fast.data.image_files import WHERE_PATHS_START
 from virft_fast.data.images import SIDEWAYS, as_shown
 from virft_fast.data.instances import Annotations
-from virft_fast.data.writing import Plan
-from virft_fast.tasks.coordinates import Extent, rescale, written
+from virft_fast.data.writing import ExtentFor, Plan
+from virft_fast.tasks.coordinates import rescale, written
 from virft_fast.tasks.prompts import CATEGORY_SETS, NOVEL_15, detection_problem, detection_solution
 
 
@@ -23,9 +23,9 @@ def pick_categories(annotations: Annotations, kind: str, wanted: str) -> list[in
     """Category ids for `all`, a named set (base65, novel15, few8, lvis13, lvis6) or names.
 
     Args:
-        wanted: as on the command line; names are separated by commas, unless it is a name itself.
+        wanted: as on the command line: one name, or names separated by commas.
     Raises:
-        ValueError: an unknown name (says which are close), or a category without a single box.
+        ValueError: an unknown name (lists similar ones), or a category without any box.
     """
     by_name = {name: number for number, name in annotations.categories.items()}
     seen = {category for _, category in annotations.boxes}
@@ -33,30 +33,30 @@ def pick_categories(annotations: Annotations, kind: str, wanted: str) -> list[in
     return [by_name[name] for name in pick_names(by_name, with_boxes, kind, wanted)]
 
 
-def pick_names(known: Iterable[str], seen: Collection[str], kind: str, wanted: str) -> list[str]:
-    """As `pick_categories`, of categories by name.
+def pick_names(labels: Iterable[str], seen: Collection[str], kind: str, wanted: str) -> list[str]:
+    """As `pick_categories`, but takes and returns names.
 
     Args:
-        known: all names. seen: those with a box.
+        labels: names of all categories. seen: of those with a box.
     """
-    known = list(known)
+    labels = list(labels)
     if wanted == "all":
-        names = [name for name in known if name in seen]
+        names = [name for name in labels if name in seen]
         if not names:
             raise ValueError("--categories all: there is not a single box in these data")
     elif wanted == "base65" and kind == "coco":
-        names = [name for name in known if name not in NOVEL_15]
-    elif wanted in known:
+        names = [name for name in labels if name not in NOVEL_15]
+    elif wanted in labels:
         names = [wanted]
     else:
-        names = CATEGORY_SETS[kind].get(wanted) or [n.strip() for n in wanted.split(",")]
-    unknown = [name for name in names if name not in known]
+        names = [*CATEGORY_SETS[kind].get(wanted, ())] or [n.strip() for n in wanted.split(",")]
+    unknown = [name for name in names if name not in labels]
     if unknown:
         sets = ["all", *(["base65"] if kind == "coco" else []), *CATEGORY_SETS[kind]]
         hints = [
             f"{name!r}" + (f" (did you mean {' or '.join(map(repr, close))}?)" if close else "")
             for name in unknown
-            for close in [get_close_matches(name, [*known, *sets], n=2, cutoff=0.6)]
+            for close in [get_close_matches(name, [*labels, *sets], n=2, cutoff=0.6)]
         ]
         raise ValueError(
             f"--categories: the data know no {', '.join(hints)}; expected names of theirs, "
@@ -71,21 +71,17 @@ def pick_names(known: Iterable[str], seen: Collection[str], kind: str, wanted: s
 
 
 def same_categories(
-    annotations: Annotations,
-    categories: Sequence[int],
-    other: Annotations,
-    built: Built,
-    split: str,
+    names: Iterable[str], annotations: Annotations, built: Built, split: str
 ) -> list[int]:
-    """Ids of the same categories, by name, in another split; without those it has no box of.
+    """Ids of these categories in another split, without those that have no box there.
 
     Raises:
-        ValueError: it has a box of none of them.
+        ValueError: none of them has a box.
     """
-    numbers = {name: number for number, name in other.categories.items()}
-    seen = {number for _, number in other.boxes}
+    numbers = {name: number for number, name in annotations.categories.items()}
+    seen = {number for _, number in annotations.boxes}
     chosen = []
-    for name in (annotations.categories[number] for number in categories):
+    for name in names:
         if numbers.get(name) in seen:
             chosen.append(numbers[name])
         else:
@@ -96,22 +92,20 @@ def same_categories(
 
 
 def image_paths(annotations: Annotations, images: Iterable[int]) -> dict[int, Path]:
-    """Image id -> where it is, or would be, for those of which that is certain.
+    """Image id -> its file, which may not exist.
 
-    The others are left out, and `annotations.account` says which: images whose path fits several
-    files, and images that share a file.
+    Leaves out images whose path fits several files, and images that share a file;
+    `annotations.account` records them.
     """
     account = annotations.account
-    found = {image: annotations.find(annotations.images[image]["file"]) for image in images}
-    owners: dict[Path | None, list[int]] = defaultdict(list)
-    for image, (path, _) in found.items():
-        owners[path].append(image)
+    places = {image: annotations.find(annotations.images[image]["file"]) for image in images}
+    owners = Counter(path for path, _ in places.values())
     paths = {}
-    for image, (path, rule) in found.items():
+    for image, (path, rule) in places.items():
         file = annotations.images[image]["file"]
         if path is None:
             account.leave_out(rule, file)
-        elif len(owners[path]) > 1 and os.path.isfile(path):
+        elif owners[path] > 1 and os.path.isfile(path):
             account.leave_out(f"images that lead to one file; {WHERE_PATHS_START}", file)
         else:
             paths[image] = path
@@ -126,16 +120,16 @@ def usable_images(
     """Image id -> file, of the images with objects of these categories.
 
     Args:
-        built: takes over the account of the annotations, and which images are missing.
-        allow_missing: leave out images that are missing, before any are drawn.
+        built: gets the account of the annotations, and the missing images.
+        allow_missing: leave out missing images, before any are sampled.
     """
-    chosen, told = set(categories), set(built.left_out.get("image missing", ()))
+    chosen, recorded = set(categories), set(built.left_out.get("image missing", ()))
     images = sorted({image for image, category in annotations.boxes if category in chosen})
     paths = image_paths(annotations, images)
     built.add(annotations.account)
     missing = {n: p for n, p in paths.items() if not os.path.isfile(p)} if allow_missing else {}
     for path in dict.fromkeys(map(str, missing.values())):
-        if path not in told:
+        if path not in recorded:
             built.leave_out("image missing", path)
     return {image: path for image, path in paths.items() if image not in missing}
 
@@ -149,20 +143,19 @@ def plan_detection(
     shots: int | None = None,
     max_rows: int | None = None,
     negatives: float = 0.0,
-    extent_for: Callable[[int, int], Extent] | None = None,
+    extent_for: ExtentFor | None = None,
     built: Built | None = None,
 ) -> list[Plan]:
-    """One row for each image and category that is in it, as Visual-RFT's sets have them.
+    """A row for each image and each category in it, as in Visual-RFT's data sets.
 
     Args:
         images: id -> file of the images to use.
-        shots: at most so many images of each category, chosen by the seed; None: all.
-        max_rows: so many rows, chosen by the seed; None: all.
-        negatives: rows about a category that is absent, as a share of the others.
-        extent_for: (width, height) of an image -> the space of its boxes; None: 0..1000.
-        built: told of the categories with fewer images than `shots`; LVIS's rare ones have that.
+        shots: sample at most this many images of each category; None: use all.
+        max_rows: sample at most this many rows; None: use all.
+        negatives: rows about an absent category, as a share of the others.
+        extent_for: see `ExtentFor`; None: boxes are in 0..1000.
+        built: records categories with fewer images than `shots`, such as LVIS's rare ones.
     """
-
     rng = random.Random(seed)
     chosen = set(categories)
     by_category: dict[int, list[int]] = {category: [] for category in categories}
@@ -171,17 +164,24 @@ def plan_detection(
         if category in chosen and image in images and complete:
             by_category[category].append(image)
     if shots is not None:
-        names = annotations.categories
-        few = {names[c]: len(i) for c, i in by_category.items() if len(i) < shots}
+        few = {annotations.categories[c]: len(i) for c, i in by_category.items() if len(i) < shots}
         if built is not None:
             built.note_few(few, shots)
         by_category = {c: sorted(rng.sample(i, min(shots, len(i)))) for c, i in by_category.items()}
-    pairs = [(image, category) for category, found in by_category.items() for image in found]
+    pairs = [(image, category) for category, ids in by_category.items() for image in ids]
     rng.shuffle(pairs)
     if max_rows is not None:
         pairs = pairs[: max(1, round(max_rows / (1 + negatives)))]
     wanted = round(negatives * len(pairs))
-    absent = _absent_pairs(annotations, pairs, categories, wanted, rng)
+    checked = annotations.negatives
+    candidates = [
+        (image, category)
+        for image in sorted({image for image, _ in pairs})
+        for category in categories
+        if (image, category) not in annotations.marked
+        and (checked is None or category in checked[image])
+    ]
+    absent = rng.sample(candidates, min(wanted, len(candidates)))
     if len(absent) < wanted and built is not None:
         built.notes.append(
             f"{len(absent)} rows without objects, not {wanted}: no more are known to have none"
@@ -193,40 +193,16 @@ def plan_detection(
     ]
 
 
-def _absent_pairs(
-    annotations: Annotations,
-    pairs: Sequence[tuple[int, int]],
-    categories: Sequence[int],
-    count: int,
-    rng: random.Random,
-) -> list[tuple[int, int]]:
-    candidates = []
-    for image in sorted({image for image, _ in pairs}):
-        for category in categories:
-            if (image, category) in annotations.marked:
-                continue
-            if annotations.negatives is None or category in annotations.negatives[image]:
-                candidates.append((image, category))
-    return rng.sample(candidates, min(count, len(candidates)))
-
-
 def _plan(
-    annotations: Annotations,
-    path: Path,
-    image: int,
-    category: int,
-    extent_for: Callable[[int, int], Extent] | None,
+    annotations: Annotations, path: Path, image: int, category: int, extent_for: ExtentFor | None
 ) -> Plan:
     record = annotations.images[image]
     size = (record["width"], record["height"])
     name = annotations.categories[category]
-    row = {
-        "problem": detection_problem(name, "pixels" if extent_for else "thousand"),
-        "category": name,
-        "image_id": image,
-    }
+    problem = detection_problem(name, "pixels" if extent_for else "thousand")
+    row = {"problem": problem, "category": name, "image_id": image}
 
-    def fill(width: int, height: int, orientation: int) -> Mapping[str, Any]:
+    def fill(width: int, height: int, orientation: int) -> Row:
         extent = extent_for(width, height) if extent_for else (1000, 1000)
         shown = size[::-1] if orientation in SIDEWAYS else size
         boxes = []

@@ -1,64 +1,66 @@
-"""The demo data sets, made from a seed in Visual-RFT's schema: `image`, `problem`, `solution`.
+"""The demo data sets, made from a seed, in Visual-RFT's schema: `image`, `problem`, `solution`.
 
-`shapes_detection`: 112x112 images with one or two coloured shapes; find the one of a colour.
+`shapes_detection`: 112x112 images with one or two colored shapes; find the one of a given color.
 Corners lie on multiples of 40 in the 0..1000 space, an even grid in pixels.
-`digits_classification`: scikit-learn's handwritten digits, drawn at random places and colours on
-56x56; the glyphs of train and test are different ones.
+`digits_classification`: scikit-learn's handwritten digits, at random places and in random colors on
+56x56 images; train and test use different digits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from virft_fast.batch import Row
+
+if TYPE_CHECKING:
+    import datasets
+
 GRID = 40
 SHAPES_SIZE, DIGITS_SIZE = 112, 56
 COLOURS = {
-    "red": (220, 50, 50),
-    "green": (60, 200, 70),
-    "blue": (70, 90, 235),
-    "yellow": (235, 220, 60),
-    "white": (240, 240, 240),
-    "purple": (170, 70, 210),
-}
+    "red": (220, 50, 50), "green": (60, 200, 70), "blue": (70, 90, 235),
+    "yellow": (235, 220, 60), "white": (240, 240, 240), "purple": (170, 70, 210),
+}  # fmt: skip
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGITS_PROBLEM = "Which digit is this? Think, then answer."
 SHAPES_PROBLEM = "Detect every {}. Think, then answer."
 
-Example = dict[str, Any]
-Box = tuple[int, int, int, int]
+PixelBox = tuple[int, int, int, int]
 
 
-def box_list(boxes: list[Any], confidence: str = "1") -> str:
+def box_list(boxes: Sequence[Sequence[float]], confidence: str = "1") -> str:
     """Boxes as Visual-RFT writes them: [{'Position': [x1, y1, x2, y2], 'Confidence': 1}, ...]."""
     items = [f"{{'Position': {[int(v) for v in b]}, 'Confidence': {confidence}}}" for b in boxes]
     return f"[{', '.join(items)}]"
 
 
-def shapes(seed: int) -> Iterator[Example]:
-    """Endless detection examples; `box` (0..1000) and `colour` come besides the three columns."""
+def shapes(seed: int) -> Iterator[Row]:
+    """Endless detection examples, with `box` (0..1000) and `colour` as further columns."""
     rng = np.random.default_rng(seed)
     while True:
         yield _shape_example(rng)
 
 
-def digits(seed: int, glyphs: tuple[np.ndarray, np.ndarray]) -> Iterator[Example]:
-    """Endless classification examples from (glyphs (n, 8, 8) in 0..1, labels (n,)); `label` comes
-    besides the three columns."""
+def digits(seed: int, glyphs: tuple[np.ndarray, np.ndarray]) -> Iterator[Row]:
+    """Endless classification examples from (glyphs (n, 8, 8) in 0..1, labels (n,)), with `label` as
+    a further column."""
     rng = np.random.default_rng(seed)
     while True:
         yield _digit_example(rng, *glyphs)
 
 
 def digit_glyphs() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """scikit-learn's 1,797 digits, three quarters for train and the others for test."""
+    """scikit-learn's 1,797 digits, three quarters of them for train, the others for test."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -71,13 +73,13 @@ def digit_glyphs() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     }
 
 
-def _shape_example(rng: np.random.Generator) -> Example:
+def _shape_example(rng: np.random.Generator) -> Row:
     size = SHAPES_SIZE
     background = tuple(int(v) for v in rng.integers(0, 70, 3))
     image = Image.new("RGB", (size, size), background)
     draw = ImageDraw.Draw(image)
     names = list(COLOURS)
-    placed: list[tuple[str, Box]] = []
+    placed: list[tuple[str, PixelBox]] = []
     for choice in rng.permutation(len(names))[: int(rng.integers(1, 3))]:
         box = _free_box(rng, [box for _, box in placed])
         if box is None:
@@ -88,17 +90,13 @@ def _shape_example(rng: np.random.Generator) -> Example:
     pixels = np.asarray(image, np.float32) + rng.normal(0, 6, (size, size, 3))
     colour, box = placed[int(rng.integers(len(placed)))]
     position = [_grid(v) for v in box]
-    return {
-        "image": Image.fromarray(pixels.clip(0, 255).astype(np.uint8)),
-        "problem": SHAPES_PROBLEM.format(colour),
-        "solution": f"<answer>{box_list([position])}</answer>",
-        "box": position,
-        "colour": colour,
-    }
+    solution = f"<answer>{box_list([position])}</answer>"
+    return {"image": _to_image(pixels), "problem": SHAPES_PROBLEM.format(colour),
+            "solution": solution, "box": position, "colour": colour}  # fmt: skip
 
 
-def _free_box(rng: np.random.Generator, taken: list[Box]) -> Box | None:
-    """A box in pixels, corners on the grid, that overlaps none of `taken`; None after 40 tries."""
+def _free_box(rng: np.random.Generator, taken: list[PixelBox]) -> PixelBox | None:
+    """A box in pixels, corners on the grid, that overlaps none in `taken`; None after 40 tries."""
     for _ in range(40):
         width, height = (int(v) for v in rng.integers(24, 57, 2))
         x = int(rng.integers(0, SHAPES_SIZE - width + 1))
@@ -116,8 +114,8 @@ def _grid(pixel: int) -> int:
     return min(1000, round(pixel / SHAPES_SIZE * 1000 / GRID) * GRID)
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, kind: int, box: Box, fill: tuple[int, ...]) -> None:
-    x1, y1, x2, y2 = box[0], box[1], box[2] - 1, box[3] - 1  # the last pixel belongs to the shape
+def _draw_shape(draw: ImageDraw.ImageDraw, kind: int, box: PixelBox, fill: tuple[int, ...]) -> None:
+    x1, y1, x2, y2 = box[0], box[1], box[2] - 1, box[3] - 1  # PIL draws the last pixel, too
     if kind == 0:
         draw.ellipse((x1, y1, x2, y2), fill=fill)
     elif kind == 1:
@@ -126,7 +124,7 @@ def _draw_shape(draw: ImageDraw.ImageDraw, kind: int, box: Box, fill: tuple[int,
         draw.polygon([(x1, y2), (x2, y2), ((x1 + x2) // 2, y1)], fill=fill)
 
 
-def _digit_example(rng: np.random.Generator, glyphs: np.ndarray, labels: np.ndarray) -> Example:
+def _digit_example(rng: np.random.Generator, glyphs: np.ndarray, labels: np.ndarray) -> Row:
     size = DIGITS_SIZE
     chosen = int(rng.integers(len(labels)))
     background, ink = rng.uniform(0, 70, 3), rng.uniform(150, 255, 3)
@@ -138,31 +136,30 @@ def _digit_example(rng: np.random.Generator, glyphs: np.ndarray, labels: np.ndar
     weight[y : y + side, x : x + side, 0] = np.asarray(resized, np.float32) / 255
     pixels = background * (1 - weight) + ink * weight + rng.normal(0, 8, (size, size, 3))
     word = WORDS[int(labels[chosen])]
-    return {
-        "image": Image.fromarray(pixels.clip(0, 255).astype(np.uint8)),
-        "problem": DIGITS_PROBLEM,
-        "solution": f"<answer>{word}</answer>",
-        "label": word,
-    }
+    image, solution = _to_image(pixels), f"<answer>{word}</answer>"
+    return {"image": image, "problem": DIGITS_PROBLEM, "solution": solution, "label": word}
 
 
-def _split_examples(name: str, split: str, seed: int) -> Iterator[Example]:
-    """Train and test draw from seeds that never meet."""
+def _to_image(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def _split_examples(name: str, split: str, seed: int) -> Iterator[Row]:
+    """Examples of a split; train and test never share a seed."""
     stream = 2 * seed + (split == "test")
     if name == "shapes_detection":
         return shapes(stream + 1_000_000)
     return digits(stream + 1_000_000, digit_glyphs()[split])
 
 
-DEMO_DATASETS: dict[str, Callable[[str, int], Iterator[Example]]] = {
-    name: (lambda split, seed, name=name: _split_examples(name, split, seed))
-    for name in ("shapes_detection", "digits_classification")
+DEMO_DATASETS: dict[str, Callable[[str, int], Iterator[Row]]] = {
+    name: partial(_split_examples, name) for name in ("shapes_detection", "digits_classification")
 }
 
 
 def build_demo(
     name: str, path: str | Path, *, seed: int = 0, num_train: int = 2000, num_test: int = 512
-) -> Any:
+) -> datasets.DatasetDict:
     """Make a demo data set and save it as a `DatasetDict` with splits train and test.
 
     Args:
@@ -175,13 +172,8 @@ def build_demo(
 
     if name not in DEMO_DATASETS:
         raise ValueError(f"expected one of {', '.join(DEMO_DATASETS)}, got {name!r}")
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "problem": datasets.Value("string"),
-            "solution": datasets.Value("string"),
-        }
-    )
+    text = datasets.Value("string")
+    features = datasets.Features({"image": datasets.Image(), "problem": text, "solution": text})
     seen: set[bytes] = set()
     splits = {}
     for split, count in (("train", num_train), ("test", num_test)):
@@ -194,9 +186,9 @@ def build_demo(
     return dataset
 
 
-def _take_new(examples: Iterator[Example], count: int, seen: set[bytes]) -> list[Example]:
-    """The next `count` examples whose image has not been seen."""
-    rows: list[Example] = []
+def _take_new(examples: Iterator[Row], count: int, seen: set[bytes]) -> list[Row]:
+    """The next `count` examples with images that aren't in `seen`; adds them to it."""
+    rows: list[Row] = []
     while len(rows) < count:
         row = next(examples)
         pixels = row["image"].tobytes()
@@ -206,8 +198,10 @@ def _take_new(examples: Iterator[Example], count: int, seen: set[bytes]) -> list
     return rows
 
 
-def demo_dataset(name: str, cache_dir: str | Path | None = None, **sizes: int) -> Any:
-    """A demo data set from the cache, made on first use.
+def demo_dataset(
+    name: str, cache_dir: str | Path | None = None, **sizes: int
+) -> datasets.DatasetDict:
+    """A demo data set from the cache; it is made on first use.
 
     Args:
         cache_dir: default $VIRFT_FAST_CACHE or ~/.cache/virft_fast.
@@ -225,7 +219,7 @@ def demo_dataset(name: str, cache_dir: str | Path | None = None, **sizes: int) -
         build_demo(name, aside / "data", **options)
         try:
             os.rename(aside / "data", folder)
-        except OSError:  # another process was first; its data is the same
+        except OSError:  # another process was faster; its data are the same
             if not folder.is_dir():
                 raise
         finally:
@@ -233,17 +227,15 @@ def demo_dataset(name: str, cache_dir: str | Path | None = None, **sizes: int) -
     return datasets.load_from_disk(str(folder))
 
 
-class _no_progress:
-    """`save_to_disk` without its own progress bar."""
+@contextlib.contextmanager
+def _no_progress() -> Iterator[None]:
+    """Hide the progress bar of `save_to_disk`."""
+    import datasets
 
-    def __enter__(self) -> None:
-        import datasets
-
-        self.enabled = datasets.is_progress_bar_enabled()
-        datasets.disable_progress_bars()
-
-    def __exit__(self, *error: Any) -> None:
-        import datasets
-
-        if self.enabled:
+    enabled = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if enabled:
             datasets.enable_progress_bars()

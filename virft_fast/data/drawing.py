@@ -10,16 +10,13 @@ from PIL import Image, ImageDraw
 from virft_fast.tasks.answers import Box, valid_box
 
 TRUE, PREDICTED = (255, 255, 255), (255, 63, 180)
-CELL, MARGIN, LINES = 260, 10, 4  # pixels, pixels, lines of text under an image
+CELL, MARGIN, LINES = 260, 10, 4  # pixels, pixels, lines of a caption
 
 
 def draw_boxes(
-    image: Image.Image,
-    boxes: Sequence[Box],
-    colour: tuple[int, int, int],
-    labels: Sequence[str] = (),
+    image: Image.Image, boxes: Sequence[Box], colour: tuple[int, ...], labels: Sequence[str] = ()
 ) -> Image.Image:
-    """A copy with boxes in 0..1000 drawn on it, dark-edged so that they show on anything."""
+    """A copy with boxes in 0..1000 drawn on it, with dark edges to stand out on any image."""
     image = image.copy()
     draw = ImageDraw.Draw(image)
     width = max(2, max(image.size) // 200)
@@ -54,7 +51,7 @@ def contact_sheet(cells: Sequence[tuple[Image.Image, str]], columns: int = 5) ->
         lines = textwrap.wrap(" ".join(caption.split()), CELL // 6)
         lines = lines[:LINES] if len(lines) <= LINES else [*lines[: LINES - 1], "..."]
         for place, text in enumerate(lines):
-            # The built-in font has no more than Latin letters.
+            # The built-in font only has Latin letters.
             text = text.encode("latin-1", "replace").decode("latin-1")
             draw.text((left, top + CELL + 4 + place * line), text, fill="black")
     return sheet

@@ -1,7 +1,7 @@
-"""A data set as other trainers read it.
+"""Writes a data set in the format of another trainer.
 
-LLaMA-Factory: a JSON list in its sharegpt form with OpenAI's role names, the images as files, and
-the `dataset_info.json` that names both (https://llamafactory.readthedocs.io, data preparation).
+LLaMA-Factory: a JSON list in its sharegpt format with OpenAI's role names, the images as files, and
+`dataset_info.json`, which lists both (https://llamafactory.readthedocs.io, data preparation).
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-from virft_fast.batch import Sample
-from virft_fast.data.layouts import IMAGE_PLACE
-from virft_fast.data.loading import BadRow, SampleDataset, taught_answer
+from virft_fast.batch import Json, Row, Sample
+from virft_fast.data.samples import BadRow, SampleDataset, taught_answer
+from virft_fast.data.texts import read_json
+from virft_fast.data.turns import IMAGE_PLACE
 from virft_fast.data.writing import make_folder
 
-# Each counts as one more file if a text says it itself.
+# In a text, LLaMA-Factory takes each of these for another file.
 MARKS = re.compile(r"<(image|video|audio)>")
 INFO = "dataset_info.json"
+SPEAKERS = ("user", "assistant", "system")
 
 
 def check_export(out: Path, name: str, *, overwrite: bool) -> None:
-    """Better before the work than after it.
+    """Check, before the work starts, that the data set can be written.
 
     Raises:
-        ValueError: OUT/NAME would not be a place of its own, or something is there already.
+        ValueError: the name can't be used, or exists already.
     """
     plain = re.fullmatch(r"[\w-][\w.-]*", name) and not name.lower().endswith(".json")
     if not plain or name.lower() == Path(INFO).stem:
@@ -40,8 +41,8 @@ def check_export(out: Path, name: str, *, overwrite: bool) -> None:
     listed = name in _read_info(out / INFO)
     files = [file for file in (name, f"{name}.json") if os.path.lexists(out / file)]
     if (listed or files) and not overwrite:
-        there = f"{files[0]} exists" if files else f"{INFO} has {name}"
-        raise ValueError(f"--output {out}: {there} already; pass --overwrite or another --name")
+        existing = f"{files[0]} exists" if files else f"{INFO} has {name}"
+        raise ValueError(f"--output {out}: {existing} already; pass --overwrite or another --name")
 
 
 def export_llamafactory(
@@ -52,44 +53,42 @@ def export_llamafactory(
     overwrite: bool = False,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda indices: indices,
 ) -> tuple[int, list[BadRow]]:
-    """Write OUT/NAME.json, OUT/NAME/*.png and OUT/dataset_info.json, whose other entries stay.
+    """Write OUT/NAME.json and OUT/NAME/*.png, and add them to OUT/dataset_info.json.
 
-    Everything is written aside first: what was there stays if that fails.
+    Everything is written to a temporary folder first: if that fails, nothing is replaced.
 
     Returns:
-        number of rows written, and the rows that could not be.
+        the number of rows written, and the rows that can't be used.
     Raises:
-        ValueError: not one row could be written, or as `check_export`.
+        ValueError: no row could be written, or as `check_export`.
     """
     check_export(out, name, overwrite=overwrite)
     aside = out / f".{name}.writing"
     _remove(aside)
     (aside / name).mkdir(parents=True)
-    records, bad = [], []
+    records: list[Row] = []
+    bad: list[BadRow] = []
     try:
         for index in progress(range(len(samples))):
             sample = samples.get(index)
             record = sample if isinstance(sample, BadRow) else _record(sample, aside, name)
-            (bad if isinstance(record, BadRow) else records).append(record)
+            if isinstance(record, BadRow):
+                bad.append(record)
+            else:
+                records.append(record)
         if not records:
             raise ValueError(f"no row could be exported; the first: {bad[0].reason if bad else ''}")
-        info = _read_info(out / INFO)  # now: others may have written in the meantime
+        info = _read_info(out / INFO)  # again: others may have written to it since
         info[name] = {
             "file_name": f"{name}.json",
             "formatting": "sharegpt",
             "columns": {"messages": "messages", "images": "images"},
-            "tags": {
-                "role_tag": "role",
-                "content_tag": "content",
-                "user_tag": "user",
-                "assistant_tag": "assistant",
-                "system_tag": "system",
-            },
+            "tags": {f"{tag}_tag": tag for tag in ("role", "content", *SPEAKERS)},
         }
         _write(aside / f"{name}.json", records)
         _write(aside / INFO, info)
         for file in (name, f"{name}.json"):
-            if os.path.lexists(out / file):  # a folder is not replaced by a rename
+            if os.path.lexists(out / file):  # renaming can't replace a folder
                 os.replace(out / file, aside / f"{file}.old")
         for file in (name, f"{name}.json", INFO):
             os.replace(aside / file, out / file)
@@ -99,26 +98,23 @@ def export_llamafactory(
 
 
 def _remove(path: Path) -> None:
-    """Whatever it is; of a link, the link."""
+    """Remove a file, a folder or a link, but not what the link points to."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _read_info(path: Path) -> dict[str, Any]:
+def _read_info(path: Path) -> Row:
     if not path.exists():
         return {}
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from error
+    info = read_json(path, str(path))
     if not isinstance(info, dict):
         raise ValueError(f"{path}: expected an object of data sets, got {type(info).__name__}")
     return info
 
 
-def _record(sample: Sample, aside: Path, name: str) -> dict[str, Any] | BadRow:
+def _record(sample: Sample, aside: Path, name: str) -> Row | BadRow:
     messages = _alternating(
         [{"role": m["role"], "content": _text(m["content"])} for m in sample.messages]
     )
@@ -137,18 +133,18 @@ def _record(sample: Sample, aside: Path, name: str) -> dict[str, Any] | BadRow:
 
 
 def _alternating(messages: list[dict[str, str]]) -> list[dict[str, str]] | None:
-    """Turns of one role in a row as one; None where roles don't alternate even so."""
+    """The turns, with consecutive ones of one role merged; None if roles still don't alternate."""
     merged: list[dict[str, str]] = []
     for turn in messages:
         if merged and merged[-1]["role"] == turn["role"]:
             turn = {**turn, "content": f"{merged.pop()['content']}\n{turn['content']}"}
         merged.append(turn)
     spoken = [turn["role"] for turn in merged[merged[0]["role"] == "system" :]]
-    expected = ["user" if place % 2 == 0 else "assistant" for place in range(len(spoken))]
+    expected = [SPEAKERS[place % 2] for place in range(len(spoken))]
     return merged if spoken == expected else None
 
 
-def _text(content: Any) -> str:
+def _text(content: Json) -> str:
     if isinstance(content, str):
         return _escaped(content)
     parts = (IMAGE_PLACE if p["type"] == "image" else _escaped(p["text"]) for p in content)
@@ -159,5 +155,5 @@ def _escaped(text: str) -> str:
     return MARKS.sub(r"< \1 >", text)
 
 
-def _write(path: Path, value: Any) -> None:
+def _write(path: Path, value: Json) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

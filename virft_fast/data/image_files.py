@@ -1,4 +1,4 @@
-"""The image files below a folder, and which of them a path in an annotation file means."""
+"""The image files in a folder, and which of them a path in an annotation file means."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff",
     ".ppm", ".pgm", ".pbm", ".pnm", *((".avif",) if "AVIF" in IMAGE_FORMATS else ()),
 )  # fmt: skip
-_OF_SYSTEMS = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found",
-               "system volume information", "__pycache__")  # fmt: skip
+_SYSTEM_FILES = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found",
+                 "system volume information", "__pycache__")  # fmt: skip
 OTHER_SPELLING = "image found by another spelling of its path (case, Unicode form, '\\', %20)"
 PATH_END = "image found by the end of its path"
 WHERE_PATHS_START = "give the folder where the annotations' paths start"
@@ -29,8 +29,8 @@ AMBIGUOUS = f"image whose path fits several files; {WHERE_PATHS_START}"
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is a tool's or the operating system's."""
-    return name.startswith((".", "~$")) or name.lower() in _OF_SYSTEMS
+    """Whether the name is that of a file or folder of a tool or the operating system."""
+    return name.startswith((".", "~$")) or name.lower() in _SYSTEM_FILES
 
 
 def is_image(path: Path) -> bool:
@@ -38,10 +38,10 @@ def is_image(path: Path) -> bool:
 
 
 def walk(folder: Path, account: Built | None = None) -> Iterator[Path]:
-    """Every file below a folder that isn't hidden; each folder once, linked ones included.
+    """Every visible file in a folder and its subfolders; follows links, visits each folder once.
 
     Args:
-        account: records what is hidden.
+        account: records the hidden files and folders.
     """
     seen = {os.path.realpath(folder)}
     for root, folders, files in os.walk(folder, followlinks=True):
@@ -62,7 +62,7 @@ class Found(NamedTuple):
     """Where an image is.
 
     Attributes:
-        path: of the file, or where it would be; None if several files fit.
+        path: of the file, which may not exist; None if several files fit.
         rule: how the path differs from what the annotations say; empty if it doesn't.
     """
 
@@ -73,10 +73,10 @@ class Found(NamedTuple):
 class ImageFiles:
     """The files of a folder, found by the paths that annotation files give.
 
-    The path itself comes first. Else a file fits if one of the two paths, that of the annotations
-    and that below the folder, ends with the other. The longest such end counts, equal spelling
-    before one that differs in case or Unicode form; among several the image stays unknown. No path
-    leads out of the folder.
+    The exact path wins. Otherwise a file fits if its path in the folder ends with the given path,
+    or the other way around. The longest common end wins; among equally long ones, exact spelling
+    beats one that differs in case or Unicode form. If several files still fit, none is chosen. No
+    path leads out of the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -98,7 +98,7 @@ class ImageFiles:
         return Found(self.folder.joinpath(*fits[0]), OTHER_SPELLING if whole else PATH_END)
 
     def _fits(self, parts: tuple[str, ...]) -> tuple[tuple[int, bool], list[tuple[str, ...]]]:
-        """(length of the common end, whether it is spelled alike), and the files that have it."""
+        """(length of the common end, whether its spelling is exact), and the files that have it."""
         fits: dict[tuple[int, bool], list[tuple[str, ...]]] = defaultdict(list)
         for other in self._by_name.get(_folded(parts[-1]), ()):
             length = min(len(parts), len(other))
@@ -120,12 +120,12 @@ def _folded(name: str) -> str:
 
 
 def _spellings(file: str) -> dict[str, None]:
-    """As it stands, then without Windows' separators, a URL's host and codes."""
+    """The path as given, then without a URL's host or a drive, with /, and with %20 decoded."""
     plain = urlsplit(file).path if "://" in file else file
     plain = re.sub(r"^[A-Za-z]:(?=[/\\])", "", plain)
     return dict.fromkeys((file, plain, (slashed := plain.replace("\\", "/")), unquote(slashed)))
 
 
 def _parts(file: str) -> tuple[str, ...]:
-    """Of a path, so that it leads nowhere else than into the folder it is joined to."""
-    return tuple(part for part in Path(file).parts if part not in ("/", "//", "..") and part)
+    """The path's names, without those that would lead out of the folder they are joined to."""
+    return tuple(name for name in Path(file).parts if name not in ("/", "//", "..") and name)

@@ -1,5 +1,7 @@
-"""Images as data sets give them: paths, encoded bytes, base64, `data:` URIs. Nothing is downloaded,
-and nothing is decoded before its size is known."""
+"""Images as data sets store them: paths, encoded bytes, base64, `data:` URIs.
+
+Nothing is downloaded, and nothing is decoded before its size has been checked.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +10,33 @@ import importlib.util
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
-# Left out on purpose: formats that PIL hands to another program (EPS runs Ghostscript).
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# Formats that PIL hands to another program are left out on purpose: EPS runs Ghostscript.
+IMAGE_FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 if importlib.util.find_spec("PIL.AvifImagePlugin"):  # since Pillow 11.3
     IMAGE_FORMATS += ("AVIF",)
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 NOT_DOWNLOADED = "nothing is downloaded; fetch it and give its path"
-# What PNG, JPEG, GIF, WEBP, BMP and TIFF begin with, in base64.
+# How PNG, JPEG, GIF, WEBP, BMP and TIFF start in base64.
 _BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
 _ALPHABET = re.compile(r"[\w+/=\s-]*")
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+T = TypeVar("T")
 
 
 class UnreadableImage(ValueError):
-    """An image that can't be read; the text names it and says why."""
+    """An image that can't be read; the message names it and says why."""
 
 
 def placed(folder: Path, name: str) -> str:
-    """A path that starts at `folder`; an address or encoded image stays as it is."""
+    """The path, relative to `folder`; an address or an encoded image is returned unchanged."""
     if is_encoded(name):
         return name
     path = str(folder / name)
@@ -41,12 +44,12 @@ def placed(folder: Path, name: str) -> str:
 
 
 def is_address(name: str) -> bool:
-    """Whether it is no path but such as https://... or data:..."""
+    """Whether it is an address, such as https://... or data:..., instead of a path."""
     return bool(ADDRESS.match(name)) and not os.path.exists(name)
 
 
 def is_encoded(name: str) -> bool:
-    """Whether the text is an image itself: a `data:` URI or base64."""
+    """Whether the text is itself an image: a `data:` URI or base64."""
     if name[:5].lower() == "data:":
         return True
     if len(name) <= 40 or not name.startswith(_BASE64) or os.path.exists(name):
@@ -55,10 +58,10 @@ def is_encoded(name: str) -> bool:
 
 
 def locate(name: str, folder: Path | None) -> Path:
-    """Where a path of a data set leads: to the data set's folder, where it is no absolute one.
+    """Resolve a path from a data set: relative ones start at the data set's folder.
 
     Raises:
-        ValueError: it is an address, or nothing is there but the working folder has it.
+        ValueError: it is an address, or only the working folder has such a file.
     """
     if name[:7].lower() == "file://":
         parts = urlsplit(name)
@@ -70,71 +73,77 @@ def locate(name: str, folder: Path | None) -> Path:
     path = Path(name).expanduser()
     if folder is None or (path.is_absolute() and not path.is_relative_to(folder)):
         return path
-    beside = folder / path
-    if not beside.exists() and os.path.exists(os.path.relpath(beside, folder)):
+    place = folder / path
+    if not place.exists() and os.path.exists(os.path.relpath(place, folder)):
         raise ValueError(
             f"expected it in the data set's folder, which has none; the working folder, which is "
-            f"not read, has one: write whole paths, or put it at {beside}"
+            f"not read, has one: write whole paths, or put it at {place}"
         )
-    return beside
+    return place
 
 
-def open_image(source: Any, folder: Path | None = None) -> Image.Image:
+def open_image(source: object, folder: Path | None = None) -> Image.Image:
     """Decode a path, encoded bytes, base64, {"bytes", "path"} or an image to RGB.
 
     Args:
-        folder: where relative paths start; None: at the working folder.
+        folder: where relative paths start; None: in the working folder.
     Raises:
         UnreadableImage: it can't be read.
     """
-    return _reading(source, folder, _decode, _to_rgb)
+    return _read(source, folder, _decoded)
 
 
-def image_size(source: Any, folder: Path | None = None) -> tuple[int, int]:
-    """(width, height) that `open_image` would give, from the image's header alone.
+def image_size(source: object, folder: Path | None = None) -> tuple[int, int]:
+    """(width, height) of what `open_image` would return, from the image's header alone.
 
     Raises:
-        UnreadableImage: it is no image, or too large.
+        UnreadableImage: it isn't an image, or is too large.
     """
-    return _reading(source, folder, _header, lambda image: (image.size, 1))[0]
+    return _read(source, folder, _header)[0]
 
 
-def is_turned(source: Any, folder: Path | None = None) -> bool:
-    """Whether EXIF data turn or mirror the image when it is shown.
+def is_turned(source: object, folder: Path | None = None) -> bool:
+    """Whether EXIF data rotate or mirror the image for display.
 
     Raises:
         UnreadableImage: as `image_size`.
     """
-    return _reading(source, folder, _header, lambda image: (image.size, 1))[1] in range(2, 9)
+    return _read(source, folder, _header)[1] in range(2, 9)
 
 
-def _reading(source: Any, folder: Path | None, read: Any, take: Any) -> Any:
-    name = "bytes"
+def _read(source: object, folder: Path | None, read: Callable[[Image.Image, bool], T]) -> T:
+    """`read` applied to the image and to whether it was opened here: its EXIF data then count."""
+    name: object = "bytes"
     if isinstance(source, Mapping):
         name = source.get("path") or name
         data = source.get("bytes")
         source = data if data is not None else source.get("path")
     try:
         if isinstance(source, Image.Image):
-            return take(source)
+            return read(source, False)
+        file: io.BytesIO | Path | None = None
         if isinstance(source, (bytes, bytearray)):
-            return read(io.BytesIO(source))
-        if isinstance(source, (str, Path)) and str(source):
+            file = io.BytesIO(source)
+        elif isinstance(source, (str, Path)) and str(source):
             name = f"{source!s:.200}"
             if is_encoded(str(source)):
                 name = f"{source!s:.40}"
-                return read(io.BytesIO(_from_base64(str(source))))
-            path = locate(str(source), folder)
-            if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe is waited for
-                raise ValueError("expected a file")
-            return read(path)
+                file = io.BytesIO(_from_base64(str(source)))
+            else:
+                file = locate(str(source), folder)
+                if file.exists() and not (file.is_file() or file.is_dir()):
+                    raise ValueError("expected a file")  # opening a pipe would block
+        if file is not None:
+            with Image.open(file, formats=IMAGE_FORMATS) as image:
+                check_pixels(image)
+                return read(image, True)
     except Exception as error:  # PIL's decoders raise nearly anything on damaged input
         raise UnreadableImage(f"image {name}: {one_line(error)}") from error
     raise UnreadableImage(f"image: expected a path, bytes or an image, got {source!r:.80}")
 
 
 def _from_base64(text: str) -> bytes:
-    """The bytes of a `data:` URI or of base64 text, in either alphabet, padded or not."""
+    """The bytes of a `data:` URI or of base64 in either alphabet, padded or not."""
     if text[:5].lower() == "data:":
         head, _, text = text.partition(",")
         if not head.lower().endswith(";base64"):
@@ -143,34 +152,31 @@ def _from_base64(text: str) -> bytes:
     return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
 
 
-def _decode(file: Path | io.BytesIO) -> Image.Image:
-    with Image.open(file, formats=IMAGE_FORMATS) as image:
-        check_pixels(image)
-        # As `datasets` does on decoding, so that boxes fit the image whoever opens it.
-        return _to_rgb(ImageOps.exif_transpose(image))
+def _decoded(image: Image.Image, opened: bool) -> Image.Image:
+    # `datasets` applies EXIF data when it decodes, too: boxes fit the image whoever opens it.
+    return _to_rgb(ImageOps.exif_transpose(image) if opened else image)
 
 
-def _header(file: Path | io.BytesIO) -> tuple[tuple[int, int], int | None]:
-    """(width, height) as the image is shown, and its EXIF orientation."""
-    with Image.open(file, formats=IMAGE_FORMATS) as image:
-        check_pixels(image)
-        decode = image.format != "PNG"
-        if not decode and "exif" not in image.info:  # its chunk may come last
-            start = image.fp.tell()
-            image.fp.seek(0)
-            decode = b"eXIf" in image.fp.read()
-            image.fp.seek(start)
-        # PNG's own method decodes the image first.
-        exif = image.getexif() if decode else Image.Image.getexif(image)
-        turn = exif.get(0x0112)
-        return image.size[::-1] if turn in SIDEWAYS else image.size, turn
+def _header(image: Image.Image, opened: bool) -> tuple[tuple[int, int], int | None]:
+    """(width, height) of the image as displayed, and its EXIF orientation."""
+    if not opened or not isinstance(image, ImageFile.ImageFile):
+        return image.size, 1
+    decode = image.format != "PNG"
+    if not decode and "exif" not in image.info and image.fp:  # PNG's EXIF chunk may come last
+        start = image.fp.tell()
+        image.fp.seek(0)
+        decode = b"eXIf" in image.fp.read()
+        image.fp.seek(start)
+    # PNG's own method decodes the whole image first.
+    turn = (image.getexif() if decode else Image.Image.getexif(image)).get(0x0112)
+    return image.size[::-1] if turn in SIDEWAYS else image.size, turn
 
 
 def as_shown(
     points: Iterable[tuple[float, float]], size: tuple[float, float], orientation: int
 ) -> list[tuple[float, float]]:
-    """Points of an image of (width, height) as it is stored where its EXIF orientation shows them;
-    in any unit."""
+    """Points of a stored image of `size` (width, height), moved to where they are once its EXIF
+    orientation is applied; in any unit."""
     sideways, flip_x, flip_y = (orientation in o for o in (SIDEWAYS, (2, 3, 6, 7), (3, 4, 7, 8)))
     width, height = size[::-1] if sideways else size
     turned = [(y, x) if sideways else (x, y) for x, y in points]
@@ -178,16 +184,16 @@ def as_shown(
 
 
 def check_pixels(image: Image.Image) -> None:
-    """Raise ValueError for an image too large to be decoded."""
+    """Raise ValueError if the image is too large to decode."""
     limit = Image.MAX_IMAGE_PIXELS
-    # PIL itself only warns up to twice this limit.
+    # Up to twice this limit, PIL itself only warns.
     if limit is not None and image.width * image.height > limit:
         raise ValueError(f"{image.width}x{image.height} is more than {limit} pixels")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB in memory; what is transparent becomes white."""
-    if image.mode.startswith("I"):  # convert() would clip instead of scale
+    """The image in RGB, in memory; transparency becomes white."""
+    if image.mode.startswith("I"):  # convert() would clip instead of scaling
         values = np.asarray(image)
         if values.min(initial=0) < 0 or values.max(initial=0) > 65_535:
             raise ValueError("expected an image of 8 or 16 bits a channel, got 32")
@@ -203,6 +209,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """What went wrong, in one line that is the same every time."""
+    """The error in one line, without memory addresses, which differ from run to run."""
     text = re.sub(r"<\S+ object at 0x\w+>", "it", f"{type(error).__name__}: {error}")
     return " ".join(text.split())[:limit]

@@ -1,28 +1,27 @@
 """Annotated boxes, read record by record from COCO-like tables of images, boxes and categories.
 
-A record that can't be used is left out and named, one that can be read in another form is
-converted and counted; only a file with nothing usable is an error.
+An unusable record is left out and named; one in an unusual form is converted and counted. Only a
+file without any usable record is an error.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
 
+from virft_fast.batch import Json, Row
 from virft_fast.data.accounts import Built
 from virft_fast.data.image_files import Found, ImageFiles
 from virft_fast.data.images import UnreadableImage, image_size
-from virft_fast.data.texts import read_text
+from virft_fast.data.texts import read_json
+from virft_fast.tasks.coordinates import Box
 
 Key = int | str
-Box = tuple[float, float, float, float]
-# More than rounding, as a share of the longer side: 0.6 pixels of COCO's images.
+# As a share of the longer side, 0.6 pixels in COCO's images: beyond it, more than rounding.
 CLIPPED = 1e-3
 
 
@@ -35,26 +34,26 @@ class Annotations:
             (whether the annotations give the size).
         categories: category id -> name.
         boxes: (image id, category id) -> xyxy boxes inside the image, in the unit of its width and
-            height; crowds left out.
+            height; without crowds.
         negatives: image id -> category ids known to be absent (LVIS); None: every other one (COCO).
         incomplete: image id -> category ids of which not every object is annotated (LVIS).
-        marked: (image id, category id) of everything annotated, crowds and boxes left out as well.
-        bad_boxes: number of boxes left out, crowds aside.
-        records: id, image_id, category_id, bbox, area and iscrowd of the annotations, crowds
+        marked: (image id, category id) of every annotation, crowds and unusable boxes included.
+        bad_boxes: number of unusable boxes, without crowds.
+        records: id, image_id, category_id, bbox, area and iscrowd of each annotation, crowds
             included.
-        find: path of an image -> where it is.
+        find: path of an image in the annotations -> where it is.
         frame: see `Plan`.
         account: what was left out and converted.
     """
 
-    images: dict[int, dict[str, Any]]
+    images: dict[int, Row]
     categories: dict[int, str]
     boxes: dict[tuple[int, int], list[Box]]
     negatives: dict[int, set[int]] | None
     incomplete: dict[int, set[int]]
     marked: set[tuple[int, int]]
     bad_boxes: int
-    records: list[dict[str, Any]]
+    records: list[Row]
     find: Callable[[str], Found]
     frame: str
     account: Built = field(default_factory=Built)
@@ -63,28 +62,23 @@ class Annotations:
 def read_annotations(
     path: Path, kind: str, images: Path, flag: str = "--annotations"
 ) -> Annotations:
-    """An instances file of COCO or LVIS, maybe gzipped.
+    """The annotations of COCO's or LVIS's instances file, which may be gzipped.
 
     Args:
         images: folder of the images.
-        flag: what an error is about.
+        flag: names the file in errors.
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: no such file.
         ValueError: it is another kind of file, or no record can be used; says why.
     """
     where, account = f"{flag} {path}", Built()
-    try:
-        data = json.loads(read_text(path, account))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{where}: no such file") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: expected JSON, got {error}") from error
+    data = read_json(path, where, account)
     _check_kind(where, kind, data)
     return annotations_of(data, kind, ImageFiles(images).find, account, where)
 
 
 def annotations_of(
-    data: Mapping[str, list[Any]],
+    data: Mapping[str, list[Json]],
     kind: str,
     find: Callable[[str], Found],
     account: Built,
@@ -98,38 +92,37 @@ def annotations_of(
         data: `images`, `annotations` and `categories`.
         find: `file_name` of an image -> where it is.
         account: records what is left out and converted.
-        where: what an error is about.
-        shares_of: the `frame` (see `Plan`) of images whose sides boxes are shares of; None: boxes
-            are in pixels.
+        where: names the source in errors.
+        shares_of: for boxes in shares of the image's sides, the `frame` of that image (see `Plan`);
+            None: boxes are in pixels.
     Raises:
-        ValueError: no image or no box can be used, or boxes in pixels are in shares.
+        ValueError: no image or no box can be used, or boxes are in shares instead of pixels.
     """
     images, image_ids = _images(data["images"], None if shares_of else find, account)
     _note_ids(data, account)
     used = {key_of(r.get("category_id")) for r in data["annotations"] if isinstance(r, dict)}
     categories, category_ids = _categories(data["categories"], used, account)
-    boxes: dict[tuple[int, int], list[Box]] = defaultdict(list)
+    boxes: dict[tuple[int, int], list[Box]] = {}
     records, marked = [], set()
     for record in data["annotations"]:
-        about = _known(record, image_ids, category_ids, account)
-        if about is None:
+        ids = _ids_of(record, image_ids, category_ids, account)
+        if ids is None:
             continue
-        marked.add(about)
-        clean = _annotation(record, about, account)
+        marked.add(ids)
+        clean = _annotation(record, ids, account)
         if clean is None:
             continue
         records.append(clean)
-        if not clean["iscrowd"]:
-            box = _inside(clean, images[about[0]], account)
-            if box is not None:
-                boxes[about].append(box)
+        box = None if clean["iscrowd"] else _inside(clean, images[ids[0]], account)
+        if box is not None:
+            boxes.setdefault(ids, []).append(box)
     if not shares_of:
         _check_pixels([record["bbox"] for record in records], images, where)
     bad = len(account.left_out.get(NO_BOX, ())) + len(account.left_out.get(NO_AREA, ()))
     if not images or (data["annotations"] and not boxes):
         lost = "; ".join(account.lines())
         raise ValueError(f"{where}: expected images with boxes, not a single box is usable; {lost}")
-    negatives = incomplete = None
+    negatives, incomplete, frame = None, {}, shares_of or "unknown"
     if kind == "lvis":
         negatives = _listed(images, "neg_category_ids", category_ids)
         incomplete = _listed(images, "not_exhaustive_category_ids", category_ids)
@@ -140,22 +133,12 @@ def annotations_of(
         f"{len({category for _, category in boxes})} categories"
     )
     return Annotations(
-        images,
-        categories,
-        dict(boxes),
-        negatives,
-        incomplete or {},
-        marked,
-        bad,
-        records,
-        find,
-        shares_of or "unknown",
-        account,
+        images, categories, boxes, negatives, incomplete, marked, bad, records, find, frame, account
     )
 
 
-def _check_kind(where: str, kind: str, data: Any) -> None:
-    """Raise ValueError if this is something else than an instances file of `kind`."""
+def _check_kind(where: str, kind: str, data: Json) -> None:
+    """Raise ValueError unless this is an instances file of `kind`."""
     keys = set(data) if isinstance(data, dict) else set()
     if not {"images", "annotations", "categories"} <= keys:
         looks = ", ".join(sorted(map(str, keys))[:8]) or f"a {type(data).__name__}"
@@ -170,8 +153,8 @@ def _check_kind(where: str, kind: str, data: Any) -> None:
     if records and not any("bbox" in record or "segmentation" in record for record in records):
         what = "captions" if any("caption" in r for r in records) else "other annotations"
         raise ValueError(f"{where}: expected boxes, these are {what}; take the instances file")
-    # Only LVIS says which categories it has looked for in an image. Taken for COCO's, what it has
-    # not looked for would be absent; taken for LVIS's, no false alarm of COCO's would be one.
+    # Only LVIS says which categories were checked in an image. Read as COCO's, the unchecked ones
+    # would count as absent; COCO's read as LVIS's, no prediction would count as a false alarm.
     marks = {"neg_category_ids", "not_exhaustive_category_ids"}
     images = [record for record in data["images"] if isinstance(record, dict)]
     federated = any(marks & set(record) for record in images)
@@ -187,8 +170,8 @@ def _check_kind(where: str, kind: str, data: Any) -> None:
 # --- Ids and numbers -------------------------------------------------------------------------
 
 
-def key_of(value: Any) -> Key | None:
-    """What an id is known by: 1, 1.0, "1" and "1.0" are one. None: it is no id."""
+def key_of(value: Json) -> Key | None:
+    """The id in one form: 1, 1.0, "1" and "1.0" are the same. None: not an id."""
     if isinstance(value, str):
         text = value.strip()
         value = int(text.partition(".")[0]) if re.fullmatch(r"-?\d{1,19}(\.0*)?", text) else text
@@ -198,7 +181,12 @@ def key_of(value: Any) -> Key | None:
     return value if whole or (isinstance(value, str) and value) else None
 
 
-def _note_ids(data: Mapping[str, list[Any]], account: Built) -> None:
+def _id_in(ids: Mapping[Key, int], value: Json) -> int | None:
+    key = key_of(value)
+    return None if key is None else ids.get(key)
+
+
+def _note_ids(data: Mapping[str, list[Json]], account: Built) -> None:
     columns = (("images", "id"), ("categories", "id"), ("annotations", "image_id"),
                ("annotations", "category_id"))  # fmt: skip
     ids = (r.get(name) for table, name in columns for r in data[table] if isinstance(r, dict))
@@ -208,7 +196,7 @@ def _note_ids(data: Mapping[str, list[Any]], account: Built) -> None:
 
 
 def _numbered(keys: Iterable[Key], account: Built, what: str) -> dict[Key, int]:
-    """A whole number for each id; for a text one that no other has."""
+    """A number for each id; text ids get numbers that no other id has."""
     keys = list(keys)
     free = count(1 + max((key for key in keys if isinstance(key, int)), default=0))
     numbers = {key: key if isinstance(key, int) else next(free) for key in keys}
@@ -218,8 +206,8 @@ def _numbered(keys: Iterable[Key], account: Built, what: str) -> dict[Key, int]:
     return numbers
 
 
-def number_of(value: Any) -> float | None:
-    """A finite number, maybe as text, that can be a place in an image or an area."""
+def finite_number(value: Json) -> float | None:
+    """A number, maybe as text, that can be a coordinate or an area in an image; else None."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -229,14 +217,20 @@ def number_of(value: Any) -> float | None:
     return float(value) if usable else None
 
 
-def _side(value: Any) -> int | None:
-    """Width or height of an image; None if it is none."""
-    side = number_of(value)
+def finite_numbers(values: Sequence[Json]) -> list[float] | None:
+    """`finite_number` of each value; None if one of them has none."""
+    numbers = [number for value in values if (number := finite_number(value)) is not None]
+    return numbers if len(numbers) == len(values) else None
+
+
+def _side(value: Json) -> int | None:
+    """Width or height of an image; None if it can't be one."""
+    side = finite_number(value)
     return int(side) if side is not None and 0 < side < 1e6 and side.is_integer() else None
 
 
-def _flag(value: Any) -> bool | None:
-    """None: it says neither yes nor no."""
+def _flag(value: Json) -> bool | None:
+    """Yes or no; None: it says neither."""
     text = str(value).strip().lower()
     if text in ("", "0", "0.0", "false", "no", "none"):
         return False
@@ -247,38 +241,39 @@ def _flag(value: Any) -> bool | None:
 
 
 def _images(
-    records: Iterable[Any], find: Callable[[str], Found] | None, account: Built
-) -> tuple[dict[int, dict[str, Any]], dict[Key, int]]:
-    """Image id -> record, and the ids that annotations may use -> image id.
+    records: Iterable[Json], find: Callable[[str], Found] | None, account: Built
+) -> tuple[dict[int, Row], dict[Key, int]]:
+    """Image id -> record; and the ids that annotations use -> image id.
 
     Args:
-        find: where to read a missing size; None: boxes are shares of the image, which needs none.
+        find: where the files are, to read missing sizes from; None: boxes are in shares of the
+            image's sides, so no size is needed.
     """
-    known: dict[Key, dict[str, Any]] = {}
+    listed: dict[Key, Row] = {}
     repeated: dict[Key, list[str]] = {}
     for record in records:
         file = _file(record) if isinstance(record, dict) else ""
         key = key_of(record.get("id")) if file else None
         if key is None:
             account.leave_out("image without an id or file name", f"{record!r:.80}")
-        elif key in known and known[key]["file"] != file:
-            repeated.setdefault(key, [known[key]["file"]]).append(file)
-        elif key in known:
+        elif key in listed and listed[key]["file"] != file:
+            repeated.setdefault(key, [listed[key]["file"]]).append(file)
+        elif key in listed:
             account.convert("image listed twice, taken once", file)
         else:
-            known[key] = record | {"file": file}
+            listed[key] = record | {"file": file}
     for key, files in repeated.items():
-        del known[key]
+        del listed[key]
         account.leave_out("image id of several images", f"{key}: {', '.join(files)}")
-    sized = {key: image for key, r in known.items() if (image := _sized(r, find, account))}
+    sized = {key: image for key, r in listed.items() if (image := _sized(r, find, account))}
     same = _same_file(sized, account)
     numbers = _numbered((key for key in sized if key not in same), account, "image")
     images = {number: sized[key] | {"id": number} for key, number in numbers.items()}
     return images, numbers | {key: numbers[one] for key, one in same.items() if one in numbers}
 
 
-def _file(record: Mapping[str, Any]) -> str:
-    """Path of an image; empty without one."""
+def _file(record: Row) -> str:
+    """Path of an image; empty if the record has none."""
     for name in ("file_name", "coco_url"):
         text = record.get(name)
         if isinstance(text, str) and text.strip("./\\ "):
@@ -286,10 +281,8 @@ def _file(record: Mapping[str, Any]) -> str:
     return ""
 
 
-def _sized(
-    record: dict[str, Any], find: Callable[[str], Found] | None, account: Built
-) -> dict[str, Any] | None:
-    """The record with a usable size, maybe that of the file; None if there is neither."""
+def _sized(record: Row, find: Callable[[str], Found] | None, account: Built) -> Row | None:
+    """The record with its size, or that of its file; None if neither can be read."""
     if find is None:
         return record | {"width": 1, "height": 1, "sized": False}
     width, height = _side(record.get("width")), _side(record.get("height"))
@@ -304,9 +297,9 @@ def _sized(
     return record | {"width": size[0], "height": size[1], "sized": False}
 
 
-def _same_file(images: dict[Key, dict[str, Any]], account: Built) -> dict[Key, Key]:
-    """Ids of images listed under several -> the first of them; `images` loses those files that are
-    said to have different sizes."""
+def _same_file(images: dict[Key, Row], account: Built) -> dict[Key, Key]:
+    """Further ids of an image -> its first id. Images listed with different sizes are removed from
+    `images`."""
     by_file: dict[str, list[Key]] = defaultdict(list)
     for key, record in images.items():
         by_file[record["file"]].append(key)
@@ -322,16 +315,12 @@ def _same_file(images: dict[Key, dict[str, Any]], account: Built) -> dict[Key, K
     return same
 
 
-def _listed(
-    images: Mapping[int, Mapping[str, Any]], name: str, ids: Mapping[Key, int]
-) -> dict[int, set[int]]:
-    """Image id -> the category ids that its record lists under a name."""
-    listed = {number: record.get(name) for number, record in images.items()}
+def _listed(images: Mapping[int, Row], name: str, ids: Mapping[Key, int]) -> dict[int, set[int]]:
+    """Image id -> the category ids that its record lists under `name`."""
     return {
-        number: {
-            ids[key] for key in map(key_of, keys if isinstance(keys, list) else ()) if key in ids
-        }
-        for number, keys in listed.items()
+        number: {i for key in keys if (i := _id_in(ids, key)) is not None}
+        for number, record in images.items()
+        for keys in [record[name] if isinstance(record.get(name), list) else []]
     }
 
 
@@ -339,13 +328,13 @@ def _listed(
 
 
 def _categories(
-    records: Iterable[Any], used: set[Key | None], account: Built
+    records: Iterable[Json], used: set[Key | None], account: Built
 ) -> tuple[dict[int, str], dict[Key, int]]:
-    """Category id -> name, and the ids that annotations may use -> category id.
+    """Category id -> name; and the ids that annotations use -> category id.
 
     Args:
-        used: ids with annotations. Of categories of one name those without any are left out, as
-            the parent categories in Roboflow's exports.
+        used: ids with annotations. Among categories of the same name, those without annotations are
+            left out, such as the parent categories in Roboflow's exports.
     """
     names: dict[Key, str] = {}
     clashing = set()
@@ -375,7 +364,7 @@ def _categories(
 
 
 def _is_utf8(name: str) -> bool:
-    """JSON may hold half a character, which no tokenizer takes."""
+    """JSON may hold lone surrogates, which tokenizers reject."""
     return name.encode("utf-8", "replace").decode() == name
 
 
@@ -385,15 +374,15 @@ NO_BOX = "annotation without four finite numbers as bbox"
 NO_AREA = "box without area inside its image"
 
 
-def _known(
-    record: Any, image_ids: Mapping[Key, int], category_ids: Mapping[Key, int], account: Built
+def _ids_of(
+    record: Json, image_ids: Mapping[Key, int], category_ids: Mapping[Key, int], account: Built
 ) -> tuple[int, int] | None:
     """(image id, category id) of an annotation; None if either is unknown."""
     if not isinstance(record, dict):
         account.leave_out("annotation that is no object", f"{record!r:.80}")
         return None
-    image = image_ids.get(key_of(record.get("image_id")))
-    category = category_ids.get(key_of(record.get("category_id")))
+    image = _id_in(image_ids, record.get("image_id"))
+    category = _id_in(category_ids, record.get("category_id"))
     if image is None:
         account.leave_out("annotation of an image that isn't listed or used", _name(record))
     elif category is None:
@@ -403,14 +392,12 @@ def _known(
     return None
 
 
-def _name(record: Mapping[str, Any]) -> str:
-    about = (f"{record.get(name)!r:.40}" for name in ("id", "image_id", "category_id"))
-    return "annotation {} (image {}, category {})".format(*about)
+def _name(record: Row) -> str:
+    ids = (f"{record.get(name)!r:.40}" for name in ("id", "image_id", "category_id"))
+    return "annotation {} (image {}, category {})".format(*ids)
 
 
-def _annotation(
-    record: Mapping[str, Any], about: tuple[int, int], account: Built
-) -> dict[str, Any] | None:
+def _annotation(record: Row, ids: tuple[int, int], account: Built) -> Row | None:
     """The annotation in COCO's form; None if it has no box."""
     crowd = _flag(record.get("iscrowd"))
     if crowd is None:
@@ -427,33 +414,36 @@ def _annotation(
         return None
     if any(isinstance(side, str) for side in record.get("bbox") or ()):
         account.convert("box whose numbers are texts", _name(record))
-    area = number_of(record.get("area"))
-    return {"id": key_of(record.get("id")), "image_id": about[0], "category_id": about[1],
+    area = finite_number(record.get("area"))
+    return {"id": key_of(record.get("id")), "image_id": ids[0], "category_id": ids[1],
             "bbox": box, "iscrowd": int(crowd), "area": area}  # fmt: skip
 
 
-def box_of(bbox: Any) -> list[float] | None:
-    """Four finite numbers, maybe as texts."""
-    sides = [number_of(side) for side in bbox] if isinstance(bbox, list) else []
-    return sides if len(sides) == 4 and None not in sides else None
+def box_of(bbox: Json) -> list[float] | None:
+    """The four numbers of a bbox, maybe as texts; None if it has others."""
+    return finite_numbers(bbox) if isinstance(bbox, list) and len(bbox) == 4 else None
 
 
-def _around(segmentation: Any) -> list[float] | None:
-    """x, y, width and height of the polygons of a segmentation; None if it has none."""
-    polygons = segmentation if isinstance(segmentation, list) else []
-    xs, ys = [], []
-    for polygon in polygons:
-        sides = [number_of(side) for side in polygon] if isinstance(polygon, list) else []
-        if len(sides) < 6 or len(sides) % 2 or None in sides:
+def _around(segmentation: Json) -> list[float] | None:
+    """The box around a segmentation's polygons; None if it has none."""
+    numbers: list[float] = []
+    for polygon in segmentation if isinstance(segmentation, list) else ():
+        sides = finite_numbers(polygon) if isinstance(polygon, list) else None
+        if sides is None or len(sides) < 6 or len(sides) % 2:
             return None
-        xs += sides[0::2]
-        ys += sides[1::2]
-    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)] if xs else None
+        numbers += sides
+    return box_around(numbers) if numbers else None
 
 
-def _check_pixels(boxes: Sequence[Any], images: Mapping[int, Any], where: str) -> None:
-    """Raise ValueError where half of the boxes end within the first pixel of images that have more:
-    in shares, too, a few reach past the edge."""
+def box_around(numbers: Sequence[float]) -> list[float]:
+    """x, y, width and height of the box around the points x1, y1, x2, y2, ..."""
+    xs, ys = numbers[0::2], numbers[1::2]
+    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+
+
+def _check_pixels(boxes: Sequence[Json], images: Mapping[int, Row], where: str) -> None:
+    """Raise ValueError if at least half of the boxes lie within the first pixel of larger images:
+    they are in shares, of which a few may reach past the edge."""
     ends = [max(x + width, y + height) for x, y, width, height in boxes if min(width, height) > 0]
     shares = sum(end <= 1 + CLIPPED for end in ends)
     sides = max((max(i["width"], i["height"]) for i in images.values()), default=0)
@@ -464,8 +454,8 @@ def _check_pixels(boxes: Sequence[Any], images: Mapping[int, Any], where: str) -
         )
 
 
-def _inside(record: Mapping[str, Any], image: Mapping[str, Any], account: Built) -> Box | None:
-    """xyxy inside the image; None if nothing of it is."""
+def _inside(record: Row, image: Row, account: Built) -> Box | None:
+    """The box clipped to its image, xyxy; None if they don't overlap."""
     x, y, width, height = record["bbox"]
     right, lower = float(image["width"]), float(image["height"])
     box = (max(x, 0.0), max(y, 0.0), min(x + width, right), min(y + height, lower))

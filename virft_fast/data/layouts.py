@@ -1,7 +1,7 @@
-"""What people's rows look like, and the one form that they are read into: turns, images, an answer.
+"""What rows may look like, and the one form they are read into: turns, images, an answer.
 
-A row has its question in one of QUESTIONS and its ground truth in one of ANSWERS; the first that
-the row has is read. A new layout is a function and a line in one of the two tables.
+The question comes from the first column of QUESTIONS that the row has, the ground truth from the
+first of ANSWERS. A new layout is a function and a line in one of the two tables.
 """
 
 from __future__ import annotations
@@ -9,69 +9,50 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from virft_fast.batch import Json, Row
+from virft_fast.data.turns import IMAGE_TAG, Unusable, non_empty, place_images, read_turn, turn_text
 from virft_fast.tasks.answers import answer_text
 from virft_fast.tasks.prompts import grounding_format
 from virft_fast.tasks.rewards import CLASS_COLUMNS
 
-Row = Mapping[str, Any]
-Turn = dict[str, Any]  # role, content: a text or a list of parts
-
 IMAGE_COLUMNS = ("image", "images", "image_path")
 CHAT_COLUMNS = ("conversations", "messages", "history")
 TURN_COLUMNS = ("prompt", "problem", "chosen", "rejected", "completion")
-# Columns whose values may be chats, of any keys: kept as JSON, as they are.
+# Columns whose values may be chats with any keys: stored as JSON, to keep them unchanged.
 JSON_COLUMNS = (*CHAT_COLUMNS, *TURN_COLUMNS, "reward_model", "extra_info")
-# A text in them may be a list as JSON, as in CSV; in TURN_COLUMNS a list of turns.
+# Columns in which a text may be a list in JSON, as in CSV; in TURN_COLUMNS, a list of turns.
 LIST_COLUMNS = (*IMAGE_COLUMNS, "extent", "classes", *CLASS_COLUMNS, *CHAT_COLUMNS)
-IMAGE_PLACE = "<image>"
-IMAGE_TAG = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 BOX_ANSWER = re.compile(r"\(\s*[\d.]+\s*,\s*[\d.]+\s*\)\s*,\s*\(\s*[\d.]+\s*,\s*[\d.]+\s*\)")
-ROLES = {
-    "system": "system", "developer": "system", "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant",
-}  # fmt: skip
-# Columns that hold what is not read: a row that has something in one can't be used.
+# Columns that aren't read: a row with a value in one of them can't be used.
 UNREAD_COLUMNS = ("video", "videos", "audio", "audios", "tools")
-UNREAD_TAG = re.compile(
-    r"<(?:video|audio)>|<\|(?:(?:image|video|vision)_(?:pad|start|end)|im_start|im_end|endoftext)\|>",
-    re.IGNORECASE,
-)
-# Where ms-swift puts the names and boxes of its column `objects`.
+# ms-swift's placeholders for the names and boxes in its column `objects`.
 OBJECT_TAG = re.compile(r"<(?:bbox|ref-object)>")
-# <image 1>, <image_1>: labels beside images, but nothing without.
-_NUMBERED = re.compile(r"<image[ _]?(\d{1,3})>", re.IGNORECASE)
 PIXELS = re.compile(r"\bpixels?\b|像素|ピクセル|픽셀", re.IGNORECASE)
-_LEADING_IMAGES = re.compile(r"(?:\s*<img>.*?</img>)*\s*", re.DOTALL)
-
-
-class Unusable(Exception):
-    """Why the row at hand is a bad one; never leaves `virft_fast.data`."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a row says.
+    """A row as read.
 
     Attributes:
         layout: the columns that question and ground truth were read from.
-        image_column: that of the images; None where they are in the question, or there are none.
-        messages: the prompt's turns, an image part for each of `sources`.
-        problem: text of the last user's turn.
+        messages: the prompt's turns, with an image part for each of `sources`.
+        problem: text of the last user turn.
         sources: images as they are stored.
-        solution: the ground truth as the row has it; any value, None if there is none.
-        said: the assistant's own last turn, where the question is a conversation.
+        solution: the ground truth as the row has it, of any type; None if there is none.
+        said: the assistant's last turn, if the question is a conversation.
         converted: rules by which something was changed.
+        image_column: column of the images; None if they are in the question, or there are none.
     """
 
     layout: str
-    messages: list[Turn]
+    messages: list[Row]
     problem: str
-    sources: list[Any]
-    solution: Any
+    sources: list[Json]
+    solution: Json
     said: str | None = None
     converted: tuple[str, ...] = ()
     image_column: str | None = None
@@ -79,9 +60,9 @@ class Reading:
 
 @dataclass
 class _Question:
-    """A question on its way: turns whose image parts may have a `source`."""
+    """A question before its images are placed: image parts may have a `source`."""
 
-    turns: list[Turn]
+    turns: list[Row]
     said: str | None = None
     problem: str | None = None
     converted: tuple[str, ...] = ()
@@ -90,13 +71,13 @@ class _Question:
 def read_row(
     row: Row, names: Sequence[str], *, compat: bool = False, first: bool = False
 ) -> Reading:
-    """Question, images and ground truth of a row.
+    """Read a row's question, images and ground truth.
 
     Args:
         names: the data set's columns.
-        compat, first: `compat_prompt` and `first_exchange` of `SampleDataset`.
+        compat, first: see `compat_prompt` and `first_exchange` of `SampleDataset`.
     Raises:
-        Unusable: it can't be read; the text says what was expected.
+        Unusable: it can't be read; the message says what was expected.
     """
     for name in UNREAD_COLUMNS:
         if row.get(name) not in (None, "", [], "[]"):
@@ -104,7 +85,7 @@ def read_row(
     column = question_column(row, names)
     if "chosen" in row and column == "prompt":
         row = {**row, "prompt": pair_prompt(row)}
-    question = QUESTIONS[column](row, _Options(column, compat, first))
+    question = QUESTIONS[column](row, column, compat, first)
     turns, system = question.turns, row.get("system")
     if not isinstance(system, (str, type(None))) or (system and system.strip()):
         system = non_empty(system, "system")
@@ -114,45 +95,38 @@ def read_row(
             raise Unusable(f"system: expected that of {column}, {other!r:.40}, got {system!r:.40}")
     if turns[-1]["role"] != "user":
         raise Unusable(f"{column}: expected the last turn to be the user's, got {turns[-1]!r:.80}")
-    held = next((name for name in IMAGE_COLUMNS if _as_list(row.get(name))), None)
-    messages, sources = _place_images(turns, _as_list(row.get(held)), column)
+    image_column = next((name for name in IMAGE_COLUMNS if _as_list(row.get(name))), None)
+    stored = _as_list(row.get(image_column)) if image_column else []
+    messages, sources = place_images(turns, stored, column)
     problem = non_empty(question.problem or turn_text(turns[-1]), column)
     if row.get("objects") and (tag := OBJECT_TAG.search(f"{problem} {question.said}")):
         raise Unusable(f"{column}: expected texts with their boxes, got {tag[0]} and objects")
     answered, solution = _first_answer(row, question)
-    return Reading(
-        layout=f"{column} + {answered}",
-        messages=messages,
-        problem=problem,
-        sources=sources,
-        solution=solution,
-        said=question.said,
-        converted=question.converted,
-        image_column=held,
-    )
+    layout, said, converted = f"{column} + {answered}", question.said, question.converted
+    return Reading(layout, messages, problem, sources, solution, said, converted, image_column)
 
 
-def answer_column(row: Row, names: Sequence[str]) -> tuple[str, Any]:
-    """Column and value of the ground truth of `read_row`, of a row whose images may be missing;
-    None as the value if it has none."""
+def answer_column(row: Row, names: Sequence[str]) -> tuple[str, Json]:
+    """Column and value of a row's ground truth, as in `read_row`, but without reading its images.
+    The value is None if the row has none."""
     column = question_column(row, names)
     try:
-        return _first_answer(row, QUESTIONS[column](row, _Options(column, False, False)))
+        return _first_answer(row, QUESTIONS[column](row, column, False, False))
     except Unusable:
         return column, None
 
 
 def question_column(row: Row, names: Sequence[str]) -> str:
-    """The first of QUESTIONS that the row has something in, else the first column of them."""
-    known = [name for name in QUESTIONS if name in names]
-    if "chosen" in names and "prompt" in names:  # a preference set in TRL's form
-        known = ["prompt"]
-    filled = [name for name in known if row.get(name) is not None]
-    return (filled or known or ["prompt"])[0]
+    """The first of QUESTIONS in which the row has a value, or else the first that is a column."""
+    columns = [name for name in QUESTIONS if name in names]
+    if "chosen" in names and "prompt" in names:  # preferences in TRL's form
+        columns = ["prompt"]
+    filled = [name for name in columns if row.get(name) is not None]
+    return (filled or columns or ["prompt"])[0]
 
 
 def check_columns(names: Sequence[str], where: str) -> None:
-    """Raise ValueError if a data set with these columns can't be made into samples."""
+    """Raise ValueError if these columns lack a question or an answer."""
     if not set(names) & set(QUESTIONS) and not {"chosen", "rejected"} <= set(names):
         missing = f"one of the columns {', '.join(QUESTIONS)}"
     elif not set(names) & {*ANSWERS, "messages", "conversations"}:
@@ -172,54 +146,42 @@ def check_columns(names: Sequence[str], where: str) -> None:
 # --- Questions -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Options:
-    column: str
-    compat: bool
-    first: bool
-
-
-def _plain(row: Row, options: _Options) -> _Question:
-    """A text, or a chat of role and content.
-
-    Visual-RFT's and EasyR1's `problem`, TRL's and verl's `prompt`.
-    """
-    value = row.get(options.column)
+def _plain(row: Row, column: str, compat: bool, first: bool) -> _Question:
+    """A text or a chat: Visual-RFT's and EasyR1's `problem`, TRL's and verl's `prompt`."""
+    value = row.get(column)
     if isinstance(value, (list, tuple)):
         if not value:
-            raise Unusable(f"{options.column}: empty")
-        return _Question([read_turn(turn, options.column) for turn in value])
-    text = non_empty(value, options.column)
+            raise Unusable(f"{column}: empty")
+        return _Question([read_turn(turn, column) for turn in value])
+    text = non_empty(value, column)
     return _Question([{"role": "user", "content": text}], problem=text)
 
 
-def _conversation(row: Row, options: _Options) -> _Question:
-    """Turns of role and content or from and value, of which the last is the answer.
+def _conversation(row: Row, column: str, compat: bool, first: bool) -> _Question:
+    """A chat that ends with the answer: `messages` of OpenAI, ms-swift and LLaMA-Factory, and
+    LLaVA's `conversations`.
 
-    `messages` of OpenAI, ms-swift and LLaMA-Factory, LLaVA's `conversations`. In the latter an
-    answer gets its tags, and LISA's end as Visual-RFT has them end: where the answer is a box, with
-    the form it is to have.
+    In `conversations`, the answer gets <answer> tags; and LISA's questions for a box end with the
+    form of the answer, as in Visual-RFT.
     """
-    name = options.column
-    given = _as_list(row.get(name))
-    turns = [read_turn(turn, name) for turn in given]
-    asked = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
-    if not asked:
-        raise Unusable(f"{name}: user's value: missing")
-    later = [n for n, t in enumerate(turns) if t["role"] == "assistant" and n > asked[0]]
-    at = later[0] if options.first and later else len(turns) - 1
-    if at not in later:  # nobody answers the last question: the row needs a solution of its own
+    given = _as_list(row.get(column))
+    turns = [read_turn(turn, column) for turn in given]
+    start = next((n for n, turn in enumerate(turns) if turn["role"] == "user"), None)
+    if start is None:
+        raise Unusable(f"{column}: user's value: missing")
+    answers = [n for n, t in enumerate(turns) if t["role"] == "assistant" and n > start]
+    at = answers[0] if first and answers else len(turns) - 1
+    if at not in answers:  # the last question has no answer: the row needs a solution of its own
         at = len(turns)
     said = turn_text(turns[at]) if at < len(turns) else None
     if said is not None:
-        _check_learned(given[at], name)
-    prompt = turns[:at]
-    if name != "conversations":
-        return _Question(prompt, said=said)
-    return _tagged(prompt, said, compat=options.compat)
+        _check_learned(given[at], column)
+    if column != "conversations":
+        return _Question(turns[:at], said=said)
+    return _tagged(turns[:at], said, compat=compat)
 
 
-def _tagged(prompt: list[Turn], said: str | None, *, compat: bool) -> _Question:
+def _tagged(prompt: list[Row], said: str | None, *, compat: bool) -> _Question:
     question, converted = prompt[-1], []
     text = question["content"]
     if isinstance(text, str):
@@ -236,9 +198,9 @@ def _tagged(prompt: list[Turn], said: str | None, *, compat: bool) -> _Question:
     return _Question(prompt, said=said, converted=tuple(converted))
 
 
-def _query(row: Row, options: _Options) -> _Question:
+def _query(row: Row, column: str, compat: bool, first: bool) -> _Question:
     """ms-swift's `query`, after the pairs of its `history`."""
-    turns = []
+    turns: list[Row] = []
     for pair in _as_list(row.get("history")):
         if not isinstance(pair, (list, tuple)) or list(map(type, pair)) != [str, str]:
             raise Unusable(f"history: expected pairs of a query and its response, got {pair!r:.80}")
@@ -248,55 +210,52 @@ def _query(row: Row, options: _Options) -> _Question:
     return _Question([*turns, {"role": "user", "content": text}], problem=text)
 
 
-QUESTIONS: dict[str, Callable[[Row, _Options], _Question]] = {
-    "problem": _plain,
-    "prompt": _plain,
-    "conversations": _conversation,
-    "messages": _conversation,
-    "query": _query,
-}
+QUESTIONS: dict[str, Callable[[Row, str, bool, bool], _Question]] = {
+    "problem": _plain, "prompt": _plain, "conversations": _conversation,
+    "messages": _conversation, "query": _query,
+}  # fmt: skip
 
 
 # --- Answers ---------------------------------------------------------------------------------
 
 
-def _first_answer(row: Row, question: _Question) -> tuple[str, Any]:
-    """Name and value of the first of ANSWERS that says something; else of the first that is
-    there, for an error to name."""
-    found = [(name, _number_as_text(read(row, question))) for name, read in ANSWERS.items()]
-    there = [pair for pair in found if pair[1] is not None]
-    said = [pair for pair in there if not isinstance(pair[1], str) or pair[1].strip()]
-    return next(iter(said or there), ("solution", None))
+def _first_answer(row: Row, question: _Question) -> tuple[str, Json]:
+    """Name and value of the first of ANSWERS that isn't blank; or else of the first that exists,
+    for an error to name."""
+    answers = [(name, _number_as_text(read(row, question))) for name, read in ANSWERS.items()]
+    present = [pair for pair in answers if pair[1] is not None]
+    filled = [pair for pair in present if not isinstance(pair[1], str) or pair[1].strip()]
+    return next(iter(filled or present), ("solution", None))
 
 
-def _number_as_text(value: Any) -> Any:
+def _number_as_text(value: Json) -> Json:
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
     return str(value) if plain and math.isfinite(value) else value
 
 
-def _ground_truth(row: Row, question: _Question) -> Any:
+def _ground_truth(row: Row, question: _Question) -> Json:
     """verl's reward_model: {"ground_truth": ...}."""
     value = row.get("reward_model")
     value = _json(value) if isinstance(value, str) else value
     return value.get("ground_truth") if isinstance(value, Mapping) else None
 
 
-def _completion(row: Row, question: _Question) -> Any:
-    """TRL's; one that is labelled as bad is no answer to learn."""
+def _completion(row: Row, question: _Question) -> str | None:
+    """TRL's completion, unless it is labelled as a bad one."""
     label = row.get("label")
     if row.get("completion") is not None and str(label).strip().lower() == "false":
         raise Unusable(f"completion: expected a good one, got the label {label}")
     return spoken_text(row.get("completion"))
 
 
-def _check_learned(turn: Any, where: str) -> None:
-    """Refuse an answer that is marked as one not to learn, as OpenAI's weight 0 does."""
+def _check_learned(turn: Mapping[str, Json], where: str) -> None:
+    """Raise Unusable if an answer is marked as one not to learn, such as by OpenAI's weight 0."""
     marks = {name: turn.get(name) for name in ("weight", "loss", "train")}
     if wrong := {name: mark for name, mark in marks.items() if mark not in (None, 1)}:
         raise Unusable(f"{where}: expected an answer to learn last, got {wrong}; drop this turn")
 
 
-ANSWERS: dict[str, Callable[[Row, _Question], Any]] = {
+ANSWERS: dict[str, Callable[[Row, _Question], Json]] = {
     "solution": lambda row, question: row.get("solution"),
     "reward_model": _ground_truth,
     "answer": lambda row, question: row.get("answer"),
@@ -307,15 +266,15 @@ ANSWERS: dict[str, Callable[[Row, _Question], Any]] = {
 }
 
 
-def spoken_text(value: Any) -> str | None:
-    """An answer as text: itself, or the last turn of a chat, as TRL writes answers; else None."""
+def spoken_text(value: Json) -> str | None:
+    """An answer as text: the text itself, or the last turn of a chat, as in TRL; else None."""
     if isinstance(value, Mapping):  # LLaMA-Factory's pairs have one turn each
         value = [value]
     if isinstance(value, list) and value and isinstance(value[-1], Mapping):
         turn = value[-1]
         _check_learned(turn, "answer")
-        said = ROLES.get(str(turn.get("role") or turn.get("from") or "assistant")) == "assistant"
-        value = turn.get("content", turn.get("value")) if said else None
+        role = str(turn.get("role") or turn.get("from") or "assistant")
+        value = turn.get("content", turn.get("value")) if role in ("assistant", "gpt") else None
     if isinstance(value, list):
         parts = [part for part in value if isinstance(part, Mapping) and part.get("type") == "text"]
         value = "".join(str(part.get("text") or "") for part in parts)
@@ -325,9 +284,9 @@ def spoken_text(value: Any) -> str | None:
 # --- Preference pairs ------------------------------------------------------------------------
 
 
-def pair_prompt(row: Row) -> Any:
-    """The prompt of a preference pair whose answers may be chats: turns before the last are the
-    prompt's, or go behind it, where both answers have the same."""
+def pair_prompt(row: Row) -> Json:
+    """The prompt of a preference pair. If its answers are chats, the turns before the last one, the
+    same in both, belong to the prompt or follow it."""
     chats = (row.get("chosen"), row.get("rejected"))
     lead, other = (list(chat[:-1]) if isinstance(chat, (list, tuple)) else [] for chat in chats)
     if list(map(_spoken, lead)) != list(map(_spoken, other)):
@@ -338,13 +297,13 @@ def pair_prompt(row: Row) -> Any:
     return _joined(row.get("prompt"), lead) if lead else row.get("prompt")
 
 
-def _joined(prompt: Any, lead: list[Any]) -> list[Any]:
-    """A prompt and the turns before the answers: one of them where it holds the other."""
+def _joined(prompt: Json, lead: list[Json]) -> list[Json]:
+    """The turns of a prompt and those before the answers; if one holds the other, only that."""
     if not isinstance(prompt, (str, list, tuple, type(None))):
         raise Unusable(f"prompt: expected a text or a chat, got {prompt!r:.80}")
-    said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or ())
-    if isinstance(prompt, str) and not prompt.strip():
-        said = []
+    said = list(prompt or ())
+    if isinstance(prompt, str):
+        said = [{"role": "user", "content": prompt}] if prompt.strip() else []
     one, two = list(map(_spoken, said)), list(map(_spoken, lead))
     if any(two[at : at + len(one)] == one for at in range(len(two) - len(one) + 1)):
         return lead
@@ -358,8 +317,8 @@ def _joined(prompt: Any, lead: list[Any]) -> list[Any]:
     return [*said, *lead]
 
 
-def _spoken(turn: Any) -> tuple[Any, str]:
-    """Role and text of a turn, however its content is written."""
+def _spoken(turn: Json) -> tuple[Json, str]:
+    """Role and text of a turn, whatever the form of its content."""
     content = turn.get("content") if isinstance(turn, Mapping) else None
     if isinstance(content, list):
         parts = [p.get("text") or f"<{p.get('type')}>" for p in content if isinstance(p, Mapping)]
@@ -367,171 +326,19 @@ def _spoken(turn: Any) -> tuple[Any, str]:
     return (turn.get("role") if isinstance(turn, Mapping) else None, str(content))
 
 
-# --- Turns -----------------------------------------------------------------------------------
-
-
-def read_turn(turn: Any, where: str) -> Turn:
-    """A turn of role and content or from and value, with our names of the roles."""
-    keys = turn.keys() if isinstance(turn, Mapping) else ()
-    role = (turn.get("role") or turn.get("from")) if keys else None
-    content = turn.get("content") if keys else None
-    content = turn.get("value") if keys and content is None else content
-    if keys and turn.get("tool_calls"):
-        raise Unusable(f"{where}: expected turns of texts and images, got tool_calls")
-    if isinstance(content, (list, tuple)):
-        content = _read_parts(content, where)
-    if not isinstance(role, str) or role not in ROLES or not isinstance(content, (str, list)):
-        raise Unusable(
-            f"{where}: expected turns of role and content or of from and value, by "
-            f"{', '.join(ROLES)}, got {turn!r:.80}"
-        )
-    return {"role": ROLES[role], "content": content}
-
-
-def _read_parts(content: Sequence[Any], where: str) -> str | list[dict[str, Any]]:
-    """A content's parts; a box, which some write as a list, is a text."""
-    if content and not any(isinstance(part, (str, Mapping)) for part in content):
-        return str(list(content))
-    return [_read_part(part, where) for part in content]
-
-
-def _read_part(part: Any, where: str) -> dict[str, Any]:
-    """A part without the nulls that arrow adds for keys of other parts."""
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    given = {k: v for k, v in part.items() if v is not None} if isinstance(part, Mapping) else {}
-    source = given.get("image", given.get("image_url"))
-    if isinstance(source, Mapping) and "url" in source:
-        source = source["url"]
-    kind = given.get("type") or ("image" if source is not None else "text")
-    if kind in ("image", "image_url"):
-        source = source or given.get("path") or given.get("url")
-        return {"type": "image"} if source is None else {"type": "image", "source": source}
-    if kind == "text" and isinstance(given.get("text"), str):
-        return {"type": "text", "text": given["text"]}
-    raise Unusable(f"{where}: expected image and text parts, got {part!r:.80}")
-
-
-def turn_text(turn: Turn) -> str:
-    """The texts of a turn, without its images."""
-    content = turn["content"]
-    if isinstance(content, str):
-        return IMAGE_TAG.sub("", content).strip() if IMAGE_TAG.search(content) else content
-    return "\n".join(part["text"] for part in content if part["type"] == "text")
-
-
-# --- Images in the text ----------------------------------------------------------------------
-
-
-def _place_images(turns: list[Turn], stored: list[Any], where: str) -> tuple[list[Turn], list[Any]]:
-    """Turns with an image part for each image, and the images in their order.
-
-    Images stand where the content has image parts or the text has <img>PATH</img> or <image>,
-    and those of a row without any of these before the first text.
-
-    Raises:
-        Unusable: there are other numbers of images than of places for them.
-    """
-    turns = [{**turn, "content": _parts(turn)} for turn in turns]
-    places = [p for t in turns if not isinstance(t["content"], str) for p in t["content"]]
-    images = [part for part in places if part["type"] == "image"]
-    named = [part["source"] for part in images if "source" in part]
-    texts = [part["text"] for part in places if part["type"] == "text"]
-    texts += [turn["content"] for turn in turns if isinstance(turn["content"], str)]
-    if named and (len(named) < len(images) or (stored and len(stored) != len(named))):
-        raise Unusable(
-            f"{where}: expected the images in the text or in a column, got {len(images)} places, "
-            f"{len(named)} of them with an image, and {len(stored)} in the column"
-        )
-    sources = named or stored
-    _check_texts(texts, len(sources), where)
-    tags = sum(text.count(IMAGE_PLACE) for text in texts)
-    if images and (tags or len(images) != len(sources)):
-        raise Unusable(
-            f"{where}: expected {len(sources)} image parts, as images, got {len(images)}"
-            + (f" and {tags} {IMAGE_PLACE} besides" if tags else "")
-        )
-    if tags and tags != len(sources):
-        raise Unusable(
-            f"{where}: expected as many {IMAGE_PLACE} as images or none, got {tags} and "
-            f"{len(sources)} images"
-        )
-    if tags:
-        turns = [{**turn, "content": _split(turn["content"])} for turn in turns]
-    elif sources and not images:
-        asked = next(turn for turn in turns if turn["role"] == "user")
-        asked["content"] = [*({"type": "image"} for _ in sources), *asked["content"]]
-    return [_without_sources(turn) for turn in turns], sources
-
-
-def _parts(turn: Turn) -> str | list[dict[str, Any]]:
-    """The content with <img>PATH</img> as parts; a user's always as parts."""
-    content = turn["content"]
-    if isinstance(content, str) and (turn["role"] == "user" or IMAGE_TAG.search(content)):
-        return _split_at_paths(content)
-    return content
-
-
-def _split_at_paths(text: str) -> list[dict[str, Any]]:
-    """Parts of a text; the spaces behind images that it begins with are theirs."""
-    head = _LEADING_IMAGES.match(text).end() if IMAGE_TAG.search(text) else 0
-    paths = IMAGE_TAG.findall(text[:head])
-    parts: list[dict[str, Any]] = [{"type": "image", "source": path.strip()} for path in paths]
-    rest = text[head:].rstrip() if head else text
-    for number, piece in enumerate(IMAGE_TAG.split(rest)):
-        if number % 2:
-            parts.append({"type": "image", "source": piece.strip()})
-        elif piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
-
-
-def _check_texts(texts: Sequence[str], num_images: int, where: str) -> None:
-    """That texts hold no marks of what isn't there."""
-    for text in texts:
-        if mark := UNREAD_TAG.search(text):
-            raise Unusable(f"{where}: expected texts and {IMAGE_PLACE} places, got {mark[0]}")
-        if (named := max(map(int, _NUMBERED.findall(text)), default=0)) > num_images:
-            raise Unusable(f"{where}: expected {named} images, as it names, got {num_images}")
-
-
-def _split(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """The content with an image part in the place of each <image>."""
-    if isinstance(content, str):
-        if IMAGE_PLACE not in content:
-            return content
-        content = [{"type": "text", "text": content}]
-    return [new for part in content for new in _split_part(part)]
-
-
-def _split_part(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for number, text in enumerate(part.get("text", "").split(IMAGE_PLACE)):
-        if number or part["type"] == "image":
-            yield {"type": "image"}
-        if text:
-            yield {"type": "text", "text": text}
-
-
-def _without_sources(turn: Turn) -> Turn:
-    if isinstance(turn["content"], str):
-        return turn
-    parts = [{k: v for k, v in part.items() if k != "source"} for part in turn["content"]]
-    return {**turn, "content": parts}
-
-
 # --- Values ----------------------------------------------------------------------------------
 
 
-def _json(text: str) -> Any:
+def _json(text: str) -> Json:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
 
 
-def read_list(name: str, value: Any) -> Any:
-    """A column's value; where it is a list as JSON, and the column holds such, that list: None
-    for an empty one. Options by letter, {"A": ..., "B": ...}, are the list of them."""
+def read_list(name: str, value: Json) -> Json:
+    """A column's value. A list in JSON is parsed if the column may hold lists, with None for an
+    empty one. Options by letter, {"A": ..., "B": ...}, become the list of them."""
     listed = _json(value) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
     if isinstance(listed, Mapping) and name in CLASS_COLUMNS:
         return [option for option in listed.values() if option is not None]
@@ -542,22 +349,7 @@ def read_list(name: str, value: Any) -> Any:
     return (listed or None) if held else value
 
 
-def _as_list(value: Any) -> list[Any]:
+def _as_list(value: Json) -> list[Json]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def non_empty(value: Any, name: str) -> str:
-    """The value, if it is a text that says something.
-
-    Raises:
-        Unusable: it isn't.
-    """
-    if value is None:
-        raise Unusable(f"{name}: missing")
-    if not isinstance(value, str):
-        raise Unusable(f"{name}: expected text, got {type(value).__name__} {value!r:.80}")
-    if not value.strip():
-        raise Unusable(f"{name}: empty")
-    return value

@@ -1,7 +1,7 @@
-"""Grounding rows from LISA's ReasonSeg folders: an image, and beside it what is meant in it.
+"""Grounding rows from LISA's ReasonSeg folders of images, with a .json file for each image.
 
-Each IMAGE.json holds `text`, the instructions, and `shapes`, labelled polygons: "target" is what is
-meant, "ignore" what may or may not be part of it.
+IMAGE.json holds `text`, the instructions, and `shapes`, labelled polygons: "target" is the object
+to find, "ignore" what may or may not be part of it.
 """
 
 from __future__ import annotations
@@ -10,59 +10,59 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
+from virft_fast.batch import Json, Row
 from virft_fast.data.accounts import Built
 from virft_fast.data.image_files import is_hidden, is_image
 from virft_fast.data.images import as_shown
-from virft_fast.data.writing import Plan
-from virft_fast.tasks.coordinates import Extent, rescale, written
+from virft_fast.data.writing import ExtentFor, Plan
+from virft_fast.tasks.coordinates import rescale, written
 from virft_fast.tasks.prompts import grounding_problem, grounding_solution
 
 Polygon = list[tuple[float, float]]
-# What a mask's pixels are; an ignored one counts neither way.
+# Values of a mask's pixels; ignored ones don't count.
 TARGET, IGNORED = 255, 128
 
 
 class Shape(NamedTuple):
-    """A polygon in pixels, and what its pixels are."""
+    """A polygon in pixels, and the value of its pixels."""
 
     polygon: Polygon
     value: int
 
 
-class Asked(NamedTuple):
-    """An instruction about an image, the image's number, the answer's shapes, and the size that the
-    annotations give the image, if they do."""
+class Instruction(NamedTuple):
+    """An instruction about an image, the image's number, the shapes to find, and the image's size
+    according to the annotations, if they give one."""
 
     image: Path
     number: int
-    instruction: str
+    text: str
     shapes: list[Shape]
     size: tuple[int, int] | None = None
 
 
-def read_lisa(folder: Path, built: Built, *, first_only: bool = False) -> list[Asked]:
+def read_lisa(folder: Path, built: Built, *, first_only: bool = False) -> list[Instruction]:
     """Every instruction in the folder.
 
     Args:
-        built: told of the annotations that can't be used.
-        first_only: the first instruction and the first target of an image alone, nothing ignored,
-            as Visual-RFT evaluates.
+        built: records the annotations that can't be used.
+        first_only: of each image, only the first instruction and the first target, and nothing
+            ignored, as in Visual-RFT's evaluation.
     Raises:
         FileNotFoundError: no annotations.
     """
-    there = [path for path in sorted(folder.iterdir()) if not is_hidden(path.name)]
-    files = [path for path in there if path.suffix == ".json"]
-    images = {path.stem: path for path in reversed(there) if is_image(path)}
+    paths = [path for path in sorted(folder.iterdir()) if not is_hidden(path.name)]
+    files = [path for path in paths if path.suffix == ".json"]
+    images = {path.stem: path for path in reversed(paths) if is_image(path)}
     if not files:
         raise FileNotFoundError(
             f"{folder}: expected images with a .json file beside each, got none"
         )
-    asked = {file.stem for file in files}
-    for stem in sorted(set(images) - asked):
+    for stem in sorted(set(images) - {file.stem for file in files}):
         built.leave_out("image without a .json file of its name", images[stem].name)
     rows = []
     for number, file in enumerate(files):
@@ -75,12 +75,12 @@ def read_lisa(folder: Path, built: Built, *, first_only: bool = False) -> list[A
         if first_only:
             texts = texts[:1]
             shapes = [next(shape for shape in shapes if shape.value == TARGET)]
-        rows += [Asked(image, number, text, shapes) for text in texts]
+        rows += [Instruction(image, number, text, shapes) for text in texts]
     return rows
 
 
-def _load(file: Path) -> Any:
-    """As LISA reads them: some of its files are cp1252, with typographic quotes."""
+def _load(file: Path) -> Json:
+    """A file's JSON. As in LISA: some of its files are in cp1252, with typographic quotes."""
     data = file.read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -89,7 +89,8 @@ def _load(file: Path) -> Any:
     return json.loads(text)
 
 
-def _annotation(data: Any) -> tuple[list[str], list[Shape]]:
+def _annotation(data: Json) -> tuple[list[str], list[Shape]]:
+    """(instructions, shapes) of an image."""
     if not isinstance(data, dict) or "shapes" not in data or "text" not in data:
         raise ValueError("expected text and shapes")
     texts = data["text"] if isinstance(data["text"], list) else [data["text"]]
@@ -102,8 +103,8 @@ def _annotation(data: Any) -> tuple[list[str], list[Shape]]:
     return texts, shapes
 
 
-def _shape(data: Any) -> Shape | None:
-    """None for what LISA does not paint, and for what has no area."""
+def _shape(data: Json) -> Shape | None:
+    """None for a shape that LISA doesn't paint, or that has no area."""
     if not isinstance(data, Mapping) or not isinstance(data.get("label"), str):
         raise ValueError(f"shapes: expected objects with label and points, got {data!r:.60}")
     label = data["label"].strip().lower()
@@ -118,55 +119,45 @@ def _shape(data: Any) -> Shape | None:
     return Shape(polygon, IGNORED if "ignore" in label else TARGET)
 
 
-def _is_point(point: Any) -> bool:
-    return (
-        isinstance(point, list)
-        and len(point) == 2
-        and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in point)
-        and all(abs(v) < 1e6 for v in point)  # NaN is not
-    )
+def _is_point(point: Json) -> bool:
+    pair = isinstance(point, list) and len(point) == 2
+    return pair and all(type(side) in (int, float) and abs(side) < 1e6 for side in point)  # no NaN
 
 
 def plan_grounding(
-    rows: Sequence[Asked], *, compat: bool = False, extent_for: Any = None, masks: bool = True
-) -> list[Plan]:
-    """Rows that ask for the box around the target; the mask goes along for gIoU and cIoU.
+    row: Instruction, *, compat: bool, extent_for: ExtentFor | None, masks: bool
+) -> Plan:
+    """A row that asks for the box around the target.
 
     Args:
-        compat: the original's prompt, misspelling included.
-        extent_for: (width, height) of an image -> the space of its boxes; None: 0..1000.
-        masks: False: without them.
+        compat: use the original's prompt, misspelling included.
+        extent_for: see `ExtentFor`; None: boxes are in 0..1000.
+        masks: whether to add the mask, for gIoU and cIoU.
     """
-    return [_plan(row, compat, extent_for, masks) for row in rows]
+    problem = grounding_problem(row.text, "pixels" if extent_for else "thousand", compat=compat)
 
-
-def _plan(asked: Asked, compat: bool, extent_for: Any, masks: bool) -> Plan:
-    space = "pixels" if extent_for else "thousand"
-    problem = grounding_problem(asked.instruction, space, compat=compat)
-
-    def fill(width: int, height: int, orientation: int) -> Mapping[str, Any] | str:
-        stored = asked.size or (width, height)
-        shapes = [Shape(as_shown(s.polygon, stored, orientation), s.value) for s in asked.shapes]
+    def fill(width: int, height: int, orientation: int) -> Row | str:
+        stored = row.size or (width, height)
+        shapes = [Shape(as_shown(s.polygon, stored, orientation), s.value) for s in row.shapes]
         targets = [shape.polygon for shape in shapes if shape.value == TARGET]
         xs, ys = zip(*(point for polygon in targets for point in polygon), strict=True)
         box = (max(min(xs), 0), max(min(ys), 0), min(max(xs), width), min(max(ys), height))
         if box[0] >= box[2] or box[1] >= box[3]:
             return "target outside its image"
-        extent: Extent = extent_for(width, height) if extent_for else (1000, 1000)
-        filled: dict[str, Any] = {
-            "solution": grounding_solution(written(rescale(box, (width, height), extent), extent))
-        }
+        extent = extent_for(width, height) if extent_for else (1000, 1000)
+        sides = written(rescale(box, (width, height), extent), extent)
+        filled: Row = {"solution": grounding_solution(sides)}
         if masks:
             filled["mask"] = {"bytes": _mask(shapes, width, height), "path": "mask.png"}
         return filled | ({"extent": [int(side) for side in extent]} if extent_for else {})
 
-    row = {"problem": problem, "image_id": asked.number}
-    return Plan(asked.image, row, fill, "unknown", asked.size)
+    columns = {"problem": problem, "image_id": row.number}
+    return Plan(row.image, columns, fill, "unknown", row.size)
 
 
 def _mask(shapes: Sequence[Shape], width: int, height: int) -> bytes:
-    """PNG of one byte a pixel: TARGET, IGNORED or 0. The smaller shape is painted over the larger,
-    and corners are whole pixels, as LISA does."""
+    """A PNG with one byte a pixel: TARGET, IGNORED or 0. As in LISA, smaller shapes are painted
+    over larger ones, and corners are whole pixels."""
 
     def paint(on: Image.Image, shape: Shape) -> Image.Image:
         corners = [(int(x), int(y)) for x, y in shape.polygon]

@@ -1,4 +1,4 @@
-"""Detection data in Open Images' layout: boxes, names of classes and verified labels as CSV."""
+"""Detection data in Open Images' layout: boxes, class names and verified labels as CSV files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 
+from virft_fast.batch import Row
 from virft_fast.data.accounts import Built
 from virft_fast.data.image_files import AMBIGUOUS, Found, is_image, walk
-from virft_fast.data.instances import Annotations, annotations_of, number_of
-from virft_fast.data.texts import read_text
+from virft_fast.data.instances import Annotations, annotations_of, finite_number, finite_numbers
+from virft_fast.data.texts import only_file, read_text
 
 BOXES, LABELS = "annotations-bbox", "annotations-human-imagelabels"
 BOX_COLUMNS = ("ImageID", "LabelName", "IsGroupOf", "XMin", "YMin", "XMax", "YMax")
@@ -22,18 +23,18 @@ BOX_COLUMNS = ("ImageID", "LabelName", "IsGroupOf", "XMin", "YMin", "XMax", "YMa
 def read_openimages(
     source: Path, images: Path, *, negatives: bool = False
 ) -> dict[str, Annotations]:
-    """Split -> annotations of the images that are there, in shares of their sides.
+    """Split -> annotations of the images in `images`, in shares of their sides.
 
-    Boxes are of the images as they are stored, whatever their EXIF data say. Absent is a class only
-    where a person has said so. Boxes of groups are ignored like COCO's crowds. The files are read
-    line by line, and nothing is kept of other images.
+    Boxes refer to the images as stored, whatever their EXIF data say. A class counts as absent only
+    if a person has verified it. Boxes of groups are ignored, like COCO's crowds. Files are read
+    line by line, and lines about other images aren't kept.
 
     Args:
-        source: folder of the CSV files, or one that holds such folders.
-        images: folder of the images, ImageID.jpg; they may be in folders below it.
+        source: folder of the CSV files, or of folders with them.
+        images: folder of the images, ImageID.jpg; subfolders are searched.
         negatives: whether to read which classes are absent.
     Raises:
-        FileNotFoundError, ValueError: a file is missing, or can't be used; says why.
+        FileNotFoundError, ValueError: a file is missing or can't be used; says why.
     """
     files = sorted(path for pattern in ("*.csv", "*/*.csv") for path in source.glob(pattern))
     account = Built()
@@ -45,7 +46,7 @@ def read_openimages(
     boxes = {split: _of_split(files, BOXES, split) for split in ("train", "validation", "test")}
     if not any(boxes.values()):
         raise FileNotFoundError(f"--source {source}: expected a file ...-{BOXES}.csv, got none")
-    found = {}
+    annotations = {}
     for split, given in boxes.items():
         if len(given) > 1:
             listed = ", ".join(path.name for path in given)
@@ -53,21 +54,21 @@ def read_openimages(
                 f"--source {source}: expected one file of boxes of {split}, got {listed}; keep one"
             )
         labels = _of_split(files, LABELS, split) if negatives else []
-        part = _annotations(given[0], labels, names, places, account) if given else None
-        if part is not None:
-            found[split], account = part, Built()
+        read = _annotations(given[0], labels, names, places, account) if given else None
+        if read is not None:
+            annotations[split], account = read, Built()
         elif given:
             account.notes.append(f"{given[0].name}: none of its images is in {images}")
-    if not found:
+    if not annotations:
         raise ValueError(
             f"--images {images}: expected images such as 000002b66c9c498e.jpg, named by their "
             f"ImageID; {'; '.join(account.lines())}"
         )
-    return found
+    return annotations
 
 
 def _of_split(files: Sequence[Path], kind: str, split: str) -> list[Path]:
-    """Files such as oidv6-train-annotations-bbox.csv; one that names no split is of train."""
+    """A split's files, such as oidv6-train-annotations-bbox.csv; without a split's name: train."""
     named = {"validation": "val"}.get(split, split)
     return [
         path
@@ -78,15 +79,11 @@ def _of_split(files: Sequence[Path], kind: str, split: str) -> list[Path]:
 
 
 def _names(source: Path, files: Sequence[Path], account: Built) -> list[tuple[str, str]]:
-    """(MID, name) of each class; a first line without a MID is a header."""
+    """(MID, name) of each class; a line without a MID is a header."""
     named = [path for path in files if "class-descriptions" in path.name]
     named = [path for path in named if "boxable" in path.name] or named
-    if len(named) != 1:
-        raise FileNotFoundError(
-            f"--source {source}: expected one file ...class-descriptions-boxable.csv, got "
-            f"{', '.join(path.name for path in named) or 'none'}"
-        )
-    rows = csv.reader(io.StringIO(read_text(named[0], account), newline=""))
+    file = only_file(named, source, "one file ...class-descriptions-boxable.csv")
+    rows = csv.reader(io.StringIO(read_text(file, account), newline=""))
     return [(row[0], row[1].strip()) for row in rows if len(row) > 1 and row[0].startswith("/")]
 
 
@@ -97,17 +94,17 @@ def _annotations(
     places: Mapping[str, list[Path]],
     account: Built,
 ) -> Annotations | None:
-    """None: it has no box of an image that is there."""
+    """The annotations in `file`; None if it has no box in any of the images."""
     ids: dict[str, int] = {}
     numbers = {mid: number for number, (mid, _) in enumerate(names)}
-    records, elsewhere = [], 0
+    records: list[Row] = []
+    elsewhere = 0
     for line, (image, label, group, *sides) in _rows(file, BOX_COLUMNS, account):
         if image not in places:
             elsewhere += 1
             continue
-        corners = [number_of(side) for side in sides]
         box = None
-        if None not in corners:
+        if corners := finite_numbers(sides):
             left, top, right, bottom = corners
             box = [left, top, right - left, bottom - top]
         crowd = group.strip() == "1"  # -1: unknown
@@ -120,23 +117,21 @@ def _annotations(
         return None
     if elsewhere:
         account.notes.append(f"{file.name}: {elsewhere} boxes are of images that aren't there")
-    absent = defaultdict(list)
+    absent: dict[str, list[int]] = defaultdict(list)
     for path in labels:
         for _, (image, label, sure) in _rows(path, ("ImageID", "LabelName", "Confidence"), account):
-            if image in ids and label in numbers and number_of(sure) == 0:
+            if image in ids and label in numbers and finite_number(sure) == 0:
                 absent[image].append(numbers[label])
-    data = {
-        "images": [
-            {"id": number, "file_name": image, "neg_category_ids": absent.get(image, [])}
-            for image, number in ids.items()
-        ],
-        "annotations": records,
-        "categories": [{"id": number, "name": name} for number, (_, name) in enumerate(names)],
-    }
+    listed: list[Row] = [
+        {"id": number, "file_name": image, "neg_category_ids": absent.get(image, [])}
+        for image, number in ids.items()
+    ]
+    categories: list[Row] = [{"id": n, "name": name} for n, (_, name) in enumerate(names)]
+    data = {"images": listed, "annotations": records, "categories": categories}
 
     def find(image: str) -> Found:
-        there = places[image]
-        return Found(there[0]) if len(there) == 1 else Found(None, AMBIGUOUS)
+        paths = places[image]
+        return Found(paths[0]) if len(paths) == 1 else Found(None, AMBIGUOUS)
 
     return annotations_of(data, "lvis", find, account, f"--source {file}", shares_of="stored")
 
@@ -144,7 +139,7 @@ def _annotations(
 def _rows(
     file: Path, columns: Sequence[str], account: Built
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """(line number, cells of these columns), one line after the other: a file has 14 million."""
+    """(line number, cells of these columns), line by line: a file may have 14 million."""
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             reader = csv.reader(lines)

@@ -1,34 +1,37 @@
-"""The order in which training takes rows, and the account of those that can't be used."""
+"""The order in which training uses rows, and the count of those that can't be used."""
 
 from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
-from virft_fast.data.loading import BadRow
+from virft_fast.batch import Row
+from virft_fast.data.accounts import MAX_LISTED
+from virft_fast.data.samples import BadRow
 
 logger = logging.getLogger(__name__)
 
-MAX_LISTED = 10
+T = TypeVar("T")
+Reasons = list[tuple[int, str]]  # (row, why it can't be used)
 
 
 class NoUsableRows(ValueError):
-    """Not one row of the data set can be used; the text says why of some."""
+    """No row of the data set can be used; the message gives one reason."""
 
 
 class TooManyBadRows(RuntimeError):
-    """More rows than allowed can't be used; the text lists some."""
+    """More unusable rows than allowed; the message lists some of them."""
 
 
 class BadRows:
-    """Counts the distinct rows that could not be used and stops the run when there are too many.
+    """Counts the distinct rows that can't be used and stops the run if there are too many.
 
     Args:
-        max_bad_rows: allowed before `add` raises.
+        max_bad_rows: limit above which `add` raises.
     """
 
     def __init__(self, max_bad_rows: int) -> None:
@@ -39,10 +42,10 @@ class BadRows:
         return len(self._reasons)
 
     def add(self, index: int, reason: str) -> None:
-        """Count row `index`, once, and log it.
+        """Count row `index` and log it, once.
 
         Raises:
-            TooManyBadRows: this one is one too many.
+            TooManyBadRows: the limit is exceeded.
         """
         if index in self._reasons:
             return
@@ -59,31 +62,31 @@ class BadRows:
         left = len(self) - len(lines)
         return "\n".join([*lines, f"  and {left} more"] if left else lines)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The rows so far, in JSON's types."""
+    def state_dict(self) -> Row:
+        """The bad rows so far, as JSON values."""
         return {"rows": [[index, reason] for index, reason in self._reasons.items()]}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
+    def load_state_dict(self, state: Row) -> None:
+        """Resume from a `state_dict`."""
         self._reasons = dict(state["rows"])
 
 
 class PromptSampler:
-    """Hands out the rows of a data set, epoch after epoch, to any number of ranks.
+    """Distributes the rows of a data set over ranks, epoch after epoch.
 
     A global batch is the next `world_size * batch_size` usable rows of the epoch's permutation;
-    rank r gets its r-th part. So it does not depend on the number of ranks which rows make up a
-    global batch of a given size, nor which bad ones are met on the way.
+    rank r gets its r-th slice. The number of ranks changes neither the rows of a global batch of a
+    given size nor which bad rows are skipped.
 
     Args:
-        num_rows: rows of the data set.
-        batch_size: rows this rank gets at a time.
+        num_rows: rows in the data set.
+        batch_size: rows that this rank gets at a time.
         seed: of the permutations; each epoch has its own.
-        shuffle: False takes the rows as they come.
-        permutation: generator -> the rows of an epoch in their order, the same on all ranks; None:
-            any order is as likely. `ParquetRows` has one that its files are read once in.
+        shuffle: False: use the rows in their order.
+        permutation: generator -> an epoch's rows in their order, the same on all ranks; None: all
+            orders are equally likely. That of `ParquetRows` reads each file once.
     Raises:
-        ValueError: no rows, or no batch.
+        ValueError: no rows, an empty batch, or a rank out of range.
     """
 
     def __init__(
@@ -111,39 +114,39 @@ class PromptSampler:
 
     def next_batch(
         self,
-        load: Callable[[int], Any],
-        gather: Callable[[Any], list[Any]],
+        load: Callable[[int], T | BadRow],
+        gather: Callable[[Reasons], list[Reasons]],
         add_bad: Callable[[int, str], None],
-    ) -> list[Any]:
+    ) -> list[T]:
         """This rank's next `batch_size` usable rows, loaded.
 
-        Every rank has to call it, with the same data; `gather` is called equally often on all.
+        Every rank must call it with the same data; all call `gather` equally often.
 
         Args:
             load: row -> what to return for it, or a `BadRow`. Not called again for a bad row.
-            gather: value -> the values of all ranks, in their order.
-            add_bad: told of each bad row (index, reason), on all ranks in the same order.
+            gather: value -> the values of all ranks, in rank order.
+            add_bad: called with each bad row (index, reason), in the same order on all ranks.
         Raises:
-            NoUsableRows: none is.
+            NoUsableRows: no row of the data set can be used.
         """
         batch: list[int] = []
-        loaded: dict[int, Any] = {}
+        loaded: dict[int, T] = {}
         while True:
             self._fill(batch)
             mine = batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
             bad = self._load_missing(mine, loaded, load)
-            # A row that moves to another rank because one before it is bad is loaded there too:
-            # the round after checks it, so no rank ever finds out alone.
-            found = dict(row for part in gather(bad) for row in part)
-            if not found:
+            # Bad rows shift later rows to other ranks, which load them in the next round. So the
+            # last round is one in which all ranks agree that no row is bad.
+            reasons = dict(reason for of_rank in gather(bad) for reason in of_rank)
+            if not reasons:
                 return [loaded[index] for index in mine]
-            self._bad.update(found)
-            for index, reason in found.items():
+            self._bad.update(reasons)
+            for index, reason in reasons.items():
                 add_bad(index, reason)
-            batch = [index for index in batch if index not in found]
+            batch = [index for index in batch if index not in reasons]
 
     def _fill(self, batch: list[int]) -> None:
-        """Append the next rows not known to be bad until the global batch is full."""
+        """Append the next rows that aren't known to be bad until the global batch is full."""
         while len(batch) < self.world_size * self.batch_size:
             if len(self._bad) == self.num_rows:
                 raise NoUsableRows(
@@ -159,9 +162,9 @@ class PromptSampler:
                 batch.append(index)
 
     def _load_missing(
-        self, indices: Sequence[int], loaded: dict[int, Any], load: Callable[[int], Any]
-    ) -> list[tuple[int, str]]:
-        """Load what is not yet in `loaded`; returns the bad ones, in the order of `indices`."""
+        self, indices: Sequence[int], loaded: dict[int, T], load: Callable[[int], T | BadRow]
+    ) -> Reasons:
+        """Load what isn't in `loaded` yet; returns the bad rows, in the order of `indices`."""
         bad: dict[int, str] = {}
         for index in indices:
             if index in loaded or index in bad:
@@ -179,28 +182,23 @@ class PromptSampler:
         return self._permute(np.random.default_rng((self.seed, self._epoch)))
 
     def _checksum(self) -> int:
-        """Tells orders apart: that of a streamed set hangs on how its files are cut. Computed once
-        an epoch, because every step asks for it."""
+        """Identifies the epoch's order: a streamed set's depends on its row groups. Computed once
+        an epoch, because each step saves it."""
         if self._summed is None or self._summed[0] is not self._order:
             self._summed = self._order, zlib.crc32(self._order.astype("<i8").tobytes())
         return self._summed[1]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the next batch starts, in JSON's types; the same on all ranks."""
-        return {
-            "num_rows": self.num_rows,
-            "seed": self.seed,
-            "epoch": self._epoch,
-            "position": self._position,
-            "order": self._checksum(),
-            "bad": [[index, reason] for index, reason in self._bad.items()],
-        }
+    def state_dict(self) -> Row:
+        """Where the next batch starts, as JSON values; the same on all ranks."""
+        bad = [[index, reason] for index, reason in self._bad.items()]
+        return {"num_rows": self.num_rows, "seed": self.seed, "epoch": self._epoch,
+                "position": self._position, "order": self._checksum(), "bad": bad}  # fmt: skip
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`, on any number of ranks.
+    def load_state_dict(self, state: Row) -> None:
+        """Resume from a `state_dict`, on any number of ranks.
 
         Raises:
-            ValueError: it is the state of another data set or seed.
+            ValueError: it belongs to another data set or seed.
         """
         for key in ("num_rows", "seed"):
             if state[key] != getattr(self, key):

@@ -1,62 +1,64 @@
 """Grounding rows from RefCOCO, RefCOCO+ and RefCOCOg as their authors publish them.
 
-A folder holds `instances.json`, COCO's boxes, and `refs(unc).p`, `refs(google).p` or `refs(umd).p`:
-pickled references, each to one annotation, with the sentences that mean it. The same as JSON is
-read as well. A pickle can make only lists, dicts, texts and numbers here.
+A folder holds `instances.json`, with COCO's boxes, and `refs(unc).p`, `refs(google).p` or
+`refs(umd).p`: pickled references, each to one annotation, with the sentences that refer to it. The
+references may also be JSON. A pickle can only make lists, dicts, texts and numbers here.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import pickle
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from virft_fast.batch import Json, Row
 from virft_fast.data.accounts import Built
 from virft_fast.data.coco import image_paths
 from virft_fast.data.image_files import Found
 from virft_fast.data.instances import key_of, read_annotations
-from virft_fast.data.lisa import TARGET, Asked, Shape
-from virft_fast.data.texts import read_text
+from virft_fast.data.lisa import TARGET, Instruction, Shape
+from virft_fast.data.texts import only_file, read_json
 
-SPLITS = {"train": "train", "val": "validation", "test": "test", "testA": "testA", "testB": "testB"}
-# Of a pickle. A byte of it can make an object of about a hundred.
+# Split of a reference -> ours.
+REFERENCE_SPLITS = {"train": "train", "val": "validation", "test": "test",
+                    "testA": "testA", "testB": "testB"}  # fmt: skip
+# Largest pickle that is read: each of its bytes can make an object of about 100 bytes.
 MAX_BYTES = 2**27
 
 
-def read_refcoco(source: Path, images: Path, built: Built) -> dict[str, list[Asked]]:
-    """Split -> a row for each sentence, about the box of its annotation in pixels.
+def read_refcoco(source: Path, images: Path, built: Built) -> dict[str, list[Instruction]]:
+    """Split -> an instruction for each sentence, about the box of its annotation in pixels.
 
     Args:
         source: the folder, or a file of references in it.
-        images: folder of COCO's images: train2014, or train2017, which holds the same pictures.
-        built: told of what is left out and converted.
+        images: folder of COCO's images: train2014, or train2017, which holds the same images.
+        built: records what is left out and converted.
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or it can't be used; says why.
+        FileNotFoundError, ValueError: a file is missing or can't be used; says why.
     """
     file = _refs_file(source)
     references = _references(file, built)
     annotations = read_annotations(file.parent / "instances.json", "coco", images, "--source")
-    annotations = replace(annotations, find=partial(_found, annotations.find))
-    by_id = defaultdict(list)
+    annotations = replace(annotations, find=partial(_find, annotations.find))
+    by_id: dict[Json, list[Row]] = defaultdict(list)
     for record in annotations.records:
         if record["id"] is not None:
             by_id[record["id"]].append(record)
     paths = image_paths(annotations, annotations.images)
-    rows: dict[str, list[Asked]] = {}
+    rows: dict[str, list[Instruction]] = {}
     for number, reference in enumerate(references):
         where = f"reference {number}"
         meant = by_id.get(key_of(reference.get("ann_id")), [])
-        split, texts = _split(reference), _sentences(reference)
+        split, texts = REFERENCE_SPLITS.get(str(reference.get("split"))), _sentences(reference)
         if split is None:
-            built.leave_out(f"reference in none of the splits {', '.join(SPLITS)}", where)
+            built.leave_out(f"reference in none of the splits {', '.join(REFERENCE_SPLITS)}", where)
         elif len(meant) != 1:
             built.leave_out("reference that leads to no box, or to several", where)
         elif key_of(reference.get("image_id")) != meant[0]["image_id"]:
@@ -70,7 +72,7 @@ def read_refcoco(source: Path, images: Path, built: Built) -> dict[str, list[Ask
             size = (record["width"], record["height"]) if record["sized"] else None
             path = paths[record["id"]]
             rows.setdefault(split, []).extend(
-                Asked(path, record["id"], text, shapes, size) for text in texts
+                Instruction(path, record["id"], text, shapes, size) for text in texts
             )
     built.add(annotations.account)
     if not rows:
@@ -83,62 +85,46 @@ def read_refcoco(source: Path, images: Path, built: Built) -> dict[str, list[Ask
         shared = train & {row.number for row in rows[split]}
         if shared:
             built.notes.append(f"{len(shared)} images of {split} are in train as well")
-    return {split: rows[split] for split in SPLITS.values() if split in rows}
+    return {split: rows[split] for split in REFERENCE_SPLITS.values() if split in rows}
 
 
 def _refs_file(source: Path) -> Path:
     if source.is_file():
         return source
-    files = sorted(
-        path for path in source.glob("refs*") if path.suffix in (".p", ".pkl", ".pickle", ".json")
-    )
-    if len(files) != 1:
-        raise FileNotFoundError(
-            f"--source {source}: expected one refs(...).p in it, got "
-            f"{', '.join(path.name for path in files) or 'none'}; name the file"
-        )
-    return files[0]
+    suffixes = (".p", ".pkl", ".pickle", ".json")
+    files = sorted(path for path in source.glob("refs*") if path.suffix in suffixes)
+    return only_file(files, source, "one refs(...).p in it", "; name the file")
 
 
-def _references(file: Path, built: Built) -> list[dict[str, Any]]:
-    if file.suffix == ".json":
-        try:
-            data = json.loads(read_text(file, built))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"--source {file}: expected JSON, got {error}") from error
-    else:
-        data = _unpickled(file)
+def _references(file: Path, built: Built) -> list[Row]:
+    json = file.suffix == ".json"
+    data = read_json(file, f"--source {file}", built) if json else _unpickled(file)
     if not isinstance(data, list):
         raise ValueError(
             f"--source {file}: expected a list of references, got {type(data).__name__}"
         )
-    references = [reference for reference in data if isinstance(reference, dict)]
-    for _ in range(len(data) - len(references)):
-        built.leave_out("reference that is no object", file.name)
-    return references
+    for reference in data:
+        if not isinstance(reference, dict):
+            built.leave_out("reference that is no object", file.name)
+    return [reference for reference in data if isinstance(reference, dict)]
 
 
-def _split(reference: Mapping[str, Any]) -> str | None:
-    split = reference.get("split")
-    return SPLITS.get(split) if isinstance(split, str) else None
-
-
-def _sentences(reference: Mapping[str, Any]) -> list[str]:
-    """`sent` of each, which is `raw` in lower case and without punctuation."""
+def _sentences(reference: Row) -> list[str]:
+    """`sent` of each sentence: `raw` in lower case and without punctuation."""
     given = reference.get("sentences")
     sentences = [s for s in given if isinstance(s, dict)] if isinstance(given, list) else []
     texts = [s.get("sent") or s.get("raw") for s in sentences]
     return [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]
 
 
-def _found(find: Callable[[str], Found], file: str) -> Found:
-    """Where an image is; COCO's pictures of 2017 are named by their number alone."""
-    found = find(file)
-    if found.path is None or os.path.isfile(found.path):
-        return found
+def _find(find: Callable[[str], Found], file: str) -> Found:
+    """Where an image is; COCO 2017 names the images of 2014 by their number alone."""
+    named = find(file)
+    if named.path is None or os.path.isfile(named.path):
+        return named
     other = find(re.sub(r"COCO_(train|val)2014_", "", file))
     if other.path is None or not os.path.isfile(other.path):
-        return found
+        return named
     return Found(other.path, "image found by its name in COCO 2017")
 
 
@@ -146,14 +132,14 @@ def _found(find: Callable[[str], Found], file: str) -> Found:
 
 
 class _Opcodes(dict):
-    def __missing__(self, code: int) -> Any:
+    def __missing__(self, code: int) -> NoReturn:
         raise pickle.UnpicklingError(f"opcode {chr(code)!r}, which can make other objects")
 
 
 class _Memo(dict):
-    """Without containers, so that what is loaded is a tree, not larger than its file."""
+    """Refuses to return containers: so what is loaded is a tree, and no larger than its file."""
 
-    def __getitem__(self, number: int) -> Any:
+    def __getitem__(self, number: int) -> Json:
         value = super().__getitem__(number)
         if isinstance(value, (list, dict)):
             raise pickle.UnpicklingError("a list or dict that is used twice")
@@ -161,29 +147,22 @@ class _Memo(dict):
 
 
 def _listed(length: int) -> Callable[[Any], None]:
-    def load(unpickler: Any) -> None:
+    def load(unpickler: Any) -> None:  # a `_Plain`, whose types don't tell of its stack
         unpickler.stack[-length:] = [unpickler.stack[-length:]]
 
     return load
 
 
-_CODES = _Opcodes(
-    {
-        code[0]: pickle._Unpickler.dispatch[code[0]]
-        for code in (
-            pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE,
-            pickle.NEWFALSE, pickle.INT, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG,
-            pickle.LONG1, pickle.LONG4, pickle.FLOAT, pickle.BINFLOAT, pickle.STRING,
-            pickle.BINSTRING, pickle.SHORT_BINSTRING, pickle.BINBYTES, pickle.SHORT_BINBYTES,
-            pickle.BINBYTES8, pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE,
-            pickle.BINUNICODE8, pickle.EMPTY_LIST, pickle.LIST, pickle.APPEND, pickle.APPENDS,
-            pickle.EMPTY_DICT, pickle.DICT, pickle.SETITEM, pickle.SETITEMS, pickle.GET,
-            pickle.BINGET, pickle.LONG_BINGET, pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT,
-            pickle.MEMOIZE,
-        )
-    }
-)  # fmt: skip
-# Tuples become lists: as a key, one nested in itself would take forever to hash.
+_PLAIN_OPCODES = """
+    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4
+    FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE
+    BINUNICODE SHORT_BINUNICODE BINUNICODE8 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT
+    SETITEM SETITEMS GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE
+"""
+_CODES = _Opcodes()
+for _code in (getattr(pickle, name)[0] for name in _PLAIN_OPCODES.split()):
+    _CODES[_code] = pickle._Unpickler.dispatch[_code]
+# Tuples become lists: hashing a deeply nested one, as a key, could take forever.
 _CODES[pickle.TUPLE[0]] = _CODES[pickle.LIST[0]]
 _CODES[pickle.EMPTY_TUPLE[0]] = _CODES[pickle.EMPTY_LIST[0]]
 for _length, _code in enumerate((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), start=1):
@@ -193,7 +172,7 @@ for _length, _code in enumerate((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), s
 class _Plain(pickle._Unpickler):
     """Loads texts, numbers, lists and dicts; any other opcode is an error.
 
-    It is the module's unpickler in Python; that in C takes a memo of any size.
+    Based on the pickle module's Python unpickler: the one in C lets the memo grow to any size.
     """
 
     dispatch = _CODES
@@ -202,19 +181,19 @@ class _Plain(pickle._Unpickler):
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self.memo = _Memo()
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"the class {module}.{name}")
 
     def _decode_string(self, value: bytes) -> str:
-        """Python 2's texts of bytes."""
+        """Texts that Python 2 pickled as bytes."""
         try:
             return value.decode()
         except UnicodeDecodeError:
             return value.decode("latin-1")
 
 
-def _unpickled(file: Path) -> Any:
-    """What a pickle of plain values holds.
+def _unpickled(file: Path) -> Json:
+    """The plain values of a pickle.
 
     Raises:
         ValueError: it holds something else, or is damaged or too large.

@@ -1,4 +1,4 @@
-"""The rows of a data set as samples, made on access, or why a row can't be one.
+"""The rows of a data set as samples, made on access, or the reasons why a row can't be one.
 
 Nothing that comes out of a data set is evaluated, unpickled or run.
 """
@@ -6,29 +6,28 @@ Nothing that comes out of a data set is evaluated, unpickled or run.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from virft_fast.batch import Sample
+from virft_fast.batch import Json, Row, Sample
+from virft_fast.data.accounts import Built
 from virft_fast.data.images import UnreadableImage, image_size, one_line, open_image
 from virft_fast.data.layouts import (
     ANSWERS,
     IMAGE_COLUMNS,
     PIXELS,
     Reading,
-    Row,
-    Unusable,
     answer_column,
     check_columns,
-    non_empty,
     question_column,
     read_list,
     read_row,
     spoken_text,
-    turn_text,
 )
+from virft_fast.data.streaming import ParquetRows
+from virft_fast.data.turns import Unusable, non_empty, turn_text
 from virft_fast.tasks import in_thousandths
 from virft_fast.tasks.labels import ClosedSet, class_set
 from virft_fast.tasks.rewards import CLASS_COLUMNS, is_class_set
@@ -36,8 +35,7 @@ from virft_fast.tasks.scoring import RESERVED
 
 if TYPE_CHECKING:
     import datasets
-
-    from virft_fast.data.streaming import ParquetRows
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -53,40 +51,51 @@ class SampleDataset:
 
     Args:
         rows: what `load_rows` returns, or any sequence of mappings.
-        check_solution: solution (and the row's `extent` and `choices`, by name, where it has some)
-            -> what is wrong with it, or None.
-        compat_prompt: LISA's conversations ask for a box as the original does, to the letter.
-        first_exchange: of a conversation, take the first question and its answer alone.
-        box_space: what boxes of rows without `extent` are counted in: thousandths, pixels (of the
-            row's first image) or unit (0..1). Solutions are converted to thousandths.
+        check_solution: solution (and the row's `extent` and `choices`, if it has them, by name) ->
+            what is wrong with it, or None.
+        compat_prompt: LISA's conversations ask for a box exactly as the original does.
+        first_exchange: use only the first question of a conversation and its answer.
+        box_space: unit of boxes in rows without `extent`: thousandths, pixels (of the row's first
+            image) or unit (0..1). Solutions are converted to thousandths.
     Raises:
-        ValueError: no column holds the problem, or none the solution; or `compat_prompt` and no
+        ValueError: no column holds the problem or the solution; or `compat_prompt` without
             conversations.
     """
 
     def __init__(
         self,
-        rows: datasets.Dataset | ParquetRows | Sequence[Row],
+        rows: datasets.Dataset | ParquetRows | Sequence[Mapping[str, Json]],
         *,
         check_solution: Callable[..., str | None] | None = None,
         compat_prompt: bool = False,
         first_exchange: bool = False,
         box_space: str = "thousandths",
     ) -> None:
-        self.streamed = not hasattr(rows, "with_format") and hasattr(rows, "permutation")
+        self.streamed = isinstance(rows, ParquetRows)
         self._box_space = box_space
         self.rules = () if box_space == "thousandths" else (f"boxes in {box_space} to thousandths",)
-        self.names = _column_names(rows)
+        self.names: list[str] = list(
+            rows.column_names
+            if hasattr(rows, "column_names")
+            else dict.fromkeys(name for row in rows for name in row)
+        )
         check_columns(self.names, "data set")
-        # In arrow format images (and sound, and video) come as they are stored: nothing is decoded
-        # that is not asked for, and a corrupt image raises where it can be caught.
+        # The arrow format leaves images (and sound, and video) as they are stored: nothing is
+        # decoded needlessly, and a corrupt image raises where it can be caught.
         self._rows = rows.with_format("arrow") if hasattr(rows, "with_format") else rows
-        self._image_columns = _image_columns(rows)
-        self.unread_images = sorted(self._image_columns - {*IMAGE_COLUMNS, "mask"})
-        self._json_columns = _json_columns(rows)
-        self.class_names = _class_names(rows)
+        features: Mapping[str, object] = getattr(rows, "features", None) or {}
+        with_images = {name for name, feature in features.items() if _has_image(feature)}
+        self._image_columns = {*IMAGE_COLUMNS, *with_images}  # in the prompt or not, as a mask
+        self.unread_images = sorted(with_images - {*IMAGE_COLUMNS, "mask"})
+        # Columns that `datasets` stores as JSON texts, because their values differ in kind.
+        self._json_columns = [n for n, f in features.items() if type(f).__name__ == "Json"]
+        # Column -> its class names, for columns of answers; rewards get other columns unchanged.
+        names = {name: getattr(f, "names", None) for name, f in features.items() if name in ANSWERS}
+        self.class_names: dict[str, list[str]] = {
+            k: listed for k, listed in names.items() if listed
+        }
         self._check_solution = check_solution
-        self.account = getattr(rows, "account", None)  # of how the file was read
+        self.account: Built | None = getattr(rows, "account", None)  # of reading the file
         self.image_folder: Path | None = getattr(rows, "image_folder", None)
         column = question_column({}, self.names)
         if compat_prompt and column != "conversations":
@@ -100,7 +109,7 @@ class SampleDataset:
         return len(self._rows)
 
     def get(self, index: int) -> Sample | BadRow:
-        """Row `index` as a sample, or why it can't be one; no content of a row raises."""
+        """Row `index` as a sample, or why it can't be one. Never raises over a row's content."""
         index = int(index)
         try:
             row, reading = self.read(index)
@@ -110,22 +119,25 @@ class SampleDataset:
         except (Unusable, UnreadableImage) as error:
             return BadRow(index, str(error))
 
-    def read(self, index: int) -> tuple[dict[str, Any], Reading]:
-        """Row `index` as it is stored, and what it says; no image is opened.
+    def read(self, index: int) -> tuple[Row, Reading]:
+        """Row `index` as stored, and as read; opens no image.
 
         Raises:
             Unusable: it can't be read.
         """
         try:
-            row = self._row(index)
-        # What is stored needs be neither text in UTF-8 nor a time that Python can hold.
+            stored = self._rows[index]
+            row = self._plain(
+                stored.to_pylist()[0] if hasattr(stored, "to_pylist") else dict(stored)
+            )
+        # A stored text may not be UTF-8, a stored time out of Python's range.
         except Exception as error:
             raise Unusable(f"the row can't be read: {one_line(error)}") from error
         return row, read_row(row, self.names, compat=self._compat_prompt, first=self._first)
 
     def outline(self, index: int) -> tuple[Reading, Sample]:
-        """What row `index` says, and the sample that `get` gives but for its images, which are only
-        looked at.
+        """Row `index` as read, and the sample that `get` returns, but without its images: only
+        their sizes are read.
 
         Raises:
             Unusable, UnreadableImage: it can't be used, or an image is missing.
@@ -134,8 +146,10 @@ class SampleDataset:
         sizes = [image_size(source, self.image_folder) for source in reading.sources]
         return reading, self._sample(index, row, reading, sizes)
 
-    def _converted(self, text: Any, row: Row, reading: Reading, sizes: Any) -> Any:
-        """A text to learn, in thousandths where the row's boxes are in pixels or shares."""
+    def _converted(
+        self, text: Json, row: Row, reading: Reading, sizes: Sequence[tuple[int, int]] | None
+    ) -> Json:
+        """A solution or an answer to learn, with its boxes converted to thousandths."""
         if not self.rules or row.get("extent") is not None or not isinstance(text, str):
             return text
         first = (1, 1)
@@ -160,35 +174,31 @@ class SampleDataset:
             raise Unusable(f"--box_space {self._box_space}: {error}") from error
 
     def classes(self) -> ClosedSet | None:
-        """The class set of all rows: the names that the column of the answers lists, else what the
-        answers name; None where they are too many to be classes, or the set is a stream.
+        """The class set of all rows: the class names of the answers' column, or else the answers
+        themselves. None if they are too many to be classes, or the rows are streamed.
 
         Raises:
             ValueError: two of them have the same key.
         """
-        if self.streamed:
+        if isinstance(self._rows, ParquetRows):
             return None
-        answers = [answer_column(row, self.names) for row in self._texts()]
+        answers = [answer_column(row, self.names) for row in self._texts(self._rows)]
         columns = {column for column, _ in answers}
         if len(columns) == 1 and (listed := self.class_names.get(*columns)):
             return ClosedSet(listed)
         return class_set([answer for _, answer in answers if isinstance(answer, str)])
 
-    def _texts(self) -> Iterator[dict[str, Any]]:
+    def _texts(self, rows: datasets.Dataset | Sequence[Mapping[str, Json]]) -> Iterator[Row]:
         """All rows without their images; one that can't be read is empty."""
-        if not hasattr(self._rows, "iter"):
-            yield from map(dict, self._rows)
+        if not hasattr(rows, "remove_columns"):
+            yield from map(dict, rows)
             return
         images = [name for name in self.names if name in self._image_columns]
-        for part in self._rows.remove_columns(images).iter(1000):
-            yield from map(self._plain, plain_rows(part))
+        for table in rows.remove_columns(images).iter(1000):
+            yield from map(self._plain, plain_rows(table))
 
-    def _row(self, index: int) -> dict[str, Any]:
-        row = self._rows[index]
-        return self._plain(row.to_pylist()[0] if hasattr(row, "to_pylist") else dict(row))
-
-    def _plain(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What is stored in another form: JSON texts, lists in CSV, numbers of class names."""
+    def _plain(self, row: Row) -> Row:
+        """The row with JSON texts and lists in CSV parsed, and class names for their numbers."""
         for name in self._json_columns:
             row[name] = None if row.get(name) is None else json.loads(row[name])
         for name, listed in self.class_names.items():
@@ -197,13 +207,9 @@ class SampleDataset:
         return {name: read_list(name, value) for name, value in row.items()}
 
     def _sample(
-        self,
-        index: int,
-        row: dict[str, Any],
-        reading: Reading,
-        sizes: Sequence[tuple[int, int]] | None = None,
+        self, index: int, row: Row, reading: Reading, sizes: Sequence[tuple[int, int]] | None = None
     ) -> Sample:
-        """The sample but for its images."""
+        """The sample, without its images."""
         left = self._image_columns | RESERVED
         columns = {k: v for k, v in row.items() if k not in left}
         if "chosen" in row:  # a preference pair, of texts or chats
@@ -216,17 +222,12 @@ class SampleDataset:
         if taught == solution and solution != reading.solution:
             columns.pop("completion", None)
         elif said and taught != solution and (taught != said or row.get("completion") is None):
-            columns["completion"] = taught  # what is learned, beside what scores
-        return Sample(
-            index=index,
-            messages=tuple(reading.messages),
-            images=(),
-            solution=solution,
-            columns=columns | {"problem": reading.problem, "solution": solution},
-        )
+            columns["completion"] = taught  # what is learned, if it isn't the solution
+        columns |= {"problem": reading.problem, "solution": solution}
+        return Sample(index, tuple(reading.messages), (), solution, columns)
 
-    def checked(self, solution: Any, row: Row) -> str:
-        """The row's solution, if it is a text that `check_solution` lets pass.
+    def checked(self, solution: Json, row: Row) -> str:
+        """The row's solution, if it is a text that passes `check_solution`.
 
         Raises:
             Unusable: it isn't.
@@ -242,60 +243,34 @@ class SampleDataset:
         return solution
 
 
-def plain_rows(part: Any) -> list[dict[str, Any]]:
-    """The rows of an arrow table; one that can't be read, such as of text that is not in UTF-8, is
-    empty, and a bad one when it is asked about."""
+def plain_rows(table: pa.Table) -> list[Row]:
+    """The rows of an arrow table. One that can't be read, such as text that isn't UTF-8, is empty
+    here, and a bad row when it becomes a sample."""
     try:
-        return part.to_pylist()
+        return table.to_pylist()
     except (ValueError, OverflowError):
-        if len(part) == 1:
+        if len(table) == 1:
             return [{}]
-        return [row for at in range(len(part)) for row in plain_rows(part.slice(at, 1))]
+        return [row for at in range(len(table)) for row in plain_rows(table.slice(at, 1))]
 
 
-def first_solutions(samples: SampleDataset, most: int = 50) -> list[str]:
-    """Of the usable ones among the first rows, to read the task off them.
+def first_solutions(samples: SampleDataset, limit: int = 50) -> list[str]:
+    """Solutions of the usable rows among the first `limit`, to detect the task from.
 
     Raises:
-        ValueError: none is; says what is wrong with the first.
+        ValueError: none is usable; says what is wrong with the first.
     """
-    loaded = [samples.get(index) for index in range(min(len(samples), most))]
-    found = [sample.solution for sample in loaded if isinstance(sample, Sample)]
-    if loaded and not found:
+    loaded = [samples.get(index) for index in range(min(len(samples), limit))]
+    solutions = [sample.solution for sample in loaded if isinstance(sample, Sample)]
+    if not solutions and loaded and isinstance(loaded[0], BadRow):
         raise ValueError(
             f"expected a row that can be used among the first {len(loaded)}, got none; row 0: "
             f"{loaded[0].reason}"
         )
-    return found
+    return solutions
 
 
-def _column_names(rows: Any) -> list[str]:
-    if hasattr(rows, "column_names"):
-        return list(rows.column_names)
-    return list(dict.fromkeys(name for row in rows for name in row))
-
-
-def _image_columns(rows: Any) -> set[str]:
-    """Columns that hold images, whether or not they go into the prompt (a mask does not)."""
-    features = getattr(rows, "features", None) or {}
-    return {*IMAGE_COLUMNS, *(name for name, feature in features.items() if _has_image(feature))}
-
-
-def _class_names(rows: Any) -> dict[str, list[str]]:
-    """Column -> its class names, of those that may hold answers; reward functions get the others as
-    they are."""
-    features = getattr(rows, "features", None) or {}
-    names = {n: getattr(f, "names", None) for n, f in features.items() if n in ANSWERS}
-    return {name: listed for name, listed in names.items() if listed}
-
-
-def _json_columns(rows: Any) -> list[str]:
-    """Columns that `datasets` stores as JSON texts because the kinds of value differ in them."""
-    features = getattr(rows, "features", None) or {}
-    return [name for name, feature in features.items() if type(feature).__name__ == "Json"]
-
-
-def _has_image(feature: Any) -> bool:
+def _has_image(feature: object) -> bool:
     import datasets
 
     inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
@@ -303,6 +278,5 @@ def _has_image(feature: Any) -> bool:
 
 
 def taught_answer(sample: Sample) -> str:
-    """What a model is to learn to say: the column `completion` where the row has one, else its
-    solution."""
+    """The answer for a model to learn: the column `completion`, or else the solution."""
     return spoken_text(sample.columns.get("completion")) or sample.solution

@@ -1,8 +1,8 @@
-"""Rows of parquet files that are read when they are asked for: nothing is copied or converted.
+"""Rows of parquet files, read on access: nothing is copied or converted.
 
-The unit of reading is a parquet row group. Taking rows in an order that is random over the whole
-set would read a group for every row, so `ParquetRows.permutation` shuffles in two steps: the
-groups, and then the rows of a window, as many neighbouring groups as fit into memory.
+Files are read in units of a row group. A random order over the whole set would read a group for
+almost every row, so `ParquetRows.permutation` shuffles in two steps: first the groups, then the
+rows of each window, which is as many consecutive groups as fit into WINDOW_BYTES.
 """
 
 from __future__ import annotations
@@ -11,20 +11,24 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from virft_fast.data.accounts import Built
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 WINDOW_BYTES = 256 * 2**20
 FOOTER_READERS = 16
 
 
 class RowGroup(NamedTuple):
-    """A row group: its file, its number there, its first row in the set, and its size."""
+    """A row group: its file, its number in it, its first row in the set, and its size."""
 
     file: int
     number: int
@@ -34,25 +38,28 @@ class RowGroup(NamedTuple):
 
 
 class ParquetRows:
-    """The rows of parquet files one after another, at most about two windows of them in memory.
+    """The rows of parquet files in sequence, with at most about two windows of them in memory.
 
-    Only the files' footers are read at first. `rows[i]` reads the row group that holds row i, and
-    keeps it until others need its room; a row comes as an arrow table of one row, images as they
-    are stored, which is what `SampleDataset` takes.
+    At first only the files' footers are read. `rows[i]` reads the row group that holds row i and
+    keeps it until its memory is needed for others. A row is an arrow table of one row, with images
+    as they are stored, as `SampleDataset` expects.
 
     Args:
         files: paths or addresses, in the order of their rows.
-        open_file: file -> what `pyarrow.parquet.ParquetFile` reads; None: files of this machine.
-        window_bytes: of a window, uncompressed; one row group at least, however large.
+        open_file: file -> what `pyarrow.parquet.ParquetFile` reads; None: local files.
+        window_bytes: size of a window, uncompressed; a window has at least one row group.
     Raises:
-        ValueError: a file is no parquet file, or has other columns than the first; names it.
+        ValueError: a file isn't a parquet file, or its columns differ from the first's; names it.
     """
+
+    image_folder: Path | None = None  # where relative image paths start
+    account: Built | None = None
 
     def __init__(
         self,
         files: Sequence[str],
         *,
-        open_file: Callable[[str], Any] | None = None,
+        open_file: Callable[[str], str | IO[bytes]] | None = None,
         window_bytes: int = WINDOW_BYTES,
     ) -> None:
         import datasets
@@ -70,14 +77,14 @@ class ParquetRows:
                     f"{self._files[0]}, got {', '.join(names)}"
                 )
         self.features: datasets.Features = datasets.Features.from_arrow_schema(schema)
-        self._sources: dict[str, str] = {}  # our name of a column -> the file's, if any differs
+        self._sources: dict[str, str] = {}  # our name of a column -> the file's, once renamed
         self.groups = self._row_groups()
         self._starts = np.array([group.start for group in self.groups], dtype=np.int64)
         self._window_bytes = window_bytes
         self._kept: OrderedDict[int, pa.Table] = OrderedDict()
         self.num_reads = 0
 
-    def _footer(self, file: str) -> Any:
+    def _footer(self, file: str) -> pq.FileMetaData:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -106,7 +113,7 @@ class ParquetRows:
         """Row `index` as a table of one row.
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: no such row.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"expected a row in [0, {len(self)}), got {index}")
@@ -117,15 +124,15 @@ class ParquetRows:
         return row.select(list(self._sources.values())).rename_columns(list(self._sources))
 
     def rename(self, columns: Mapping[str, str], *, without: Collection[str] = ()) -> None:
-        """Give columns (old name -> new) other names, and leave some out."""
+        """Rename columns (old name -> new), and remove some."""
         kept = [name for name in self.column_names if name not in without]
         self._sources = {columns.get(name, name): name for name in kept}
         self.column_names = list(self._sources)
-        datasets_of = {name: self.features[source] for name, source in self._sources.items()}
-        self.features = type(self.features)(datasets_of)
+        features = {name: self.features[source] for name, source in self._sources.items()}
+        self.features = type(self.features)(features)
 
     def _table(self, group: int) -> pa.Table:
-        """The rows of a group, read unless they are kept."""
+        """The rows of a group, read from its file unless in memory."""
         if group in self._kept:
             self._kept.move_to_end(group)
             return self._kept[group]
@@ -136,7 +143,7 @@ class ParquetRows:
         with pq.ParquetFile(source, metadata=self._footers[at.file], pre_buffer=True) as file:
             table = file.read_row_group(at.number)
         self.num_reads += 1
-        # Room is made before the new one is kept: a window ends while the next begins.
+        # Evict before adding. Two windows, because one ends while the next begins.
         while self._kept and self._bytes_kept() + table.nbytes > 2 * self._window_bytes:
             self._kept.popitem(last=False)
         self._kept[group] = table
@@ -148,26 +155,23 @@ class ParquetRows:
     def permutation(self, generator: np.random.Generator) -> np.ndarray:
         """All rows (N,) int64 in an order that reads each row group once.
 
-        Groups are shuffled, neighbours are joined to windows, and the rows of a window are
-        shuffled: rows that are stored in the same group are at most a window apart.
+        Shuffles the groups, joins consecutive ones to windows, and shuffles the rows of each
+        window: rows of one group are at most a window apart.
         """
-        order = generator.permutation(len(self.groups)).tolist()
-        parts: list[np.ndarray] = []
-        window: list[np.ndarray] = []
+        windows: list[list[np.ndarray]] = []
         size = 0
-        for group in (self.groups[number] for number in order):
+        for group in (self.groups[n] for n in generator.permutation(len(self.groups)).tolist()):
             num_bytes = int(group.num_bytes * self._expansion)
-            if window and size + num_bytes > self._window_bytes:
-                parts.append(generator.permutation(np.concatenate(window)))
-                window, size = [], 0
-            window.append(np.arange(group.start, group.start + group.num_rows))
+            if not windows or size + num_bytes > self._window_bytes:
+                windows.append([])
+                size = 0
+            windows[-1].append(np.arange(group.start, group.start + group.num_rows))
             size += num_bytes
-        if window:
-            parts.append(generator.permutation(np.concatenate(window)))
-        return np.concatenate(parts) if parts else np.arange(0)
+        shuffled = [generator.permutation(np.concatenate(window)) for window in windows]
+        return np.concatenate(shuffled) if shuffled else np.arange(0)
 
     @cached_property
     def _expansion(self) -> float:
-        """How much larger a group is in memory than its footer says: encodings save on repetition,
-        so a prompt that all rows share is stored once."""
+        """How much larger a group is in memory than its footer says: in the file, repeated values,
+        such as a prompt that all rows share, are stored once."""
         return max(1.0, self._table(0).nbytes / max(1, self.groups[0].num_bytes))

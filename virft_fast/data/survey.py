@@ -1,6 +1,6 @@
-"""What a run reads of a data set, counted before it starts: kept, left out and converted.
+"""What a run will keep, leave out and convert, counted before it starts.
 
-Rows are read without decoding an image; sizes come from the images' headers.
+Rows are read without decoding images; sizes come from the images' headers.
 """
 
 from __future__ import annotations
@@ -13,31 +13,32 @@ from dataclasses import dataclass, field
 from virft_fast.batch import Sample
 from virft_fast.data.accounts import Built, listing
 from virft_fast.data.images import UnreadableImage, image_size, is_turned
-from virft_fast.data.layouts import ANSWERS, IMAGE_COLUMNS, PIXELS, QUESTIONS, Unusable
+from virft_fast.data.layouts import ANSWERS, IMAGE_COLUMNS, PIXELS, QUESTIONS
 from virft_fast.data.samples import SampleDataset
+from virft_fast.data.turns import Unusable
 from virft_fast.tasks import BOX_TASKS, DEFAULT_REWARDS, default_rewards
 from virft_fast.tasks.answers import parse_detection
+from virft_fast.tasks.coordinates import THOUSAND
 from virft_fast.tasks.scoring import RESERVED
 
 MAX_ROWS = 20_000
 MAX_STREAMED_ROWS = 200
-# Of these columns one is read for the question, one for the ground truth and one for the images.
+# Of these columns, one each is read for the question, the ground truth and the images.
 CHOSEN_AMONG = {*QUESTIONS, *ANSWERS, *IMAGE_COLUMNS} - {"completion", "chosen"}
-THOUSAND = 1000
 SPEAKS_OF_PIXELS = "the question speaks of pixels"
 
 
 @dataclass
 class Survey:
-    """What the first rows of a split hold.
+    """Figures of the first rows of a split.
 
     Attributes:
-        rows: of the split. read: those looked at.
-        kept: usable ones among these.
+        rows: number of rows in the split. read: of those that were read.
+        kept: number of usable rows among these.
         account: what was left out, and what was converted by which rule.
         solutions: of the kept rows.
-        in_pixels, in_unit: signs that boxes are counted in pixels or in 0..1, one a row.
-        large: rows whose image has a side of more than 1000 pixels.
+        in_pixels, in_unit: signs that boxes are in pixels or in 0..1, at most one a row.
+        large: number of rows whose image has a side of more than 1000 pixels.
     """
 
     rows: int
@@ -51,28 +52,27 @@ class Survey:
 
     def lines(self, split: str) -> list[str]:
         """The table of a split at the start of a run."""
-        part = "" if self.read == self.rows else f"; only the first {self.read} were looked at"
-        table = [f"{split}: kept {self.kept} of {self.read} rows{part}", *self.account.lines()]
-        return [table[0], *(f"  {line}" for line in table[1:])]
+        rest = "" if self.read == self.rows else f"; only the first {self.read} were looked at"
+        first = f"{split}: kept {self.kept} of {self.read} rows{rest}"
+        return [first, *(f"  {line}" for line in self.account.lines())]
 
     def table(self, split: str, task: str) -> list[str]:
-        """`lines`, and which of the task's default rewards no solution can earn."""
+        """`lines`, and the task's default rewards that no solution can earn."""
         usual = DEFAULT_REWARDS.get(task, ())
         dropped = set(usual) - set(default_rewards(task, self.solutions) if usual else ())
-        return self.lines(split) + [
-            f"  without the reward {name}: no solution has a confidence" for name in dropped
-        ]
+        without = "  without the reward {}: no solution has a confidence"
+        return [*self.lines(split), *map(without.format, dropped)]
 
     def settle_boxes(self) -> str | None:
-        """A warning where --box_space auto takes boxes for thousandths without a sign of others.
+        """A warning if --box_space auto can't be sure that boxes are thousandths, or None.
 
         Raises:
-            ValueError: there is a sign that they are something else.
+            ValueError: there are signs that they are something else.
         """
         for signs, space in ((self.in_pixels, "pixels"), (self.in_unit, "unit")):
             if signs:
-                asked = SPEAKS_OF_PIXELS in "".join(signs)
-                reword = "reword these questions, and " if asked else ""
+                worded = SPEAKS_OF_PIXELS in "".join(signs)
+                reword = "reword these questions, and " if worded else ""
                 raise ValueError(
                     f"--box_space auto: expected boxes in thousandths of the image's sides, got "
                     f"signs of {space} in {len(signs)} rows: {'; '.join(signs[:3])}; {reword}pass "
@@ -89,7 +89,7 @@ class Survey:
 
 
 def open_space(task: str, box_space: str) -> bool:
-    """Whether solutions are boxes whose space is to be found out.
+    """Whether solutions are boxes in a space that has yet to be determined.
 
     Raises:
         ValueError: a space is given, but solutions have no boxes.
@@ -106,17 +106,17 @@ def survey(
     samples: SampleDataset,
     *,
     boxes: bool,
-    most: int | None = None,
+    limit: int | None = None,
     check: Callable[[Sample], str | None] | None = None,
 ) -> Survey:
-    """Read the first rows, at most MAX_ROWS of a set on disk and MAX_STREAMED_ROWS of a stream.
+    """Read the first rows: at most MAX_ROWS, or MAX_STREAMED_ROWS of a streamed data set.
 
     Args:
-        boxes: whether solutions are boxes, whose space is to be found out.
-        most: no more rows than these are used.
-        check: what the algorithm refuses of a sample, here one without its images, and why.
+        boxes: whether solutions are boxes in a space that has yet to be determined.
+        limit: number of rows that will be used; None: all.
+        check: sample without its images -> why the algorithm can't use it, or None.
     """
-    result = Survey(len(samples) if most is None else min(most, len(samples)))
+    result = Survey(len(samples) if limit is None else min(limit, len(samples)))
     result.read = min(result.rows, MAX_STREAMED_ROWS if samples.streamed else MAX_ROWS)
     if samples.account is not None:
         result.account.add(samples.account)
@@ -125,7 +125,7 @@ def survey(
     for index in range(result.read):
         try:
             if boxes:
-                _note_space(result, index, samples)
+                _find_space_signs(result, index, samples)
             reading, sample = samples.outline(index)
             if wrong := check(sample) if check else None:
                 raise Unusable(wrong)
@@ -137,7 +137,7 @@ def survey(
         layouts[reading.layout] = layouts.get(reading.layout, 0) + 1
         without += [] if reading.sources else [f"row {index}"]
         images.add(reading.image_column)
-        changed = samples.rules if sample.solution != reading.solution else ()
+        changed: tuple[str, ...] = samples.rules if sample.solution != reading.solution else ()
         if changed and reading.sources and is_turned(reading.sources[0], samples.image_folder):
             changed = (*changed, "boxes counted in the image as its EXIF data turn it")
         answered = reading.layout.split(" + ")[1]
@@ -159,7 +159,8 @@ def survey(
     return result
 
 
-def _note_space(result: Survey, index: int, samples: SampleDataset) -> None:
+def _find_space_signs(result: Survey, index: int, samples: SampleDataset) -> None:
+    """Record what the boxes of a row say about their space."""
     row, reading = samples.read(index)
     solution, problem = reading.solution, reading.problem
     if row.get("extent") is not None or not isinstance(solution, str):
@@ -178,13 +179,11 @@ def _note_space(result: Survey, index: int, samples: SampleDataset) -> None:
             return
     if PIXELS.search(problem):
         result.in_pixels.append(f"row {index}: {SPEAKS_OF_PIXELS}")
-    elif all(0 <= v <= 1 for box in numbers for v in box) and any(
-        v != int(v) for box in numbers for v in box
-    ):
+    elif all(0 <= v <= 1 for box in numbers for v in box) and set().union(*numbers) - {0, 1}:
         result.in_unit.append(f"row {index}: a box {list(numbers[0])}")
 
 
 def _kind(reason: str) -> str:
-    """A reason without what differs from row to row."""
+    """The reason without quoted texts, numbers and paths, which differ from row to row."""
     short = re.sub(r"'[^']*'|\"[^\"]*\"|<answer>.*", "...", reason, flags=re.DOTALL)
     return re.sub(r"\d+(\.\d+)?", "N", re.sub(r"(/[^/\s:]+)+", "PATH", short))[:120]

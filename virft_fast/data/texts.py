@@ -6,37 +6,35 @@ import codecs
 import csv
 import gzip
 import io
+import json
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+from virft_fast.batch import Json
 from virft_fast.data.accounts import Built
 
 # UTF-32 first: its little-endian mark starts with that of UTF-16.
-_MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-# What spreadsheets and annotation tools write, the likelier first.
+_BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+                     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
+# What spreadsheets and annotation tools write, most likely first.
 _CODE_PAGES = (
     "cp1252", "gb18030", "cp1251", "cp932", "cp949", "big5", "cp1250", "euc_jp", "cp1254",
     "cp1253", "cp1255", "cp1256", "cp1257", "cp874", "cp1258", "koi8_r", "mac_roman",
 )  # fmt: skip
 _GZIP = b"\x1f\x8b"
-_LINES_LOOKED_AT = 100
+_LINES_SAMPLED = 100
 csv.field_size_limit(2**31 - 1)  # a cell may be an image in base64
 
 
-def read_text(path: Path, account: Built) -> str:
+def read_text(path: Path, account: Built | None = None) -> str:
     """The text of a file.
 
     Args:
-        account: records the encoding where it is not UTF-8.
+        account: records the encoding if it had to be guessed; None: don't guess.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file can't be read, or holds no text.
+        ValueError: the file can't be read, or isn't text.
     """
     try:
         data = path.read_bytes()
@@ -46,13 +44,47 @@ def read_text(path: Path, account: Built) -> str:
         raise FileNotFoundError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: expected a text file, maybe gzipped, got {error}") from error
-    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8-sig")
+    encoding = next(
+        (name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8-sig"
+    )
     try:
         return data.decode(encoding)
-    except UnicodeDecodeError:
+    except UnicodeDecodeError as error:
+        if account is None:
+            raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
         encoding = _guessed(data, path)
         account.convert(f"text read as {encoding}, which was guessed; save it as UTF-8", str(path))
         return data.decode(encoding)
+
+
+def read_json(path: Path, where: str, account: Built | None = None) -> Json:
+    """The value of a JSON file.
+
+    Args:
+        where: names the file in errors, such as "--source FILE".
+        account: see `read_text`.
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file can't be read, or isn't JSON.
+    """
+    try:
+        return json.loads(read_text(path, account))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{where}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: expected JSON, got {error}") from error
+
+
+def only_file(files: Sequence[Path], source: Path, expected: str, hint: str = "") -> Path:
+    """The one file in `files`, which were searched for in `source`.
+
+    Raises:
+        FileNotFoundError: there is none, or several; says what was expected.
+    """
+    if len(files) != 1:
+        got = ", ".join(file.name for file in files) or "none"
+        raise FileNotFoundError(f"--source {source}: expected {expected}, got {got}{hint}")
+    return files[0]
 
 
 def _guessed(data: bytes, path: Path) -> str:
@@ -61,7 +93,7 @@ def _guessed(data: bytes, path: Path) -> str:
     matches = [] if b"\0" in data else list(from_bytes(data, cp_isolation=list(_CODE_PAGES)))
     if not matches:
         raise ValueError(f"{path}: expected a text file, got bytes in no known encoding")
-    # A few words fit several as well as each other.
+    # A few words may fit several encodings equally well.
     rank = _CODE_PAGES.index
     return min(matches, key=lambda m: (m.chaos, -m.coherence, rank(m.encoding))).encoding
 
@@ -69,15 +101,14 @@ def _guessed(data: bytes, path: Path) -> str:
 def read_table(
     path: Path, needed: Sequence[Collection[str]], account: Built
 ) -> tuple[list[str], Iterator[tuple[int, dict[str, str | None]]]]:
-    """A CSV file with any character between its cells.
+    """A CSV file with any separator.
 
     Args:
-        needed: for each column that has to be there, the names it may have. They tell the
-            separator, too.
-        account: records the encoding and a separator other than a comma.
+        needed: for each required column, the names it may have. They also help to find the
+            separator.
+        account: records a guessed encoding, and a separator other than a comma.
     Returns:
-        The header, and (line number, row) for each row. A row with fewer cells than the header has
-        None in the others.
+        The header, and (line number, row) for each row. Missing cells at a row's end are None.
     Raises:
         FileNotFoundError, ValueError: as `read_text`, also while the rows are read; or two columns
             have one name, or a row has more cells than the header.
@@ -86,7 +117,7 @@ def read_table(
     if "\0" in text:
         raise ValueError(f"{path}: expected CSV, got zero bytes")
     lines = list(io.StringIO(text, newline=""))
-    start = 0  # behind empty lines and Excel's "sep=;"
+    start = 0  # after empty lines and Excel's "sep=;"
     while start < len(lines) and not lines[start].lower().partition("sep=")[0].strip():
         start += 1
     lines[:start] = []
@@ -101,23 +132,23 @@ def read_table(
 
 
 def _separator(lines: Sequence[str], needed: Sequence[Collection[str]]) -> str:
-    """With which the header has the needed columns, else most cells and rows as many; a comma
-    before others."""
+    """The separator with which the header has the needed columns; failing that, with which rows
+    have as many cells as the header, and as many as possible. A comma wins ties."""
     first = lines[0].strip() if lines else ""
     marks = dict.fromkeys((",", *"\t;|", *first))
 
     def fits(mark: str) -> tuple[bool, bool, int]:
         header = _header(lines, mark)
-        rows = list(csv.reader(lines[:_LINES_LOOKED_AT], delimiter=mark))
-        if len(lines) > _LINES_LOOKED_AT:
-            del rows[-1]  # which may go on
-        known = all(set(names) & set(header) for names in needed)
-        return known, all(len(row) in (0, len(header)) for row in rows), len(header)
+        rows = list(csv.reader(lines[:_LINES_SAMPLED], delimiter=mark))
+        if len(lines) > _LINES_SAMPLED:
+            del rows[-1]  # may be cut off
+        complete = all(set(names) & set(header) for names in needed)
+        return complete, all(len(row) in (0, len(header)) for row in rows), len(header)
 
-    return max((m for m in marks if m == "," or (m in first and _parts(m))), key=fits)
+    return max((m for m in marks if m == "," or (m in first and _separates(m))), key=fits)
 
 
-def _parts(mark: str) -> bool:
+def _separates(mark: str) -> bool:
     return mark == "\t" or (mark.isprintable() and not mark.isalnum() and mark not in '_" ')
 
 

@@ -6,26 +6,26 @@ import re
 from collections.abc import Iterator, Sequence
 from os.path import isfile
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
+from virft_fast.batch import Row
 from virft_fast.data.accounts import Built
 from virft_fast.data.image_files import IMAGE_SUFFIXES, ImageFiles, is_image
-from virft_fast.data.instances import Annotations, annotations_of, number_of
+from virft_fast.data.instances import Annotations, annotations_of, finite_numbers
 
-# Set of ImageSets/Main -> split; trainval where there is no train.
+# Set in ImageSets/Main -> split; trainval counts only without train.
 SETS = {"train": "train", "trainval": "train", "val": "validation", "valid": "validation",
         "validation": "validation", "test": "test"}  # fmt: skip
 
 
 def read_voc(source: Path) -> dict[str, Annotations]:
-    """Split -> annotations. VOC counts pixels from 1, the last one included, so that a box of
-    xmin 1 and xmax 10 is 0 to 10 here. Objects marked difficult are ignored like COCO's crowds.
+    """Split -> annotations. VOC counts pixels from 1 and includes the last one, so that a box from
+    xmin 1 to xmax 10 becomes 0 to 10. Objects marked as difficult are ignored, like COCO's crowds.
 
     Args:
         source: a folder with Annotations in it, or one that holds a single such folder.
     Raises:
-        FileNotFoundError, ValueError: there is none, or nothing in it can be used.
+        FileNotFoundError, ValueError: there is no such folder, or nothing in it can be used.
     """
     root = _root(source)
     images = ImageFiles(root / "JPEGImages" if (root / "JPEGImages").is_dir() else root)
@@ -47,7 +47,7 @@ def read_voc(source: Path) -> dict[str, Annotations]:
 
 
 def _file(folder: Path, line: str) -> Path:
-    """The annotation that a line of a set names, maybe before a flag: -1, 0 or 1."""
+    """The annotation file that a line of a set names; a flag -1, 0 or 1 may follow the name."""
     stems = (line, re.sub(r"\s+-?[01]$", "", line))
     return next((f for s in stems if (f := folder / f"{s}.xml").is_file()), folder / f"{line}.xml")
 
@@ -67,8 +67,8 @@ def _root(source: Path) -> Path:
 
 def _annotations(files: list[Path], image_files: ImageFiles, where: str) -> Annotations:
     account = Built()
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    images: list[Row] = []
+    annotations: list[Row] = []
     categories: dict[str, int] = {}
     for file in files:
         tree = _tree(file, account)
@@ -88,8 +88,8 @@ def _annotations(files: list[Path], image_files: ImageFiles, where: str) -> Anno
 
 
 def _image_name(tree: ElementTree.Element, file: Path, images: ImageFiles, account: Built) -> str:
-    """The annotation's own image: named by `filename`, else by `path`, which is of another
-    machine; unless that is another's."""
+    """The annotation's image, from `filename`, or else from `path`, which is that of another
+    machine. If this is another annotation's image, the image with the annotation's own name."""
     given = (tree.findtext(tag, "").strip() for tag in ("filename", "path"))
     named = next(filter(None, given), file.stem)
     if not is_image(Path(named)):
@@ -104,7 +104,7 @@ def _image_name(tree: ElementTree.Element, file: Path, images: ImageFiles, accou
 
 
 def _existing(stem: str, suffixes: Sequence[str], images: ImageFiles) -> str | None:
-    """The first name of this stem that there is an image of."""
+    """The first name with this stem that an image has."""
     names = (stem + suffix for suffix in suffixes)
     return next((name for name in names if isfile(images.find(name).path or "")), None)
 
@@ -112,7 +112,7 @@ def _existing(stem: str, suffixes: Sequence[str], images: ImageFiles) -> str | N
 def _tree(file: Path, account: Built) -> ElementTree.Element | None:
     try:
         data = file.read_bytes()
-        # An entity may stand for a text of any size, and needs a document type.
+        # An entity may expand to a text of any size; declaring one needs a document type.
         if b"<!DOCTYPE" in data or b"<!ENTITY" in data or b"\0" in data:
             raise ValueError("document type")
         return ElementTree.fromstring(data)
@@ -124,11 +124,12 @@ def _tree(file: Path, account: Built) -> ElementTree.Element | None:
 def _objects(
     tree: ElementTree.Element, file: Path, account: Built
 ) -> Iterator[tuple[str, list[float], bool]]:
-    """Name, x, y, width and height, and whether it is difficult."""
+    """(name, [x, y, width, height], whether it is difficult) of each object."""
     for item in tree.iter("object"):
         label = (item.findtext("name") or "").strip()
-        sides = [number_of(item.findtext(f"bndbox/{n}")) for n in ("xmin", "ymin", "xmax", "ymax")]
-        if not label or None in sides:
+        names = ("xmin", "ymin", "xmax", "ymax")
+        sides = finite_numbers([item.findtext(f"bndbox/{name}") for name in names])
+        if not label or sides is None:
             account.leave_out("object without a name or four numbers", str(file))
             continue
         left, top, right, bottom = sides

@@ -1,9 +1,9 @@
-"""A data set as a folder in the hub's layout: parquet shards, images inside, and a card.
+"""A data set as a folder in the hub's layout: parquet shards that hold the images, and a card.
 
     OUT/data/train-00000-of-00002.parquet   what `load_rows` and `datasets.load_dataset` read
     OUT/README.md                           the card: what was built from what, and how
 
-Everything is written aside and renamed at the end: a folder that exists is whole.
+Everything is written to a temporary folder, which is renamed at the end: OUT is never half written.
 """
 
 from __future__ import annotations
@@ -15,49 +15,65 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from PIL import ExifTags, Image, ImageOps
 
+from virft_fast.batch import Row
 from virft_fast.data.accounts import Built, listing, printable
 from virft_fast.data.images import IMAGE_FORMATS, check_pixels
+from virft_fast.tasks.coordinates import Extent
 
-Pictured = TypeVar("Pictured", bound=Any)  # has an `image`
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow.parquet as pq
+
+# (width, height) of an image as displayed -> the space that its answers' boxes are in.
+ExtentFor = Callable[[int, int], Extent]
 ROWS_A_GROUP = 64
 SHARD_BYTES = 400 * 2**20
 OTHER_SIZE = "image of another size than its annotations say"
 
 
+class HasImage(Protocol):
+    @property
+    def image(self) -> Path: ...
+
+
+Planned = TypeVar("Planned", bound=HasImage)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A row that is going to be written.
+    """A row to write.
 
     Attributes:
         image: its file.
         row: column -> value, without the image.
-        fill: (width, height) of the image as it is shown, and the EXIF orientation to turn places
-            by -> further columns, or why the row can't be used; for what can only be said once the
-            image is open.
-        frame: whether places given in the image are those of the image "shown" as its EXIF data
-            say, or of the one "stored"; "unknown": as its size tells; "": there are none.
-        size: (width, height) that they are meant for, where that is known.
+        fill: makes the columns that depend on the image: (width, height of the image as displayed,
+            EXIF orientation to apply to coordinates) -> columns, or why the row can't be used.
+        frame: which image coordinates refer to: the one "shown", its EXIF data applied, or the one
+            "stored"; "unknown": the size decides; "": there are no coordinates.
+        size: (width, height) of that image, if known.
     """
 
     image: Path
-    row: Mapping[str, Any]
-    fill: Callable[[int, int, int], Mapping[str, Any] | str] = lambda width, height, turn: {}
+    row: Row
+    fill: Callable[[int, int, int], Row | str] = lambda width, height, turn: {}
     frame: str = ""
     size: tuple[int, int] | None = None
 
 
-def check_output(out: Path, overwrite: bool, sources: Iterable[Path | str | None] = ()) -> None:
-    """Better before the work than after it.
+def check_new_dataset(
+    out: Path, overwrite: bool, sources: Iterable[Path | str | None] = ()
+) -> None:
+    """Check, before the work starts, that a data set can be written to `out`.
 
     Args:
-        sources: what is going to be read, some of which may be no files at all.
+        sources: what will be read; some may not be files at all.
     Raises:
-        ValueError: there is something already; with `overwrite`, if it is no data set of ours, or
-            holds what is going to be read.
+        ValueError: something is there already; with `overwrite`, only if it isn't a data set that
+            was built here, or if it holds one of the sources.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--output {out}: expected a folder, or a name for a new one, got a file")
@@ -71,48 +87,45 @@ def check_output(out: Path, overwrite: bool, sources: Iterable[Path | str | None
             )
         whole = out.resolve()
         for source in sources:
-            if source is not None and whole in (
-                Path(source).resolve(),
-                *Path(source).resolve().parents,
-            ):
+            if source is not None and Path(source).resolve().is_relative_to(whole):
                 raise ValueError(f"--output {out}: holds {source}, which is read; take another")
     make_folder(out.parent)
 
 
 def make_folder(folder: Path, flag: str = "--output", *, make: bool = True) -> None:
-    """The folder of an output.
+    """Make the folder of an output.
 
     Args:
-        make: False only checks that it could be made.
+        make: False: only check that it could be made.
     Raises:
-        ValueError: it can't be, or can't be written to.
+        ValueError: it can't be made or written to.
     """
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     except (OSError, ValueError) as error:  # such as a file where a folder should be
         why = getattr(error, "strerror", None) or error
         raise ValueError(
             f"{flag}: expected a folder {folder}, it can't be made: {why}; pass another place"
         ) from error
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    if not place.is_dir() or not os.access(place, os.W_OK):
         raise ValueError(
-            f"{flag} {folder}: expected a folder that can be written, got {there}; pass another "
+            f"{flag} {folder}: expected a folder that can be written, got {place}; pass another "
             "place"
         )
 
 
 def drop_missing(
-    splits: Mapping[str, Sequence[Pictured]], built: Built, *, allow_missing: bool
-) -> dict[str, list[Pictured]]:
-    """The plans, or other things with an `image`, whose image is there.
+    splits: Mapping[str, Sequence[Planned]], built: Built, *, allow_missing: bool
+) -> dict[str, list[Planned]]:
+    """The plans, or other things with an `image`, whose image exists.
 
     Raises:
-        FileNotFoundError: some are not and `allow_missing` is false; names them.
+        FileNotFoundError: images are missing and `allow_missing` is false; names them.
     """
     files = dict.fromkeys(plan.image for plans in splits.values() for plan in plans)
-    missing = {file for file in files if not os.path.isfile(file)}  # also one no file can have
+    missing = {file for file in files if not os.path.isfile(file)}  # or has no valid name
     if missing and not allow_missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(files)} images are missing: {listing(sorted(missing))}; check "
@@ -126,21 +139,21 @@ def drop_missing(
 def write_dataset(
     out: Path,
     splits: Mapping[str, Sequence[Plan]],
-    columns: Mapping[str, Any],
+    columns: Mapping[str, object],
     built: Built,
     *,
     card: Callable[[Built], str],
-    check: Callable[[Mapping[str, Any]], str | None] = lambda row: None,
+    check: Callable[[Row], str | None] = lambda row: None,
     progress: Callable[[Iterable[Plan], int], Iterable[Plan]] = lambda plans, total: plans,
 ) -> Built:
     """Write the plans of every split.
 
     Args:
         columns: name -> `datasets` feature, without the image.
-        built: what was left out so far; completed here.
-        card: the text of README.md, once everything is known.
+        built: the account so far; completed here.
+        card: the finished account -> the text of README.md.
         check: row -> why it could never be used, or None.
-        progress: wraps the plans of all splits, to show how far it is.
+        progress: wraps the plans of all splits to show progress.
     Raises:
         ValueError: a split has no row, or none could be written.
     """
@@ -149,11 +162,10 @@ def write_dataset(
     _need_rows({name: len(plans) for name, plans in splits.items()}, built)
     features = datasets.Features({"image": datasets.Image(), **columns})
     with written_aside(out, splits, features) as writers:
-        together = [(name, plan) for name, plans in splits.items() for plan in plans]
-        names = iter([name for name, _ in together])
-        for plan in progress([plan for _, plan in together], len(together)):
+        names = [name for name, plans in splits.items() for _ in plans]
+        plans = [plan for plans in splits.values() for plan in plans]
+        for name, plan in zip(names, progress(plans, len(plans)), strict=True):
             row = _row(plan, built, check)
-            name = next(names)
             if row is not None:
                 writers[name].add(row, len(row["image"]["bytes"]))
         for name, writer in writers.items():
@@ -172,14 +184,16 @@ def _need_rows(counts: Mapping[str, int], built: Built) -> None:
 
 
 class _Writers(dict[str, "SplitWriter"]):
-    """A writer a split; `folder` is where their shards are, aside."""
+    """A writer for each split; `folder` holds their shards until everything is written."""
 
     folder: Path
 
 
 @contextlib.contextmanager
-def written_aside(out: Path, splits: Iterable[str], features: Any) -> Iterator[_Writers]:
-    """Writers into a folder that becomes `out` if the block ends without an exception."""
+def written_aside(
+    out: Path, splits: Iterable[str], features: datasets.Features
+) -> Iterator[_Writers]:
+    """Writers to a temporary folder, which becomes `out` if the block ends without an exception."""
     aside = out.with_name(f".{out.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "data").mkdir(parents=True)
@@ -187,31 +201,25 @@ def written_aside(out: Path, splits: Iterable[str], features: Any) -> Iterator[_
         writers = _Writers({name: SplitWriter(aside / "data", name, features) for name in splits})
         writers.folder = aside / "data"
         yield writers
-        _put_in_place(aside, out)
+        old = out.with_name(f".{out.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            os.replace(out, old)
+        os.replace(aside, out)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _put_in_place(aside: Path, out: Path) -> None:
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.replace(out, old)
-    os.replace(aside, out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _row(
-    plan: Plan, built: Built, check: Callable[[Mapping[str, Any]], str | None]
-) -> dict[str, Any] | None:
-    """The row with its image's bytes, or None and a note in `built`."""
+def _row(plan: Plan, built: Built, check: Callable[[Row], str | None]) -> Row | None:
+    """The row with its image's bytes; None if it can't be used, and `built` records why."""
     try:
         data = plan.image.read_bytes()
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             check_pixels(image)
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             stored = image.size
-            # As `SampleDataset` will show it.
+            # The size that `SampleDataset` will see.
             shown = ImageOps.exif_transpose(image).size
     except Exception as error:  # PIL's decoders raise nearly anything on damaged input
         built.leave_out("image can't be read", f"{plan.image}: {type(error).__name__}")
@@ -221,7 +229,7 @@ def _row(
         return None
     frame, turn = plan.frame, orientation if orientation in range(2, 9) else 1
     if frame == "unknown" and turn != 1:
-        # Sideways, a size tells; upside down and mirrored, nothing does.
+        # The size tells whether an image was turned sideways, not upside down or mirrored.
         if not plan.size or shown == stored:
             built.leave_out("image turned by its EXIF data, its boxes may not be", str(plan.image))
             return None
@@ -244,16 +252,16 @@ def _row(
 
 
 class SplitWriter:
-    """Rows of one split into as many shards as it takes."""
+    """Writes the rows of one split, in shards of about SHARD_BYTES."""
 
-    def __init__(self, folder: Path, split: str, features: Any) -> None:
+    def __init__(self, folder: Path, split: str, features: datasets.Features) -> None:
         self.folder, self.split, self.features = folder, split, features
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
         self.count = self.size = self.shards = 0
-        self.writer: Any = None
+        self.writer: pq.ParquetWriter | None = None
 
-    def add(self, row: dict[str, Any], size: int) -> None:
-        """`size`: bytes of its images, roughly the row's."""
+    def add(self, row: Row, size: int) -> None:
+        """Add a row, of about `size` bytes: those of its images."""
         self.rows.append(row)
         self.size += size
         if len(self.rows) == ROWS_A_GROUP:
@@ -262,8 +270,7 @@ class SplitWriter:
             self._finish_shard()
 
     def close(self) -> int:
-        """Number of rows; the shards get the names they keep."""
-        self._flush()
+        """Finish the shards and give them their final names; returns the number of rows."""
         self._finish_shard()
         for number in range(self.shards):
             name = f"{self.split}-{number:05d}-of-{self.shards:05d}.parquet"

@@ -1,5 +1,6 @@
-"""Detection data in Ultralytics' layout: data.yaml, folders of images, and for each image a text
-file of labels: lines of `class x y width height`, or of `class` and a polygon, in shares of the
+"""Detection data in Ultralytics' layout: data.yaml, folders of images, a label file for each image.
+
+A label file has lines of `class x y width height`, or of `class` and a polygon, in shares of the
 image's sides.
 """
 
@@ -8,24 +9,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from virft_fast.batch import Json, Row
 from virft_fast.data.accounts import Built
 from virft_fast.data.image_files import Found, is_image, walk
-from virft_fast.data.instances import Annotations, annotations_of, key_of
+from virft_fast.data.instances import Annotations, annotations_of, box_around, key_of
+from virft_fast.data.texts import only_file
 
-SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation",
-          "test": "test"}  # fmt: skip
+# Key of data.yaml -> split.
+SPLIT_KEYS = {"train": "train", "val": "validation", "valid": "validation",
+              "validation": "validation", "test": "test"}  # fmt: skip
 
 
 def read_yolo(source: Path) -> dict[str, Annotations]:
-    """Split -> annotations, in shares of the sides of images as they are shown: so Ultralytics
-    reads them, whatever their EXIF data say. An image without a label file has no objects.
+    """Split -> annotations, in shares of the sides of the images as displayed (their EXIF data
+    applied), as Ultralytics reads them. An image without a label file has no objects.
 
     Args:
         source: data.yaml, or the folder that holds it.
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or it can't be used; says why.
+        FileNotFoundError, ValueError: a file is missing or can't be used; says why.
     """
     file = _yaml_file(source)
     settings = _settings(file)
@@ -35,7 +38,7 @@ def read_yolo(source: Path) -> dict[str, Annotations]:
     pairs = names.items() if isinstance(names, dict) else enumerate(names)
     categories = [{"id": key_of(number), "name": str(name)} for number, name in pairs]
     splits = {}
-    for key, split in SPLITS.items():
+    for key, split in SPLIT_KEYS.items():
         paths = list(_images(file.parent, settings.get("path"), settings.get(key)))
         if paths:
             splits[split] = _annotations(
@@ -53,19 +56,14 @@ def _yaml_file(source: Path) -> Path:
         return source
     files = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
     named = [file for file in files if file.stem in ("data", "dataset")] or files
-    if len(named) != 1:
-        raise FileNotFoundError(
-            f"--source {source}: expected one data.yaml in it, got "
-            f"{', '.join(file.name for file in named) or 'none'}; name the file"
-        )
-    return named[0]
+    return only_file(named, source, "one data.yaml in it", "; name the file")
 
 
-def _settings(file: Path) -> dict[str, Any]:
+def _settings(file: Path) -> Row:
     import yaml
 
     try:
-        # All scalars are texts: yes, on, null and 1.0 may be names.
+        # BaseLoader keeps scalars as texts: yes, on, null and 1.0 may be names.
         settings = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--source {file}: expected YAML, got {error}") from error
@@ -74,8 +72,8 @@ def _settings(file: Path) -> dict[str, Any]:
     return {key: v for key, v in settings.items() if v not in ("", "~", "null", "Null", "NULL")}
 
 
-def _images(home: Path, root: Any, entries: Any) -> Iterator[Path]:
-    """Images of a split: of folders, or of text files that list them."""
+def _images(home: Path, root: Json, entries: Json) -> Iterator[Path]:
+    """The images of a split, from folders or from text files that list them."""
     for entry in entries if isinstance(entries, list) else [entries]:
         if not isinstance(entry, str):
             continue
@@ -87,25 +85,26 @@ def _images(home: Path, root: Any, entries: Any) -> Iterator[Path]:
             yield from (path for path in walk(place) if is_image(path))
 
 
-def _placed(home: Path, root: Any, entry: str) -> Path:
-    """Where an entry is: below `path`, beside data.yaml, or, as Roboflow's exports have it, there
-    without the `../` it begins with."""
+def _placed(home: Path, root: Json, entry: str) -> Path:
+    """Where an entry is: relative to `path` or to data.yaml, or, in Roboflow's exports, relative to
+    these without its leading `../`."""
     bases = [home / root, home] if isinstance(root, str) else [home]
     plain = entry.replace("\\", "/")
-    tried = [base / name for name in (plain, plain.lstrip("./")) for base in bases]
-    return next((path for path in tried if path.exists()), tried[0])
+    candidates = [base / name for name in (plain, plain.lstrip("./")) for base in bases]
+    return next((path for path in candidates if path.exists()), candidates[0])
 
 
 def _annotations(
-    paths: list[Path], categories: list[Any], where: str, keypoints: bool
+    paths: list[Path], categories: list[Row], where: str, keypoints: bool
 ) -> Annotations:
     account = Built()
-    images, annotations = [], []
+    images: list[Row] = []
+    annotations: list[Row] = []
     for number, path in enumerate(dict.fromkeys(paths)):
         images.append({"id": number, "file_name": str(path)})
         for line, (category, box) in _labels(_label_file(path), account, keypoints):
             annotations.append({"id": line, "image_id": number, "category_id": category,
-                                "bbox": list(box)})  # fmt: skip
+                                "bbox": box})  # fmt: skip
     data = {"images": images, "annotations": annotations, "categories": categories}
     return annotations_of(
         data, "coco", lambda file: Found(Path(file)), account, where, shares_of="shown"
@@ -113,19 +112,19 @@ def _annotations(
 
 
 def _label_file(image: Path) -> Path:
-    """labels/ in the place of the last images/ in the path, as Ultralytics has it."""
+    """The image's path with its last images/ replaced by labels/, as in Ultralytics."""
     parts = image.with_suffix(".txt").parts
-    at = max((at for at, part in enumerate(parts) if part == "images"), default=None)
+    at = max((n for n, name in enumerate(parts) if name == "images"), default=None)
     return Path(*parts) if at is None else Path(*parts[:at], "labels", *parts[at + 1 :])
 
 
 def _labels(
     file: Path, account: Built, keypoints: bool
-) -> Iterator[tuple[str, tuple[int, tuple[float, float, float, float]]]]:
-    """(where, (class, x, y, width, height of the box's corner and size in shares)).
+) -> Iterator[tuple[str, tuple[int, list[float]]]]:
+    """(file and line, (class, [x, y, width, height])) of each label; x, y: the upper left corner.
 
     Args:
-        keypoints: the numbers behind a box are no corners of a polygon.
+        keypoints: numbers after a box are keypoints, not corners of a polygon.
     """
     if not file.is_file():
         return
@@ -145,9 +144,7 @@ def _labels(
             account.leave_out("label that is no class with a box or a polygon", where)
         elif len(values) == 4:
             x, y, width, height = values
-            yield where, (int(category), (x - width / 2, y - height / 2, width, height))
+            yield where, (int(category), [x - width / 2, y - height / 2, width, height])
         else:
-            xs, ys = values[0::2], values[1::2]
             account.convert("box drawn around its polygon", where)
-            size = (max(xs) - min(xs), max(ys) - min(ys))
-            yield where, (int(category), (min(xs), min(ys), *size))
+            yield where, (int(category), box_around(values))

@@ -1,8 +1,8 @@
 """Greedy answers to the rows of a data set, batch by batch, on any number of ranks.
 
-Rank r takes every world-size-th row that is still to do, and all ranks call the rollout equally
-often, because under ZeRO-3 each call gathers the weights. While a batch is answered, the next one's
-images are read.
+The ranks take turns at the rows that have no answer yet. All ranks call the rollout equally often,
+because under ZeRO-3 each call gathers the weights. While the model answers a batch, a thread reads
+the images of the next one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 from virft_fast import dist
 from virft_fast.batch import Prompt, Rollouts
@@ -19,7 +18,8 @@ from virft_fast.data import BadRow, BadRows, NoUsableRows
 from virft_fast.evaluation.journal import Record
 from virft_fast.rollout import Rollout, Sampling
 
-Load = Callable[[int], "Prompt | BadRow"]
+Load = Callable[[int], Prompt | BadRow]
+Section = Callable[[str], AbstractContextManager[object]]
 
 
 def answer(
@@ -34,7 +34,7 @@ def answer(
     done: Iterable[Record] = (),
     keep: Callable[[list[Record]], None] = lambda records: None,
     progress: Callable[[int], None] = lambda done: None,
-    section: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+    section: Section = nullcontext,
 ) -> list[Record]:
     """One record for each usable row of `indices`, in order, on all ranks.
 
@@ -42,16 +42,19 @@ def answer(
         load: row -> prompt, or the reason why it can't be used; such rows are skipped and counted.
         describe: answers -> a record each, with the row as `index`.
         batch_size: prompts in one call of the rollout.
-        done: records there already; their rows are not asked again.
+        done: earlier records; the model doesn't answer their rows again.
         keep: called on all ranks with the new records of all ranks, after each batch.
-        progress: told how many rows are done, of all.
-        section: context of what a rank does alone, by its name in messages; what it raises is
-            raised on all ranks.
+        progress: called with the number of rows done so far.
+        section: context for what a rank does alone, called with its name in messages; an error
+            inside is raised on all ranks.
+    Raises:
+        NoUsableRows: a rank has rows to answer, but none can be used.
+        TooManyBadRows: see `BadRows`.
     """
-    wanted = set(indices)
-    records = [record for record in done if record["index"] in wanted]
-    there = {record["index"] for record in records}
-    rows = [index for index in indices if index not in there]
+    chosen = set(indices)
+    records = [record for record in done if record["index"] in chosen]
+    answered = {record["index"] for record in records}
+    rows = [index for index in indices if index not in answered]
     mine = rows[dist.rank() :: dist.world_size()]
     calls = math.ceil(len(rows) / dist.world_size() / batch_size)
     sampling = Sampling(max_completion_length=max_completion_length, greedy=True)
@@ -62,30 +65,29 @@ def answer(
         return [load(index) for index in mine[call * batch_size : (call + 1) * batch_size]]
 
     with _reader() as reader:
-        coming = reader.submit(read, 0)
+        upcoming = reader.submit(read, 0)
         for call in range(calls):
             with dist.agreed(), section("evaluation"):
-                loaded = coming.result()
-                coming = reader.submit(read, call + 1)
+                loaded = upcoming.result()
+                upcoming = reader.submit(read, call + 1)
                 prompts = [prompt for prompt in loaded if not isinstance(prompt, BadRow)]
                 bad = [row for row in loaded if isinstance(row, BadRow)]
                 spare = prompts[0] if prompts else spare or _first_usable(load, indices)
                 rollouts = rollout.generate(prompts or [spare], 1, sampling)
                 described = describe(rollouts) if prompts else []
-            parts = dist.all_gather_object((described, bad))
-            new = [record for part, _ in parts for record in part]
+            gathered = dist.all_gather_object((described, bad))
+            new = [record for of_rank, _ in gathered for record in of_rank]
             keep(new)
             records += new
-            for _, part in parts:
-                for row in part:
-                    bad_rows.add(row.index, row.reason)
-            progress(min((call + 1) * batch_size * dist.world_size(), len(rows)) + len(there))
+            for row in [row for _, of_rank in gathered for row in of_rank]:
+                bad_rows.add(row.index, row.reason)
+            progress(min((call + 1) * batch_size * dist.world_size(), len(rows)) + len(answered))
     return sorted(records, key=lambda record: record["index"])
 
 
 @contextmanager
 def _reader() -> Iterator[ThreadPoolExecutor]:
-    """A thread that reads ahead; after an error nobody waits for it."""
+    """A thread that reads ahead; after an error its work is dropped."""
     reader = ThreadPoolExecutor(1)
     try:
         yield reader

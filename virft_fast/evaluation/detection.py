@@ -1,10 +1,10 @@
-"""Detection by COCO's protocol: what is to be found, what was, and the average precision of it.
+"""Detection by COCO's protocol: true objects, predictions, and average precision (AP).
 
-As Visual-RFT evaluates: one question for an (image, category), boxes brought to pixels of the
-original image, the confidence as score, a box that was written twice counted once; AP at IoU 0.5 to
-0.95 over every image, also those about which nothing was asked; mAP is the mean over the
-categories. The numbers are faster-coco-eval's. The matching here is the same once more, kept by
-image, for the bootstrap alone.
+The protocol is Visual-RFT's. Each (image, category) is one question. Boxes are converted to pixels
+of the original image, the confidence is the score, and duplicates of a box are dropped. AP at IoU
+0.5 to 0.95 is over all images, even those without a question; mAP is the mean over categories.
+faster-coco-eval computes the reported numbers. The matching in this file gives the same values, but
+keeps them by image, which the bootstrap needs.
 """
 
 from __future__ import annotations
@@ -12,29 +12,41 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
-from virft_fast.data.instances import box_of, number_of
+from virft_fast.batch import Row
+from virft_fast.data.instances import box_of, finite_number
 from virft_fast.evaluation.bootstrap import Array
 from virft_fast.evaluation.journal import Record
-from virft_fast.evaluation.reading import predicted_boxes, true_boxes
+from virft_fast.evaluation.reading import predicted_boxes, scores_of, true_boxes
 from virft_fast.tasks.answers import Box
 from virft_fast.tasks.coordinates import THOUSAND, rescale
 
 IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
-MOST_BOXES = 100  # of an image and category, the surest ones
-MOST_AREA = 1e10  # COCO's protocol ignores larger predictions instead of counting them
-NOTHING = [0.0, 0.0, 0.0, 0.0]
+MAX_BOXES = 100  # per image and category, those with the highest scores
+MAX_AREA = 1e10  # pixels; COCO's protocol ignores larger predictions instead of counting them
+
+
+BoolArray = NDArray[np.bool_]
+
+
+class Precisions(TypedDict):
+    """The average precision of a category, in [0, 1]; NaN for one without an object."""
+
+    AP: float
+    AP50: float
+    AP75: float
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What is to be found.
+    """The objects that a detector should find.
 
     Attributes:
         images: image id -> its record, with `id`, `width` and `height`.
@@ -43,43 +55,33 @@ class Truth:
             pixels), `area`, `iscrowd`.
     """
 
-    images: dict[int, dict[str, Any]]
+    images: dict[int, Row]
     categories: dict[int, str]
-    annotations: list[dict[str, Any]]
+    annotations: list[Row]
 
-    def as_coco(self) -> dict[str, Any]:
-        """As an instances file."""
+    def as_coco(self) -> Row:
+        """The content of an instances file."""
+        images = list(self.images.values())
         categories = [{"id": number, "name": name} for number, name in self.categories.items()]
-        return {
-            "info": {},
-            "images": list(self.images.values()),
-            "annotations": self.annotations,
-            "categories": categories,
-        }
+        tables = {"images": images, "annotations": self.annotations, "categories": categories}
+        return {"info": {}, **tables}
 
 
 def make_truth(
-    images: Mapping[int, Mapping[str, Any]],
-    categories: Mapping[int, str],
-    annotations: Iterable[Mapping[str, Any]],
+    images: Mapping[int, Row], categories: Mapping[int, str], annotations: Iterable[Row]
 ) -> Truth:
-    """Of these images and categories; annotations about others are left out, and boxes without area
-    inside their image."""
-    kept = []
+    """The annotations of these images and categories, without boxes that have no area inside their
+    image."""
+    kept: list[Row] = []
     for record in annotations:
-        box, area = box_of(record.get("bbox")), number_of(record.get("area"))
+        box, area = box_of(record.get("bbox")), finite_number(record.get("area"))
         image = images.get(record["image_id"])
-        if image and record["category_id"] in categories and _has_area(box, image):
-            kept.append(
-                {
-                    "id": len(kept) + 1,  # to pycocotools 0 means none
-                    "image_id": record["image_id"],
-                    "category_id": record["category_id"],
-                    "bbox": box,
-                    "area": area or box[2] * box[3],
-                    "iscrowd": int(bool(record.get("iscrowd"))),
-                }
-            )
+        if image and record["category_id"] in categories and box and _has_area(box, image):
+            about = {name: record[name] for name in ("image_id", "category_id")}
+            shape = {"bbox": box, "area": area or box[2] * box[3]}
+            crowd = int(bool(record.get("iscrowd")))
+            # `id` begins at 1, because pycocotools takes 0 for no annotation.
+            kept.append({"id": len(kept) + 1, **about, **shape, "iscrowd": crowd})
     names = ("width", "height", "neg_category_ids", "not_exhaustive_category_ids")
     slim = {
         number: {"id": number, **{name: image[name] for name in names if name in image}}
@@ -88,15 +90,15 @@ def make_truth(
     return Truth(slim, dict(categories), kept)
 
 
-def _has_area(box: Sequence[float] | None, image: Mapping[str, Any]) -> bool:
-    if box is None or not (box[2] > 0 and box[3] > 0):
-        return False
-    inside = box[0] < image["width"] and box[1] < image["height"]
-    return inside and box[0] + box[2] > 0 and box[1] + box[3] > 0
+def _has_area(box: Sequence[float], image: Row) -> bool:
+    """Whether a box, xywh in pixels, has some area inside its image."""
+    x, y, width, height = box
+    inside = x < image["width"] and y < image["height"] and x + width > 0 and y + height > 0
+    return inside and width > 0 and height > 0
 
 
 def truth_of_records(records: Sequence[Record]) -> Truth:
-    """From the solutions of a built data set, whose rows name category and image.
+    """The truth that the solutions of a built data set hold; its rows name category and image.
 
     Raises:
         ValueError: a row has no image.
@@ -111,32 +113,25 @@ def truth_of_records(records: Sequence[Record]) -> Truth:
     images, annotations = {}, []
     for record in records:
         width, height = record["size"]
-        images[record["image_id"]] = {
-            "id": record["image_id"], "width": width, "height": height
-        }  # fmt: skip
+        images[record["image_id"]] = {"id": record["image_id"], "width": width, "height": height}
         true = true_boxes(record)
-        annotations += [
-            {
-                "image_id": record["image_id"],
-                "category_id": numbers[str(record["category"])],
-                "bbox": xywh(box, width, height),
-            }
-            for box in (true.boxes if true else ())
-        ]
+        about = {"image_id": record["image_id"], "category_id": numbers[str(record["category"])]}
+        boxes = true.boxes if true else ()
+        annotations += [{**about, "bbox": xywh(box, width, height)} for box in boxes]
     return make_truth(images, {number: name for name, number in numbers.items()}, annotations)
 
 
 def xywh(box: Box, width: int, height: int) -> list[float]:
-    """A box in 0..1000 in pixels of the image; a box that is none, or is beyond measure, has no
-    area and finds nothing, but counts as the false alarm it is."""
+    """A box in 0..1000 as xywh in pixels of the image. A box that is inverted, not finite or too
+    large becomes one without area, which matches nothing and counts as a false alarm."""
     x1, y1, x2, y2 = rescale(box, (THOUSAND, THOUSAND), (width, height))
     usable = all(map(math.isfinite, (x1, y1, x2, y2))) and x1 < x2 and y1 < y2
-    usable = usable and (x2 - x1) * (y2 - y1) <= MOST_AREA
-    return [x1, y1, x2 - x1, y2 - y1] if usable else list(NOTHING)
+    usable = usable and (x2 - x1) * (y2 - y1) <= MAX_AREA
+    return [x1, y1, x2 - x1, y2 - y1] if usable else [0.0, 0.0, 0.0, 0.0]
 
 
-def results_of_records(records: Iterable[Record], truth: Truth) -> list[dict[str, Any]]:
-    """The answers in COCO's results format; an answer that can't be read predicts nothing."""
+def results_of_records(records: Iterable[Record], truth: Truth) -> list[Row]:
+    """The answers in COCO's results format; an answer that can't be parsed predicts nothing."""
     numbers = {name: number for number, name in truth.categories.items()}
     results = []
     for record in records:
@@ -145,30 +140,21 @@ def results_of_records(records: Iterable[Record], truth: Truth) -> list[dict[str
             continue
         image = truth.images[record["image_id"]]
         once: dict[str, tuple[Box, float]] = {}
-        for box, score in _pairs(read):
+        for box, score in zip(read.boxes, scores_of(read), strict=True):
             once.setdefault(repr(box), (box, score))
-        for box, score in once.values():
-            results.append(
-                {
-                    "image_id": record["image_id"],
-                    "category_id": numbers[str(record["category"])],
-                    "bbox": xywh(box, image["width"], image["height"]),
-                    "score": score,
-                }
-            )
+        about = {"image_id": record["image_id"], "category_id": numbers[str(record["category"])]}
+        results += [
+            {**about, "bbox": xywh(box, image["width"], image["height"]), "score": score}
+            for box, score in once.values()
+        ]
     return results
-
-
-def _pairs(read: Any) -> Iterable[tuple[Box, float]]:
-    for box, score in zip(read.boxes, read.confidences, strict=True):
-        yield box, score if score is not None and 0 <= score <= 1 else 0.0
 
 
 # --- Average precision -----------------------------------------------------------------------
 
 
 def need_coco_eval() -> None:
-    """Raise ValueError where faster-coco-eval is missing: better before the work than after."""
+    """Raise ValueError if faster-coco-eval is missing, before the work rather than after it."""
     if importlib.util.find_spec("faster_coco_eval") is None:
         raise ValueError(
             "--task coco and lvis: expected the package faster-coco-eval; pip install "
@@ -177,48 +163,40 @@ def need_coco_eval() -> None:
 
 
 def average_precisions(
-    truth: Truth, results: Sequence[Mapping[str, Any]], *, federated: bool = False
-) -> dict[int, dict[str, float]]:
-    """AP, AP50 and AP75 of each category by faster-coco-eval; NaN for one without an object.
+    truth: Truth, results: Sequence[Row], *, federated: bool = False
+) -> dict[int, Precisions]:
+    """The average precision of each category, from faster-coco-eval.
 
     Args:
         results: in COCO's results format.
-        federated: LVIS's own protocol: a category counts on the images alone of which it is known
-            whether it is there, and where it was not annotated exhaustively nothing is a false
-            alarm.
+        federated: LVIS's protocol: a category counts only on images that are known to have it or
+            not to have it, and nothing is a false alarm where it was not annotated exhaustively.
     """
     from faster_coco_eval import COCO
     from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
     class _COCOeval(COCOeval_faster):
-        def _prepare_freq_group(self) -> list[Any]:
-            return []  # categories by frequency, which not every file has and nobody asked for
+        def _prepare_freq_group(self) -> list[list[int]]:
+            return []  # AP by frequency isn't used, and not every file has the frequencies
 
     data = truth.as_coco()
     true, predicted = COCO(data), COCO({**data, "annotations": _as_annotations(results)})
-    run = _COCOeval(true, predicted, "bbox", print_function=_silent, lvis_style=federated)
-    run.params.maxDets = [1, 10, MOST_BOXES] if not federated else [300]
+    run = _COCOeval(true, predicted, "bbox", print_function=lambda *_: None, lvis_style=federated)
+    run.params.maxDets = [1, 10, MAX_BOXES] if not federated else [300]
     run.evaluate()
     run.accumulate()
     precision = np.asarray(run.eval["precision"])  # (T, recalls, categories, areas, limits)
-    found = {}
-    for place, number in enumerate(run.params.catIds):
-        of_category = precision[:, :, place, 0, -1]
-        of_category = np.where(of_category > -1, of_category, np.nan).mean(1)
-        found[int(number)] = {
-            "AP": float(of_category.mean()),
-            "AP50": float(of_category[0]),
-            "AP75": float(of_category[5]),
-        }
-    return found
+    categories: dict[int, Precisions] = {}
+    for column, number in enumerate(run.params.catIds):
+        curves = precision[:, :, column, 0, -1]
+        aps = np.where(curves > -1, curves, np.nan).mean(1)  # (T,)
+        ap, ap50, ap75 = float(aps.mean()), float(aps[0]), float(aps[5])
+        categories[int(number)] = {"AP": ap, "AP50": ap50, "AP75": ap75}
+    return categories
 
 
-def _silent(*_: Any) -> None:
-    """faster-coco-eval reports every stage."""
-
-
-def _as_annotations(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What `loadRes` makes of them; it can't read none at all."""
+def _as_annotations(results: Sequence[Row]) -> list[Row]:
+    """The predictions as `loadRes` prepares them; it fails on an empty list."""
     return [
         {**result, "id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
         for number, result in enumerate(results, start=1)
@@ -227,21 +205,21 @@ def _as_annotations(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
 @dataclass(frozen=True)
 class Curve:
-    """One category's predictions over all images, surest first, and how each was judged.
+    """One category's predictions over all images by descending score, and how each was judged.
 
     Attributes:
         image: (D,) int64, number of the image. hit, ignored: (T, D) bool, at each IoU threshold.
-        num_true: (U,) true boxes in each image, crowds apart.
+        num_true: (U,) true boxes in each image, without crowds.
     """
 
-    image: np.ndarray
-    hit: np.ndarray
-    ignored: np.ndarray
+    image: NDArray[np.int64]
+    hit: BoolArray
+    ignored: BoolArray
     num_true: Array
 
     def __call__(self, counts: Array) -> Array:
         """(R, U) counts of the images -> (R, T) average precision, NaN without a true box."""
-        found = np.full((len(counts), len(self.hit)), np.nan)
+        precisions = np.full((len(counts), len(self.hit)), np.nan)
         true, false = self.hit & ~self.ignored, ~self.hit & ~self.ignored
         for row, count in enumerate(counts):
             total = count @ self.num_true
@@ -254,19 +232,14 @@ class Curve:
             best = np.concatenate([best, np.zeros((len(best), 1))], axis=1)
             for threshold, recall in enumerate(hits / total):
                 at = np.searchsorted(recall, RECALLS, side="left")
-                found[row, threshold] = best[threshold, at].mean()
-        return found
+                precisions[row, threshold] = best[threshold, at].mean()
+        return precisions
 
 
 class AveragePrecision:
     """mAP, mAP50, mAP75 and `AP/category` as functions of the images' counts, for the bootstrap."""
 
-    def __init__(
-        self,
-        truth: Truth,
-        results: Sequence[Mapping[str, Any]],
-        units: Mapping[Any, int],
-    ) -> None:
+    def __init__(self, truth: Truth, results: Sequence[Row], units: Mapping[Hashable, int]) -> None:
         true, predicted = _by_pair(truth.annotations), _by_pair(results)
         self.curves = {
             name: _curve(number, truth, true, predicted, units)
@@ -274,48 +247,43 @@ class AveragePrecision:
         }
 
     def __call__(self, counts: Array) -> dict[str, Array]:
-        found = {name: curve(counts) for name, curve in self.curves.items()}
-        together = np.stack(list(found.values()))  # (categories, R, T)
-        known = ~np.isnan(together)
-        mean = np.divide(
-            np.where(known, together, 0).sum(0), known.sum(0),
-            out=np.full(together.shape[1:], np.nan), where=known.any(0),
-        )  # fmt: skip
+        by_name = {name: curve(counts) for name, curve in self.curves.items()}
+        precisions = np.stack(list(by_name.values()))  # (categories, R, T)
+        drawn = ~np.isnan(precisions)
+        sums, nan = np.where(drawn, precisions, 0).sum(0), np.full(precisions.shape[1:], np.nan)
+        mean = np.divide(sums, drawn.sum(0), out=nan, where=drawn.any(0))
         whole = {"mAP": mean.mean(1), "mAP50": mean[:, 0], "mAP75": mean[:, 5]}
-        return whole | {f"AP/{name}": values.mean(1) for name, values in found.items()}
+        return whole | {f"AP/{name}": values.mean(1) for name, values in by_name.items()}
 
 
-def _by_pair(records: Iterable[Mapping[str, Any]]) -> dict[tuple[Any, int], list[Any]]:
-    found = defaultdict(list)
+ByPair = Mapping[tuple[int, int], list[Row]]
+
+
+def _by_pair(records: Iterable[Row]) -> ByPair:
+    """(image id, category id) -> its records."""
+    pairs = defaultdict(list)
     for record in records:
-        found[record["image_id"], record["category_id"]].append(record)
-    return found
+        pairs[record["image_id"], record["category_id"]].append(record)
+    return pairs
 
 
 def _curve(
-    category: int,
-    truth: Truth,
-    true: Mapping[tuple[Any, int], list[Any]],
-    predicted: Mapping[tuple[Any, int], list[Any]],
-    units: Mapping[Any, int],
+    category: int, truth: Truth, true: ByPair, predicted: ByPair, units: Mapping[Hashable, int]
 ) -> Curve:
     num_true = np.zeros(len(units))
     scores, images = [np.zeros(0)], [np.zeros(0, np.int64)]
-    hits = [np.zeros((len(IOUS), 0), bool)]
-    ignored = [np.zeros((len(IOUS), 0), bool)]
+    hits, ignored = [np.zeros((len(IOUS), 0), bool)], [np.zeros((len(IOUS), 0), bool)]
     for image in sorted(truth.images):
         boxes = true.get((image, category), [])
         num_true[units[image]] = sum(not box["iscrowd"] for box in boxes)
-        found = predicted.get((image, category), [])
-        if not found:
-            continue
-        order = np.argsort([-box["score"] for box in found], kind="mergesort")[:MOST_BOXES]
-        found = [found[place] for place in order]
-        judged = _judge(boxes, found)
-        hits.append(judged[0])
-        ignored.append(judged[1])
-        scores.append(np.array([box["score"] for box in found]))
-        images.append(np.full(len(found), units[image]))
+        # A stable sort, as in COCO's evaluation.
+        ranked = sorted(predicted.get((image, category), []), key=lambda box: -box["score"])
+        if ranked := ranked[:MAX_BOXES]:
+            hit, ignore = _judge(boxes, ranked)
+            hits.append(hit)
+            ignored.append(ignore)
+            scores.append(np.array([box["score"] for box in ranked]))
+            images.append(np.full(len(ranked), units[image]))
     order = np.argsort(-np.concatenate(scores), kind="mergesort")
     return Curve(
         np.concatenate(images)[order],
@@ -325,10 +293,14 @@ def _curve(
     )
 
 
-def _judge(boxes: list[Any], found: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """(T, D) whether each of the D predictions, surest first, has its true box, and whether that is
-    a crowd, which counts for nothing; greedy, as COCO's evaluateImg does."""
-    hit = np.zeros((len(IOUS), len(found)), bool)
+def _judge(boxes: list[Row], predictions: list[Row]) -> tuple[BoolArray, BoolArray]:
+    """Match predictions, by descending score, to true boxes greedily, as COCO's evaluateImg does.
+
+    Returns:
+        (T, D) whether each prediction has a true box, and (T, D) whether that box is a crowd, so
+        that the prediction is ignored.
+    """
+    hit = np.zeros((len(IOUS), len(predictions)), bool)
     ignored = np.zeros_like(hit)
     if not boxes:
         return hit, ignored
@@ -336,12 +308,13 @@ def _judge(boxes: list[Any], found: list[Any]) -> tuple[np.ndarray, np.ndarray]:
 
     boxes = sorted(boxes, key=lambda box: box["iscrowd"])
     crowd = [box["iscrowd"] for box in boxes]
-    ious = mask.iou([box["bbox"] for box in found], [box["bbox"] for box in boxes], crowd)  # (D, M)
+    predicted, true = [box["bbox"] for box in predictions], [box["bbox"] for box in boxes]
+    ious = mask.iou(predicted, true, crowd)  # (D, M)
     for row, threshold in enumerate(IOUS):
         taken = [False] * len(boxes)
-        for place in range(len(found)):
+        for number, overlaps in enumerate(ious):
             best, match = min(threshold, 1 - 1e-10), None
-            for column, iou in enumerate(ious[place]):
+            for column, iou in enumerate(overlaps):
                 if taken[column] and not crowd[column]:
                     continue
                 if match is not None and not crowd[match] and crowd[column]:
@@ -349,6 +322,6 @@ def _judge(boxes: list[Any], found: list[Any]) -> tuple[np.ndarray, np.ndarray]:
                 if iou >= best:
                     best, match = iou, column
             if match is not None:
-                taken[match] = hit[row, place] = True
-                ignored[row, place] = bool(crowd[match])
+                taken[match] = hit[row, number] = True
+                ignored[row, number] = bool(crowd[match])
     return hit, ignored

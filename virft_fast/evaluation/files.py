@@ -1,114 +1,104 @@
-"""What an evaluation leaves: each file written aside, then renamed."""
+"""The files of an evaluation; each is written under another name first, then renamed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from virft_fast.batch import Json, Row, Sample
 from virft_fast.data.writing import make_folder
 from virft_fast.evaluation import pages
-from virft_fast.evaluation.journal import Record, beside
+from virft_fast.evaluation.journal import Record, RecordStore, companion
 from virft_fast.evaluation.results import Result
+from virft_fast.json_files import read_object
 from virft_fast.metrics import null_for_nan
 
-TAKEN = (".json", ".md", ".html", ".journal")
-BESIDE = (
+RESERVED_SUFFIXES = (".json", ".md", ".html", ".journal")
+COMPANIONS = (
     ".summary.json", ".md", ".html", ".journal", ".predictions.json", ".truth.json",
     ".exists_map.json", ".presence.jsonl",
 )  # fmt: skip
 
 
-def check_output(
+def check_result_files(
     path: Path, models: Sequence[str], inputs: Sequence[str | None], *, overwrite: bool
 ) -> None:
-    """Better before the evaluation than after it.
+    """Check before the work that the files of an evaluation can be written.
 
     Args:
-        models: that are compared; none for a single one.
-        inputs: files that are read, and so not to be written.
+        models: those of a comparison; empty for a single model.
+        inputs: files that the evaluation reads, and so must not overwrite.
     Raises:
-        ValueError: nothing can be written there, or what is there is something else.
+        ValueError: they can't be written, or would replace something other than this evaluation.
     """
     if path.is_dir():
         raise ValueError(f"--output {path}: expected a file's name, got a folder")
-    if path.suffix in TAKEN:
+    if path.suffix in RESERVED_SUFFIXES:
         raise ValueError(f"--output {path}: expected a name for the records, such as answers.jsonl")
     read = {Path(name).expanduser().resolve() for name in inputs if name}
-    for place in (path, *(of_models(path, models) if models else ())):
-        there = [f for f in (place, *(beside(place, end) for end in BESIDE)) if f.exists()]
-        for file in there:
+    for output in (path, *(of_models(path, models) if models else ())):
+        names = (output, *(companion(output, ending) for ending in COMPANIONS))
+        existing = [file for file in names if file.exists()]
+        for file in existing:
             if file.is_dir() or file.resolve() in read:
                 what = "a folder" if file.is_dir() else "read by this evaluation"
                 raise ValueError(f"--output {path}: expected another name, {file} is {what}")
-        if there and not overwrite and not _is_ours(place, bool(models) and place == path):
+        if existing and not overwrite and not _is_ours(output, bool(models) and output == path):
             raise ValueError(
                 f"--output {path}: expected a new name or that of the same evaluation, "
-                f"{there[0]} is something else; --overwrite replaces it"
+                f"{existing[0]} is something else; --overwrite replaces it"
             )
     make_folder(path.parent)
     if path.exists() and not os.access(path, os.W_OK):
         raise ValueError(f"--output {path}: expected a file that can be written")
 
 
-def _is_ours(place: Path, compared: bool) -> bool:
-    """Whether an evaluation lies there, or a comparison: its models' own files hold what is in it,
-    so one of other models may replace it."""
-    try:
-        summary = json.loads(beside(place, ".summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        summary = {}
-    done = isinstance(summary, dict) and ("models" if compared else "settings") in summary
-    return done or (not compared and beside(place, ".journal").exists())
+def _is_ours(output: Path, compared: bool) -> bool:
+    """Whether the files are an evaluation's, or a comparison's. A comparison of other models may
+    replace one, because each model's own files hold its results."""
+    summary = read_object(companion(output, ".summary.json")) or {}
+    if compared:
+        return "models" in summary
+    return "settings" in summary or companion(output, ".journal").exists()
 
 
 def of_models(output: Path, models: Sequence[str]) -> list[Path]:
-    """Where each of several models' records go."""
-    names = [
-        "".join(c if c.isalnum() or c in "-_" else "-" for c in model.strip("/")).strip("-")
-        for model in models
-    ]
-    # Of paths that differ only in signs, such as a/b and a-b.
-    told_apart = [
-        f"{name}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
-        if names.count(name) > 1
-        else name
-        for name, model in zip(names, models, strict=True)
-    ]
-    return [beside(output, f".{name}.jsonl") for name in told_apart]
+    """The records' files of several models."""
+    names = [re.sub(r"[^\w-]", "-", model.strip("/")).strip("-") for model in models]
+    # A digest tells apart paths such as a/b and a-b.
+    digests = [f"-{hashlib.sha256(model.encode()).hexdigest()[:6]}" for model in models]
+    unique = [n + d if names.count(n) > 1 else n for n, d in zip(names, digests, strict=True)]
+    return [companion(output, f".{name}.jsonl") for name in unique]
 
 
 def write_result(
     output: Path,
     result: Result,
     *,
-    settings: Mapping[str, Any],
-    config: Mapping[str, Any],
-    presence: Sequence[Record] = (),
-    exists: Mapping[int, Sequence[str]] | None = None,
+    store: RecordStore,
+    config: Row,
+    exists: Mapping[int, Sequence[str]] | None,
 ) -> None:
-    """Records and summary, and what belongs to the task: predictions in COCO's results format and
-    the truth they are measured against, the map of what exists. What lies there of an earlier
-    evaluation and is not of this one goes."""
-    _write_lines(output, result.records)
-    coco = result.predictions is not None and result.truth is not None
+    """Write records, summary and the files of the task: predictions in COCO's results format and
+    their truth, the presence answers and their map. Delete those that an earlier evaluation left
+    and this one lacks."""
+    presence = store.records("presence")
+    _write(output, _lines(result.records))
     of_task = {
-        ".exists_map.json": exists if presence else None,
-        ".predictions.json": result.predictions if coco else None,
-        ".truth.json": result.truth.as_coco() if coco else None,
+        ".exists_map.json": _json(exists) if presence else None,
+        ".predictions.json": _json(result.predictions) if result.truth else None,
+        ".truth.json": _json(result.truth.as_coco()) if result.truth else None,
+        ".presence.jsonl": _lines(presence) if presence else None,
     }
-    for ending, value in of_task.items():
-        if value is None:
-            beside(output, ending).unlink(missing_ok=True)
+    for ending, text in of_task.items():
+        if text is None:
+            companion(output, ending).unlink(missing_ok=True)
         else:
-            _write(beside(output, ending), _json(value))
-    if presence:
-        _write_lines(beside(output, ".presence.jsonl"), presence)
-    else:
-        beside(output, ".presence.jsonl").unlink(missing_ok=True)
+            _write(companion(output, ending), text)
     summary = {
         "model": result.model,
         "means": result.means,
@@ -120,15 +110,15 @@ def write_result(
         "images_missing": result.missing,
         "categories": result.categories,
         "confusions": result.confusions,
-        "settings": settings,
+        "settings": store.journal.settings,
         "config": config,
     }
-    # Last: with it, the evaluation is done.
-    write_json(beside(output, ".summary.json"), summary)
+    # Last, because it marks the evaluation as done.
+    write_json(companion(output, ".summary.json"), summary)
 
 
 def write_comparison(path: Path, results: Sequence[Result]) -> None:
-    """The measures of several models and how the last differs from the first, as JSON."""
+    """Write the measures of all models, and the change from the first to the last, as JSON."""
     first, last = results[0], results[-1]
     changes = {}
     for name in first.means:
@@ -138,38 +128,39 @@ def write_comparison(path: Path, results: Sequence[Result]) -> None:
     write_json(path, {"models": models, "change": changes})
 
 
-def write_report(
+def write_pages(
     output: Path,
     title: str,
     results: Sequence[Result],
     *,
     num_pictures: int,
-    load: Callable[[int], Any],
-    question: Callable[[Any], str],
+    load: pages.LoadSample,
+    question: Callable[[Sample], str],
 ) -> list[pages.Table]:
-    """The tables in Markdown and, with pictures, as a page; returns the tables."""
-    shown = pages.tables(results)
-    found = pages.pictures(results, num_pictures, load, question) if num_pictures else []
-    _write(beside(output, ".md"), pages.markdown(title, shown))
+    """Write the report as Markdown and, with pictures, as HTML; returns its tables."""
+    tables = pages.tables(results)
+    pictures = pages.pictures(results, num_pictures, load, question) if num_pictures else []
+    _write(companion(output, ".md"), pages.markdown(title, tables))
     names = [result.model for result in results]
-    _write(beside(output, ".html"), pages.html(title, shown, found, names))
-    return shown
+    _write(companion(output, ".html"), pages.html(title, tables, pictures, names))
+    return tables
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Json) -> None:
+    """Write a value as JSON, NaN and Infinity as null."""
     _write(path, _json(value, indent=1) + "\n")
 
 
-def _write_lines(path: Path, records: Sequence[Record]) -> None:
-    _write(path, "".join(_json(record) + "\n" for record in records))
+def _lines(records: Sequence[Record]) -> str:
+    return "".join(_json(record) + "\n" for record in records)
 
 
-def _json(value: Any, **options: Any) -> str:
-    """As every program reads it: without NaN and Infinity."""
-    return json.dumps(null_for_nan(value), allow_nan=False, **options)
+def _json(value: Json, indent: int | None = None) -> str:
+    """JSON that every program reads: without NaN and Infinity."""
+    return json.dumps(null_for_nan(value), allow_nan=False, indent=indent)
 
 
 def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(text, encoding="utf-8", errors="replace")  # JSON may hold lone surrogates
-    os.replace(aside, path)
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8", errors="replace")  # for lone surrogates
+    os.replace(temporary, path)

@@ -1,22 +1,24 @@
-"""Grounding as Visual-RFT evaluates LISA's: the IoU of the first box, and of SAM's mask for it.
+"""Grounding by Visual-RFT's evaluation on LISA: IoU of the first box, and of SAM's mask for it.
 
-The protocol is the original's, its 1e-6 in every denominator included (on boxes in the unit
-square, so that a perfect small box stays a little below 1). What it isn't: an inverted or
-unreadable box is worth 0, where the original can be led to any number.
+Like the original, every denominator has 1e-6 added. Areas are in the unit square, so a perfect
+small box scores a little below 1. Unlike the original, where an inverted or unreadable box can give
+any number, such a box scores 0 here.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
+from virft_fast.batch import Row, Sample
 from virft_fast.data.images import IMAGE_FORMATS
 from virft_fast.data.lisa import IGNORED
 from virft_fast.data.loading import BadRow
@@ -27,13 +29,16 @@ from virft_fast.models.trust import refuse_code
 from virft_fast.tasks.answers import Box, Detection
 from virft_fast.tasks.coordinates import THOUSAND
 
+if TYPE_CHECKING:
+    import datasets
+
 EPSILON = 1e-6
-# SAM sees each at 1024x1024.
-IMAGES_TOGETHER = 8
+BATCH_SIZE = 8  # images per call of SAM, which sees each at 1024x1024
+Mask = NDArray[np.bool_]
 
 
 def first_box(read: Detection | None) -> Box | None:
-    """The first box of an answer in 0..1000; None without one, or if it has no area."""
+    """The first box of an answer in 0..1000; None if there is none or it has no area."""
     if read is None or not read.boxes or not all(map(math.isfinite, read.boxes[0])):
         return None
     x1, y1, x2, y2 = read.boxes[0]
@@ -41,9 +46,8 @@ def first_box(read: Detection | None) -> Box | None:
 
 
 def box_iou(record: Record) -> float:
-    """Of the answer's first box with the solution's, in [0, 1)."""
-    predicted = first_box(predicted_boxes(record))
-    true = first_box(true_boxes(record))
+    """IoU of the answer's first box with the solution's, in [0, 1)."""
+    predicted, true = first_box(predicted_boxes(record)), first_box(true_boxes(record))
     if predicted is None or true is None:
         return 0.0
     wide = min(predicted[2], true[2]) - max(predicted[0], true[0])
@@ -53,18 +57,18 @@ def box_iou(record: Record) -> float:
 
 
 def _area(box: Box) -> float:
-    """In the unit square."""
+    """Area in the unit square."""
     return (box[2] - box[0]) * (box[3] - box[1]) / THOUSAND**2
 
 
-def add_measures(ratios: Ratios, records: Iterable[Record], units: Iterable[Any]) -> None:
-    """`box_iou` (the mean), `box_acc50` (the share above 0.5), and where the records have masks
+def add_measures(ratios: Ratios, records: Iterable[Record], units: Iterable[Hashable]) -> None:
+    """Add `box_iou` (the mean) and `box_acc50` (the share above 0.5); if records have masks, also
     `gIoU` (the mean of their IoU) and `cIoU` (all intersections over all unions)."""
     pairs = list(zip(records, units, strict=True))
     ious = [(unit, box_iou(record)) for record, unit in pairs]
     ratios.add("box_iou", [(unit, iou, 1.0) for unit, iou in ious])
     ratios.add("box_acc50", [(unit, float(iou > 0.5), 1.0) for unit, iou in ious])
-    if any("mask" in record for record, _ in pairs):  # also if there is none: then they are NaN
+    if any("mask" in record for record, _ in pairs):  # NaN if none can be compared
         masks = [(unit, r["mask"]) for r, unit in pairs if "union" in r.get("mask", {})]
         areas = [(u, float(m["intersection"]), float(m["union"])) for u, m in masks]
         ratios.add("gIoU", [(u, shared / (whole + EPSILON), 1.0) for u, shared, whole in areas])
@@ -75,12 +79,12 @@ def add_measures(ratios: Ratios, records: Iterable[Record], units: Iterable[Any]
 
 
 class MaskModel:
-    """SAM from transformers, asked with a box.
+    """SAM from transformers, prompted with a box.
 
     Args:
         path: a folder or hub id of a SamModel, with its preprocessor.
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it can't be loaded.
     """
 
     def __init__(self, path: str, device: torch.device) -> None:
@@ -90,10 +94,11 @@ class MaskModel:
         refuse_code(path, "--sam_path")
         try:
             # PIL's image processor needs no torchvision.
-            self.processor = SamProcessor(
-                SamImageProcessorPil.from_pretrained(path, trust_remote_code=False)
+            images = SamImageProcessorPil.from_pretrained(path, trust_remote_code=False)
+            self.processor = SamProcessor(images)
+            model: torch.nn.Module = SamModel.from_pretrained(
+                path, trust_remote_code=False, use_safetensors=True
             )
-            model = SamModel.from_pretrained(path, trust_remote_code=False, use_safetensors=True)
             self.model = model.to(device).eval()
         except Exception as error:  # files that are missing, damaged or of another model
             line = " ".join(str(error).split())[:300]
@@ -102,19 +107,19 @@ class MaskModel:
                 f"preprocessor_config.json, such as facebook/sam-vit-huge; got "
                 f"{type(error).__name__}: {line}"
             ) from error
-        self.device = device
+        self.path, self.device = path, device
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[Image.Image], boxes: Sequence[Box]) -> list[np.ndarray]:
-        """(H, W) bool mask of what is in each image's box of 0..1000, all images together."""
+    def __call__(self, images: Sequence[Image.Image], boxes: Sequence[Box]) -> list[Mask]:
+        """A mask of each image, (H, W) bool, for its box in 0..1000; one call for all images."""
         pixels = [
-            # As the original rounds.
+            # Rounded as in the original.
             [[int(at / THOUSAND * size) for at, size in zip(box, 2 * image.size, strict=True)]]
             for image, box in zip(images, boxes, strict=True)
         ]
         inputs = self.processor(list(images), input_boxes=pixels, return_tensors="pt")
         sizes = (inputs.pop("original_sizes"), inputs.pop("reshaped_input_sizes"))
-        inputs = {name: part.to(self.device) for name, part in inputs.items()}
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         inputs["input_boxes"] = inputs["input_boxes"].float()
         low = self.model(**inputs, multimask_output=False).pred_masks.float().cpu()
         masks = self.processor.image_processor.post_process_masks(low, *sizes)
@@ -124,42 +129,45 @@ class MaskModel:
 def mask_areas(
     model: MaskModel,
     records: Sequence[Record],
-    samples: Sequence[Any],
-    trues: Sequence[np.ndarray | None],
+    samples: Sequence[Sample | BadRow],
+    true_masks: Sequence[NDArray[np.uint8] | None],
 ) -> list[dict[str, int]]:
-    """`intersection` and `union`, in pixels, of SAM's masks for the answers' boxes with the true
-    ones.
+    """`intersection` and `union`, in pixels, of the true masks and SAM's for the answers' boxes.
 
-    An answer without a box has an empty mask. What the true mask ignores counts in neither. Nothing
-    is said where the true mask is missing, or not of the image's size.
+    An answer without a box has an empty mask. Pixels that the true mask ignores count in neither.
+    Empty for a row whose true mask is missing or has another size than its image.
     """
-    boxes = [first_box(predicted_boxes(record)) for record in records]
-    images = [None if isinstance(s, BadRow) or not s.images else s.images[0] for s in samples]
-    usable = [
-        true is not None and image is not None and true.shape == image.size[::-1]
-        for true, image in zip(trues, images, strict=True)
-    ]
-    asked = [n for n, box in enumerate(boxes) if usable[n] and box is not None]
-    found: dict[int, np.ndarray] = {}
-    if asked:
-        masks = model([images[n] for n in asked], [boxes[n] for n in asked])
-        found = dict(zip(asked, masks, strict=True))
-    areas: list[dict[str, int]] = []
-    for number, true in enumerate(trues):
-        if not usable[number]:
-            areas.append({})
+    usable: dict[int, NDArray[np.uint8]] = {}
+    boxed: dict[int, tuple[Image.Image, Box]] = {}
+    for number, (record, sample, true) in enumerate(zip(records, samples, true_masks, strict=True)):
+        image = None if isinstance(sample, BadRow) or not sample.images else sample.images[0]
+        if true is None or image is None or true.shape != image.size[::-1]:
             continue
-        meant, counted = true > IGNORED, true != IGNORED
-        mask = found.get(number, np.zeros_like(meant)) & counted
-        areas.append(
-            {"intersection": int((mask & meant).sum()), "union": int((mask | meant).sum())}
-        )
+        usable[number] = true
+        if box := first_box(predicted_boxes(record)):
+            boxed[number] = (image, box)
+    masks: dict[int, Mask] = {}
+    if boxed:
+        images, boxes = zip(*boxed.values(), strict=True)
+        masks = dict(zip(boxed, model(images, boxes), strict=True))
+    areas: list[dict[str, int]] = [{} for _ in records]
+    for number, true in usable.items():
+        target = true > IGNORED
+        mask = masks.get(number, np.zeros_like(target)) & (true != IGNORED)
+        shared, whole = int((mask & target).sum()), int((mask | target).sum())
+        areas[number] = {"intersection": shared, "union": whole}
     return areas
 
 
-def true_mask(row: Mapping[str, Any]) -> np.ndarray | None:
-    """(H, W) uint8 of a row's column `mask`, as `data build grounding` writes it: 255 what is
-    meant, IGNORED, or 0; one of a bit a pixel is 255 and 0. None without, or if it can't be read.
+def true_masks(rows: datasets.Dataset, indices: Iterable[int]) -> list[NDArray[np.uint8] | None]:
+    """`true_mask` of these rows."""
+    table = rows.with_format("arrow")
+    return [true_mask(table[index].to_pylist()[0]) for index in indices]
+
+
+def true_mask(row: Row) -> NDArray[np.uint8] | None:
+    """A row's column `mask`, as `data build grounding` writes it: (H, W) uint8, 255 for the object,
+    IGNORED or 0; one bit per pixel reads as 255 and 0. None if it is missing or can't be read.
     """
     stored = row.get("mask")
     data = stored.get("bytes") if isinstance(stored, Mapping) else stored

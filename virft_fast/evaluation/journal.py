@@ -1,7 +1,8 @@
-"""What an evaluation has so far, on disk: so that a killed one goes on where it was.
+"""The records of an evaluation on disk, so that a killed run resumes where it was.
 
-One JSON line a record, appended and flushed batch by batch; the first line says under which
-settings. A line that was torn by a kill is dropped, and all after it.
+A journal has one JSON line per record, appended and flushed batch by batch. Its first line holds
+the settings that the records depend on. If a kill cut a line off, it and all lines after it are
+dropped.
 """
 
 from __future__ import annotations
@@ -9,30 +10,37 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
+from virft_fast.batch import Json, Row
+from virft_fast.json_files import json_object, read_object
 from virft_fast.metrics import null_for_nan
 
-Record = dict[str, Any]
+Record = Row
+# Keys that a record of each stage needs to be used again.
+_NEEDED = {
+    "answer": ("prompt", "completion", "solution", "rewards"),
+    "presence": ("image_id", "completion"),
+    "mask": ("sam",),
+}
 
 
-def beside(output: Path, ending: str) -> Path:
-    """A file that belongs to the records in X.jsonl: X and the ending."""
+def companion(output: Path, ending: str) -> Path:
+    """A file next to the records X.jsonl that belongs to them: X plus the ending."""
     return output.with_name(output.name.removesuffix(".jsonl") + ending)
 
 
 class Journal:
-    """Records by stage, e.g. "answer", read back when the file is there already.
+    """Records by stage, such as "answer"; an existing file is read first.
 
     Args:
-        path: of the file, made when the first record is added.
-        settings: what the records depend on, in JSON's types.
-        overwrite: start again whatever is there.
+        path: the file, created with the first record.
+        settings: what the records depend on, as JSON values.
+        overwrite: delete an existing file, whatever it is.
     Raises:
         ValueError: the file holds records made under other settings, or is no journal.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, settings: Row, *, overwrite: bool = False) -> None:
         self.path, self.settings = path, json.loads(json.dumps(settings))
         self.records: dict[str, list[Record]] = {}
         if overwrite:
@@ -41,24 +49,25 @@ class Journal:
             self._read()
 
     def _read(self) -> None:
-        whole, lines = 0, []
+        whole = 0
+        entries: list[Row] = []
         for line in self.path.read_bytes().splitlines(keepends=True):
             entry = _parse(line)
-            if entry is None or (lines and "stage" not in entry):
+            if entry is None or (entries and "stage" not in entry):
                 break
             whole += len(line)
-            lines.append(entry)
+            entries.append(entry)
         torn = b'{"settings": '.startswith(self.path.read_bytes()[:13])  # in its first line
-        if lines or not torn:
-            there = lines[0].get("settings") if lines else None
-            check_settings(self.path, "was interrupted", there, self.settings)
+        if entries or not torn:
+            saved = entries[0].get("settings") if entries else None
+            check_settings(self.path, "was interrupted", saved, self.settings)
         with self.path.open("r+b") as file:
             file.truncate(whole)
-        for entry in lines[1:]:
+        for entry in entries[1:]:
             self.records.setdefault(entry["stage"], []).append(entry["record"])
 
     def add(self, stage: str, records: Iterable[Record]) -> None:
-        """Append; after the return a kill of the process loses nothing of it."""
+        """Append records; once this returns, a kill of the process loses none of them."""
         lines = [{"stage": stage, "record": null_for_nan(record)} for record in records]
         if not lines:
             return
@@ -69,43 +78,101 @@ class Journal:
         self.records.setdefault(stage, []).extend(line["record"] for line in lines)
 
     def remove(self) -> None:
-        """When all of it is where it belongs."""
+        """Delete the file, once all its records are in the result."""
         self.path.unlink(missing_ok=True)
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(entry, dict):
-        return None
-    known = "settings" in entry or (isinstance(entry.get("stage"), str) and "record" in entry)
-    return entry if known and ("settings" in entry or is_record(entry["record"])) else None
+def _parse(line: bytes) -> Row | None:
+    entry = json_object(line) if line.endswith(b"\n") else None
+    if entry is None or "settings" in entry:
+        return entry
+    return entry if isinstance(entry.get("stage"), str) and is_record(entry.get("record")) else None
 
 
-def is_record(value: Any, needed: Iterable[str] = ()) -> bool:
-    """Whether it is about a row, and has what is needed; files can be edited."""
+def is_record(value: Json, needed: Iterable[str] = ()) -> bool:
+    """Whether a value has a row's index and the needed keys; people edit these files."""
     return isinstance(value, dict) and type(value.get("index")) is int and set(needed) <= set(value)
 
 
-def check_settings(path: Path, state: str, there: Any, here: Mapping[str, Any]) -> None:
-    """Raise ValueError, which names what differs, if an evaluation made under settings `there` is
-    not one under `here`.
+def check_settings(path: Path, state: str, saved: Json, current: Row) -> None:
+    """Compare the settings of an earlier run with those of this one.
 
     Args:
-        state: what became of it.
+        state: how the earlier run ended, for the message.
+    Raises:
+        ValueError: they differ; names the settings and their values.
     """
-    there = there if isinstance(there, dict) else {}
-    differing = [key for key in (*here, *there) if there.get(key) != here.get(key)]
+    saved = saved if isinstance(saved, dict) else {}
+    differing = [key for key in (*current, *saved) if saved.get(key) != current.get(key)]
     if differing:
         changed = ", ".join(
-            f"{key} {there.get(key)!r:.60} there and {here.get(key)!r:.60} here"
+            f"{key} {saved.get(key)!r:.60} there and {current.get(key)!r:.60} here"
             for key in dict.fromkeys(differing)
         )
         raise ValueError(
             f"{path} holds a run that {state}, made under other settings: {changed}; go on "
             "under the same ones, pass --overwrite to start again, or another --output"
         )
+
+
+class RecordStore:
+    """All records of one evaluation: those of a finished run, and those of the journal.
+
+    Args:
+        output: X.jsonl. The journal is X.journal; X.summary.json shows that a run has finished.
+        settings: see `Journal`.
+        overwrite: ignore and replace earlier records.
+    Raises:
+        ValueError: earlier records were made under other settings, or a file is no journal.
+    """
+
+    def __init__(self, output: Path, settings: Row, *, overwrite: bool) -> None:
+        self.journal = Journal(companion(output, ".journal"), settings, overwrite=overwrite)
+        self._finished = {} if overwrite else _read_finished(output, self.journal)
+
+    def records(self, stage: str) -> list[Record]:
+        """The usable records of a stage, one a row."""
+        records = [*self._finished.get(stage, []), *self.journal.records.get(stage, [])]
+        return list({r["index"]: r for r in records if is_record(r, _NEEDED[stage])}.values())
+
+    def keep_unused(self, used: Iterable[Record]) -> bool:
+        """Put answers and masks that this run didn't ask for, such as with a lower --max_samples,
+        into the journal for the next run; returns whether there are any."""
+        indices = {record["index"] for record in used}
+        unused = 0
+        for stage in ("answer", "mask"):
+            journaled = {record["index"] for record in self.journal.records.get(stage, [])}
+            rest = [record for record in self.records(stage) if record["index"] not in indices]
+            self.journal.add(stage, [r for r in rest if r["index"] not in journaled])
+            unused += len(rest)
+        return unused > 0
+
+
+def _read_finished(output: Path, journal: Journal) -> Mapping[str, list[Record]]:
+    """The records of a finished evaluation by stage; none if they can't be read.
+
+    Raises:
+        ValueError: they were made under other settings, and no journal shows that --overwrite has
+            started them again since.
+    """
+    path = companion(output, ".summary.json")
+    settings = (read_object(path) or {}).get("settings")
+    if settings is None:
+        return {}
+    if not journal.records:
+        check_settings(path, "is done", settings, journal.settings)
+    elif settings != journal.settings:
+        return {}
+    records = _read_lines(output)
+    masks = [record["mask"] for record in records if is_record(record.get("mask"))]
+    presence = _read_lines(companion(output, ".presence.jsonl"))
+    return {"answer": records, "mask": masks, "presence": presence}
+
+
+def _read_lines(path: Path) -> list[Record]:
+    """The records of a JSONL file; none at all if one line can't be read."""
+    try:
+        values = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [value for value in values if is_record(value)]

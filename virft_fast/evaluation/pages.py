@@ -1,6 +1,6 @@
-"""Results to look at: one table for any number of models, in Markdown and as a page with pictures.
+"""Reports of any number of models: tables in Markdown and HTML, and a page with pictures.
 
-What a model or a data set wrote is text like any other here: escaped, never markup.
+Texts of models and data sets are escaped, never markup.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from PIL import Image
 
+from virft_fast.batch import Sample
 from virft_fast.data import BadRow
 from virft_fast.data.drawing import PREDICTED, TRUE, draw_boxes
 from virft_fast.evaluation import bootstrap
@@ -23,13 +23,14 @@ from virft_fast.evaluation.results import Result
 from virft_fast.tasks import BOX_TASKS
 from virft_fast.tasks.answers import answer_text
 
+LoadSample = Callable[[int], Sample | BadRow]
 PICTURE_SIDE = 420  # pixels
-MOST_TEXT = 400  # characters of an answer
+MAX_TEXT = 400  # characters of an answer
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are texts; the first of a row is its name."""
+    """A table of texts; the first cell of a row is its name."""
 
     title: str
     header: list[str]
@@ -38,10 +39,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A question and what each model made of it.
+    """A question and each model's answer.
 
     Attributes:
-        caption: what was asked. shown: (JPEG as a data URL, the answer's text) of each model.
+        caption: the question. shown: of each model (a JPEG as a data URL, the answer's text).
     """
 
     caption: str
@@ -50,62 +51,50 @@ class Picture:
 
 
 def measure_table(results: Sequence[Result]) -> Table:
-    """Every measure of every model with its interval; of two or more the last one's change over
-    the first, taken on the same draws."""
+    """Every measure of every model with its interval; of several models also the change from the
+    first to the last, on the same draws."""
     header = ["measure", *(result.model for result in results)]
     if len(results) > 1:
         header.append("change")
     rows = []
     for name in dict.fromkeys(name for result in results for name in result.means):
-        row = [name, *(_cell(result, name) for result in results)]
+        row = [name, *(_cell(r.means.get(name, math.nan), r.interval(name)) for r in results)]
         if len(results) > 1:
-            row.append(_change(results[0], results[-1], name))
+            row.append(_cell(*change(results[0], results[-1], name), "+"))
         rows.append(row)
     return Table("Measures, with 95 % intervals over resampled images", header, rows)
 
 
 def change(first: Result, last: Result, name: str) -> tuple[float, bootstrap.Interval | None]:
-    """How much a measure differs, and the interval of the difference on the same draws."""
-    nan = math.nan
-    difference = last.means.get(name, nan) - first.means.get(name, nan)
-    drawn = [result.draws.get(name) for result in (first, last)]
-    if any(part is None for part in drawn) or first.units != last.units:
+    """The difference of a measure, and its interval on the same draws."""
+    difference = last.means.get(name, math.nan) - first.means.get(name, math.nan)
+    before, after = first.draws.get(name), last.draws.get(name)
+    if before is None or after is None or first.units != last.units:
         return difference, None
-    return difference, bootstrap.interval(drawn[1] - drawn[0])
+    return difference, bootstrap.interval(after - before)
 
 
-def _cell(result: Result, name: str) -> str:
-    return _with_interval(result.means.get(name, math.nan), result.interval(name), "")
-
-
-def _change(first: Result, last: Result, name: str) -> str:
-    return _with_interval(*change(first, last, name), "+")
-
-
-def _with_interval(value: float, interval: bootstrap.Interval | None, sign: str) -> str:
+def _cell(value: float, interval: bootstrap.Interval | None, sign: str = "") -> str:
     shown = _number(value, sign)
     if interval is None:
         return shown
     return f"{shown} ({_number(interval[0], sign)} to {_number(interval[1], sign)})"
 
 
-def _number(value: Any, sign: str = "") -> str:
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"{value:{sign}.4f}"
+def _number(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" if math.isfinite(value) else "-"
 
 
 def tables(results: Sequence[Result]) -> list[Table]:
-    """What a report shows, in its order."""
+    """The tables of a report, in order."""
     shown = [measure_table(results)]
     if all(result.categories for result in results):
         shown.append(_category_table(results))
     for result in results:
         if result.confusions:
-            rows = [
-                [row["true"], row["predicted"], str(row["count"]), f"{row['share']:.0%}"]
-                for row in result.confusions
-            ]
+            rows = []
+            for c in result.confusions:
+                rows.append([c["true"], c["predicted"], str(c["count"]), f"{c['share']:.0%}"])
             header = ["true", "predicted", "images", "of the true class"]
             shown.append(Table(f"Confusions of {result.model}", header, rows))
     counts = dict.fromkeys(name for result in results for name in result.counts)
@@ -120,13 +109,13 @@ def _category_table(results: Sequence[Result]) -> Table:
     for result in results:
         header += [f"{name}, {result.model}" if len(results) > 1 else name for name in names]
     rows = []
-    for place, row in enumerate(results[0].categories):
+    for number, row in enumerate(results[0].categories):
         cells = [row["category"], str(row["objects"])]
         for result in results:
-            of_model = result.categories[place]
+            of_model = result.categories[number]
             interval = result.interval(f"AP/{row['category']}")
-            cells += [str(of_model["predictions"]), _with_interval(of_model["AP"], interval, "")]
-            cells += [_number(of_model[name]) for name in names[2:]]
+            cells += [str(of_model["predictions"]), _cell(of_model["AP"], interval)]
+            cells += [_number(of_model["AP50"]), _number(of_model["AP75"])]
         rows.append(cells)
     return Table("Average precision of each category", header, rows)
 
@@ -141,7 +130,7 @@ def markdown(title: str, shown: Sequence[Table]) -> str:
 
 
 def _plain(text: str) -> str:
-    """One line without a meaning of its own in a Markdown table."""
+    """The text on one line, escaped for a Markdown table."""
     text = " ".join(str(text).split()).replace("\\", "\\\\").replace("|", "\\|")
     return text.replace("<", "&lt;")
 
@@ -150,18 +139,21 @@ def _plain(text: str) -> str:
 
 
 def pictures(
-    results: Sequence[Result], most: int, load: Callable[[int], Any], question: Callable[[Any], str]
+    results: Sequence[Result],
+    limit: int,
+    load: LoadSample,
+    question: Callable[[Sample], str],
 ) -> list[Picture]:
-    """Some of the questions that all models answered, evenly spread.
+    """Up to `limit` of the questions that all models answered, evenly spread.
 
     Args:
         load: row -> its sample. question: sample -> what it asks, in a few words.
     """
     by_index = [{record["index"]: record for record in result.records} for result in results]
     common = [index for index in by_index[0] if all(index in other for other in by_index)]
-    step = max(1, len(common) // max(1, most))
-    found = []
-    for index in common[::step][:most]:
+    step = max(1, len(common) // max(1, limit))
+    chosen = []
+    for index in common[::step][:limit]:
         sample = load(index)
         if isinstance(sample, BadRow) or not sample.images:
             continue
@@ -169,20 +161,20 @@ def pictures(
         for records, result in zip(by_index, results, strict=True):
             drawn = draw(sample.images[0], records[index], boxes=result.task in BOX_TASKS)
             text = answer_text(records[index]["completion"]) or "(nothing)"
-            shown.append((_data_url(drawn), text[:MOST_TEXT]))
-        solution = answer_text(by_index[0][index]["solution"])[:MOST_TEXT]
-        found.append(Picture(f"{index}: {question(sample)}", solution, shown))
-    return found
+            shown.append((_data_url(drawn), text[:MAX_TEXT]))
+        solution = answer_text(by_index[0][index]["solution"])[:MAX_TEXT]
+        chosen.append(Picture(f"{index}: {question(sample)}", solution, shown))
+    return chosen
 
 
 def draw(image: Image.Image, record: Record, *, boxes: bool) -> Image.Image:
-    """The image, small, with the true boxes in white and the predicted ones in pink."""
+    """A small copy of the image, with true boxes in white and predicted ones in pink."""
     image = image.copy()
     image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
     if min(image.size) and max(image.size) < PICTURE_SIDE // 2:
         factor = PICTURE_SIDE // 2 / max(image.size)
-        sides = (max(1, round(side * factor)) for side in image.size)
-        image = image.resize(tuple(sides), Image.Resampling.NEAREST)
+        width, height = (max(1, round(side * factor)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.NEAREST)
     if not boxes:
         return image
     true, predicted = true_boxes(record), predicted_boxes(record)
@@ -241,12 +233,11 @@ code { display: block; font-size: 12px; white-space: pre-wrap; overflow-wrap: an
 
 
 def html(
-    title: str, shown: Sequence[Table], found: Sequence[Picture], models: Sequence[str]
+    title: str, shown: Sequence[Table], drawn: Sequence[Picture], models: Sequence[str]
 ) -> str:
     """One page that needs no other file."""
     import jinja2
 
     template = jinja2.Environment(autoescape=True).from_string(_PAGE)
-    return template.render(
-        title=title, tables=shown, pictures=found, models=models, width=240 * max(1, len(models))
-    )
+    width = 240 * max(1, len(models))
+    return template.render(title=title, tables=shown, pictures=drawn, models=models, width=width)

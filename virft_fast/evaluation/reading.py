@@ -1,7 +1,7 @@
-"""How an evaluation reads answers: as the rewards do, or as the original's evaluation does.
+"""How an evaluation parses answers: as the rewards do, or as Visual-RFT's evaluation does.
 
-Ground truths are always read as the rewards read them. A record itself says, in `answers`, if its
-answer is read otherwise, so that all measures of it agree.
+Ground truths are always parsed as the rewards do it. If an answer is parsed in the other way, its
+record says so in `answers`, so that all measures of it agree.
 """
 
 from __future__ import annotations
@@ -16,27 +16,32 @@ _VISUAL_RFT = {"detection": read_detection, "grounding": read_grounding}
 
 
 def marked(record: Record, answers: str, task: str) -> Record:
-    """The record with how its answer is read (--answers)."""
+    """The record, marked with how its answer is parsed (--answers)."""
     rest = {key: value for key, value in record.items() if key != "answers"}
     return rest if answers == "lenient" else rest | {"answers": f"{answers} {task}"}
 
 
 def predicted_boxes(record: Record) -> Detection | None:
-    """The answer's, in 0..1000; None if it holds none."""
+    """The answer's boxes in 0..1000; None if it can't be parsed."""
     name, _, task = record.get("answers", "").partition(" ")
     if name == "visual_rft" and task in _VISUAL_RFT:
         return in_thousand(_VISUAL_RFT[task](record["completion"]), record.get("extent"))
     return parse_detection(record["completion"], record.get("extent"))
 
 
+def scores_of(read: Detection) -> list[float]:
+    """The confidences of its boxes; 0 for one that is missing or outside [0, 1]."""
+    return [c if c is not None and 0 <= c <= 1 else 0.0 for c in read.confidences]
+
+
 def true_boxes(record: Record) -> Detection | None:
-    """The solution's, in 0..1000."""
+    """The solution's boxes in 0..1000."""
     return parse_detection(record["solution"], record.get("extent"))
 
 
 def predicted_label(record: Record, labels: ClosedSet) -> str | None:
-    """The label of the set that the answer gives. By the original's rule it is the true one if
-    answer or label is a part of the other, and only then."""
+    """The label of the set that the answer names. In the original's reading that is the true label
+    if, and only if, answer or label is part of the other."""
     given = labels(record["completion"])
     if "answers" not in record:
         return given

@@ -1,21 +1,30 @@
-"""What the answers of one model come to: measures, their spread, and what is behind them."""
+"""The result of one model's evaluation: measures, their intervals and the details behind them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
+from virft_fast.batch import Row
 from virft_fast.evaluation import bootstrap, classification, detection, grounding
 from virft_fast.evaluation.bootstrap import Array, Interval, Measures, Ratios
-from virft_fast.evaluation.detection import Truth
+from virft_fast.evaluation.classification import Confusion
+from virft_fast.evaluation.detection import Precisions, Truth
 from virft_fast.evaluation.journal import Record
 from virft_fast.evaluation.scoring import match_answers, task_measures
 from virft_fast.tasks import BOX_TASKS
 from virft_fast.tasks.labels import ClosedSet
+
+
+class CategoryResult(Precisions):
+    """A category under COCO's protocol: its name, the numbers of boxes, and its AP."""
+
+    category: str
+    objects: int
+    predictions: int
 
 
 @dataclass
@@ -24,16 +33,15 @@ class Result:
 
     Attributes:
         model: its name.
-        task: detection, classification or grounding.
-        means: measure -> value, in the order in which they are shown.
-        draws: measure -> (R,) values over resampled images; without those that have no spread.
-        units: the images, in the order in which they are drawn.
-        records: one an answer, in the order of the rows.
-        counts: what was left out and the like, by name.
-        categories: detection by COCO's protocol: `category`, `objects`, `predictions`, `AP`,
-            `AP50`, `AP75`.
-        confusions: classification: see `classification.confusions`.
-        predictions: in COCO's results format, with the `truth` they are measured against.
+        task: detection, classification, grounding, choice or number.
+        means: measure -> value, in the order of the report.
+        draws: measure -> (R,) values over resampled images, for measures with an interval.
+        units: the images, in the order of the bootstrap's counts.
+        records: one per answer, in the order of the rows.
+        counts: numbers of images, answers, rows left out and so on, by name.
+        categories: detection by COCO's protocol.
+        confusions: classification.
+        predictions: in COCO's results format, measured against `truth`.
         missing: files of the images that were left out.
     """
 
@@ -41,17 +49,17 @@ class Result:
     task: str
     means: dict[str, float]
     draws: dict[str, Array]
-    units: list[Any]
+    units: list[Hashable]
     records: list[Record]
     counts: dict[str, int]
-    categories: list[dict[str, Any]] = field(default_factory=list)
-    confusions: list[dict[str, Any]] = field(default_factory=list)
-    predictions: list[dict[str, Any]] | None = None
+    categories: list[CategoryResult] = field(default_factory=list)
+    confusions: list[Confusion] = field(default_factory=list)
+    predictions: list[Row] | None = None
     truth: Truth | None = None
     missing: list[str] = field(default_factory=list)
 
     def interval(self, name: str) -> Interval | None:
-        """95 % of the draws of a measure."""
+        """The 95 % interval of a measure; None without one."""
         return bootstrap.interval(self.draws[name]) if name in self.draws else None
 
 
@@ -71,12 +79,12 @@ def measure(
     """All measures of a task.
 
     Args:
-        truth: what COCO's protocol measures against; None leaves it out.
-        federated: LVIS's own AP besides.
+        truth: for COCO's protocol; None: without it.
+        federated: also measure LVIS's own AP.
         labels: the closed set of a classification.
-        num_draws: of the bootstrap; 0 leaves it out.
+        num_draws: of the bootstrap; 0: no intervals.
     """
-    images = [record.get("image_id", record["index"]) for record in records]
+    images: list[Hashable] = [record.get("image_id", record["index"]) for record in records]
     units = list(dict.fromkeys([*(truth.images if truth else ()), *images]))
     numbers = {image: number for number, image in enumerate(units)}
     ratios = Ratios(numbers)
@@ -85,7 +93,7 @@ def measure(
         ratios.add(name, [(unit, value, 1.0) for unit, value in given if value is not None])
     measures: list[Measures] = [ratios]
     result = Result(model, task, {}, {}, units, records, counts, truth=truth)
-    exact: dict[str, float] = {}  # what has a value of its own, measured by others
+    exact: dict[str, float] = {}  # values that replace those of the bootstrap's functions
     if task == "classification" and labels is not None:
         result.records = records = classification.name_labels(records, labels)
         classification.add_measures(ratios, records, images)
@@ -101,31 +109,28 @@ def measure(
         measures.append(detection.AveragePrecision(truth, result.predictions, numbers))
         result.categories, of_coco = _by_category(truth, result.predictions, federated)
         exact |= of_coco
-    result.means = bootstrap.values(measures, len(numbers)) | exact
-    if truth is not None:
-        result.means = {
-            name: value for name, value in result.means.items() if not name.startswith("AP/")
-        }
+    means = bootstrap.values(measures, len(numbers)) | exact
+    result.means = {name: value for name, value in means.items() if not name.startswith("AP/")}
     if num_draws:
         result.draws = bootstrap.draws(measures, len(numbers), num_draws, seed)
     return result
 
 
 class _Matched:
-    """The spread of `task_measures`."""
+    """`task_measures` as functions of the images' counts, for the bootstrap."""
 
     def __init__(
-        self, task: str, records: list[Record], images: Sequence[Any], ratios: Ratios
+        self, task: str, records: list[Record], images: Sequence[Hashable], ratios: Ratios
     ) -> None:
         matched = match_answers(records)
         sums = zip(matched.iou_sum.tolist(), matched.num_true.tolist(), strict=True)
         ratios.add("mean_iou", [(u, *both) for u, both in zip(images, sums, strict=True)])
         order = matched.scores.argsort(descending=True, stable=True)
-        places = np.array([ratios.units[image] for image in images])
+        numbers = np.array([ratios.units[image] for image in images])
         num_true = np.zeros(len(ratios.units))
-        np.add.at(num_true, places, matched.num_true.numpy())
+        np.add.at(num_true, numbers, matched.num_true.numpy())
         hit = matched.hit[order].numpy()[None]
-        image = places[matched.answer[order].numpy()]
+        image = numbers[matched.answer[order].numpy()]
         self.curve = detection.Curve(image, hit, np.zeros_like(hit), num_true)
         self.pooled = task == "detection"
 
@@ -134,28 +139,28 @@ class _Matched:
 
 
 def _by_category(
-    truth: Truth, predictions: list[dict[str, Any]], federated: bool
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    truth: Truth, predictions: list[Row], federated: bool
+) -> tuple[list[CategoryResult], dict[str, float]]:
     """A row for each category, and mAP, mAP50, mAP75 (and `mAP_lvis`)."""
-    found = detection.average_precisions(truth, predictions)
+    precisions = detection.average_precisions(truth, predictions)
     objects = Counter(a["category_id"] for a in truth.annotations if not a["iscrowd"])
     boxes = Counter(p["category_id"] for p in predictions)
-    rows = [
-        {
-            "category": name,
-            "objects": objects[number],
-            "predictions": boxes[number],
-            **found[number],
-        }
-        for number, name in truth.categories.items()
+    rows: list[CategoryResult] = [
+        {"category": name, "objects": objects[n], "predictions": boxes[n], **precisions[n]}
+        for n, name in truth.categories.items()
     ]
-    exact = {f"m{name}": _mean(row[name] for row in rows) for name in ("AP", "AP50", "AP75")}
+    exact = {
+        "mAP": _mean(row["AP"] for row in rows),
+        "mAP50": _mean(row["AP50"] for row in rows),
+        "mAP75": _mean(row["AP75"] for row in rows),
+    }
     if federated:
-        own = detection.average_precisions(truth, predictions, federated=True)
-        exact["mAP_lvis"] = _mean(ap["AP"] for ap in own.values())
+        lvis = detection.average_precisions(truth, predictions, federated=True)
+        exact["mAP_lvis"] = _mean(precision["AP"] for precision in lvis.values())
     return rows, exact
 
 
-def _mean(values: Any) -> float:
-    known = [value for value in values if not np.isnan(value)]
-    return float(np.mean(known)) if known else float("nan")
+def _mean(values: Iterable[float]) -> float:
+    """The mean of the values that aren't NaN; NaN if there are none."""
+    defined = [value for value in values if not np.isnan(value)]
+    return float(np.mean(defined)) if defined else float("nan")

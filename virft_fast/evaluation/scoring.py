@@ -1,37 +1,38 @@
-"""Held-out prompts answered greedily, their rewards and the task's own measure in training."""
+"""Rewards and task measures of greedy answers to held-out prompts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from virft_fast.batch import Rollouts, Sample
+from virft_fast.batch import Json, Rollouts, Sample
 from virft_fast.data import BadRow, BadRows
-from virft_fast.evaluation.answering import Load, answer
+from virft_fast.evaluation.answering import Load, Section, answer
 from virft_fast.evaluation.journal import Record
-from virft_fast.evaluation.reading import predicted_boxes, true_boxes
+from virft_fast.evaluation.reading import predicted_boxes, scores_of, true_boxes
 from virft_fast.matching import match_boxes, pad_boxes
 from virft_fast.metrics import null_for_nan
 from virft_fast.rollout import Rollout
 from virft_fast.rollout.records import completion_records, reward_arguments
 from virft_fast.tasks import BOX_TASKS, score
+from virft_fast.tasks.answers import Detection
+from virft_fast.tasks.scoring import RewardFunction
 
-Section = Callable[[str], AbstractContextManager[Any]]
-# Columns of a row that its record keeps, beside the answer.
+Rewards = Sequence[tuple[str, RewardFunction]]  # names and functions
+# Columns that a row's record keeps.
 KEPT_COLUMNS = ("image_id", "category", "label")
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class HeldOutScores:
     """Means over samples, and one record a sample in the order of the rows."""
 
     means: dict[str, float]
-    records: list[dict[str, Any]]
+    records: list[Record]
 
 
 def evaluate_rewards(
@@ -39,19 +40,19 @@ def evaluate_rewards(
     load: Load,
     indices: Sequence[int],
     *,
-    reward_funcs: list[tuple[str, Callable[..., Any]]],
+    reward_funcs: Rewards,
     bad_rows: BadRows,
     task: str,
     batch_size: int,
     max_completion_length: int,
     section: Section = nullcontext,
     reward_section: Section = nullcontext,
-) -> Evaluation:
-    """Greedy answers to the rows `indices`, scored; see `answering.answer`, and `tasks.score` for
-    `reward_section`.
+) -> HeldOutScores:
+    """Answer the rows `indices` greedily and score the answers; for the arguments see `answer`, and
+    `tasks.score` for `reward_section`.
 
     Returns:
-        The mean of each reward and of the task's measures (`task_measures`), the same on all ranks.
+        The mean of each reward, and the task's measures (`task_measures`); the same on all ranks.
     """
     records = answer(
         rollout,
@@ -64,15 +65,13 @@ def evaluate_rewards(
         section=section,
     )
     means = _means(records, [name for name, _ in reward_funcs])
-    return Evaluation(means | task_measures(task, records), records)
+    return HeldOutScores(means | task_measures(task, records), records)
 
 
 def scored(
-    rollouts: Rollouts,
-    reward_funcs: list[tuple[str, Callable[..., Any]]],
-    section: Section = nullcontext,
+    rollouts: Rollouts, reward_funcs: Rewards, section: Section = nullcontext
 ) -> list[Record]:
-    """A record for each answer: prompt, completion, solution, rewards, the first image's size."""
+    """A record of each answer: prompt, completion, solution, rewards, the first image's size."""
     names = [name for name, _ in reward_funcs]
     arguments = reward_arguments(rollouts)
     rewards, _ = score(reward_funcs, [1.0] * len(names), *arguments, section=section)
@@ -88,32 +87,31 @@ def scored(
 def rescored(
     records: Sequence[Record],
     samples: Sequence[Sample | BadRow],
-    tokenizer: Any,
-    reward_funcs: list[tuple[str, Callable[..., Any]]],
+    tokenizer: Callable[[str], Mapping[str, Json]],
+    reward_funcs: Rewards,
 ) -> list[Record]:
-    """The records with these functions' rewards for their completions; none where the row can't be
-    read any more. `completion_ids` are what the tokenizer makes of the text."""
+    """The records with other functions' rewards for their completions.
+
+    A reward is None if the row can't be read anymore. `completion_ids` are the text's tokens.
+    """
     names = [name for name, _ in reward_funcs]
-    found = [record | {"rewards": dict.fromkeys(names)} for record in records]
-    usable = [n for n, sample in enumerate(samples) if not isinstance(sample, BadRow)]
+    new = [record | {"rewards": dict.fromkeys(names)} for record in records]
+    usable = {n: sample for n, sample in enumerate(samples) if not isinstance(sample, BadRow)}
     if not usable:
-        return found
-    known = [samples[n].columns for n in usable]
-    columns = {
-        name: [of_sample.get(name) for of_sample in known]
-        for name in sorted({name for of_sample in known for name in of_sample})
-    }
+        return new
+    rows = [sample.columns for sample in usable.values()]
+    columns = {n: [row.get(n) for row in rows] for n in sorted({n for row in rows for n in row})}
     texts = [records[n]["completion"] for n in usable]
     columns["completion_ids"] = [tokenizer(text)["input_ids"] for text in texts]
-    messages = [list(samples[n].messages) for n in usable]
+    messages = [list(sample.messages) for sample in usable.values()]
     completions = [[{"role": "assistant", "content": text}] for text in texts]
     rewards, _ = score(reward_funcs, [1.0] * len(names), messages, completions, columns)
     for n, values in zip(usable, rewards.tolist(), strict=True):
-        found[n]["rewards"] = null_for_nan(dict(zip(names, values, strict=True)))
-    return found
+        new[n]["rewards"] = null_for_nan(dict(zip(names, values, strict=True)))
+    return new
 
 
-def _means(records: list[dict[str, Any]], names: list[str]) -> dict[str, float]:
+def _means(records: Sequence[Record], names: Sequence[str]) -> dict[str, float]:
     means = {}
     for name in names:
         values = [r["rewards"][name] for r in records if r["rewards"][name] is not None]
@@ -127,8 +125,8 @@ class Matched:
 
     Attributes:
         num_true: (N,) int64. iou_sum: (N,) float32, summed IoU of the best matching.
-        answer: (S,) int64, the answer a prediction is from. scores: (S,) float32. hit: (S,) bool,
-            whether it found a true box with IoU > 0.5, the surest first.
+        answer: (S,) int64, the answer that each prediction is from. scores: (S,) float32.
+        hit: (S,) bool, whether it matches a true box with IoU > 0.5, by descending score.
     """
 
     num_true: torch.Tensor
@@ -138,8 +136,8 @@ class Matched:
     hit: torch.Tensor
 
 
-def match_answers(records: list[Record]) -> Matched:
-    """All boxes of an answer count as of one class."""
+def match_answers(records: Sequence[Record]) -> Matched:
+    """Match predicted and true boxes of each answer; all of them count as one class."""
     predicted = [predicted_boxes(record) for record in records]
     true = [true_boxes(record) for record in records]
     pred, num_pred = pad_boxes([p.boxes if p else [] for p in predicted])
@@ -148,17 +146,16 @@ def match_answers(records: list[Record]) -> Matched:
     scores = _confidences(predicted, pred.shape[1])
     matches, _ = match_boxes(pred, gt, num_pred, num_gt, method="greedy", scores=scores)
     exists = torch.arange(pred.shape[1]) < num_pred[:, None]
-    return Matched(
-        num_gt, ious.sum(1), exists.nonzero()[:, 0], scores[exists], matches[exists] >= 0
-    )
+    answer_of = exists.nonzero()[:, 0]
+    return Matched(num_gt, ious.sum(1), answer_of, scores[exists], matches[exists] >= 0)
 
 
-def task_measures(task: str, records: list[Record]) -> dict[str, float]:
+def task_measures(task: str, records: Sequence[Record]) -> dict[str, float]:
     """Detection: `ap50` and `mean_iou`; grounding: `mean_iou`; classification has its reward.
 
-    `mean_iou` is the mean over true boxes of the IoU with the box matched to it, 0 if none;
-    matches maximise the sum, without a threshold. `ap50` pools the boxes of all samples as one
-    class: precision at IoU > 0.5, interpolated at 101 recalls as in COCO's protocol.
+    `mean_iou` is the mean over true boxes of the IoU with the matched box, 0 without one; matches
+    maximize the sum, without a threshold. `ap50` pools the boxes of all samples as one class:
+    precision at IoU > 0.5, interpolated at 101 recalls as in COCO's protocol.
     """
     if task not in BOX_TASKS or not records:
         return {}
@@ -170,13 +167,12 @@ def task_measures(task: str, records: list[Record]) -> dict[str, float]:
     return measures
 
 
-def _confidences(predicted: list[Any], width: int) -> torch.Tensor:
-    """(N, K) float32 scores; one that is no number in [0, 1] counts as 0."""
+def _confidences(predicted: Sequence[Detection | None], width: int) -> torch.Tensor:
+    """(N, K) float32 scores; anything but a number in [0, 1] counts as 0."""
     scores = torch.zeros(len(predicted), width)
-    for row, detection in enumerate(predicted):
-        for column, value in enumerate(detection.confidences if detection else []):
-            if value is not None and 0 <= value <= 1:
-                scores[row, column] = value
+    for row, read in enumerate(predicted):
+        if read:
+            scores[row, : len(read.boxes)] = torch.tensor(scores_of(read))
     return scores
 
 
@@ -184,13 +180,13 @@ def average_precision(scores: torch.Tensor, hit: torch.Tensor, num_true: int) ->
     """Area under the interpolated precision-recall curve at recalls 0, 0.01, ..., 1.
 
     Args:
-        scores: (S,) confidence of each prediction. hit: (S,) bool, whether it found a true box.
+        scores: (S,) confidence of each prediction. hit: (S,) bool, whether it matches a true box.
         num_true: true boxes in all.
     """
     order = scores.argsort(descending=True, stable=True)
-    found = hit[order].double().cumsum(0)
-    precision = found / torch.arange(1, len(order) + 1, dtype=torch.float64)
-    recall = found / num_true
+    hits = hit[order].double().cumsum(0)
+    precision = hits / torch.arange(1, len(order) + 1, dtype=torch.float64)
+    recall = hits / num_true
     best = precision.flip(0).cummax(0).values.flip(0) if len(order) else precision
     at = torch.searchsorted(recall, torch.linspace(0, 1, 101, dtype=torch.float64))
     padded = torch.cat([best, torch.zeros(1, dtype=torch.float64)])

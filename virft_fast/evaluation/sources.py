@@ -1,5 +1,6 @@
-"""What is asked, from an annotation file or a data set, and a digest of it: answers that are there
-hold as long as the questions and the images they are about are the same.
+"""The questions of an evaluation, from an annotation file or a data set, and their digest.
+
+Earlier answers stay valid as long as the questions and their images have the same digest.
 """
 
 from __future__ import annotations
@@ -7,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from virft_fast import dist, tasks
-from virft_fast.batch import Sample
+from virft_fast.batch import Json, Row, Sample
 from virft_fast.config import EvalConfig, column_names
 from virft_fast.data import SampleDataset, first_solutions, load_rows
 from virft_fast.data.accounts import Built
@@ -23,19 +24,14 @@ from virft_fast.data.instances import NO_AREA, NO_BOX, read_annotations
 from virft_fast.data.layouts import IMAGE_COLUMNS, IMAGE_TAG
 from virft_fast.data.samples import plain_rows
 from virft_fast.data.survey import open_space, survey
+from virft_fast.evaluation import questions
 from virft_fast.evaluation.detection import Truth, make_truth
-from virft_fast.evaluation.journal import Record
-from virft_fast.evaluation.questions import (
-    ExistsMap,
-    Images,
-    detection_rows,
-    files_of,
-    find_images,
-    other_size,
-    read_exists_map,
-)
+from virft_fast.evaluation.questions import ExistsMap, ExtentFor, Images, Rows, find_images
 from virft_fast.tasks.labels import ClosedSet
-from virft_fast.tasks.prompts import asked_category
+from virft_fast.tasks.prompts import category_in
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger(__name__)
 _TEXT_COLUMNS = (
@@ -46,22 +42,22 @@ _TEXT_COLUMNS = (
 
 @dataclass
 class Questions:
-    """What is asked, and what is known of the answers.
+    """The questions, and what measuring the answers needs.
 
     Attributes:
-        rows: of `load_rows`, or made from annotations.
-        task: detection, classification or grounding.
-        indices: the rows that are asked about.
-        digest: changes with the questions and their images; on the main process.
+        rows: from `load_rows`, or made from annotations.
+        task: detection, classification, grounding, choice or number.
+        indices: the rows to ask about.
+        digest: changes with the questions and their images; right on the main process only.
         check: sample -> what is wrong with it, or None.
-        truth: what COCO's protocol measures against, where the annotations say it.
+        truth: for COCO's protocol, if there are annotations.
         labels: the closed set of a classification.
-        image_ids: of each row of a data set, as whole numbers.
-        counts: what was left out, by name. missing: files of images that are not there.
-        compat_prompt: see `SampleDataset`.
+        image_ids: whole numbers, one for each row of a data set.
+        counts: what was left out, by name. missing: files of the missing images.
+        compat_prompt, box_space: see `SampleDataset`.
     """
 
-    rows: Any
+    rows: datasets.Dataset | Rows
     task: str
     indices: Sequence[int]
     digest: str
@@ -83,60 +79,65 @@ class Questions:
         )
 
 
-def images_of(config: EvalConfig) -> Images:
-    """The images that an annotation file names."""
+def images_of(config: EvalConfig) -> Images | None:
+    """The images of an annotation file; None without --annotations.
+
+    Raises:
+        ValueError, FileNotFoundError: annotations, images or --exists_map can't be used.
+    """
+    if config.annotations is None or config.images is None:  # there are both or neither
+        return None
     annotations = read_annotations(Path(config.annotations), config.task, Path(config.images))
     categories = pick_categories(annotations, config.task, config.categories)
-    exists, unknown = None, {}
-    if config.exists_map:
-        exists, unknown = read_exists_map(
-            Path(config.exists_map), files_of(annotations), annotations.categories.values()
-        )
-    found = find_images(
-        annotations,
-        categories,
-        only=exists,
-        allow_missing=config.allow_missing,
-    )
+    files = {number: record["file"] for number, record in annotations.images.items()}
+    names = annotations.categories.values()
+    exists, unknown = questions.read_exists_map(config.exists_map, files, names)
+    images = find_images(annotations, categories, only=exists, allow_missing=config.allow_missing)
     if dist.is_main():
         for line in annotations.account.lines():
             logger.warning("--annotations %s: %s", config.annotations, line)
-    return replace(found, exists=exists, counts=unknown)
+    digest = hashlib.sha256(Path(config.annotations).read_bytes()).hexdigest()
+    return replace(images, exists=exists, counts=unknown, digest=digest)
 
 
 def of_annotations(
-    config: EvalConfig, images: Images, exists: ExistsMap | None, extent_for: Any
+    config: EvalConfig, images: Images, exists: ExistsMap | None, extent_for: ExtentFor | None
 ) -> Questions:
-    """About the images of an annotation file. The truth is all of its images but the missing."""
+    """Questions about the images of an annotation file. The truth covers all images with a file,
+    also those without a question.
+
+    Raises:
+        ValueError: there is nothing to ask.
+    """
     annotations = images.annotations
-    rows = detection_rows(images, exists=exists, extent_for=extent_for)
+    rows = questions.detection_rows(images, exists=exists, extent_for=extent_for)
     if not len(rows) and config.exists_map:
         raise ValueError(
             f"--exists_map {config.exists_map}: expected some of the chosen categories in it "
             f"({', '.join(images.names[:5])}, ...), got none; without a question there is no answer"
         )
     chosen = {number: annotations.categories[number] for number in images.categories}
-    there = {
+    present = {
         number: {**record, "id": number}
         for number, record in annotations.images.items()
         if number not in images.missing and number not in images.unclear
     }
     indices = range(len(rows))
     if 0 < config.max_samples < len(rows):
-        # Nothing is missed in images that were not asked about, or about half of them.
+        # Objects of images without all their questions must not count as missed.
         indices = range(_whole_images(rows, config.max_samples))
-        asked = {rows[index]["image_id"] for index in indices}
-        there = {number: record for number, record in there.items() if number in asked}
-    said = None if exists is None else sorted((key, list(value)) for key, value in exists.items())
+        covered = {rows[index]["image_id"] for index in indices}
+        present = {number: record for number, record in present.items() if number in covered}
+    listed = None if exists is None else sorted((key, list(value)) for key, value in exists.items())
     return Questions(
         rows,
         "detection",
         indices,
-        digest_of([*images_stamp(config, images), said]),
-        check=partial(other_size, annotations),
-        truth=make_truth(there, chosen, annotations.records),
+        digest_of([*images_stamp(images), listed]),
+        check=partial(questions.other_size, annotations),
+        truth=make_truth(present, chosen, annotations.records),
         counts={
-            "images": len(there),
+            "images": len(present),
             "images missing": len(images.missing),
             "boxes that can't be used": annotations.bad_boxes,
             **_account(annotations.account),
@@ -147,16 +148,16 @@ def of_annotations(
 
 
 def _account(account: Built) -> dict[str, int]:
-    """What was left out and converted, by name; boxes are counted on their own."""
-    left_out = {f"left out, {why}": len(items) for why, items in account.left_out.items()
-                if why not in (NO_BOX, NO_AREA)}  # fmt: skip
+    """Numbers of what was left out and converted, by name; boxes have a count of their own."""
+    items = account.left_out.items()
+    left_out = {f"left out, {w}": len(i) for w, i in items if w not in (NO_BOX, NO_AREA)}
     return left_out | {f"converted, {how}": len(i) for how, i in account.converted.items()}
 
 
-def _whole_images(rows: Any, most: int) -> int:
-    """How many of the first rows to ask so that every image is asked about as a whole: at most so
-    many, but for the first image."""
-    count = most
+def _whole_images(rows: Rows, limit: int) -> int:
+    """How many of the first rows to ask, so that every image has all its questions or none: at most
+    `limit`, but all of the first image's."""
+    count = limit
     while count and rows[count]["image_id"] == rows[count - 1]["image_id"]:
         count -= 1
     while not count or (count < len(rows) and rows[count]["image_id"] == rows[0]["image_id"]):
@@ -164,23 +165,33 @@ def _whole_images(rows: Any, most: int) -> int:
     return count
 
 
+def of_presence(images: Images) -> Questions:
+    """Questions that ask of each image which of the categories it has."""
+    rows = questions.presence_rows(images)
+    digest = digest_of([*images_stamp(images), images.names])
+    check = partial(questions.other_size, images.annotations)
+    return Questions(rows, "presence", range(len(rows)), digest, check=check)
+
+
 def of_dataset(config: EvalConfig) -> Questions:
-    """About the rows of a data set."""
-    rows = load_rows(
-        config.dataset_name,
-        config.split,
-        dataset_config=config.dataset_config,
-        columns=column_names(config.columns),
+    """Questions about the rows of a data set.
+
+    Raises:
+        ValueError, FileNotFoundError: the data set or --exists_map can't be used.
+    """
+    columns = column_names(config.columns)
+    rows: datasets.Dataset = load_rows(
+        config.source, config.split, dataset_config=config.dataset_config, columns=columns
     )
     task = "detection" if config.task in ("coco", "lvis") else config.task
     samples = SampleDataset(rows, compat_prompt=config.compat_prompt)  # refuses other columns
     if task == "auto":
         task = tasks.detect_task(first_solutions(samples))
     texts = [name for name in _TEXT_COLUMNS if name in rows.column_names]
-    table = rows.select_columns(texts).with_format("arrow")
-    digest, records = hashlib.sha256(), []
-    for part in table.iter(1000):
-        plain = plain_rows(part)
+    digest = hashlib.sha256()
+    records: list[Row] = []
+    for chunk in rows.select_columns(texts).with_format("arrow").iter(1000):
+        plain = plain_rows(chunk)
         records += plain
         digest.update(json.dumps(plain, default=str).encode())
     if dist.is_main():
@@ -189,13 +200,14 @@ def of_dataset(config: EvalConfig) -> Questions:
     if config.box_space not in ("auto", "thousandths"):
         digest.update(config.box_space.encode())
     labels = samples.classes() if task == "classification" else None
-    indices, unknown = range(len(rows)), {}
+    indices: Sequence[int] = range(len(rows))
+    unknown: dict[str, int] = {}
     if config.categories != "all" or config.exists_map:
         indices, unknown = _chosen(config, records)
-    questions = Questions(
+    built = Questions(
         rows,
         task,
-        _first(indices, config),
+        indices[: config.max_samples or len(indices)],
         digest.hexdigest()[:16],
         labels=labels,
         compat_prompt=config.compat_prompt,
@@ -203,103 +215,102 @@ def of_dataset(config: EvalConfig) -> Questions:
         image_ids=_image_ids(records),
         counts=unknown,
     )
-    _tell(config, questions)
-    return questions
+    _warn_of_changes(config, task, built.samples())
+    return built
 
 
-def _tell(config: EvalConfig, questions: Questions) -> None:
-    """The table of what is asked, left out and converted.
+def _warn_of_changes(config: EvalConfig, task: str, samples: SampleDataset) -> None:
+    """Log what was left out and converted, if anything was.
 
     Raises:
         ValueError: --box_space auto, and boxes look like pixels or shares.
     """
-    boxes = open_space(questions.task, config.box_space)
-    found = survey(questions.samples(), boxes=boxes)
-    warned = found.settle_boxes()
-    changed = found.account.left_out or found.account.converted or warned
+    rows = survey(samples, boxes=open_space(task, config.box_space))
+    warning = rows.settle_boxes()
+    changed = rows.account.left_out or rows.account.converted or warning
     if dist.is_main() and changed:
-        for line in [*found.lines(config.split), *([warned] if warned else [])]:
+        for line in [*rows.lines(config.split), *([warning] if warning else [])]:
             logger.warning(line)
 
 
-def _tagged_images(record: Record) -> list[str]:
+def _tagged_images(record: Row) -> list[str]:
+    """Image paths in the texts of a conversation."""
     turns = record.get("conversations")
     turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     return [path.strip() for turn in turns for path in IMAGE_TAG.findall(str(turn.get("value")))]
 
 
-def _image_ids(records: Sequence[Record]) -> list[int]:
-    """The rows' own where all are whole numbers, as in COCO; else new ones, and for a row without
-    one that of no other."""
+def _image_ids(records: Sequence[Row]) -> list[int]:
+    """The rows' `image_id` if all are whole numbers, as in COCO; else new numbers, and a number of
+    its own for each row without one."""
     given = [record.get("image_id") for record in records]
-    if all(type(image) is int for image in given):
-        return given
-    known: dict[Any, int] = {}
+    whole = [image for image in given if type(image) is int]
+    if len(whole) == len(given):
+        return whole
+    numbers: dict[object, int] = {}
     keys = [(n,) if image is None else repr(image) for n, image in enumerate(given)]
-    return [known.setdefault(key, len(known)) for key in keys]
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
-def _chosen(config: EvalConfig, records: Sequence[Record]) -> tuple[list[int], dict[str, int]]:
-    """The rows about the chosen categories, or what is said to exist of them; and what the map has
-    beside."""
+def _chosen(config: EvalConfig, records: Sequence[Row]) -> tuple[list[int], dict[str, int]]:
+    """The rows about the chosen categories, with --exists_map those that the map has; and the
+    numbers of unknown images and categories in the map."""
     names = [category_of(record) if record else None for record in records]
-    known = sorted({name for name in names if name is not None})
-    wanted = pick_names(known, known, config.task, config.categories)
-    exists, unknown = None, {}
+    categories = sorted({name for name in names if name is not None})
+    chosen = pick_names(categories, categories, config.task, config.categories)
+    exists: dict[int | str, list[str]] | None = None
+    unknown: dict[str, int] = {}
     ids = [record.get("image_id") for record in records]
     images = [image if isinstance(image, (int, str)) else None for image in ids]
     if config.exists_map:
-        numbers = {image for image, record in zip(images, records, strict=True) if record}
-        if not numbers or None in numbers:
+        given = [image for image, record in zip(images, records, strict=True) if record]
+        files = {image: str(image) for image in given if image is not None}
+        if not files or None in given:
             raise ValueError(
                 f"--exists_map: expected an image_id in every row of {config.dataset_name}; "
                 "build it with python -m virft_fast.data build, or pass --annotations"
             )
-        files = {number: str(number) for number in numbers}
-        exists, unknown = read_exists_map(Path(config.exists_map), files, known)
-    chosen = [
+        exists, unknown = questions.read_exists_map(config.exists_map, files, categories)
+    indices = [
         index
         for index, (name, image) in enumerate(zip(names, images, strict=True))
-        if name is None  # unreadable: asked about, and so counted
-        or (name in wanted and (exists is None or name in exists.get(image, ())))
+        if name is None  # an unreadable row, which then counts as a bad one
+        or (exists is None and name in chosen)
+        or (exists and image is not None and name in chosen and name in exists.get(image, ()))
     ]
-    if not chosen:
+    if not indices:
         raise ValueError(
             f"--exists_map {config.exists_map}: expected some of what the rows ask about in it "
-            f"({', '.join(wanted[:5])}, ...), got none; without a question there is no answer"
+            f"({', '.join(chosen[:5])}, ...), got none; without a question there is no answer"
         )
-    return chosen, unknown
+    return indices, unknown
 
 
-def _first(indices: Sequence[int], config: EvalConfig) -> Sequence[int]:
-    return indices[: config.max_samples or len(indices)]
+def category_of(record: Row) -> str:
+    """The category that a row or record is about, named or read off its question."""
+    problem = str(record.get("problem") or record.get("prompt"))
+    return str(record.get("category") or category_in(problem) or "object")
 
 
-def category_of(record: Record) -> str:
-    """Also where the rows don't name it."""
-    asked = str(record.get("problem") or record.get("prompt"))
-    return str(record.get("category") or asked_category(asked) or "object")
+# --- Digests -----------------------------------------------------------------------------------
 
 
-# --- What has changed --------------------------------------------------------------------------
-
-
-def digest_of(value: Any) -> str:
+def digest_of(value: Json) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def content_stamp(rows: Any, names: Sequence[str]) -> str:
+def content_stamp(rows: datasets.Dataset, names: Iterable[str]) -> str:
     """Changes with the images in these columns, stored or in files."""
     names = [name for name in names if name in rows.column_names]
     digest = hashlib.sha256()
-    # Few at a time: images may be large.
-    for part in rows.select_columns(names).with_format("arrow").iter(100) if names else ():
-        for row in plain_rows(part):
+    # Only a few at a time, because images may be large.
+    for chunk in rows.select_columns(names).with_format("arrow").iter(100) if names else ():
+        for row in plain_rows(chunk):
             digest.update(json.dumps([_image_stamp(image) for image in row.values()]).encode())
     return digest.hexdigest()
 
 
-def _image_stamp(image: Any) -> Any:
+def _image_stamp(image: Json) -> Json:
     if isinstance(image, Mapping):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if isinstance(image, list):
@@ -309,16 +320,15 @@ def _image_stamp(image: Any) -> Any:
     return _file_stamp(image) if isinstance(image, str) else str(image)
 
 
-def _file_stamp(path: str | Path) -> list[Any]:
+def _file_stamp(path: str | Path) -> list[str | int]:
     try:
         stat = Path(path).stat()
-    except (OSError, ValueError):  # there is no such file, or no such name
+    except (OSError, ValueError):  # no such file, or a name that can't be one
         return [str(path)]
     return [str(path), stat.st_size, stat.st_mtime_ns]
 
 
-def images_stamp(config: EvalConfig, images: Images) -> list[Any]:
-    """Changes with the annotations, and with the images and categories that are asked about."""
-    file = hashlib.sha256(Path(config.annotations).read_bytes()).hexdigest()
+def images_stamp(images: Images) -> list[Json]:
+    """Changes with the annotation file, and with the images and categories to ask about."""
     stamps = [[number, *_file_stamp(path)] for number, path in images.paths.items()]
-    return [file, stamps, list(images.categories)]
+    return [images.digest, stamps, list(images.categories)]

@@ -10,13 +10,5 @@ from virft_fast.kernels.linear import linear_grpo_loss, linear_logps
 from virft_fast.kernels.logprobs import logps_and_entropy, selective_log_softmax
 from virft_fast.kernels.loss_args import LossArgs
 
-__all__ = [
-    "GRPOLoss",
-    "LossArgs",
-    "group_advantages",
-    "grpo_loss",
-    "linear_grpo_loss",
-    "linear_logps",
-    "logps_and_entropy",
-    "selective_log_softmax",
-]
+__all__ = ["GRPOLoss", "LossArgs", "group_advantages", "grpo_loss", "linear_grpo_loss",
+           "linear_logps", "logps_and_entropy", "selective_log_softmax"]  # fmt: skip

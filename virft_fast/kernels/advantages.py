@@ -16,21 +16,21 @@ def group_advantages(
     scale_rewards: str = "group",
     eps: float = ADVANTAGE_EPS,
 ) -> Tensor:
-    """Rewards centred in their group and divided by a standard deviation.
+    """Rewards centered in their group and divided by a standard deviation.
 
     Args:
         rewards: (N,) floating point, prompt-major: N is a multiple of `num_generations`. A reward
-            that is not finite excludes its row: it enters no mean and no std.
+            that is not finite excludes its row from every mean and std.
         num_generations: completions a prompt.
-        scale_rewards: what divides the centred reward: std of the "group", of the whole "batch", or
-            "none". The std is unbiased (n - 1), with `eps` added to it.
+        scale_rewards: what divides the centered reward: the std of the "group", of the whole
+            "batch", or "none". The std is unbiased (n - 1), with `eps` added to it.
         eps: > 0.
     Returns:
         (N,) float32 (float64 for float64 rewards), not differentiable. Exactly 0 for excluded rows,
         for a group whose rewards are all equal, and for the only scored row of a group.
     Raises:
         ValueError: shape, dtype, `num_generations`, `scale_rewards` or `eps`.
-    NaN as in TRL 1.16; an infinite reward is excluded as well, where TRL drops its whole group.
+    NaN as in TRL 1.16; an infinite reward is excluded as well, but TRL drops its whole group.
     Source: Shao et al. 2024, arXiv:2402.03300, section 4.1.
     """
     check_rewards(rewards, num_generations)
@@ -44,7 +44,7 @@ def group_advantages(
     count = scored.sum(1, keepdim=True)
     mean = torch.where(scored, groups, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
     centred = torch.where(scored, groups - mean, 0.0)
-    # The rounded mean of equal rewards can miss them by an ulp, which eps would magnify to 1e-3.
+    # The rounded mean of equal rewards can be off by an ulp, which eps would magnify to 1e-3.
     inf = float("inf")
     highest = torch.where(scored, groups, -inf).amax(1, keepdim=True)
     lowest = torch.where(scored, groups, inf).amin(1, keepdim=True)
@@ -58,7 +58,7 @@ def group_advantages(
 
 
 def _std(values: Tensor, valid: Tensor) -> Tensor:
-    """Unbiased std of the valid entries, 0-d; 0 with fewer than two."""
+    """Unbiased std of the valid entries, 0-d; 0 if there are fewer than two."""
     count = valid.sum()
     mean = torch.where(valid, values, 0.0).sum() / count.clamp(min=1)
     squares = torch.where(valid, values - mean, 0.0).square().sum()

@@ -1,4 +1,4 @@
-"""Which implementation a tensor takes: the Triton kernels, or the torch reference."""
+"""Which implementation a tensor gets: the Triton kernels, or the torch reference."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def triton_for(tensor: Tensor) -> ModuleType | None:
-    """`triton_rows` where it serves this tensor; None sends it to the torch reference.
+    """`triton_rows` if it supports this tensor; None sends it to the torch reference.
 
-    Triton takes CUDA tensors, and CPU tensors under TRITON_INTERPRET=1; float64 is the oracle's and
-    always the reference's.
+    Triton takes CUDA tensors, and CPU tensors under TRITON_INTERPRET=1. float64 always goes to the
+    reference.
     """
     if tensor.dtype == torch.float64 or not (
         tensor.is_cuda or (_interpreted() and _on_cpu(tensor))

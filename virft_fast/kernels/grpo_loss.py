@@ -1,9 +1,8 @@
 """The GRPO loss family, from logits.
 
-loss = sum over tokens of weight * (policy term + beta * KL term). The weights carry the reduction
-of each loss type and depend on the masks alone, so the sum can be taken in any number of parts:
-that is what `linear.py` builds on. Definitions: TRL 1.16's GRPOConfig, to which
-tests/test_trl_parity.py compares.
+loss = sum over tokens of weight * (policy term + beta * KL term). The weights express the reduction
+of each loss type and only depend on the masks, so `linear.py` can add up the loss in chunks of
+tokens. Definitions: TRL 1.16's GRPOConfig, to which tests/test_trl_parity.py compares.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from virft_fast.kernels.logprobs import (
     check_rows,
     compute_dtype,
     gradient_buffer,
+    pick,
     rows_backward,
     rows_forward,
 )
@@ -39,7 +39,7 @@ class GRPOLoss:
     Attributes:
         loss: 0-d.
         logps, entropy: (N, T), or (S,) packed; 0 where masked.
-        kl: same shape; the estimate against `ref_logps`, 0 without one and where masked.
+        kl: same shape; the estimate against `ref_logps`, 0 without them and where masked.
         clip_fraction_low, clip_fraction_high: 0-d; share of the active tokens (of the sequences,
             with ratios of sequences) whose ratio is clipped: below with a negative, above with a
             positive advantage. cispo clips above only.
@@ -71,10 +71,10 @@ def grpo_loss(
         logits: (N, T, V) floating point, at the positions that predict `completion_ids`.
         completion_ids: (N, T) int64.
         completion_mask: (N, T) bool. Where false, logits, ids, old and reference log-probs may hold
-            anything, NaN included; they give and get nothing.
-        rewards: (N,) prompt-major, normalised here by `group_advantages` in groups of
+            anything, NaN included: they don't count and get no gradient.
+        rewards: (N,) prompt-major, normalized here by `group_advantages` in groups of
             `num_generations`; or
-        advantages: (N,), taken as they are. Exactly one of the two.
+        advantages: (N,), used as they are. Exactly one of the two.
         num_generations: G; needed with `rewards`.
         old_logps: same shape as the ids; log-probs before this step's updates. None: the ratio is 1
             and the gradient flows (on-policy).
@@ -82,7 +82,7 @@ def grpo_loss(
             beta == 0 it is only measured.
         beta: >= 0, weight of the KL term.
         epsilon_low, epsilon_high: the ratio is kept in [1 - low, 1 + high]; high None is low. For
-            cispo the ratio is capped at `epsilon_high` itself, as TRL does: 5.0 is usual there.
+            cispo the cap of the ratio is `epsilon_high` itself, as in TRL: usually 5.0.
         delta: upper bound of the unclipped ratio (two-sided clipping), or None.
         loss_type: the reduction: "grpo" mean of the sequences' means; "dr_grpo" sum over
             N * max_completion_length; "bnpo" and "dapo" sum over `num_items`; "cispo" as dapo, with
@@ -94,10 +94,10 @@ def grpo_loss(
             "k2" d^2/2, "k3" exp(d) - d - 1.
         temperature: > 0, divides the logits.
         max_completion_length: of dr_grpo; None: T. Needed when packed.
-        num_items: denominator of bnpo, dapo and cispo, >= 0, where 0 stands for no token at all;
-            0-d tensors stay on their device. None: the active tokens of this call. Pass the count
-            of all microbatches (over the ranks: count / world size, if gradients are averaged) to
-            make accumulation equal one big batch.
+        num_items: denominator of bnpo, dapo and cispo, >= 0; 0 means no token at all. A 0-d tensor
+            stays on its device. None: the active tokens of this call. To make accumulation equal
+            one big batch, pass the count of all microbatches (over the ranks: count / world size,
+            if gradients are averaged).
         cu_seqlens: packed layout: (N+1,) int32 offsets, with logits (S, V), ids, old and reference
             log-probs (S,); `completion_mask` may then be None.
         inplace: the backward pass writes the gradient over `logits`; nothing may need them after.
@@ -122,29 +122,21 @@ def grpo_loss(
 def make_result(
     terms: LossTerms, loss: Tensor, logps: Tensor, entropy: Tensor, kl: Tensor, clipped: Tensor
 ) -> GRPOLoss:
-    """(R,) vectors, 0 where masked, in the caller's shape."""
-    shape = terms.layout.shape
-    low, high = terms.clip_fractions(clipped)
-    return GRPOLoss(
-        loss=loss,
-        logps=logps.view(shape),
-        entropy=entropy.view(shape),
-        kl=kl.view(shape),
-        clip_fraction_low=low,
-        clip_fraction_high=high,
-    )
+    """From (R,) vectors, 0 where masked, to the caller's shape."""
+    logps, entropy, kl = (vector.view(terms.layout.shape) for vector in (logps, entropy, kl))
+    return GRPOLoss(loss, logps, entropy, kl, *terms.clip_fractions(clipped))
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """All that the loss needs beside the log-probs; every vector flat over the layout's R tokens.
+    """Everything the loss needs besides log-probs; vectors are flat over the layout's R tokens.
 
     Attributes:
         given: (N,) rewards if `num_generations` is set, else advantages.
         weights: (R,), 0 where masked.
         old_logps, ref_logps: (R,), 0 where masked, or None.
-        by_sequence: ratios of sequences; the loss then needs all tokens of a sequence at once.
-        capped: cispo's policy term.
+        by_sequence: use ratios of sequences, which need all tokens of a sequence at once.
+        capped: use cispo's policy term.
     """
 
     layout: Layout
@@ -163,7 +155,7 @@ class LossTerms:
 
     @property
     def may_clip(self) -> bool:
-        """Whether a token with an advantage can be without a gradient, KL term aside."""
+        """Whether a token with an advantage may have no gradient, KL term aside."""
         return not self.capped and (self.old_logps is not None or self.delta is not None)
 
     @cached_property
@@ -173,33 +165,30 @@ class LossTerms:
             return self.given
         return group_advantages(self.given, self.num_generations)
 
-    def normalised(self) -> LossTerms:
+    def normalized(self) -> LossTerms:
         """The same with the advantages computed."""
         return replace(self, given=self.advantages, num_generations=None)
 
     def take(self, rows: Tensor) -> LossTerms:
-        """Of the tokens `rows` alone, (R',) int64 ascending; for advantages, not rewards."""
+        """With only the tokens `rows`, (R',) int64 ascending; for advantages, not rewards."""
         return self._with(self.layout.take(rows), rows)
 
     def tile(self, rows: slice) -> LossTerms:
-        """Of a slice of the tokens; not for ratios of sequences."""
+        """With only a slice of the tokens; not for ratios of sequences."""
         layout = self.layout
         layout = replace(layout, mask=layout.mask[rows], sequence=layout.sequence[rows])
         return self._with(layout, rows)
 
-    def part(self, first: int, last: int, rows: slice) -> LossTerms:
-        """Of the whole sequences first:last, whose tokens are `rows`; packed."""
-        part = self._with(self.layout.part(first, last, rows), rows)
-        return replace(part, given=self.advantages[first:last], num_generations=None)
+    def sequences(self, first: int, last: int, rows: slice) -> LossTerms:
+        """Packed, with only the sequences first:last, whose tokens are `rows`."""
+        terms = self._with(self.layout.sequences(first, last, rows), rows)
+        return replace(terms, given=self.advantages[first:last], num_generations=None)
 
     def _with(self, layout: Layout, rows: Tensor | slice) -> LossTerms:
-        pick = lambda vector: None if vector is None else vector[rows]  # noqa: E731
+        old_logps, ref_logps = pick(self.old_logps, rows), pick(self.ref_logps, rows)
+        weights = self.weights[rows]
         return replace(
-            self,
-            layout=layout,
-            weights=self.weights[rows],
-            old_logps=pick(self.old_logps),
-            ref_logps=pick(self.ref_logps),
+            self, layout=layout, weights=weights, old_logps=old_logps, ref_logps=ref_logps
         )
 
     def evaluate(self, logps: Tensor) -> Evaluated:
@@ -240,9 +229,8 @@ class LossTerms:
 
     def clip_fractions(self, clipped: Tensor) -> tuple[Tensor, Tensor]:
         """Of (R,) -1, 0 and 1: the shares below and above, 0-d."""
-        return self._fraction(clipped < 0, clipped.dtype), self._fraction(
-            clipped > 0, clipped.dtype
-        )
+        below, above = clipped < 0, clipped > 0
+        return self._fraction(below, clipped.dtype), self._fraction(above, clipped.dtype)
 
     def _fraction(self, clipped: Tensor, dtype: torch.dtype) -> Tensor:
         if self.by_sequence:  # every active token of a clipped sequence is clipped
@@ -252,7 +240,7 @@ class LossTerms:
 
 
 class Evaluated(NamedTuple):
-    """`LossTerms.evaluate`: all (R,) but the 0-d loss; the gradient carries the tokens' weights."""
+    """Loss, 0-d, and (R,) vectors; `d_logps`, its gradient, includes the tokens' weights."""
 
     loss: Tensor
     logps: Tensor
@@ -264,9 +252,9 @@ class Evaluated(NamedTuple):
 def evaluate_rows(
     logits: Tensor, ids: Tensor, inv_temp: float, terms: LossTerms
 ) -> tuple[Evaluated, Tensor, Tensor]:
-    """From logits to the loss and its gradient in the log-probs; besides, norms and entropy.
+    """The loss of logits with its gradient in the log-probs, the rows' norms and their entropy.
 
-    One launch on the GPU; two and some vector arithmetic for ratios of sequences.
+    One launch on the GPU; two, and arithmetic on vectors, for ratios of sequences.
     """
     triton_rows = triton_for(logits)
     if triton_rows is None or terms.by_sequence:
@@ -315,7 +303,7 @@ class _GRPOFromLogits(torch.autograd.Function):
 
 
 def make_terms(layout: Layout, dtype: torch.dtype, args: LossArgs) -> LossTerms:
-    """The arguments, checked against the tokens they are for."""
+    """The loss's terms from its arguments, checked against the tokens they belong to."""
     if args.beta > 0 and args.ref_logps is None:
         raise ValueError(
             f"ref_logps: expected {layout.shape} log-probs of the reference model because "
@@ -341,10 +329,13 @@ def make_terms(layout: Layout, dtype: torch.dtype, args: LossArgs) -> LossTerms:
 def _rewards_or_advantages(layout: Layout, dtype: torch.dtype, args: LossArgs) -> Tensor:
     """(N,), whichever of the two was given."""
     rewards, advantages, num_generations = args.rewards, args.advantages, args.num_generations
-    if (rewards is None) == (advantages is None):
+    if rewards is not None and advantages is None:
+        name, given = "rewards", rewards
+    elif advantages is not None and rewards is None:
+        name, given = "advantages", advantages
+    else:
         got = "neither" if rewards is None else "both"
         raise ValueError(f"rewards, advantages: expected exactly one of them, got {got}")
-    name, given = ("rewards", rewards) if advantages is None else ("advantages", advantages)
     if given.shape != (layout.num_sequences,) or given.device != layout.mask.device:
         raise ValueError(
             f"{name}: expected ({layout.num_sequences},) on {layout.mask.device}, one a sequence, "
@@ -380,7 +371,7 @@ def _token_weights(layout: Layout, dtype: torch.dtype, args: LossArgs) -> Tensor
         num_items = layout.lengths.sum()
     elif not isinstance(num_items, Tensor) and not 0 <= num_items < math.inf:
         raise ValueError(f"num_items: expected a count of tokens or None, got {num_items}")
-    # A fraction is right: the share of one of several ranks.
+    # A fraction is fine: one rank's share of the count.
     count = torch.as_tensor(num_items, dtype=dtype, device=mask.device)
     return mask / torch.where(count <= 0, 1.0, count)  # NaN stays NaN
 

@@ -13,7 +13,7 @@ class Layout:
     """R token positions, flat, of N sequences: R = N*T padded, R = S packed.
 
     Attributes:
-        shape: (N, T) or (S,), the shape that results are given back in.
+        shape: (N, T) or (S,), the shape of results.
         num_sequences: N.
         mask: (R,) bool, the tokens that count.
         sequence: (R,) int64, row of the token's sequence.
@@ -29,7 +29,7 @@ class Layout:
     offsets: Tensor
 
     def sequence_sum(self, values: Tensor) -> Tensor:
-        """(R,) -> (N,), in one order always: no atomics."""
+        """(R,) -> (N,), always in the same order: no atomics."""
         if len(self.shape) == 2:
             return values.view(self.shape).sum(1)
         if not self.num_sequences:
@@ -43,29 +43,19 @@ class Layout:
         return values[self.sequence]
 
     def take(self, rows: Tensor) -> Layout:
-        """Packed, of these positions alone: (R',) int64, ascending. All of them count."""
+        """Packed, with only the positions `rows`, (R',) int64 ascending. All of them count."""
         lengths = torch.zeros_like(self.lengths)
         lengths.index_add_(0, self.sequence[rows], torch.ones_like(rows))
-        return Layout(
-            shape=tuple(rows.shape),
-            num_sequences=self.num_sequences,
-            mask=self.mask[rows],
-            sequence=self.sequence[rows],
-            lengths=lengths,
-            offsets=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
-        )
+        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        mask, sequence = self.mask[rows], self.sequence[rows]
+        return Layout(tuple(rows.shape), self.num_sequences, mask, sequence, lengths, offsets)
 
-    def part(self, first: int, last: int, rows: slice) -> Layout:
-        """Packed, of the sequences first:last, which are the positions `rows`."""
-        offsets = self.offsets[first : last + 1]
-        return Layout(
-            shape=tuple(self.mask[rows].shape),
-            num_sequences=last - first,
-            mask=self.mask[rows],
-            sequence=self.sequence[rows] - first,
-            lengths=self.lengths[first:last],
-            offsets=offsets - offsets[0],
-        )
+    def sequences(self, first: int, last: int, rows: slice) -> Layout:
+        """Packed, with only the sequences first:last, whose positions are `rows`."""
+        offsets, lengths = self.offsets[first : last + 1], self.lengths[first:last]
+        mask, sequence = self.mask[rows], self.sequence[rows] - first
+        shape = tuple(mask.shape)
+        return Layout(shape, last - first, mask, sequence, lengths, offsets - offsets[0])
 
 
 def make_layout(
@@ -75,12 +65,12 @@ def make_layout(
 
     Args:
         completion_ids: (N, T) padded or (S,) packed, int64.
-        completion_mask: same shape, bool; packed it may be None, all tokens then count. An int32
-            (N+1,) in its place is taken for `cu_seqlens`.
+        completion_mask: same shape, bool. With packed ids it may be None, so that all tokens count,
+            or be the int32 (N+1,) `cu_seqlens`.
         cu_seqlens: (N+1,) int32 for the packed layout: sequence i is cu_seqlens[i]:cu_seqlens[i+1].
     Raises:
         ValueError: shapes, dtypes or devices; offsets that are not 0..S ascending (checked on the
-            CPU only: reading them would synchronise a GPU).
+            CPU only: reading them would synchronize a GPU).
     """
     if completion_ids.dtype != torch.int64 or completion_ids.ndim not in (1, 2):
         raise ValueError(
@@ -115,17 +105,16 @@ def _padded(completion_ids: Tensor, completion_mask: Tensor) -> Layout:
 
 
 def _packed(ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Layout:
-    _check_offsets(ids, cu_seqlens)
+    offsets = _checked_offsets(ids, cu_seqlens)
     positions = torch.arange(ids.shape[0], device=ids.device)
-    n = cu_seqlens.shape[0] - 1
-    offsets = cu_seqlens.long()
+    n = offsets.shape[0] - 1
     if mask is None:
         mask = torch.ones_like(ids, dtype=torch.bool)
     _check_mask(ids, mask)
     if n == 0:
         mask = torch.zeros_like(mask)
         return Layout(tuple(ids.shape), 0, mask, torch.zeros_like(ids), offsets[:0], offsets)
-    # right=True steps over empty sequences; tokens behind the last offset belong to none.
+    # right=True skips empty sequences; tokens after the last offset belong to none.
     sequence = torch.searchsorted(offsets[1:].contiguous(), positions, right=True)
     mask = mask & (sequence < n)
     sequence = sequence.clamp(max=n - 1)
@@ -144,7 +133,8 @@ def _check_mask(ids: Tensor, mask: Tensor) -> None:
         raise ValueError(f"completion_mask: expected on {ids.device}, got {mask.device}; move it")
 
 
-def _check_offsets(ids: Tensor, cu_seqlens: Tensor | None) -> None:
+def _checked_offsets(ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """(N+1,) int64."""
     if cu_seqlens is None or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         got = None if cu_seqlens is None else tuple(cu_seqlens.shape)
         raise ValueError(
@@ -156,10 +146,10 @@ def _check_offsets(ids: Tensor, cu_seqlens: Tensor | None) -> None:
             f"cu_seqlens: expected int32 on {ids.device}, got {cu_seqlens.dtype} on "
             f"{cu_seqlens.device}"
         )
-    if cu_seqlens.device.type != "cpu":
-        return
-    offsets = cu_seqlens.tolist()
-    if offsets[0] != 0 or offsets[-1] != ids.shape[0] or offsets != sorted(offsets):
-        raise ValueError(
-            f"cu_seqlens: expected ascending offsets from 0 to {ids.shape[0]}, got {offsets}"
-        )
+    if cu_seqlens.device.type == "cpu":
+        offsets = cu_seqlens.tolist()
+        if offsets[0] != 0 or offsets[-1] != ids.shape[0] or offsets != sorted(offsets):
+            raise ValueError(
+                f"cu_seqlens: expected ascending offsets from 0 to {ids.shape[0]}, got {offsets}"
+            )
+    return cu_seqlens.long()

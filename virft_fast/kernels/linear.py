@@ -1,8 +1,8 @@
-"""Log-probs and the GRPO loss straight from hidden states: the LM head without its logits.
+"""Log-probs and the GRPO loss from hidden states: the LM head without the logits of all tokens.
 
-Logits are formed, used and dropped tile by tile, some rows at a time, in float32. The host waits
-for the device where it must know how many rows there are: once a call for the tokens that count,
-and, where old log-probs make clipping possible, once or twice a tile for those that aren't clipped.
+Logits are computed, used and dropped in float32 tiles of a few rows. The host waits for the device
+where it needs to know how many rows there are: once a call for the tokens that count and, where old
+log-probs make clipping possible, once or twice a tile for the tokens that aren't clipped.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from virft_fast.kernels.logprobs import (
     check_ids,
     check_temperature,
     compute_dtype,
+    pick,
     rows_backward,
     rows_forward,
 )
 from virft_fast.kernels.loss_args import LossArgs, takes_loss_args
 
-# Elements of one tile of logits: 32 MiB of float32 on a CPU; on a GPU 1.2 GiB, which at V = 152k is
-# the 2,048 rows that keep its matrix units busy. The second is an estimate, not tuned.
+# Elements of one tile of logits: 32 MiB of float32 on a CPU; 1.2 GiB on a GPU, which at V = 152k
+# are the 2,048 rows that keep its matrix units busy. The GPU's number is an estimate, not tuned.
 TILE_ELEMENTS = {"cpu": 2**23, "cuda": 5 * 2**26}
 MAX_TILE_ROWS = 2048
 
@@ -48,7 +49,7 @@ def linear_logps(
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`logps_and_entropy` of the logits hidden @ weight.T + bias, which never exist as a whole.
+    """`logps_and_entropy` of the logits hidden @ weight.T + bias, of which only tiles exist.
 
     Args:
         hidden: (..., D) floating point.
@@ -56,10 +57,10 @@ def linear_logps(
         index: (...) int64, in [0, V).
         bias: (V,), or None.
         temperature: > 0, divides the logits.
-        chunk_tokens: rows of a tile; None chooses by V and device.
+        chunk_tokens: rows of a tile; None: depends on V and device.
     Returns:
         logps, entropy: (...) float32 (float64 if an input is), both differentiable once, in
-        `hidden`, `weight` and `bias`; the backward pass forms the logits a second time.
+        `hidden`, `weight` and `bias`; the backward pass computes the logits a second time.
     Raises:
         ValueError: shapes, dtypes or numbers; says what was expected and what came.
     """
@@ -74,7 +75,7 @@ def linear_logps(
 
 
 def linear_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """(n, D) @ (V, D).T in float32, however narrow the inputs, as the losses here form logits."""
+    """(n, D) @ (V, D).T in float32 for inputs of any dtype, as the losses here compute logits."""
     factor = factor_dtype(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
         head = _Head(weight, None, compute_dtype(hidden, weight), factor, len(hidden))
@@ -94,19 +95,19 @@ def linear_grpo_loss(
     chunk_tokens: int | None = None,
     **loss: Any,
 ) -> GRPOLoss:
-    """`grpo_loss` of the logits hidden @ weight.T + bias, which never exist as a whole.
+    """`grpo_loss` of the logits hidden @ weight.T + bias, of which only tiles exist.
 
     The gradients are computed together with the loss, so that each tile of logits serves both and
-    `weight` is read in the forward pass alone (under ZeRO-3: one gather). The backward pass only
-    scales them. With ratios of sequences, a sequence longer than a tile needs all its log-probs
-    first: its logits are formed twice.
+    only the forward pass reads `weight` (under ZeRO-3: one gather); the backward pass scales them.
+    With ratios of sequences, a sequence longer than a tile needs all its log-probs first, so its
+    logits are computed twice.
 
     Args:
         hidden: (N, T, D) at the positions that predict `completion_ids`, or packed (S, D) with
-            `cu_seqlens`. Rows that are masked may hold anything, NaN included.
+            `cu_seqlens`. Masked rows may hold anything, NaN included.
         weight: (V, D), same device; its dtype may differ.
         bias: (V,), or None.
-        chunk_tokens: rows of a tile; None chooses by V and device.
+        chunk_tokens: rows of a tile; None: depends on V and device.
         The rest: see `grpo_loss`.
     Returns:
         GRPOLoss; `loss` is differentiable once, in `hidden`, `weight` and `bias`.
@@ -119,25 +120,19 @@ def linear_grpo_loss(
     ids = completion_ids.reshape(-1).masked_fill(~layout.mask, 0)
     check_ids("completion_ids", ids, weight.shape[0])
     values = _LinearGRPO.apply(
-        hidden.flatten(0, -2),
-        weight,
-        bias,
-        ids,
-        1 / temperature,
-        chunk_tokens or _tile_rows(weight),
-        factor_dtype(hidden, weight),
-        terms,
+        hidden.flatten(0, -2), weight, bias, ids, 1 / temperature,
+        chunk_tokens or _tile_rows(weight), factor_dtype(hidden, weight), terms,
         torch.is_grad_enabled(),
-    )
+    )  # fmt: skip
     return make_result(terms, *values)
 
 
 def factor_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What the matrix products take their factors in; called where autocast is still on.
+    """The dtype of the matrix products' factors. Call it outside any block that disables autocast.
 
-    A GPU multiplies bfloat16 into float32: bfloat16 inputs, both of them, and bfloat16 autocast go
-    that way. So would float16, but the gradient of a logit, p / (N T) and less, underflows in it;
-    and a CPU gains nothing. Those take float32, or float64 if an input is.
+    A GPU multiplies bfloat16 into float32, so bfloat16 inputs (both of them) and bfloat16 autocast
+    use bfloat16. float16 would work as well, but the gradient of a logit, p / (N T) and less,
+    underflows in it; a CPU gains nothing. These use float32, or float64 if an input is float64.
     """
     dtype = compute_dtype(hidden, weight)
     if dtype == torch.float64 or not _multiplies_16_bits(hidden.device):
@@ -155,7 +150,7 @@ def _multiplies_16_bits(device: torch.device) -> bool:
 
 
 def _mm(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """left @ right into `out`, rounded to its dtype alone."""
+    """left @ right into `out`, rounded once, to the dtype of `out`."""
     if left.dtype == out.dtype:
         return torch.mm(left, right, out=out)
     return torch.mm(left, right, out_dtype=out.dtype, out=out)
@@ -172,43 +167,51 @@ def _add_mm(total: Tensor, left: Tensor, right: Tensor) -> None:
 class _Head:
     """Tiles of logits of (R, D) hidden states, and the gradients back through them.
 
-    Products of 16-bit factors are formed in `dtype`, float32 or float64; a gradient tile is rounded
-    to `factor` before its two products. grad_weight is one accumulator in `dtype` over the tiles in
-    their order: no atomics, the same bits in every run.
+    Products of 16-bit factors are computed in `dtype`, float32 or float64; a gradient tile is
+    rounded to `factor` before its two products. grad_weight is one accumulator in `dtype` that adds
+    up the tiles in order: no atomics, the same bits in every run.
     """
 
     def __init__(
-        self, weight, bias, dtype, factor, tile_rows, wants_weight=False, wants_bias=False
-    ):
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        factor: torch.dtype,
+        tile_rows: int,
+        wants_weight: bool = False,
+        wants_bias: bool = False,
+    ) -> None:
         self.dtype, self.factor = dtype, factor
         self.weight = weight.detach().to(factor)
         self.bias = None if bias is None else bias.detach().to(dtype)
-        vocab = weight.shape[0]
-        self.buffer = torch.empty((tile_rows, vocab), dtype=dtype, device=weight.device)
-        zeros = lambda wanted, like: (  # noqa: E731
-            torch.zeros(like.shape, dtype=dtype, device=like.device) if wanted else None
-        )
-        self.grad_weight = zeros(wants_weight, weight)
-        self.grad_bias = zeros(wants_bias and bias is not None, self.bias)
+        self.buffer = torch.empty((tile_rows, weight.shape[0]), dtype=dtype, device=weight.device)
+        zeros = lambda like: torch.zeros(like.shape, dtype=dtype, device=like.device)  # noqa: E731
+        self.grad_weight = zeros(weight) if wants_weight else None
+        self.grad_bias = zeros(bias) if wants_bias and bias is not None else None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(n, D) -> (n, V), valid until the next tile is asked for."""
+        """(n, D) -> (n, V), valid until the next call."""
         tile = _mm(hidden.to(self.factor), self.weight.T, self.buffer[: len(hidden)])
         return tile if self.bias is None else tile.add_(self.bias)
 
-    def backward(self, tile: Tensor, hidden: Tensor, *gradient, wants_hidden: bool = True):
-        """Through the tile, which it overwrites; `gradient` as `rows_backward` takes it.
+    def backward(self, tile: Tensor, hidden: Tensor, *gradient: Tensor | float | None) -> Tensor:
+        """Add a tile's gradients to those of weight and bias; `gradient` as in `rows_backward`.
 
         Returns:
-            (n, D) gradient of `hidden` in `dtype`, or None where nobody asks for it.
+            (n, V) gradient of the logits in `factor`, for `grad_hidden`. It overwrites the tile.
         """
         grad = self._grad_logits(tile, *gradient)
         if self.grad_weight is not None:
             _add_mm(self.grad_weight, grad.T, hidden.to(self.factor))
         if self.grad_bias is not None:
             self.grad_bias += grad.sum(0, dtype=self.dtype)
-        if wants_hidden:
-            return _mm(grad, self.weight, hidden.new_empty(hidden.shape, dtype=self.dtype))
+        return grad
+
+    def grad_hidden(self, grad: Tensor) -> Tensor:
+        """(n, V) gradient of the logits -> (n, D) gradient of the hidden states in `dtype`."""
+        shape = (len(grad), self.weight.shape[1])
+        return _mm(grad, self.weight, torch.empty(shape, dtype=self.dtype, device=grad.device))
 
     def _grad_logits(self, tile, ids, norms, entropy, grad_logps, grad_entropy, inv_temp) -> Tensor:
         triton_rows = triton_for(tile)
@@ -223,11 +226,8 @@ class _Head:
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, index, inv_temp, tile_rows, factor):
-        ctx.inv_temp, ctx.tile_rows, ctx.factor = (
-            inv_temp,
-            max(1, min(tile_rows, len(index))),
-            factor,
-        )
+        ctx.inv_temp, ctx.factor = inv_temp, factor
+        ctx.tile_rows = max(1, min(tile_rows, len(index)))
         ctx.set_materialize_grads(False)
         with torch.autocast(hidden.device.type, enabled=False):
             head = _Head(weight, bias, compute_dtype(hidden, weight), factor, ctx.tile_rows)
@@ -247,20 +247,13 @@ class _LinearLogps(torch.autograd.Function):
             head = _Head(weight, bias, dtype, ctx.factor, ctx.tile_rows, *wants)
             grad_hidden = torch.empty_like(hidden) if wants_hidden else None
             for rows in _tiles(len(index), ctx.tile_rows):
-                part = hidden.detach()[rows]
+                chunk = hidden.detach()[rows]
                 grad = head.backward(
-                    head.logits(part),
-                    part,
-                    index[rows],
-                    norms[rows],
-                    entropy[rows],
-                    None if grad_logps is None else grad_logps[rows].contiguous(),
-                    None if grad_entropy is None else grad_entropy[rows].contiguous(),
-                    ctx.inv_temp,
-                    wants_hidden=wants_hidden,
-                )
-                if wants_hidden:
-                    grad_hidden[rows] = grad
+                    head.logits(chunk), chunk, index[rows], norms[rows], entropy[rows],
+                    pick(grad_logps, rows), pick(grad_entropy, rows), ctx.inv_temp,
+                )  # fmt: skip
+                if grad_hidden is not None:
+                    grad_hidden[rows] = head.grad_hidden(grad)
             del head.buffer  # before the gradient's cast takes its own memory
         grads = [
             None if grad is None else grad.to(parameter.dtype)
@@ -270,7 +263,7 @@ class _LinearLogps(torch.autograd.Function):
 
 
 class _LinearGRPO(torch.autograd.Function):
-    """Loss, statistics and, where anybody asks for them, the gradients, all in the forward pass."""
+    """Loss, statistics and, where an input needs them, the gradients, all in the forward pass."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, ids, inv_temp, tile_rows, factor, terms, grad_enabled):
@@ -280,7 +273,7 @@ class _LinearGRPO(torch.autograd.Function):
             head = _Head(weight, bias, compute_dtype(hidden, weight), factor, tile_rows, *wants[1:])
             run = _GRPORun(head, hidden.detach(), ids, inv_temp, tile_rows, terms, wants)
             run.all()
-        # Rounded to the inputs' dtypes after the scaling of the backward pass: once.
+        # Rounded once: to the inputs' dtypes, after the backward pass has scaled them.
         ctx.save_for_backward(run.grad_hidden, head.grad_weight, head.grad_bias)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         rest = (run.logps, run.entropy, run.kl, run.clipped)
@@ -290,13 +283,12 @@ class _LinearGRPO(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, *_):
-        # Out of place, so that retain_graph works; and no test against 1, which would synchronise.
-        grads = [
-            None
-            if grad is None
-            else torch.mul(grad, grad_loss, out=grad.new_empty(grad.shape, dtype=dtype))
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
+        # Out of place, so that retain_graph works; a comparison with 1 would synchronize.
+        scaled = lambda grad, dtype: (  # noqa: E731
+            torch.mul(grad, grad_loss, out=grad.new_empty(grad.shape, dtype=dtype))
+        )
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        grads = [None if grad is None else scaled(grad, dtype) for grad, dtype in pairs]
         return (*grads, None, None, None, None, None, None)
 
 
@@ -306,7 +298,7 @@ class _GRPORun:
     def __init__(self, head, hidden, ids, inv_temp, tile_rows, terms, wants):
         self.head, self.hidden, self.ids, self.inv_temp = head, hidden, ids, inv_temp
         self.tile_rows = tile_rows
-        self.terms = terms.normalised()
+        self.terms = terms.normalized()
         self.with_gradient = any(wants)
         self.grad_hidden = torch.zeros_like(hidden, dtype=head.dtype) if wants[0] else None
         vector = lambda: torch.zeros(len(ids), dtype=self.head.dtype, device=ids.device)  # noqa: E731
@@ -314,7 +306,7 @@ class _GRPORun:
         self.loss = torch.zeros((), dtype=self.head.dtype, device=ids.device)
 
     def all(self) -> None:
-        """Masked tokens go through nothing, those that can have no gradient not backward."""
+        """Masked tokens are skipped; tokens without a gradient only go forward."""
         mask = self.terms.layout.mask
         silent = torch.zeros_like(mask)
         if self.terms.beta == 0 and self.with_gradient:
@@ -327,39 +319,37 @@ class _GRPORun:
     def _some(self, rows: Tensor, terms: LossTerms, with_gradient: bool) -> None:
         """The tokens `rows`, (n,) ascending, with their own terms."""
         if not terms.by_sequence:
-            for part in _tiles(len(rows), self.tile_rows):
-                self._tile(rows[part], terms.tile(part), with_gradient)
+            for chunk in _tiles(len(rows), self.tile_rows):
+                self._tile(rows[chunk], terms.tile(chunk), with_gradient)
             return
-        for first, last, part in _whole_sequences(terms.layout, self.tile_rows):
-            of_part = terms.part(first, last, part)
-            if part.stop - part.start <= self.tile_rows:
-                self._tile(rows[part], of_part, with_gradient)
-            else:
-                self._long_sequence(rows[part], of_part, with_gradient)
+        for first, last, chunk in _whole_sequences(terms.layout, self.tile_rows):
+            fits = chunk.stop - chunk.start <= self.tile_rows
+            run = self._tile if fits else self._long_sequence
+            run(rows[chunk], terms.sequences(first, last, chunk), with_gradient)
 
     def _tile(self, rows: Tensor, terms: LossTerms, with_gradient: bool) -> None:
         hidden, ids = self.hidden[rows], self.ids[rows]
         tile = self.head.logits(hidden)
         evaluated, norms, entropy = evaluate_rows(tile, ids, self.inv_temp, terms)
-        self._note(rows, evaluated, entropy)
+        self._store(rows, evaluated, entropy)
         if with_gradient:
             self._backward(tile, hidden, rows, ids, norms, evaluated.d_logps)
 
     def _long_sequence(self, rows: Tensor, terms: LossTerms, with_gradient: bool) -> None:
-        """Longer than a tile: all its log-probs first, then its logits a second time."""
+        """One that is longer than a tile: all its log-probs first, then its logits once more."""
         ids = self.ids[rows]
         logps, norms, entropy = _all_logps(self.head, self.hidden[rows], ids, self.inv_temp)
         evaluated = terms.evaluate(logps)
-        self._note(rows, evaluated, entropy)
+        self._store(rows, evaluated, entropy)
         if not with_gradient:
             return
-        for part in _tiles(len(rows), self.tile_rows):
-            hidden = self.hidden[rows[part]]
+        for chunk in _tiles(len(rows), self.tile_rows):
+            hidden = self.hidden[rows[chunk]]
             tile = self.head.logits(hidden)
-            d_logps = evaluated.d_logps[part]
-            self._backward(tile, hidden, rows[part], ids[part], norms[part], d_logps)
+            d_logps = evaluated.d_logps[chunk]
+            self._backward(tile, hidden, rows[chunk], ids[chunk], norms[chunk], d_logps)
 
-    def _note(self, rows: Tensor, evaluated: Evaluated, entropy: Tensor) -> None:
+    def _store(self, rows: Tensor, evaluated: Evaluated, entropy: Tensor) -> None:
         self.loss += evaluated.loss
         self.logps[rows] = evaluated.logps
         self.entropy[rows] = entropy
@@ -367,7 +357,7 @@ class _GRPORun:
         self.clipped[rows] = evaluated.clipped
 
     def _backward(self, tile, hidden, rows, ids, norms, d_logps) -> None:
-        """Gradients of a tile, without the tokens that have none: clipped ones."""
+        """The gradients of a tile, without the tokens that have none because they are clipped."""
         if self.terms.may_clip and self.terms.beta == 0:
             keep = d_logps.nonzero()[:, 0]
             if not len(keep):
@@ -376,31 +366,28 @@ class _GRPORun:
                 tile, keep = _compacted(tile, keep)
                 hidden, rows = hidden[keep], rows[keep]
                 ids, norms, d_logps = ids[keep], norms[keep], d_logps[keep]
-        wants_hidden = self.grad_hidden is not None
-        grad_hidden = self.head.backward(
-            tile, hidden, ids, norms, None, d_logps, None, self.inv_temp, wants_hidden=wants_hidden
-        )
-        if wants_hidden:
-            self.grad_hidden[rows] = grad_hidden
+        grad = self.head.backward(tile, hidden, ids, norms, None, d_logps, None, self.inv_temp)
+        if self.grad_hidden is not None:
+            self.grad_hidden[rows] = self.head.grad_hidden(grad)
 
 
 def _compacted(tile: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows `keep`, ascending, at the top of the tile, and their order there: the last of them go
-    where one has been dropped, the others stay."""
+    """Moves the rows `keep`, ascending, to the top of the tile; returns the top and their order
+    there. Only rows below it move, into the places of dropped rows."""
     top = torch.zeros(len(tile), dtype=torch.bool, device=keep.device)
     top[keep] = True
     moved = keep[keep >= len(keep)]
     holes = top[: len(keep)].to(torch.int8).argsort(stable=True)[: len(moved)]
     size = max(1, len(tile) // 8)
-    for some, where in zip(moved.split(size), holes.split(size), strict=True):
-        tile[where] = tile[some]
+    for source, target in zip(moved.split(size), holes.split(size), strict=True):
+        tile[target] = tile[source]
     order = torch.arange(len(keep), device=keep.device)
     order[holes] = moved
     return tile[: len(keep)], order
 
 
 def _whole_sequences(layout: Layout, tile_rows: int) -> Iterator[tuple[int, int, slice]]:
-    """(first, last, positions) of runs of sequences that fill a tile; a longer one stands alone."""
+    """(first, last, positions) of runs of sequences that fit a tile; a longer sequence is alone."""
     offsets = layout.offsets.tolist()
     first = 0
     for last in range(1, len(offsets)):
@@ -414,14 +401,13 @@ def _whole_sequences(layout: Layout, tile_rows: int) -> Iterator[tuple[int, int,
 def _all_logps(
     head: _Head, hidden: Tensor, ids: Tensor, inv_temp: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `rows_forward`, of the logits of (R, D) hidden states."""
+    """As `rows_forward`, for the logits of (R, D) hidden states."""
     shapes = (len(ids), (len(ids), 2), len(ids))
-    out = [torch.empty(shape, dtype=head.dtype, device=ids.device) for shape in shapes]
+    logps, norms, entropy = (torch.empty(s, dtype=head.dtype, device=ids.device) for s in shapes)
     for rows in _tiles(len(ids), len(head.buffer)):
         values = rows_forward(head.logits(hidden[rows]), ids[rows], inv_temp)
-        for whole, part in zip(out, values, strict=True):
-            whole[rows] = part
-    return tuple(out)
+        logps[rows], norms[rows], entropy[rows] = values
+    return logps, norms, entropy
 
 
 def _tiles(num_rows: int, tile_rows: int) -> Iterator[slice]:

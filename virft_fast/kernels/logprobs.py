@@ -1,7 +1,7 @@
 """Log-prob of the sampled token and entropy of the distribution, from logits.
 
-On the GPU both come from one pass over a row, and the gradient from one more (`triton_rows`). The
-torch reference below works on a few rows at a time, so that what it holds besides is small.
+On the GPU one pass over a row gives both, and another one the gradient (`triton_rows`). The torch
+reference below works on a few rows at a time, so that it needs little memory of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from virft_fast.kernels.backend import triton_for
 
-# Elements that the reference works on at a time: stays in a core's cache. Measured on 2 cores.
+# Elements that the reference works on at a time: they fit a core's cache. Measured on 2 cores.
 BLOCK_ELEMENTS = 2**18
 
 
@@ -33,7 +33,7 @@ def selective_log_softmax(
         (...) float32 (float64 for float64 logits), <= 0. Differentiable once, in `logits`.
     Raises:
         ValueError: shapes, index dtype or temperature; says what was expected and what came. An id
-            outside V as well on the CPU; on the GPU, where looking would synchronise, its log-prob
+            outside V as well on the CPU; on the GPU, where a check would synchronize, its log-prob
             is NaN.
     """
     return logps_and_entropy(logits, index, temperature=temperature, inplace=inplace)[0]
@@ -49,7 +49,7 @@ def logps_and_entropy(
         index: (...) int64, in [0, V).
         temperature: > 0, divides the logits.
         inplace: the backward pass writes the gradient over `logits`; nothing may need them after.
-            Autograd raises where something it knows of does.
+            Autograd raises an error if it knows of something that does.
     Returns:
         logps: (...) float32 (float64 for float64 logits), <= 0.
         entropy: (...), same dtype, in [0, log V]. Both differentiable once, in `logits`.
@@ -63,7 +63,7 @@ def logps_and_entropy(
 
 
 def check_rows(logits: Tensor, index: Tensor, temperature: float) -> None:
-    """The checks of both functions above that read no values."""
+    """The checks of both functions above that need no values, only shapes and dtypes."""
     if logits.ndim < 1 or logits.shape[-1] < 1 or not logits.is_floating_point():
         raise ValueError(
             f"logits: expected (..., V) floating point with V >= 1, got {tuple(logits.shape)} "
@@ -89,7 +89,7 @@ def check_temperature(temperature: float) -> None:
 
 
 def check_ids(name: str, ids: Tensor, vocab: int) -> None:
-    """Raises ValueError for an id outside the vocabulary; on the CPU only, a GPU would wait."""
+    """Raises ValueError for an id outside the vocabulary; on the CPU only: a GPU would wait."""
     if ids.device.type != "cpu" or not ids.numel():
         return
     low, high = (int(bound) for bound in ids.aminmax())
@@ -101,7 +101,7 @@ def check_ids(name: str, ids: Tensor, vocab: int) -> None:
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any of the tensors is, else float32."""
+    """float64 if any of the tensors is float64, else float32."""
     double = any(t is not None and t.dtype == torch.float64 for t in tensors)
     return torch.float64 if double else torch.float32
 
@@ -110,8 +110,8 @@ def rows_forward(logits: Tensor, ids: Tensor, inv_temp: float) -> tuple[Tensor, 
     """Log-prob of `ids`, norms and entropy of each row, of the logits z * inv_temp.
 
     (..., V) logits with R rows and (R,) ids give (R,), (R, 2) and (R,) float32, or float64 for
-    float64. The norms are the maximum and the log of the sum of exp(z - maximum): added up they
-    would lose what the gradient needs.
+    float64. The norms are the maximum and the log of the sum of exp(z - maximum): their sum would
+    round away what the gradient needs.
     """
     triton_rows = triton_for(logits)
     if triton_rows is not None:
@@ -130,7 +130,7 @@ def rows_forward_reference(
         z = logits[rows].to(dtype) * inv_temp
         highest = z.amax(-1, keepdim=True)
         picked = z.gather(-1, ids[rows, None]) - highest
-        # exp of the lowest is 0 in either dtype; a banned token at -inf would make 0 * inf.
+        # exp(-1e5) is 0 in either dtype; without the clamp a banned token would give 0 * inf.
         z.sub_(highest).clamp_(min=-1e5)
         e = z.exp()
         total = e.sum(-1, keepdim=True)
@@ -138,7 +138,7 @@ def rows_forward_reference(
         logps[rows] = (picked - log_total)[:, 0]
         norms[rows, :1], norms[rows, 1:] = highest, log_total
         entropy[rows] = (log_total - (e * z).sum(-1, keepdim=True) / total)[:, 0]
-    # Rounding alone can leave the range, by an ulp; NaN stays NaN.
+    # Rounding can leave the range by an ulp; NaN stays NaN.
     return logps, norms, entropy.clamp_(0.0, math.log(logits.shape[-1]))
 
 
@@ -185,12 +185,14 @@ def rows_backward_reference(
         return
     if logits.ndim == 1:
         logits, out = logits[None], out[None]
-    if logits.ndim > 2:  # row by row of the leading dimension: a reshape might copy, `out` must not
-        split = lambda t: None if t is None else t.view(len(logits), -1, *t.shape[1:])  # noqa: E731
-        vectors = [split(t) for t in (ids, norms, entropy, grad_logps, grad_entropy)]
+    if logits.ndim > 2:  # one leading index at a time: a reshape might copy, `out` must not
+        count = len(ids) // len(logits)
         for i in range(len(logits)):
-            of_row = [None if t is None else t[i] for t in vectors]
-            rows_backward_reference(logits[i], *of_row, inv_temp, out[i])
+            rows = slice(i * count, (i + 1) * count)
+            rows_backward_reference(
+                logits[i], ids[rows], norms[rows], pick(entropy, rows), pick(grad_logps, rows),
+                pick(grad_entropy, rows), inv_temp, out[i],
+            )  # fmt: skip
         return
     for rows in _blocks(logits):
         g = None if grad_logps is None else grad_logps[rows, None] * inv_temp
@@ -204,23 +206,29 @@ def rows_backward_reference(
             still &= g == 0
             grad.scatter_add_(-1, ids[rows, None], g)
         if h is not None:
+            assert entropy is not None, "the gradient of the entropy needs the entropy"
             still &= h == 0
             surprise = torch.where(p > 0, log_p + entropy[rows, None], 0.0)
             grad -= h * p * surprise
         out[rows] = grad.masked_fill_(still, 0.0).to(out.dtype)
 
 
+def pick(vector: Tensor | None, rows: Tensor | slice = slice(None)) -> Tensor | None:
+    """Some rows of a vector that may be missing, contiguous."""
+    return None if vector is None else vector[rows].contiguous()
+
+
 def _blocks(logits: Tensor) -> Iterator[slice]:
-    """Slices of a few rows, or of all of them on a GPU, where launches are dearer than memory."""
+    """Slices of a few rows; of many on a GPU, where a launch costs more than the memory."""
     count, vocab = logits.shape
-    most = BLOCK_ELEMENTS if logits.device.type == "cpu" else 2**28
-    size = max(1, most // vocab)
+    elements = BLOCK_ELEMENTS if logits.device.type == "cpu" else 2**28
+    size = max(1, elements // vocab)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 
 
 class _LogpsAndEntropy(torch.autograd.Function):
-    """Saves the logits as they came: no second (..., V) tensor lives between the passes."""
+    """Saves the logits themselves: no second (..., V) tensor lives between the passes."""
 
     @staticmethod
     def forward(ctx, logits, index, inv_temp, inplace):
@@ -236,14 +244,14 @@ class _LogpsAndEntropy(torch.autograd.Function):
         logits, index, norms, entropy = ctx.saved_tensors
         if grad_logps is None and grad_entropy is None:
             return None, None, None, None
-        grads = [None if g is None else g.contiguous() for g in (grad_logps, grad_entropy)]
+        grad_logps, grad_entropy = pick(grad_logps), pick(grad_entropy)
         out = gradient_buffer(logits, ctx.inplace)
-        rows_backward(logits, index, norms, entropy, *grads, ctx.inv_temp, out)
+        rows_backward(logits, index, norms, entropy, grad_logps, grad_entropy, ctx.inv_temp, out)
         return out, None, None, None
 
 
 def gradient_buffer(logits: Tensor, inplace: bool) -> Tensor:
-    """Where the gradient goes. In place: whoever else saved `logits` is told by autograd."""
+    """Where the gradient goes. If that is `logits`, autograd detects whoever else saved them."""
     overlaps = any(step == 0 and size > 1 for step, size in zip(logits.stride(), logits.shape))  # noqa: B905
     if not inplace or overlaps:
         return torch.empty_like(logits)

@@ -1,4 +1,4 @@
-"""What the GRPO loss is computed from beside log-probs: the one place that names its arguments."""
+"""The arguments of the GRPO loss besides log-probs, in the one place that names them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -15,13 +15,14 @@ LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo")
 LEVELS = ("token", "sequence")
 KL_KINDS = ("k1", "k2", "k3")
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class LossArgs:
-    """Arguments of `grpo_loss`, which says what each of them means, checked as far as they can be
-    without the tensors they belong to.
+    """Arguments of `grpo_loss`, which explains each of them. Checked as far as possible without the
+    tensors they belong to.
 
     Raises:
         ValueError: a name or a number; says what was expected and what came.
@@ -60,23 +61,23 @@ class LossArgs:
         return self.epsilon_low if self.epsilon_high is None else self.epsilon_high
 
 
-def takes_loss_args(function: F) -> F:
+def takes_loss_args(function: Callable[P, R]) -> Callable[P, R]:
     """Show LossArgs' fields in the signature of a function that collects them in `**loss`."""
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+    kind = inspect.Parameter.KEYWORD_ONLY
     collected = [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default,
-                          annotation=f.type)
-        for f in fields(LossArgs)
-    ]  # fmt: skip
+        inspect.Parameter(field.name, kind, default=field.default, annotation=field.type)
+        for field in fields(LossArgs)
+    ]
     shown = signature.replace(parameters=[*own, *collected])
 
     @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         if unknown := kwargs.keys() - shown.parameters.keys():
             message = f"expected what its help shows, got the unknown argument {min(unknown)}"
             raise TypeError(f"{function.__name__}: {message}")
         return function(*args, **kwargs)
 
-    checked.__signature__ = shown  # type: ignore[attr-defined]
-    return checked  # type: ignore[return-value]
+    vars(checked)["__signature__"] = shown
+    return checked

@@ -1,4 +1,4 @@
-"""What the fused functions replace: whole logits and autograd's log-softmax over them.
+"""What the fused functions replace: all logits in memory, and autograd's log-softmax over them.
 
 For `--loss_impl reference`. The loss of a token from its log-prob is `token_loss` in both.
 """
@@ -19,7 +19,7 @@ from virft_fast.kernels.loss_args import LossArgs, takes_loss_args
 def logps_reference(
     hidden: Tensor, weight: Tensor, index: Tensor, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """`linear_logps` with (..., V) logits and their log-softmax in memory."""
+    """`linear_logps` that holds (..., V) logits and their log-softmax in memory."""
     dtype = compute_dtype(hidden, weight)
     log_p = ((hidden @ weight.T).to(dtype) / temperature).log_softmax(-1)
     logps = log_p.gather(-1, index[..., None])[..., 0]
@@ -40,7 +40,7 @@ def grpo_loss_reference(
     """`linear_grpo_loss` by the same mathematics on autograd's log-probs."""
     layout = make_layout(completion_ids, completion_mask, cu_seqlens)
     terms = make_terms(layout, compute_dtype(hidden, weight), LossArgs(**loss))
-    # Where masked, hidden states and ids may hold anything.
+    # Masked hidden states and ids may hold anything.
     mask = layout.mask.view(layout.shape)
     hidden = torch.where(mask[..., None], hidden, 0.0)
     ids = completion_ids.masked_fill(~mask, 0)

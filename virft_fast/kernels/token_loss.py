@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Beyond it exp goes on along its tangent: finite, and the gradient keeps size and sign.
+# Beyond it exp continues as its tangent: finite, and the gradient keeps its size and sign.
 MAX_EXPONENT = 20.0
 
 
@@ -46,7 +46,7 @@ def token_loss(
     capped: bool,
     kl: str,
 ) -> TokenLoss:
-    """All arguments are flat and of one dtype; symbols as in `grpo_loss`, `capped` is cispo."""
+    """Of flat tensors of one dtype. Symbols as in `grpo_loss`; `capped` means cispo."""
     ratio, d_ratio = _exp(log_ratio)
     if capped:
         bounded = ratio.clamp(max=epsilon_high)

@@ -1,9 +1,12 @@
-"""Triton kernels over rows of logits, and their launches. Imported by `backend` alone.
+"""Triton kernels over rows of logits, and their launches. Only `backend` imports this module.
 
-One program a row (forward) or a block of a row (backward) in a 1-D grid, addresses in 64 bits.
-Lengths, strides and the temperature are runtime arguments that nothing is specialised on: a new
+A program handles one row (forward) or a block of a row (backward) in a 1-D grid, with 64-bit
+addresses. Lengths, strides and the temperature are runtime arguments without specialization: a new
 completion length compiles nothing. UNIT is 16 where all strides and V are multiples of 16, which
-is what the compiler must know to load 128 bits at a time.
+the compiler must know to load 128 bits at a time.
+
+One file of more than 500 lines, because a kernel, the device functions it calls and the launch that
+passes its arguments by position are read and changed together.
 """
 
 from __future__ import annotations
@@ -21,16 +24,16 @@ from virft_fast.kernels.token_loss import MAX_EXPONENT
 
 FORWARD_BLOCK, FORWARD_WARPS = 4096, 4
 BACKWARD_BLOCK, BACKWARD_WARPS = 4096, 4
-# A stride in 64 bits for each element of a block: fewer of them, or registers run out.
+# Each element of a strided block needs a 64-bit address; larger blocks run out of registers.
 STRIDED_BLOCK = 512
-# A vocabulary that is no multiple of 16 is read number by number.
+# A vocabulary that is not a multiple of 16 is read one number at a time.
 ODD_TILE_BLOCK = 2048
 _MAX_EXPONENT = tl.constexpr(MAX_EXPONENT)
 _RUNTIME = (
     "inner", "stride_outer", "stride_inner", "stride_v", "out_outer", "out_inner", "out_v",
     "vocab", "inv_temp", "blocks", "num_generations", "beta", "low", "high", "delta",
 )  # fmt: skip
-# Read or written one number at a time: their alignment is of no use, and changes with a slice.
+# Read or written one number at a time: alignment doesn't help, and it changes with a slice.
 _VECTORS = (
     "IDS", "LOGPS", "NORMS", "ENTROPY", "MASK", "SEQUENCE", "ADVANTAGES", "WEIGHTS", "OLD", "REF",
     "KL_OUT", "LOSS", "D_LOGPS", "CLIPPED", "GRAD_LOGPS", "GRAD_ENTROPY", "SCALE",
@@ -65,12 +68,12 @@ def _row_statistics(
         m_new = tl.maximum(m, tl.max(z, 0))
         d = z - m_new
         e = tl.exp(d)
-        # Recentred on each new maximum: z itself would cancel. Before anything counts, m is -inf.
+        # Recentered on each new maximum: z itself would cancel. Before the first number m is -inf.
         shift = tl.where(s > 0.0, m - m_new, 0.0)
         alpha = tl.exp(shift)
         t = alpha * (t + s * shift) + tl.sum(tl.where(e == 0.0, 0.0, e * d), 0)
         s = s * alpha + tl.sum(e, 0)
-        # A block of banned tokens alone leaves the maximum at -inf, and d at nan.
+        # A block of only banned tokens leaves the maximum at -inf, and d at nan.
         empty = m_new == -float("inf")
         s = tl.where(empty, 0.0, s)
         t = tl.where(empty, 0.0, t)
@@ -90,17 +93,17 @@ def _logp_and_entropy(
     inside = (index >= 0) & (index < columns)
     z = tl.load(Z + offset, mask=inside, other=float("nan")).to(tl.float32) * inv_temp
     log_s = tl.log(s)
-    most = tl.log(columns.to(tl.float32))
+    largest = tl.log(columns.to(tl.float32))
     entropy = log_s - t / s
-    # Rounding alone can leave the range; nan has to stay nan.
+    # Rounding can leave the range; nan must stay nan.
     entropy = tl.where(entropy < 0.0, 0.0, entropy)
-    entropy = tl.where(entropy > most, most, entropy)
+    entropy = tl.where(entropy > largest, largest, entropy)
     return (z - m) - log_s, m, log_s, entropy
 
 
 @triton.jit
 def _grad_logits(z, cols, index, m, log_s, ENTROPY, g, h, inv_temp, HAS_ENTROPY: tl.constexpr):
-    """Of a block of logits; g and h are the gradients of log-prob and entropy, times inv_temp."""
+    """Gradient of a block of logits; g and h: those of log-prob and entropy, times inv_temp."""
     log_p = (z * inv_temp - m) - log_s
     p = tl.exp(log_p)
     grad = g * (tl.where(cols == index, 1.0, 0.0) - p)
@@ -171,7 +174,7 @@ def token_loss(
 
 @triton.jit
 def _group_advantage(REWARDS, sequence, num_generations, EPS: tl.constexpr, BLOCK: tl.constexpr):
-    """`group_advantages` of one sequence; rewards that are not finite are left out."""
+    """`group_advantages` of one sequence; rewards that aren't finite don't count."""
     first = (sequence // num_generations) * num_generations
     offsets = tl.arange(0, BLOCK)
     r = tl.load(REWARDS + first + offsets, mask=offsets < num_generations, other=float("nan"))
@@ -180,7 +183,7 @@ def _group_advantage(REWARDS, sequence, num_generations, EPS: tl.constexpr, BLOC
     mean = tl.sum(tl.where(scored, r, 0.0), 0) / tl.maximum(count, 1.0)
     centred = tl.where(scored, r - mean, 0.0)
     variance = tl.sum(centred * centred, 0) / tl.maximum(count - 1.0, 1.0)
-    # Rewards that are all equal give exactly 0, whatever the rounding of their mean.
+    # Equal rewards give exactly 0, even if their mean is rounded.
     highest = tl.max(tl.where(scored, r, -float("inf")), 0)
     lowest = tl.min(tl.where(scored, r, float("inf")), 0)
     own = tl.sum(tl.where(offsets == sequence - first, centred, 0.0), 0)
@@ -287,7 +290,7 @@ def rows_backward_kernel(
     cols = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
     offsets = cols if CONTIGUOUS else cols.to(tl.int64) * stride_v
     outs = cols if OUT_CONTIGUOUS else cols.to(tl.int64) * out_v
-    if (g == 0.0) & (h == 0.0):  # what doesn't count may hold anything, nan included
+    if (g == 0.0) & (h == 0.0):  # a row without a gradient may hold anything, nan included
         tl.store(OUT + outs, tl.zeros((BLOCK,), OUT.dtype.element_ty), mask=cols < columns)
     else:
         z = tl.load(Z + offsets, mask=cols < columns, other=-float("inf")).to(tl.float32)
@@ -305,8 +308,8 @@ def tile_backward_kernel(
 ):  # fmt: skip
     """d loss / d logits of a contiguous float32 tile, written as 16 bits over the tile itself.
 
-    Element c of a row is read at 4c and written at 2c, so the writes of a program stay behind what
-    it has still to read; the barrier is between the reads and the writes of one block.
+    Element c of a row is read at byte 4c and written at 2c, so a program never overwrites what it
+    still has to read; the barriers separate the reads and the writes of each block.
     """
     row = tl.program_id(0)
     columns = vocab * UNIT
@@ -338,7 +341,7 @@ def token_loss_kernel(
     HAS_REF: tl.constexpr, HAS_DELTA: tl.constexpr, CAPPED: tl.constexpr, KL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`token_loss` by itself, (5, size) out: for the test that compares it with its twin."""
+    """`token_loss` alone, (5, size) out, for the test that compares it with its twin."""
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = cols < size
     values = token_loss(
@@ -370,7 +373,7 @@ class _Rows:
 
 
 def rows_of(logits: Tensor, unit: int = 16) -> tuple[Tensor, _Rows]:
-    """The tensor, copied only if its leading dimensions don't fold into two, and its addresses."""
+    """The tensor and its addresses. Copied only if its leading dimensions can't fold into two."""
     vocab = logits.shape[-1]
     if logits.ndim == 1:
         logits = logits[None]
@@ -460,7 +463,7 @@ def tile_backward(
     inv_temp: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient in a contiguous (R, V) float32 tile, in the tile's own memory; (R, V) of 16 bits."""
+    """(R, V) gradient of 16 bits, in the memory of the contiguous (R, V) float32 tile."""
     count, vocab = tile.shape
     out = tile.view(dtype)[:, :vocab]  # the front half of each row's bytes
     unit = 16 if vocab % 16 == 0 else 1
@@ -480,9 +483,9 @@ def tile_backward(
 
 @dataclass(frozen=True)
 class GRPORows:
-    """What one launch gives, (R, 2) norms and (R,), all float32.
+    """The results of one launch, float32: norms (R, 2), the others (R,).
 
-    `loss` and `d_logps` carry the token's weight.
+    `loss` and `d_logps` include the token's weight.
     """
 
     norms: Tensor
@@ -518,7 +521,7 @@ def grpo_forward(
 
     Args:
         logits: (..., V), R rows; ids, mask, sequence, weights, old_logps, ref_logps: (R,).
-        advantages: (N,), or with `num_generations` the rewards, normalised here.
+        advantages: (N,), or with `num_generations` the rewards, normalized here.
     """
     logits, rows = rows_of(logits)
     (norms,) = _empty((rows.count, 2), logits.device, 1)
@@ -558,5 +561,5 @@ def _empty(shape: int | tuple[int, ...], device: torch.device, number: int) -> l
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Makes the tensors' device the current one, on which Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

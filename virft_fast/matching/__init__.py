@@ -10,15 +10,6 @@ from virft_fast.matching.boxes import (
     xyxy_to_xywh,
 )
 
-__all__ = [
-    "cxcywh_to_xyxy",
-    "is_native",
-    "match_boxes",
-    "pad_boxes",
-    "pairwise_iou",
-    "rescale_boxes",
-    "why_not_native",
-    "xywh_to_xyxy",
-    "xyxy_to_cxcywh",
-    "xyxy_to_xywh",
-]
+__all__ = ["cxcywh_to_xyxy", "is_native", "match_boxes", "pad_boxes", "pairwise_iou",
+           "rescale_boxes", "why_not_native", "xywh_to_xyxy", "xyxy_to_cxcywh",
+           "xyxy_to_xywh"]  # fmt: skip

@@ -1,14 +1,16 @@
 """Pairwise IoU and one-to-one assignment of many small problems, natively or by the reference.
 
-The native operators are in csrc/ and serve CPU and, where they were built with it, CUDA tensors.
-Without them the Python reference below matches as well, many times slower, and says so once: of the
-same total, but of several best assignments it may choose another.
+The native operators are in csrc/. They take CPU tensors, and CUDA tensors if they were built with
+CUDA. Without them the Python reference below does the matching, many times slower, and warns once.
+Its totals are the same, but of several best assignments it may choose another one.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -19,9 +21,10 @@ from virft_fast.matching.boxes import IOU_KINDS, check_counts, check_problem, io
 
 METHODS = ("hungarian", "greedy")
 
+_C: ModuleType | None
 try:
-    from virft_fast import _C
-except ImportError as error:  # not built, or its torch is another
+    _C = importlib.import_module("virft_fast._C")
+except ImportError as error:  # not built, or for another torch
     _C, _WHY_NOT = None, str(error)
 else:
     _BUILT = _C.build_info()
@@ -35,7 +38,7 @@ _WITH_CUDA = _C is not None and _BUILT["cuda_archs"] != "none"
 
 
 def is_native(device: torch.device | str = "cpu") -> bool:
-    """Whether tensors on `device` are matched by the native operators there."""
+    """Whether the native operators match tensors on `device`, without copying them elsewhere."""
     kind = torch.device(device).type
     return _C is not None and (kind == "cpu" or (kind == "cuda" and _WITH_CUDA))
 
@@ -68,7 +71,7 @@ def pairwise_iou(
     if kind not in IOU_KINDS:
         raise ValueError(f"kind: expected one of {IOU_KINDS}, got {kind!r}")
     if _C is None:
-        _say_once()
+        _warn_once()
         _check_all_counts(pred, gt, num_pred, num_gt)
         return iou_reference(pred, gt, num_pred, num_gt, kind=kind)
     problem = _prepared(pred, gt, num_pred, num_gt)
@@ -87,18 +90,17 @@ def match_boxes(
 ) -> tuple[Tensor, Tensor]:
     """Assign predicted to true boxes one to one, separately in each of N problems.
 
-    A pair counts when its IoU > `min_iou`, strictly, both rounded to the boxes' dtype. Pairs that
-    do not count are worth 0 already during the assignment: none displaces a pair that counts.
+    A pair counts if its IoU > `min_iou`, strictly, both rounded to the boxes' dtype. Other pairs
+    are worth 0 during the assignment, so that none displaces a pair that counts.
 
     Args:
         pred: (N, K, 4) float32 xyxy, any one unit; rows past `num_pred` may hold anything.
         gt: (N, M, 4), same dtype, unit and device; rows past `num_gt` may hold anything.
         num_pred, num_gt: (N,) int64, 0 allowed.
         method: "hungarian" makes the summed IoU of the pairs that count largest. "greedy" is
-            Visual-RFT's: predictions by descending score, stable, each takes the free true box with
-            the best IoU (the first of equals), if that pair counts.
-        scores: (N, K) floating point, read by "greedy" alone; a NaN sorts last. None keeps the
-            order given.
+            Visual-RFT's: in order of descending score, stable, each prediction takes the free true
+            box with the best IoU (the first of equals) if that pair counts.
+        scores: (N, K) floating point, only used by "greedy"; NaN sorts last. None: the order given.
         min_iou: in [0, 1].
     Returns:
         matches: (N, K) int64, index into M, or -1 where none.
@@ -113,7 +115,7 @@ def match_boxes(
     check_problem(pred, gt, num_pred, num_gt)
     _check_options(pred, method, scores, min_iou)
     if _C is None:
-        _say_once()
+        _warn_once()
         _check_all_counts(pred, gt, num_pred, num_gt)
         return match_reference(pred, gt, num_pred, num_gt, method, scores, min_iou)
     problem = _prepared(pred, gt, num_pred, num_gt)
@@ -126,7 +128,7 @@ def match_boxes(
 
 
 def _prepared(*problem: Tensor) -> list[Tensor]:
-    """Contiguous, and on the CPU where the operators were built without CUDA."""
+    """Contiguous, and on the CPU if the operators were built without CUDA."""
     device = problem[0].device
     if device.type != "cpu":
         _check_all_counts(*problem)  # the CPU's operators do it themselves
@@ -141,7 +143,7 @@ def _check_all_counts(pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor
 
 
 @functools.cache
-def _say_once() -> None:
+def _warn_once() -> None:
     warnings.warn(
         "virft_fast: the native matcher is not there, the Python reference matches instead (same "
         "totals, many times slower); `pip install --no-build-isolation` with a C++ compiler and "
@@ -177,7 +179,7 @@ def match_reference(
     scores: Tensor | None,
     min_iou: float,
 ) -> tuple[Tensor, Tensor]:
-    """`match_boxes` with scipy, one problem after the other."""
+    """`match_boxes` with scipy, one problem after another."""
     ious = iou_reference(pred, gt, num_pred, num_gt)
     worth = torch.where(ious > min_iou, ious, 0.0)  # (N, K, M)
     order = _greedy_order(pred, scores) if method == "greedy" else None
@@ -199,7 +201,7 @@ def _greedy_order(pred: Tensor, scores: Tensor | None) -> np.ndarray:
 
 
 def _assign(worth: Tensor, num_pred: Tensor, num_gt: Tensor, order: np.ndarray | None) -> Tensor:
-    """(N, K) int64 matches on the CPU: the reference, one problem after the other."""
+    """(N, K) int64 matches on the CPU, one problem after another."""
     matches = np.full(worth.shape[:2], -1, dtype=np.int64)
     worth_np = worth.double().cpu().numpy()
     for i, (k, m) in enumerate(zip(num_pred.tolist(), num_gt.tolist(), strict=True)):
@@ -214,7 +216,7 @@ def _assign(worth: Tensor, num_pred: Tensor, num_gt: Tensor, order: np.ndarray |
 
 
 def _hungarian(worth: np.ndarray) -> np.ndarray:
-    """(k, m) worth -> (k,) matches; the solver also pairs worthless ones, which are dropped."""
+    """(k, m) worth -> (k,) matches, without the worthless pairs that the solver adds."""
     from scipy.optimize import linear_sum_assignment  # lazily: it takes 0.1 s to import
 
     matches = np.full(worth.shape[0], -1, dtype=np.int64)

@@ -2,19 +2,20 @@
 
 A box is xyxy (two corners, x1 < x2 and y1 < y2) unless a name says otherwise. Box geometry is
 continuous: a box from 0 to 10 is 10 wide, not 11. A box without positive width and height, or with
-a coordinate that is not finite, is *degenerate*: data that a model produced, never an error.
+a coordinate that is not finite, is *degenerate*. Models produce such boxes: they are no error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 IOU_KINDS = ("iou", "giou")
+Boxes: TypeAlias = Tensor | np.ndarray | Sequence[Sequence[float]]  # (n, 4)
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
@@ -48,8 +49,8 @@ def rescale_boxes(
 
     Args:
         boxes: (..., 4) floating point, any of the formats of this module.
-        from_size, to_size: (width, height) that a box over the whole image has in each space: the
-            image's size in pixels, (1000, 1000), or (1, 1).
+        from_size, to_size: (width, height) of the whole image in each space: its size in pixels,
+            (1000, 1000), or (1, 1).
     Returns:
         (..., 4), the dtype of `boxes`. Neither rounded nor clipped.
     Raises:
@@ -64,7 +65,9 @@ def rescale_boxes(
     return boxes * boxes.new_tensor((scale_x, scale_y, scale_x, scale_y))
 
 
-def pad_boxes(boxes: Sequence[Any], *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def pad_boxes(
+    boxes: Sequence[Boxes], *, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Stack the boxes of N problems into the padded layout of `pairwise_iou` and `match_boxes`.
 
     Args:
@@ -94,13 +97,13 @@ def pad_boxes(boxes: Sequence[Any], *, dtype: torch.dtype = torch.float32) -> tu
 _NO_BOXES = np.zeros((0, 4), np.float32)
 
 
-def _as_array(i: int, problem: Any) -> np.ndarray:
+def _as_array(i: int, problem: Boxes) -> np.ndarray:
     """(n, 4), on the CPU."""
     if isinstance(problem, Tensor):
         problem = problem.detach().cpu().double()
-    plain = type(problem) is np.ndarray and problem.dtype.char in "fd"
+    floats = type(problem) is np.ndarray and problem.dtype.char in "fd"
     try:
-        array = problem if plain else np.asarray(problem, dtype=np.float64)
+        array = np.asarray(problem, dtype=None if floats else np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"boxes[{i}]: expected (n, 4) numbers, got {problem!r:.200}") from error
     if array.size == 0:
@@ -162,14 +165,14 @@ def check_problem(pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor) ->
         _check_shape_of_counts(name, counts, boxes)
 
 
-def check_counts(name: str, counts: Tensor, most: int) -> None:
-    """Raises ValueError if a count is negative or past the padding; reads them, which a GPU waits
-    for. Where there is nothing to read (meta tensors, torch.compile) the kernels' bounds hold."""
+def check_counts(name: str, counts: Tensor, limit: int) -> None:
+    """Raises ValueError if a count is negative or larger than the padding. Reading counts of a GPU
+    waits for it. Meta tensors and torch.compile have none to read: the kernels bound them."""
     if counts.is_meta or torch.compiler.is_compiling():
         return
-    if bool(((counts < 0) | (counts > most)).any()):
+    if bool(((counts < 0) | (counts > limit)).any()):
         raise ValueError(
-            f"{name}: expected counts in 0..{most}, got {counts.tolist()}; "
+            f"{name}: expected counts in 0..{limit}, got {counts.tolist()}; "
             "a count can not exceed the padded number of boxes"
         )
 

@@ -1,16 +1,15 @@
 """`python -m virft_fast.mia`: multi-image preference pairs from questions about one image each.
 
-Under torchrun the scenes are divided among the ranks. A killed run resumes where it was.
+Under torchrun the scenes are divided among the ranks. A killed run resumes from its journal.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -20,18 +19,19 @@ from virft_fast.cli import Parser, exit_status, natural, output_arguments, posit
 from virft_fast.commands import end_process
 from virft_fast.console import unbreakable
 from virft_fast.data import load_rows
-from virft_fast.data.writing import check_output
+from virft_fast.data.writing import check_new_dataset
 from virft_fast.mia.answering import Answering, answer_all, open_journal
 from virft_fast.mia.pairs import write_pairs
 from virft_fast.mia.scenes import SceneLayout, Scenes, source_groups
 from virft_fast.mia.selection import Selection, edit_distance, reasons_against, table
 from virft_fast.mia.sheet import attention_sheet
 from virft_fast.models.processing import load_processor
-from virft_fast.models.qwen_vl import Policy, load_model, read_config, weights_stamp
+from virft_fast.models.qwen_vl import read_config, weights_stamp
 from virft_fast.models.tiny import resolve_model_path
-from virft_fast.rollout.backends import check_cache_limit, make_rollout
+from virft_fast.rollout.backends import check_cache_limit, load_policy
+from virft_fast.rollout.native import NativeRollout
 
-# Flags that no answer depends on: a run may resume with other values. All others have to stay.
+# Flags that answers don't depend on: a run may resume with other values of these only.
 _FREE_FLAGS = {
     "output", "overwrite", "max_rows", "batch_size", "rollout_cache_tokens", "thresholds",
     "min_perplexity", "max_length_ratio", "min_edit_distance", "pictures",
@@ -52,9 +52,9 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m virft_fast.mia")
     _data_arguments(parser)
-    _scene_arguments(parser.add_argument_group("scenes"))
-    _answer_arguments(parser.add_argument_group("answers"))
-    _selection_arguments(parser.add_argument_group("selection"))
+    _scene_arguments(parser.add_argument_group("scenes").add_argument)
+    _answer_arguments(parser.add_argument_group("answers").add_argument)
+    _selection_arguments(parser.add_argument_group("selection").add_argument)
     return parser
 
 
@@ -73,8 +73,7 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the images, about, whose scenes are the split test")  # fmt: skip
 
 
-def _scene_arguments(group: Any) -> None:
-    add = group.add_argument
+def _scene_arguments(add: Callable[..., argparse.Action]) -> None:
     add("--shares", type=_weights, default="sequence=15.1,collage=9.3,pip=4.5",
         help="weights of the kinds of scenes")  # fmt: skip
     add("--sequence_images", type=_numbers, default="2,3,4,5",
@@ -89,11 +88,9 @@ def _scene_arguments(group: Any) -> None:
     add("--label_size", type=positive, default=36, help="of the labels, in pixels")
 
 
-def _answer_arguments(group: Any) -> None:
-    add = group.add_argument
-    add("--mode", choices=("corrupted", "clean"), default="corrupted",
-        help="noise on the target of collages and pictures in pictures, as MIA-DPO, or "
-        "none")  # fmt: skip
+def _answer_arguments(add: Callable[..., argparse.Action]) -> None:
+    add("--mode", choices=("corrupted", "clean"), default="corrupted", help="noise on the target "
+        "of collages and pictures in pictures, as MIA-DPO, or none")  # fmt: skip
     add("--layer", type=int, help="where attention is measured, from 0; default: the middle one")
     add("--batch_size", type=positive, default=16, help="scenes answered together")
     add("--max_completion_length", type=positive, default=512, help="longest answer in tokens")
@@ -105,11 +102,9 @@ def _answer_arguments(group: Any) -> None:
         help="auto: bfloat16 on a GPU, else float32")  # fmt: skip
 
 
-def _selection_arguments(group: Any) -> None:
-    add = group.add_argument
-    add("--thresholds", type=_weights, default="",
-        help="attention limits that differ from MIA-DPO's, such as "
-        "sequence2=0.7,pip2=0.9")  # fmt: skip
+def _selection_arguments(add: Callable[..., argparse.Action]) -> None:
+    add("--thresholds", type=_weights, default="", help="attention limits that differ from "
+        "MIA-DPO's, such as sequence2=0.7,pip2=0.9")  # fmt: skip
     add("--min_perplexity", type=float, default=1.1, help="of an answer; it has to be above")
     add("--max_length_ratio", type=float, default=10.0, help="of the two answers, in characters")
     add("--min_edit_distance", type=float, default=0.05, help="of the two, share of the longer")
@@ -141,15 +136,14 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
     """
     out = arguments.output
     sheet = _check_files(arguments)
-    edit_distance("", "")  # a missing package is said now, not after all the answers
+    edit_distance("", "")  # report a missing package now, not after all the answers
     selection, path = _selection(arguments), resolve_model_path(arguments.model_name_or_path)
     scenes = _scenes(arguments)
     answering = _answering(arguments, path, device)
     settings = {k: value for k, value in vars(arguments).items() if k not in _FREE_FLAGS}
     settings |= {"images": str(arguments.images), "weights": weights_stamp(path)}
-    journal = open_journal(
-        out.with_name(f".{out.name}.answers.jsonl"), settings, overwrite=arguments.overwrite
-    )
+    journal_path = out.with_name(f".{out.name}.answers.jsonl")
+    journal = open_journal(journal_path, settings, overwrite=arguments.overwrite)
     indices = range(len(scenes))[: arguments.max_rows]
     with tqdm(total=len(indices), unit="scene", disable=not dist.is_main()) as bar:
         answers = answer_all(
@@ -176,7 +170,7 @@ def _check_files(arguments: argparse.Namespace) -> Path:
     """Check what is read and written before any work; returns the path of the sheet."""
     out = arguments.output
     sources = (arguments.dataset_name, arguments.images, arguments.model_name_or_path)
-    check_output(out, arguments.overwrite, sources)
+    check_new_dataset(out, arguments.overwrite, sources)
     sheet = out.with_name(f"{out.name}.png")
     if arguments.pictures and sheet.exists() and not arguments.overwrite:
         raise ValueError(f"{sheet}: exists already; pass --overwrite, --pictures 0 or another name")
@@ -199,30 +193,22 @@ def _scene_key(name: str) -> tuple[str, int]:
 
 def _scenes(arguments: argparse.Namespace) -> Scenes:
     rows = load_rows(
-        arguments.dataset_name,
-        arguments.split,
-        dataset_config=arguments.dataset_config,
+        arguments.dataset_name, arguments.split, dataset_config=arguments.dataset_config,
         image_folder=arguments.images,
-    )
+    )  # fmt: skip
     names = ("shares", "sequence_images", "collage_images", "cell", "gutter", "label_size")
     sizes = {name: getattr(arguments, name) for name in names}
     layout = SceneLayout(**sizes, label_indent=arguments.gutter // 2)
+    groups = source_groups(rows) if arguments.companions == "source" else None
     return Scenes(
-        rows,
-        layout,
-        seed=arguments.seed,
-        noise=arguments.mode == "corrupted",
-        groups=source_groups(rows) if arguments.companions == "source" else None,
+        rows, layout, seed=arguments.seed, noise=arguments.mode == "corrupted", groups=groups,
         test_share=arguments.test_share,
-    )
+    )  # fmt: skip
 
 
 def _answering(arguments: argparse.Namespace, path: str, device: torch.device) -> Answering:
     pixels = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
     processor = load_processor(path, **pixels)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if arguments.dtype != "auto":
-        dtype = getattr(torch, arguments.dtype)
     limits = {n: getattr(arguments, n) for n in ("max_completion_length", "max_prompt_length")}
     cache = arguments.rollout_cache_tokens
     check_cache_limit("native", cache, num_generations=1, device=device, **limits)
@@ -230,11 +216,10 @@ def _answering(arguments: argparse.Namespace, path: str, device: torch.device) -
     layer = layers // 2 if arguments.layer is None else arguments.layer
     if not 0 <= layer < layers:
         raise ValueError(f"--layer: expected 0 to {layers - 1}, got {layer}")
-    policy = Policy(load_model(path, dtype=dtype).to(device)).eval()
-    weights = partial(contextlib.nullcontext, policy)
-    rollout = make_rollout(
-        "native", weights, processor.tokenizer, device=device, max_cache_tokens=cache
-    )
+    policy = load_policy(path, dtype=arguments.dtype, device=device)
+    weights = lambda: contextlib.nullcontext(policy)  # noqa: E731
+    tokenizer = processor.tokenizer
+    rollout = NativeRollout(weights, tokenizer, device=device, max_cache_tokens=cache)
     return Answering(policy, rollout, processor, layer, device=device, **limits)
 
 

@@ -1,6 +1,6 @@
-"""The model's own answers to scenes, and where it looked while it gave them.
+"""The model's own answers to scenes, and where it looked while answering.
 
-Each batch of answers goes to a journal at once, so that a killed run resumes where it was.
+Each batch of answers is added to a journal at once, so that a killed run can resume.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from virft_fast import dist
-from virft_fast.batch import Prompt
+from virft_fast.batch import Prompt, Row
 from virft_fast.evaluation.journal import Journal
-from virft_fast.mia.scenes import Plan, Scene, Scenes, without_details
+from virft_fast.mia.scenes import Scene, ScenePlan, Scenes, without_details
 from virft_fast.models.image_attention import coverage, image_tokens
 from virft_fast.models.qwen_vl import Policy, control_tokens_in, encode_prompt
 from virft_fast.rollout import Sampling
@@ -30,11 +30,11 @@ class Answer:
     """The model's answer to one scene.
 
     Attributes:
-        text: of the model. truth: the row's own answer.
+        text: the model's answer. truth: the row's own answer.
         ratio: share of attention on the target; None if no image got any.
-        perplexity: exp of the mean negative log-prob of the answer's tokens, under the distribution
-            they were sampled from: control tokens have no probability.
-        num_tokens: with EOS. truncated: whether EOS is missing.
+        perplexity: exp of the mean negative log-prob of the answer's tokens in the distribution
+            they were drawn from, which gives control tokens no probability.
+        num_tokens: EOS included. truncated: whether EOS is missing.
         problem: why there is no answer; texts and numbers are empty then.
         digest: of the scene, from `Scenes.digest`.
     """
@@ -80,13 +80,13 @@ class Answering:
         return Sampling(max_completion_length=self.max_completion_length, greedy=True)
 
     def special(self, text: str) -> bool:
-        """Whether the text contains control tokens. They would end a turn of the prompt, and DPO
-        refuses answers with them."""
+        """Whether the text contains control tokens. In a prompt they would end a turn, and DPO
+        rejects answers with them."""
         return bool(control_tokens_in(self.processor.tokenizer, text))
 
     def prompt(self, index: int, scene: Scene) -> Prompt | str:
         """The scene as the model's input, or the reason why it can't be one."""
-        if any(self.special(part.get("text", "")) for part in scene.content):
+        if any(self.special(item.get("text", "")) for item in scene.content):
             return "special tokens in the question"
         try:
             prompt = encode_prompt(self.processor, scene.sample(index))
@@ -98,10 +98,10 @@ class Answering:
         return prompt
 
     @torch.no_grad()
-    def answers(self, plans: Sequence[Plan], scenes: Sequence[Scene]) -> list[Answer]:
+    def answers(self, plans: Sequence[ScenePlan], scenes: Sequence[Scene]) -> list[Answer]:
         """Answers to a batch of scenes, in their order."""
         answers = {plan.index: Answer(plan.index, plan.kind, plan.num_images) for plan in plans}
-        readable: list[tuple[Plan, Scene, Prompt]] = []
+        readable: list[tuple[ScenePlan, Scene, Prompt]] = []
         for plan, scene in zip(plans, scenes, strict=True):
             prompt = self.prompt(plan.index, scene)
             if isinstance(prompt, Prompt) and not self.rollout.fits(prompt, 1, self.sampling):
@@ -110,14 +110,10 @@ class Answering:
                 answers[plan.index] = replace(answers[plan.index], problem=prompt)
             else:
                 readable.append((plan, scene, prompt))
-        for index, measured in self._generate(readable):
-            answers[index] = replace(answers[index], **measured)
+        answers |= {answer.index: answer for answer in self._generate(readable)}
         return list(answers.values())
 
-    def _generate(
-        self, batch: Sequence[tuple[Plan, Scene, Prompt]]
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Row and fields of its `Answer`, for each scene of the batch."""
+    def _generate(self, batch: Sequence[tuple[ScenePlan, Scene, Prompt]]) -> Iterator[Answer]:
         if not batch:
             return
         prompts = [prompt for _, _, prompt in batch]
@@ -126,20 +122,19 @@ class Answering:
         lengths = rollouts.completion_mask.sum(1).tolist()
         mean_logps = rollouts.sampling_logps.sum(1).cpu() / torch.tensor(lengths)
         for number, (plan, scene, prompt) in enumerate(batch):
+            answer = Answer(plan.index, plan.kind, plan.num_images)
             text, attention = rollouts.texts[number], observer.attention[number].cpu()
-            if self.special(text):  # spelled out, token by token
-                yield plan.index, {"problem": "special tokens in the model's answer"}
+            if self.special(text):  # spelled out in ordinary tokens
+                yield replace(answer, problem="special tokens in the model's answer")
                 continue
-            yield (
-                plan.index,
-                {
-                    "target": plan.target,
-                    "text": text,
-                    "ratio": attention_ratio(attention, prompt, scene, plan.kind, self.merge),
-                    "perplexity": _finite((-mean_logps[number]).exp()),
-                    "num_tokens": lengths[number],
-                    "truncated": bool(rollouts.truncated[number]),
-                },
+            yield replace(
+                answer,
+                target=plan.target,
+                text=text,
+                ratio=attention_ratio(attention, prompt, scene, plan.kind, self.merge),
+                perplexity=_finite((-mean_logps[number]).exp()),
+                num_tokens=lengths[number],
+                truncated=bool(rollouts.truncated[number]),
             )
 
 
@@ -149,11 +144,11 @@ def attention_ratio(
     """The target's share of the attention on all images; None if no image got any.
 
     In a sequence, it is the mean over the target's tokens divided by the sum of all images' means.
-    In a single image, it is what falls into the target's box; tokens on its edge count by area.
+    In a single image, it is the share inside the target's box; tokens on its edge count by area.
 
     Args:
         attention: (P,).
-        merge: patches a side that become one token.
+        merge: patches per side of a token.
     """
     images = image_tokens(prompt, merge)
     if kind == "sequence":
@@ -171,26 +166,27 @@ def _finite(value: Tensor) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def open_journal(path: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Journal | None:
-    """The journal of answers on the main process; None on the others.
+def open_journal(path: Path, settings: Row, *, overwrite: bool) -> Journal | None:
+    """The journal of answers on the main process, None on the others.
 
     Args:
-        settings: what answers depend on, besides the scenes; each answer has its scene's digest.
-        overwrite: delete answers that were given under other settings.
+        settings: what answers depend on, besides their scenes, whose digests they hold.
+        overwrite: delete answers from a run with other settings.
     Raises:
         ValueError: on all ranks, if the journal can't be used; see `Journal`.
     """
-    journal, error = None, ""
-    for delete in (False, True)[: 1 + overwrite] if dist.is_main() else ():
+    journals: list[Journal] = []
+
+    def open_it() -> None:
         try:
-            journal, error = Journal(path, settings, overwrite=delete), ""
-            break
-        except (ValueError, OSError) as caught:
-            error = str(caught)
-    error = dist.all_gather_object(error)[0]
-    if error:
-        raise ValueError(error)
-    return journal
+            journals.append(Journal(path, settings))
+        except (ValueError, OSError):
+            if not overwrite:
+                raise
+            journals.append(Journal(path, settings, overwrite=True))
+
+    dist.from_main(open_it)
+    return journals[0] if journals else None
 
 
 def answer_all(
@@ -200,19 +196,19 @@ def answer_all(
     indices: Sequence[int],
     *,
     batch_size: int,
-    progress: Callable[[int], None] = lambda rows: None,
+    progress: Callable[[int], object] = lambda rows: None,
 ) -> dict[int, Answer]:
-    """Row -> answer for all `indices` on the main process; other ranks get only the new answers.
+    """Row -> answer for all `indices` on the main process; other ranks only get the new answers.
 
-    The journal's answers are reused where the scene is unchanged. Rows without an answer don't go
-    to the journal, so the next run tries them again: it may have their images, or more memory.
+    Answers in the journal are reused if their scenes are unchanged. Rows without an answer are not
+    written to it, so that the next run, which may have their images or more memory, tries again.
     """
     records = journal.records.get("answer", []) if journal is not None else []
     journaled = {record["index"]: Answer(**record) for record in records}
     digests = dist.all_gather_object({i: answer.digest for i, answer in journaled.items()})[0]
     mine = indices[dist.rank() :: dist.world_size()]
     answers: dict[int, Answer] = {}
-    # All ranks do equally many rounds, because they exchange answers after each.
+    # All ranks need the same number of rounds, because they exchange answers after each.
     for first in range(0, -(-len(indices) // dist.world_size()), batch_size):
         batch = mine[first : first + batch_size]
         for new, reused in dist.all_gather_object(answer_batch(scenes, answering, batch, digests)):
@@ -227,22 +223,24 @@ def answer_all(
 def answer_batch(
     scenes: Scenes, answering: Answering, batch: Sequence[int], digests: Mapping[int, str]
 ) -> tuple[list[Answer], list[int]]:
-    """New answers to rows of the batch, and the rows whose answer in the journal is still right.
+    """New answers to rows of the batch, and the rows whose answer in the journal is still valid.
 
     Args:
         digests: row -> digest of the scene that the journal's answer is about.
     """
-    new, reused, built = [], [], []
+    new: list[Answer] = []
+    reused: list[int] = []
+    built: list[tuple[ScenePlan, Scene]] = []
     for index in batch:
         plan = scenes.plan(index)
-        if isinstance(plan, Plan) and digests.get(index) == scenes.digest(plan):
+        if isinstance(plan, str):
+            new.append(Answer(index, problem=plan))
+        elif digests.get(index) == scenes.digest(plan):
             reused.append(index)
-            continue
-        scene = scenes.scene(plan) if isinstance(plan, Plan) else plan
-        if not isinstance(scene, str) and answering.special(scenes.truth(index)):
-            scene = "special tokens in the row's own answer"
-        if isinstance(scene, str):
+        elif isinstance(scene := scenes.scene(plan), str):
             new.append(Answer(index, problem=scene))
+        elif answering.special(scenes.truth(index)):
+            new.append(Answer(index, problem="special tokens in the row's own answer"))
         else:
             built.append((plan, scene))
     answers = answering.answers([plan for plan, _ in built], [scene for _, scene in built])

@@ -7,14 +7,18 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from virft_fast.batch import Row
 from virft_fast.data.writing import written_aside
 from virft_fast.mia.answering import Answer
 from virft_fast.mia.scenes import Scenes
 from virft_fast.mia.selection import Selection
+
+if TYPE_CHECKING:
+    import datasets
 
 
 def write_pairs(
@@ -30,9 +34,9 @@ def write_pairs(
     """Write the kept pairs, and every row's answer and reasons to selection.jsonl.
 
     Args:
-        reasons: why each row is dropped, empty if it is kept; rows whose images can't be read any
-            more get another reason here.
-        card: the text of README.md; called when all reasons are known.
+        reasons: why each row is dropped, empty if it is kept; rows whose images have become
+            unreadable get another reason here.
+        card: makes the text of README.md; called when all reasons are complete.
     Returns:
         Split -> number of pairs.
     Raises:
@@ -62,7 +66,7 @@ def write_pairs(
     return counts
 
 
-def _features() -> Any:
+def _features() -> datasets.Features:
     import datasets
 
     text, number = datasets.Value("string"), datasets.Value("int64")
@@ -70,28 +74,19 @@ def _features() -> Any:
     content = datasets.List({"type": text, "text": text})
     turns = datasets.List({"role": text, "content": text})
     return datasets.Features(
-        images=images,
-        prompt=datasets.List({"role": text, "content": content}),
-        chosen=turns,
-        rejected=turns,
-        kind=text,
-        num_images=number,
-        target=number,
-        target_image=number,
-        target_box=datasets.List(number),
-        attention_ratio=fraction,
-        perplexity=fraction,
-        reasons=datasets.List(text),
-        source_row=number,
-    )
+        images=images, prompt=datasets.List({"role": text, "content": content}), chosen=turns,
+        rejected=turns, kind=text, num_images=number, target=number, target_image=number,
+        target_box=datasets.List(number), attention_ratio=fraction, perplexity=fraction,
+        reasons=datasets.List(text), source_row=number,
+    )  # fmt: skip
 
 
-def _pair(scenes: Scenes, answer: Answer, selection: Selection) -> dict[str, Any] | str:
+def _pair(scenes: Scenes, answer: Answer, selection: Selection) -> Row | str:
     built = scenes.build(answer.index, clean=True)
     if isinstance(built, str):
         return built
     _, scene = built
-    content = [{"type": part["type"], "text": part.get("text")} for part in scene.content]
+    content = [{"type": item["type"], "text": item.get("text")} for item in scene.content]
     limit = selection.limit(answer)
     return {
         "images": [_encoded(image) for image in scene.images],
@@ -110,8 +105,8 @@ def _pair(scenes: Scenes, answer: Answer, selection: Selection) -> dict[str, Any
     }
 
 
-def _encoded(image: Image.Image) -> dict[str, Any]:
-    """A small image as PNG, exactly; a larger one as JPEG of nearly the same look."""
+def _encoded(image: Image.Image) -> Row:
+    """A small image as PNG, without loss; a larger one as JPEG of high quality."""
     data = io.BytesIO()
     if image.width * image.height <= 256 * 256:
         image.save(data, "PNG")

@@ -21,37 +21,38 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from virft_fast.batch import Sample
+from virft_fast.batch import Row, Sample
 from virft_fast.data import BadRow, SampleDataset
 from virft_fast.models.processing import resized
+
+if TYPE_CHECKING:
+    import datasets
 
 KINDS = ("sequence", "collage", "pip")
 # Cells -> (rows, columns).
 GRIDS = {2: (1, 2), 3: (1, 3), 4: (2, 2), 6: (2, 3), 9: (3, 3)}
-# The target may fill this share of its companion's width and height.
+# Largest share of its companion's width and height that the target may fill.
 PIP_SHARE = 0.7
 # Standard deviation of the noise on a collage's target cell and on a whole picture in picture.
 COLLAGE_SIGMA, PIP_SIGMA = 225.0, 49.0
 PIP_PREFIXES = (
-    "In the picture in the middle,",
-    "Look at the smaller image in the centre:",
+    "In the picture in the middle,", "Look at the smaller image in the centre:",
     "Regarding the inset in the middle of the image,",
-    "For the image that lies on top, in the centre,",
-    "Considering only the inner picture,",
-    "About the picture placed at the centre:",
-    "Within the framed image at the centre,",
+    "For the image that lies on top, in the centre,", "Considering only the inner picture,",
+    "About the picture placed at the centre:", "Within the framed image at the centre,",
     "Leaving the background aside, in the central picture,",
-)
+)  # fmt: skip
 # A box in a text is wrong once its image is part of another one.
 BOX_TEXT = re.compile(r"\[\s*\d*\.?\d+(?:\s*,\s*\d*\.?\d+){3}\s*\]")
 _IMAGE_MARKS = re.compile(r"<image>|<\|image_pad\|>|<\|vision_start\|>|<\|vision_end\|>")
 
-Box = tuple[int, int, int, int]
+Box: TypeAlias = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+Excludes: TypeAlias = Callable[[int, int], bool]  # whether two rows can't share a scene
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,8 @@ class SceneLayout:
     label_indent: int = 20
 
     def __post_init__(self) -> None:
-        weights = self.shares.values()
-        known = set(self.shares) <= set(KINDS)
-        if not known or not 0 < sum(weights) < math.inf or min(weights) < 0:
+        weights, others = self.shares.values(), self.shares.keys() - KINDS
+        if others or not 0 < sum(weights) < math.inf or min(weights) < 0:
             raise ValueError(
                 f"shares: expected finite weights >= 0 of {', '.join(KINDS)}, not all of them 0, "
                 f"got {dict(self.shares)}"
@@ -106,13 +106,13 @@ class SceneLayout:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a scene will consist of, known before its images are opened.
+class ScenePlan:
+    """The contents of a scene, decided before its images are opened.
 
     Attributes:
         index: the target's row.
         kind: sequence, collage or pip.
-        order: rows of all images in their order; for pip the target, then its companion.
+        order: the images' rows in order; for pip the target, then its companion.
         target: position of the target in `order`.
         prefix: words put before the question.
     """
@@ -142,7 +142,7 @@ class Scene:
     images: tuple[Image.Image, ...]
     target_image: int
     box: Box
-    content: tuple[dict[str, Any], ...]
+    content: tuple[Row, ...]
 
     def sample(self, index: int) -> Sample:
         """A sample to answer, without a solution."""
@@ -151,12 +151,8 @@ class Scene:
 
 
 def plan_scene(
-    index: int,
-    pool: Sequence[int],
-    layout: SceneLayout,
-    seed: int,
-    excludes: Callable[[int, int], bool],
-) -> Plan | str:
+    index: int, pool: Sequence[int], layout: SceneLayout, seed: int, excludes: Excludes
+) -> ScenePlan | str:
     """The plan of row `index`, or the reason why it can't be the target of a scene.
 
     Args:
@@ -176,18 +172,12 @@ def plan_scene(
         return f"fewer images than asked: {kind} of {count}, only {len(companions) + 1} go together"
     target = 0 if kind == "pip" else int(rng.integers(count))
     order = (*companions[:target], index, *companions[target:])
-    prefix = f"In Image{target + 1},"
-    if kind == "pip":
-        prefix = str(rng.choice(PIP_PREFIXES))
-    return Plan(index, kind, order, target, prefix)
+    prefix = str(rng.choice(PIP_PREFIXES)) if kind == "pip" else f"In Image{target + 1},"
+    return ScenePlan(index, kind, order, target, prefix)
 
 
 def _companions(
-    index: int,
-    pool: Sequence[int],
-    count: int,
-    rng: np.random.Generator,
-    excludes: Callable[[int, int], bool],
+    index: int, pool: Sequence[int], count: int, rng: np.random.Generator, excludes: Excludes
 ) -> list[int]:
     """Up to `count` rows of the pool, drawn uniformly, that can share a scene with the target."""
     chosen: list[int] = []
@@ -210,29 +200,29 @@ def _companions(
     return chosen
 
 
-def compose(plan: Plan, images: Sequence[Image.Image], question: str, layout: SceneLayout) -> Scene:
+def compose(
+    plan: ScenePlan, images: Sequence[Image.Image], question: str, layout: SceneLayout
+) -> Scene:
     """Build the scene of a plan.
 
     Args:
         images: one RGB image for each row of `plan.order`.
         question: the target row's question.
     """
-    asked = f"{plan.prefix} {question[:1].lower()}{question[1:]}"
+    text = f"\n{plan.prefix} {question[:1].lower()}{question[1:]}"
     if plan.kind == "sequence":
-        parts: list[dict[str, Any]] = []
+        content: list[Row] = []
         for number in range(len(images)):
             before = "\n" if number else ""
-            parts += [{"type": "text", "text": f"{before}Image{number + 1}:"}, {"type": "image"}]
-        size = images[plan.target].size
-        content = (*parts, {"type": "text", "text": f"\n{asked}"})
-        return Scene(tuple(images), plan.target, (0, 0, *size), content)
+            content += [{"type": "text", "text": f"{before}Image{number + 1}:"}, {"type": "image"}]
+        content.append({"type": "text", "text": text})
+        return Scene(tuple(images), plan.target, (0, 0, *images[plan.target].size), tuple(content))
     if plan.kind == "collage":
         whole, boxes = collage(images, layout)
         box = boxes[plan.target]
     else:
         whole, box = picture_in_picture(images[plan.target], images[1 - plan.target])
-    content = ({"type": "image"}, {"type": "text", "text": f"\n{asked}"})
-    return Scene((whole,), 0, box, content)
+    return Scene((whole,), 0, box, ({"type": "image"}, {"type": "text", "text": text}))
 
 
 def collage(images: Sequence[Image.Image], layout: SceneLayout) -> tuple[Image.Image, list[Box]]:
@@ -287,12 +277,12 @@ def corrupted(scene: Scene, kind: str, seed: int, index: int) -> Scene:
 
 
 def clean_question(problem: str) -> str:
-    """The question without the marks that stand for its image."""
+    """The question without the placeholders of its image."""
     return _IMAGE_MARKS.sub("", problem).strip()
 
 
 def image_digest(image: Image.Image) -> str:
-    """A hash of the pixels, which recognizes an image under another file name."""
+    """A hash of the pixels: equal images have equal digests, whatever their file names."""
     return hashlib.sha1(f"{image.size}".encode() + image.tobytes()).hexdigest()
 
 
@@ -306,13 +296,13 @@ def _fitted(image: Image.Image, width: int, height: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class SceneRow:
-    """What planning needs to know of a row, so that its image is opened only once for it.
+    """What planning needs to know about a row, kept so that its image is opened only once.
 
     Attributes:
         digest: of its image; empty if the row has no usable image.
         question: its question, without image marks.
         truth: its own answer.
-        problem: why it can't be a target; its image may still be a companion.
+        problem: why it can't be a target; with an image it may still be a companion.
     """
 
     digest: str = ""
@@ -328,12 +318,12 @@ class Scenes:
         rows: from `load_rows`.
         noise: whether scenes are `corrupted`.
         groups: the source of each row; companions come from the same source. None: one source.
-        test_share: share of the images held out; no scene mixes images of both splits.
+        test_share: share of the images to hold out; no scene mixes images of both splits.
     """
 
     def __init__(
         self,
-        rows: Any,
+        rows: datasets.Dataset,
         layout: SceneLayout,
         *,
         seed: int,
@@ -362,38 +352,42 @@ class Scenes:
         drawn = hashlib.sha1(f"{self.seed} {self._row(index).digest}".encode()).digest()[:4]
         return int.from_bytes(drawn, "big") < self.test_share * 2**32
 
-    def plan(self, index: int) -> Plan | str:
+    def plan(self, index: int) -> ScenePlan | str:
         """The plan of a row, or the reason why it can't be the target of a scene."""
         problem, pool = self._row(index).problem, self._pools[self._groups[index]]
         return problem or plan_scene(index, pool, self.layout, self.seed, self._excludes)
 
-    def digest(self, plan: Plan) -> str:
+    def digest(self, plan: ScenePlan) -> str:
         """A hash of the scene: its images and texts, and how they are arranged."""
         target = self._row(plan.index)
         images = [self._row(row).digest for row in plan.order]
         described = repr((plan, target.question, target.truth, images))
+        described = described.replace("ScenePlan(", "Plan(", 1)  # as in journals written before
         return hashlib.sha1(described.encode()).hexdigest()[:16]
 
-    def scene(self, plan: Plan, *, clean: bool = False) -> Scene | str:
+    def scene(self, plan: ScenePlan, *, clean: bool = False) -> Scene | str:
         """The scene of a plan, or the reason why one of its images can't be loaded any more.
 
         Args:
             clean: without noise, as training sees it.
         """
-        loaded = [self.samples.get(row) for row in plan.order]
-        for sample in loaded:
+        images = []
+        for row in plan.order:
+            sample = self.samples.get(row)
             if isinstance(sample, BadRow):
                 return without_details(sample.reason)
-        images = [sample.images[0] for sample in loaded]
+            images.append(sample.images[0])
         scene = compose(plan, images, self._row(plan.index).question, self.layout)
         if self.noise and not clean:
             scene = corrupted(scene, plan.kind, self.seed, plan.index)
         return scene
 
-    def build(self, index: int, *, clean: bool = False) -> tuple[Plan, Scene] | str:
+    def build(self, index: int, *, clean: bool = False) -> tuple[ScenePlan, Scene] | str:
         """Plan and scene of a row, or the reason why it has none."""
         plan = self.plan(index)
-        scene = plan if isinstance(plan, str) else self.scene(plan, clean=clean)
+        if isinstance(plan, str):
+            return plan
+        scene = self.scene(plan, clean=clean)
         return scene if isinstance(scene, str) else (plan, scene)
 
     def _excludes(self, one: int, other: int) -> bool:
@@ -409,14 +403,14 @@ class Scenes:
             return SceneRow(problem=f"expected one image, got {len(sample.images)}")
         try:
             resized(*sample.images[0].size, min_pixels=1, max_pixels=2**40)
-        except ValueError:  # as a companion it would spoil the scenes of other rows
+        except ValueError:  # as a companion it would make the scenes of other rows unusable
             return SceneRow(problem="image too narrow for the processor")
         question, truth = clean_question(sample.columns["problem"]), sample.solution
         # Loading wraps the answers of conversations in the tags that the tasks expect.
         if self._unwrap and truth.startswith("<answer> ") and truth.endswith(" </answer>"):
             truth = truth.removeprefix("<answer> ").removesuffix(" </answer>")
-        problem = "boxes in the text" if BOX_TEXT.search(question) else ""
-        problem = problem if question else "the question is empty"
+        problem = "" if question else "the question is empty"
+        problem = "boxes in the text" if BOX_TEXT.search(question) else problem
         return SceneRow(image_digest(sample.images[0]), question, truth, problem)
 
 
@@ -425,8 +419,8 @@ def without_details(reason: str) -> str:
     return "image can't be read" if reason.startswith("image") else reason.split(", got")[0]
 
 
-def source_groups(rows: Any) -> list[str] | None:
-    """The source of each row, "" for rows without an image; None if the rows don't tell.
+def source_groups(rows: datasets.Dataset) -> list[str] | None:
+    """The source of each row, "" for rows without an image; None if the rows don't have one.
 
     The source is the column `source`, or else the first folder in which the image paths differ.
     """

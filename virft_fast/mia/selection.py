@@ -1,4 +1,4 @@
-"""Which answers become rejected answers of a pair, and why the others don't.
+"""Which answers become the rejected answer of a pair, and why the others don't.
 
 Attention limits are MIA-DPO's (arXiv:2410.17637, code at a85c51a). The paper names length ratio and
 edit distance without numbers; their limits are ours.
@@ -26,11 +26,11 @@ THRESHOLDS = {
 
 @dataclass(frozen=True)
 class Selection:
-    """The limits that a rejected answer has to meet.
+    """The limits that a rejected answer must meet.
 
     Attributes:
         thresholds: (kind, images) -> attention share, where it differs from THRESHOLDS.
-        min_perplexity: the model's perplexity of its answer has to exceed it.
+        min_perplexity: the perplexity of the answer must be higher.
         max_length_ratio: of the longer to the shorter answer, in characters.
         min_edit_distance: Levenshtein distance to the truth, as a share of the longer text.
     """
@@ -59,14 +59,14 @@ class Selection:
         return {**THRESHOLDS, **self.thresholds}[answer.kind, answer.num_images]
 
     def looked_away(self, answer: Answer) -> bool:
-        """Whether the attention share on the target is low enough."""
-        limit = self.limit(answer)
-        return answer.ratio <= limit if answer.kind == "sequence" else answer.ratio < limit
+        """Whether the attention share on the target is low enough; false if there is none."""
+        limit, ratio = self.limit(answer), math.inf if answer.ratio is None else answer.ratio
+        return ratio <= limit if answer.kind == "sequence" else ratio < limit
 
 
 def reasons_against(answer: Answer, selection: Selection) -> list[str]:
-    """Why this answer makes no pair; empty if it makes one. Without numbers, so that equal reasons
-    can be counted."""
+    """Why this answer makes no pair; empty if it makes one. Contains no numbers, so that equal
+    reasons can be counted."""
     if answer.problem:
         return [answer.problem]
     text, truth = answer.text.strip(), answer.truth.strip()
@@ -106,9 +106,8 @@ def edit_distance(one: str, other: str) -> float:
 
 
 def table(answers: Mapping[int, Answer], reasons: Mapping[int, Sequence[str]]) -> list[str]:
-    """Lines with the numbers of kept and dropped rows, by kind of scene and by reason.
-
-    A row that was dropped for two reasons counts for both.
+    """Lines with the number of kept and dropped rows by kind of scene and by reason. A row dropped
+    for two reasons counts for both.
     """
     answered = Counter((a.kind, a.num_images) for a in answers.values() if not a.problem)
     kept = Counter((a.kind, a.num_images) for index, a in answers.items() if not reasons[index])

@@ -32,12 +32,15 @@ def attention_sheet(
         if isinstance(built, str):
             continue
         plan, scene = built
+        prompt = answering.prompt(answer.index, scene)
+        if isinstance(prompt, str):
+            continue
         verdict = "kept" if not reasons[answer.index] else "; ".join(reasons[answer.index])
         caption = (
             f"{verdict}; {answer.ratio or 0.0:.2f} on the target. {plan.prefix} true: "
             f"{answer.truth} said: {answer.text}"
         )
-        cells.append((_picture(answering, scene, answer), caption))
+        cells.append((_picture(answering, scene, prompt, answer), caption))
     return contact_sheet(cells, columns=4) if cells else None
 
 
@@ -52,9 +55,8 @@ def on_sheet(
     return kept + dropped[: limit - len(kept)]
 
 
-def _picture(answering: Answering, scene: Scene, answer: Answer) -> Image.Image:
+def _picture(answering: Answering, scene: Scene, prompt: Prompt, answer: Answer) -> Image.Image:
     """The scene's images side by side, under the attention of the answer."""
-    prompt = answering.prompt(answer.index, scene)
     attention = attention_again(answering, prompt, answer)
     tokens = image_tokens(prompt, answering.merge)
     strongest = max(float(attention[positions].max()) for positions, _ in tokens)
@@ -64,11 +66,9 @@ def _picture(answering: Answering, scene: Scene, answer: Answer) -> Image.Image:
     ]
     target = images[scene.target_image]
     left, top, right, bottom = scene.box
-    ImageDraw.Draw(target).rectangle(
-        (left, top, right - 1, bottom - 1),  # PIL draws the last pixel, too
-        outline=(0, 160, 0),
-        width=max(2, max(target.size) // 100),
-    )
+    corners = (left, top, right - 1, bottom - 1)  # PIL draws the last pixel, too
+    width = max(2, max(target.size) // 100)
+    ImageDraw.Draw(target).rectangle(corners, outline=(0, 160, 0), width=width)
     return _side_by_side(images)
 
 
@@ -76,12 +76,9 @@ def attention_again(answering: Answering, prompt: Prompt, answer: Answer) -> Ten
     """(P,) attention of an answer on its prompt, computed from the answer's text."""
     tokenizer = answering.processor.tokenizer
     ids = answer_ids(tokenizer, answer.text)
+    ids = ids[:-1] if answer.truncated and len(ids) > 1 else ids
     inputs = answering.policy.collate(
-        [prompt],
-        [[ids[:-1] if answer.truncated and len(ids) > 1 else ids]],
-        pad_token_id=tokenizer.pad_token_id,
-        device=answering.device,
-        packed=True,
+        [prompt], [[ids]], pad_token_id=tokenizer.pad_token_id, device=answering.device, packed=True
     )
     (attention,) = attention_to_prompts(answering.policy, inputs, answering.layer)
     return attention.cpu()

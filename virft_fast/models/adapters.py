@@ -1,10 +1,10 @@
-"""LoRA adapters: what lies under one, how a stage of training begins on one, and merging.
+"""LoRA adapters: finding their base models, starting a stage of training with one, and merging.
 
-A run with `--use_peft` begins in one of three ways (`LoraPlan.kind`):
+A run with `--use_peft` starts in one of three ways (`LoraPlan.kind`):
     new        the model is whole: a new adapter is trained on it;
-    continued  the model is a folder with an adapter: that adapter is trained further on its base;
-    stacked    other ranks, alphas or layers are asked for, or the adapter can't be trained here:
-               it is merged, the merged model is saved, and a new adapter is trained on that.
+    continued  the model is a folder with an adapter: its training continues on the same base;
+    stacked    the flags name another rank, alpha or other layers, or the adapter can't be trained
+               here: it is merged, the merged model saved, and a new adapter trained on that.
 Plain peft loads the result of each: adapter_config.json names the base it was trained on.
 """
 
@@ -18,29 +18,30 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 from torch import nn
 
+from virft_fast.batch import Json, Row
+from virft_fast.models.families import base, core
 from virft_fast.models.tiny import resolve_model_path
 from virft_fast.models.trust import refuse_code
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftConfig, PeftModel
 
 logger = logging.getLogger(__name__)
 
 BASE_FOLDER = "base_model"  # a stacked run's merged base, in its output folder
 CONFIG_FILE = "adapter_config.json"
-TRAINED, REFERENCE = "default", "reference"  # peft's names of the adapters in a model
+TRAINED, REFERENCE = "default", "reference"  # names of the adapters in a model
 
-LORA_DEFAULTS: dict[str, Any] = {
-    "r": 16,
-    "alpha": 32,
-    "target_modules": (
-        "down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj",
-    ),
-}  # fmt: skip
+_LAYERS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+LORA_DEFAULTS: Row = {"r": 16, "alpha": 32, "target_modules": _LAYERS}
 
-# Settings of peft that a continued adapter may have: they act in the layers, and peft keeps them.
+# Settings that a continued adapter may have: peft applies them in the layers, and saves them again.
 _KEPT = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules",
     "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
@@ -48,20 +49,20 @@ _KEPT = {
     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
     "target_modules", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
-# Other ways to begin an adapter change the base model's weights.
-_HARMLESS_STARTS = (None, True, False, "gaussian", "orthogonal")
+# With any other initialization peft changes the base model's weights.
+_BASE_KEEPING_STARTS = (None, True, False, "gaussian", "orthogonal")
 
 
 @dataclass(frozen=True)
 class LoraPlan:
-    """How a run with an adapter begins.
+    """How a run with an adapter starts.
 
     Attributes:
         kind: "new", "continued" or "stacked", as above.
         name: the folder or hub id that the user named.
-        base: what is loaded under the adapter; of "stacked" the folder, to be merged.
+        base: the base model's folder or hub id; for "stacked" the folder to merge.
         revision: of `base`, if it is a hub id.
-        r, alpha, target_modules: of the adapter that is trained.
+        r, alpha, target_modules: the trained adapter's.
     """
 
     kind: str
@@ -74,18 +75,18 @@ class LoraPlan:
 
 
 def model_chain(name: str, revision: str | None = None) -> list[tuple[str, str | None]]:
-    """A model's folder or hub id with its revision; of an adapter's folder what is under it, too,
-    down to a whole model.
+    """A model's folder or hub id, with its revision; for an adapter's folder followed by its base
+    model, and so on down to a whole model.
 
     Raises:
-        ValueError: an adapter_config.json that names no base model, or names one in a circle; a
-            hub id of an adapter, or a folder that asks for code.
+        ValueError: an adapter_config.json names no base model, or adapters name each other; the
+            hub id of an adapter; or a folder that asks for code.
     """
     chain: list[tuple[str, str | None]] = [(resolve_model_path(name), revision)]
     refuse_code(chain[0][0])
     while (config := _read_config(chain[-1][0])) is not None:
-        base = _base_folder(Path(chain[-1][0]), config["base_model_name_or_path"])
-        chain.append((resolve_model_path(base), revision or config.get("revision")))
+        parent = _base_folder(Path(chain[-1][0]), config["base_model_name_or_path"])
+        chain.append((resolve_model_path(parent), revision or config.get("revision")))
         refuse_code(chain[-1][0])
         if len(chain) > 16:
             raise ValueError(
@@ -104,34 +105,33 @@ def model_chain(name: str, revision: str | None = None) -> list[tuple[str, str |
 
 @functools.cache
 def _is_hub_adapter(hub_id: str, revision: str | None) -> bool:
-    from transformers.utils import cached_file
-
     try:
-        return bool(
-            cached_file(
-                hub_id,
-                CONFIG_FILE,
-                revision=revision,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-        )
-    except OSError:  # there is no such id, which whoever loads it says
+        return bool(hub_file(hub_id, CONFIG_FILE, revision))
+    except OSError:  # no such id; the loader reports it
         return False
 
 
-def _read_config(folder: str) -> dict[str, Any] | None:
-    """adapter_config.json of a folder; None where it has none."""
+def hub_file(hub_id: str, name: str, revision: str | None) -> str | None:
+    """A file of the hub in the local cache; None if there is no such file or no connection."""
+    from transformers.utils import cached_file
+
+    raises = ("missing_entries", "connection_errors")
+    quiet: Row = {f"_raise_exceptions_for_{kind}": False for kind in raises}
+    return cached_file(hub_id, name, revision=revision, **quiet)
+
+
+def _read_config(folder: str) -> Row | None:
+    """A folder's adapter_config.json; None if it has none."""
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {"base_model_name_or_path": str, "r": int, "lora_alpha": (int, float),
+        kinds = {"base_model_name_or_path": (str,), "r": (int,), "lora_alpha": (int, float),
                  "target_modules": (str, list)}  # fmt: skip
-        for key, kind in kinds.items():
+        for key, types in kinds.items():
             needed = key == "base_model_name_or_path" or config.get(key) is not None
-            if needed and not isinstance(config[key], kind):
+            if needed and not isinstance(config[key], types):
                 raise ValueError(f"{key} {config[key]!r}")
         return dict(config)
     except (ValueError, KeyError, TypeError) as error:
@@ -142,19 +142,20 @@ def _read_config(folder: str) -> dict[str, Any] | None:
 
 
 def _base_folder(folder: Path, named: str) -> str:
-    """Where the base model is that an adapter in `folder` names, as plain peft finds it. Where it
-    is gone it is looked for beside the adapter, or beside its run: a run may have been moved."""
+    """The folder or hub id of the base model that the adapter in `folder` names.
+
+    As a run may have been moved, a missing folder is also looked up by its name in the adapter's
+    folder and in that folder's parent.
+    """
     if not Path(named).is_absolute():
         return named
     candidates = [parent / Path(named).name for parent in (folder, folder.parent)]
     candidates.insert(0, Path(named))
     models = (path for path in candidates if (path / "config.json").is_file())
-    found = str(next(models, named))
-    if found != named and Path(named).name != BASE_FOLDER:  # which a run names after nothing else
-        logger.warning(
-            "%s names the base model %s, which is gone; %s is used", folder, named, found
-        )
-    return found
+    path = str(next(models, named))
+    if path != named and Path(named).name != BASE_FOLDER:  # a name for nothing else
+        logger.warning("%s names the base model %s, which is gone; %s is used", folder, named, path)
+    return path
 
 
 def plan_lora(
@@ -165,42 +166,42 @@ def plan_lora(
     alpha: float | None = None,
     target_modules: Sequence[str] = (),
 ) -> LoraPlan:
-    """How an adapter on the model `name` begins; reads adapter_config.json and no weights.
+    """How a run with an adapter on the model `name` starts. Reads no weights.
 
     Args:
-        r, alpha, target_modules: as asked for; None or empty takes the folder's adapter's.
+        r, alpha, target_modules: None or empty: those of the folder's adapter, or the defaults.
     Raises:
-        ValueError: the folder's adapter can't be trained further, and nothing else is asked for.
+        ValueError: the arguments agree with the folder's adapter, but it can't be trained further.
     """
     chain = model_chain(name, revision)
     own = _read_config(chain[0][0])
     given = {"r": r, "alpha": alpha, "target_modules": tuple(sorted(target_modules))}
-    asked = {key: value for key, value in given.items() if value}
+    requested: Row = {key: value for key, value in given.items() if value}
     if own is None:
-        return LoraPlan("new", name, name, revision, **{**LORA_DEFAULTS, **asked})
-    has = _settings(own)
-    if all(has.get(key) == value for key, value in asked.items()) and len(chain) == 2:
+        return LoraPlan("new", name, name, revision, **{**LORA_DEFAULTS, **requested})
+    settings = _settings(own)
+    if all(settings.get(key) == value for key, value in requested.items()) and len(chain) == 2:
         _check_continues(name, own)
-        return LoraPlan("continued", name, *chain[1], **has)
-    if isinstance(own.get("target_modules"), str):  # a pattern, for a model of another shape maybe
-        has.pop("target_modules")
-    return LoraPlan("stacked", name, name, revision, **{**LORA_DEFAULTS, **has, **asked})
+        return LoraPlan("continued", name, *chain[1], **settings)
+    if isinstance(own.get("target_modules"), str):  # a pattern, which may not fit this model
+        settings.pop("target_modules")
+    return LoraPlan("stacked", name, name, revision, **{**LORA_DEFAULTS, **settings, **requested})
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What our flags say of an adapter, as its file has it."""
+def _settings(config: Row) -> Row:
+    """The values that an adapter_config.json gives for our flags."""
     targets = config.get("target_modules") or ()
     targets = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
-    found = {"r": config.get("r"), "alpha": config.get("lora_alpha"), "target_modules": targets}
-    return {key: value for key, value in found.items() if value}
+    flags = {"r": config.get("r"), "alpha": config.get("lora_alpha"), "target_modules": targets}
+    return {key: value for key, value in flags.items() if value}
 
 
-def _check_continues(name: str, config: dict[str, Any]) -> None:
-    """Refuse an adapter that has more parts than the layers' products, or other ones."""
+def _check_continues(name: str, config: Row) -> None:
+    """Raise ValueError unless it is plain LoRA on linear layers of an unchanged base model."""
     odd = {k: v for k, v in config.items() if k not in _KEPT and v and v != "none"}
     if config.get("peft_type") != "LORA":
         odd["peft_type"] = config.get("peft_type")
-    if config.get("init_lora_weights") not in _HARMLESS_STARTS:
+    if config.get("init_lora_weights") not in _BASE_KEEPING_STARTS:
         odd["init_lora_weights"] = config["init_lora_weights"]
     targets = _settings(config).get("target_modules", ())
     if {"lm_head", "embed_tokens"} & {target.split(".")[-1] for target in targets}:
@@ -221,76 +222,75 @@ def add_lora(
     target_modules: Sequence[str],
     dropout: float = 0.0,
     revision: str | None = None,
-) -> nn.Module:
-    """The model with a new LoRA adapter on its language part; everything else is frozen."""
+) -> PeftModel:
+    """The model with a new LoRA adapter on its language model; everything else is frozen."""
     peft = _import_peft("--use_peft")
     _check_targets(model, target_modules)
     config = peft.LoraConfig(
         r=r,
         lora_alpha=alpha,
         target_modules=list(target_modules),
-        # Qwen2.5-VL's vision tower has layers of the same names.
+        # The vision tower of Qwen2.5-VL has layers with the same names.
         exclude_modules=r".*\bvisual\b.*",
         lora_dropout=dropout,
-        base_model_name_or_path=_absolute(model.name_or_path),
         revision=revision,
     )
     adapted = peft.get_peft_model(model, config)
-    # Which names it as it was loaded, from this working folder.
-    config.base_model_name_or_path = _absolute(model.name_or_path)
+    # peft has set it to the name as it was loaded, which may be a relative path.
+    config.base_model_name_or_path = _absolute(base(model).name_or_path)
     return adapted
 
 
 def _check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
-    """Raise ValueError for a name that fits no layer: peft does so only where none fits any."""
-    parts = [(n, m) for n, m in model.named_modules() if "visual" not in n.split(".")]
-    layers = [f".{name}" for name, part in parts if isinstance(part, nn.Linear)]
+    """Raise ValueError for a name that matches no layer: peft raises only if none of them does."""
+    linear = [f".{name}" for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    layers = [name for name in linear if "visual" not in name.split(".")]
     for target in target_modules:
         if not any(name.endswith(f".{target}") for name in layers):
-            known = sorted({name.rsplit(".", 1)[1] for name in layers} - {"lm_head"})
+            names = sorted({name.rsplit(".", 1)[1] for name in layers} - {"lm_head"})
             raise ValueError(
                 f"--lora_target_modules {target}: expected names of the language model's linear "
-                f"layers ({', '.join(known)}); leave it out for all of them"
+                f"layers ({', '.join(names)}); leave it out for all of them"
             )
 
 
-def attach(model: nn.Module, plan: LoraPlan, *, reference: bool = False) -> nn.Module:
-    """The base model with the adapter that is trained, in float32 unless the engine casts it.
+def attach(model: nn.Module, plan: LoraPlan, *, reference: bool = False) -> PeftModel:
+    """The base model with the adapter to train, whose weights are float32.
 
     Args:
-        model: `plan.base` loaded; on the meta device an adapter gets its shape alone.
-        reference: also hold a frozen copy of a continued adapter as it is now, see `as_reference`.
+        model: `plan.base`, loaded; on the meta device the adapter has no weights either.
+        reference: also add a frozen copy of a continued adapter, for `as_reference`.
     Raises:
         ValueError: the adapter's weights can't be read or don't fit the base model.
     """
     if plan.kind != "continued":
+        targets, revision = plan.target_modules, plan.revision
         return add_lora(
-            model, r=plan.r, alpha=plan.alpha, target_modules=plan.target_modules,
-            revision=plan.revision,
-        )  # fmt: skip
+            model, r=plan.r, alpha=plan.alpha, target_modules=targets, revision=revision
+        )
     peft = _import_peft("--use_peft")
-    config = peft_config(plan.name)
+    config = cast("LoraConfig", peft_config(plan.name))  # checked by `plan_lora`
     config.inference_mode = False
     if config.lora_dropout:
         logger.warning("%s: its dropout %s is set to 0", plan.name, config.lora_dropout)
         config.lora_dropout = 0.0
     config.base_model_name_or_path, config.revision = _absolute(plan.base), plan.revision
-    model = peft.PeftModel(model, config)
-    weights = dict(model.named_parameters())
+    adapted = peft.PeftModel(model, config)
+    weights = dict(adapted.named_parameters())
     on_meta = any(weight.is_meta for weight in weights.values())
     if not on_meta:
-        _load_weights(model, plan.name)
+        _load_weights(adapted, plan.name)
     if reference:
-        model.add_adapter(REFERENCE, deepcopy(config))
-        for name, copy in model.named_parameters():
+        adapted.add_adapter(REFERENCE, deepcopy(config))
+        for name, copy in adapted.named_parameters():
             if is_reference(name):
                 copy.requires_grad_(False)
                 if not on_meta:
                     copy.data.copy_(weights[name.replace(f".{REFERENCE}", f".{TRAINED}")])
-    return model
+    return adapted
 
 
-def peft_config(folder: str) -> Any:
+def peft_config(folder: str) -> PeftConfig:
     """peft's configuration of the adapter in a folder.
 
     Raises:
@@ -299,7 +299,7 @@ def peft_config(folder: str) -> Any:
     peft = _import_peft(f"--model_name_or_path {folder!r} is an adapter")
     try:
         return peft.PeftConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever an odd file makes of itself there
+    except Exception as error:  # unexpected content can raise anything
         raise ValueError(
             f"--model_name_or_path {folder!r}: expected {CONFIG_FILE} as peft writes it, got "
             f"{type(error).__name__}: {str(error)[:300]}"
@@ -307,10 +307,10 @@ def peft_config(folder: str) -> Any:
 
 
 def merge_adapter(model: nn.Module, folder: str) -> nn.Module:
-    """The base model with an adapter's products added to its weights, all of them trainable.
+    """The base model with an adapter merged into its weights, all of which are trainable.
 
     Args:
-        model: in float32, on the CPU, whole. It is changed in place.
+        model: float32, on the CPU, not partitioned. It is changed in place.
     Raises:
         ValueError: the adapter can't be merged, or its weights don't fit.
     """
@@ -321,42 +321,42 @@ def merge_adapter(model: nn.Module, folder: str) -> nn.Module:
             f"--model_name_or_path {folder!r}: expected an adapter that can be merged, such as "
             f"LoRA, got {config.peft_type}"
         )
-    # An adapter on one of two tied weights leaves the other as it is.
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = head.weight is embedding.weight
+    # Untie the weights: an adapter on one of them must not change the other.
+    head, embedding = base(model).lm_head, core(model).get_input_embeddings().weight
+    tied = head.weight is embedding
     if tied:
-        head.weight = nn.Parameter(embedding.weight.detach().clone())
+        head.weight = nn.Parameter(embedding.detach().clone())
     adapted = peft.PeftModel(model, config)
     _load_weights(adapted, folder)
     try:
         merged = adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
-    # What peft can't merge, it says in several ways.
+    # peft raises any of these for an adapter that it can't merge.
     except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
         raise ValueError(
             f"--model_name_or_path {folder!r}: expected an adapter that can be merged into its "
             f"base model, got {type(error).__name__}: {error}"
         ) from error
-    head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
     if tied:
-        same = torch.equal(head.weight, embedding.weight)
+        head, embedding = base(merged).lm_head, core(merged).get_input_embeddings().weight
+        same = torch.equal(head.weight, embedding)
         if same:
-            head.weight = embedding.weight
-        # peft unties the model's configuration whenever it merges.
-        for part in (merged.config, merged.config.get_text_config()):
-            part.tie_word_embeddings = same
+            head.weight = embedding
+        # peft marks the weights as untied whenever it merges.
+        for model_config in (merged.config, merged.config.get_text_config()):
+            model_config.tie_word_embeddings = same
     return merged
 
 
-def _load_weights(model: Any, folder: str) -> None:
-    """Fill the adapter's weights from its folder; every one, and nothing left over."""
+def _load_weights(model: PeftModel, folder: str) -> None:
+    """Load the adapter's weights from its folder; raise ValueError unless they fit one to one."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
     try:
         if not (Path(folder) / "adapter_model.safetensors").is_file():  # peft would unpickle .bin
             raise FileNotFoundError("no adapter_model.safetensors")
-        found = load_peft_weights(folder, device="cpu")
-        result = set_peft_model_state_dict(model, found, TRAINED)
-    # Safetensors, torch and peft have errors of their own for a file that is cut off or foreign.
+        loaded = load_peft_weights(folder, device="cpu")
+        result: Json = set_peft_model_state_dict(model, loaded, TRAINED)
+    # Safetensors, torch and peft have errors of their own for foreign or damaged files.
     except Exception as error:
         raise ValueError(
             f"--model_name_or_path {folder!r}: expected the adapter's weights, got "
@@ -371,23 +371,23 @@ def _load_weights(model: Any, folder: str) -> None:
         )
 
 
-def has_adapter(model: nn.Module) -> bool:
+def has_adapter(model: nn.Module) -> TypeGuard[PeftModel]:
     return hasattr(model, "peft_config")
 
 
 def is_trained_adapter(name: str) -> bool:
-    """Whether a parameter's name is one of the adapter that is trained and saved."""
+    """Whether a parameter, by its name, is of the adapter that is trained and saved."""
     return TRAINED in name.split(".")
 
 
 def is_reference(name: str) -> bool:
-    """Whether a parameter's name is one of the frozen copy that `attach` made."""
+    """Whether a parameter, by its name, is of the frozen copy that `attach` made."""
     return REFERENCE in name.split(".")
 
 
 @contextlib.contextmanager
 def as_reference(model: nn.Module) -> Iterator[None]:
-    """Context in which a model with an adapter computes as it did when its training began."""
+    """Context in which a model with an adapter computes as it did when its training started."""
     if not has_adapter(model):
         yield
     elif REFERENCE not in model.peft_config:
@@ -396,8 +396,8 @@ def as_reference(model: nn.Module) -> Iterator[None]:
     else:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
-        # Not peft's `set_adapter`: it changes which parameters are trained.
+        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        # Not peft's `set_adapter`, which changes which parameters are trained.
         try:
             for layer in layers:
                 layer._active_adapter = REFERENCE
@@ -409,11 +409,12 @@ def as_reference(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undivided() -> Iterator[None]:
-    """Context in which weights are loaded whole, so that they can be merged, even where ZeRO-3
-    would divide them as they arrive; the engine divides them when it is made."""
+    """Context in which weights are loaded whole, so that they can be merged. Outside it ZeRO-3
+    partitions them as they are read; these are partitioned when the engine is made."""
     from transformers.integrations import deepspeed
 
-    alive = deepspeed.deepspeed_config() and deepspeed._hf_deepspeed_config_weak_ref()
+    weak_ref = deepspeed._hf_deepspeed_config_weak_ref
+    alive = weak_ref and weak_ref()
     if not alive:
         yield
         return
@@ -425,12 +426,12 @@ def undivided() -> Iterator[None]:
 
 
 def _absolute(name: str) -> str:
-    """A folder's full path, so that an adapter finds it from anywhere; a hub id as it is."""
+    """A folder's absolute path, so that an adapter can name it; a hub id as it is."""
     path = Path(resolve_model_path(name))
     return str(path.resolve()) if name and path.is_dir() else name
 
 
-def _import_peft(what: str) -> Any:
+def _import_peft(what: str) -> ModuleType:
     try:
         import peft
     except ImportError as error:

@@ -1,5 +1,8 @@
-"""Chat templates are programs that a model's folder brings. transformers runs them in Jinja's
-sandbox, without files and imports; here they are also bounded in time and memory."""
+"""Rendering chat templates, which are programs that come with a model's folder.
+
+transformers runs them in Jinja's sandbox, without files and imports. Here time and memory are
+limited as well.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +17,33 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from virft_fast.batch import Row
+
+if TYPE_CHECKING:
+    from _typeshed import TraceFunction
+
+    from virft_fast.models.processing import ImageOnlyQwen2VLProcessor as Processor
 
 LIMIT_S = 5.0  # of CPU time; an honest template takes milliseconds
 LIMIT_BYTES = 512 * 2**20
 LIMIT_CHARACTERS = 100_000
-_PROBE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+_PROBE: list[Row] = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+]
 
 
 class _TooLong(BaseException):
-    """Not an Exception: nothing that a template runs may catch it."""
+    """Not an Exception, so that nothing that a template calls catches it."""
 
 
-def check_chat_template(processor: Any, name: str) -> None:
-    """Render one short question in a child process, before anything else is rendered.
+def check_chat_template(processor: Processor, name: str) -> None:
+    """Render a short question in a child process, before anything else is rendered.
 
     Args:
-        name: of the model, for the message.
+        name: the model's, for the message.
     Raises:
         ValueError: the template fails, does not end, or needs too much memory.
     """
@@ -41,26 +54,27 @@ def check_chat_template(processor: Any, name: str) -> None:
             return f"{len(text):,} characters for a question of one"
         return "ok"
 
-    found = _in_child(probe)
-    if found != "ok":
+    outcome = _in_child(probe)
+    if outcome != "ok":
         raise ValueError(
             f"--model_name_or_path {name!r}: expected a chat template that renders a question with "
-            f"an image, got {found}; copy chat_template.jinja or .json of the original model"
+            f"an image, got {outcome}; copy chat_template.jinja or .json of the original model"
         )
 
 
-def render(processor: Any, messages: Sequence[dict[str, Any]]) -> str:
-    """The messages as the model reads them, up to where its answer begins.
+def render(processor: Processor, messages: Sequence[Row]) -> str:
+    """The prompt as the model reads it, up to where its answer begins.
 
     Raises:
         ValueError: the template fails, or takes longer than `LIMIT_S` between two operations.
     """
     ends = time.thread_time() + LIMIT_S
 
-    def trace(frame: Any, event: str, arg: Any) -> Any:
+    def trace(frame: FrameType, event: str, arg: object) -> TraceFunction | None:
         if time.thread_time() > ends:
             raise _TooLong
-        # Jinja's name for compiled templates: their lines count, elsewhere calls are enough.
+        # "<template>" is Jinja's name for a compiled template. There each line is traced, because
+        # a loop need not call anything; elsewhere only calls are.
         return trace if frame.f_code.co_filename == "<template>" else None
 
     before = sys.gettrace()
@@ -74,34 +88,35 @@ def render(processor: Any, messages: Sequence[dict[str, Any]]) -> str:
             sys.settrace(before)
     except _TooLong:
         raise ValueError(f"the chat template fails: no end after {LIMIT_S:g} s") from None
-    except Exception as error:  # whatever a template's program can raise
-        raise ValueError(f"the chat template fails: {_said(error)}") from error
+    except Exception as error:  # a template can raise anything
+        raise ValueError(f"the chat template fails: {_describe(error)}") from error
 
 
 def _in_child(function: Callable[[], str]) -> str:
-    """What a function returns, or how it fails, in a process with bounded time and memory."""
+    """Run a function with limited time and memory: what it returns, or a description of how it
+    fails."""
     read, write = os.pipe()
-    with warnings.catch_warnings():  # the child does nothing that a thread of ours could block
+    with warnings.catch_warnings():  # about threads; the child needs no lock that one could hold
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid == 0:
         try:
             _limit()
             try:
-                said = function()
+                text = function()
             except BaseException as error:
-                said = _said(error)
-            os.write(write, said.encode("utf-8", "replace")[:2000])
+                text = _describe(error)
+            os.write(write, text.encode("utf-8", "replace")[:2000])
         finally:
-            os.kill(os.getpid(), signal.SIGKILL)  # Python's own shutdown is the parent's
+            os.kill(os.getpid(), signal.SIGKILL)  # no shutdown of Python, which is the parent's
     try:
         os.close(write)
         poll = select.poll()
         poll.register(read, select.POLLIN)
-        # Twice the CPU time: the machine may be busy.
+        # Twice the limit of CPU time, because the machine may be busy.
         ready = poll.poll(2000 * LIMIT_S)
-        said = os.read(read, 2000).decode("utf-8", "replace") if ready else ""
-        return said or f"one that does not end within {LIMIT_S:g} s"
+        text = os.read(read, 2000).decode("utf-8", "replace") if ready else ""
+        return text or f"one that does not end within {LIMIT_S:g} s"
     finally:
         os.close(read)
         os.kill(pid, signal.SIGKILL)
@@ -109,15 +124,15 @@ def _in_child(function: Callable[[], str]) -> str:
 
 
 def _limit() -> None:
-    """Bound this process."""
+    """Limit this process's CPU time and memory."""
     seconds = math.ceil(LIMIT_S)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError, ValueError):  # elsewhere than on Linux: time alone
+    with contextlib.suppress(OSError, ValueError):  # without Linux's /proc only the time is limited
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + LIMIT_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+        limit = pages * resource.getpagesize() + LIMIT_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
 
-def _said(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:300]

@@ -1,20 +1,22 @@
-"""How much of the attention of a completion lies on each token of its prompt, at one layer.
+"""How much a completion attends to each token of its prompt, at one layer.
 
-The packed row of prompts and completions goes through the layers up to that one and no further.
-There the queries of the completion's tokens meet the keys: a full map, tokens by tokens, is never
-formed. Queries are those that predict the tokens after the first, as in generation step by step;
-of a completion of one token, the one that predicts it.
+The packed row of prompts and completions goes through the layers only up to that one. There the
+completion's queries are multiplied with the keys; a whole map, tokens by tokens, never exists. The
+queries are those that predict the tokens after the first, as in step-by-step generation; if the
+completion is one token, the query that predicts it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from virft_fast.batch import Prompt
-from virft_fast.models.qwen_vl import ModelInputs, Policy
+from virft_fast.models.inputs import ModelInputs
+from virft_fast.models.policy import Policy
 from virft_fast.models.shared_prefix import Group, PackedAttention
 
 
@@ -23,12 +25,12 @@ class _Enough(Exception):
 
 
 class _Watched:
-    """A core of packed attention that keeps what is asked for at `layer`, and stops there."""
+    """A core of packed attention that measures the attention at `layer`, then stops the pass."""
 
     def __init__(self, groups: Sequence[Group], device: torch.device, layer: int) -> None:
         self.groups, self.layer = groups, layer
         self.inner = PackedAttention(groups, device)
-        self.found: list[Tensor] = []
+        self.attention: list[Tensor] = []
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
@@ -36,13 +38,13 @@ class _Watched:
         if layer < self.layer:
             return self.inner(layer, query, key, value, scaling)
         for group in self.groups:
-            self.found.append(attention_to_prompt(query[0], key[0], group, scaling))
+            self.attention.append(attention_to_prompt(query[0], key[0], group, scaling))
         raise _Enough
 
 
 def attention_to_prompt(query: Tensor, key: Tensor, group: Group, scaling: float) -> Tensor:
-    """(P,) attention to the prompt, mean over heads and over the completion's queries; without a
-    completion, of the prompt's last token.
+    """(P,) float32 attention to the prompt, averaged over the heads and the completion's queries;
+    without a completion, that of the prompt's last token.
 
     Args:
         query: (H, S, E). key: (K, S, E).
@@ -52,14 +54,14 @@ def attention_to_prompt(query: Tensor, key: Tensor, group: Group, scaling: float
     queries = query[:, first : group.end].float()  # (H, n, E)
     keys = key[:, group.start : group.end].float()  # (K, P + n, E)
     count = queries.shape[1]
-    # Every query sees the prompt, and of its completion what comes before it and itself.
+    # Every query sees the prompt, and its completion up to itself.
     places = torch.arange(keys.shape[1], device=key.device)
     last = first - group.start + torch.arange(count, device=key.device)
     hidden = places > last[:, None]
     repeats = len(queries) // len(keys)
     total = torch.zeros(group.prompt_length, device=key.device)
-    for number, part in enumerate(queries.split(repeats)):  # the heads that share keys
-        scores = (part * scaling) @ keys[number].T
+    for number, heads in enumerate(queries.split(repeats)):  # that share keys
+        scores = (heads * scaling) @ keys[number].T
         shares = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
         total += shares[..., : group.prompt_length].sum((0, 1))
     return total / (len(queries) * count)
@@ -70,11 +72,11 @@ def attention_to_prompts(policy: Policy, inputs: ModelInputs, layer: int) -> lis
     """Attention of each completion to its prompt's tokens.
 
     Args:
-        inputs: packed, one completion a prompt.
+        inputs: packed, one completion per prompt.
         layer: number of the layer, from 0.
     Returns:
-        (P,) float32 for each prompt, on the device of the model; sums to less than 1, by what the
-        completion's own tokens get.
+        (P,) float32 for each prompt, on the model's device. The sum is less than 1, because a
+        completion also attends to its own tokens.
     Raises:
         ValueError: the model's attention can't be reached, there is no such layer, or `inputs` are
             not packed.
@@ -82,7 +84,7 @@ def attention_to_prompts(policy: Policy, inputs: ModelInputs, layer: int) -> lis
     count = policy.config.text_config.num_hidden_layers
     if not 0 <= layer < count:
         raise ValueError(f"layer: expected 0 to {count - 1}, got {layer}")
-    if policy.unreachable is not None or inputs.groups is None:
+    if policy.unreachable is not None or not inputs.groups:
         raise ValueError(
             "expected a model whose attention can be reached, and packed inputs; got "
             f"{policy.unreachable or 'rows of their own'}"
@@ -90,31 +92,28 @@ def attention_to_prompts(policy: Policy, inputs: ModelInputs, layer: int) -> lis
     if any(len(group.lengths) != 1 for group in inputs.groups):
         raise ValueError("expected one completion a prompt")
     watched = _Watched(inputs.groups, inputs.input_ids.device, layer)
-    try:
+    with contextlib.suppress(_Enough):
         policy.language(inputs, policy.image_features(inputs), attention_core=watched)
-    except _Enough:
-        pass
-    return watched.found
+    return watched.attention
 
 
 def image_tokens(prompt: Prompt, merge: int) -> list[tuple[Tensor, tuple[int, int]]]:
-    """Of each image of a prompt: the positions of its tokens, and the (rows, columns) they form.
+    """For each image of a prompt, the positions of its tokens and the (rows, columns) they form.
 
     Args:
-        merge: patches a side that become one token.
+        merge: one token stands for merge * merge patches.
     """
     if prompt.image_grid_thw is None:
         return []
-    grids = [
-        (rows // merge, columns // merge) for _, rows, columns in prompt.image_grid_thw.tolist()
-    ]
+    sizes = prompt.image_grid_thw.tolist()
+    grids = [(rows // merge, columns // merge) for _, rows, columns in sizes]
     positions = (prompt.mm_token_type_ids == 1).nonzero()[:, 0]
     counts = [rows * columns for rows, columns in grids]
     return list(zip(positions.split(counts), grids, strict=True))
 
 
 def coverage(box: Sequence[float], size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """(rows * columns,) float32: the share of each token's area that lies in the box.
+    """(rows * columns,) float32, the share of each token's area that is inside the box.
 
     Args:
         box: left, top, right, bottom in pixels. size: width and height of the image in pixels.
@@ -127,6 +126,6 @@ def coverage(box: Sequence[float], size: tuple[int, int], grid: tuple[int, int])
 
 
 def _overlap(low: float, high: float, count: int) -> Tensor:
-    """(count,) length that [low, high] shares with each [i, i + 1]."""
+    """(count,) float32, the length of the overlap of [low, high] with each [i, i + 1]."""
     start = torch.arange(count, dtype=torch.float64)
     return ((start + 1).clamp(max=high) - start.clamp(min=low)).clamp(0, 1).float()

@@ -1,8 +1,8 @@
 """The processor of a Qwen-VL checkpoint: text and images in, tensors out.
 
-transformers builds the video half of its processors from torchvision. Nothing here needs video, so
-the processor is made without it. Images become pixels through Pillow, whether torchvision is
-installed or not, so that a run's numbers are the same on every machine.
+transformers needs torchvision for the video part of its processors. This package uses no video, so
+its processor is made without that part. Images are resized by Pillow even where torchvision is
+installed, so that a run's numbers are the same on every machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from transformers.processing_utils import ProcessorMixin
 
 from virft_fast.models.adapters import model_chain
 from virft_fast.models.chat_template import check_chat_template
-from virft_fast.models.saving import LAYOUTS, find_base_folder, read_base_files, save_processor
+from virft_fast.models.families import FAMILIES, Tokenizer
+from virft_fast.models.saving import find_base_folder, read_base_files, save_processor
 from virft_fast.models.tiny import CHAT_TEMPLATE, resolve_model_path
 from virft_fast.models.trust import AsksForCode
 
@@ -32,24 +33,28 @@ class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
 
     Attributes:
         base_files: name -> content of the files it was loaded from, which it saves again.
-        model_type: the family, whose stock class other programs make of what it saves.
+        model_type: the family; it decides which class other programs load from a saved folder.
     """
 
     base_files: dict[str, bytes] = {}
     model_type = "qwen2_vl"
 
-    # ProcessorMixin reads the attributes off this signature, so a processor without
-    # `video_processor` here has none.
+    # ProcessorMixin takes the names of the processor's components from this signature.
     def __init__(
-        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None
+        self,
+        image_processor: Qwen2VLImageProcessorPil,
+        tokenizer: Tokenizer,
+        chat_template: str | dict[str, str] | None = None,
     ) -> None:
         self.image_token, self.video_token = IMAGE_TOKEN, VIDEO_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write all that other programs need; `virft_fast.models.saving` says what."""
+    def save_pretrained(
+        self, save_directory: str | Path, push_to_hub: bool = False, **options: object
+    ) -> None:
+        """Write the files that `virft_fast.models.saving` describes; the options are ignored."""
         save_processor(self, Path(save_directory))
 
 
@@ -60,16 +65,16 @@ def load_processor(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     renders: bool = True,
-) -> Any:
-    """The processor of a Qwen-VL checkpoint, its tokenizer padding on the left.
+) -> ImageOnlyQwen2VLProcessor:
+    """The processor of a Qwen-VL checkpoint, whose tokenizer pads on the left.
 
     Args:
-        name_or_path: a checkpoint folder, a hub id or `tiny`; of an adapter's folder without a
-            processor its base model's is loaded.
+        name_or_path: a checkpoint folder, a hub id or `tiny`; for an adapter's folder without a
+            processor, its base model's is loaded.
         revision: of a hub id.
-        min_pixels, max_pixels: bounds of an image's size after resizing, in pixels; None keeps the
+        min_pixels, max_pixels: bounds of an image's area after resizing, in pixels; None keeps the
             checkpoint's.
-        renders: whether its chat template is going to be used, and so has to work.
+        renders: check the chat template, because it is going to be used.
     Raises:
         FileNotFoundError: there is no tokenizer or no image processor.
         ValueError: the bounds leave no size, the tokenizer has no image token, an adapter's base
@@ -81,32 +86,30 @@ def load_processor(
         processor = _load(*holder)
     except AsksForCode:
         raise
-    except Exception as error:  # transformers has many for a file that holds something else
+    except Exception as error:  # transformers raises many kinds for unexpected content
         is_folder = Path(resolve_model_path(name)).is_dir()
-        found = "a folder without them" if is_folder else "neither a folder nor a reachable hub id"
+        got = "a folder without them" if is_folder else "neither a folder nor a reachable hub id"
         raise FileNotFoundError(
             f"--model_name_or_path {name!r}: expected a folder or hub id with a tokenizer and an "
-            f"image processor, got {found} ({' '.join(str(error).split())[:300]}); check the "
+            f"image processor, got {got} ({' '.join(str(error).split())[:300]}); check the "
             "spelling, or copy the tokenizer and (pre)processor files of the original model into "
             "the folder"
         ) from error
-    if IMAGE_TOKEN not in getattr(processor, "tokenizer", processor).get_vocab():
+    if IMAGE_TOKEN not in processor.tokenizer.get_vocab():
         raise ValueError(
             f"--model_name_or_path {name!r}: expected a Qwen-VL tokenizer, got one without "
             f"{IMAGE_TOKEN}; is it a text-only model?"
         )
-    lacking = [n for n in ("eos_token", "pad_token") if getattr(processor.tokenizer, n) is None]
-    if lacking:
+    tokenizer = processor.tokenizer
+    if lacking := [n for n in ("eos_token", "pad_token") if getattr(tokenizer, n) is None]:
         raise ValueError(
             f"--model_name_or_path {name!r}: expected a tokenizer with {' and '.join(lacking)}; "
             "name them in its tokenizer_config.json"
         )
-    processor.tokenizer.padding_side = "left"
+    tokenizer.padding_side = "left"
+    bounds = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     size = dict(processor.image_processor.size)
-    if min_pixels is not None:
-        size["shortest_edge"] = min_pixels
-    if max_pixels is not None:
-        size["longest_edge"] = max_pixels
+    size |= {edge: pixels for edge, pixels in bounds.items() if pixels is not None}
     if not 0 < size["shortest_edge"] <= size["longest_edge"]:
         raise ValueError(
             f"expected 0 < min_pixels <= max_pixels, got {size['shortest_edge']} and "
@@ -124,38 +127,35 @@ def resized(
     """(width, height) of an image as Qwen-VL's processors resize it.
 
     Args:
-        factor: both sides become multiples of it: patch size times merge size.
+        factor: both sides become multiples of it; patch size times merge size.
     Raises:
-        ValueError: the sides are more than 200 to 1.
+        ValueError: one side is more than 200 times the other.
     """
     new_height, new_width = smart_resize(height, width, factor, min_pixels, max_pixels)
     return new_width, new_height
 
 
-def build_tiny_processor(tokenizer: Any) -> Any:
-    """The embedded model's, with Qwen's PIL image processor, for images of 56x56 to 168x168
-    pixels."""
-    image_processor = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 56 * 56, "longest_edge": 168 * 168}
-    )
-    return ImageOnlyQwen2VLProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
+def build_tiny_processor(tokenizer: Tokenizer) -> ImageOnlyQwen2VLProcessor:
+    """The embedded model's processor; its images have the area of 56x56 to 168x168 pixels."""
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 56**2, "longest_edge": 168**2})
+    return ImageOnlyQwen2VLProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
 def _holder(name: str, revision: str | None) -> tuple[str, str | None]:
-    """The model's folder or hub id, or the one under an adapter, that has a processor."""
+    """Where the processor is: the first adapter's folder that has one, else the whole model."""
     *adapters, whole = model_chain(name, revision)
     files = ("tokenizer_config.json", "preprocessor_config.json"), ("processor_config.json",)
-    for folder, its in adapters:
-        if any(all((Path(folder) / file).is_file() for file in group) for group in files):
-            return folder, its
+    for adapter in adapters:
+        if any(all((Path(adapter[0]) / file).is_file() for file in group) for group in files):
+            return adapter
     return whole
 
 
 def _load(name_or_path: str, revision: str | None) -> ImageOnlyQwen2VLProcessor:
     folder = find_base_folder(name_or_path, revision)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(folder), trust_remote_code=False)
-    # The order in which transformers' own processors look for it.
+    # Looked up in the same order as by transformers' own processors.
     settings, _ = ProcessorMixin.get_processor_dict(str(folder))
     template = settings.get("chat_template") or tokenizer.chat_template
     processor = ImageOnlyQwen2VLProcessor(image_processor, tokenizer, chat_template=template)
@@ -163,6 +163,6 @@ def _load(name_or_path: str, revision: str | None) -> ImageOnlyQwen2VLProcessor:
     processor.base_files = read_base_files(folder, whole if whole != folder else None)
     if (folder / "config.json").is_file():
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if config.get("model_type") in LAYOUTS:
+        if config.get("model_type") in FAMILIES:
             processor.model_type = config["model_type"]
     return processor

@@ -1,12 +1,12 @@
-"""A prompt once for all its completions: packing, and attention applied from outside.
+"""Reading a prompt once for all its completions: packed rows, and attention among their tokens.
 
 A packed row holds whole groups, [prompt | completion 1 | ... | completion G | next prompt | ...].
-Every completion sees its prompt and itself, and its rotary positions restart behind the prompt.
-The transformers model stays as it is: its attention goes through transformers' own interface to
-`attend`, which hands the row to the core that came with the call.
+Every completion attends to its prompt and to itself, and its rotary positions continue from the
+prompt's. The transformers model's code stays as it is: transformers' attention interface calls
+`attend`, which passes the row to the core that was given with the call.
 
-Shapes: S tokens of the row, H query heads, K key/value heads, E numbers a head, G completions of a
-group, P prompt tokens, C tokens of a completion that the model reads: all but its last, which
+Shapes: S tokens of the row, H query heads, K key/value heads, E numbers per head, G completions of
+a group, P prompt tokens, C tokens of a completion that the model reads: all but the last, which
 predicts nothing.
 """
 
@@ -16,23 +16,29 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+if TYPE_CHECKING:
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel as TextModel
+
 _PREFIX = "shared_prefix_"
+# (query (H, S, E), key (K, S, E), value (K, S, E), scaling) -> (S, H, E)
+Core = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+Padding = tuple[Tensor, Tensor] | None  # see `_padding`
 
 
 @dataclass(frozen=True)
 class Group:
-    """Where a prompt and its completions lie in the packed row.
+    """Where a prompt and its completions are in the packed row.
 
     Attributes:
         start: position of the prompt's first token.
         prompt_length: P.
-        lengths: C of each completion, 0 allowed; they follow the prompt one after another.
+        lengths: C of each completion, in their order behind the prompt; 0 is allowed.
     """
 
     start: int
@@ -49,30 +55,27 @@ class Group:
         return self.first + sum(self.lengths)
 
 
-def install(language_model: nn.Module) -> str | None:
-    """Route the attention of transformers' language model through `attend`.
+def install(language_model: TextModel) -> str | None:
+    """Route the attention of transformers' language model through `attend`, in place.
 
-    Without a core in the call it computes what it computed before.
+    Calls without a core compute the same as before.
 
     Returns:
         None, or the reason why its attention can't be reached.
     """
-    reason = unreachable(language_model)
-    if reason is None:
-        config = language_model.config
-        inner = config._attn_implementation
-        if not inner.startswith(_PREFIX):
-            config._attn_implementation = _register(inner)
+    reason, config = unreachable(language_model), language_model.config
+    if reason is None and not config._attn_implementation.startswith(_PREFIX):
+        config._attn_implementation = _register(config._attn_implementation)
     return reason
 
 
-def unreachable(language_model: nn.Module) -> str | None:
-    """Why the prompt can't be shared in this model; None if it can."""
+def unreachable(language_model: TextModel) -> str | None:
+    """Why prompts can't be shared in this model; None if they can."""
     config = language_model.config
     if not getattr(language_model, "_supports_attention_backend", False):
         return f"{type(language_model).__name__} has its attention built in"
-    if getattr(config, "attention_dropout", 0.0):
-        return f"attention_dropout is {config.attention_dropout}, and two passes would differ"
+    if dropout := getattr(config, "attention_dropout", 0.0):
+        return f"attention_dropout is {dropout}, and two passes would differ"
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if others:
         return f"it has layers of another kind than full attention: {', '.join(sorted(others))}"
@@ -81,7 +84,7 @@ def unreachable(language_model: nn.Module) -> str | None:
 
 @functools.cache
 def _register(inner: str) -> str:
-    """Make `attend` an attention of transformers under a name that says what it falls back to."""
+    """Register `attend` with transformers; the name it returns contains the fallback's, `inner`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -101,42 +104,49 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     attention_core: Callable[..., Tensor] | None = None,
-    **options: Any,
+    **options: object,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention interface: to the core of this call, or to `inner` without one."""
+    """transformers' attention interface: calls the core, or `inner` if there is none."""
     if attention_core is not None:
         return attention_core(module.layer_idx, query, key, value, scaling), None
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
-    # The flash functions choose their kernel by the name they find in the configuration.
+    # The flash functions choose their kernel by the name in the configuration.
     named = _View(module, config=_View(module.config, _attn_implementation=inner))
     return function(named, query, key, value, attention_mask, scaling=scaling, **options)
 
 
 class _View:
-    """An object as it is but for some attributes."""
+    """An object with some attributes replaced."""
 
-    def __init__(self, whole: Any, **attributes: Any) -> None:
+    def __init__(self, whole: object, **attributes: object) -> None:
         self._whole = whole
         vars(self).update(attributes)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._whole, name)
 
 
-# A mask of four dimensions is handed on as it is by transformers; the cores never look at it.
-def no_mask(device: torch.device) -> Tensor:
-    """What to pass as `attention_mask` beside a core."""
-    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+def read(model: TextModel, embeds: Tensor, positions: Tensor, **options: object) -> Tensor:
+    """(R, L, D) last hidden states for embeddings (R, L, D) at rotary positions (3, R, L).
+
+    Args:
+        options: of transformers' model; without an `attention_mask`, `attention_core` is needed.
+    """
+    if options.get("attention_mask") is None:
+        # Four dimensions, so that transformers builds none of its own.
+        options["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
+    options |= {"inputs_embeds": embeds, "position_ids": positions, "use_cache": False}
+    return model(**options).last_hidden_state
 
 
 class PackedAttention:
     """The core of one packed row.
 
     Args:
-        groups: they cover the row from 0 on, in order and without gaps.
+        groups: in their order in the row, which they cover without gaps.
         kind: "two_part", "flex" or "dense".
     """
 
@@ -144,20 +154,21 @@ class PackedAttention:
         self.groups = tuple(groups)
         self.device = device
         self.layers: set[int] = set()
-        core = {"two_part": _TwoPart, "flex": _Flex, "dense": _Dense}[kind]
-        self._core = core(self.groups, device)
+        cores: dict[str, Callable[[tuple[Group, ...], torch.device], Core]]
+        cores = {"two_part": _TwoPart, "flex": _Flex, "dense": _Dense}
+        self._core = cores[kind](self.groups, device)
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
         """(1, H, S, E), (1, K, S, E), (1, K, S, E) -> (1, S, H, E)."""
         self.layers.add(layer)
-        # Under autocast the rotation gives float32, and CausalBias wants one dtype.
+        # Under autocast the rotation returns float32, and CausalBias requires equal dtypes.
         query, key = query.to(value.dtype), key.to(value.dtype)
         return self._core(query[0], key[0], value[0], scaling)[None]
 
     def check(self, num_layers: int) -> None:
-        """Raise if a layer has computed its attention elsewhere."""
+        """Raise RuntimeError if a layer has bypassed this core."""
         if len(self.layers) < num_layers:
             raise RuntimeError(
                 f"expected {num_layers} layers to share the prompt, {len(self.layers)} did; pass "
@@ -166,10 +177,9 @@ class PackedAttention:
 
 
 class _TwoPart:
-    """Prompt tokens attend causally to the prompt, completion tokens to prompt and own completion.
+    """Two dense calls per group: the prompt to itself, the completions to prompt and themselves.
 
-    Two dense calls a group, in which completions are padded to the longest; padding comes last, so
-    that the causal mask alone keeps it from being seen.
+    Completions are padded to the longest. As the padding comes last, the causal mask hides it.
     """
 
     def __init__(self, groups: tuple[Group, ...], device: torch.device) -> None:
@@ -178,20 +188,23 @@ class _TwoPart:
         self.masks = [_suffix_mask(group, device) for group in groups]
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        if query.is_cuda:  # on a CPU the kernel reads a key once for all its queries
+        if query.is_cuda:  # on a CPU the kernel shares a key among its query heads
             repeats = query.shape[0] // key.shape[0]
             key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
-        parts = []
+        outputs = []
         for group, padding, mask in zip(self.groups, self.padding, self.masks, strict=True):
             prompt = slice(group.start, group.first)
-            parts.append(_causal(query[:, prompt], key[:, prompt], value[:, prompt], scaling))
+            outputs.append(_causal(query[:, prompt], key[:, prompt], value[:, prompt], scaling))
             if group.end > group.first:
-                parts.append(self._suffix(group, padding, mask, query, key, value, scaling))
-        return torch.cat(parts)
+                outputs.append(self._suffix(group, padding, mask, (query, key, value), scaling))
+        return torch.cat(outputs)
 
     @staticmethod
-    def _suffix(group, padding, mask, query, key, value, scaling) -> Tensor:
+    def _suffix(
+        group: Group, padding: Padding, mask: Tensor, states: tuple[Tensor, ...], scaling: float
+    ) -> Tensor:
         """(sum of C, H, E) outputs of a group's completion tokens."""
+        query, key, value = states
         num, longest = len(group.lengths), max(group.lengths)
         suffix, prompt = slice(group.first, group.end), slice(group.start, group.first)
 
@@ -205,34 +218,26 @@ class _TwoPart:
             shared = states[:, prompt].expand(num, -1, -1, -1)
             return torch.cat([shared, batched(states)], 2)
 
+        keys, values, gqa = with_prompt(key), with_prompt(value), len(query) != len(key)
         out = F.scaled_dot_product_attention(
-            batched(query),
-            with_prompt(key),
-            with_prompt(value),
-            attn_mask=mask,
-            scale=scaling,
-            enable_gqa=len(query) != len(key),
+            batched(query), keys, values, attn_mask=mask, scale=scaling, enable_gqa=gqa
         )
         out = out.transpose(1, 2).flatten(0, 1)  # (G * longest C, H, E)
         return out if padding is None else out.index_select(0, padding[1])
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """(H, n, E), (H or K, n, E) twice -> (n, H, E), causal among themselves."""
+    """(H, n, E) queries, (H or K, n, E) keys and values -> (n, H, E), each causal to the others."""
+    gqa = len(query) != len(key)
     out = F.scaled_dot_product_attention(
-        query[None],
-        key[None],
-        value[None],
-        is_causal=True,
-        scale=scaling,
-        enable_gqa=len(query) != len(key),
+        query[None], key[None], value[None], is_causal=True, scale=scaling, enable_gqa=gqa
     )
     return out[0].transpose(0, 1)
 
 
-def _padding(group: Group, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """Indices that pad a group's completions to the longest, and those that undo it; None where
-    they are all equally long."""
+def _padding(group: Group, device: torch.device) -> Padding:
+    """Indices that pad a group's completions to the longest, and those that undo it; None if all
+    are equally long."""
     lengths = torch.tensor(group.lengths)
     if not len(lengths) or bool((lengths == lengths[0]).all()):
         return None
@@ -243,21 +248,21 @@ def _padding(group: Group, device: torch.device) -> tuple[Tensor, Tensor] | None
     return index.flatten().to(device), real.flatten().nonzero()[:, 0].to(device)
 
 
-def _suffix_mask(group: Group, device: torch.device) -> Any:
-    """(longest C, P + longest C): all of the prompt, and the own completion causally."""
+def _suffix_mask(group: Group, device: torch.device) -> Tensor:
+    """(longest C, P + longest C): the whole prompt, and causal in the completion."""
     longest = max(group.lengths, default=0)
     if device.type == "cuda":
         from torch.nn.attention.bias import causal_lower_right
 
-        # Says the same, but keeps the flash kernels in play.
+        # The same mask in a form that the flash kernels accept.
         return causal_lower_right(longest, group.prompt_length + longest)
     mask = torch.ones(longest, group.prompt_length + longest, dtype=torch.bool, device=device)
     return mask.tril(group.prompt_length)
 
 
 def _segments(groups: tuple[Group, ...], length: int, device: torch.device) -> tuple[Tensor, ...]:
-    """(length,) each: the number of a position's group, -1 behind the last, and of its completion,
-    0 in a prompt."""
+    """(length,) int32 each: the number of each position's group, -1 behind the last group, and of
+    its completion, from 1; 0 in a prompt."""
     group_of = torch.full((length,), -1, dtype=torch.int32)
     sequence = torch.zeros(length, dtype=torch.int32)
     for number, group in enumerate(groups):
@@ -269,7 +274,7 @@ def _segments(groups: tuple[Group, ...], length: int, device: torch.device) -> t
 
 
 class _Dense:
-    """One call with the (S, S) mask: the plainest way to say it, and the oracle of the others."""
+    """One call with the (S, S) mask: the simplest core, which the others are tested against."""
 
     def __init__(self, groups: tuple[Group, ...], device: torch.device) -> None:
         length = groups[-1].end if groups else 0
@@ -287,7 +292,7 @@ class _Dense:
 
 
 class _Flex:
-    """FlexAttention: blocks of the (S, S) mask that are empty are skipped."""
+    """FlexAttention, which skips the empty blocks of the (S, S) mask."""
 
     BLOCK = 128
 
@@ -295,7 +300,7 @@ class _Flex:
         from torch.nn.attention.flex_attention import create_block_mask
 
         self.length = groups[-1].end if groups else 0
-        # Whole blocks, so that one compiled kernel serves every length.
+        # Padded to whole blocks, so that one compiled kernel serves every length.
         self.padded = -(-self.length // self.BLOCK) * self.BLOCK
         group_of, sequence = _segments(groups, self.padded, device)
 
@@ -309,7 +314,7 @@ class _Flex:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         pad = (0, 0, 0, self.padded - self.length)
-        query, key, value = (F.pad(part, pad)[None] for part in (query, key, value))
+        query, key, value = (F.pad(states, pad)[None] for states in (query, key, value))
         out = _flex_attention(query.device.type)(
             query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=True
         )

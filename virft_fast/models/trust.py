@@ -1,8 +1,8 @@
-"""What a model's folder may ask for: data, never code.
+"""A check that a model's folder needs no code of its own.
 
-transformers and peft load code that a folder brings or names: classes (`auto_map`), attention
-kernels of the hub, packages for quantized weights. Every loader here is called with
-`trust_remote_code=False`; this says which file asks for what before any of them runs.
+transformers and peft can run code that a folder contains or names: classes (`auto_map`), attention
+kernels from the hub, packages for quantized weights. Every loader in this package is called with
+`trust_remote_code=False`. This check runs before them, and names the file and the setting.
 """
 
 from __future__ import annotations
@@ -10,22 +10,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from virft_fast.batch import Json
 
 _CODE = {
     "auto_map", "custom_generate", "custom_pipelines", "kernel_config", "megatron_config",
     "use_kernels",
 }  # fmt: skip
-# Where the class that an adapter names may come from.
+# The libraries whose classes an adapter may name.
 _LIBRARIES = ("transformers", "peft")
 
 
 class AsksForCode(ValueError):
-    """A model that is not loaded, whatever else is in its folder."""
+    """The model's folder asks for code, so it is never loaded."""
 
 
 def refuse_code(folder: str | Path, flag: str = "--model_name_or_path") -> None:
-    """Check a model's or an adapter's folder; a hub id, being no folder, passes.
+    """Check the folder of a model or an adapter; a hub id passes unchecked.
 
     Raises:
         AsksForCode: a file asks for code or for quantized weights, or the weights are pickled.
@@ -40,7 +41,7 @@ def refuse_code(folder: str | Path, flag: str = "--model_name_or_path") -> None:
             content = json.loads(file.read_text(encoding="utf-8"))
         except RecursionError:
             raise AsksForCode(f"{named}: {file.name}: got JSON nested too deep") from None
-        except (OSError, ValueError):  # its loader says what is wrong
+        except (OSError, ValueError):  # the loader of this file reports it
             continue
         for key, value in _entries(content):
             if key == "quantization_config" and value:
@@ -67,19 +68,19 @@ def refuse_code(folder: str | Path, flag: str = "--model_name_or_path") -> None:
         )
 
 
-def _entries(content: Any) -> Iterator[tuple[str, Any]]:
+def _entries(content: Json) -> Iterator[tuple[str, Json]]:
     """Every key of a JSON document with its value, at any depth."""
     todo = [content]
     while todo:
-        part = todo.pop()
-        if isinstance(part, dict):
-            yield from part.items()
-        if isinstance(part, (dict, list)):
-            todo += part.values() if isinstance(part, dict) else part
+        value = todo.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+        if isinstance(value, (dict, list)):
+            todo += value.values() if isinstance(value, dict) else value
 
 
-def _asks_for_code(key: str, value: Any) -> bool:
-    if key.endswith(("attn_implementation", "experts_implementation")):  # a kernel of the hub
+def _asks_for_code(key: str, value: Json) -> bool:
+    if key.endswith(("attn_implementation", "experts_implementation")):  # "/": a kernel on the hub
         return "/" in json.dumps(value)
     if key == "parent_library":
         return str(value).split(".")[0] not in _LIBRARIES

@@ -1,17 +1,17 @@
-"""Groups of completions for prompts. A rollout is anything with the `generate` of `Rollout`."""
+"""Drawing groups of completions for prompts; `Rollout` is the interface of the backends."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from virft_fast.batch import Prompt, Rollouts
-from virft_fast.models.qwen_vl import Policy
+from virft_fast.models.policy import Policy
 
-# A context with whole weights in it, free to be used outside the engine's `forward`.
+# A context in which the policy has whole weights and may be called outside the engine's `forward`.
 Weights = Callable[[], AbstractContextManager[Policy]]
 
 
@@ -20,14 +20,14 @@ class Sampling:
     """How completions are drawn.
 
     Attributes:
-        max_completion_length: longest completion in tokens.
+        max_completion_length: limit of a completion, in tokens.
         temperature, top_p, top_k, min_p: as usual; top_k 0, top_p 1 and min_p 0 are off.
         repetition_penalty: divides the positive and multiplies the negative logits of tokens that
-            prompt or completion hold already; 1 is off.
+            are already in the prompt or the completion; 1 is off.
         greedy: take the likeliest token instead of drawing one.
-        stop_token_ids: end a completion, beside the tokenizer's EOS.
-        seed: with a row's number in the global batch it fixes every draw, whatever the batch is
-            split into and wherever a run was resumed.
+        stop_token_ids: tokens that end a completion, in addition to the tokenizer's EOS.
+        seed: together with a row's number in the global batch it determines every draw, however the
+            batch is split and wherever a run was resumed.
     """
 
     max_completion_length: int
@@ -62,8 +62,20 @@ def check_request(prompts: Sequence[Prompt], num_generations: int) -> None:
         )
 
 
+@contextmanager
+def evaluating(weights: Weights) -> Iterator[Policy]:
+    """The policy with whole weights, in evaluation mode; afterwards its mode is as before."""
+    with weights() as policy:
+        training = policy.training
+        policy.eval()
+        try:
+            yield policy
+        finally:
+            policy.train(training)
+
+
 class Rollout(Protocol):
-    """What the algorithms ask of a rollout backend."""
+    """A backend, as the algorithms see it."""
 
     def generate(
         self,
@@ -78,7 +90,7 @@ class Rollout(Protocol):
         Args:
             first_row: number of this rank's first row in the global batch.
         Raises:
-            ValueError: a prompt and its completions don't fit, or there is nothing to draw; nothing
-                was generated.
+            ValueError: a prompt and its completions don't fit into the cache, or there is nothing
+                to draw. Raised before anything is generated.
         """
         ...

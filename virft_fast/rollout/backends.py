@@ -1,14 +1,15 @@
-"""A rollout backend by its name, and what can be known about it before it is used."""
+"""A rollout backend by its name, and checks that can be made before it is used."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 
 from virft_fast.config import ROLLOUT_BACKENDS
-from virft_fast.models.qwen_vl import Policy
+from virft_fast.models.families import Tokenizer
+from virft_fast.models.policy import Policy
+from virft_fast.models.qwen_vl import load_model
 from virft_fast.rollout import Rollout, Weights
 from virft_fast.rollout.cache import CachePlan
 from virft_fast.rollout.hf import HFRollout
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 def make_rollout(
     backend: str,
     weights: Weights,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     device: torch.device,
     max_cache_tokens: int | None = None,
@@ -31,6 +32,38 @@ def make_rollout(
     if backend != "native":
         raise ValueError(f"backend: expected one of {ROLLOUT_BACKENDS}, got {backend!r}")
     return NativeRollout(weights, tokenizer, device=device, max_cache_tokens=max_cache_tokens)
+
+
+def load_policy(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    dtype: str,
+    attn_implementation: str = "sdpa",
+    backend: str = "native",
+    device: torch.device,
+    empty: bool = False,
+) -> Policy:
+    """A policy that only answers, on `device`.
+
+    Args:
+        dtype: torch's name of the weights' dtype; auto: bfloat16 on a GPU, else float32.
+        empty: the model's shape alone, on the meta device.
+    Raises:
+        ValueError, FileNotFoundError: see `load_model`; or the backend can't run the model.
+    """
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    model = load_model(
+        name_or_path,
+        revision=revision,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attn_implementation,
+        empty=empty,
+    )
+    policy = Policy(model if empty else model.to(device)).eval()
+    check_model(backend, policy)
+    return policy
 
 
 def check_model(backend: str, policy: Policy) -> None:
@@ -48,8 +81,8 @@ def check_cache_limit(
     max_completion_length: int,
     device: torch.device,
 ) -> None:
-    """Raise ValueError if the longest prompt that is let in and its completions can't fit into
-    `limit` tokens (--rollout_cache_tokens)."""
+    """Raise ValueError if the longest prompt that the flags allow doesn't fit with its completions
+    into `limit` tokens (--rollout_cache_tokens)."""
     if limit is None:
         return
     if backend != "native":
@@ -58,7 +91,6 @@ def check_cache_limit(
     plan = CachePlan.rounded(
         1, num_generations, max_prompt_length or 1, max_completion_length, device.type
     )
-    what = "any prompt"
-    if max_prompt_length is not None:
-        what = f"a prompt of --max_prompt_length {max_prompt_length} tokens"
+    length = max_prompt_length
+    what = "any prompt" if length is None else f"a prompt of --max_prompt_length {length} tokens"
     plan.check(limit, f"--rollout_cache_tokens {limit}: {what}")

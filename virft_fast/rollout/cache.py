@@ -1,37 +1,37 @@
 """Memory of the native rollout: how many tokens fit, and buffers that keep their addresses.
 
-Shapes: B prompts, G completions each, P prompt and T completion tokens, both rounded up as in
+Shapes: B prompts, G completions each, P prompt and T completion tokens, both rounded up by
 `CachePlan.rounded`; K key/value heads, E numbers per head.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from virft_fast.models.decode_step import Take
+from virft_fast.models.families import TextConfig
 
-# Completions are stored and attended to in multiples of this many tokens: large enough for few
-# CUDA graphs, small enough to read little padding.
+# The cache of completions is allocated and read in multiples of this many tokens: large enough for
+# few CUDA graphs, small enough to read little padding.
 WIDTH_STEP = {"cpu": 32, "cuda": 128}
-# Share of a GPU's free memory that keys and values may take.
+# The share of a GPU's free memory that keys and values may take.
 CACHE_SHARE = 0.8
-# Share of a GPU's whole memory up to which the buffers, and the graphs that use them, are kept for
-# the next rollout. Larger buffers are freed for training, at the price of capturing the graphs
+# Buffers up to this share of a GPU's whole memory are kept for the next rollout, and so are the
+# graphs that use them. Larger buffers are freed for training; then the graphs have to be captured
 # again (a choice, not measured yet).
 KEPT_SHARE = 0.1
 # On CUDA a prompt's length is rounded up to a multiple of this, or of an eighth of the next power
-# of two if that is more: about 20 lengths up to 4,096, so that the next rollout finds its graphs.
+# of two if that is more: about 20 lengths up to 4,096, so that later rollouts can reuse the graphs.
 PROMPT_STEP = 64
 
 
 def for_device(settings: dict[str, int], device_type: str) -> int:
-    """The setting for this type of device; the CPU's for types without one."""
+    """The setting for a type of device; the CPU's for types that have none."""
     return settings.get(device_type, settings["cpu"])
 
 
@@ -71,7 +71,7 @@ class CachePlan:
         return self.groups * (self.prompt_length + self.num_generations * self.completion_length)
 
     def check(self, limit: float, what: str) -> None:
-        """Raise ValueError, with a text that begins with `what`, if this exceeds `limit` tokens."""
+        """Raise ValueError, with a text that starts with `what`, if this exceeds `limit` tokens."""
         if self.num_tokens > limit:
             raise ValueError(
                 f"{what}: with {self.num_generations} completions it needs a cache of "
@@ -82,43 +82,43 @@ class CachePlan:
             )
 
 
-def cache_numbers(text_config: Any) -> int:
-    """How many numbers the keys and values of one token are, over all layers."""
+def cache_numbers(text_config: TextConfig) -> int:
+    """How many numbers the keys and values of one token have, over all layers."""
     heads = text_config.num_attention_heads
     size = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     return 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * size
 
 
 class Buffers:
-    """Named memory that keeps its address from rollout to rollout, and the CUDA graphs captured on
-    it, which are valid only as long as it does."""
+    """Named memory that keeps its address from rollout to rollout, and the CUDA graphs captured
+    with it, which are valid only as long as the addresses are."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._flat: dict[str, Tensor] = {}
-        self.graphs: dict[tuple[Any, ...], Any] = {}
-        self.pool: Any = None
+        self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self.pool: torch.cuda._POOL_HANDLE | None = None
 
     def num_bytes(self) -> int:
         return sum(flat.numel() * flat.element_size() for flat in self._flat.values())
 
     def capacity(self, token_bytes: int) -> float:
-        """Tokens of `token_bytes` each that a cache may hold; without a limit on a CPU."""
+        """How many tokens of `token_bytes` each a cache may hold; infinity on a CPU."""
         if self.device.type != "cuda":
             return math.inf
         free, _ = torch.cuda.mem_get_info(self.device)
-        # Memory that torch has reserved and doesn't use is free too, and so are these buffers.
+        # Memory that torch has reserved but doesn't use is free too, and so are these buffers.
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return int(CACHE_SHARE * (free + self.num_bytes()) / token_bytes)
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor at the front of the memory called `name`, with whatever that holds."""
+        """An uninitialized tensor at the front of the memory called `name`."""
         count = math.prod(shape)
         flat = self._flat.get(name)
         if flat is None or flat.numel() < count or flat.dtype != dtype:
             self.forget_graphs()  # they use the old addresses
             self._flat.pop(name, None)
-            # Zeros, because a masked key must still not be NaN.
+            # Zeros, because even a masked key must not be NaN.
             flat = self._flat[name] = torch.zeros(count, dtype=dtype, device=self.device)
         return flat[:count].view(*shape)
 
@@ -129,7 +129,7 @@ class Buffers:
         self.pool = None  # a pool without graphs can't be captured into again
 
     def release(self, *, keep_small: bool = False) -> None:
-        """Free all memory and the graphs; with `keep_small` only if training can't spare it."""
+        """Free all memory and the graphs; with `keep_small` only if they exceed `KEPT_SHARE`."""
         limit = math.inf if keep_small else -1
         if keep_small and self.device.type == "cuda":
             limit = KEPT_SHARE * torch.cuda.get_device_properties(self.device).total_memory
@@ -143,7 +143,7 @@ class LayerCache:
     """Keys and values of one layer.
 
     Attributes:
-        prompt_keys, prompt_values: (B, K, P, E), each prompt's, once.
+        prompt_keys, prompt_values: (B, K, P, E), the prompts', once each.
         keys, values: (B, K, G, T, E), the completions'.
     """
 
@@ -164,7 +164,7 @@ class LayerCache:
     def select(self, groups: Tensor, rows: Tensor) -> LayerCache:
         """The cache of some groups (B',), and of some rows in each (B', G')."""
         prompts = (self.prompt_keys, self.prompt_values)
-        if len(groups) < len(self.keys):  # else prompts stay where they are
+        if len(groups) < len(self.keys):  # else the prompts stay in place
             prompts = (select(self.prompt_keys, groups), select(self.prompt_values, groups))
         heads, _, length, size = self.keys.shape[1:]
         index = rows[:, None, :, None, None].expand(-1, heads, -1, length, size)
@@ -178,6 +178,6 @@ def select(whole: Tensor, index: Tensor) -> Tensor:
 
 
 def to_front(whole: Tensor, kept: Tensor) -> Tensor:
-    """A copy of `kept` at the front of the memory of `whole`, a tensor that is dense in it."""
+    """A copy of `kept` at the front of the memory of `whole`, which must be contiguous in it."""
     memory = whole if whole._base is None else whole._base
     return memory.view(-1)[: kept.numel()].view(kept.shape).copy_(kept)

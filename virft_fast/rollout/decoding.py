@@ -1,9 +1,8 @@
 """One batch of the native rollout, from its prompts to the last token of its completions.
 
-Shapes: B prompts (groups), G completions each, R = B*G rows; B, G and R shrink while completions
-end, N is R at the start. P prompt tokens, T completion tokens, both padded as in `CachePlan`; W of
-the T are visible to a step. H query heads, K key/value heads, E numbers per head, D hidden size, V
-vocabulary.
+Shapes: B prompts (groups), G completions each, R = B*G rows. B, G and R shrink as completions end;
+N is R at the start. P prompt tokens, T completion tokens, both padded as in `CachePlan`; a step
+sees W of the T. H query heads, K key/value heads, E numbers per head, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,36 +17,38 @@ from torch import Tensor
 from virft_fast import progress
 from virft_fast.batch import Prompt
 from virft_fast.models.decode_step import DecodeStep, Take
-from virft_fast.models.qwen_vl import ModelInputs, Policy, core
+from virft_fast.models.families import Tokenizer, core
+from virft_fast.models.inputs import ModelInputs
+from virft_fast.models.policy import Policy
 from virft_fast.models.shared_prefix import PackedAttention
 from virft_fast.rollout.cache import WIDTH_STEP, Buffers, CachePlan, LayerCache, for_device, select
 from virft_fast.rollout.observers import Observer
 from virft_fast.rollout.sampling import Sampler
 
-# Prompt tokens that go through the model in one call. On two CPU cores 2,048 took 0 to 14 % less
-# time than 8,192 and 0.4 of the memory (64 prompts of 130 tokens, 16 of 500, 16 of 650; a small
-# model, one run); a GPU's number is a choice, not measured yet.
+# Prompt tokens per call of the model. On two CPU cores 2,048 took 0 to 14 % less time than 8,192
+# and 0.4 of the memory (64 prompts of 130 tokens, 16 of 500, 16 of 650; a small model, one run).
+# The GPU's number is a choice, not measured yet.
 PREFILL_TOKENS = {"cpu": 2_048, "cuda": 16_384}
-# Tokens between two checks of which completions have ended; on CUDA each waits for the device.
+# Tokens between two checks which completions have ended; on CUDA a check waits for the device.
 CHECK_EVERY = {"cpu": 4, "cuda": 16}
-# The batch shrinks if this share of its rows, or fewer, would do.
+# The batch shrinks if it needs at most this share of its rows.
 SHRINK_AT = 0.75
-# Above this number all graphs are dropped, which bounds their memory (not measured yet).
+# At this number all graphs are dropped, which limits their memory (not measured yet).
 MAX_GRAPHS = 128
 
 
 @dataclass(frozen=True)
 class DecodeState:
-    """What a step reads and writes. A smaller batch is a new state at the front of the same memory.
+    """The tensors of a step. A smaller batch gets a new state, at the front of the same memory.
 
     Attributes:
         tokens: (R,) int64, each row's last token. positions: (R,) int64, its rotary position.
-        done: (R,) bool, whether the row's completion has ended.
+        done: (R,) bool, true where the row's completion has ended.
         slots: (R,) int64, the row of `drawn` and `logps` that each row writes to.
         prompt_bias: (B, P) float32, 0 at a prompt's tokens and -inf behind them.
         step: (1,) int64, index of the last token in its completion.
-        drawn: (N, max_completion_length + 1) int64, the completions. logps: float32, alike.
-        caches: of each layer; the prompts' prefill allocates them.
+        drawn: (N, max_completion_length + 1) int64, the completions. logps: the same in float32.
+        caches: one per layer; the prefill of the prompts allocates them.
     """
 
     tokens: Tensor
@@ -77,8 +77,8 @@ class DecodeState:
         )
 
     def select(self, groups: Tensor, order: Tensor) -> tuple[DecodeState, Tensor]:
-        """The state of some groups (B',) and of some rows in each (B', G'); and these rows' numbers
-        in the present state, (R',)."""
+        """The state of some groups (B',) and of some rows in each (B', G'); and the numbers that
+        these rows have in the present state, (R',)."""
         num_generations = len(self.tokens) // len(self.prompt_bias)
         rows = (groups[:, None] * num_generations + order).flatten()
         state = replace(
@@ -98,13 +98,13 @@ class Decoding:
     """One batch of groups; `prefill` it, then `run`.
 
     Args:
-        policy: whole weights, in evaluation mode.
-        buffers: where all tensors and graphs of the batch live.
+        policy: with whole weights, in evaluation mode.
+        buffers: memory for all tensors and graphs of the batch.
         sampler: of the batch's rows.
         plan: at least as large as the batch.
         tokenizer: for its padding and EOS.
         graphs: whether steps run as CUDA graphs.
-        observer: is told what the rows attend to.
+        observer: gets what the rows attend to.
     """
 
     policy: Policy
@@ -112,7 +112,7 @@ class Decoding:
     sampler: Sampler
     _: KW_ONLY
     plan: CachePlan
-    tokenizer: Any
+    tokenizer: Tokenizer
     graphs: bool
     observer: Observer | None
 
@@ -135,18 +135,18 @@ class Decoding:
             Each prompt's image features if the vision tower is frozen, otherwise none.
         """
         plan, state, take, observer = self.plan, self.state, self.buffers.take, self.observer
-        # What a step changes of the observer.
+        # The tensors of the observer that a step changes.
         self.observed = () if observer is None else observer.start(prompts, plan, take)
-        features, last_states, starts = [], [], []
+        features: list[Tensor] = []
+        last_states, starts = [], []
         lengths = [len(prompt.input_ids) for prompt in prompts]
         for first, last in token_chunks(lengths, for_device(PREFILL_TOKENS, self.device.type)):
             chunk = prompts[first:last]
-            empty = [[] for _ in chunk]
             inputs = self.policy.collate(
-                chunk, empty, pad_token_id=self.pad, device=self.device, packed=True
+                chunk, [()] * len(chunk), pad_token_id=self.pad, device=self.device, packed=True
             )
             images = self.policy.image_features(inputs)
-            if self.policy.vision_frozen:  # else they are out of date after the next update
+            if self.policy.vision_frozen:  # else the next update invalidates them
                 features += inputs.per_prompt(images)
             last_states.append(self._read_prompts(inputs, images, first))
             places = inputs.position_ids[:, 0]
@@ -154,7 +154,7 @@ class Decoding:
         ends = torch.tensor(lengths, device=self.device)
         outside = torch.arange(plan.prompt_length, device=self.device) >= ends[:, None]
         state.prompt_bias.zero_().masked_fill_(outside, -torch.inf)
-        # No position is larger than the number of tokens; and graphs differ by P and T.
+        # No position exceeds the number of tokens, and graphs differ by P and T.
         self.read_token.prepare(plan.prompt_length + plan.completion_length, take)
         state.positions.copy_(torch.stack(starts).repeat_interleave(plan.num_generations))
         logits = self.policy.head.logits(torch.cat(last_states))  # (B, V)
@@ -163,14 +163,19 @@ class Decoding:
         return features
 
     def _read_prompts(self, inputs: ModelInputs, images: Tensor, first: int) -> Tensor:
-        """Store the keys and values of a packed row of prompts, the first of which is number
-        `first`; returns (prompts, D) last hidden states."""
+        """Store the keys and values of a packed row of prompts.
+
+        Args:
+            first: number of the row's first prompt in the batch.
+        Returns:
+            (prompts, D) last hidden states, at each prompt's last token.
+        """
         attention = PackedAttention(inputs.groups, self.device)
         caches = self.state.caches
 
         def store(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
             if layer == len(caches):
-                # In the dtype of the values: under autocast rotated keys are float32.
+                # With the dtype of the values, because under autocast rotated keys are float32.
                 caches.append(LayerCache.allocate(self.plan, layer, value, self.buffers.take))
             for number, group in enumerate(inputs.groups, first):
                 place = slice(group.start, group.first)
@@ -188,10 +193,10 @@ class Decoding:
     # Decoding
 
     def run(self) -> tuple[Tensor, Tensor]:
-        """(N, T) tokens and log-probs, padding and 0 behind the end of a completion."""
+        """(N, T) tokens and log-probs; after a completion's end padding and 0."""
         every = for_device(CHECK_EVERY, self.device.type)
         width_step = for_device(WIDTH_STEP, self.device.type)
-        with torch.inference_mode():  # a little less to do for each operation than no_grad
+        with torch.inference_mode():  # it costs each operation a little less than no_grad
             for index in range(self.length - 1):  # of the token that is read
                 if index % every == 0 and not self._shrink():
                     break
@@ -200,7 +205,7 @@ class Decoding:
                 progress.mark("rollout")
         if self.observer is not None:
             self.observer.finish()
-        # Copies: the next rollout uses the buffers again.
+        # Copies, because the next rollout reuses the buffers.
         drawn, logps = self.state.drawn, self.state.logps
         return drawn[:, : self.length].clone(), logps[:, : self.length].clone()
 
@@ -208,7 +213,7 @@ class Decoding:
         if not self.graphs:
             self._decode(width)
             return
-        # Everything that decides addresses, shapes and operations; the seed is in memory.
+        # Everything that determines addresses, shapes and operations; the seed is in a tensor.
         key = (
             self.state.prompt_bias.shape,  # (B, P)
             (len(self.state.tokens), len(self.state.drawn), self.plan.completion_length, width),
@@ -222,8 +227,8 @@ class Decoding:
             graphs[key] = self._capture(width)
         graphs[key].replay()
 
-    def _capture(self, width: int) -> Any:
-        """The step as a CUDA graph; the state is as before."""
+    def _capture(self, width: int) -> torch.cuda.CUDAGraph:
+        """The step as a CUDA graph; afterwards the state is as before."""
         state = self.state
         changed = [state.tokens, state.positions, state.done, state.step, state.drawn, state.logps]
         changed += self.observed
@@ -239,8 +244,8 @@ class Decoding:
         return graph
 
     def _decode(self, width: int) -> None:
-        """Read the last token of each row and draw the next. On CUDA nothing here syncs with the
-        host, and no Python number in it changes but `width`, which is part of the graphs' key."""
+        """Read the last token of each row and draw the next. On CUDA nothing here waits for the
+        device, and the only Python number that changes is `width`, which is in the graphs' key."""
         state = self.state
         attention = DecodeAttention(state, width, self.observer)
         states = self.read_token(state.tokens, state.positions, attention)
@@ -250,7 +255,7 @@ class Decoding:
         self._store(*self.sampler(logits, state.step[0]))
 
     def _store(self, tokens: Tensor, logps: Tensor) -> None:
-        """Store what was drawn, at index `step`."""
+        """Store the drawn tokens at index `step`."""
         state = self.state
         tokens = tokens.masked_fill(state.done, self.pad)
         place = (state.slots, state.step.expand(len(state.slots)))
@@ -262,8 +267,8 @@ class Decoding:
     # Shrinking
 
     def _shrink(self) -> bool:
-        """Drop completions that have ended, if that makes the batch much smaller. False if none is
-        left."""
+        """Drop completions that have ended, if that makes the batch much smaller. False if all have
+        ended."""
         active = ~self.state.done.view(len(self.state.prompt_bias), -1)  # (B, G)
         counts = active.sum(1).tolist()
         if not any(counts):
@@ -275,17 +280,19 @@ class Decoding:
         return True
 
     def _keep(self, active: Tensor, groups: int, rows: int) -> None:
-        """Keep the groups and rows that are still active, and ended ones to fill up."""
+        """Keep the active groups and rows, and as many ended ones as these numbers need."""
         kept = active.any(1).int().argsort(descending=True, stable=True)[:groups]  # (B',)
         if groups == len(active):
-            kept = torch.arange(groups, device=self.device)  # prompts stay where they are
+            kept = torch.arange(groups, device=self.device)  # the prompts stay in place
         order = active[kept].int().argsort(dim=1, descending=True, stable=True)[:, :rows]
         self.state, kept_rows = self.state.select(kept, order)
         self.sampler.keep(kept_rows)
 
 
-def capture_graph(run: Callable[[], None], pool: Any, device: torch.device) -> Any:
-    """`run` as a CUDA graph. The warm-up before the capture runs it once, the capture doesn't."""
+def capture_graph(
+    run: Callable[[], None], pool: torch.cuda._POOL_HANDLE, device: torch.device
+) -> torch.cuda.CUDAGraph:
+    """`run` as a CUDA graph. A warm-up before the capture executes it once, the capture doesn't."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -298,7 +305,7 @@ def capture_graph(run: Callable[[], None], pool: Any, device: torch.device) -> A
 
 
 class DecodeAttention:
-    """The core of one decoding step: each row's one query over its prompt and its own tokens."""
+    """The core of one decoding step: each row has one query, over its prompt and its own tokens."""
 
     def __init__(self, state: DecodeState, width: int, observer: Observer | None) -> None:
         self.state, self.width, self.observer = state, width, observer
@@ -327,12 +334,12 @@ class DecodeAttention:
             values.index_copy_(1, self.state.step, by_row(value))
             keys, values = keys[:, : self.width], values[:, : self.width]
             own = by_row(query)  # (B * K * G, H / K, E)
-            grouped = own.view(groups * heads, -1, size)  # the same, all rows of a group at once
+            grouped = own.view(groups * heads, -1, size)  # the same, with a group's rows in one
             prompt_keys = cache.prompt_keys.flatten(0, 1).transpose(1, 2)
             to_prompt = _scores(grouped, prompt_keys, self.prompt_bias, scaling)
             to_own = _scores(own, keys.transpose(1, 2), self.own_bias, scaling)
             scores = torch.cat([to_prompt, to_own.view(*to_prompt.shape[:2], -1)], -1)
-            # One softmax over both equals merging two by their log-sum-exp.
+            # One softmax over both equals two, merged by their log-sum-exp.
             shares = scores.softmax(-1)
             length = cache.prompt_keys.shape[2]
             if self.observer is not None:
@@ -356,13 +363,13 @@ def _scores(query: Tensor, keys: Tensor, bias: Tensor, scaling: float) -> Tensor
 
 
 def _bucket(count: int) -> int:
-    """`count` rounded up to one of 1, 2, 3, 4, 6, 8, 12, 16, ...: few sizes, so few graphs."""
+    """`count` rounded up to one of 1, 2, 3, 4, 6, 8, 12, 16, ...: few sizes need few graphs."""
     power = 1 << (count - 1).bit_length()
     return 3 * power // 4 if count <= 3 * power // 4 else power
 
 
 def token_chunks(lengths: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
-    """(first, last) of runs of prompts with at most `limit` tokens, or of one that is longer."""
+    """(first, last) of consecutive prompts with at most `limit` tokens; a longer one is alone."""
     first, total = 0, 0
     for last, length in enumerate(lengths):
         if last > first and total + length > limit:

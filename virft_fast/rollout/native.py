@@ -1,12 +1,12 @@
-"""The rollout engine: prompts computed and stored once, completions decoded all together.
+"""The rollout engine: prompts are computed and stored once, completions decoded all together.
 
 Every prompt of the rank goes through the vision tower and the language model once, in packed rows.
 Its keys and values are stored once, and all its completions read them. One step decodes one token
 of every completion: attention to the prompt for a whole group at once, attention to the completion
 itself, one softmax over both. When enough completions have ended, the batch shrinks to the others.
 On CUDA a step is a captured graph, one for each size of batch, prompts and completions (the key in
-`Decoding._run_step`), at most `MAX_GRAPHS` of them; the host checks for completions that have ended
-every `CHECK_EVERY` tokens only. decoding.py has the steps, cache.py the memory.
+`Decoding._run_step`), at most `MAX_GRAPHS` of them. The host checks only every `CHECK_EVERY` tokens
+which completions have ended. decoding.py has the steps, cache.py the memory.
 
 Shapes: B prompts, G completions each, N = B*G; T completion tokens.
 """
@@ -15,13 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from virft_fast.batch import Prompt, Rollouts
-from virft_fast.models.qwen_vl import Policy, banned_token_ids
-from virft_fast.rollout import Sampling, Weights, check_request
+from virft_fast.models.families import Tokenizer
+from virft_fast.models.inputs import banned_token_ids
+from virft_fast.models.policy import Policy
+from virft_fast.rollout import Sampling, Weights, check_request, evaluating
 from virft_fast.rollout.cache import Buffers, CachePlan, cache_numbers
 from virft_fast.rollout.decoding import Decoding
 from virft_fast.rollout.observers import Observer
@@ -33,19 +35,20 @@ class NativeRollout:
     """Completions by the engine described above.
 
     Args:
-        weights: context in which the policy holds whole weights and may be called freely. The
-            weights must stay at their addresses from call to call, or `graphs` be false.
-        tokenizer: its tokenizer; EOS ends a completion, no other control token is ever drawn.
+        weights: context in which the policy has whole weights and may be called freely. If `graphs`
+            is not false, the weights must keep their addresses from call to call.
+        tokenizer: the policy's; EOS ends a completion, no other control token is ever drawn.
         device: where the policy computes.
-        max_cache_tokens: prompt and completion tokens whose keys and values are held at once; None:
-            what fits into the GPU's free memory, without limit on a CPU. More prompts than fit are
-            decoded one batch after another, with the same result.
-        graphs: capture steps as CUDA graphs; None: on CUDA outside autocast. With graphs the memory
-            of a rollout stays for the next one, up to `KEPT_SHARE` of the GPU's; else it is freed.
+        max_cache_tokens: limit of the prompt and completion tokens whose keys and values are in
+            memory at once; None: what fits into the GPU's free memory, or no limit on a CPU. More
+            prompts than fit are decoded one batch after another, with the same result.
+        graphs: capture steps as CUDA graphs; None: on CUDA outside autocast. With graphs a
+            rollout's memory stays for the next one, up to `KEPT_SHARE` of the GPU's; without, it is
+            freed.
     """
 
     weights: Weights
-    tokenizer: Any
+    tokenizer: Tokenizer
     _: KW_ONLY
     device: torch.device
     max_cache_tokens: int | None = None
@@ -67,15 +70,14 @@ class NativeRollout:
         """See `virft_fast.rollout.Rollout.generate`.
 
         Args:
-            observer: is told what the completions attend to.
+            observer: gets what the completions attend to.
         """
         check_request(prompts, num_generations)
-        features, outputs = [], []
-        with self.weights() as policy:
+        features: list[Tensor] = []
+        outputs = []
+        with evaluating(self.weights) as policy:
             check_reachable(policy)
             batches = list(self._batches(policy, prompts, num_generations, sampling))
-            training = policy.training
-            policy.eval()
             try:
                 for first, last in batches:
                     batch = prompts[first:last]
@@ -100,17 +102,14 @@ class NativeRollout:
                     features += decoding.prefill(batch)
                     outputs.append(decoding.run())
             finally:
-                policy.train(training)
                 self._buffers.release(keep_small=self._with_graphs())
             kept = features if policy.vision_frozen else None
         tokens, logps = (torch.cat(batches) for batches in zip(*outputs, strict=True))
-        stop_ids = (self.tokenizer.eos_token_id, *sampling.stop_token_ids)
-        return make_rollouts(
-            prompts, num_generations, tokens, logps, stop_ids, self.tokenizer, kept
-        )
+        stops = (self.tokenizer.eos_token_id, *sampling.stop_token_ids)
+        return make_rollouts(prompts, num_generations, tokens, logps, stops, self.tokenizer, kept)
 
     def fits(self, prompt: Prompt, num_generations: int, sampling: Sampling) -> bool:
-        """Whether there is room for the prompt and its completions; `generate` raises otherwise."""
+        """Whether the prompt and its completions fit into the cache; else `generate` raises."""
         with self.weights() as policy:
             limit = self._cache_limit(policy)
         return self._plan([prompt], num_generations, sampling).num_tokens <= limit
@@ -118,7 +117,7 @@ class NativeRollout:
     def _batches(
         self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling
     ) -> Iterator[tuple[int, int]]:
-        """(first, last) of the prompts that are decoded together.
+        """(first, last) of each batch of prompts that are decoded together.
 
         Raises:
             ValueError: not even one prompt and its completions fit.
@@ -148,9 +147,8 @@ class NativeRollout:
         return self._buffers.capacity(cache_numbers(policy.config.text_config) * size)
 
     def _with_graphs(self) -> bool:
-        if self.graphs is not None:
-            return self.graphs
-        return self.device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+        default = self.device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+        return default if self.graphs is None else self.graphs
 
     def banned(self, policy: Policy) -> list[int]:
         """Token ids that are never drawn."""

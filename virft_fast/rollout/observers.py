@@ -1,8 +1,8 @@
-"""Observers of the native rollout: what decoding tells them, and the one that measures attention.
+"""Observers of the native rollout: their interface, and one that measures attention.
 
-Shapes: B prompts, G completions each, N = B*G; R of these N rows are still being decoded, in groups
-of equally many; P prompt tokens, padded; H query heads, K key/value heads, E numbers per head, S
-tokens of a packed row.
+Shapes: B prompts, G completions each, N = B*G. R of these N rows are still being decoded, equally
+many in each remaining group. P prompt tokens, padded; H query heads, K key/value heads, E numbers
+per head, S tokens of a packed row.
 """
 
 from __future__ import annotations
@@ -21,32 +21,34 @@ from virft_fast.rollout.cache import CachePlan
 
 
 class Observer(Protocol):
-    """What decoding tells an observer about each batch of prompts, in the order of the methods."""
+    """Decoding calls these methods in this order, for each batch of prompts."""
 
     @property
     def key(self) -> Hashable:
-        """Graphs captured for one observer are replayed for any other with an equal key."""
+        """Observers with equal keys share their captured graphs."""
 
     def start(self, prompts: Sequence[Prompt], plan: CachePlan, take: Take) -> Sequence[Tensor]:
-        """Prepare for a batch; returns the tensors that `step_attention` changes.
+        """Prepare for a batch.
 
         Args:
-            take: where these tensors must come from, so that captured graphs find them again.
+            take: makes the tensors of the observer, at addresses that captured graphs can use.
+        Returns:
+            The tensors that `step_attention` changes.
         """
 
     def prompt_attention(
         self, layer: int, number: int, query: Tensor, key: Tensor, group: Group, scaling: float
     ) -> None:
-        """Prompt `number` of the batch has been read: query (H, S, E) and key (K, S, E) of its
-        packed row, in which it is `group`."""
+        """Prompt `number` of the batch has been read. It is `group` in a packed row, whose queries
+        are (H, S, E) and keys (K, S, E)."""
 
     def step_attention(self, layer: int, shares: Tensor, rows: Tensor, done: Tensor) -> None:
-        """A token of each row has been read. Runs in a CUDA graph: on the device only.
+        """A token of each row has been read. Part of a CUDA graph: it must not wait for the device.
 
         Args:
             shares: (B', K, G', H / K, P) float32, attention of the R = B'*G' rows to their prompts.
             rows: (R,) int64, their numbers among the batch's N.
-            done: (R,) bool, whose completions had ended already.
+            done: (R,) bool, true where the completion had ended before.
         """
 
     def finish(self) -> None:
@@ -58,9 +60,9 @@ class AttentionObserver:
 
     Attributes:
         layer: counted from 0.
-        attention: of each of the N completions (P,) float32, without padding: mean over heads and
-            over the queries that predict its tokens after the first, or the only one. Batches and
-            rollouts add to this list.
+        attention: for each of the N completions (P,) float32, without padding, averaged over the
+            heads and the queries that predict its tokens after the first; the only one's, if it has
+            one token. Batches and rollouts append to this list.
     """
 
     def __init__(self, layer: int) -> None:
@@ -69,11 +71,10 @@ class AttentionObserver:
 
     def start(self, prompts: Sequence[Prompt], plan: CachePlan, take: Take) -> Sequence[Tensor]:
         self.lengths = [len(p.input_ids) for p in prompts for _ in range(plan.num_generations)]
-        # Sums over the queries of each row, and their number.
+        # For each row the sum over its queries, and their number.
         self.sums = take("observed", (len(self.lengths), plan.prompt_length), torch.float32).zero_()
         self.counts = take("num_observed", (len(self.lengths),), torch.float32).zero_()
-        shape = (plan.groups, plan.prompt_length)
-        self.last_of_prompt = take("last_of_prompt", shape, torch.float32)
+        self.last_of_prompt = take("last", (plan.groups, plan.prompt_length), torch.float32)
         return self.sums, self.counts
 
     def prompt_attention(
@@ -95,6 +96,5 @@ class AttentionObserver:
         single = self.last_of_prompt.repeat_interleave(repeats, 0)
         mean = self.sums / self.counts.clamp(min=1)[:, None]
         attention = torch.where(self.counts[:, None] > 0, mean, single)
-        self.attention += [
-            row[:length].clone() for row, length in zip(attention, self.lengths, strict=True)
-        ]
+        rows = zip(attention, self.lengths, strict=True)
+        self.attention += [row[:length].clone() for row, length in rows]

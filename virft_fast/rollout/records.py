@@ -1,35 +1,30 @@
-"""What rewards, evaluation and completions.jsonl read of completions."""
+"""Completions in the form that rewards, evaluation and completions.jsonl need."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
-from virft_fast.batch import Rollouts
+from virft_fast.batch import Json, Rollouts, Row
 from virft_fast.metrics import null_for_nan
 
 
-def reward_arguments(rollouts: Rollouts) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
-    """Prompts, completions and columns as TRL hands them to a reward function, N long each."""
+def reward_arguments(rollouts: Rollouts) -> tuple[list[Json], list[Json], dict[str, list[Json]]]:
+    """Prompts, completions and columns as TRL passes them to a reward function, N long each."""
     repeated = [p.sample for p in rollouts.prompts for _ in range(rollouts.num_generations)]
     names = {name for sample in repeated for name in sample.columns}
     columns = {name: [sample.columns.get(name) for sample in repeated] for name in sorted(names)}
     grids = [p.image_grid_thw for p in rollouts.prompts for _ in range(rollouts.num_generations)]
     columns["image_grid_thw"] = [None if grid is None else grid.tolist() for grid in grids]
-    columns["completion_ids"] = [
-        ids[mask].tolist()
-        for ids, mask in zip(rollouts.completion_ids, rollouts.completion_mask, strict=True)
-    ]
+    tokens = zip(rollouts.completion_ids, rollouts.completion_mask, strict=True)
+    columns["completion_ids"] = [ids[mask].tolist() for ids, mask in tokens]
     completions = [[{"role": "assistant", "content": text}] for text in rollouts.texts]
     return [list(sample.messages) for sample in repeated], completions, columns
 
 
-def completion_records(
-    rollouts: Rollouts, names: Sequence[str], rewards: Tensor
-) -> list[dict[str, Any]]:
-    """What is written down of each of the N completions; `rewards` (N, len(names)), NaN as None."""
+def completion_records(rollouts: Rollouts, names: Sequence[str], rewards: Tensor) -> list[Row]:
+    """A record of each of the N completions; `rewards` is (N, len(names)), NaN becomes None."""
     records = []
     for row, (text, values) in enumerate(zip(rollouts.texts, rewards.tolist(), strict=True)):
         prompt = rollouts.prompts[row // rollouts.num_generations]

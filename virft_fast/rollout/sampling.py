@@ -1,34 +1,35 @@
-"""From logits to tokens, on the device and without a look at them from the host.
+"""From logits to tokens, on the device, without waiting for it.
 
-A draw is one number in [0, 1) for each (seed, row in the global batch, position), by which the
-cumulated probabilities are searched. So a completion depends neither on its batch mates nor on the
-ranks the batch is divided among, and the backends draw the same tokens.
+A token is drawn by one number in [0, 1), which depends only on (seed, row in the global batch,
+position): it is looked up in the cumulated probabilities. So a completion depends neither on the
+other rows nor on how the batch is divided among ranks, and all backends draw the same tokens.
 
 Shapes: N rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from virft_fast.batch import Prompt, Rollouts
-from virft_fast.models.qwen_vl import control_token_ids
+from virft_fast.models.decode_step import Take
+from virft_fast.models.families import Tokenizer
+from virft_fast.models.inputs import control_token_ids
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.cache import select
 
 
 class Sampler:
-    """The state of N rows that are being drawn.
+    """Draws the tokens of N rows.
 
     Args:
-        banned: token ids that get no chance.
+        banned: token ids that are never drawn.
         first_row: number of the first row in the global batch.
-        prompts: one a row; only a repetition penalty reads them.
-        take: (name, shape, dtype) -> memory for the state; rows that are kept move to its front.
+        prompts: one per row; only a repetition penalty reads them.
+        take: makes the tensors of the state; None: they are newly allocated.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Sampler:
         first_row: int,
         prompts: Sequence[Prompt],
         device: torch.device,
-        take: Callable[..., Tensor] | None = None,
+        take: Take | None = None,
     ) -> None:
         self.sampling = sampling
         take = take or (lambda name, shape, dtype: torch.empty(shape, dtype=dtype, device=device))
@@ -68,8 +69,8 @@ class Sampler:
             logits: (N, V) float32.
             position: () int64, index of the token in its completion.
         Returns:
-            tokens (N,) int64, and the log-prob (N,) float32 of each in the distribution it was
-            drawn from.
+            Tokens, (N,) int64, and their log-probs, (N,) float32, in the distribution that they
+            were drawn from.
         """
         scores = self._scores(logits)
         if self.sampling.greedy:
@@ -83,7 +84,7 @@ class Sampler:
         return tokens, logps
 
     def _scores(self, logits: Tensor) -> Tensor:
-        """Logits after penalty, temperature and filters, in the order of transformers."""
+        """Logits after penalty, temperature and filters, in transformers' order."""
         sampling = self.sampling
         scores = logits + self.bias
         if self.seen is not None:
@@ -116,14 +117,14 @@ def _outside_nucleus(scores: Tensor, top_p: float) -> Tensor:
 
 def _draw(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """(N, V) scores and (N,) float64 numbers in [0, 1) -> (N,) tokens, by the inverse of the
-    cumulated softmax, and (N,) its log-norm.
+    cumulated softmax, and its log-norm, (N,).
 
-    The sum is in float64, where none of 150,000 small probabilities is lost.
+    The sum is float64, in which none of 150,000 small probabilities is lost.
     """
     largest = scores.amax(-1, keepdim=True)
     cumulated = (scores - largest).exp_().double().cumsum_(-1)
     total = cumulated[:, -1:]
-    # right=True: never a token of probability 0.
+    # right=True, so that it is never a token of probability 0.
     tokens = torch.searchsorted(cumulated, uniform[:, None] * total, right=True)[:, 0]
     log_norm = largest[:, 0] + total[:, 0].log().float()
     return tokens.clamp_(max=scores.shape[-1] - 1), log_norm
@@ -139,7 +140,7 @@ def _uniform(seeds: Tensor, position: Tensor) -> Tensor:
 
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; torch's keeps the sign."""
+    """Logical shift to the right; torch's shift keeps the sign."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -162,10 +163,10 @@ def make_rollouts(
     tokens: Tensor,
     logps: Tensor,
     stop_ids: Sequence[int],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     image_features: Sequence[Tensor] | None,
 ) -> Rollouts:
-    """Cut (N, T) drawn tokens, and their log-probs, behind the first one that ends a completion."""
+    """Cut (N, T) drawn tokens and their log-probs after the first token that ends a completion."""
     ends = torch.isin(tokens, torch.tensor(list(stop_ids), device=tokens.device))  # (N, T)
     ended = ends.any(1)
     length = torch.where(ended, ends.int().argmax(1) + 1, tokens.shape[1])
@@ -174,14 +175,14 @@ def make_rollouts(
     ids = tokens[:, :longest].masked_fill(~mask, tokenizer.pad_token_id)
     rows = [row[:n] for row, n in zip(ids.tolist(), length.tolist(), strict=True)]
     control = control_token_ids(tokenizer)
-    said = [[token for token in row if token not in control] for row in rows]
+    text_ids = [[token for token in row if token not in control] for row in rows]
     return Rollouts(
         prompts=tuple(prompts),
         num_generations=num_generations,
         completion_ids=ids,
         completion_mask=mask,
         truncated=~ended,
-        texts=tuple(tokenizer.batch_decode(said)),
+        texts=tuple(tokenizer.batch_decode(text_ids)),
         sampling_logps=logps[:, :longest].masked_fill(~mask, 0.0),
         image_features=None if image_features is None else tuple(image_features),
     )

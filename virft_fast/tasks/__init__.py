@@ -1,4 +1,4 @@
-"""Tasks: what an answer means and what it is worth."""
+"""Tasks: what an answer means and which reward it earns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from virft_fast.batch import Sample
 from virft_fast.tasks import brackets
@@ -35,7 +35,14 @@ from virft_fast.tasks.rewards import (
     hungarian_iou,
     knowing_classes,
 )
-from virft_fast.tasks.scoring import RewardError, RewardFunction, RewardLog, load_function, score
+from virft_fast.tasks.scoring import (
+    NamedRewards,
+    RewardError,
+    RewardFunction,
+    RewardLog,
+    load_function,
+    score,
+)
 from virft_fast.tasks.values import import_math_verify, number_of, option_of
 from virft_fast.tasks.visual_rft import (
     visual_rft_accuracy,
@@ -46,27 +53,13 @@ from virft_fast.tasks.visual_rft import (
 )
 
 __all__ = [
-    "ACCURACY_REWARDS",
-    "DEFAULT_REWARDS",
-    "REWARDS",
-    "Detection",
-    "RewardError",
-    "RewardLog",
-    "answer_text",
-    "check_solution",
-    "default_rewards",
-    "detect_task",
-    "in_thousandths",
-    "is_ours",
-    "load_reward_funcs",
-    "parse_detection",
-    "parse_label",
-    "score",
-    "told_classes",
-    "unearned",
-]
+    "ACCURACY_REWARDS", "DEFAULT_REWARDS", "REWARDS", "Detection", "NamedRewards", "RewardError",
+    "RewardFunction", "RewardLog", "answer_text", "check_solution", "default_rewards",
+    "detect_task", "in_thousandths", "is_ours", "load_reward_funcs", "parse_detection",
+    "parse_label", "score", "unearned", "with_class_set",
+]  # fmt: skip
 
-REWARDS: dict[str, RewardFunction] = {
+REWARDS: dict[str, Callable[..., list[float]]] = {
     "accuracy_iou": accuracy_iou,
     "accuracy_confidence": accuracy_confidence,
     "format": format_reward,
@@ -89,37 +82,37 @@ DEFAULT_REWARDS: dict[str, list[str]] = {
     "number": ["accuracy_number", "format"],
     "grounding": ["grounding_giou", "format"],
 }
-# What a solution scores against itself.
+# Name -> the reward of a solution as its own answer.
 ACCURACY_REWARDS: dict[str, float] = {
     name: 2.0 if name == "visual_rft_grounding" else 1.0 for name in REWARDS if name != "format"
 }
 CLEAR_MAJORITY = 0.8
-_PARTS = re.compile(r"(</?(?:think|answer)>)")
+_SECTIONS = re.compile(r"(</?(?:think|answer)>)")
 _NUMBER = re.compile(rf"(?<![\w.]){brackets.NUMBER}")
-_ANY_OPTIONS = [""] * 26  # a row may have as many
-BOX_TASKS = ("detection", "grounding")  # the solutions of the others are texts
+_ANY_OPTIONS = [""] * 26  # as many as a row may have
+BOX_TASKS = ("detection", "grounding")  # the solutions of other tasks are texts
 
 
 def default_rewards(task: str, solutions: Sequence[str]) -> list[str]:
-    """A task's rewards, without `accuracy_confidence` where no solution has a confidence, so that
-    the truth itself could not earn it."""
+    """A task's rewards, without `accuracy_confidence` where no solution has a confidence: not even
+    the truth could earn it."""
     names = DEFAULT_REWARDS[task]
     read = [parse_detection(solution) for solution in solutions if task == "detection"]
-    confidences = [c for found in read if found for c in found.confidences]
+    confidences = [c for detection in read if detection for c in detection.confidences]
     if confidences and not any(c is not None for c in confidences):
         return [name for name in names if name != "accuracy_confidence"]
     return names
 
 
 def is_ours(name: str, function: RewardFunction) -> bool:
-    """Whether a reward is the registered one, and not a user's of the same name."""
+    """Whether a reward is the registered one, not a user's of the same name."""
     return name in REWARDS and inspect.unwrap(function) is inspect.unwrap(REWARDS[name])
 
 
-def told_classes(
-    reward_funcs: Sequence[tuple[str, RewardFunction]], classes: ClosedSet | None
+def with_class_set(
+    reward_funcs: NamedRewards, classes: ClosedSet | None
 ) -> list[tuple[str, RewardFunction]]:
-    """The rewards, of which our `accuracy` knows the class set of the split."""
+    """The rewards, with our `accuracy` using the class set of the split."""
     return [
         (name, knowing_classes(f, classes) if is_ours("accuracy", f) else f)
         for name, f in reward_funcs
@@ -127,10 +120,10 @@ def told_classes(
 
 
 def unearned(
-    reward_funcs: Sequence[tuple[str, RewardFunction]], samples: Sequence[Sample]
+    reward_funcs: NamedRewards, samples: Sequence[Sample]
 ) -> list[tuple[int, str, float | None, float]]:
-    """Where an accuracy reward gives a solution less than its maximum against itself: row, name,
-    the reward and the maximum."""
+    """Row, name, reward and maximum wherever an accuracy reward gives a solution, as its own
+    answer, less than the maximum."""
     wrong = []
     for sample in samples:
         columns = {name: [value] for name, value in sample.columns.items()}
@@ -163,7 +156,7 @@ def load_reward_funcs(names: Sequence[str]) -> list[tuple[str, RewardFunction]]:
 def _registered(name: str) -> tuple[str, RewardFunction]:
     if name in REWARDS:
         if name == "accuracy_math":
-            import_math_verify()  # better now than after the model is loaded
+            import_math_verify()  # fails now rather than after the model is loaded
         return name, REWARDS[name]
     close = difflib.get_close_matches(name, REWARDS, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(REWARDS)}"
@@ -173,25 +166,25 @@ def _registered(name: str) -> tuple[str, RewardFunction]:
 
 
 def detect_task(solutions: Sequence[str]) -> str:
-    """The task that solutions belong to: detection, classification, grounding, choice or number.
+    """The task of solutions: detection, classification, grounding, choice or number.
 
-    A few that look like another task are taken for malformed: `check_solution` finds them out.
+    A minority that looks like another task counts as malformed; `check_solution` will report it.
 
     Raises:
         ValueError: there are none, or fewer than CLEAR_MAJORITY of them agree.
     """
     kinds = Counter(_kind(str(solution)) for solution in solutions)
     texts = [kind for kind in kinds if kind not in BOX_TASKS]
-    if len(texts) > 1:  # names that are letters or numbers among others are names
+    if len(texts) > 1:  # letters or numbers among other names are names
         kinds["classification"] = sum(kinds.pop(kind) for kind in texts)
-    most, count = max(kinds.items(), key=lambda item: item[1], default=("", 0))
+    task, count = max(kinds.items(), key=lambda item: item[1], default=("", 0))
     if not count or count < CLEAR_MAJORITY * len(solutions):
-        found = ", ".join(sorted(kinds)) or "no usable solution"
+        got = ", ".join(sorted(kinds)) or "no usable solution"
         raise ValueError(
-            f"--task auto: expected solutions of one task, got {found}; pass one of --task "
+            f"--task auto: expected solutions of one task, got {got}; pass one of --task "
             f"{', '.join(DEFAULT_REWARDS)}"
         )
-    return most
+    return task
 
 
 def _kind(solution: str) -> str:
@@ -219,18 +212,17 @@ def check_solution(
 
     Args:
         extent: (width, height) of the space its boxes are counted in; None: 0..1000.
-        choices: the class names that the row itself lists; a text is no list.
+        choices: the row's list of class names. Text instead of a list is reported.
     """
     if task in ("classification", "choice") and isinstance(choices, str):
         return (
             f'expected its options as a list, or as JSON such as ["no", "yes"], got {choices!r:.80}'
         )
-    if task == "classification" and choices is not None:
+    if task == "classification":
         try:
-            ClosedSet(choices)
+            ClosedSet(() if choices is None else choices)
         except ValueError as error:
             return str(error)
-    if task == "classification":
         named = key(answer_text(solution))
         return None if named else "expected a class name, got an empty solution"
     if task == "choice":
@@ -268,22 +260,22 @@ def check_solution(
 
 
 def in_thousandths(text: str, extent: Sequence[float]) -> str:
-    """The text with the boxes of its thought and its answer, counted in `extent`, (width, height),
-    in whole thousandths. All else stays as written, and so do four numbers in a thought that are no
-    box inside `extent`.
+    """The text with the boxes of its thought and its answer converted from `extent`, (width,
+    height), to whole thousandths. Everything else stays as it is, and so do four numbers in a
+    thought that aren't a box inside `extent`.
 
     Raises:
-        ValueError: the numbers of a box can't be told from the others.
+        ValueError: the numbers of a box can't be told from other numbers.
     """
-    parts = _PARTS.split(text)  # the last is no tag
+    sections = _SECTIONS.split(text)  # the last one is not a tag
     return "".join(
-        _part_in_thousandths(part, extent_of(extent), thought=parts[at - 1] == "<think>")
-        for at, part in enumerate(parts)
+        _section_in_thousandths(section, extent_of(extent), thought=sections[at - 1] == "<think>")
+        for at, section in enumerate(sections)
     )
 
 
-def _part_in_thousandths(text: str, extent: Extent, *, thought: bool) -> str:
-    # Parsed with its places in the numbers' stead, a text says where the numbers of boxes stand.
+def _section_in_thousandths(text: str, extent: Extent, *, thought: bool) -> str:
+    # Parsing the text with each number replaced by its position shows which numbers boxes have.
     numbers, given = itertools.count(), _NUMBER.findall(text)
     places = list(map(int, _sides(_NUMBER.sub(lambda _: str(next(numbers)), text))))
     sides = _sides(text)
@@ -295,17 +287,17 @@ def _part_in_thousandths(text: str, extent: Extent, *, thought: bool) -> str:
         box = to_thousand(sides[at : at + 4], extent)
         if valid_box(box) or not thought:
             new |= zip(places[at : at + 4], _whole(box), strict=True)
-    return _NUMBER.sub(lambda found: str(new.get(next(numbers), found[0])), text)
+    return _NUMBER.sub(lambda match: str(new.get(next(numbers), match[0])), text)
 
 
 def _sides(text: str) -> list[float]:
-    """Of its boxes, one after the other."""
+    """The sides of the text's boxes, one box after the other."""
     read = parse_detection(text)
     return [side for b in (read.boxes if read else ()) if not unreadable(b) for side in b]
 
 
 def _whole(box: Sequence[float]) -> list[int]:
-    """A box in whole thousandths, at least one of them wide and high."""
+    """A box in whole thousandths, at least 1 wide and high."""
     first, last = [round(side) for side in box[:2]], [round(side) for side in box[2:]]
     for axis in range(2):
         if first[axis] == last[axis] and box[axis] < box[axis + 2]:

@@ -1,7 +1,7 @@
-"""From text to boxes or a label; one parser for what a model wrote and for the ground truth.
+"""From text to boxes or a label, with one parser for model answers and for the ground truth.
 
-Nothing here raises on any text, evaluates it, or takes more than linear time. What can't be read is
-`None`; a reward makes 0 of that.
+Whatever the text, nothing here raises, evaluates it, or takes more than linear time. What can't be
+read is `None`, and a reward turns that into 0.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from virft_fast.tasks.brackets import Group, Items, read_groups
+from virft_fast.tasks.brackets import BracketGroup, Items, read_groups
 from virft_fast.tasks.coordinates import Box, to_thousand
 from virft_fast.tasks.labels import (  # noqa: F401  (all of them importable from here)
     ClosedSet,
@@ -27,7 +27,7 @@ from virft_fast.tasks.labels import (  # noqa: F401  (all of them importable fro
 
 NOT_A_BOX: Box = (math.nan,) * 4
 
-# Letters and digits of the keys that name a box, the first of them that is there; or its sides.
+# Letters and digits of the keys that name a box, of which the first one counts; or its four sides.
 _BOX_KEYS = (
     "position", "bbox2d", "bbox", "box2d", "box", "boundingbox", "bboxes", "boxes", "boundingboxes",
     "coordinates", "coords",
@@ -42,7 +42,7 @@ _CONFIDENCE_KEYS = ("confidence", "score", "conf", "scores", "confidences")
 _ABOUT_KEYS = {*_CONFIDENCE_KEYS, "label", "class", "category", "name"}
 _KEYS = {*_BOX_KEYS, *itertools.chain.from_iterable(_SIDE_KEYS)}
 _NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?:\s*(%))?")
-_BETWEEN = re.compile(r"[\s,;()\[\]]+(?!%)")  # numbers in one quoted text
+_BETWEEN = re.compile(r"[\s,;()\[\]]+(?!%)")  # the numbers in one quoted text
 _NOTHING = re.compile(r"[\W_]*no[\W_]+objects?[\W_]*", re.IGNORECASE)
 MAX_OBJECTS = 500  # in one answer; the rest is not read
 
@@ -52,9 +52,9 @@ class Detection:
     """Boxes read from an answer.
 
     Attributes:
-        boxes: xyxy in the 0..1000 space, in the order written; four NaN where a box was announced
-            but can't be read. None at all for 'No Objects' or an empty list.
-        confidences: one a box; None where it is missing or no number.
+        boxes: xyxy in the 0..1000 space, in the order written; four NaN where the answer announces
+            a box that can't be read. Empty for 'No Objects' or an empty list.
+        confidences: one a box; None where it is missing or not a number.
     """
 
     boxes: tuple[Box, ...]
@@ -62,24 +62,24 @@ class Detection:
 
 
 def parse_detection(text: str, extent: Sequence[float] | None = None) -> Detection | None:
-    """Boxes and confidences of an answer, or None if it holds none and does not say so either.
+    """Boxes and confidences of an answer; None if it holds no box and doesn't say so either.
 
-    Objects are read one by one, so that what is wrong with one changes nothing about the others.
-    An object is Visual-RFT's {'Position': [x1, y1, x2, y2], 'Confidence': c}, Qwen's
-    {"bbox_2d": ..., "label": ...} and the like, in any state of quotes, commas and brackets; a bare
-    list of four numbers; or (x1,y1),(x2,y2), between box marks or not. Four NaN stand for one that
-    announces a box, or only has a label or a confidence, and for a list of numbers among boxes.
-    An object that the end of the text cuts off counts if its box is whole. A confidence may be a
-    percentage. After MAX_OBJECTS the rest is not read.
+    Objects are read one by one, so that a mistake in one changes nothing about the others. An
+    object is Visual-RFT's {'Position': [x1, y1, x2, y2], 'Confidence': c}, Qwen's {"bbox_2d": ...,
+    "label": ...} and the like, in any state of quotes, commas and brackets; a bare list of four
+    numbers; or (x1,y1),(x2,y2), with or without box marks. An object whose box can't be read, or
+    that only has a label or a confidence, becomes four NaN, and so does any other list of numbers
+    among boxes. If the text ends within an object, it counts if its box is complete. A confidence
+    may be a percentage. The text after MAX_OBJECTS objects is not read.
 
     Args:
-        extent: (width, height) of the space the answer counts in; None: 0..1000.
+        extent: (width, height) of the space that the answer's boxes are counted in; None: 0..1000.
     """
     return in_thousand(_parse_detection(text), extent)
 
 
 def in_thousand(read: Detection | None, extent: Sequence[float] | None) -> Detection | None:
-    """Boxes of a space `extent` (see `parse_detection`) in 0..1000."""
+    """Boxes counted in the space `extent` (see `parse_detection`), converted to 0..1000."""
     if read is None or extent is None:
         return read
     return Detection(tuple(to_thousand(box, extent) for box in read.boxes), read.confidences)
@@ -89,9 +89,9 @@ def _parse_detection(text: str) -> Detection | None:
     body = marked_answer(text)
     if _NOTHING.fullmatch(body):
         return Detection((), ())
-    found = _in_row(read_groups(body).items)[:MAX_OBJECTS]
-    if found:
-        return Detection(tuple(p.box for p in found), tuple(p.confidence for p in found))
+    objects = _in_row(read_groups(body).items)[:MAX_OBJECTS]
+    if objects:
+        return Detection(tuple(p.box for p in objects), tuple(p.confidence for p in objects))
     empty = body.replace("```json", "").replace("```", "").strip()
     if empty.startswith("[") and empty.endswith("]") and not empty[1:-1].strip():
         return Detection((), ())
@@ -99,18 +99,18 @@ def _parse_detection(text: str) -> Detection | None:
 
 
 def valid_box(box: Box) -> bool:
-    """Inside 0..1000 on both axes, with an area; false for anything not finite."""
+    """Whether it lies in 0..1000 on both axes and has an area; false if a side is not finite."""
     x1, y1, x2, y2 = box
     return 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000
 
 
 def unreadable(box: Box) -> bool:
-    """Whether it stands for an object that announces a box which can't be read."""
+    """Whether it stands for an announced box that can't be read."""
     return any(map(math.isnan, box))
 
 
 class _Prediction(NamedTuple):
-    """`bare`: a list of numbers that no key names."""
+    """A box; `bare` if it is a list of numbers without a key."""
 
     box: Box = NOT_A_BOX
     confidence: float | None = None
@@ -121,46 +121,47 @@ def _in_row(items: Items, *, listed: bool = False) -> list[_Prediction]:
     """The predictions of groups side by side.
 
     Args:
-        listed: they are in one list; else only those are that commas join.
+        listed: whether the groups are in one list; else only commas between them join them.
     """
-    groups = [item for item in items if isinstance(item, Group) and (item.items or item.fields[1:])]
-    if not groups:
-        return []
-    found: list[tuple[list[_Prediction], bool]] = []  # and whether none would be a box unread
-    corner: Group | None = None
+    groups = [
+        item for item in items if isinstance(item, BracketGroup) and (item.items or item.fields[1:])
+    ]
+    read: list[tuple[list[_Prediction], bool]] = []  # with: if there are none, is it a box unread?
+    corner: BracketGroup | None = None
     for group, after in itertools.zip_longest(groups, groups[1:]):
         if group is corner:
             continue
         joined = after is not None and after.joined
-        if joined and _is_point(group) and _is_point(after):
-            found.append(([_Prediction(_box([group, after]), None, True)], False))
+        points = _box([group, after]) if joined and _is_point(group) and _is_point(after) else None
+        if points is not None:
+            read.append(([_Prediction(points, None, True)], False))
             corner = after
         else:
-            beside = listed or joined or group.joined
-            found.append((_in_group(group), beside and _announces(group)))
-    if not any(part for part, _ in found):
+            in_series = listed or joined or group.joined
+            read.append((_in_group(group), in_series and _announces(group)))
+    if not any(predictions for predictions, _ in read):
         return []
-    return [p for part, unread in found for p in (part or [_Prediction()] * unread)]
+    return [p for predictions, unread in read for p in (predictions or [_Prediction()] * unread)]
 
 
-def _in_group(group: Group) -> list[_Prediction]:
+def _in_group(group: BracketGroup) -> list[_Prediction]:
     if group.opening == "{":
         return _in_object(group)
     box = _box([group])
     if box is not None:
         return [_Prediction(box, None, True)]
-    found = _in_row(group.items, listed=True)
-    return found or [_Prediction()] * (group.opening == "<" and group.ended)
+    predictions = _in_row(group.items, listed=True)
+    return predictions or [_Prediction()] * (group.opening == "<" and group.ended)
 
 
-def _in_object(group: Group) -> list[_Prediction]:
-    parts: list[dict[str, Items]] = [{}]
+def _in_object(group: BracketGroup) -> list[_Prediction]:
+    objects: list[dict[str, Items]] = [{}]
     for name, items in group.fields:
         key = _letters(name)
-        if key in parts[-1] and key in _BOX_KEYS:  # between them the braces are missing
-            parts.append({})
-        parts[-1][key] = items
-    return [p for part in parts for p in _in_fields(part, group.ended)]
+        if key in objects[-1] and key in _BOX_KEYS:  # the braces between two objects are missing
+            objects.append({})
+        objects[-1][key] = items
+    return [p for named in objects for p in _in_fields(named, group.ended)]
 
 
 def _in_fields(named: Mapping[str, Items], ended: bool) -> list[_Prediction]:
@@ -190,7 +191,7 @@ def _box_keys(named: Mapping[str, Items]) -> tuple[str, ...]:
 def _scored(
     boxes: list[_Prediction], named: Mapping[str, Items], *, bare: bool
 ) -> list[_Prediction]:
-    """With the confidences of their object, of which there is one for all or one for each."""
+    """Boxes with the confidences of their object, which has one for all or one for each."""
     if not boxes:
         return []
     score = next((named[key] for key in _CONFIDENCE_KEYS if key in named), ())
@@ -208,12 +209,14 @@ def _box(items: Items) -> Box | None:
     values = list(itertools.islice(_values(items), 5))
     if len(values) != 4 or any(isinstance(v, str) and v.endswith("%") for v in values):
         return None
-    numbers = [_number(value) for value in values]
-    return None if None in numbers else tuple(numbers)
+    x1, y1, x2, y2 = map(_number, values)
+    if x1 is None or y1 is None or x2 is None or y2 is None:
+        return None
+    return (x1, y1, x2, y2)
 
 
 def _values(items: Items) -> Iterator[float | str]:
-    """The words and numbers in lists; a bracket for what is an object, or is cut off."""
+    """The words and numbers in lists; the opening bracket of an object or of a group cut off."""
     for item in items:
         if isinstance(item, float):
             yield item
@@ -225,13 +228,13 @@ def _values(items: Items) -> Iterator[float | str]:
             yield from _values(item.items)
 
 
-def _is_point(group: Group) -> bool:
+def _is_point(group: BracketGroup) -> bool:
     two = group.opening in "[(" and group.ended and len(group.items) == 2
     return two and all(isinstance(v, float) and math.isfinite(v) for v in group.items)
 
 
-def _announces(group: Group) -> bool:
-    """Whether it is to be an object or a box, among others: words in parentheses are not."""
+def _announces(group: BracketGroup) -> bool:
+    """Whether it is meant as an object or a box; words in parentheses are not."""
     if group.opening != "(":
         return group.ended
     return group.ended and all(_number(value) is not None for value in _values(group.items))
@@ -243,8 +246,8 @@ def _letters(name: str) -> str:
 
 
 def _number(value: float | str) -> float | None:
-    """A finite float, of a percentage its hundredth."""
+    """A finite float; a hundredth of a percentage."""
     if isinstance(value, str):
-        found = _NUMBER.fullmatch(value)
-        value = float(found[1]) / (100 if found[2] else 1) if found else math.nan
+        match = _NUMBER.fullmatch(value)
+        value = float(match[1]) / (100 if match[2] else 1) if match else math.nan
     return value if math.isfinite(value) else None

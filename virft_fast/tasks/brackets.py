@@ -1,7 +1,8 @@
-"""Text with brackets in it as a tree, however sound its syntax is.
+"""Text with brackets in it as a tree, whatever its syntax.
 
 Reads JSON, Python's literals, and what models make of them: missing quotes, ends and commas,
-doubled braces, curly quotes, apostrophes. No text raises or is evaluated, and time is linear.
+doubled braces, curly quotes, apostrophes. No text raises an error or is evaluated, and the time is
+linear in its length.
 """
 
 from __future__ import annotations
@@ -10,18 +11,18 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Union
+from typing import TypeAlias, Union
 
-# 500 of Visual-RFT's objects are within both limits; the rest of a text is not read.
+# Both leave room for 500 of Visual-RFT's objects; the rest of a text is not read.
 MAX_CHARACTERS = 40_000
 MAX_TOKENS = 10_000
 MAX_GROUPS = 1_024
-MAX_DEPTH = 8  # what is nested deeper is read as if it stood alone
+MAX_DEPTH = 8  # a deeper group is read as if it stood alone
 
 _ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # of full-width characters
 _ASCII |= str.maketrans("“”„‟«»‘’‚‛−", '""""""\'\'\'\'-')
-# A quote ends a text only before what may follow a value, and starts none inside a word. So a text
-# reaches no further than the next such quote, and a search is linear.
+# A quote only ends a text before a sign that may follow a value, and starts none inside a word. So
+# a text reaches no further than the next such quote, and the search is linear.
 _TEXTS = "|".join(rf"{q}[^{q}\\]*(?:\\[\s\S][^{q}\\]*)*{q}" for q in "\"'")
 NUMBER = r"[-+]?\.?\d[\d.]*(?:[eE][-+]?\d+)?"
 _TOKEN = re.compile(
@@ -31,20 +32,21 @@ _TOKEN = re.compile(
 _MARKS = {"<|box_start|>": "<", "<|box_end|>": ">"}
 _CLOSES = {"]": "[(", ")": "[(", "}": "{", ">": "<"}
 
-Item = Union["Group", float, str]  # numbers that are quoted or none, as 1.2.3, are strings
-Items = Sequence[Item]
+# Quoted numbers are strings, and so are those that can't be read, as 1.2.3.
+Item: TypeAlias = Union["BracketGroup", float, str]
+Items: TypeAlias = Sequence[Item]
 
 
 @dataclass(eq=False, slots=True)
-class Group:
-    """What stands in one pair of brackets.
+class BracketGroup:
+    """The content of one pair of brackets.
 
     Attributes:
-        opening: "[", "(" or "{"; "<" for the family's box marks; "" for the whole text.
+        opening: "[", "(" or "{"; "<" for the model family's box marks; "" for the whole text.
         items: in the order written; in braces those of the last field.
-        fields: (name, items) of braces. What stands before the first name is named "".
-        joined: nothing but a comma stands between it and the group before.
-        ended: false where the text ends first; of the whole text, where a limit cut it.
+        fields: (name, items) of braces. Items before the first name are named "".
+        joined: only a comma stands between it and the group before.
+        ended: false where the text ends first; for the whole text, where a limit cut it.
     """
 
     opening: str
@@ -54,12 +56,12 @@ class Group:
     ended: bool = False
 
 
-def read_groups(text: str) -> Group:
+def read_groups(text: str) -> BracketGroup:
     """The text as a group without brackets of its own."""
-    root = Group("", [], [])
+    root = BracketGroup("", [], [])
     stack, before, left = [root], "", MAX_GROUPS
-    part = text[:MAX_CHARACTERS]
-    matches = _TOKEN.finditer(part if part.isascii() else part.translate(_ASCII))
+    start = text[:MAX_CHARACTERS]
+    matches = _TOKEN.finditer(start if start.isascii() else start.translate(_ASCII))
     for match in itertools.islice(matches, MAX_TOKENS):
         token = match[0]
         items = stack[-1].items
@@ -77,22 +79,22 @@ def read_groups(text: str) -> Group:
                 if not left:
                     return root
                 _open(stack, token, before)
-            elif items and not isinstance(items[-1], Group):
+            elif items and not isinstance(items[-1], BracketGroup):
                 _after_word(stack[-1], token)
         before = token
-    root.ended = part == text and next(matches, None) is None
+    root.ended = start == text and next(matches, None) is None
     return root
 
 
 def float_of(token: str) -> float | str:
-    """The number, or the text as it is where it is none, as 1.2.3."""
+    """The number, or the text itself if it is none, as 1.2.3."""
     try:
         return float(token)
     except ValueError:
         return token
 
 
-def _after_word(group: Group, token: str) -> None:
+def _after_word(group: BracketGroup, token: str) -> None:
     """A colon makes the last word a name in braces, and a percent sign stays with its number."""
     if token == ":" and group.opening == "{":
         name, group.items = str(group.items.pop()), []
@@ -101,21 +103,23 @@ def _after_word(group: Group, token: str) -> None:
         group.items[-1] = f"{group.items[-1]}%"
 
 
-def _open(stack: list[Group], bracket: str, before: str) -> None:
+def _open(stack: list[BracketGroup], bracket: str, before: str) -> None:
     """Put a group into the last open one; an object that is no value of another ends that one."""
     while bracket == "{" and before != ":" and stack[-1].opening == "{":
         stack.pop().ended = True
     if len(stack) > MAX_DEPTH:
         del stack[1:]
-    around, items = stack[-1].items, []
-    follows = before == "," and around and isinstance(around[-1], Group)
-    fields = [("", items)] if bracket == "{" else []
-    around.append(Group(bracket, items, fields, joined=bool(follows)))
-    stack.append(around[-1])
+    around = stack[-1].items
+    follows = before == "," and bool(around) and isinstance(around[-1], BracketGroup)
+    group = BracketGroup(bracket, [], [], joined=follows)
+    if bracket == "{":
+        group.fields.append(("", group.items))
+    around.append(group)
+    stack.append(group)
 
 
-def _close(stack: list[Group], bracket: str) -> None:
-    """End the last group that the bracket can end, and all in it; none where there is none."""
+def _close(stack: list[BracketGroup], bracket: str) -> None:
+    """End the last group that the bracket can end, and all groups in it, if there is one."""
     for depth in range(len(stack) - 1, 0, -1):
         if stack[depth].opening in _CLOSES[bracket]:
             for group in stack[depth:]:
@@ -123,4 +127,4 @@ def _close(stack: list[Group], bracket: str) -> None:
             del stack[depth:]
             return
         if bracket == ")" and stack[depth].opening == "{":
-            return  # of a text without quotes
+            return  # it belongs to a text without quotes

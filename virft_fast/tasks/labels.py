@@ -1,10 +1,10 @@
 """Class names in answers: one normalization, and the closed set that an answer picks from.
 
-Rewards and evaluation compare `key`s. A key ignores what never tells two classes apart: case,
+Rewards and evaluation compare `key`s. A key ignores what never distinguishes two classes: case,
 spaces, `_`, full-width forms, the punctuation around a name and the kind of quotes and dashes. It
-keeps what may: signs, digits, decimal points, combining marks, symbols. An answer is read as a
-name alone or after a lead-in ("this is a ..."); anything else in it, such as a second name, "not"
-or "maybe", makes it another text. So nothing pays that has to be understood to be refused.
+keeps what may: signs, digits, decimal points, combining marks, symbols. An answer is a name, alone
+or after a lead-in ("this is a ..."). Anything else in it, such as a second name, "not" or "maybe",
+makes it a different text. So no answer pays that only an understanding reader would reject.
 
 Every function takes any text, in linear time.
 """
@@ -18,27 +18,27 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
-# More labels than this, and more than half as many as rows, are answers and no classes.
+# Labels are answers, not classes, if there are more than this and more than one in two rows.
 MANY_LABELS = 200
-MAX_EXTRA_CHARS = 200  # around a class name: no lead-in is longer
+MAX_EXTRA_CHARS = 200  # around a class name; every lead-in is shorter
 _MAX_LEAD_INS = 3  # "The answer is: this is a cat" has two
 _MAX_PEELS = 8  # pairs of quotes or brackets around an answer
-_CHUNK = 1000  # characters that are composed at once: composing is quadratic in combining marks
+_CHUNK = 1000  # characters composed at once: the time is quadratic in combining marks
 
 # --- Texts -----------------------------------------------------------------------------------
 
 
-_MARK = re.compile(r"<\|\w+\|>")  # the family's text markers
+_MARK = re.compile(r"<\|\w+\|>")  # the model family's text markers
 
 
 def answer_text(text: str) -> str:
-    """What stands in the last <answer>, up to its end or the text's; without the tag, what follows
-    the thinking, or everything. The family's text markers, as <|box_start|>, are left out."""
+    """The content of the last <answer>, which may lack its closing tag. Without an <answer>, the
+    text after the thinking, or all of it. Removes the model family's markers, as <|box_start|>."""
     return _MARK.sub("", marked_answer(text)).strip()
 
 
 def marked_answer(text: str) -> str:
-    """As `answer_text`, with the family's text markers."""
+    """`answer_text` with the model family's text markers and outer spaces."""
     start = text.rfind("<answer>")
     if start < 0:
         end_of_thought = text.rfind("</think>")
@@ -51,20 +51,20 @@ def marked_answer(text: str) -> str:
 _WIDE = {code: unicodedata.normalize("NFKC", chr(code)) for code in range(0xFF01, 0xFFEF)}
 _QUOTES = dict.fromkeys(map(ord, "‘’‚‛′ʼ`´"), "'") | dict.fromkeys(map(ord, "“”„‟″«»"), '"')
 _DASHES = dict.fromkeys(map(ord, "‐‑‒–—―−﹣"), "-")
-# Joiners and the tags of flags tell emoji and Indic words apart; these are never seen.
+# Invisible ones. Joiners and the tags of flags stay: they distinguish emoji and Indic words.
 _INVISIBLE = dict.fromkeys(
     [0xAD, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFE0E, 0xFE0F]
 )
 _FOLDED = {**_WIDE, **_QUOTES, **_DASHES, **_INVISIBLE, 0xFEFF: None, ord("_"): " "}
-# Mega-, peta- and pascal after a number: "5 MW" is not "5 mW". "MM" and "PM" are only shouted.
+# Mega-, peta- and pascal after a number: "5 MW" is not "5 mW". "MM" and "PM" are just capitals.
 _LARGE = re.compile(
     r"(?<=\d)[ -]?[MP](?=(?:[AaJNFHTS\u03a9\u2126]|Wh?|VA?|eV|Hz|Pa|Bq|Gy|Sv|ohm|bar)(?![A-Za-z]))"
 )
 
 
 def fold(text: str) -> str:
-    """The text without differences that nobody means: lower case, composed, one kind of quotes,
-    dashes and spaces, no `_`. _LARGE prefixes are small capitals, which no folding changes."""
+    """The text without differences that carry no meaning: lower case, composed, one kind of quotes,
+    dashes and spaces, no `_`. _LARGE prefixes become small capitals, which casefold keeps."""
     text = " ".join(text.translate(_FOLDED).split())
     text = _LARGE.sub(lambda m: m[0].replace("M", "ᴍ").replace("P", "ᴘ"), text).casefold()
     starts = range(0, len(text), _CHUNK)
@@ -91,7 +91,7 @@ def _shape(text: str) -> str:
 def words(text: str) -> list[str]:
     """Runs of letters, marks and digits, lower case; everything else separates them."""
     text = fold(text)
-    return [text[found.start() : found.end()] for found in re.finditer("[am1]+", _shape(text))]
+    return [text[run.start() : run.end()] for run in re.finditer("[am1]+", _shape(text))]
 
 
 def parse_label(text: str) -> list[str]:
@@ -103,19 +103,19 @@ _WRAPPERS = ('""', "''", "()", "[]", "{}", "「」", "『』", "《》", "【】
 _BOXED = re.compile(r"(?s)\\(?:(?:boxed|text|mathrm|mathbf|textbf) ?\{|[([])(.*)(?:\}|\\[)\]])")
 _OPENING = re.compile(r"[-*•] (?=[^\d.$€£¥₹])|[:;?¿¡•·'\"]|[.,](?! ?\d)|#+ ")
 _CLOSING = " .,:;?。、।…‥"
-# After a digit these are feet, inches, a factorial.
+# After a digit they mean feet, inches or a factorial, and stay.
 _UNPAIRED = re.compile(r"(?<=\D)(?:'|\"|!!?!?)$")
 
 
 def peel(text: str) -> str:
-    """A folded text without the quotes, brackets and punctuation around it. A point before a digit
-    and signs stay; so does a text of nothing but punctuation."""
+    """A folded text without the quotes, brackets and punctuation around it. Signs and a point
+    before a digit stay, and so does a text that is all punctuation."""
     for _ in range(_MAX_PEELS):
         if not re.search("[am1e]", _shape(text)):
             break
         before = text
         inside = text[1:-1]
-        # Brackets around a comma are an interval's: (0, 10] is not [0, 10).
+        # Brackets around a comma may be an interval's: (0, 10] is not [0, 10).
         if text[:1] + text[-1:] in _WRAPPERS and "," not in inside:
             text = inside
         if boxed := _BOXED.fullmatch(text):
@@ -135,11 +135,11 @@ _GAPS = re.compile(r"(?P<words>(?<=[ams])(?:\.? | ?- ?)(?=[as]))|(?P<numbers>(?<
 
 @lru_cache(maxsize=1 << 13)
 def key(text: str) -> str:
-    """What two spellings of one name have in common; "" for a text without content.
+    """What all spellings of one name have in common; "" for a text without content.
 
-    Spaces go, and so do `-`, `_` and an apostrophe between letters, but where that would join two
-    numbers or a single letter: "1 2" is not "12" and "A B" is not "AB". A hyphen next to a digit
-    stays.
+    Removes spaces, `-`, `_` and apostrophes between letters, except where that would join two
+    numbers or a single letter to its neighbor: "1 2" is not "12" and "A B" is not "AB". A hyphen
+    next to a digit stays.
     """
     return _key(peel(fold(text)))
 
@@ -147,14 +147,14 @@ def key(text: str) -> str:
 @lru_cache(maxsize=1 << 14)
 def _key(text: str) -> str:
     text = _APOSTROPHE.sub("", text)
-    shape = _LONE.sub(lambda found: "s" * len(found[0]), _shape(text))
-    parts, last = [], 0
+    shape = _LONE.sub(lambda match: "s" * len(match[0]), _shape(text))
+    kept, last = [], 0
     for gap in _GAPS.finditer(shape):
         start, end = gap.span()
         lone = gap["words"] and "s" in (shape[start - 1], shape[end])
-        parts += [text[last:start], " " if lone or gap["numbers"] else ""]
+        kept += [text[last:start], " " if lone or gap["numbers"] else ""]
         last = end
-    return "".join([*parts, text[last:]])
+    return "".join([*kept, text[last:]])
 
 
 # --- Lead-ins --------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ _THING = (
     "image|picture|photo|photograph|animal|plant|flower|pet|car|aircraft|airplane|plane|dog|cat|"
     "bird|thing|result|number|digit|letter|word|value|color|colour|sign|option|choice)(?: name)?"
 )
-# Before a name, by language, in folded text. None of them holds a negation or a doubt.
+# Phrases before a name, in folded text, by language. None expresses a negation or a doubt.
 LEAD_INS: dict[str, str] = {
     "English": rf"(?:(?:so|thus|therefore),? )?(?:(?:(?:this|that|it|(?:(?:the|my|this|its) )?"
     rf"{_THING}(?: (?:of|in|on) (?:the|this) {_THING}){{0,2}})"
@@ -199,13 +199,13 @@ LEAD_INS: dict[str, str] = {
     "|(?:đáp án|câu trả lời)(?: đúng)? ?(?:là |: ?))",
 }
 _LEAD_IN = re.compile(f"^(?:{'|'.join(LEAD_INS.values())})")
-# After a name, where no name could end so; and what may be the end of one.
+# Endings of a sentence after a name that can't belong to the name; and those that can.
 _TAIL = re.compile(
     "(?:です|でした|である|(?<![ぁ-ん])だ|입니다|예요|(?<=[이\x00-\x7f])이(?:다|에요)| है| हैं)$"
 )
 _TAILS_OF_SETS = ("이다", "다", "이에요", "에요", "だ")  # 고양이다: 고양이 or 고양
 _COUNTED = "[只隻条條个個头頭匹朵棵株辆輛架艘张張把种種位台部]"
-# Three letters must follow: "a b+" is not b+ and "a ab" is not ab.
+# At least three letters must follow: "a b+" is not b+ and "a ab" is not ab.
 _ARTICLE = re.compile(
     "^(?:(?:an? |the |un[aeo]? |el |l[aeo] |les |los |las |l'|un'|eine?[nm]? |der |die |das |il |"
     "uma? |o |एक |một (?:con |cái |chiếc |quả |bông |cây )?|con |chiếc )"
@@ -215,18 +215,18 @@ _ARTICLE = re.compile(
 
 @lru_cache(maxsize=1 << 12)
 def readings(text: str) -> tuple[str, ...]:
-    """The folded texts that an answer may be meant as: as it stands, then without its lead-ins,
-    the ending of its sentence and its article, one after the other."""
-    found = [peel(fold(text))]
+    """The folded texts that an answer may stand for: itself, then the same with one more thing
+    removed each time: its lead-ins, the ending of its sentence, its article."""
+    texts = [peel(fold(text))]
     for pattern in [*[_LEAD_IN] * _MAX_LEAD_INS, _TAIL, _ARTICLE]:
-        shorter = peel(pattern.sub("", found[-1], count=1))
-        if shorter and shorter != found[-1]:
-            found.append(shorter)
-    return tuple(found)
+        shorter = peel(pattern.sub("", texts[-1], count=1))
+        if shorter and shorter != texts[-1]:
+            texts.append(shorter)
+    return tuple(texts)
 
 
 def same_label(answer: str, label: str) -> bool:
-    """Whether an answer is a label, whose set is not known: equal keys, after lead-ins."""
+    """Whether an answer is a label of an unknown set: equal keys, after lead-ins."""
     wanted = key(label)
     if not wanted or len(answer) > len(label) + MAX_EXTRA_CHARS:
         return False
@@ -235,12 +235,13 @@ def same_label(answer: str, label: str) -> bool:
 
 # --- Closed sets -----------------------------------------------------------------------------
 
-# Words that may stand after a class name of a closed set, as "dog rose" is no rose: what it is.
+# Words that may follow a class name of a closed set and say what it is. They may not precede it:
+# "dog rose" is not a rose.
 KINDS = frozenset(
     "species breed flower plant car vehicle dog cat bird aircraft airplane plane jet "
     "helicopter".split()
 )
-# And before or after it: who makes it.
+# Words that may precede or follow it: who makes it.
 MAKERS = frozenset(
     "aerospace airbus antonov atr aviation beechcraft boeing bombardier british canadair cessna "
     "cirrus company corporation dassault de havilland dornier douglas embraer eurofighter "
@@ -251,14 +252,15 @@ _NEUTRAL = KINDS | MAKERS
 
 
 class ClosedSet:
-    """The label out of a fixed set that an answer gives.
+    """Finds the label of a fixed set that an answer gives.
 
-    It is the one whose key is that of a reading of the answer. Where that fails, hyphens and spaces
-    may differ ('MD11' for 'MD-11') if no other label is spelled so. MAKERS may stand around it and
-    KINDS after it, but no word of another label whose other words are neutral or there as well.
+    It is the one whose key equals that of a reading of the answer. If none does, hyphens and spaces
+    may differ ('MD11' for 'MD-11') if no other label is spelled so. MAKERS may stand around the
+    label and KINDS after it, unless the word belongs to another label whose other words are neutral
+    or occur as well.
 
     Args:
-        labels: as they are to be named; those without content are left out.
+        labels: as they will be returned; those without content are left out.
     Raises:
         ValueError: two labels have the same key; names them.
     """
@@ -276,7 +278,7 @@ class ClosedSet:
                 )
         self.labels = list(self._by_key.values())
         self._longest = max(map(len, self.labels), default=0)
-        self._partly_neutral = [it for it in map(_stems, self.labels) if it & _NEUTRAL]
+        self._partly_neutral = [stems for stems in map(_stems, self.labels) if stems & _NEUTRAL]
         for label in self.labels:
             self._by_letters.setdefault("".join(_parts(label)), []).append(label)
 
@@ -286,34 +288,32 @@ class ClosedSet:
         if len(text) > self._longest + MAX_EXTRA_CHARS:
             return None
         whole, *shorter = readings(text)
-        found = [whole, *(r for r in shorter if self._drops_no_label(whole, r))]
-        for reading in found:
+        candidates = [whole, *(r for r in shorter if self._drops_no_label(whole, r))]
+        for reading in candidates:
             if (label := self._by_key.get(_key(reading))) is not None:
                 apart = words(reading)  # 'sun flower' is two labels, unless one is written so
                 return None if apart != words(label) and self._is_row(apart, " ") else label
-        tails = (tail for tail in _TAILS_OF_SETS if tail not in self._by_key)
-        named = {self._by_key.get(_key(found[-1].removesuffix(tail))) for tail in tails} - {None}
+        stems = (candidates[-1].removesuffix(t) for t in _TAILS_OF_SETS if t not in self._by_key)
+        named = {self._by_key[stem] for stem in map(_key, stems) if stem in self._by_key}
         if named:
             return named.pop() if len(named) == 1 else None
-        for reading in [*found, *self._without_neutral(found[-1])]:
+        for reading in [*candidates, *self._without_neutral(candidates[-1])]:
             if (label := self._joined(reading)) is not None:
                 return label
         return None
 
     def _drops_no_label(self, whole: str, reading: str) -> bool:
-        """Whether what a reading leaves out of the answer names no class: "a ab" is not ab."""
+        """Whether the words that a reading leaves out name no class: "a ab" is not ab."""
         dropped = Counter(words(whole)) - Counter(words(reading))
         return not any(_key(word) in self._by_key for word in dropped)
 
     def _without_neutral(self, reading: str) -> Iterator[str]:
-        """The reading with fewer and fewer neutral words at its ends."""
+        """The reading with one after another of the neutral words at its ends removed."""
         left, written = reading.split(), _stems(reading) | _NEUTRAL
         for end, rest, neutral in ((0, slice(1, None), MAKERS), (-1, slice(-1), _NEUTRAL)):
             while len(left) > 1 and left[end] in neutral:
                 kept = _stems(" ".join(left[rest]))
-                if any(
-                    left[end] in it <= written and not it <= kept for it in self._partly_neutral
-                ):
+                if any(left[end] in s <= written and not s <= kept for s in self._partly_neutral):
                     break  # "rose car" is two things where "car" is a label
                 left = left[rest]
                 if not _NEUTRAL.issuperset(left):  # "cat dog" is two animals
@@ -323,35 +323,34 @@ class ClosedSet:
         """Whether letters or words are several labels in a row."""
         ends, size = [0], len(text)
         for end in range(1, size + 1):
-            parts = (text[start:end] for start in ends if end - start < size)
-            if any(_key(space.join(part)) in self._by_key for part in parts):
+            runs = (text[start:end] for start in ends if end - start < size)
+            if any(_key(space.join(run)) in self._by_key for run in runs):
                 ends.append(end)
         return ends[-1] == size
 
     def _joined(self, reading: str) -> str | None:
-        """The only label of these letters, if they are not several labels in a row.
+        """The only label of these letters, if they aren't several labels in a row.
 
-        The answer has no break that the label lacks, except where a letter and a digit meet and
-        between parts of two letters or more."""
-        parts = _parts(reading)
-        letters = "".join(parts)
-        known = self._by_letters.get(letters, ())
-        if len(known) != 1 or self._is_row(letters, ""):
+        The answer may only have breaks that the label has, or that separate a letter from a digit
+        or two words of at least two letters."""
+        chunks = _parts(reading)
+        letters = "".join(chunks)
+        labels = self._by_letters.get(letters, ())
+        if len(labels) != 1 or self._is_row(letters, ""):
             return None
-        (label,) = known
-        borders, place = set(itertools.accumulate(map(len, _parts(label)))), 0
-        for left, right in itertools.pairwise(parts):
+        borders, place = set(itertools.accumulate(map(len, _parts(labels[0])))), 0
+        for left, right in itertools.pairwise(chunks):
             place += len(left)
             digits = left[-1].isdecimal(), right[0].isdecimal()
             apart = digits[0] != digits[1] or (not any(digits) and min(len(left), len(right)) > 1)
             if place not in borders and not apart:
                 return None
-        return label
+        return labels[0]
 
 
 def class_set(solutions: Sequence[str]) -> ClosedSet | None:
-    """The labels that all solutions of a split name, in alphabetical order; None where there are
-    too many to be classes.
+    """The labels in all solutions of a split, in alphabetical order; None where there are too many
+    to be classes.
 
     Raises:
         ValueError: two of them have the same key; names them.
@@ -362,7 +361,7 @@ def class_set(solutions: Sequence[str]) -> ClosedSet | None:
 
 
 def _parts(text: str) -> list[str]:
-    """A text, folded, apart at the hyphens and spaces between letters or digits."""
+    """A folded text, split at hyphens and spaces between letters or digits."""
     text = _APOSTROPHE.sub("", peel(fold(text)))
     gaps = [gap.span() for gap in re.finditer(r"(?<=[am1])(?:\.? | ?- ?)(?=[a1])", _shape(text))]
     starts, ends = [0, *(end for _, end in gaps)], [*(start for start, _ in gaps), len(text)]
@@ -370,22 +369,22 @@ def _parts(text: str) -> list[str]:
 
 
 def _stems(text: str) -> frozenset[str]:
-    """The words of a text, without a plural's s."""
+    """The words of a text, without the s of a plural."""
     return frozenset(w if w in _NEUTRAL else w.removesuffix("s") for w in words(text))
 
 
 def mentioned(text: str, names: Sequence[str]) -> list[str]:
     """Which of `names` an answer mentions, in the order of `names`.
 
-    A name counts where its words stand in a row; of two that start at the same word the longer one
-    does, so that 'hot dog' is no dog.
+    A name counts where its words follow each other. Of two names that start at the same word only
+    the longer one counts, so that 'hot dog' is not a dog.
     """
     by_words = {tuple(words(name)): name for name in names}
     sizes = sorted({len(run) for run in by_words if run}, reverse=True)
-    written, found, at = parse_label(text), set(), 0
+    written, matches, at = parse_label(text), set(), 0
     while at < len(written):
         runs = (tuple(written[at : at + size]) for size in sizes)
         run = next((run for run in runs if run in by_words), written[at : at + 1])
-        found.add(by_words.get(tuple(run)))
+        matches.add(by_words.get(tuple(run)))
         at += len(run)
-    return [name for name in names if name in found]
+    return [name for name in names if name in matches]

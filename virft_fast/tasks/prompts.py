@@ -1,4 +1,4 @@
-"""The questions of Visual-RFT, word for word, and the categories its experiments are about."""
+"""Visual-RFT's prompts, word for word, and the categories of its experiments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SPACES = {
     "pixels": "absolute pixel coordinates, integer",
 }
 
-# Visual-RFT's sets: what its images show, and what it asks for.
+# Visual-RFT's data sets: what the images show, and what the prompt asks for.
 CLASSIFICATION_SETS: dict[str, tuple[str, str]] = {
     "flowers102": ("plant", "species"),
     "pets37": ("pet", "species"),
@@ -34,7 +34,7 @@ CATEGORY_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "lvis": {"lvis13": LVIS_13, "lvis6": LVIS_6},
 }
 
-# Ends where detection_problem's first sentence goes on, for a name may hold a quote: rubik's cube.
+# Includes the words after the name: the name itself may hold a quote, as in rubik's cube.
 _CATEGORY = re.compile(r"category '(.+?)' in the image")
 _QUOTED = re.compile(r"category '([^']+)'")
 
@@ -45,7 +45,7 @@ def detection_problem(category: str, space: str = "thousand") -> str:
     """Visual-RFT's question for all boxes of a category.
 
     Args:
-        space: "thousand" or "pixels", what the model's boxes are counted in.
+        space: the unit of the model's boxes, "thousand" or "pixels".
     """
     return (
         f"Detect all objects belonging to the category '{category}' in the image, and provide the "
@@ -59,14 +59,14 @@ def detection_problem(category: str, space: str = "thousand") -> str:
     )
 
 
-def asked_category(problem: str) -> str | None:
-    """The category that a detection prompt asks about, read back; None in another prompt."""
-    found = _CATEGORY.search(problem) or _QUOTED.search(problem)
-    return found[1] if found else None
+def category_in(problem: str) -> str | None:
+    """The category that a detection prompt asks about; None for another prompt."""
+    match = _CATEGORY.search(problem) or _QUOTED.search(problem)
+    return match[1] if match else None
 
 
 def presence_problem(categories: list[str]) -> str:
-    """Which of the categories are in the image? Ours: the original ships the answers only."""
+    """Asks which of the categories are in the image. Ours: the original only has the answers."""
     return (
         f"Which of these categories are in the image: {', '.join(categories)}?\n"
         "Output the thinking process in <think> </think> and final answer in <answer> </answer> "
@@ -78,7 +78,7 @@ def presence_problem(categories: list[str]) -> str:
 def classification_problem(thing: str, kind: str) -> str:
     """Visual-RFT's question for a class, e.g. ("plant", "species").
 
-    Of its four sets the answer is to be a "species name", whatever the question is.
+    For the original's four data sets it asks for a "species name", whatever the kind.
     """
     article = "an" if thing[:1].lower() in ("a", "e", "i", "o", "u") else "a"
     name = "species" if (thing, kind) in CLASSIFICATION_SETS.values() else kind
@@ -92,10 +92,10 @@ def classification_problem(thing: str, kind: str) -> str:
 
 
 def grounding_problem(instruction: str, space: str = "thousand", *, compat: bool = False) -> str:
-    """Visual-RFT's question for the one box that an instruction is about.
+    """Visual-RFT's question for the one box that an instruction refers to.
 
     Args:
-        compat: as of `grounding_format`.
+        compat: see `grounding_format`.
     """
     scale = "" if space == "thousand" else f" ({_SPACES[space]})"
     return (
@@ -105,10 +105,10 @@ def grounding_problem(instruction: str, space: str = "thousand", *, compat: bool
 
 
 def grounding_format(*, compat: bool = False) -> str:
-    """How Visual-RFT has a box answered; it adds this to LISA's conversations when it loads them.
+    """The answer format that Visual-RFT adds to LISA's conversations when it loads them.
 
     Args:
-        compat: with the original's misspelling and stray parenthesis.
+        compat: keep the original's misspelling and stray parenthesis.
     """
     box, end = ("grouding", ")") if compat else ("grounding", "")
     return (
@@ -119,7 +119,7 @@ def grounding_format(*, compat: bool = False) -> str:
 
 
 def detection_solution(boxes: list[list[int]]) -> str:
-    """Ground truth as Visual-RFT writes it, for boxes x1, y1, x2, y2; 'No Objects' for none."""
+    """Ground truth as Visual-RFT writes it, for xyxy boxes; 'No Objects' if there are none."""
     if not boxes:
         return NO_OBJECTS
     return f"<answer>{[{'Position': list(box), 'Confidence': 1} for box in boxes]}</answer>"

@@ -1,12 +1,14 @@
-"""Verifiable rewards. Each has TRL's signature and scores a whole batch:
+"""Verifiable rewards. Each has TRL's signature and scores a whole batch of N completions:
 
     reward(prompts, completions, solution, **columns) -> list[float]
 
-`completions` are strings or [{"role": "assistant", "content": text}] lists, whose content may be a
-list of parts; `solution` has one ground truth a completion, as Visual-RFT's data sets write it, and
-is required; `extent`, where a data set has that column, the (width, height) of the space its boxes
-are counted in, otherwise 0..1000. A model's text is data: whatever it holds, a reward is a number
+`completions` are strings, or lists of messages as [{"role": "assistant", "content": text}] whose
+content may be a list of parts. `solution` is required: N ground truths as Visual-RFT's data sets
+write them. `extent` is optional: N times the (width, height) of the space that boxes are counted
+in; without it they are in 0..1000. A model's text is data: whatever it holds, a reward is a number
 in its documented range.
+
+The functions below take N texts and N true answers; `scored` gives them the signature above.
 """
 
 from __future__ import annotations
@@ -14,24 +16,29 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 
+from virft_fast.batch import Json
 from virft_fast.matching import match_boxes, pad_boxes, pairwise_iou
 from virft_fast.tasks.answers import NOT_A_BOX, Detection, parse_detection, valid_box
+from virft_fast.tasks.coordinates import Box
 from virft_fast.tasks.labels import ClosedSet, answer_text, same_label
+from virft_fast.tasks.scoring import Conversation, RewardFunction
 from virft_fast.tasks.values import option_of, same_formula, same_number
 
 CHOICE_COLUMNS = ("choices", "options")
-CLASS_COLUMNS = ("class_names", *CHOICE_COLUMNS)  # of a row, beside `classes`
+CLASS_COLUMNS = ("class_names", *CHOICE_COLUMNS)  # columns that may list a row's classes
 
+Extents: TypeAlias = Sequence[Sequence[float] | None] | None
+_NO_BOX: Box = (0.0, 0.0, 0.0, 0.0)  # matches nothing
 _THOUGHT_TO_ANSWER = re.compile(r"</think>\s*<answer>")
 
 
-def completion_texts(completions: Sequence[Any]) -> list[str]:
-    """The text of each completion; of content parts, that of the text parts.
+def completion_texts(completions: Sequence[Conversation]) -> list[str]:
+    """The text of each completion. Of content in parts, the text parts are joined.
 
     Raises:
         TypeError: a completion is neither a string nor a list of messages.
@@ -39,12 +46,12 @@ def completion_texts(completions: Sequence[Any]) -> list[str]:
     return [_spoken(completion) for completion in completions]
 
 
-def _spoken(completion: Any) -> str:
+def _spoken(completion: Conversation) -> str:
     last = completion[-1] if isinstance(completion, (list, tuple)) and completion else None
-    said = last.get("content", last) if isinstance(last, Mapping) else completion
-    if isinstance(said, (list, tuple)) and all(isinstance(part, Mapping) for part in said):
-        parts = [part.get("text") for part in said if part.get("type", "text") == "text"]
-        said = "".join(part for part in parts if isinstance(part, str))
+    said: object = last.get("content", last) if isinstance(last, Mapping) else completion
+    if isinstance(said, (list, tuple)) and all(isinstance(item, Mapping) for item in said):
+        texts = [item.get("text") for item in said if item.get("type", "text") == "text"]
+        said = "".join(text for text in texts if isinstance(text, str))
     if said is None:  # a turn that only calls tools
         return ""
     if not isinstance(said, str):
@@ -55,19 +62,20 @@ def _spoken(completion: Any) -> str:
 
 
 def scored(reward: Callable[..., list[float]]) -> Callable[..., list[float]]:
-    """A reward that checks its `solution` first.
+    """A reward with TRL's signature, from a function of N texts, N true answers and the columns.
 
     Raises:
-        ValueError: `solution` is missing, no list, of another length than the completions, or None
-            for one of them; names the columns there are.
+        TypeError: see `completion_texts`.
+        ValueError: `solution` is missing, not a list, not as long as `completions`, or holds a
+            None. If it is missing, the message names the columns that came instead.
     """
 
     @functools.wraps(reward)
     def checked(
-        prompts: Any = None,
-        completions: Sequence[Any] = (),
-        solution: Sequence[str] | None = None,
-        **columns: Any,
+        prompts: Sequence[Conversation] | None = None,
+        completions: Sequence[Conversation] = (),
+        solution: Sequence[str | None] | None = None,
+        **columns: Json,
     ) -> list[float]:
         if solution is None:
             names = ", ".join(columns) or "none"
@@ -82,64 +90,54 @@ def scored(reward: Callable[..., list[float]]) -> Callable[..., list[float]]:
                 f"{reward.__name__}: expected {len(completions)} solutions, one a completion, got "
                 f"{got}"
             )
-        if None in (missing := list(solution)):
+        truths = [None if truth is None else str(truth) for truth in solution]
+        if None in truths:
             raise ValueError(
-                f"{reward.__name__}: expected a solution for completion {missing.index(None)}, got "
+                f"{reward.__name__}: expected a solution for completion {truths.index(None)}, got "
                 f"None; leave such rows out"
             )
-        return reward(prompts, completions, solution, **columns)
+        return reward(completion_texts(completions), truths, **columns)
 
+    vars(checked).pop("__wrapped__")  # `inspect.signature` shows this signature, not `reward`'s
     return checked
 
 
 @scored
 def accuracy_iou(
-    prompts: Any = None,
-    completions: Sequence[Any] = (),
-    solution: Sequence[str] = (),
-    extent: Sequence[Any] | None = None,
-    **_: Any,
+    texts: list[str], truths: list[str], /, extent: Extents = None, **_: object
 ) -> list[float]:
     """Summed IoU of matched boxes / max(#predicted, #true), in [0, 1].
 
-    Matches are one to one with IoU > 0.5, chosen so that the sum is largest. A box that is
-    inverted, empty or outside 0..1000 is a prediction that matches nothing. With nothing to find,
+    Boxes match one to one where IoU > 0.5, so that the sum is largest. A box that is inverted,
+    empty or outside 0..1000 is a prediction that matches nothing. Where there is nothing to find,
     'No Objects' or an empty list scores 1 and anything else 0.
     """
-    return _iou_rewards(completions, solution, extent, min_iou=0.5)
+    return _iou_rewards(texts, truths, extent, min_iou=0.5)
 
 
 @scored
 def hungarian_iou(
-    prompts: Any = None,
-    completions: Sequence[Any] = (),
-    solution: Sequence[str] = (),
-    extent: Sequence[Any] | None = None,
-    **_: Any,
+    texts: list[str], truths: list[str], /, extent: Extents = None, **_: object
 ) -> list[float]:
-    """As `accuracy_iou`, but a match needs no more than some overlap: a smoother signal for a model
-    whose boxes are not good yet. In [0, 1]."""
-    return _iou_rewards(completions, solution, extent, min_iou=0.0)
+    """As `accuracy_iou`, but any overlap is enough for a match: a smoother signal for a model whose
+    boxes aren't good yet. In [0, 1]."""
+    return _iou_rewards(texts, truths, extent, min_iou=0.0)
 
 
 @scored
 def accuracy_confidence(
-    prompts: Any = None,
-    completions: Sequence[Any] = (),
-    solution: Sequence[str] = (),
-    extent: Sequence[Any] | None = None,
-    **_: Any,
+    texts: list[str], truths: list[str], /, extent: Extents = None, **_: object
 ) -> list[float]:
     """Is the model sure of the boxes it found, and only of those? In [0, 1].
 
     With n true boxes, c the confidences of matched predictions and u those of the others:
-    sum(c) / (n + sum(u)); with nothing to find 1 / (1 + sum(u)). A confidence that is no number in
-    [0, 1] counts as 0 on a match and as 1 otherwise. An answer that can't be read scores 0.
+    sum(c) / (n + sum(u)), or 1 / (1 + sum(u)) where there is nothing to find. A confidence that is
+    not a number in [0, 1] counts as 0 on a match and as 1 otherwise. An unreadable answer scores 0.
     """
-    # Of equal boxes the surest is the one that is matched, whatever the order they came in.
+    # Of equal boxes the one with the highest confidence is matched, in whatever order they came.
     pairs = [
         (None if predicted is None else _surest_first(predicted), true)
-        for predicted, true in _parse_pairs(completions, solution, extent)
+        for predicted, true in _parse_pairs(texts, truths, extent)
     ]
     matched = _match(pairs, min_iou=0.5)[0] >= 0  # (N, K)
     rewards = []
@@ -147,72 +145,73 @@ def accuracy_confidence(
         if predicted is None or true is None:
             rewards.append(0.0)
             continue
-        found = wasted = 0.0
+        earned = wasted = 0.0
         for hit, confidence in zip(row, predicted.confidences, strict=False):
-            usable = _usable(confidence)
             if hit:
-                found += confidence if usable else 0.0
+                earned += confidence if _usable(confidence) else 0.0
             else:
-                wasted += confidence if usable else 1.0
+                wasted += confidence if _usable(confidence) else 1.0
         count = len(true.boxes)
-        rewards.append(found / (count + wasted) if count else 1.0 / (1.0 + wasted))
+        rewards.append(earned / (count + wasted) if count else 1.0 / (1.0 + wasted))
     return rewards
 
 
-def format_reward(prompts: Any = None, completions: Sequence[Any] = (), **_: Any) -> list[float]:
+def format_reward(
+    prompts: Sequence[Conversation] | None = None,
+    completions: Sequence[Conversation] = (),
+    **_: object,
+) -> list[float]:
     """1 if the whole completion is <think>...</think> <answer>...</answer>, else 0."""
     return [float(_well_formed(text)) for text in completion_texts(completions)]
 
 
 @scored
 def accuracy(
-    prompts: Any = None,
-    completions: Sequence[Any] = (),
-    solution: Sequence[str] = (),
+    texts: list[str],
+    truths: list[str],
+    /,
     classes: ClosedSet | Sequence[str] | Sequence[Sequence[str] | None] | None = None,
-    **columns: Any,
+    **columns: Json,
 ) -> list[float]:
-    """1 if the answer is the class of the solution, else 0. See `tasks.labels` for what is equal.
+    """1 if the answer is the class of the solution, else 0. `tasks.labels` says what is equal.
 
     Args:
-        classes: the class set, or one for each completion (None: not known). Without it the columns
-            `class_names`, `choices` and `options` are looked at, where they hold lists. An answer
-            must single out one class of the set. Where no set is known, or the solution is not in
-            it, the answer must equal the solution.
+        classes: the class set, or N of them (None: not known). Without it, the columns
+            `class_names`, `choices` and `options` are used where they hold lists. An answer must
+            single out one class of the set. Where no set is known, or the solution isn't in it, the
+            answer must equal the solution.
     Raises:
-        ValueError: two classes of a set differ in nothing that counts.
+        ValueError: two classes of a set have the same key.
     """
-    texts = completion_texts(completions)
     sets = _class_sets(len(texts), classes, columns)
-    return [
-        float(_is_class(text, str(truth), known))
-        for text, truth, known in zip(texts, solution, sets, strict=True)
-    ]
+    return [float(_is_class(*row)) for row in zip(texts, truths, sets, strict=True)]
 
 
-def knowing_classes(reward: Callable[..., list[float]], known: ClosedSet | None) -> Any:
-    """A class reward told the class set of a split, for rows that name none themselves."""
+def knowing_classes(reward: RewardFunction, classes: ClosedSet | None) -> RewardFunction:
+    """A class reward that uses the class set of a split for rows that list no classes."""
 
     @functools.wraps(reward)
-    def asked(*arguments: Any, **columns: Any) -> list[float]:
+    def with_classes(*arguments: Json, **columns: Json) -> Sequence[float | None]:
         if all(columns.get(name) is None for name in ("classes", *CLASS_COLUMNS)):
-            columns["classes"] = known
+            columns["classes"] = classes
         return reward(*arguments, **columns)
 
-    return asked if known is not None else reward
+    return with_classes if classes is not None else reward
 
 
-def _is_class(text: str, truth: str, known: ClosedSet | None) -> bool:
-    true_label = known(truth) if known else None
-    if known is None or true_label is None:
+def _is_class(text: str, truth: str, classes: ClosedSet | None) -> bool:
+    true_label = classes(truth) if classes else None
+    if classes is None or true_label is None:
         return same_label(answer_text(text), answer_text(truth))
-    return known(text) == true_label
+    return classes(text) == true_label
 
 
-def _class_sets(count: int, classes: Any, columns: Mapping[str, Any]) -> list[ClosedSet | None]:
+def _class_sets(
+    count: int, classes: Json, columns: Mapping[str, Json]
+) -> Sequence[ClosedSet | None]:
     """The class set of each completion."""
-    named = (columns.get(name) for name in CLASS_COLUMNS)
-    given = classes if classes is not None else next((c for c in named if c is not None), None)
+    listed = (classes, *map(columns.get, CLASS_COLUMNS))
+    given = next((value for value in listed if value is not None), None)
     if isinstance(given, ClosedSet):
         return [given] * count
     if given and all(isinstance(name, str) for name in given) and classes is not None:
@@ -224,73 +223,54 @@ def _class_sets(count: int, classes: Any, columns: Mapping[str, Any]) -> list[Cl
 _closed_set = functools.lru_cache(maxsize=4096)(ClosedSet)
 
 
-def is_class_set(value: Any) -> bool:
-    """Whether a row's column names the classes to choose from: a list of two texts or more."""
-    listed = isinstance(value, (list, tuple)) and len(value) > 1
-    return listed and all(isinstance(name, str) for name in value)
+def is_class_set(value: object) -> TypeGuard[Sequence[str]]:
+    """Whether a row's column lists the classes to choose from: two texts or more."""
+    if not isinstance(value, (list, tuple)) or len(value) < 2:
+        return False
+    return all(isinstance(name, str) for name in value)
 
 
 @scored
-def accuracy_choice(
-    prompts: Any = None,
-    completions: Sequence[Any] = (),
-    solution: Sequence[str] = (),
-    **columns: Any,
-) -> list[float]:
+def accuracy_choice(texts: list[str], truths: list[str], /, **columns: Json) -> list[float]:
     """1 if the answer picks the option of the solution by its letter or number, else 0: "B", "(b)",
     "option B" and "B. a cat" are B. An answer that names two options picks none.
 
     Args:
-        columns: the first of CHOICE_COLUMNS that there is lists the options of each row.
+        columns: the first of CHOICE_COLUMNS that was given lists the options of each row.
     """
     listed = next((columns[n] for n in CHOICE_COLUMNS if columns.get(n) is not None), None)
-    rows = [row if is_class_set(row) else None for row in listed or [None] * len(solution)]
+    rows = [row if is_class_set(row) else None for row in listed or [None] * len(truths)]
     return [
-        float((picked := option_of(text, row)) is not None and picked == option_of(str(truth), row))
-        for text, truth, row in zip(completion_texts(completions), solution, rows, strict=True)
+        float((picked := option_of(text, row)) is not None and picked == option_of(truth, row))
+        for text, truth, row in zip(texts, truths, rows, strict=True)
     ]
 
 
 @scored
-def accuracy_number(
-    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
-) -> list[float]:
+def accuracy_number(texts: list[str], truths: list[str], /, **_: object) -> list[float]:
     """1 if the answer is the number of the solution, else 0. Numbers are compared exactly, so that
     5, 5.0 and 5e0 are equal; both need the same unit or currency, or none. A fraction counts where
-    the solution is one, or no whole number."""
-    return _each(same_number, completions, solution)
+    the solution is a fraction or not a whole number."""
+    return [float(same_number(*pair)) for pair in zip(texts, truths, strict=True)]
 
 
 @scored
-def accuracy_math(
-    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
-) -> list[float]:
+def accuracy_math(texts: list[str], truths: list[str], /, **_: object) -> list[float]:
     """1 if the answer equals the formula of the solution by math-verify, else 0.
 
     Raises:
         ValueError: math-verify is not installed.
     """
-    return _each(same_formula, completions, solution)
-
-
-def _each(
-    same: Callable[[str, str], bool], completions: Sequence[Any], solution: Sequence[str]
-) -> list[float]:
-    pairs = zip(completion_texts(completions), solution, strict=True)
-    return [float(same(text, str(truth))) for text, truth in pairs]
+    return [float(same_formula(*pair)) for pair in zip(texts, truths, strict=True)]
 
 
 @scored
 def grounding_giou(
-    prompts: Any = None,
-    completions: Sequence[Any] = (),
-    solution: Sequence[str] = (),
-    extent: Sequence[Any] | None = None,
-    **_: Any,
+    texts: list[str], truths: list[str], /, extent: Extents = None, **_: object
 ) -> list[float]:
-    """(GIoU + 1) / 2 of the one box asked for, in [0, 1]; 0 for a missing, inverted or empty box,
-    one outside 0..1000, or more than one."""
-    pairs = _parse_pairs(completions, solution, extent)
+    """(GIoU + 1) / 2 of the one requested box, in [0, 1]; 0 if the answer has no box or several, or
+    the box is inverted, empty or outside 0..1000."""
+    pairs = _parse_pairs(texts, truths, extent)
     pred, num_pred = _one_box([predicted for predicted, _ in pairs])
     gt, num_gt = _one_box([true for _, true in pairs])
     giou = pairwise_iou(pred, gt, num_pred, num_gt, kind="giou")[:, 0, 0]  # (N,)
@@ -298,14 +278,14 @@ def grounding_giou(
     return torch.where(usable, (giou + 1) / 2, 0.0).tolist()
 
 
-def _usable(confidence: float | None) -> bool:
+def _usable(confidence: float | None) -> TypeGuard[float]:
     return confidence is not None and 0.0 <= confidence <= 1.0
 
 
 def _surest_first(detection: Detection) -> Detection:
-    """The same predictions in an order of their own, not of the text's."""
+    """The same predictions in an order that doesn't depend on the text's."""
 
-    def rank(pair: tuple[Any, float | None]) -> tuple[Any, ...]:
+    def rank(pair: tuple[Box, float | None]) -> tuple[float, tuple[float, ...]]:
         box, confidence = pair
         sureness = confidence if _usable(confidence) else -1.0
         return -sureness, box if valid_box(box) else ()
@@ -315,55 +295,48 @@ def _surest_first(detection: Detection) -> Detection:
 
 
 def _iou_rewards(
-    completions: Sequence[Any],
-    solution: Sequence[str],
-    extent: Sequence[Any] | None,
-    *,
-    min_iou: float,
+    texts: list[str], truths: list[str], extent: Extents, *, min_iou: float
 ) -> list[float]:
-    pairs = _parse_pairs(completions, solution, extent)
+    pairs = _parse_pairs(texts, truths, extent)
     total = _match(pairs, min_iou=min_iou)[1].sum(1).tolist()
     rewards = []
     for (predicted, true), iou in zip(pairs, total, strict=True):
         if predicted is None or true is None:
             rewards.append(0.0)
             continue
-        most = max(len(predicted.boxes), len(true.boxes))
-        rewards.append(min(iou / most, 1.0) if most else 1.0)
+        count = max(len(predicted.boxes), len(true.boxes))
+        rewards.append(min(iou / count, 1.0) if count else 1.0)
     return rewards
 
 
-def _parse_pairs(
-    completions: Sequence[Any], solution: Sequence[str], extent: Sequence[Any] | None
-) -> list[tuple[Detection | None, Detection | None]]:
-    texts = completion_texts(completions)
-    extents = extent or [None] * len(texts)
+_Pair: TypeAlias = tuple[Detection | None, Detection | None]  # predicted, true; None: unreadable
+
+
+def _parse_pairs(texts: list[str], truths: list[str], extent: Extents) -> list[_Pair]:
     return [
-        (parse_detection(text, space), parse_detection(str(truth), space))
-        for text, truth, space in zip(texts, solution, extents, strict=True)
+        (parse_detection(text, space), parse_detection(truth, space))
+        for text, truth, space in zip(texts, truths, extent or [None] * len(texts), strict=True)
     ]
 
 
-def _match(
-    pairs: list[tuple[Detection | None, Detection | None]], *, min_iou: float
-) -> tuple[Tensor, Tensor]:
+def _match(pairs: list[_Pair], *, min_iou: float) -> tuple[Tensor, Tensor]:
     """All completions in one call: matches (N, K) int64, -1 where none, and their IoU (N, K)."""
     pred, num_pred = pad_boxes([_boxes(p) for p, _ in pairs], dtype=torch.float64)
     gt, num_gt = pad_boxes([_boxes(t) for _, t in pairs], dtype=torch.float64)
     return match_boxes(pred, gt, num_pred, num_gt, min_iou=min_iou)
 
 
-def _boxes(detection: Detection | None) -> list[Any]:
-    """Boxes with the unusable ones in their places as empty boxes, which match nothing."""
+def _boxes(detection: Detection | None) -> list[Box]:
+    """The boxes, an unusable one replaced by an empty one."""
     boxes = detection.boxes if detection else ()
-    return [box if valid_box(box) else (0.0, 0.0, 0.0, 0.0) for box in boxes]
+    return [box if valid_box(box) else _NO_BOX for box in boxes]
 
 
 def _one_box(detections: list[Detection | None]) -> tuple[Tensor, Tensor]:
     """(N, 1, 4) float64 boxes and counts (N,): 1 where there is exactly one and it is valid."""
     boxes = [d.boxes[0] if d and len(d.boxes) == 1 else NOT_A_BOX for d in detections]
     usable = [valid_box(box) for box in boxes]
-    rows = [b if ok else (0.0, 0.0, 0.0, 0.0) for b, ok in zip(boxes, usable, strict=True)]
+    rows = [box if ok else _NO_BOX for box, ok in zip(boxes, usable, strict=True)]
     stacked = torch.tensor(rows, dtype=torch.float64).view(-1, 1, 4)
     return stacked, torch.tensor(usable, dtype=torch.int64)
 

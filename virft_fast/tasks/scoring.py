@@ -18,27 +18,52 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol, SupportsFloat, TypeAlias
 
 import torch
 from torch import Tensor
 
+from virft_fast.batch import Json, Row
+
 logger = logging.getLogger(__name__)
 
-# What a reward function gets beside a row's columns.
+# The arguments of a reward function that are not columns of the rows.
 _ALWAYS = ("prompts", "completions", "completion_ids", "image_grid_thw")
 RESERVED = frozenset((*_ALWAYS, "trainer_state", "log_extra", "log_metric"))
 LARGEST = torch.finfo(torch.float32).max
-RewardFunction = Callable[..., Sequence[float | None]]
+Conversation: TypeAlias = str | Sequence[Row]  # a prompt or a completion: text, or messages
+
+
+class RewardFunction(Protocol):
+    """A reward as TRL calls it, all arguments by name. It may be declared `async`.
+
+    Args:
+        prompts, completions: N each.
+        columns: those of the data set, N values each, and `RewardLog.arguments`.
+    Returns:
+        N rewards, None for a completion that the function doesn't score.
+    """
+
+    def __call__(
+        self,
+        *,
+        prompts: Sequence[Conversation],
+        completions: Sequence[Conversation],
+        **columns: Json,
+    ) -> Sequence[float | None]: ...
+
+
+NamedRewards: TypeAlias = Sequence[tuple[str, RewardFunction]]
 
 
 class RewardError(RuntimeError):
-    """A reward function raised or gave no number; names it and the sample, __cause__ says why."""
+    """A reward function raised or gave no number. Names the function and the sample."""
 
 
 def load_function(name: str) -> tuple[str, RewardFunction]:
-    """A reward from path/to/file.py:name or package.module:name; the name may be that of a class,
-    which is called without arguments, or a method of an object, `scorer.score`.
+    """A reward from path/to/file.py:name or package.module:name. The name may also be a class,
+    which is called without arguments, or a method of an object, such as `scorer.score`.
 
     Returns:
         the last part of the name, and the function.
@@ -58,32 +83,32 @@ def load_function(name: str) -> tuple[str, RewardFunction]:
         raise ValueError(
             f"--reward_funcs {name}: {where} can't be imported: {type(error).__name__}: {error}"
         ) from error
-    found: Any = module
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            close = difflib.get_close_matches(part, dir(found), n=1)
+    target: Any = module
+    for word in attribute.split("."):
+        if not hasattr(target, word):
+            close = difflib.get_close_matches(word, dir(target), n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"--reward_funcs {name}: no function {attribute!r} in {where}{hint}")
-        found = getattr(found, part)
-    if inspect.isclass(found):
-        found = _made(name, found)
-    if not callable(found):
+        target = getattr(target, word)
+    if inspect.isclass(target):
+        target = _made(name, target)
+    if not callable(target):
         raise ValueError(f"--reward_funcs {name}: no function {attribute!r} in {where}")
-    return attribute.rsplit(".", 1)[-1], found
+    return attribute.rsplit(".", 1)[-1], target
 
 
-def _module_of(path: str) -> Any:
+def _module_of(path: str) -> ModuleType:
     unique = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:12]
     spec = importlib.util.spec_from_file_location(f"virft_fast_rewards_{unique}", path)
     if spec is None or spec.loader is None:
         raise ImportError("expected a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their own module up
+    sys.modules[spec.name] = module  # dataclasses look up their own module
     spec.loader.exec_module(module)
     return module
 
 
-def _made(name: str, cls: type) -> Any:
+def _made(name: str, cls: type) -> object:
     try:
         return cls()
     except (Exception, SystemExit) as error:
@@ -95,48 +120,45 @@ def _made(name: str, cls: type) -> Any:
 
 @dataclass
 class RewardLog:
-    """What reward functions report beside their values, as with TRL's trainer.
+    """What reward functions report besides their rewards, as with TRL's trainer.
 
     Attributes:
         metrics: name -> values. extra: column -> a value for each completion.
     """
 
     metrics: dict[str, list[float]] = field(default_factory=dict)
-    extra: dict[str, list[Any]] = field(default_factory=dict)
+    extra: dict[str, list[Json]] = field(default_factory=dict)
 
     def log_metric(self, name: str, value: float) -> None:
-        """Report a number; its mean over a step and all ranks is a metric of that name."""
+        """Report a number; its mean over a step and all ranks becomes a metric of that name."""
         self.metrics.setdefault(str(name), []).append(float(value))
 
-    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+    def log_extra(self, column: str, values: Sequence[Json]) -> None:
         """Report a column of the completions' records, one value a completion."""
         self.extra.setdefault(str(column), []).extend(values)
 
-    def arguments(self, trainer_state: Any = None) -> dict[str, Any]:
-        """What a reward function gets of it."""
-        return {
-            "trainer_state": trainer_state,
-            "log_extra": self.log_extra,
-            "log_metric": self.log_metric,
-        }
+    def arguments(self, trainer_state: object = None) -> dict[str, object]:
+        """The arguments through which a reward function reaches this log."""
+        logs = {"log_extra": self.log_extra, "log_metric": self.log_metric}
+        return {"trainer_state": trainer_state, **logs}
 
 
 def score(
-    reward_funcs: Sequence[tuple[str, RewardFunction]],
+    reward_funcs: NamedRewards,
     weights: Sequence[float],
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    columns: Mapping[str, Sequence[Any]],
-    shared: Mapping[str, Any] | None = None,
-    section: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+    prompts: Sequence[Conversation],
+    completions: Sequence[Conversation],
+    columns: Mapping[str, Sequence[Json]],
+    shared: Mapping[str, object] | None = None,
+    section: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> tuple[Tensor, Tensor]:
-    """Call every reward function on all N completions and add up, as TRL 1.16 does.
+    """Call every reward function on all N completions and add up their rewards, as TRL 1.16 does.
 
     Args:
         columns: the data set's columns, N values each.
-        shared: arguments that are not one a completion, for the functions that take them;
-            default: those of a `RewardLog` that nobody reads.
-        section: context that each function is called in, by what it is called in messages.
+        shared: arguments that don't belong to one completion, for the functions that take them.
+            None: those of a `RewardLog` that nobody reads.
+        section: makes the context that a function is called in, from the function's description.
     Returns:
         (N, R) float32 rewards, NaN where a function gave None or nothing finite, and (N,) their
         weighted sums over the functions that did score; NaN where none did.
@@ -145,11 +167,11 @@ def score(
         ValueError: a function returned another number of rewards than N.
     """
     shared = RewardLog().arguments() if shared is None else shared
+    arguments = {**columns, "prompts": list(prompts), "completions": list(completions)}
     per_function = []
     for name, function in reward_funcs:
         with section(f"reward function {name}"):
-            given = _given(function, shared)
-            per_function.append(_call(name, given, prompts, completions, columns))
+            per_function.append(_call(name, _given(function, shared), arguments))
     rewards = torch.tensor(per_function, dtype=torch.float32).T  # (N, R)
     # A finite double may still be too large for a float32.
     rewards = rewards.masked_fill(~rewards.isfinite(), torch.nan)
@@ -158,8 +180,10 @@ def score(
     return rewards, total.masked_fill(unscored, torch.nan)
 
 
-def _given(function: RewardFunction, shared: Mapping[str, Any]) -> RewardFunction:
-    """The function with those of the shared arguments that it takes."""
+def _given(
+    function: Callable[..., Sequence[float | None]], shared: Mapping[str, object]
+) -> RewardFunction:
+    """The function with the shared arguments that it takes."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # of a builtin
@@ -169,19 +193,17 @@ def _given(function: RewardFunction, shared: Mapping[str, Any]) -> RewardFunctio
     return partial(function, **taken)
 
 
-def check_arguments(
-    reward_funcs: Sequence[tuple[str, RewardFunction]], columns: Iterable[str]
-) -> None:
-    """Raise ValueError if a function can't be called with what it is going to get.
+def check_arguments(reward_funcs: NamedRewards, columns: Iterable[str]) -> None:
+    """Raise ValueError if a function can't be called with the arguments it will get.
 
     Args:
-        columns: of the rows, as `Sample.columns` has them.
+        columns: names in `Sample.columns`.
     """
     names = [*dict.fromkeys((*_ALWAYS, *columns))]
     for name, function in reward_funcs:
         try:
             signature = inspect.signature(_given(function, RewardLog().arguments()))
-        except ValueError:  # of a builtin, which says nothing
+        except ValueError:  # a builtin without a signature
             continue
         try:
             signature.bind(**dict.fromkeys(names))
@@ -192,30 +214,29 @@ def check_arguments(
             ) from error
 
 
-def _call(
-    name: str,
-    function: RewardFunction,
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    columns: Mapping[str, Sequence[Any]],
-) -> list[float]:
+_Arguments: TypeAlias = Mapping[str, Sequence[Json]]  # columns, prompts and completions: N values
+
+
+def _call(name: str, function: RewardFunction, arguments: _Arguments) -> list[float]:
+    """The rewards of a function, NaN for None."""
     try:
-        values = _values(function, prompts, completions, columns)
-    except (Exception, SystemExit) as error:  # not a bad answer: somebody's bug, which ends the run
-        raise RewardError(_blame(name, function, prompts, completions, columns)) from error
+        values = _values(function, arguments)
+    except (Exception, SystemExit) as error:  # not a bad answer: a bug in the reward, end the run
+        raise RewardError(_blame(name, function, arguments)) from error
+    completions = arguments["completions"]
     if len(values) != len(completions):
         raise ValueError(
             f"reward function {name}: expected {len(completions)} rewards, one a completion, got "
             f"{len(values)}"
         )
     clean = []
-    for row, value in enumerate(values):
+    for completion, value in zip(completions, values, strict=True):
         try:
             clean.append(math.nan if value is None else float(value))
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise RewardError(
                 f"reward function {name}: expected a number or None for each completion, got "
-                f"{value!r:.200} for completion {completions[row]!r:.1000}"
+                f"{value!r:.200} for completion {completion!r:.1000}"
             ) from error
     infinite = sum(abs(value) > LARGEST for value in clean)
     if infinite:
@@ -227,45 +248,35 @@ def _call(
     return clean
 
 
-def _values(
-    function: RewardFunction,
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    columns: Mapping[str, Sequence[Any]],
-) -> list[Any]:
+def _values(function: RewardFunction, arguments: _Arguments) -> list[SupportsFloat | None]:
     """What a function returns, also one declared `async`.
 
-    It gets copies: what it does to them is nothing to the functions after it.
+    It gets copies, so that it can't change what the next function sees.
     """
-    given = copy.deepcopy({**columns, "prompts": list(prompts), "completions": list(completions)})
-    values = function(**given)
+    values: object = function(**copy.deepcopy(dict(arguments)))
     if inspect.isawaitable(values):
         values = asyncio.run(_wait(values))
     if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
-        raise TypeError(f"expected a list of {len(completions)} rewards, got {values!r:.200}")
+        count = len(arguments["completions"])
+        raise TypeError(f"expected a list of {count} rewards, got {values!r:.200}")
     return list(values)
 
 
-async def _wait(values: Awaitable[Any]) -> Any:
+async def _wait(values: Awaitable[object]) -> object:
     return await values
 
 
-def _blame(
-    name: str,
-    function: RewardFunction,
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    columns: Mapping[str, Sequence[Any]],
-) -> str:
-    """Which sample does it? Each is tried alone."""
-    for row in range(len(completions)):
-        one = {key: [values[row]] for key, values in columns.items()}
+def _blame(name: str, function: RewardFunction, arguments: _Arguments) -> str:
+    """A message that names the first sample on which the function raises by itself."""
+    for row, completion in enumerate(arguments["completions"]):
+        one = {key: [values[row]] for key, values in arguments.items()}
         try:
-            _values(function, [prompts[row]], [completions[row]], one)
+            _values(function, one)
         except (Exception, SystemExit) as error:
-            sample = {key: repr(values[0])[:500] for key, values in one.items()}
+            columns = {key: one[key] for key in one if key not in ("prompts", "completions")}
+            sample = {key: repr(value)[:500] for key, (value,) in columns.items()}
             return (
                 f"reward function {name} raised {type(error).__name__}: {error}; the sample is "
-                f"completion {completions[row]!r:.1000} with {sample}"
+                f"completion {completion!r:.1000} with {sample}"
             )
     return f"reward function {name} raised on the whole batch, but on no sample alone"

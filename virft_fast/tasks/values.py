@@ -1,7 +1,7 @@
-"""Answers that are no class names: an option, a number, a formula.
+"""Answers that are not class names: an option, a number, a formula.
 
-As with labels, an answer is read as a whole, maybe after a lead-in; one that names two is none.
-No function raises on any text, and each takes a bounded time on any thread.
+As with labels, an answer is read as a whole, maybe after a lead-in; one that names two values names
+none. No function raises on any text, and each takes a bounded time on any thread.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 from virft_fast.tasks.labels import answer_text, fold, mentioned, peel, readings, same_label, words
 
 # --- Options ---------------------------------------------------------------------------------
 
-LETTERS = "abcdefghij"  # of options that a row doesn't list
+LETTERS = "abcdefghij"  # of the options where a row doesn't list them
 _MAX_CHOICE = 2000  # characters
 _ROMAN = dict(zip("i ii iii iv v vi vii viii ix x xi xii".split(), range(1, 13), strict=True))
 _OPTION = re.compile(
@@ -28,11 +29,11 @@ _OPTION = re.compile(
     r"(?: is (?:the )?(?:correct|right)(?: (?:answer|option|choice))?"
     r"|(?:[.:)\]、](?!\d)|(?<!\d) - ) ?(?P<text>.+))?"
 )
-# A letter or number alone, also among characters that no spaces part.
+# A letter or number by itself, also between characters of a script without spaces.
 _LATIN = "[a-z0-9\u00c0-\u024f\u1e00-\u1eff]"
 _ALONE = re.compile(rf"(?<!{_LATIN})(?:[ivx]{{2,4}}|[a-z]|\d{{1,2}})(?!'?{_LATIN}|\.\d| ?=|\()")
 _ARTICLE = re.compile(r"[ai] [^\W\d_]{2}")
-# Words after an option's letter that take it back or doubt it.
+# Words after an option's letter that take it back or express doubt.
 _TAKEN_BACK = frozenset(
     """
     not no nor never none neither nobody nothing hardly unlikely untrue invalid rejected cannot
@@ -52,11 +53,11 @@ _TAKEN_BACK_WITHIN = re.compile(
     r"n't|\bn'|[≠¬❌✗✘]|[不没沒非无無未否错錯除别別違誤]|以外|ない|なく|なし|ませ|"
     r"じゃな|あらず|ちが|아[니닌님닙닐]|않|못|없|제외|틀[렸린림]|말고|빼고"
 )
-# Where an option's text may begin with a negation, as "No" and "None of the above" do. It does not
-# where one of the other words judges the option: "Not correct".
+# Negations that an option's text may begin with: "No", "None of the above". With a word of the
+# second set they judge the option instead: "Not correct".
 _NEGATIVE = frozenset("no non none not nothing neither never cannot can false nein faux".split())
 _JUDGING = frozenset("correct right true answer option choice it this that one way".split())
-# The letters of "vitamin C", "triangle E", "20 g" and "x = c" name no option.
+# The letters in "vitamin C", "triangle E", "20 g" and "x = c" don't name an option.
 _LETTERED = re.compile(
     r"((?:vitamin[ae]?|hepatitis|type|class|grade|triangle|point|angle|line|figure|group|team) |"
     r"维生素 ?|ビタミン|비타민 ?|[∠△] ?|\w ?= ?|[\d°] ?(?=[acfghj](?! ?[.:)\]、])))"
@@ -66,18 +67,18 @@ _LETTERED = re.compile(
 
 def option_of(text: str, options: Sequence[str] | None = None) -> str | None:
     """The option that an answer picks by its letter or number, in lower case: "B", "(b)", "2",
-    "iv", "option B", "B. a cat". None if it picks none, or several, or takes back what it picks.
+    "iv", "option B", "B. a cat". None if it picks none or several, or takes back what it picks.
 
     Args:
-        options: their texts, in order, where the row lists them. Letters and numbers then go as
-            far as they do, else letters to "j" (and Roman "v" and "x"), and a text after the
-            letter may be that of its option, whatever words are in it, but of no other. Else it
-            may be any text that takes nothing back and names no second letter.
+        options: their texts, in order, where the row lists them. Letters and numbers then go as far
+            as the options do, and a text after the letter may be that option's, whatever its words,
+            but not another option's. Without them, letters go to "j" (and Roman "v" and "x").
+            Any other text after the letter must not take it back or name a second letter.
     """
     text = answer_text(text)
     if len(text) > _MAX_CHOICE:
         return None
-    # A letter may have a line of its own, above its text.
+    # A letter may stand on its own line, above its text.
     spellings = (*readings(text), *readings(text.replace("\n", ": ", 1)))
     option = next(filter(None, map(_OPTION.fullmatch, spellings)), None)
     if option is None:
@@ -96,7 +97,7 @@ def option_of(text: str, options: Sequence[str] | None = None) -> str | None:
 
 
 def _place(name: str, options: Sequence[str] | None) -> int | None:
-    """Which option a name is, from 1; None if there are not so many."""
+    """The number of the option with this name, from 1; None if there are fewer options."""
     count = len(options or LETTERS)
     letter = ord(name) - ord("a") + 1 if len(name) == 1 else 0
     number = letter if 0 < letter <= count else _ROMAN.get(name, 1000)
@@ -105,7 +106,7 @@ def _place(name: str, options: Sequence[str] | None) -> int | None:
 
 
 def _text_of(option: str) -> str:
-    """An option's text, without a letter of its own."""
+    """An option's text, without the letter that it may begin with."""
     match = _OPTION.fullmatch(peel(fold(option)))
     return (match and match["text"]) or option
 
@@ -114,12 +115,12 @@ def _takes_back(said: str, name: str, options: Sequence[str] | None, text: str) 
     """Whether the text after an option's letter rejects it, or may name another option.
 
     Args:
-        text: the whole answer, not folded. A negation with a capital begins an option's text.
+        text: the whole answer, not folded. A capitalized negation begins an option's text.
     """
     said = _LETTERED.sub(r"\1", said)
     for other in _ALONE.finditer(said):
         article = _ARTICLE.match(said, other.start())
-        # Where the options aren't known, those of letters have no numbers, and no Roman ones.
+        # If a row lists no options, those with letters have no numbers, Roman ones included.
         numbered = other[0].isdecimal()
         alike = numbered or other[0] in LETTERS or name in _ROMAN
         alike = options is not None or (alike and numbered == name.isdecimal())
@@ -146,7 +147,7 @@ _NUMBER = re.compile(
 
 
 class Number(NamedTuple):
-    """A number, exactly; its unit or currency, "" for none; whether it is written as a fraction."""
+    """The exact value; the unit or currency, "" for none; whether it was written as a fraction."""
 
     value: Fraction
     unit: str
@@ -155,11 +156,11 @@ class Number(NamedTuple):
 
 def number_of(text: str) -> Number | None:
     """The number of an answer: "-5", "3.50", "1,234", "1/2", "2e3", "$5", "80%", "5 cm", digits of
-    any script. None if it is none, or several, or about a number ("<5", "~5", "5±1")."""
+    any script. None if it has none or several, or isn't exact ("<5", "~5", "5±1")."""
     text = answer_text(text)
     if len(text) > _MAX_NUMBER:
         return None
-    for reading in reversed(readings(text)):  # です is no unit
+    for reading in reversed(readings(text)):  # or です would be its unit
         match = _NUMBER.fullmatch(reading.replace("−", "-"))
         if match and (match["whole"] or match["decimals"]) and int(match["below"] or 1):
             value = Fraction((match["whole"] or "0").replace(",", "") + (match["decimals"] or ""))
@@ -171,21 +172,21 @@ def number_of(text: str) -> Number | None:
 
 
 def same_number(answer: str, truth: str) -> bool:
-    """Whether two numbers are equal, with the same unit or none. "4/2" is 2 only where the truth is
-    a fraction, too: it may be two answers."""
+    """Whether two numbers are equal and have the same unit or none. "4/2" is only 2 if the truth is
+    a fraction as well: it may be two answers."""
     given, wanted = number_of(answer), number_of(truth)
     return given is not None and wanted is not None and _equal(given, wanted)
 
 
 def _equal(given: Number, wanted: Number) -> bool:
-    unasked = given.is_fraction and not wanted.is_fraction and wanted.value.denominator == 1
-    return (given.value, given.unit) == (wanted.value, wanted.unit) and not unasked
+    is_extra = given.is_fraction and not wanted.is_fraction and wanted.value.denominator == 1
+    return (given.value, given.unit) == (wanted.value, wanted.unit) and not is_extra
 
 
 # --- Formulas --------------------------------------------------------------------------------
 
 MAX_FORMULA = 200  # characters
-_MAX_CALLS = 4_000_000  # of functions in a comparison; the first ones of a run take up to 1,000,000
+_MAX_CALLS = 4_000_000  # of functions in one comparison; a run's first ones take up to 1,000,000
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega"
 # "x = 5", "f(x) = 5", "\theta_1 = 5"
 _NAMED = re.compile(
@@ -193,7 +194,7 @@ _NAMED = re.compile(
 )
 _TEXT = r"\\(?:text|mathrm|mbox) ?\{[^{}]*\}(?:\^(?:\{[^{}]*\}|\w))?"  # with its exponent
 _SIGNS = str.maketrans({"π": r"\pi ", "≤": r"\leq ", "≥": r"\geq ", "°": r"^{\circ}"})
-_NORMAL = [  # spellings of one formula
+_NORMAL = [  # other spelling -> the normal one
     (re.compile(r"√ ?(?:\(([^()]*)\)|(\d+|[A-Za-z](?![A-Za-z])))"), r"\\sqrt{\1\2}"),
     (re.compile(r"\^{1,2} ?(?:\\circ|\{ ?\^?\{?\\circ ?\}?\})|\\degree"), r"^{\\circ}"),
     (re.compile(r"\^ ?\{(\w)\}(?! ?[\w^])"), r"^\1"),
@@ -209,9 +210,9 @@ _SPELLED = [  # LaTeX -> what `number_of` reads
     (re.compile(r"\^\{\\circ\} *(?!$)"), "°"),
     (re.compile(r"\\([%$])|\^\{\\circ\}"), r"\1"),
 ]
-# What may stand anywhere in a formula of one value. All else joins values or compares them, and is
-# only read where the truth has the same: = < , \pm \cup \text{or} and so on. A text comes with its
-# exponent, and "ABC" and "east" are one token: their letters aren't factors.
+# Tokens that may stand anywhere in a formula of one value. All others join or compare values (= < ,
+# \pm \cup \text{or} and so on), and are only read where the truth has the same. A text includes its
+# exponent, and "ABC" and "east" are one token each: their letters aren't factors.
 _TOKEN = re.compile(rf"{_TEXT}|\\[A-Za-z]+|\\.|[A-Z]{{2,}}|[A-Za-z]{{4,}}|.", re.DOTALL)
 _ONE_VALUE = frozenset(
     r"\frac \dfrac \tfrac \sqrt \cdot \times \div \pi \infty \sin \cos \tan \cot \sec"
@@ -219,7 +220,7 @@ _ONE_VALUE = frozenset(
 ) | {rf"\{name}" for name in _GREEK.split("|")}
 _PUNCTUATION = frozenset("0123456789+-−*/^_(){}.' ·×÷∞")
 _FUNCTIONS = re.compile(r"(?<![A-Za-z\\])(?:sqrt|sin|cos|tan|log|ln|exp|pi)(?![A-Za-z])")
-# A quotient that may end before or after the factor that follows.
+# A quotient after which the next factor may or may not belong to the denominator.
 _AMBIGUOUS = re.compile(rf"/ ?\d+ ?(?:[A-Za-z(]|\\(?:pi|sqrt|[dt]?frac|{_GREEK}))")
 # Large powers, factorials and numbers, and two numbers side by side.
 _UNREAD = re.compile(
@@ -229,10 +230,10 @@ _UNREAD = re.compile(
 
 
 class _Endless(BaseException):
-    """A comparison took too many steps. No handler of `Exception` may hold it."""
+    """A comparison took too many steps. A BaseException, which no `except Exception` catches."""
 
 
-def import_math_verify() -> Any:
+def import_math_verify() -> ModuleType:
     """The package.
 
     Raises:
@@ -248,26 +249,26 @@ def import_math_verify() -> Any:
 
 
 @functools.cache
-def _warm_up(math_verify: Any) -> None:
-    """What it builds when it is first used is no part of a comparison."""
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of having no timeout
+def _warm_up(math_verify: ModuleType) -> None:
+    """Let math-verify build its tables, so that they don't count as steps of a comparison."""
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no timeout
     for given, wanted in (("(x+1)^2", r"x^2+\frac{4}{2}x+1"), (r"2\sqrt{2}", r"\sqrt{8}")):
         _verify(math_verify, given, wanted)
 
 
 def same_formula(answer: str, truth: str) -> bool:
-    """Whether an answer is one value and the truth's, by math-verify.
+    """Whether an answer is one value and equals the truth by math-verify.
 
-    Where the truth is a number, so must be the answer. Otherwise signs and words that could join
-    several values or qualify one must match the truth's, and so must what math-verify drops or
-    reorders: units, texts, factorials, degrees, names such as ABC, the brackets of a tuple.
-    "1/2x" has two readings and equals only itself.
+    Where the truth is a number, the answer must be one as well. Otherwise the signs and words that
+    join or qualify values must match the truth's, and so must everything that math-verify drops or
+    reorders: units, texts, factorials, degrees, names such as ABC, the brackets of a tuple. "1/2x"
+    has two readings and only equals itself.
 
     Raises:
         ValueError: math-verify is not installed.
     """
     math_verify = import_math_verify()
-    raw = [_rewrite(answer_text(it).translate(_SIGNS), _NORMAL).strip() for it in (answer, truth)]
+    raw = [_rewrite(answer_text(t).translate(_SIGNS), _NORMAL).strip() for t in (answer, truth)]
     given, wanted = map(peel, raw)
     if not given or len(given) > MAX_FORMULA:
         return False
@@ -298,7 +299,7 @@ def same_formula(answer: str, truth: str) -> bool:
 
 
 def _named(text: str) -> tuple[str, str]:
-    """Name and value of "x = 5"; "" for a name where there is none."""
+    """The name and value of "x = 5"; "" for a missing name."""
     match = _NAMED.fullmatch(text)
     return (match["name"], match["is"].strip()) if match and "=" not in match["is"] else ("", text)
 
@@ -309,9 +310,9 @@ def _rewrite(text: str, rules: Sequence[tuple[re.Pattern[str], str]]) -> str:
 
 def _is_small(text: str) -> bool:
     """Whether brackets are balanced and powers small, unlike 9^{9^9}, 2^{99*99*99} and
-    ((9^{99}+1)^{99}+1)^{99}: a single product of large numbers can't be stopped."""
+    ((9^{99}+1)^{99}+1)^{99}: a single product of large numbers can't be interrupted."""
     text = text.replace(" ", "")
-    opened, powers = [0], [0]  # of each bracket that is open
+    opened, powers = [0], [0]  # position and number of powers of each open bracket
     for at, char in enumerate(text):
         if char in "({[":
             opened.append(at)
@@ -332,7 +333,7 @@ def _is_small(text: str) -> bool:
 
 
 def _is_as_single(given: str, wanted: str) -> bool:
-    """Whether a formula has the truth's joints, tuples and no other letters."""
+    """Whether a formula joins values as the truth does and has no other letters."""
     (joints, letters), (true_joints, true_letters) = _joints(given), _joints(wanted)
     if "," in wanted and given.startswith("(") != wanted.startswith("("):
         return False
@@ -340,31 +341,31 @@ def _is_as_single(given: str, wanted: str) -> bool:
 
 
 def _joints(text: str) -> tuple[Counter[str], set[str]]:
-    """What may join values or isn't multiplied, with counts; and the letters outside functions."""
+    """The tokens that may join values, with counts, and the letters outside functions."""
     tokens = _TOKEN.findall(_FUNCTIONS.sub("", text))
     letters = {token for token in tokens if token.isalpha() and len(token) == 1}
     return Counter(t for t in tokens if t not in _ONE_VALUE | _PUNCTUATION | letters), letters
 
 
-def _verify(math_verify: Any, given: str, wanted: str) -> bool:
-    # math-verify's own timeouts are signals, which only the main thread gets.
+def _verify(math_verify: ModuleType, given: str, wanted: str) -> bool:
+    # math-verify's own timeouts use signals, which only reach the main thread.
     try:
         texts = (f"\\boxed{{{text}}}" for text in (wanted, given))
         read = [math_verify.parse(text, parsing_timeout=None) for text in texts]
         return bool(all(read) and math_verify.verify(*read, timeout_seconds=None))
-    # What a model writes is data, and the parser's errors share no base.
+    # Model output is data, and the parser's errors have no common base class.
     except Exception:
         return False
 
 
 def _within(limit: int, compare: Callable[[], bool]) -> bool:
-    """What `compare` says, or false after `limit` calls of functions: a bound that holds on any
-    thread and is the same on every machine. Where a profiler runs there is no bound."""
+    """The result of `compare`, or false after `limit` function calls: a bound that holds on any
+    thread and is the same on every machine. There is no bound while a profiler runs."""
     if sys.getprofile() is not None:
         return compare()
     left = limit
 
-    def count(frame: Any, event: str, argument: Any) -> None:
+    def count(frame: object, event: str, argument: object) -> None:
         nonlocal left
         left -= 1
         if left < 0:

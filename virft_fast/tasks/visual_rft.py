@@ -1,9 +1,9 @@
 """Visual-RFT's rewards with the original's numbers, for reproduction.
 
-All but one step: the original first asked a symbolic checker, which paid full reward for one equal
-coordinate. What else is odd about them is kept: an empty answer scores 1 in `visual_rft_accuracy`,
-junk boxes of confidence 0 pay, a correct 'No Objects' scores 0, and `visual_rft_grounding` has no
-bound. Use the rewards in `virft_fast.tasks.rewards` for new runs.
+One step is left out: the original first asked a symbolic checker, which paid the full reward for
+one equal coordinate. Its other oddities are kept: an empty answer scores 1 in
+`visual_rft_accuracy`, junk boxes of confidence 0 pay, a correct 'No Objects' scores 0, and
+`visual_rft_grounding` has no bound. For new runs use the rewards in `virft_fast.tasks.rewards`.
 
 Where the original gave NaN (a confidence of NaN), these give 0, so that it can't reach a loss.
 """
@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias, TypeGuard
 
+from virft_fast.batch import Json, Row
 from virft_fast.tasks.answers import NOT_A_BOX, Detection
-from virft_fast.tasks.rewards import completion_texts, scored
+from virft_fast.tasks.coordinates import Box
+from virft_fast.tasks.rewards import scored
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _CORNERS = re.compile(
@@ -26,60 +27,47 @@ _CORNERS = re.compile(
 
 
 @scored
-def visual_rft_accuracy_iou(
-    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
-) -> list[float]:
+def visual_rft_accuracy_iou(texts: list[str], truths: list[str], /, **_: object) -> list[float]:
     """Summed IoU of greedy matches / max(#predicted, #true), in [0, 1] (their version 2)."""
-    return [_iou_v2(*pair) for pair in _results(completions, solution)]
+    return [_iou_v2(*pair) for pair in _results(texts, truths)]
 
 
 @scored
-def visual_rft_accuracy_iou_v1(
-    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
-) -> list[float]:
+def visual_rft_accuracy_iou_v1(texts: list[str], truths: list[str], /, **_: object) -> list[float]:
     """Mean over predictions of the IoU of greedy matches, in [0, 1] (the paper's equation 6)."""
-    return [_iou_v1(*pair) for pair in _results(completions, solution)]
+    return [_iou_v1(results) for results, _ in _results(texts, truths)]
 
 
 @scored
 def visual_rft_accuracy_confidence(
-    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
+    texts: list[str], truths: list[str], /, **_: object
 ) -> list[float]:
     """Mean over predictions of the confidence, or 1 - confidence without a match; clipped to
     [0, 1] after the mean."""
-    return [_confidence(*pair) for pair in _results(completions, solution)]
+    return [_confidence(results) for results, _ in _results(texts, truths)]
 
 
 @scored
-def visual_rft_accuracy(
-    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
-) -> list[float]:
-    """1 if the answer is a part of the class name or the other way round, else 0."""
-    rewards = []
-    for text, truth in zip(completion_texts(completions), solution, strict=True):
-        rewards.append(float(names_label(text, str(truth))))
-    return rewards
+def visual_rft_accuracy(texts: list[str], truths: list[str], /, **_: object) -> list[float]:
+    """1 if the answer contains the class name or is contained in it, else 0."""
+    return [float(names_label(text, truth)) for text, truth in zip(texts, truths, strict=True)]
 
 
 @scored
-def visual_rft_grounding(
-    prompts: Any = None, completions: Sequence[Any] = (), solution: Sequence[str] = (), **_: Any
-) -> list[float]:
+def visual_rft_grounding(texts: list[str], truths: list[str], /, **_: object) -> list[float]:
     """GIoU + 1, nominally in [0, 2]; an inverted box can score far more, as in the original."""
     rewards = []
-    for text, truth in zip(completion_texts(completions), solution, strict=True):
-        answer, target = _any_answer(text), _any_answer(str(truth))
-        if answer == target:
-            rewards.append(2.0)
-            continue
+    for text, truth in zip(texts, truths, strict=True):
+        answer, target = _any_answer(text), _any_answer(truth)
         box, true = _corner_box(answer), _corner_box(target)
-        rewards.append(_giou_plus_one(box, true) if box and true else 0.0)
+        different = _giou_plus_one(box, true) if box and true else 0.0
+        rewards.append(2.0 if answer == target else different)
     return rewards
 
 
 def names_label(text: str, truth: str) -> bool:
-    """Whether the answer is a part of the class name or the other way round; an empty one is."""
-    answer, label = (_squeeze(_one_line_answer(part)) for part in (text, truth))
+    """Whether the answer contains the class name or is contained in it, as an empty answer is."""
+    answer, label = (_squeeze(_one_line_answer(string)) for string in (text, truth))
     return label in answer or answer in label
 
 
@@ -93,13 +81,15 @@ def read_detection(text: str) -> Detection | None:
     for old, new in (("[[", "["), ("]]", "]"), ("\n", ""), (", ...", "")):
         text = text.replace(old, new)
     items = _items(_between_tags(f"{_OPEN}{_one_line_answer(text)}{_CLOSE}"))
-    boxes, confidences = [], []
+    boxes: list[Box] = []
+    confidences: list[float | None] = []
     for item in (_unique(items) if items else None) or ():
         box = item["Position"]
         if len(box) != 4 or not all(_is_number(v) for v in box) or "Confidence" not in item:
             break
-        sides = tuple(map(_as_float, box))
-        boxes.append(sides if all(map(math.isfinite, sides)) else NOT_A_BOX)
+        x1, y1, x2, y2 = map(_as_float, box)
+        finite = all(map(math.isfinite, (x1, y1, x2, y2)))
+        boxes.append((x1, y1, x2, y2) if finite else NOT_A_BOX)
         score = item["Confidence"]
         confidences.append(_as_float(score) if _is_number(score) else None)
     return Detection(tuple(boxes), tuple(confidences)) if boxes else None
@@ -107,23 +97,24 @@ def read_detection(text: str) -> Detection | None:
 
 def read_grounding(text: str) -> Detection | None:
     """The first (x1,y1),(x2,y2) of whole numbers in all of the text, the thinking included."""
-    found = _CORNERS.search(text)
-    return Detection((tuple(map(float, found.groups())),), (None,)) if found else None
+    match = _CORNERS.search(text)
+    if match is None:
+        return None
+    x1, y1, x2, y2 = map(float, match.groups())
+    return Detection(((x1, y1, x2, y2),), (None,))
 
 
-Result = tuple[float, Any]  # IoU of the match (0 without one), confidence as written
+Result: TypeAlias = tuple[float, Json]  # IoU of the match, 0 without one; confidence as written
 
 
-def _results(
-    completions: Sequence[Any], solution: Sequence[str]
-) -> list[tuple[list[Result] | None, int]]:
-    """For each completion its predictions' results, None if it scores 0, and the true count."""
+def _results(texts: list[str], truths: list[str]) -> list[tuple[list[Result] | None, int]]:
+    """For each completion the results of its predictions, and the number of true boxes. None in
+    place of results scores 0."""
     pairs = []
-    for text, truth in zip(completion_texts(completions), solution, strict=True):
-        true = _boxes(_between_tags(str(truth).strip()))
-        predicted = _predictions(text)
-        usable = predicted is not None and true is not None
-        pairs.append((_greedy(predicted, true) if usable else None, len(true or ())))
+    for text, truth in zip(texts, truths, strict=True):
+        true, predicted = _boxes(_between_tags(truth.strip())), _predictions(text)
+        results = None if predicted is None or true is None else _greedy(predicted, true)
+        pairs.append((results, len(true or ())))
     return pairs
 
 
@@ -133,14 +124,14 @@ def _iou_v2(results: list[Result] | None, num_true: int) -> float:
     return _bounded(sum(iou for iou, _ in results) / max(num_true, len(results)))
 
 
-def _iou_v1(results: list[Result] | None, num_true: int) -> float:
+def _iou_v1(results: list[Result] | None) -> float:
     if not results:
         return 0.0
     return _bounded(sum(iou for iou, _ in results) / len(results))
 
 
-def _confidence(results: list[Result] | None, num_true: int) -> float:
-    if not results or not all(isinstance(c, (int, float)) for _, c in results):
+def _confidence(results: list[Result] | None) -> float:
+    if not results or not all(_is_number(c) for _, c in results):
         return 0.0
     sure = [(iou, _as_float(c)) for iou, c in results]
     return _bounded(sum(c if iou > 0 else 1 - c for iou, c in sure) / len(sure))
@@ -150,7 +141,7 @@ def _bounded(value: float) -> float:
     return 0.0 if math.isnan(value) else min(max(value, 0.0), 1.0)
 
 
-def _predictions(text: str) -> list[dict[str, Any]] | None:
+def _predictions(text: str) -> list[Row] | None:
     wrapped = f"{_OPEN}{_one_line_answer(text)}{_CLOSE}"
     wrapped = wrapped.replace("[[", "[").replace("]]", "]").replace("\n", "")
     items = _items(_between_tags(wrapped))
@@ -175,7 +166,7 @@ def _any_answer(text: str) -> str:
 
 
 def _between_tags(text: str) -> str | None:
-    """From the first opening to the first closing tag; the list's cut-off end is mended."""
+    """From the first opening to the first closing tag; a list that was cut off gets its end."""
     if _OPEN not in text:
         return None
     start, end = text.find(_OPEN) + len(_OPEN), text.find(_CLOSE)
@@ -183,7 +174,7 @@ def _between_tags(text: str) -> str | None:
     return body if body.endswith("]") else body.rsplit("},", 1)[0] + "}]"
 
 
-def _items(body: str | None) -> list[Any] | None:
+def _items(body: str | None) -> list[Json] | None:
     """The list in a body, or None."""
     if body is None:
         return None
@@ -194,11 +185,11 @@ def _items(body: str | None) -> list[Any] | None:
     return items if isinstance(items, list) else None
 
 
-def _boxes(body: str | None) -> list[Any] | None:
+def _boxes(body: str | None) -> list[Json] | None:
     """The list in a body, every item with a position and a numeric confidence; else None."""
     items = _items(body)
     for item in items or ():
-        if not isinstance(item, dict) or not isinstance(item.get("Confidence"), (int, float)):
+        if not isinstance(item, dict) or not _is_number(item.get("Confidence")):
             return None
         if not isinstance(item.get("Position"), list):
             return None
@@ -207,21 +198,21 @@ def _boxes(body: str | None) -> list[Any] | None:
     return items
 
 
-def _unique(items: list[Any]) -> list[dict[str, Any]] | None:
-    """Without later items at a position that was there before; None if an item has none."""
-    first: dict[tuple[Any, ...], dict[str, Any]] = {}
+def _unique(items: list[Json]) -> list[Row] | None:
+    """The items without those whose position came before; None if an item has no position."""
+    first: dict[tuple[Json, ...], Row] = {}
     for item in items:
         try:
             first.setdefault(tuple(item["Position"]), item)
-        # No dict, no such key, no sequence, or a list within: the original gives up as well.
+        # Not a dict, no such key, not a sequence, or a list within: the original gives up, too.
         except (TypeError, KeyError, IndexError):
             return None
     return list(first.values())
 
 
-def _greedy(predicted: list[dict[str, Any]], true: list[dict[str, Any]]) -> list[Result] | None:
-    """By falling confidence each prediction takes the free true box with the best IoU, if that is
-    above 0.5. None if the confidences have no order or a position to be compared is no box."""
+def _greedy(predicted: list[Row], true: list[Row]) -> list[Result] | None:
+    """By falling confidence, each prediction takes the free true box with the best IoU if that is
+    above 0.5. None if the confidences can't be sorted or a position to compare is not a box."""
     free = list(range(len(true)))
     results = []
     try:
@@ -229,8 +220,9 @@ def _greedy(predicted: list[dict[str, Any]], true: list[dict[str, Any]]) -> list
     except (KeyError, TypeError):
         return None
     for item in falling:
-        ious = [_iou(true[i]["Position"], item["Position"]) for i in free]
-        if any(iou is None for iou in ious):
+        positions = (true[i]["Position"] for i in free)
+        ious = [iou for p in positions if (iou := _iou(p, item["Position"])) is not None]
+        if len(ious) < len(free):
             return None
         best = max(range(len(free)), key=ious.__getitem__, default=-1)
         if best >= 0 and ious[best] > 0.5:
@@ -241,21 +233,20 @@ def _greedy(predicted: list[dict[str, Any]], true: list[dict[str, Any]]) -> list
     return results
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float))
 
 
 def _as_float(number: float) -> float:
-    """Integers of any size become a float; the largest ones an infinity."""
+    """As a float; an infinity for an integer that no float holds."""
     try:
         return float(number)
     except OverflowError:
         return math.inf if number > 0 else -math.inf
 
 
-def _iou(a: list[Any], b: list[Any]) -> float | None:
-    numeric = all(isinstance(v, (int, float)) for v in (*a, *b))
-    if len(a) != 4 or len(b) != 4 or not numeric:
+def _iou(a: list[Json], b: list[Json]) -> float | None:
+    if len(a) != 4 or len(b) != 4 or not all(map(_is_number, (*a, *b))):
         return None
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = map(_as_float, a), map(_as_float, b)
     width, height = min(ax2, bx2) - max(ax1, bx1), min(ay2, by2) - max(ay1, by1)
@@ -272,11 +263,11 @@ def _squeeze(text: str) -> str:
 
 
 def _corner_box(text: str) -> list[float] | None:
-    """The box of a text in 0..1. Of several boxes the first corners of the first two are taken."""
-    found = _CORNERS.findall(text)
-    if not found:
+    """The box of a text in 0..1; of several boxes, one with the first corners of the first two."""
+    boxes = _CORNERS.findall(text)
+    if not boxes:
         return None
-    corners = found[0] if len(found) == 1 else (*found[0][:2], *found[1][:2])
+    corners = boxes[0] if len(boxes) == 1 else (*boxes[0][:2], *boxes[1][:2])
     return [int(v) / 1000 for v in corners]
 
 

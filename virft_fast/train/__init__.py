@@ -1,7 +1,7 @@
-"""`python -m virft_fast.train`: GRPO on a vision-language model, from one process or torchrun.
+"""`python -m virft_fast.train`: train a vision-language model, in one process or under torchrun.
 
-Flags are flat and named as in TRL and Visual-RFT; `--config run.yaml` gives them from a file, flags
-on the command line win.
+Flags are flat and named as in TRL and Visual-RFT. `--config run.yaml` reads them from a file; flags
+on the command line override it.
 """
 
 from virft_fast.train.flags import parse_args

@@ -1,21 +1,22 @@
-"""What a run says at its end: a table, summary.json and report.png."""
+"""What a run leaves at its end: a table on standard output, summary.json and report.png."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from virft_fast import tasks
 from virft_fast.algorithms import algorithm_of
-from virft_fast.algorithms.base import Data
+from virft_fast.algorithms.base import Data, HeldOut
 from virft_fast.algorithms.step import TrainState
+from virft_fast.batch import Row
 from virft_fast.config import RunConfig
 from virft_fast.data import BadRow
+from virft_fast.json_files import intact_lines
 from virft_fast.metrics import COMPLETIONS_FILE, METRICS_FILE
 from virft_fast.report import format_table, write_report, write_summary
 from virft_fast.train.setup import REPORT_FILE, SUMMARY_FILE
@@ -25,23 +26,27 @@ def conclude(
     config: RunConfig,
     data: Data,
     state: TrainState,
-    before: dict[str, Any] | None,
-    after: dict[str, Any] | None,
+    before: HeldOut | None,
+    after: HeldOut | None,
     train_seconds: float,
 ) -> None:
-    """Tell where things are and what changed; write summary.json and report.png."""
+    """Write summary.json and report.png; print what changed and where the files are.
+
+    Args:
+        before, after: evaluations before and after training; if one is missing, the first and the
+            last tenth of the training metrics are compared instead.
+    """
     output_dir = Path(config.train.output_dir)
-    curve = _read_curve(output_dir / METRICS_FILE)
+    curve: list[Row] = []
+    with contextlib.suppress(OSError):
+        curve = [record for _, record in intact_lines(output_dir / METRICS_FILE)]
     algorithm = algorithm_of(config)
     if before is None or after is None:
         tenth = max(1, len(curve) // 10)
         keys = algorithm.curve([name for name, _ in data.reward_funcs])
-        first, last = (
-            {k: _mean(part, k) for k in keys} for part in (curve[:tenth], curve[-tenth:])
-        )
-        title = f"training {keys[0]}, first and last {tenth} records"
-        examples = []
-        shown = last
+        first = {key: _mean(curve[:tenth], key) for key in keys}
+        shown = last = {key: _mean(curve[-tenth:], key) for key in keys}
+        title, examples = f"training {keys[0]}, first and last {tenth} records", []
     else:
         title, first, shown = algorithm.compare(before, after)
         last = after["means"]
@@ -78,37 +83,22 @@ def conclude(
         print(f"skipped: {state.skipped_steps} non-finite steps, {len(data.bad_rows)} bad rows")
 
 
-def _read_curve(path: Path) -> list[dict[str, Any]]:
-    """The records that could be written: a full disk may have lost some, or cut one off."""
-    records = []
-    with contextlib.suppress(OSError):
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-    return records
-
-
-def _mean(records: list[dict[str, Any]], key: str) -> float:
+def _mean(records: Sequence[Row], key: str) -> float:
     values = [r[key] for r in records if r.get(key) is not None]
     return sum(values) / len(values) if values else math.nan
 
 
-def _examples(data: Data, before: dict[str, str], after: dict[str, str]) -> list[dict[str, Any]]:
-    examples = []
+def _examples(data: Data, before: dict[str, str], after: dict[str, str]) -> list[dict[str, object]]:
+    """Held-out samples with both answers, for the report's pictures."""
+    examples: list[dict[str, object]] = []
     for index, text in before.items():
         prompt = data.test.load(int(index)) if index in after and data.test else None
         if prompt is None or isinstance(prompt, BadRow) or not prompt.sample.images:
             continue
         sample = prompt.sample
-        examples.append(
-            {
-                "image": sample.images[0],
-                "problem": str(sample.columns.get("problem", "")),
-                "solution": sample.solution,
-                "before": text,
-                "after": after[index],
-            }
-        )
+        problem = str(sample.columns.get("problem", ""))
+        examples.append({"image": sample.images[0], "problem": problem, "before": text,
+                         "solution": sample.solution, "after": after[index]})  # fmt: skip
     return examples
 
 

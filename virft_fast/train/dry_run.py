@@ -1,4 +1,4 @@
-"""--dry_run: what a run would do, printed; nothing is trained and nothing written."""
+"""--dry_run: print what a run would do; nothing is trained or written."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ NUM_CHECKED_ROWS = 200
 
 
 def dry_run(config: RunConfig, data: Data, policy: Policy) -> int:
-    """Print what would run and check the data's solutions; trains nothing, writes nothing.
+    """Print what would run, and score the data's solutions against themselves.
 
     Returns:
-        0, or 1 if the solution of a row does not score the maximum against itself.
+        0, or 1 if a row can't be used or its own solution does not earn the maximum.
     """
     if not dist.is_main():
         return 0
@@ -54,14 +54,13 @@ def _print_model(config: RunConfig, policy: Policy) -> None:
     for name, parameter in policy.model.named_parameters():
         if is_reference(name):
             continue
-        part = "vision tower" if "visual" in name else "language model"
-        part = "LoRA adapter" if "lora_" in name else part
-        counts = groups.setdefault(part, [0, 0])
+        component = "vision tower" if "visual" in name else "language model"
+        counts = groups.setdefault("LoRA adapter" if "lora_" in name else component, [0, 0])
         counts[0] += parameter.numel()
         counts[1] += parameter.numel() if parameter.requires_grad else 0
     print("\n# parameters")
-    for part, (count, trainable) in groups.items():
-        print(f"{part:16} {count:>15,}   trainable {trainable:>15,}")
+    for component, (count, trainable) in groups.items():
+        print(f"{component:16} {count:>15,}   trainable {trainable:>15,}")
     total = sum(c for c, _ in groups.values())
     trainable = sum(t for _, t in groups.values())
     ds_config = load_deepspeed_config(config.train.deepspeed) if config.train.deepspeed else None
@@ -72,9 +71,13 @@ def _print_model(config: RunConfig, policy: Policy) -> None:
 def memory_estimate(
     config: RunConfig, total: int, trainable: int, policy: Policy, stage: int
 ) -> list[str]:
-    """Bytes per process by formula: weights, gradients and optimizer state as ZeRO divides them,
-    the keys and values of the largest rollout. Activations depend on the images and are left out,
-    as is what CUDA needs for itself and for graphs."""
+    """Lines with the MiB that a process needs, by formula: weights, gradients and optimizer state
+    as ZeRO `stage` divides them, and the keys and values of the largest rollout. Activations,
+    which depend on the images, and what CUDA and its graphs need are left out.
+
+    Args:
+        total, trainable: numbers of parameters.
+    """
     world = dist.world_size()
     low = 2 if config.train.bf16 and config.train.deepspeed else 4
     masters = 4 if low == 2 else 0
@@ -84,10 +87,9 @@ def memory_estimate(
     optimizer = trainable * (8 + masters) / (world if stage >= 1 else 1)
     copied = total * low if stage == 3 and algorithm_of(config).rolls_out(config) else 0
     tokens, how = rollout_tokens(config, dist.local_device())
-    cache = tokens * cache_numbers(policy.config.get_text_config())
     narrow = config.train.bf16 or config.model.dtype == "bfloat16"
-    cache *= 2 if narrow else 4
-    parts = {
+    cache = tokens * cache_numbers(policy.config.get_text_config()) * (2 if narrow else 4)
+    sizes = {
         "weights" + (" (with the reference)" if copies == 2 else ""): weights,
         "gradients": gradients,
         "optimizer state": optimizer,
@@ -95,13 +97,13 @@ def memory_estimate(
         f"keys and values of a rollout, {tokens:,} tokens ({how})": cache,
     }
     lines = [f"\n# memory of one process, by formula (ZeRO stage {stage}, {world} processes)"]
-    lines += [f"{size / 2**20:>12,.1f} MiB  {name}" for name, size in parts.items() if size]
-    return [*lines, f"{sum(parts.values()) / 2**20:>12,.1f} MiB  in all, without activations"]
+    lines += [f"{size / 2**20:>12,.1f} MiB  {name}" for name, size in sizes.items() if size]
+    return [*lines, f"{sum(sizes.values()) / 2**20:>12,.1f} MiB  in all, without activations"]
 
 
 def rollout_tokens(config: RunConfig, device: torch.device) -> tuple[int, str]:
-    """Tokens whose keys and values the largest rollout of a process holds at once, a step's or the
-    evaluation's, and how that is meant."""
+    """Tokens whose keys and values the largest rollout of a process holds at once, in a step or in
+    the evaluation, and a note on that number."""
     grpo, world = config.grpo, dist.world_size()
     prompt = config.data.max_prompt_length or 1024
     batch = min(config.train.eval_batch_size, math.ceil(config.train.eval_samples / world))
@@ -116,7 +118,7 @@ def rollout_tokens(config: RunConfig, device: torch.device) -> tuple[int, str]:
         CachePlan.rounded(b, g, prompt, grpo.max_completion_length, device.type).num_tokens
         for b, g in batches
     )
-    # Without a limit a GPU's free memory is one; what doesn't fit is decoded in several batches.
+    # The limit; without one, a GPU decodes in several batches whatever its memory can't hold.
     tokens = min(tokens, grpo.rollout_cache_tokens or tokens)
     graphs = device.type == "cuda" and (config.train.deepspeed or not config.train.bf16)
     if not graphs:
@@ -125,7 +127,7 @@ def rollout_tokens(config: RunConfig, device: torch.device) -> tuple[int, str]:
 
 
 def _check_solutions(data: Data) -> int:
-    """Do the accuracy rewards of (solution, solution) reach their maximum?"""
+    """Print rows whose solution does not earn the maximum against itself; 1 if there are any."""
     num_rows = min(NUM_CHECKED_ROWS, len(data.train))
     wrong = []
     for index in range(num_rows):

@@ -1,4 +1,4 @@
-"""Flags and --config file -> configuration, and what follows from it alone."""
+"""The configuration from flags and a --config file, and what depends on it alone."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ logger = logging.getLogger("virft_fast")
 
 
 def parse_args(argv: list[str]) -> RunConfig:
-    """Flags and --config file -> configuration.
+    """The configuration that flags and a --config file describe.
 
     Raises:
         UsageError: an unknown or misspelt flag or key, or a value out of range.
     """
-    groups = parse(TRAIN_GROUPS, argv, "python -m virft_fast.train", launch_lines=True)
-    config = RunConfig(*groups)
+    config = RunConfig(*parse(TRAIN_GROUPS, argv, "python -m virft_fast.train", launch_lines=True))
     _warn_of_unused(config)
     return config
 
 
 def _warn_of_unused(config: RunConfig) -> None:
-    """Say which flags have no effect: another algorithm's, or of an adapter that isn't trained."""
+    """Warn of flags without effect: another algorithm's, or of an adapter that isn't trained."""
     algorithm = config.train.algorithm
     lora = [] if config.model.use_peft else given_flags(config.model)
     lora = [name for name in lora if name.startswith("lora_")]
@@ -54,7 +53,11 @@ def prompts_per_step(config: RunConfig) -> int:
 
 
 def learning_rates(config: RunConfig, total_steps: int) -> Callable[[int], float]:
-    """Step -> its rate, by transformers' schedules."""
+    """Step -> its learning rate, by a schedule of transformers.
+
+    Raises:
+        UsageError: there is no such schedule, or it needs more than the step.
+    """
     from transformers import get_scheduler
 
     train = config.train
@@ -62,12 +65,7 @@ def learning_rates(config: RunConfig, total_steps: int) -> Callable[[int], float
     warmup_steps = math.ceil(warmup * total_steps) if warmup < 1 else int(warmup)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=train.learning_rate)
     try:
-        schedule = get_scheduler(
-            train.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=warmup_steps,
-            num_training_steps=total_steps,
-        )
+        schedule = get_scheduler(train.lr_scheduler_type, optimizer, warmup_steps, total_steps)
         factors = schedule.lr_lambdas
         factors[0](0), factors[0](total_steps - 1)
     except (ValueError, TypeError, ArithmeticError, AttributeError) as error:

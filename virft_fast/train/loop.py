@@ -1,17 +1,18 @@
-"""The loop over steps, and what is saved when it ends early."""
+"""The loop over steps, and the checkpoint that is saved if it ends early."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from virft_fast import checkpoint as checkpoints
 from virft_fast import dist
 from virft_fast.algorithms import algorithm_of
+from virft_fast.algorithms.base import HeldOut
 from virft_fast.algorithms.step import TooManyBadSteps
+from virft_fast.batch import Prompt, Row
 from virft_fast.config import RunConfig
 from virft_fast.console import say
-from virft_fast.data import NoUsableRows, TooManyBadRows
+from virft_fast.data import BadRow, NoUsableRows, TooManyBadRows
 from virft_fast.train.flags import prompts_per_step
 from virft_fast.train.setup import Run
 from virft_fast.watch import SectionStopped, Watch
@@ -20,21 +21,23 @@ from virft_fast.watch import SectionStopped, Watch
 AGREED_ERRORS = (TooManyBadRows, TooManyBadSteps, NoUsableRows)
 
 
-def train(config: RunConfig, run: Run, before: dict[str, Any] | None, watch: Watch) -> str:
-    """The loop. Returns "done" after all steps, "incomplete" if one of its checkpoints could not be
-    written; if the run was asked to stop "saved", or "lost" if that one could not.
+def train(config: RunConfig, run: Run, before: HeldOut | None, watch: Watch) -> str:
+    """Take steps until the run ends.
 
-    What a step raises is raised from here, once the step before it is saved: where every rank
-    raises it, and no update of the weights had begun.
+    If a step raises on all ranks before it has changed the weights, the state before it is saved
+    first.
 
     Args:
-        before: the evaluation before training, which a resumed run shows at its end.
+        before: the evaluation before training, which a resumed run reports at its end.
+    Returns:
+        "done" after all steps, or "incomplete" if one of its checkpoints could not be written. If
+        the run was asked to stop: "saved", or "lost" if the last step could not be saved.
     """
     output_dir, cfg = Path(config.train.output_dir), config.train
     algorithm, complete = algorithm_of(config), True
     data, state, writer = run.data, run.state, run.writer
 
-    def save(kept: dict[str, Any], only_model: bool = False) -> bool:
+    def save(kept: Row, only_model: bool = False) -> bool:
         if kept["step"] == run.saved_step:
             return True
         written = checkpoints.save_checkpoint(
@@ -55,7 +58,7 @@ def train(config: RunConfig, run: Run, before: dict[str, Any] | None, watch: Wat
     while state.step < run.total_steps:
         kept = _state_dict(config, run, before)
         if dist.any_rank(watch.stopped, state.engine.device):
-            # Whatever --save_only_model says: who is stopped wants to go on.
+            # Whole, even with --save_only_model: a stopped run should be resumable.
             return "saved" if save(kept) else "lost"
         updates = state.engine.updates
         try:
@@ -65,7 +68,7 @@ def train(config: RunConfig, run: Run, before: dict[str, Any] | None, watch: Wat
             together = dist.is_agreed(error) or isinstance(error, AGREED_ERRORS)
             hurried = isinstance(error, KeyboardInterrupt)  # asked to stop, a second time
             if isinstance(error, AGREED_ERRORS) and state.step > kept["step"]:
-                # A whole step raised it.
+                # The step was completed before it raised.
                 kept, updates = _state_dict(config, run, before), state.engine.updates
             saved = together and updates == state.engine.updates and not hurried and save(kept)
             if is_given_up(error):
@@ -75,50 +78,50 @@ def train(config: RunConfig, run: Run, before: dict[str, Any] | None, watch: Wat
             raise
         metrics["epoch"] = state.step * prompts_per_step(config) / len(data.train)
         metrics["bad_rows"] = float(len(data.bad_rows))
-        parts = dist.all_gather_object(records)
+        every_rank = dist.all_gather_object(records)
         writer.step(state.step, metrics)
-        writer.completions(state.step, [record for part in parts for record in part])
+        writer.completions(state.step, [record for rank in every_rank for record in rank])
         if cfg.save_steps and state.step % cfg.save_steps == 0:
             complete &= save(_state_dict(config, run, before), cfg.save_only_model)
     return "done" if complete else "incomplete"
 
 
-def _next_prompts(run: Run) -> list[Any]:
-    """This rank's prompts; a row that can't be loaded on one rank, its disk is gone say, is an
-    error on all."""
+def _next_prompts(run: Run) -> list[Prompt]:
+    """This rank's prompts. If loading a row fails on one rank, for example because its disk is
+    gone, every rank raises."""
     errors: list[BaseException] = []
 
-    def load(index: int) -> Any:
+    def load(index: int) -> Prompt | BadRow | None:
         try:
             with run.state.section("loading a row", None):
                 return None if errors else run.data.train.load(index)
         except BaseException as error:
             errors.append(error)
+            return None
 
     prompts = run.sampler.next_batch(load, dist.all_gather_object, run.data.bad_rows.add)
     with dist.agreed():
         if errors:
             raise errors[0]
-    return prompts
+    return [prompt for prompt in prompts if prompt is not None]
 
 
 def is_given_up(error: BaseException) -> bool:
-    """Whether this rank, or another, was asked to stop and has given the step up."""
+    """Whether this rank, or another, abandoned the step because it was asked to stop."""
     kinds = error.errors.values() if isinstance(error, dist.RankFailed) else ()
     name = SectionStopped.__name__
     return isinstance(error, SectionStopped) or any(kind == name for kind, _ in kinds)
 
 
 def where_to_resume(output_dir: Path) -> str:
-    """What there is to go on with."""
-    found = checkpoints.list_checkpoints(output_dir)
-    whole = [path for path in found if (path / "engine").is_dir()]
+    """Which checkpoint can be resumed, for a message."""
+    whole = [p for p in checkpoints.list_checkpoints(output_dir) if (p / "engine").is_dir()]
     if not whole:
         return "no step was saved"
     return f"saved is {whole[-1]}; resume with --resume_from_checkpoint latest"
 
 
-def _state_dict(config: RunConfig, run: Run, before: dict[str, Any] | None) -> dict[str, Any]:
+def _state_dict(config: RunConfig, run: Run, before: HeldOut | None) -> Row:
     counters = ("step", "bad_steps", "silent_steps", "idle_steps", "skipped_steps", "num_tokens")
     return {name: getattr(run.state, name) for name in counters} | {
         "world_size": dist.world_size(),

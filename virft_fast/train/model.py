@@ -1,11 +1,10 @@
-"""The model of a run, its adapter, its reference and its engine."""
+"""A run's model, its adapter, its reference and its engine."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from virft_fast import dist
 from virft_fast.algorithms import algorithm_of
 from virft_fast.algorithms.base import Data
 from virft_fast.algorithms.step import TrainState
+from virft_fast.batch import Row
 from virft_fast.config import GRPOConfig, ModelConfig, RunConfig, UsageError
 from virft_fast.engine import (
     DeepSpeedEngine,
@@ -25,6 +25,7 @@ from virft_fast.engine import (
     resolve_deepspeed_config,
 )
 from virft_fast.models.adapters import BASE_FOLDER, LORA_DEFAULTS, LoraPlan, attach, plan_lora
+from virft_fast.models.processing import ImageOnlyQwen2VLProcessor
 from virft_fast.models.qwen_vl import (
     Policy,
     apply_liger,
@@ -39,24 +40,23 @@ from virft_fast.train.flags import learning_rates, num_steps
 
 
 def begin_adapter(model: ModelConfig) -> tuple[ModelConfig, LoraPlan | None]:
-    """How the adapter begins, None without one, and the flags with their values filled in."""
-    flags = {"r": model.lora_r, "alpha": model.lora_alpha}
-    targets, plan, values = model.lora_target_modules, None, {**LORA_DEFAULTS}
+    """The flags with the adapter's values filled in, and how the adapter begins; None without."""
+    r, alpha, targets = model.lora_r, model.lora_alpha, model.lora_target_modules
+    plan, values = None, {**LORA_DEFAULTS}
     if model.use_peft:
-        plan = plan_lora(
-            model.model_name_or_path, revision=model.model_revision, target_modules=targets, **flags
-        )
-        values = {name: getattr(plan, name) for name in values}
+        name, revision = model.model_name_or_path, model.model_revision
+        plan = plan_lora(name, revision=revision, r=r, alpha=alpha, target_modules=targets)
+        values = {key: getattr(plan, key) for key in values}
     return replace(
         model,
-        lora_r=model.lora_r or values["r"],
-        lora_alpha=model.lora_alpha or values["alpha"],
+        lora_r=r or values["r"],
+        lora_alpha=alpha or values["alpha"],
         lora_target_modules=targets or list(values["target_modules"]),
     ), plan
 
 
 def describe_adapter(plan: LoraPlan) -> str:
-    """What a run tells of its adapter."""
+    """A line about the adapter, for the user."""
     shape = f"r {plan.r}, alpha {plan.alpha:g}, layers {', '.join(plan.target_modules)}"
     if plan.kind == "continued":
         return f"training continues the LoRA adapter in {plan.name} ({shape}) on {plan.base}"
@@ -69,26 +69,26 @@ def describe_adapter(plan: LoraPlan) -> str:
 
 
 def base_model(
-    config: RunConfig, plan: LoraPlan | None, processor: Any, resume: Path | None
+    config: RunConfig, plan: LoraPlan | None, processor: ImageOnlyQwen2VLProcessor, resumed: bool
 ) -> ModelConfig:
-    """The model that is loaded, with its flags: of a stacked adapter the merged base, written
-    before training so that what is trained is what is saved."""
+    """The flags of the model to load. For a stacked adapter this is the merged base, which is
+    written before training, so that the model that is trained is the one that is saved."""
     if plan is None or plan.kind != "stacked":
         return config.model
     folder = (Path(config.train.output_dir) / BASE_FOLDER).resolve()
-    if dist.is_main() and not (resume and folder.is_dir()):
-        dtype = training_dtype(
-            config.model, bf16=config.train.bf16, deepspeed=config.train.deepspeed is not None
-        )
-        merged = load_model(plan.name, revision=plan.revision, dtype=dtype)
-        checkpoints.write_whole_model(folder, merged, processor)
-    dist.barrier()
+
+    def write() -> None:
+        if not (resumed and folder.is_dir()):
+            merged = load_model(plan.name, revision=plan.revision, dtype=training_dtype(config))
+            checkpoints.write_whole_model(folder, merged, processor)
+
+    dist.on_main(write)
     return replace(config.model, model_name_or_path=str(folder), model_revision=None)
 
 
 def prepare_training(
     config: RunConfig,
-    processor: Any,
+    processor: ImageOnlyQwen2VLProcessor,
     data: Data,
     device: torch.device,
     model: ModelConfig | None = None,
@@ -96,24 +96,15 @@ def prepare_training(
     """Load the model, wrap it in its engine and put the parts of a step together.
 
     Args:
-        model: which model is loaded, and how; default: as `config` says.
+        model: which model to load, and how; default: as in `config`.
     """
     model = model or config.model
-    train, grpo = config.train, config.grpo
-    torch.manual_seed(train.seed)  # an adapter begins the same on all ranks, and in every run
-    settings = OptimizerSettings(
-        learning_rate=train.learning_rate,
-        betas=(train.adam_beta1, train.adam_beta2),
-        epsilon=train.adam_epsilon,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-    )
+    train, grpo, algorithm = config.train, config.grpo, algorithm_of(config)
+    torch.manual_seed(train.seed)  # a new adapter is the same on all ranks, and in every run
     base_weights = weights_stamp(resolve_model_path(model.model_name_or_path))
-    ds_config, settings = deepspeed_config(config, settings)
+    ds_config, settings = deepspeed_config(config)
     partitioning = prepare_deepspeed(ds_config, device) if ds_config else None
-    dtype = training_dtype(model, bf16=train.bf16, deepspeed=ds_config is not None)
-    algorithm = algorithm_of(config)
-    frozen_copy = algorithm.may_use_reference(config)
+    dtype, frozen_copy = training_dtype(config), algorithm.may_use_reference(config)
     policy = build_policy(model, grpo, dtype, device, frozen_copy=frozen_copy)
     if algorithm.rolls_out(config):
         check_model(grpo.rollout_backend, policy)
@@ -161,37 +152,45 @@ def prepare_training(
 
 
 def keeps_reference(config: RunConfig) -> bool:
-    """Whether there is a second, frozen model."""
+    """Whether the run holds a second, frozen model."""
     return algorithm_of(config).uses_reference(config) and not config.model.use_peft
 
 
-def deepspeed_config(
-    config: RunConfig, settings: OptimizerSettings
-) -> tuple[dict[str, Any] | None, OptimizerSettings]:
-    if config.train.deepspeed is None:
+def deepspeed_config(config: RunConfig) -> tuple[Row | None, OptimizerSettings]:
+    """The resolved configuration of DeepSpeed, None without --deepspeed, and the optimizer's
+    settings, which it may override."""
+    train = config.train
+    settings = OptimizerSettings(
+        learning_rate=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        epsilon=train.adam_epsilon,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+    )
+    if train.deepspeed is None:
         return None, settings
     model_config = read_config(config.model.model_name_or_path, config.model.model_revision)
     return resolve_deepspeed_config(
-        load_deepspeed_config(config.train.deepspeed),
+        load_deepspeed_config(train.deepspeed),
         settings=settings,
-        micro_batch_size=config.train.per_device_train_batch_size,
-        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-        bf16=config.train.bf16,
+        micro_batch_size=train.per_device_train_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        bf16=train.bf16,
         hidden_size=model_config.get_text_config().hidden_size,
         world_size=dist.world_size(),
     )
 
 
-def training_dtype(model: ModelConfig, *, bf16: bool, deepspeed: bool) -> torch.dtype:
-    """The dtype weights are loaded in. With bf16 DeepSpeed keeps float32 masters of bf16 weights;
-    without DeepSpeed the weights themselves are the masters and only the passes are in bf16."""
-    if model.dtype != "auto":
-        return getattr(torch, model.dtype)
-    return torch.bfloat16 if bf16 and deepspeed else torch.float32
+def training_dtype(config: RunConfig) -> torch.dtype:
+    """The dtype to load the weights in. With --bf16, DeepSpeed keeps float32 masters of bf16
+    weights; without DeepSpeed the weights are the masters, and only the passes are in bf16."""
+    if config.model.dtype != "auto":
+        return getattr(torch, config.model.dtype)
+    return torch.bfloat16 if config.train.bf16 and config.train.deepspeed else torch.float32
 
 
 def stored_dtype(config: RunConfig) -> torch.dtype | None:
-    """The dtype of saved weights; None: as they are trained."""
+    """The dtype of saved weights; None: the one they are trained in."""
     if config.train.save_dtype != "auto":
         return getattr(torch, config.train.save_dtype)
     if config.model.use_peft or not config.train.bf16:
@@ -208,11 +207,11 @@ def build_policy(
     empty: bool = False,
     frozen_copy: bool = False,
 ) -> Policy:
-    """The model as the flags want it trained.
+    """The model as the flags describe it, in training mode.
 
     Args:
-        empty: its shape alone, on the meta device.
-        frozen_copy: of an adapter that is continued, as the reference.
+        empty: on the meta device, without weights.
+        frozen_copy: hold a frozen copy of a continued adapter, as the reference.
     """
     if grpo.prefix_attention == "flex" and device.type != "cuda":
         raise UsageError(
@@ -220,7 +219,7 @@ def build_policy(
             "backward pass on the CPU; use two_part"
         )
     _, plan = begin_adapter(model)
-    loaded = load_model(
+    base = load_model(
         plan.base if plan else model.model_name_or_path,
         revision=plan.revision if plan else model.model_revision,
         dtype=dtype,
@@ -228,15 +227,15 @@ def build_policy(
         empty=empty,
     )
     if model.use_liger_kernel:
-        apply_liger(loaded, device)
-    if plan is not None:
-        loaded = attach(loaded, plan, reference=frozen_copy)
+        apply_liger(base, device)
+    trained = attach(base, plan, reference=frozen_copy) if plan else base
     if model.freeze_vision_tower:
-        freeze_vision_tower(loaded)
+        freeze_vision_tower(trained)
     if model.gradient_checkpointing:
-        loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        kwargs = {"use_reentrant": False}
+        base.gradient_checkpointing_enable(kwargs)  # type: ignore[operator]  # typed as a Tensor
     return Policy(
-        loaded.train(),
+        trained.train(),
         loss_impl=grpo.loss_impl,
         prefix_sharing=grpo.prefix_sharing,
         prefix_attention=grpo.prefix_attention,

@@ -1,11 +1,10 @@
-"""The rows of a run: which are kept, and how they are scored."""
+"""The rows of a run: which are used, and how answers are scored."""
 
 from __future__ import annotations
 
 import logging
 import time
 from functools import partial
-from typing import Any
 
 from virft_fast import tasks
 from virft_fast.algorithms import algorithm_of
@@ -13,8 +12,9 @@ from virft_fast.algorithms.base import Data
 from virft_fast.batch import Prompt
 from virft_fast.config import RunConfig, UsageError, column_names
 from virft_fast.data import BadRow, BadRows, ParquetRows, SampleDataset, first_solutions, load_rows
-from virft_fast.data.prompts import PromptSource
+from virft_fast.data.prompt_source import PromptSource
 from virft_fast.data.survey import Survey, open_space, survey
+from virft_fast.models.processing import ImageOnlyQwen2VLProcessor
 from virft_fast.train.flags import num_steps, prompts_per_step
 
 logger = logging.getLogger("virft_fast")
@@ -23,8 +23,12 @@ NUM_SELF_CHECKED = 16
 FIRST_PROMPT_SECONDS = 15.0
 
 
-def prepare_data(config: RunConfig, processor: Any) -> Data:
-    """Load the rows and find out how they are scored."""
+def prepare_data(config: RunConfig, processor: ImageOnlyQwen2VLProcessor) -> Data:
+    """Load the rows, and choose how answers are scored.
+
+    Raises:
+        ValueError, OSError: the data set can't be loaded, or its rows can't be used.
+    """
     flags, algorithm = config.data, algorithm_of(config)
     load = partial(
         load_rows,
@@ -51,48 +55,49 @@ def prepare_data(config: RunConfig, processor: Any) -> Data:
         PromptSource, processor=processor, max_prompt_length=flags.max_prompt_length, check=fits
     )
     samples, boxes = samples_of(rows, check_solution=check), open_space(task, space)
-    found = survey(samples, boxes=boxes, check=fits)
-    warned = found.settle_boxes()
-    _check_left_out(config, found)
+    seen = survey(samples, boxes=boxes, check=fits)
+    warning = seen.settle_boxes()
+    _check_left_out(config, seen)
     names = [] if preferences else config.grpo.reward_funcs
     if not names and not preferences:
-        names = tasks.default_rewards(task, found.solutions)
-    table = found.table(flags.dataset_train_split, "" if config.grpo.reward_funcs else task)
+        names = tasks.default_rewards(task, seen.solutions)
+    table = seen.table(flags.dataset_train_split, "" if config.grpo.reward_funcs else task)
     test = None
     if config.train.eval_samples:
         held_out = samples_of(load(flags.dataset_test_split), check_solution=check)
         test = prompts_of(held_out)
-        found = survey(held_out, boxes=boxes, most=config.train.eval_samples, check=fits)
-        found.settle_boxes()
-        table += found.lines(flags.dataset_test_split)
-    known = None
+        seen = survey(held_out, boxes=boxes, limit=config.train.eval_samples, check=fits)
+        seen.settle_boxes()
+        table += seen.lines(flags.dataset_test_split)
+    classes = None
     if "accuracy" in names and task == "classification" and algorithm.rolls_out(config):
-        known = samples.classes()
+        classes = samples.classes()
     return Data(
         train=prompts_of(samples),
         test=test,
         task=task,
-        reward_funcs=tasks.told_classes(tasks.load_reward_funcs(names), known),
+        reward_funcs=tasks.with_class_set(tasks.load_reward_funcs(names), classes),
         reward_weights=config.grpo.weights_of(names),
         bad_rows=BadRows(config.data.max_bad_rows),
         permutation=rows.permutation if isinstance(rows, ParquetRows) else None,
-        table=[*table, *([f"  warning: {warned}"] if warned else [])],
+        table=[*table, *([f"  warning: {warning}"] if warning else [])],
     )
 
 
-def _check_left_out(config: RunConfig, found: Survey) -> None:
+def _check_left_out(config: RunConfig, seen: Survey) -> None:
     """Raise UsageError if a run over all rows is sure to end at --max_bad_rows."""
-    left, most = found.read - found.kept, config.data.max_bad_rows
-    if left > most and num_steps(config, found.rows) * prompts_per_step(config) >= found.rows:
-        reasons = [f"{reason}: {len(rows)}" for reason, rows in found.account.left_out.items()]
+    unusable, limit = seen.read - seen.kept, config.data.max_bad_rows
+    if unusable > limit and num_steps(config, seen.rows) * prompts_per_step(config) >= seen.rows:
+        reasons = [f"{reason}: {len(rows)}" for reason, rows in seen.account.left_out.items()]
         raise UsageError(
-            f"--max_bad_rows {most}: expected at most so many rows that can't be used, got {left} "
-            f"of {found.read} ({'; '.join(reasons[:5])}); mend the data or raise it"
+            f"--max_bad_rows {limit}: expected at most so many rows that can't be used, got "
+            f"{unusable} of {seen.read} ({'; '.join(reasons[:5])}); mend the data or raise it"
         )
 
 
 def warn_of_unearned(data: Data) -> None:
-    """Say which accuracy rewards the solutions themselves don't earn, on rows all over the set."""
+    """Warn of accuracy rewards that solutions don't earn against themselves; checks rows from all
+    over the data set."""
     count = len(data.train)
     indices = sorted({n * count // NUM_SELF_CHECKED for n in range(NUM_SELF_CHECKED)})
     loaded = [data.train.samples.get(index) for index in indices if index < count]
@@ -109,10 +114,10 @@ def warn_of_unearned(data: Data) -> None:
 
 
 def first_prompt(source: PromptSource) -> Prompt:
-    """Of the rows that the model can read.
+    """The prompt of the first usable row.
 
     Raises:
-        ValueError: there is none.
+        ValueError: none was usable, or none within FIRST_PROMPT_SECONDS.
     """
     reasons, started = [], time.monotonic()
     for prompt in map(source.load, range(len(source))):

@@ -37,16 +37,17 @@ LESS_MEMORY = (
 
 @unbreakable()
 def main(argv: list[str] | None = None) -> int:
-    """Run; returns the exit status: 0 done or stopped by a signal, 2 can't start, 1 had to stop."""
+    """Train; returns the exit status: 0 if done or stopped by a signal, 1 if the run had to stop, 2
+    if it can't start, 130 after Ctrl-C."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     _quiet_libraries()
-    if os.environ.get("RANK", "0") != "0":  # what the arguments' warnings go by, before `dist.init`
+    if os.environ.get("RANK", "0") != "0":  # before `dist.init`, for warnings about the arguments
         logger.setLevel(logging.ERROR)
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
         with usage():
             device = dist.init(config.train.ddp_timeout)
-        # A warning is said once, by the main process; errors by whoever has them.
+        # Only the main process logs warnings; every process logs its errors.
         logger.setLevel(logging.INFO if dist.is_main() else logging.ERROR)
         return run(config, device)
     except UsageError as error:
@@ -77,7 +78,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def run(config: RunConfig, device: torch.device) -> int:
-    """Set up, train, save, report, as the only run that writes --output_dir."""
+    """Run while no other run writes --output_dir; returns the exit status."""
     output_dir = Path(config.train.output_dir)
     lock = OutputLock(output_dir)
     watch = Watch(
@@ -152,7 +153,7 @@ def _run(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLock
 
 
 def evaluate(config: RunConfig, state: TrainState, data: Data) -> HeldOut | None:
-    """On the held-out rows; None without --eval_samples."""
+    """Evaluate the held-out rows; None without --eval_samples."""
     if data.test is None:
         return None
     num_rows = min(config.train.eval_samples, len(data.test))
@@ -160,7 +161,7 @@ def evaluate(config: RunConfig, state: TrainState, data: Data) -> HeldOut | None
 
 
 def _quiet_libraries() -> None:
-    """One progress bar is enough: ours. DeepSpeed calls torch functions that warn every time."""
+    """Leave our progress bar alone on the terminal; silence warnings that recur at every call."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not torch.cuda.is_available():

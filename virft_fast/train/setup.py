@@ -1,4 +1,4 @@
-"""Everything until the first step."""
+"""Everything before the first step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,14 +14,15 @@ from virft_fast import dist
 from virft_fast.algorithms import algorithm_of, find_algorithm
 from virft_fast.algorithms.base import Data
 from virft_fast.algorithms.step import TrainState
+from virft_fast.batch import Row
 from virft_fast.config import ALGORITHMS, RunConfig, UsageError, usage
 from virft_fast.console import say
 from virft_fast.data import PromptSampler
 from virft_fast.data.writing import make_folder
-from virft_fast.engine import OptimizerSettings, check_deepspeed
+from virft_fast.engine import check_deepspeed
 from virft_fast.metrics import COMPLETIONS_FILE, METRICS_FILE, MetricsWriter, check_trackers
 from virft_fast.models.adapters import BASE_FOLDER, model_chain
-from virft_fast.models.processing import load_processor
+from virft_fast.models.processing import ImageOnlyQwen2VLProcessor, load_processor
 from virft_fast.models.qwen_vl import Policy, check_weights
 from virft_fast.models.tiny import resolve_model_path
 from virft_fast.output_lock import OutputLock
@@ -48,37 +48,32 @@ _OF_A_RUN = re.compile(rf"checkpoint-\d+|{BASE_FOLDER}|{checkpoints.LEFTOVER.pat
 
 @dataclass
 class Run:
-    """A run that is set up.
+    """A run that can take its first step.
 
     Attributes:
-        saved: what the checkpoint it resumes holds; empty without one.
-        saved_step: the latest step that needs no saving, because it is saved or was the first.
+        saved: the state in the checkpoint that it resumes; empty without one.
+        saved_step: the last step whose state needs no checkpoint: saved already, or the start.
     """
 
-    processor: Any
+    processor: ImageOnlyQwen2VLProcessor
     data: Data
     state: TrainState
     sampler: PromptSampler
     writer: MetricsWriter
     total_steps: int
-    saved: dict[str, Any]
+    saved: Row
     saved_step: int
 
 
 def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLock) -> Run | int:
-    """Everything until the first step; the exit status of a dry run."""
+    """Prepare the run; for a dry run, its exit status instead.
+
+    Raises:
+        UsageError: the flags don't describe a run that can start.
+    """
     output_dir, algorithm = Path(config.train.output_dir), algorithm_of(config)
     with usage():
-        check_trackers(config.train.report_to)
-        if algorithm.rolls_out(config):
-            check_cache_limit(
-                config.grpo.rollout_backend,
-                config.grpo.rollout_cache_tokens,
-                num_generations=config.grpo.num_generations,
-                max_prompt_length=config.data.max_prompt_length,
-                max_completion_length=config.grpo.max_completion_length,
-                device=device,
-            )
+        _check_flags(config, device)
         config.model, plan = begin_adapter(config.model)
         resume = prepare_output_dir(config, lock)
         saved = read_resumed(resume, config, plan) if resume else {}
@@ -101,7 +96,7 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
     if algorithm.draws:
         warn_of_unearned(data)
     with usage():
-        model = base_model(config, plan, processor, resume)
+        model = base_model(config, plan, processor, resume is not None)
         state = prepare_training(config, processor, data, device, model)
         state.adapter = plan.kind if plan else None
         state.section, state.reward_timeout = watch.section, config.train.reward_timeout
@@ -118,22 +113,33 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
         load_checkpoint(resume, saved, state, sampler, data, config)
     here = resume is not None and resume.parent.resolve() == output_dir.resolve()
     with usage():
-        # Nothing of an earlier run is deleted before this one has all that it needs.
-        if config.train.overwrite_output_dir and not here and dist.is_main():
-            _delete_run(output_dir, keep=model.model_name_or_path)
-        dist.barrier()
+        # An earlier run is deleted only when this one has all that it needs.
+        if config.train.overwrite_output_dir and not here:
+            dist.on_main(partial(_delete_run, output_dir, keep=model.model_name_or_path))
         algorithm.begin(config, state, data, resumed=bool(resume))
         writer = _open_writer(config, total_steps, state.step)
     if saved:
         writer.load_state_dict(saved["writer"])
-    return Run(
-        processor, data, state, sampler, writer, total_steps, saved,
-        saved_step=-1 if resume and not here else state.step,
-    )  # fmt: skip
+    saved_step = -1 if resume and not here else state.step
+    return Run(processor, data, state, sampler, writer, total_steps, saved, saved_step)
+
+
+def _check_flags(config: RunConfig, device: torch.device) -> None:
+    """Raise ValueError if trackers are missing, or no rollout can fit into its cache."""
+    check_trackers(config.train.report_to)
+    if algorithm_of(config).rolls_out(config):
+        check_cache_limit(
+            config.grpo.rollout_backend,
+            config.grpo.rollout_cache_tokens,
+            num_generations=config.grpo.num_generations,
+            max_prompt_length=config.data.max_prompt_length,
+            max_completion_length=config.grpo.max_completion_length,
+            device=device,
+        )
 
 
 def _open_writer(config: RunConfig, total_steps: int, step: int) -> MetricsWriter:
-    """The run's records, without those after `step`."""
+    """The writer of the run's records; a resumed run drops those after `step`."""
     train, output_dir = config.train, Path(config.train.output_dir)
     writer = MetricsWriter(
         output_dir,
@@ -152,8 +158,12 @@ def _open_writer(config: RunConfig, total_steps: int, step: int) -> MetricsWrite
 
 
 def prepare_output_dir(config: RunConfig, lock: OutputLock) -> Path | None:
-    """Check that --output_dir is free to be written, and lock it; returns the checkpoint to resume,
-    if any."""
+    """Lock --output_dir and check that this run may write there; returns the checkpoint to resume,
+    if any.
+
+    Raises:
+        UsageError: it holds another run or a model, or training would overwrite its own model.
+    """
     output_dir = Path(config.train.output_dir)
     if not config.train.output_dir.strip():
         raise UsageError("--output_dir: expected a folder, got an empty name")
@@ -166,14 +176,15 @@ def prepare_output_dir(config: RunConfig, lock: OutputLock) -> Path | None:
     if config.train.dry_run:
         make_folder(output_dir, "--output_dir", make=False)
     else:
-        dist.on_main(partial(_take, output_dir, lock))
+        dist.on_main(partial(make_folder, output_dir, "--output_dir"))
+        dist.on_main(lock.acquire)
     resume, wanted = None, config.train.resume_from_checkpoint
     if wanted:
         resume = checkpoints.find_checkpoint(output_dir, wanted, dry_run=config.train.dry_run)
     left = ["config.json", "adapter_config.json", "damaged-checkpoint-*"]
     if wanted and resume is None:
         say(f"--resume_from_checkpoint {wanted}: no checkpoint in {output_dir}; this run starts")
-    elif wanted and resume.parent.resolve() == output_dir.resolve():
+    elif resume is not None and resume.parent.resolve() == output_dir.resolve():
         return resume
     else:  # with `true`, a run that was killed before its first checkpoint starts again
         left += [METRICS_FILE, BASE_FOLDER]
@@ -185,8 +196,8 @@ def prepare_output_dir(config: RunConfig, lock: OutputLock) -> Path | None:
     if occupied and not config.train.overwrite_output_dir:
         raise UsageError(
             f"--output_dir {output_dir} already holds a run or a model; pass "
-            f"--resume_from_checkpoint latest "
-            f"to go on with it, --overwrite_output_dir to delete it, or another folder"
+            "--resume_from_checkpoint latest to go on with it, --overwrite_output_dir to delete "
+            "it, or another folder"
         )
     for model in begins_in:
         if occupied and model.parent == output_dir.resolve() and _OF_A_RUN.fullmatch(model.name):
@@ -197,14 +208,8 @@ def prepare_output_dir(config: RunConfig, lock: OutputLock) -> Path | None:
     return resume
 
 
-def _take(output_dir: Path, lock: OutputLock) -> None:
-    """Make --output_dir this run's alone."""
-    make_folder(output_dir, "--output_dir")
-    lock.acquire()
-
-
 def _delete_run(output_dir: Path, keep: str) -> None:
-    """Delete what a run writes, except the folder `keep`, and nothing else."""
+    """Delete only what a run writes, except the folder `keep`."""
     files = {METRICS_FILE, COMPLETIONS_FILE, SUMMARY_FILE, REPORT_FILE, "config.json",
              "generation_config.json"}  # fmt: skip
     files |= {name for algorithm in map(find_algorithm, ALGORITHMS) for name in algorithm.files}
@@ -216,13 +221,13 @@ def _delete_run(output_dir: Path, keep: str) -> None:
 
 
 def check_start(config: RunConfig, data: Data) -> Policy:
-    """All that would fail once the model is loaded, found before; returns the policy's shape.
+    """Check all that can fail before the weights are loaded; returns the policy without weights.
 
     Raises:
-        ValueError, FileNotFoundError: what is wrong with the flags, the weights' files or the rows.
+        ValueError, FileNotFoundError: the flags, the weight files or the rows can't be used.
     """
     learning_rates(config, num_steps(config, len(data.train)))
-    ds_config, _ = deepspeed_config(config, OptimizerSettings(config.train.learning_rate))
+    ds_config, _ = deepspeed_config(config)
     if ds_config is not None:
         check_deepspeed(ds_config)
     check_weights(config.model.model_name_or_path, config.model.model_revision)

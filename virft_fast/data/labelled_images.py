@@ -1,7 +1,7 @@
-"""Classification rows from image folders, CSV files and the archives of four known data sets.
+"""Classification rows from image folders, CSV files and the archives of four well-known data sets.
 
-Each reader finds (image, class name, split) and nothing else; `plan_classification` makes rows of
-them. Archives are read in the layout in which they are published.
+A reader returns (image, class name, split) triples, of which `plan_classification` makes rows.
+Archives are read in the layout they are published in.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import random
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -19,12 +19,12 @@ import numpy as np
 from virft_fast.data.accounts import Built
 from virft_fast.data.image_files import ImageFiles, is_hidden, is_image, walk
 from virft_fast.data.images import NOT_DOWNLOADED, is_address, placed
-from virft_fast.data.texts import read_table
+from virft_fast.data.texts import read_table, read_text
 from virft_fast.data.writing import Plan
 from virft_fast.tasks.prompts import classification_problem
 
-# Folders and cells of a column split.
-SPLITS = {
+# Names of folders, and cells of the column split, in any case -> split.
+SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("test", "testing", "val", "valid", "validation"), "test"),
 }
@@ -34,7 +34,7 @@ LABEL_NAMES = ("label", "class", "species", "name")
 
 
 class Labelled(NamedTuple):
-    """An image, its class, and its split: "train", "test" or None if the source names none."""
+    """An image, its class, and its split: "train", "test", or None if the source has no splits."""
 
     image: Path
     label: str
@@ -43,19 +43,19 @@ class Labelled(NamedTuple):
 
 def read_folder(root: Path, built: Built) -> list[Labelled]:
     """CLASS/image, or train/CLASS/image and test/CLASS/image (val, valid and validation count as
-    test). Hidden files and folders are no data.
+    test). Hidden files and folders are ignored.
 
     Args:
-        built: told of the files that are left out.
+        built: records the files that are left out.
     """
     folders = _visible_folders(root, built)
-    splits = [f for f in folders if f.name.lower() in SPLITS and _visible_folders(f, Built())]
+    splits = [f for f in folders if f.name.lower() in SPLIT_NAMES and _visible_folders(f, Built())]
     if splits:
         for folder in folders:
             if folder not in splits:
                 built.leave_out("folder beside those of the splits", folder.name)
         rows = [
-            row._replace(split=SPLITS[folder.name.lower()])
+            row._replace(split=SPLIT_NAMES[folder.name.lower()])
             for folder in splits
             for row in _classes(_visible_folders(folder, built), built)
         ]
@@ -94,17 +94,17 @@ def _classes(folders: Sequence[Path], built: Built) -> list[Labelled]:
                 built.convert("image in a folder below its class", str(file))
         if not images:
             built.leave_out("class folder without an image", folder.name)
-        # macOS takes names apart into letters and accents.
+        # macOS stores accents apart from their letters.
         label = unicodedata.normalize("NFC", folder.name)
         rows += [Labelled(image, label, None) for image in images]
     return rows
 
 
 def read_csv(path: Path, built: Built, images: Path | None = None) -> list[Labelled]:
-    """Columns image and label, maybe split; paths start at `images` or at the file's folder.
+    """Columns image, label and maybe split; paths start at `images` or at the file's folder.
 
     Args:
-        built: told of another encoding than UTF-8, and of paths found otherwise than written.
+        built: records a guessed encoding, and paths that differ from those written.
     """
     header, rows = read_table(path, (IMAGE_NAMES, LABEL_NAMES), built)
     image, label = (
@@ -116,39 +116,40 @@ def read_csv(path: Path, built: Built, images: Path | None = None) -> list[Label
             f"{path}: expected the columns image and label (and maybe split), got "
             f"{', '.join(header) or 'none'}"
         )
-    files, lines, found = ImageFiles(images or path.parent), {}, []
+    files = ImageFiles(images or path.parent)
+    lines: dict[Path, int] = {}
+    records = []
     for number, row in rows:
         where = f"{path}: line {number}"
-        file, said, split = _cells(row, image, label, where)
+        file, name, split = _cells(row, image, label, where)
         place = _placed_image(files, file, built, where)
         if place in lines:
             raise ValueError(
                 f"{where}: image {place} is in line {lines[place]} already; give each one once"
             )
         lines[place] = number
-        found.append(Labelled(place, said, split))
-    if not found:
+        records.append(Labelled(place, name, split))
+    if not records:
         raise ValueError(f"{path}: expected rows, got a header only")
-    return found
+    return records
 
 
 def _cells(
     row: Mapping[str, str | None], image: str, label: str, where: str
 ) -> tuple[str, str, str | None]:
     """(image, label, split) of a row."""
-    file, said = (row[image] or "").strip(), (row[label] or "").strip()
-    if not file or not said:
+    file, name, split = ((row.get(column) or "").strip() for column in (image, label, "split"))
+    if not file or not name:
         raise ValueError(f"{where}: expected an image and a label")
-    if not said.isprintable() or "answer>" in said:
-        raise ValueError(f"{where}: expected a label of one line, got {said!r:.80}")
-    split = (row.get("split") or "").strip()
-    if split and split.lower() not in SPLITS:
+    if not name.isprintable() or "answer>" in name:
+        raise ValueError(f"{where}: expected a label of one line, got {name!r:.80}")
+    if split and split.lower() not in SPLIT_NAMES:
         raise ValueError(f"{where}: split: expected train or test, got {split!r}")
-    return file, said, SPLITS.get(split.lower())
+    return file, name, SPLIT_NAMES.get(split.lower())
 
 
 def _placed_image(files: ImageFiles, file: str, built: Built, where: str) -> Path:
-    """A path of a CSV file: an absolute one as it is, another in the folder."""
+    """Where an image of a CSV file is; relative paths start at the folder of `files`."""
     place = Path(placed(files.folder, file))
     if is_address(file) and not PureWindowsPath(file).drive:
         raise ValueError(f"{where}: image {file:.200}: {NOT_DOWNLOADED}")
@@ -168,12 +169,11 @@ def read_flowers102(root: Path, built: Built) -> list[Labelled]:
     (labels,) = _matlab(root, "imagelabels.mat", "labels")
     sets = _matlab(root, "setid.mat", "trnid", "valid", "tstid")
     rows = []
-    for split, parts in (("train", sets[:2]), ("test", sets[2:])):
-        for number in sorted(
-            _place(n, len(labels), f"{root / 'setid.mat'}: image") for p in parts for n in p
-        ):
-            where = f"{root / 'imagelabels.mat'}: label of image {number}"
-            label = FLOWERS[_place(labels[number - 1], len(FLOWERS), where) - 1]
+    where = f"{root / 'setid.mat'}: image"
+    for split, numbers in (("train", [*sets[0], *sets[1]]), ("test", sets[2])):
+        for number in sorted(_number_up_to(len(labels), n, where) for n in numbers):
+            about = f"{root / 'imagelabels.mat'}: label of image {number}"
+            label = FLOWERS[_number_up_to(len(FLOWERS), labels[number - 1], about) - 1]
             rows.append(Labelled(root / "jpg" / f"image_{number:05d}.jpg", label, split))
     return rows
 
@@ -182,8 +182,8 @@ def read_aircraft(root: Path, built: Built) -> list[Labelled]:
     """FGVC-Aircraft: data/images/*.jpg, data/images_variant_trainval.txt and ..._test.txt."""
     folder = root / "data" if (root / "data").is_dir() else root
     rows = []
-    for split, part in (("train", "trainval"), ("test", "test")):
-        for line in _lines(folder / f"images_variant_{part}.txt", "FGVC-Aircraft"):
+    for split, name in (("train", "trainval"), ("test", "test")):
+        for line in _lines(folder / f"images_variant_{name}.txt", "FGVC-Aircraft"):
             number, _, label = line.partition(" ")
             rows.append(Labelled(folder / "images" / f"{number}.jpg", label.strip(), split))
     return rows
@@ -194,10 +194,8 @@ def read_cars196(root: Path, built: Built) -> list[Labelled]:
     cars_test_annos_withlabels.mat, here or in devkit/."""
     (names,) = _matlab(root, "cars_meta.mat", "class_names")
     rows = []
-    for split, file in (
-        ("train", "cars_train_annos.mat"),
-        ("test", "cars_test_annos_withlabels.mat"),
-    ):
+    files = {"train": "cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}
+    for split, file in files.items():
         (records,) = _matlab(root, file, "annotations")
         fields = records.dtype.names or ()
         if not {"class", "fname"} <= set(fields):
@@ -207,7 +205,7 @@ def read_cars196(root: Path, built: Built) -> list[Labelled]:
             )
         for number, record in enumerate(records, start=1):
             where = f"{root}: {file}: annotation {number}"
-            kind = _place(_only(record["class"], where), len(names), f"{where}: class")
+            kind = _number_up_to(len(names), _only(record["class"], where), f"{where}: class")
             image = root / f"cars_{split}" / str(_only(record["fname"], where))
             rows.append(Labelled(image, str(_only(names[kind - 1], where)), split))
     return rows
@@ -216,8 +214,8 @@ def read_cars196(root: Path, built: Built) -> list[Labelled]:
 def read_pets37(root: Path, built: Built) -> list[Labelled]:
     """Oxford-IIIT Pet: images/*.jpg, annotations/trainval.txt and test.txt."""
     rows = []
-    for split, part in (("train", "trainval"), ("test", "test")):
-        for line in _lines(root / "annotations" / f"{part}.txt", "Oxford-IIIT Pet"):
+    for split, file in (("train", "trainval.txt"), ("test", "test.txt")):
+        for line in _lines(root / "annotations" / file, "Oxford-IIIT Pet"):
             if line.startswith("#"):
                 continue
             name = line.split()[0]
@@ -227,16 +225,12 @@ def read_pets37(root: Path, built: Built) -> list[Labelled]:
 
 
 READERS: dict[str, Callable[[Path, Built], list[Labelled]]] = {
-    "folder": read_folder,
-    "csv": read_csv,
-    "flowers102": read_flowers102,
-    "aircraft": read_aircraft,
-    "cars196": read_cars196,
-    "pets37": read_pets37,
-}
+    "folder": read_folder, "csv": read_csv, "flowers102": read_flowers102,
+    "aircraft": read_aircraft, "cars196": read_cars196, "pets37": read_pets37,
+}  # fmt: skip
 
 
-def _matlab(root: Path, name: str, *fields: str) -> list[Any]:
+def _matlab(root: Path, name: str, *fields: str) -> list[np.ndarray]:
     """The fields of a MATLAB file, each as a flat array."""
     from scipy.io import loadmat
 
@@ -245,42 +239,42 @@ def _matlab(root: Path, name: str, *fields: str) -> list[Any]:
         raise FileNotFoundError(f"{root}: expected {name} in it or in its devkit/")
     try:
         data = loadmat(path)
-    except Exception as error:  # a damaged file raises whatever its bytes led to
+    except Exception as error:  # damaged files raise nearly anything
         raise ValueError(f"{path}: expected a MATLAB file: {error}") from error
     missing = [field for field in fields if field not in data]
     if missing:
-        found = ", ".join(name for name in data if not name.startswith("__")) or "none"
-        raise ValueError(f"{path}: expected the field {missing[0]}, got {found}")
+        got = ", ".join(name for name in data if not name.startswith("__")) or "none"
+        raise ValueError(f"{path}: expected the field {missing[0]}, got {got}")
     return [np.asarray(data[field]).ravel() for field in fields]
 
 
-def _place(number: Any, most: int, where: str) -> int:
-    """A place in a list, counted from 1."""
+def _number_up_to(limit: int, value: Any, where: str) -> int:
+    """The value, if it is a number from 1 to `limit`.
+
+    Raises:
+        ValueError: it isn't.
+    """
     try:
-        place = int(number)
+        number = int(value)
     except (TypeError, ValueError, OverflowError):
-        place = 0
-    if not 1 <= place <= most:
-        raise ValueError(f"{where}: expected a number from 1 to {most}, got {number!s:.60}")
-    return place
+        number = 0
+    if not 1 <= number <= limit:
+        raise ValueError(f"{where}: expected a number from 1 to {limit}, got {value!s:.60}")
+    return number
 
 
-def _only(value: Any, where: str) -> Any:
-    """What MATLAB has in a cell."""
-    found = np.asarray(value).ravel()
-    if len(found) != 1:
-        raise ValueError(f"{where}: expected one value, got {value!r:.60}")
-    return found.item()
+def _only(cell: object, where: str) -> Any:
+    """The single value of a MATLAB cell."""
+    values = np.asarray(cell).ravel()
+    if len(values) != 1:
+        raise ValueError(f"{where}: expected one value, got {cell!r:.60}")
+    return values.item()
 
 
 def _lines(path: Path, what: str) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the layout of {what}'s archive")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def plan_classification(
@@ -293,79 +287,73 @@ def plan_classification(
     test_share: float = 0.0,
     built: Built | None = None,
 ) -> dict[str, list[Plan]]:
-    """Splits of rows that ask for the class.
+    """Split -> rows that ask for the class.
 
     Args:
-        thing, kind: of the question, e.g. "plant" and "species".
-        shots: at most so many images of each class in "train", chosen by the seed; None: all.
-        test_share: of each class that goes to "test", where the source has no split of its own.
-        built: told of the classes with fewer images than `shots`.
+        thing, kind: words of the question, e.g. "plant" and "species".
+        shots: sample at most this many images of each class for "train"; None: use all.
+        test_share: share of each class that goes to "test" if the source has no splits.
+        built: records the classes with fewer images than `shots`.
     Raises:
-        ValueError: the source has splits of its own and `test_share` is not 0.
+        ValueError: the source has splits and `test_share` isn't 0.
     """
     if test_share and rows and all(row.split for row in rows):
         raise ValueError("--test_share: the source has splits of its own; leave it out")
     rng = random.Random(seed)
-    splits: dict[str, list[Labelled]] = {"train": [], "test": []}
-    unsplit: dict[str, list[Labelled]] = defaultdict(list)
-    for row in rows:
-        if row.split is None:
-            unsplit[row.label].append(row)
-        else:
-            splits[row.split].append(row)
-    for label in sorted(unsplit):
-        of_class = rng.sample(unsplit[label], len(unsplit[label]))
+    splits = {name: [row for row in rows if row.split == name] for name in ("train", "test")}
+    for unsplit in _by_label([row for row in rows if row.split is None]).values():
+        of_class = rng.sample(unsplit, len(unsplit))
         held_out = round(test_share * len(of_class))
         splits["test"] += of_class[:held_out]
         splits["train"] += of_class[held_out:]
     if shots is not None:
-        splits["train"] = list(_few(splits["train"], shots, rng, built or Built()))
+        by_label = _by_label(splits["train"])
+        few = {
+            label: len(of_class) for label, of_class in by_label.items() if len(of_class) < shots
+        }
+        if built is not None:
+            built.note_few(few, shots)
+        sampled = (rng.sample(rows, min(shots, len(rows))) for rows in by_label.values())
+        splits["train"] = [row for of_class in sampled for row in of_class]
     rng.shuffle(splits["train"])
     problem = classification_problem(thing, kind)
     return {
         name: [
             Plan(r.image, {"problem": problem, "solution": f"<answer>{r.label}</answer>",
                            "label": r.label})
-            for r in part
+            for r in rows
         ]
-        for name, part in splits.items()
-        if part or test_share  # what was asked for and is empty is found out when it is written
+        for name, rows in splits.items()
+        if rows or test_share  # a requested split that is empty is refused when it is written
     }  # fmt: skip
 
 
-def _few(
-    rows: Sequence[Labelled], shots: int, rng: random.Random, built: Built
-) -> Iterator[Labelled]:
+def _by_label(rows: Iterable[Labelled]) -> dict[str, list[Labelled]]:
+    """Label -> its rows, sorted by label."""
     by_label: dict[str, list[Labelled]] = defaultdict(list)
     for row in rows:
         by_label[row.label].append(row)
-    built.note_few(
-        {k: len(by_label[k]) for k in sorted(by_label) if len(by_label[k]) < shots}, shots
-    )
-    for label in sorted(by_label):
-        yield from rng.sample(by_label[label], min(shots, len(by_label[label])))
+    return dict(sorted(by_label.items()))
 
 
-# The archive has numbers only.
+# Flowers102's archive has only numbers.
 FLOWERS = (
     "pink primrose", "hard-leaved pocket orchid", "canterbury bells", "sweet pea",
     "english marigold", "tiger lily", "moon orchid", "bird of paradise", "monkshood",
     "globe thistle", "snapdragon", "colt's foot", "king protea", "spear thistle", "yellow iris",
-    "globe-flower", "purple coneflower", "peruvian lily", "balloon flower",
-    "giant white arum lily", "fire lily", "pincushion flower", "fritillary", "red ginger",
-    "grape hyacinth", "corn poppy", "prince of wales feathers", "stemless gentian", "artichoke",
-    "sweet william", "carnation", "garden phlox", "love in the mist", "mexican aster",
-    "alpine sea holly", "ruby-lipped cattleya", "cape flower", "great masterwort", "siam tulip",
-    "lenten rose", "barbeton daisy", "daffodil", "sword lily", "poinsettia",
-    "bolero deep blue", "wallflower", "marigold", "buttercup", "oxeye daisy",
-    "common dandelion", "petunia", "wild pansy", "primula", "sunflower", "pelargonium",
-    "bishop of llandaff", "gaura", "geranium", "orange dahlia", "pink-yellow dahlia",
-    "cautleya spicata", "japanese anemone", "black-eyed susan", "silverbush",
-    "californian poppy", "osteospermum", "spring crocus", "bearded iris", "windflower",
-    "tree poppy", "gazania", "azalea", "water lily", "rose", "thorn apple", "morning glory",
-    "passion flower", "lotus", "toad lily", "anthurium", "frangipani", "clematis", "hibiscus",
-    "columbine", "desert-rose", "tree mallow", "magnolia", "cyclamen", "watercress",
-    "canna lily", "hippeastrum", "bee balm", "ball moss", "foxglove", "bougainvillea",
-    "camellia", "mallow", "mexican petunia", "bromelia", "blanket flower", "trumpet creeper",
-    "blackberry lily",
+    "globe-flower", "purple coneflower", "peruvian lily", "balloon flower", "giant white arum lily",
+    "fire lily", "pincushion flower", "fritillary", "red ginger", "grape hyacinth", "corn poppy",
+    "prince of wales feathers", "stemless gentian", "artichoke", "sweet william", "carnation",
+    "garden phlox", "love in the mist", "mexican aster", "alpine sea holly", "ruby-lipped cattleya",
+    "cape flower", "great masterwort", "siam tulip", "lenten rose", "barbeton daisy", "daffodil",
+    "sword lily", "poinsettia", "bolero deep blue", "wallflower", "marigold", "buttercup",
+    "oxeye daisy", "common dandelion", "petunia", "wild pansy", "primula", "sunflower",
+    "pelargonium", "bishop of llandaff", "gaura", "geranium", "orange dahlia", "pink-yellow dahlia",
+    "cautleya spicata", "japanese anemone", "black-eyed susan", "silverbush", "californian poppy",
+    "osteospermum", "spring crocus", "bearded iris", "windflower", "tree poppy", "gazania",
+    "azalea", "water lily", "rose", "thorn apple", "morning glory", "passion flower", "lotus",
+    "toad lily", "anthurium", "frangipani", "clematis", "hibiscus", "columbine", "desert-rose",
+    "tree mallow", "magnolia", "cyclamen", "watercress", "canna lily", "hippeastrum", "bee balm",
+    "ball moss", "foxglove", "bougainvillea", "camellia", "mallow", "mexican petunia", "bromelia",
+    "blanket flower", "trumpet creeper", "blackberry lily",
 )  # fmt: skip

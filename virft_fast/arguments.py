@@ -1,0 +1,116 @@
+"""What the dataclasses of `virft_fast.config` are made of: fields with a help text, checks, and the
+error for arguments that can't be used."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from copy import copy
+from dataclasses import Field, field, fields
+from typing import ClassVar, Protocol, TypeVar
+
+Value = TypeVar("Value")
+
+
+class UsageError(ValueError):
+    """The arguments don't describe a run that can start; shown to the user without a traceback."""
+
+
+@contextlib.contextmanager
+def usage() -> Iterator[None]:
+    """Turn a ValueError or OSError of the body, which the user can fix, into a UsageError."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
+class Arguments(Protocol):
+    """A dataclass of arguments, one group of a command's help."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[object]]]
+
+
+def arg(default: Value, help: str, *aliases: str, choices: Collection[str] = ()) -> Value:
+    """A dataclass field with a help text, other names of its flag, and its values if few."""
+    metadata: dict[str, object] = {"help": help}
+    if choices:
+        metadata["choices"] = choices
+    if aliases:
+        metadata["aliases"] = [f"--{alias}" for alias in aliases]
+    if isinstance(default, list):
+        return field(default_factory=lambda: copy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def given_flags(config: Arguments) -> list[str]:
+    """The flags of a group whose values differ from the defaults."""
+    default = type(config)()
+    return [f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)]
+
+
+def flag_names(groups: Sequence[type[Arguments]]) -> list[str]:
+    """The flags of these groups, aliases included, without dashes."""
+    names = []
+    for entry in (entry for group in groups for entry in fields(group)):
+        names.append(entry.name)
+        names += [alias.lstrip("-") for alias in entry.metadata.get("aliases", [])]
+    return names
+
+
+def unknown_flag_message(flag: str, names: list[str]) -> str:
+    """The error text for a flag that does not exist; suggests similar ones of `names`."""
+    close = difflib.get_close_matches(flag.lstrip("-"), names, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join('--' + name for name in close)}?" if close else ""
+    return f"unknown flag --{flag.lstrip('-')}{hint}"
+
+
+# What the value of a flag must be, in words and as a test.
+LIMITS: dict[str, Callable[[float], bool]] = {
+    "a positive number": lambda v: 0 < v < math.inf,
+    "a positive number of pixels": lambda v: 0 < v < math.inf,
+    "a number above 0": lambda v: 0 < v < math.inf,
+    "seconds above 0": lambda v: 0 < v < 1e9,
+    "a ratio above 1": lambda v: v > 1,
+    "0 or more": lambda v: v >= 0,
+    "0 (off) or more": lambda v: v >= 0,
+    "a number, 0 or more": lambda v: 0 <= v < math.inf,
+    "at least 1": lambda v: v >= 1,
+    "at least 2 (an advantage compares the completions of one prompt)": lambda v: v >= 2,
+    "a number in [0, 1)": lambda v: 0 <= v < 1,
+    "a number in (0, 1]": lambda v: 0 < v <= 1,
+    "a number in [0, 2^32)": lambda v: 0 <= v < 2**32,
+    "a share in [0, 0.5)": lambda v: 0 <= v < 0.5,
+    "a share in [0, 1)": lambda v: 0 <= v < 1,
+    "a share in [0, 1]": lambda v: 0 <= v <= 1,
+    "a number of steps, or -1: --num_train_epochs": lambda v: v >= -1,
+}
+
+
+def require(ok: bool, flag: str, expected: str, got: object) -> None:
+    """Raise ValueError about a flag unless `ok`."""
+    if not ok:
+        raise ValueError(f"--{flag}: expected {expected}, got {got!r}")
+
+
+def check_limit(config: Arguments, expected: str, flags: str) -> None:
+    """Raise ValueError if one of these flags, separated by spaces, breaks the limit `expected` of
+    `LIMITS`. None is allowed where it is the default."""
+    for flag in flags.split():
+        value = getattr(config, flag)
+        if value is not None or getattr(type(config), flag) is not None:
+            require(LIMITS[expected](value), flag, expected, value)
+
+
+def check_choices(config: Arguments) -> None:
+    """Raise ValueError if a flag with `choices` has another value."""
+    for entry in fields(config):
+        choices, value = entry.metadata.get("choices"), getattr(config, entry.name)
+        if choices and value not in choices:
+            close = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(
+                f"--{entry.name}: expected one of {', '.join(choices)}, got {value!r}{hint}"
+            )

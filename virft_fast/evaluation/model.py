@@ -1,0 +1,104 @@
+"""The model that an evaluation asks: its processor at once, its weights with the first question."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from functools import cached_property, partial
+
+import torch
+
+from virft_fast.batch import Prompt, Rollouts
+from virft_fast.config import EvalConfig, usage
+from virft_fast.evaluation.questions import ExtentFor
+from virft_fast.models.processing import load_processor, resized
+from virft_fast.models.qwen_vl import Policy, read_config
+from virft_fast.models.tiny import resolve_model_path
+from virft_fast.rollout import Rollout, Sampling
+from virft_fast.rollout.backends import check_cache_limit, load_policy, make_rollout
+from virft_fast.tasks.coordinates import FAMILY_SPACE
+
+logger = logging.getLogger(__name__)
+
+
+class EvaluatedModel:
+    """A model by its flags. Also a `Rollout`.
+
+    Raises:
+        ValueError, FileNotFoundError: the flags name no model, or one that can't be used.
+    """
+
+    def __init__(self, config: EvalConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        check_cache_limit(
+            config.rollout_backend,
+            config.rollout_cache_tokens,
+            num_generations=1,
+            max_prompt_length=config.max_prompt_length,
+            max_completion_length=config.max_completion_length,
+            device=device,
+        )
+        self.path = resolve_model_path(config.model_name_or_path)
+        self.processor = load_processor(
+            self.path,
+            revision=config.model_revision,
+            min_pixels=config.min_pixels,
+            max_pixels=config.max_pixels,
+        )
+        self._load_policy(empty=True)  # finds what is wrong with the model
+        self.family: str = read_config(self.path, config.model_revision).model_type
+
+    def _load_policy(self, *, empty: bool) -> Policy:
+        return load_policy(
+            self.path,
+            revision=self.config.model_revision,
+            dtype=self.config.dtype,
+            attn_implementation=self.config.attn_implementation,
+            backend=self.config.rollout_backend,
+            device=self.device,
+            empty=empty,
+        )
+
+    @cached_property
+    def rollout(self) -> Rollout:
+        """Loaded when the first question is asked: a finished evaluation needs none."""
+        with usage():
+            policy = self._load_policy(empty=False)
+        return make_rollout(
+            self.config.rollout_backend,
+            lambda: contextlib.nullcontext(policy),
+            self.processor.tokenizer,
+            device=self.device,
+            max_cache_tokens=self.config.rollout_cache_tokens,
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        num_generations: int,
+        sampling: Sampling,
+        *,
+        first_row: int = 0,
+    ) -> Rollouts:
+        """See `virft_fast.rollout.Rollout.generate`."""
+        return self.rollout.generate(prompts, num_generations, sampling, first_row=first_row)
+
+    def extent_for(self) -> ExtentFor | None:
+        """The space in which the model's family counts boxes; None: 0..1000."""
+        if FAMILY_SPACE[self.family] != "pixels":
+            return None
+        images = self.processor.image_processor
+        low, high = images.size["shortest_edge"], images.size["longest_edge"]
+        factor = images.patch_size * images.merge_size
+        return partial(resized, min_pixels=low, max_pixels=high, factor=factor)
+
+    def warn_of_space(self, *, in_pixels: bool) -> None:
+        """Warn if the data set counts boxes in another space than the model's family."""
+        if in_pixels != (FAMILY_SPACE[self.family] == "pixels"):
+            own, other = ("0..1000", "pixels") if in_pixels else ("pixels", "0..1000")
+            logger.warning(
+                f"{self.family} counts boxes in {own}, but {self.config.dataset_name} asks for "
+                f"{other}; build it with another --model_family, unless the model was trained "
+                "on such rows"
+            )

@@ -1,0 +1,109 @@
+"""Qwen's vision-language families: a table of their differences, and types for what they share.
+
+The types are transformers' classes, reduced to what this package uses of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
+    from transformers import BatchEncoding, GenerationConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
+
+    from virft_fast.batch import Json
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is special about a family.
+
+    Attributes:
+        processor, video_processor: names of transformers' classes.
+        flat: a released config.json has the language model's fields at its top level, not in
+            `text_config`.
+        deepstack: the vision tower also computes features for the first language layers.
+    """
+
+    processor: str
+    video_processor: str
+    flat: bool = True
+    deepstack: bool = False
+
+
+FAMILIES = {
+    "qwen2_vl": Family("Qwen2VLProcessor", "Qwen2VLVideoProcessor"),
+    "qwen2_5_vl": Family("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
+    "qwen3_vl": Family("Qwen3VLProcessor", "Qwen3VLVideoProcessor", flat=False, deepstack=True),
+}
+
+
+class TextConfig(Protocol):
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+
+
+class VisionConfig(Protocol):
+    patch_size: int
+    spatial_merge_size: int
+    temporal_patch_size: int
+
+
+class QwenConfig(Protocol):
+    model_type: str
+    dtype: torch.dtype
+    text_config: TextConfig
+    vision_config: VisionConfig
+    get_text_config: Callable[[], TextConfig]
+
+
+class QwenCore(Protocol):
+    visual: nn.Module
+    language_model: Qwen3VLTextModel  # or its counterpart in another family
+    get_input_embeddings: Callable[[], nn.Embedding]
+    get_image_features: Callable[..., Json]
+    get_rope_index: Callable[..., tuple[Tensor, Tensor]]
+
+
+class QwenVL(Protocol):
+    name_or_path: str
+    config: QwenConfig
+    generation_config: GenerationConfig
+    lm_head: nn.Linear
+    model: QwenCore
+    generate: Callable[..., Tensor]
+    save_pretrained: Callable[..., None]
+
+
+def base(model: nn.Module) -> QwenVL:
+    """The transformers model inside a peft wrapper, or the model itself."""
+    unwrap = getattr(model, "get_base_model", lambda: model)
+    return cast(QwenVL, unwrap())  # nn.Module itself knows none of the attributes
+
+
+def core(model: nn.Module) -> QwenCore:
+    """The part that holds `visual` and `language_model`."""
+    return base(model).model
+
+
+class Tokenizer(Protocol):
+    bos_token_id: int | None
+    eos_token_id: int
+    pad_token_id: int
+    padding_side: str
+    added_tokens_decoder: dict[int, AddedToken]
+
+    def __len__(self) -> int: ...
+    def __call__(self, *args: Any, **options: Any) -> BatchEncoding: ...
+    def convert_tokens_to_ids(self, tokens: str) -> int: ...
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...
+    def batch_decode(self, sequences: list[list[int]]) -> list[str]: ...

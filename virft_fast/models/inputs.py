@@ -1,0 +1,231 @@
+"""Prompts and completions as the model reads them: text to tokens, and rows of tokens.
+
+Shapes: B prompts, N completions of any lengths, S completion tokens in all, R rows of L tokens
+(packed: R = 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from virft_fast.batch import Prompt, Row, Sample
+from virft_fast.models import chat_template
+from virft_fast.models.families import Tokenizer
+from virft_fast.models.shared_prefix import Group
+
+if TYPE_CHECKING:
+    from virft_fast.models.processing import ImageOnlyQwen2VLProcessor
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """B prompts and their N completions as the model reads them.
+
+    Attributes:
+        input_ids: (R, L) int64.
+        attention_mask: (R, L) int64, 0 at padding; None for a packed row.
+        position_ids: (3, R, L) int64, multimodal rotary positions.
+        image_mask: (R, L) bool, true at image tokens; never true in a completion.
+        pixel_values, image_grid_thw: the images of the B prompts, each once; None without images.
+            Never change them in place: they may belong to a Prompt.
+        image_copies: for each prompt, its number of image tokens and how many times it is read.
+        predictors: (S,) int64, positions in the R * L tokens whose hidden states predict the
+            completion tokens.
+        completion_ids: (S,) int64, one completion after another.
+        cu_seqlens: (N + 1,) int32, where each completion begins, and S.
+        groups: where everything is in a packed row; empty if each completion has its own row.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor
+    image_mask: Tensor
+    pixel_values: Tensor | None
+    image_grid_thw: Tensor | None
+    image_copies: tuple[tuple[int, int], ...]
+    predictors: Tensor
+    completion_ids: Tensor
+    cu_seqlens: Tensor
+    groups: tuple[Group, ...] = ()
+
+    def per_prompt(self, image_features: Tensor) -> tuple[Tensor, ...]:
+        """Split `Policy.image_features` by prompt. Those of a blank image belong to none."""
+        if self.pixel_values is None:
+            image_features = image_features[:0]
+        return image_features.split([tokens for tokens, _ in self.image_copies])
+
+    def to(self, device: torch.device) -> ModelInputs:
+        tensors = {k: value for k, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: Row = {k: value.to(device, non_blocking=True) for k, value in tensors.items()}
+        return replace(self, **moved)
+
+
+def encode_prompt(processor: ImageOnlyQwen2VLProcessor, sample: Sample) -> Prompt:
+    """Render and tokenize a sample; each image placeholder becomes as many tokens as its image has.
+
+    Raises:
+        ValueError: the chat template fails, the text itself contains image tokens, or the images
+            can't be processed.
+    """
+    text = chat_template.render(processor, sample.messages)
+    image_token = processor.image_token
+    if text.count(image_token) != len(sample.images):
+        raise ValueError(
+            f"expected {len(sample.images)} image placeholders in the prompt, got "
+            f"{text.count(image_token)}; the text must not hold {image_token} itself"
+        )
+    images = list(sample.images) or None
+    encoded = processor(text=[text], images=images, return_tensors="pt")
+    input_ids = encoded["input_ids"][0]
+    is_image = input_ids == processor.tokenizer.convert_tokens_to_ids(image_token)
+    return Prompt(
+        sample=sample,
+        text=text,
+        input_ids=input_ids,
+        mm_token_type_ids=is_image.long(),
+        pixel_values=encoded["pixel_values"] if images else None,
+        image_grid_thw=encoded["image_grid_thw"] if images else None,
+    )
+
+
+# Special tokens that are never text: the chat format's, and placeholders of images and videos.
+_CONTROL_TOKENS = {
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+}  # fmt: skip
+
+
+def control_token_ids(tokenizer: Tokenizer) -> set[int]:
+    """Tokens that no answer contains: the chat format's, placeholders of images and videos, BOS,
+    EOS and padding. The family's text markers, such as <|box_start|>, and special tokens that a
+    user added are text."""
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    added = tokenizer.added_tokens_decoder.items()
+    control = {i for i, token in added if token.content in _CONTROL_TOKENS}
+    return control | {i for i in ends if i is not None}
+
+
+def control_tokens_in(tokenizer: Tokenizer, text: str) -> list[str]:
+    """The control tokens in a text once it is tokenized, each named once."""
+    control = control_token_ids(tokenizer)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return tokenizer.convert_ids_to_tokens(list(dict.fromkeys(i for i in ids if i in control)))
+
+
+def banned_token_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """Tokens that must never be sampled: control tokens except EOS, and ids without a token.
+
+    The next forward pass would count a sampled image placeholder as an image.
+    """
+    control = control_token_ids(tokenizer) - {tokenizer.eos_token_id}
+    unused = range(len(tokenizer), vocab_size)
+    return sorted(i for i in control | set(unused) if i < vocab_size)
+
+
+def collate(
+    prompts: Sequence[Prompt],
+    positions: Sequence[Tensor],
+    completions: Sequence[Sequence[Tensor]],
+    *,
+    pad_token_id: int,
+    packed: bool,
+) -> ModelInputs:
+    """As `Policy.collate`, on the CPU.
+
+    Args:
+        positions: (3, P) rotary positions of each prompt.
+    """
+    given = (prompts, positions, completions)
+    rows = _pack(*given) if packed else _pad(*given, pad_token_id)
+    flat = [ids for group in completions for ids in group]
+    copies = [1 if packed else len(group) for group in completions]
+    tokens = [int(prompt.mm_token_type_ids.sum()) for prompt in prompts]
+    pixels, grid = _images(prompts)
+    return ModelInputs(
+        **rows,
+        pixel_values=pixels,
+        image_grid_thw=grid,
+        image_copies=tuple(zip(tokens, copies, strict=True)),
+        completion_ids=torch.cat([*flat, torch.zeros(0, dtype=torch.long)]),
+        cu_seqlens=torch.tensor([0, *(len(ids) for ids in flat)]).cumsum(0).int(),
+    )
+
+
+def _images(prompts: Sequence[Prompt]) -> tuple[Tensor | None, Tensor | None]:
+    pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
+    grids = [p.image_grid_thw for p in prompts if p.image_grid_thw is not None]
+    if len(pixels) == 1:  # not copied: it is the largest tensor of all
+        return pixels[0], grids[0]
+    return (torch.cat(pixels), torch.cat(grids)) if pixels else (None, None)
+
+
+def _following(positions: Tensor, length: int) -> Tensor:
+    """(3, length) rotary positions of a completion, given its prompt's."""
+    return (int(positions.max()) + 1 + torch.arange(length)).expand(3, -1)
+
+
+def _pack(
+    prompts: Sequence[Prompt], positions: Sequence[Tensor], completions: Sequence[Sequence[Tensor]]
+) -> Row:
+    """The fields of one packed row, without the completions' last tokens: they predict nothing."""
+    ids, position_ids, images, predictors, groups = [], [], [], [], []
+    start = 0
+    for prompt, own_positions, group in zip(prompts, positions, completions, strict=True):
+        inputs = [completion[:-1] for completion in group]
+        lengths = tuple(map(len, inputs))
+        groups.append(Group(start, len(prompt.input_ids), lengths))
+        ids += [prompt.input_ids, *inputs]
+        position_ids += [own_positions, *(_following(own_positions, n) for n in lengths)]
+        images += [prompt.mm_token_type_ids.bool(), torch.zeros(sum(lengths), dtype=torch.bool)]
+        position = groups[-1].first
+        for length, completion in zip(lengths, group, strict=True):
+            if len(completion):  # the prompt's last token predicts its first
+                own = torch.arange(position, position + length)
+                predictors.append(torch.cat([torch.tensor([groups[-1].first - 1]), own]))
+            position += length
+        start = groups[-1].end
+    return dict(
+        input_ids=torch.cat(ids)[None],
+        attention_mask=None,
+        position_ids=torch.cat(position_ids, 1)[:, None],
+        image_mask=torch.cat(images)[None],
+        predictors=torch.cat([*predictors, torch.zeros(0, dtype=torch.long)]),
+        groups=tuple(groups),
+    )
+
+
+def _pad(
+    prompts: Sequence[Prompt],
+    positions: Sequence[Tensor],
+    completions: Sequence[Sequence[Tensor]],
+    pad_token_id: int,
+) -> Row:
+    """The fields of a row per completion: prompts padded on the left, completions on the right."""
+    before = max(len(prompt.input_ids) for prompt in prompts)
+    after = max((len(ids) for group in completions for ids in group), default=0)
+    rows: list[tuple[Tensor, ...]] = []
+    predictors = []
+    for prompt, own_positions, group in zip(prompts, positions, completions, strict=True):
+        for ids in group:
+            pad = (before - len(prompt.input_ids), after - len(ids))
+            first = len(rows) * (before + after) + before - 1
+            predictors.append(torch.arange(first, first + len(ids)))
+            is_image = F.pad(prompt.mm_token_type_ids.bool(), (0, len(ids)))
+            whole = torch.cat([prompt.input_ids, ids])
+            places = torch.cat([own_positions, _following(own_positions, len(ids))], 1)
+            others = (F.pad(row, pad) for row in (torch.ones_like(whole), places, is_image))
+            rows.append((F.pad(whole, pad, value=pad_token_id), *others))
+    input_ids, attention_mask, position_ids, image_mask = map(torch.stack, zip(*rows, strict=True))
+    return dict(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids.transpose(0, 1).contiguous(),
+        image_mask=image_mask,
+        predictors=torch.cat(predictors),
+    )

@@ -1,0 +1,255 @@
+"""`Policy`: a Qwen-VL model with the calls that training makes.
+
+One module call yields the hidden states of the completion tokens, and what the kernels compute from
+them. The vision tower runs once per prompt image. The language model also reads each prompt once,
+packed with its completions (`shared_prefix`); where its attention can't be replaced it reads the
+prompt again for every completion.
+
+Shapes: B prompts, N completions of any lengths, S completion tokens in all, R rows of L tokens
+(packed: R = 1), D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import fields
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from virft_fast.batch import Prompt
+from virft_fast.kernels import GRPOLoss, LossArgs, linear_grpo_loss, linear_logps
+from virft_fast.kernels.linear import linear_logits
+from virft_fast.kernels.reference import grpo_loss_reference, logps_reference
+from virft_fast.models import shared_prefix
+from virft_fast.models.families import FAMILIES, QwenConfig, base, core
+from virft_fast.models.inputs import ModelInputs, collate
+from virft_fast.models.shared_prefix import PackedAttention, read
+
+logger = logging.getLogger(__name__)
+
+
+class _PatchProjection(nn.Conv3d):
+    """A patch embedding as one matrix product, because each patch is as large as the kernel.
+
+    A convolution, above all its backward pass, takes several times as long.
+    """
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(patches, channels, frames, rows, columns) -> (patches, D, 1, 1, 1)."""
+        out = F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+        return out[:, :, None, None, None]
+
+
+def _project_patches(visual: nn.Module) -> None:
+    # By another class, not another module: parameters, hooks and names in checkpoints stay.
+    proj = getattr(getattr(visual, "patch_embed", None), "proj", None)
+    if type(proj) is nn.Conv3d and proj.kernel_size == proj.stride:
+        proj.__class__ = _PatchProjection
+
+
+class Policy(nn.Module):
+    """A Qwen-VL model with the calls that training makes, each of them one module call.
+
+    DeepSpeed wraps this module. The head owns the lm_head weight, which may be tied, so that ZeRO-3
+    gathers it for the fused loss as it does for any layer.
+
+    Attributes:
+        unreachable: why neither training nor rollout can share prompts; None where they can.
+        vision_frozen: whether no parameter of the vision tower is trained.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss_impl: str = "fused",
+        prefix_sharing: str = "auto",
+        prefix_attention: str = "two_part",
+    ) -> None:
+        """Wrap `model`, and change it in place: its attention is routed through
+        `shared_prefix.attend`, which computes the same, and its patch embedding becomes one matrix
+        product.
+
+        Args:
+            loss_impl: "fused" or "reference", which forms the logits as a whole.
+            prefix_sharing: whether the language model reads a prompt once for all its completions:
+                "on", "off", or "auto": where the model's attention can be reached.
+            prefix_attention: "two_part", "flex" or "dense", see `shared_prefix`.
+        Raises:
+            ValueError: "on", and the attention can't be reached.
+        """
+        super().__init__()
+        self.model = model
+        self.head = Head(base(model).lm_head, loss_impl)
+        visual = core(model).visual
+        _project_patches(visual)
+        self.vision_frozen = not any(p.requires_grad for p in visual.parameters())
+        # Even with prefix_sharing "off", because the rollout shares prompts, too.
+        self.unreachable = reason = shared_prefix.install(core(model).language_model)
+        if reason is not None and prefix_sharing == "on":
+            raise ValueError(
+                f"--prefix_sharing on: expected a model whose attention can be reached, but "
+                f"{reason}; pass --prefix_sharing off"
+            )
+        if reason is not None and prefix_sharing == "auto":
+            logger.warning("each completion computes its prompt again, because %s", reason)
+        self.shares_prefix = prefix_sharing != "off" and reason is None
+        self.prefix_attention = prefix_attention
+
+    @property
+    def config(self) -> QwenConfig:
+        return base(self.model).config
+
+    def forward(
+        self,
+        inputs: ModelInputs,
+        *,
+        temperature: float = 1.0,
+        image_features: Tensor | None = None,
+        loss: LossArgs | None = None,
+        loss_mask: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """One pass over the completion tokens.
+
+        Args:
+            image_features: the result of the method of this name, to skip the vision tower.
+            loss: compute this loss over the tokens in `loss_mask`, (S,) bool.
+        Returns:
+            Log-probs and entropy, (S,) float32 each; with `loss` the fields of a GRPOLoss.
+        """
+        if image_features is None:
+            image_features = self.image_features(inputs)
+        hidden = self._completion_hidden(inputs, image_features)
+        return self.head(hidden, inputs, temperature, loss, loss_mask)
+
+    def _completion_hidden(self, inputs: ModelInputs, image_features: Tensor) -> Tensor:
+        if not inputs.groups:
+            mask = inputs.attention_mask
+            states = self.language(inputs, image_features, attention_mask=mask)
+        else:
+            device = inputs.input_ids.device
+            attention = PackedAttention(inputs.groups, device, self.prefix_attention)
+            states = self.language(inputs, image_features, attention_core=attention)
+            attention.check(self.config.text_config.num_hidden_layers)
+        return states.flatten(0, 1).index_select(0, inputs.predictors)  # (S, D)
+
+    def language(self, inputs: ModelInputs, image_features: Tensor, **options: object) -> Tensor:
+        """(R, L, D) last hidden states; `options` are passed on to the transformers model."""
+        embeds, deepstack = self.embed(inputs, image_features)
+        if deepstack is not None:
+            options |= {"visual_pos_masks": inputs.image_mask, "deepstack_visual_embeds": deepstack}
+        language_model = core(self.model).language_model
+        return read(language_model, embeds, inputs.position_ids, **options)
+
+    def embed(
+        self, inputs: ModelInputs, image_features: Tensor
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """(R, L, D) token embeddings, those of image tokens replaced by the images' features.
+
+        Also, for a family with DeepStack, what to add after each of the first layers, (image
+        tokens, D) each.
+        """
+        embeds = core(self.model).get_input_embeddings()(inputs.input_ids)
+        image_features = image_features.to(embeds.dtype)
+        if inputs.pixel_values is None:
+            # The tower ran on a blank image, so that all ranks make the same module calls. Adding
+            # its features with weight 0 gives its parameters gradients of 0 instead of none.
+            return embeds + 0.0 * image_features.sum(), None
+        copies = (copies for _, copies in inputs.image_copies)
+        per_prompt = zip(inputs.per_prompt(image_features), copies, strict=True)
+        repeated = torch.cat([features for features, n in per_prompt for _ in range(n)])
+        features, *deepstack = repeated.split(embeds.shape[-1], -1)
+        embeds = embeds.masked_scatter(inputs.image_mask[..., None], features)
+        return embeds, [features.contiguous() for features in deepstack] or None
+
+    def image_features(self, inputs: ModelInputs) -> Tensor:
+        """(image tokens of the B prompts, D), or of one blank image if the prompts have none.
+
+        For a family with DeepStack each row continues with the features for the first layers.
+        """
+        pixel_values, grid = inputs.pixel_values, inputs.image_grid_thw
+        if pixel_values is None:
+            pixel_values, grid = self._blank_image(inputs.input_ids.device)
+        context = torch.no_grad() if self.vision_frozen else contextlib.nullcontext()
+        with context:
+            output = core(self.model).get_image_features(pixel_values, grid, return_dict=True)
+        features = [output.pooler_output]
+        if FAMILIES[self.config.model_type].deepstack:
+            features += output.deepstack_features
+        return torch.cat([f if isinstance(f, Tensor) else torch.cat(list(f)) for f in features], -1)
+
+    def _blank_image(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        vision = self.config.vision_config
+        merge = vision.spatial_merge_size
+        channels = getattr(vision, "in_channels", getattr(vision, "in_chans", 3))
+        patch = channels * vision.temporal_patch_size * vision.patch_size**2
+        pixels = torch.zeros(merge * merge, patch, device=device)
+        return pixels, torch.tensor([[1, merge, merge]], device=device)
+
+    def collate(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Tensor]],
+        *,
+        pad_token_id: int,
+        device: torch.device,
+        packed: bool | None = None,
+    ) -> ModelInputs:
+        """B prompts with their completions, ready for `forward`.
+
+        Args:
+            completions: for each prompt its completions, (length,) int64 each, on the CPU; any
+                number of them, of any lengths.
+            pad_token_id: pads rows that are not packed.
+            packed: put everything into one row, each prompt once; None: if the policy shares
+                prompts.
+        """
+        packed = self.shares_prefix if packed is None else packed
+        positions = [self.prompt_positions(prompt) for prompt in prompts]
+        cpu = collate(prompts, positions, completions, pad_token_id=pad_token_id, packed=packed)
+        return cpu.to(device)
+
+    def prompt_positions(self, prompt: Prompt) -> Tensor:
+        """(3, P) rotary positions; a completion continues from their maximum plus 1 on all axes."""
+        positions, _ = core(self.model).get_rope_index(
+            prompt.input_ids[None],
+            mm_token_type_ids=prompt.mm_token_type_ids[None],
+            image_grid_thw=prompt.image_grid_thw,
+        )
+        return positions[:, 0]
+
+
+class Head(nn.Module):
+    """The lm_head's weight, and everything computed with it; fused, without whole logits."""
+
+    def __init__(self, lm_head: nn.Linear, loss_impl: str) -> None:
+        super().__init__()
+        self.weight = lm_head.weight
+        fused = loss_impl == "fused"
+        self._logps = linear_logps if fused else logps_reference
+        self._loss = linear_grpo_loss if fused else grpo_loss_reference
+
+    def forward(
+        self,
+        hidden: Tensor,
+        inputs: ModelInputs,
+        temperature: float,
+        loss: LossArgs | None,
+        loss_mask: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        hidden = hidden.to(self.weight.dtype)
+        if loss is None:
+            return self._logps(hidden, self.weight, inputs.completion_ids, temperature=temperature)
+        options = {**vars(loss), "cu_seqlens": inputs.cu_seqlens, "temperature": temperature}
+        out = self._loss(hidden, self.weight, inputs.completion_ids, loss_mask, **options)
+        # A tuple, because ZeRO-3's hooks don't find tensors in a dataclass.
+        return tuple(getattr(out, field.name) for field in fields(GRPOLoss))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, D) -> (n, V) float32, to sample a few tokens."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return linear_logits(hidden.to(self.weight.dtype), self.weight)

@@ -1,0 +1,62 @@
+"""AdamW for both engines: its settings, which weights decay, and steps that can be skipped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and gradient clipping; each step is given its learning rate."""
+
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        numbers = (self.learning_rate, self.weight_decay, *self.betas)
+        ordered = all(0 <= number < math.inf for number in numbers) and 0 < self.epsilon < math.inf
+        if not ordered or len(self.betas) != 2 or max(self.betas) >= 1:
+            raise ValueError(
+                f"optimizer: expected a rate, a weight decay and an epsilon of 0 or more and two "
+                f"betas in [0, 1), got {self}"
+            )
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that changes neither parameters nor state in a step for which `guard()` is false.
+
+    The guard is here, below DeepSpeed, so that all ranks go through the same collectives whether
+    or not a step is skipped.
+    """
+
+    guard: Callable[[], bool] = staticmethod(lambda: True)
+
+    # torch also returns the loss of a closure; nothing here has one.
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if self.guard():
+            super().step(closure)
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """The trainable parameters in two groups: matrices decay, biases and norm weights don't."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    # Under ZeRO-3 a partitioned parameter keeps its true shape in ds_shape.
+    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
+    others = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = ((matrices, weight_decay), (others, 0.0))
+    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+
+
+def make_optimizer(
+    policy: nn.Module, settings: OptimizerSettings, fused: bool | None = None
+) -> GuardedAdamW:
+    groups, lr = decay_groups(policy, settings.weight_decay), settings.learning_rate
+    return GuardedAdamW(groups, lr=lr, betas=settings.betas, eps=settings.epsilon, fused=fused)
