@@ -21,6 +21,7 @@ COMMANDS = {
     "merge": ("virft_fast.merge", "write an adapter and its base as one whole model"),
     "data": ("virft_fast.data.__main__", "build, inspect and export data sets"),
     "demo": ("virft_fast.demo", "train the embedded model for two minutes, on any machine"),
+    "try": ("virft_fast.try_model", "ask a model about one image, and draw its boxes"),
     "doctor": ("virft_fast.doctor", "check this machine, its packages and GPUs, and a run's flags"),
     "mia": ("virft_fast.mia.__main__", "make multi-image preference pairs for DPO"),
 }
