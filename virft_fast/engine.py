@@ -282,9 +282,9 @@ class DeepSpeedEngine:
         """As `PlainEngine.model_state`; all ranks call."""
         deepspeed = import_deepspeed()
         state: Stored | None = {} if dist.is_main() else None
-        for name, parameter in _stored_parameters(model):
+        stored, partitioned = list(_stored_parameters(model)), self.zero_stage == 3
+        for name, parameter in progress.bar(stored, "saving", "weight", shown=dist.is_main()):
             progress.mark("saving")
-            partitioned = self.zero_stage == 3
             with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
                 if state is not None:
                     state[name] = parameter.detach().to("cpu", dtype or parameter.dtype, copy=True)

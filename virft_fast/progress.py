@@ -1,11 +1,15 @@
-"""What this process did last, and when: for the watcher thread of `virft_fast.watch`."""
+"""What this process did last, and when, for the watcher thread of `virft_fast.watch`; and progress
+bars of work that may take long."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
+T = TypeVar("T")
+BAR_SECONDS = 2.0  # until a bar appears
 _what, _when = "start", time.monotonic()
 _collective: str | None = None
 _busy = 0
@@ -50,3 +54,10 @@ def idle() -> float:
 def where() -> str:
     """The last mark, and the collective in which this process waits."""
     return _what if _collective is None else f"{_what}, waiting in {_collective}"
+
+
+def bar(items: Iterable[T], what: str, unit: str, *, shown: bool = True) -> Iterable[T]:
+    """The items, behind a bar on stderr that appears if they take longer than BAR_SECONDS."""
+    from tqdm import tqdm
+
+    return tqdm(items, what, unit=unit, delay=BAR_SECONDS, leave=False, disable=not shown)

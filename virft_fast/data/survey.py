@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from virft_fast import dist, progress
 from virft_fast.batch import Sample
 from virft_fast.data.accounts import Built, listing
 from virft_fast.data.images import UnreadableImage, image_size, is_turned
@@ -122,7 +123,8 @@ def survey(
         result.account.add(samples.account)
     layouts: dict[str, int] = {}
     without, images = [], set()
-    for index in range(result.read):
+    rows = progress.bar(range(result.read), "reading rows", "row", shown=dist.is_main())
+    for index in rows:
         try:
             if boxes:
                 _find_space_signs(result, index, samples)

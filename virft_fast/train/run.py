@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from virft_fast import checkpoint as checkpoints
 from virft_fast import dist
@@ -49,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
             device = dist.init(config.train.ddp_timeout)
         # Only the main process logs warnings; every process logs its errors.
         logger.setLevel(logging.INFO if dist.is_main() else logging.ERROR)
+        if dist.is_main() and config.model.model_name_or_path != "tiny":
+            transformers_logging.enable_progress_bar()  # of loading, which takes a while
         return run(config, device)
     except UsageError as error:
         print(f"virft_fast.train: error: {error}", file=sys.stderr)
@@ -168,7 +171,5 @@ def _quiet_libraries() -> None:
         # transformers imports DeepSpeed when it saves; without this it warns that there is no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
