@@ -286,7 +286,7 @@ def check_trackers(report_to: list[str]) -> list[str]:
         if name not in available:
             raise ValueError(
                 f"--report_to {name}: its package is not installed; pip install "
-                f"'virft_fast[loggers]' or pip install {name}"
+                f"{name}, or '.[loggers]' in a checkout"
             )
     return names
 

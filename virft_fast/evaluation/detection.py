@@ -158,7 +158,7 @@ def need_coco_eval() -> None:
     if importlib.util.find_spec("faster_coco_eval") is None:
         raise ValueError(
             "--task coco and lvis: expected the package faster-coco-eval; pip install "
-            "'virft_fast[eval]'"
+            "faster-coco-eval, or '.[eval]' in a checkout"
         )
 
 

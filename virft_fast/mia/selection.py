@@ -100,7 +100,8 @@ def edit_distance(one: str, other: str) -> float:
         from rapidfuzz.distance import Levenshtein
     except ImportError as error:
         raise ValueError(
-            "expected the package rapidfuzz for edit distances; pip install 'virft_fast[mia]'"
+            "expected the package rapidfuzz for edit distances; pip install rapidfuzz, or '.[mia]' "
+            "in a checkout"
         ) from error
     return Levenshtein.normalized_distance(one, other)
 

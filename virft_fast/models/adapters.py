@@ -436,6 +436,6 @@ def _import_peft(what: str) -> ModuleType:
         import peft
     except ImportError as error:
         raise ValueError(
-            f"{what}: expected the package peft; pip install 'virft_fast[peft]'"
+            f"{what}: expected the package peft; pip install peft, or '.[peft]' in a checkout"
         ) from error
     return peft

@@ -209,7 +209,8 @@ def apply_liger(model: nn.Module, device: torch.device) -> None:
         import liger_kernel.transformers as liger
     except ImportError as error:
         raise ValueError(
-            "--use_liger_kernel: expected the package liger-kernel; pip install 'virft_fast[gpu]'"
+            "--use_liger_kernel: expected the package liger-kernel; pip install liger-kernel, or "
+            "'.[gpu]' in a checkout"
         ) from error
     patch = getattr(liger, f"apply_liger_kernel_to_{base(model).config.model_type}")
     # Without liger's fused cross entropy, because the loss is ours.
