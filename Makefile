@@ -10,7 +10,7 @@ TEST_ARGS ?=
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.txt csrc/matching/*)
 # A new stamp whenever what the set-up depends on changes.
-STAMP := $(VENV)/.setup-$(shell cat pyproject.toml setup.py constraints.txt Makefile $(NATIVE) | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.setup-$(shell cat pyproject.toml setup.py virft_fast/__init__.py constraints.txt Makefile $(NATIVE) | cksum | cut -d' ' -f1)
 FUZZ_SECONDS ?= 60
 
 .PHONY: setup demo test lint types docs package format coverage test-core fuzz check-cuda check-triton bench tiny-model demo-curves demo-mia clean

@@ -7,6 +7,6 @@ Importing this package loads neither torch nor any other heavy library. Import w
 
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 # The launcher's process id, read before the imports that take seconds: it may exit meanwhile.
 PARENT_PROCESS = os.getppid()

@@ -243,8 +243,8 @@ def import_math_verify() -> ModuleType:
         import math_verify
     except ImportError as error:
         raise ValueError(
-            "accuracy_math: expected the package math-verify; pip install math-verify, or '.[math]' "
-            "in a checkout"
+            "accuracy_math: expected the package math-verify; pip install math-verify, or "
+            "'.[math]' in a checkout"
         ) from error
     return math_verify
 
