@@ -279,6 +279,7 @@ def test_rotation_renames_first_and_says_what_it_could_not_delete(
     for name in (*theirs, *ours):
         (tmp_path / name).mkdir()
     (tmp_path / "metrics.writing").touch()
+    (tmp_path / ".summary.json.writing").touch()
     checkpoint.delete_leftovers(tmp_path, None)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", *theirs}
     save(state, processor, tmp_path, 4, only_model=True)  # killed before it could rotate

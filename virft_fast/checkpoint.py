@@ -48,7 +48,7 @@ _OF_A_RUN = rf"(?:checkpoint-\d+|{BASE_FOLDER})"
 # What a killed run may leave next to its checkpoints.
 LEFTOVER = re.compile(
     rf"deleting-{_OF_A_RUN}-\d+|replaced-({_OF_A_RUN})-\d+"
-    rf"|(?:{_OF_A_RUN}|model|metrics|completions|summary|reference_logps)\{_ASIDE}"
+    rf"|(?:{_OF_A_RUN}|model|metrics|completions|summary|reference_logps|\.summary\.json)\{_ASIDE}"
 )
 # Files that make transformers or peft take a folder for a model or an adapter.
 MODEL_FILES = re.compile(
@@ -92,7 +92,7 @@ def save_checkpoint(
                 (aside / STATE_FILE).write_text(json.dumps(state, indent=1))
                 written += [path for path in aside.iterdir() if path.is_file()]
         if not only_model:
-            with dist.agreed():
+            with dist.agreed():  # DeepSpeed passes its barriers on all ranks, also if a write fails
                 written += engine.save_state(aside / "engine")
         with dist.agreed(), progress.busy("saving"):
             seals = _seal(aside, written)

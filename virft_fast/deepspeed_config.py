@@ -118,7 +118,7 @@ def resolve_deepspeed_config(
 
 
 def _pop_optimizer(config: Row, settings: OptimizerSettings) -> OptimizerSettings:
-    """Remove the optimizer block; its values, where it has some, instead of those in `settings`."""
+    """Remove the optimizer block; returns `settings` updated with its values."""
     block = config.pop("optimizer", None)
     if block is None:
         return settings

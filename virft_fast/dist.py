@@ -179,13 +179,14 @@ def from_main(make: Callable[[], Value]) -> Value:
     Raises:
         ValueError: on all ranks, with the text of a ValueError or OSError of the main process.
     """
-    results: list[tuple[list[Value], str]] = [([], "")]
-    if is_main():
+
+    def attempt() -> tuple[list[Value], str]:
         try:
-            results = [([make()], "")]
-        except (ValueError, OSError) as raised:
-            results = [([], str(raised) or type(raised).__name__)]
-    values, error = all_gather_object(results)[0][0]
+            return [make()], ""
+        except (ValueError, OSError) as error:
+            return [], str(error) or type(error).__name__
+
+    values, error = on_main(attempt)
     if error:
         raise ValueError(error)
     return values[0]

@@ -30,7 +30,7 @@ from virft_fast.models.adapters import has_adapter, is_trained_adapter
 from virft_fast.models.policy import Policy
 from virft_fast.optimizer import OptimizerSettings, make_optimizer
 
-# How many of ZeRO-3's partitioned numbers are gathered at once when they are copied for a rollout.
+# ZeRO-3 parameters (numbers) gathered at once when copied for a rollout.
 GATHERED_NUMBERS = 2**28
 
 Stored = dict[str, Tensor]  # weights by their names in a saved model

@@ -1,8 +1,8 @@
-"""What keeps a run from hanging unnoticed: signals that ask it to stop, time limits of what may
-never return, launchers that are gone, ranks that wait for each other.
+"""Keeps a run from hanging unnoticed: stop signals, time limits for calls that may never return,
+launchers that have exited, ranks that wait for each other.
 
-A thread looks twice a second. It can't raise in the main thread, so it sends it a signal, whose
-handler can; where even that is not heard, in native code say, it ends the process.
+A thread checks twice a second. It can't raise in the main thread, so it sends the main thread a
+signal, whose handler raises. If native code keeps the handler from running, it ends the process.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ _handled: dict[int, Any] = {}  # signals that a watch handles -> their handlers 
 
 
 def _after_fork() -> None:
-    """A child of a reward function ends when it is told to, and has another launcher."""
+    """In a forked child, of a reward function say: restore the signal handlers from before the
+    watch, and take this process's parent for the launcher."""
     virft_fast.PARENT_PROCESS = os.getppid()
     for number, handler in _handled.items():
         with contextlib.suppress(ValueError, TypeError):
@@ -56,16 +57,16 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class SectionTimeout(BaseException):
-    """A section took longer than its limit. No `Exception`, so that no reward function's own
-    handlers swallow it."""
+    """A section took longer than its limit. A BaseException, so that `except Exception` in a reward
+    function doesn't swallow it."""
 
 
 class SectionStopped(BaseException):
-    """A section was given up because the run was asked to stop."""
+    """A section was abandoned because the run was asked to stop."""
 
 
 class Section(NamedTuple):
-    """What the main thread does, and until when (of `time.monotonic`) it may."""
+    """What the main thread is doing, and its deadline on `time.monotonic`'s clock."""
 
     what: str
     limit: float | None
@@ -74,14 +75,14 @@ class Section(NamedTuple):
 
 
 class Watch:
-    """A context: the thread runs and signals are handled inside.
+    """A context manager: inside it, the thread runs and signals are handled.
 
     Args:
         output_dir: where a rank writes where it stands.
         rank, world_size: of this process.
         timeout: seconds without progress after which a process of several is ended.
         beat: called every `beat_seconds`; returns False if the run has to end.
-        comfort: what there is to go on with, for the message of a run that is ended here.
+        comfort: says what can be resumed, for the message of a run that is ended here.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Watch:
         self._ended.set()
         _handled.clear()
         for number, handler in self._handlers.items():
-            # A last WAKE may be on its way, and would end the process.
+            # A WAKE that is still pending would end the process under the default handler.
             default = signal.SIG_IGN if number in (WAKE, TIMER) else signal.SIG_DFL
             signal.signal(number, default if handler in (None, signal.SIG_DFL) else handler)
 
@@ -143,12 +144,12 @@ class Watch:
     def section(
         self, what: str, limit: float | None = None, *, patience: float | None = None
     ) -> Iterator[None]:
-        """A part of the run that can be given up: nothing of it is kept.
+        """A part of the run that can be abandoned, in which case nothing of it is kept.
 
         Args:
-            what: it is called in messages.
-            limit: seconds it may take; None: any time.
-            patience: seconds it may still take when the run is asked to stop; default STOP_SECONDS.
+            what: its name in messages.
+            limit: seconds it may take; None: no limit.
+            patience: seconds it may take after a stop signal; None: STOP_SECONDS.
         Raises:
             SectionTimeout, SectionStopped: in the main thread only.
         """
@@ -158,7 +159,7 @@ class Watch:
         self._section = Section(what, limit, deadline, patience)
         progress.mark(what)
         if limit is not None and WAKE in self._handlers:
-            # A thread of its own that needs no interpreter: native code may never let go of it.
+            # faulthandler's thread doesn't need the interpreter, which native code may never release.
             faulthandler.dump_traceback_later(limit + NATIVE_SECONDS, exit=True, file=2)
             self._set_timer(limit / 4)
         if self.stopped:
@@ -171,7 +172,7 @@ class Watch:
             given_up, self._given_up = self._given_up, None
             if limit is not None and WAKE in self._handlers:
                 faulthandler.cancel_dump_traceback_later()
-            if given_up is not None:  # whatever the section made of it
+            if given_up is not None:  # even if the section caught it
                 raise given_up
         progress.mark(f"after {what}")
 
@@ -194,8 +195,9 @@ class Watch:
             raise SectionStopped(f"{self._section.what} was given up")
 
     def _set_timer(self, seconds: float) -> None:
-        """Have the kernel wake the main thread from then on (of CPU time; 0: no more). A regular
-        expression keeps other threads from running, the watch's too, but does look for signals."""
+        """Let the kernel wake the main thread after that much CPU time, and then every TICK; 0 stops
+        it. A regular expression keeps all threads from running, the watch's too, but it does check
+        for signals."""
         if TIMER in self._handlers:
             signal.setitimer(signal.ITIMER_VIRTUAL, seconds, TICK if seconds else 0.0)
 

@@ -107,8 +107,8 @@ class Algorithm(Generic[State]):
         return False
 
     def may_use_reference(self, config: RunConfig) -> bool:
-        """Whether a step would with other flags, which a resumed run may have; it must have the
-        same parameters."""
+        """Whether a step could need a reference under other flags. A resumed run may have them, so
+        its parameters must match."""
         return self.uses_reference(config)
 
     def make_state(self, config: RunConfig, **fields: Any) -> TrainState:

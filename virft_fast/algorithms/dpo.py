@@ -135,7 +135,7 @@ def pair_digest(sample: Sample) -> str:
 
 
 def check_unchanged(digests: Mapping[int, str], sample: Sample) -> str | None:
-    """What is wrong with a row, if its reference log-probs were computed beforehand, or None."""
+    """Why a row can't be used with precomputed reference log-probs, or None."""
     digest = digests.get(sample.index)
     if digest is None:
         return "it could not be used when the reference's log-probs were computed; start again"
@@ -198,7 +198,7 @@ def evaluate(state: DPOState, load: Load, count: int, batch_size: int) -> Metric
     if not num_pairs:
         raise NoUsableRows(
             f"expected a held-out pair that can be used, got none in {count} rows, for the reasons "
-            "above; mend them, or leave --eval_samples out"
+            "above; fix them, or leave --eval_samples out"
         )
     # All ranks reduce the same metrics, even one without a usable row.
     names = {name for of_rank in dist.all_gather_object(list(sums.sums)) for name in of_rank}
@@ -368,17 +368,20 @@ def _precompute_reference(config: RunConfig, state: DPOState, data: Data, *, res
         tables = _read_reference(path, counts, limits)
     else:
         tables = _compute_reference(config, state, data, counts)
-        if dist.is_main():
-            content: Row = {"counts": counts, "limits": limits, "digests": {}}
-            for name, (logps, digests) in tables.items():
-                content[name], content["digests"][name] = logps, digests
-            aside = path.with_suffix(".writing")
-            aside.write_text(json.dumps(content))
-            aside.replace(path)
+        content: Row = {"counts": counts, "limits": limits, "digests": {}}
+        for name, (logps, digests) in tables.items():
+            content[name], content["digests"][name] = logps, digests
+        dist.on_main(partial(_write_reference, path, content))
     state.ref_logps, state.test_ref_logps = tables["train"][0], tables["test"][0]
     for source, (_, digests) in zip((data.train, data.test), tables.values(), strict=True):
         if source is not None:
             source.check = partial(_all_checks, (source.check, partial(check_unchanged, digests)))
+
+
+def _write_reference(path: Path, content: Row) -> None:
+    aside = path.with_suffix(".writing")
+    aside.write_text(json.dumps(content))
+    aside.replace(path)
 
 
 def _compute_reference(config: RunConfig, state: DPOState, data: Data, counts: Row) -> Tables:

@@ -54,9 +54,9 @@ class TrainState:
             replaces the number of prompts.
         learning_rate: step -> rate.
         step: number of completed steps.
-        bad_steps: the latest consecutive steps that were not finite.
-        silent_steps: reward function -> its latest consecutive steps without a finite value.
-        idle_steps: metric in `IDLE` -> the latest consecutive steps in which it exceeded its limit.
+        bad_steps: number of consecutive non-finite steps up to now.
+        silent_steps: reward function -> consecutive steps up to now without a finite value.
+        idle_steps: metric in `IDLE` -> consecutive steps up to now in which it exceeded its limit.
         num_tokens: completion tokens so far, on all ranks, including those left out of the loss.
         base_weights: `weights_stamp` of the weights that the run started with.
         adapter: how its adapter started, a `LoraPlan.kind`; None without one.
@@ -301,8 +301,8 @@ def equally_many(made: list[T], make_empty: Callable[[], T]) -> list[T]:
 def loss_shares(
     microbatches: list[Microbatch], counted: Tensor, loss: LossArgs
 ) -> list[tuple[LossArgs, float]]:
-    """Loss arguments and a factor for each microbatch, with which its loss is its share of the loss
-    of one big batch, over all microbatches and ranks.
+    """For each microbatch the loss arguments, and a factor that makes its loss its share of one big
+    batch's, over all microbatches and ranks.
 
     Completions outside the microbatches are counted, too. As engines average gradients over the
     ranks, the factor contains their number.

@@ -54,7 +54,7 @@ class BadRows:
         if len(self) > self.max_bad_rows:
             raise TooManyBadRows(
                 f"{len(self)} rows can't be used, allowed are {self.max_bad_rows} "
-                f"(--max_bad_rows); mend the data or raise it:\n{self._listing()}"
+                f"(--max_bad_rows); fix the data or raise it:\n{self._listing()}"
             )
 
     def _listing(self) -> str:

@@ -303,7 +303,7 @@ class ModelEvaluation:
 
 
 def _on_main(make: Callable[[], Value]) -> Value:
-    """`dist.from_main`, whose errors are the user's to mend."""
+    """`dist.from_main`, with its errors as UsageError."""
     with usage():
         return dist.from_main(make)
 

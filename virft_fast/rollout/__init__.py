@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+from virft_fast.arguments import LIMITS
 from virft_fast.batch import Prompt, Rollouts
 from virft_fast.models.policy import Policy
 
+_LIMITS = {
+    "max_completion_length": "at least 1", "temperature": "a number above 0",
+    "top_p": "a number in (0, 1]", "top_k": "0 (off) or more", "min_p": "a number in [0, 1)",
+    "repetition_penalty": "a number above 0",
+}  # fmt: skip
 # A context in which the policy has whole weights and may be called outside the engine's `forward`.
 Weights = Callable[[], AbstractContextManager[Policy]]
 
@@ -41,15 +46,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, fits, expected in (
-            ("max_completion_length", self.max_completion_length >= 1, "1 or more"),
-            ("temperature", 0 < self.temperature < math.inf, "a number above 0; or pass greedy"),
-            ("top_p", 0 < self.top_p <= 1, "a number in (0, 1]"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("min_p", 0 <= self.min_p < 1, "a number in [0, 1)"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0"),
-        ):
-            if not fits:
+        for name, expected in _LIMITS.items():
+            if not LIMITS[expected](getattr(self, name)):
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
 
 

@@ -29,7 +29,7 @@ from virft_fast.rollout.sampling import Sampler
 # and 0.4 of the memory (64 prompts of 130 tokens, 16 of 500, 16 of 650; a small model, one run).
 # The GPU's number is a choice, not measured yet.
 PREFILL_TOKENS = {"cpu": 2_048, "cuda": 16_384}
-# Tokens between two checks which completions have ended; on CUDA a check waits for the device.
+# Tokens between checks for ended completions; on CUDA a check waits for the device.
 CHECK_EVERY = {"cpu": 4, "cuda": 16}
 # The batch shrinks if it needs at most this share of its rows.
 SHRINK_AT = 0.75

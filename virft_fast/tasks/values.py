@@ -250,11 +250,11 @@ def import_math_verify() -> ModuleType:
 
 
 @functools.cache
-def _warm_up(math_verify: ModuleType) -> None:
+def _warm_up() -> None:
     """Let math-verify build its tables, so that they don't count as steps of a comparison."""
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no timeout
     for given, wanted in (("(x+1)^2", r"x^2+\frac{4}{2}x+1"), (r"2\sqrt{2}", r"\sqrt{8}")):
-        _verify(math_verify, given, wanted)
+        _verify(given, wanted)
 
 
 def same_formula(answer: str, truth: str) -> bool:
@@ -268,7 +268,7 @@ def same_formula(answer: str, truth: str) -> bool:
     Raises:
         ValueError: math-verify is not installed.
     """
-    math_verify = import_math_verify()
+    import_math_verify()
     raw = [_rewrite(answer_text(t).translate(_SIGNS), _NORMAL).strip() for t in (answer, truth)]
     given, wanted = map(peel, raw)
     if not given or len(given) > MAX_FORMULA:
@@ -295,8 +295,8 @@ def same_formula(answer: str, truth: str) -> bool:
         return False
     if not _is_as_single(given, wanted):
         return False
-    _warm_up(math_verify)
-    return _within(_MAX_CALLS, lambda: _verify(math_verify, given, wanted))
+    _warm_up()
+    return _within(_MAX_CALLS, lambda: _verify(given, wanted))
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -348,7 +348,8 @@ def _joints(text: str) -> tuple[Counter[str], set[str]]:
     return Counter(t for t in tokens if t not in _ONE_VALUE | _PUNCTUATION | letters), letters
 
 
-def _verify(math_verify: ModuleType, given: str, wanted: str) -> bool:
+def _verify(given: str, wanted: str) -> bool:
+    math_verify = import_math_verify()
     # math-verify's own timeouts use signals, which only reach the main thread.
     try:
         texts = (f"\\boxed{{{text}}}" for text in (wanted, given))

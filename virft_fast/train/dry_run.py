@@ -118,7 +118,7 @@ def rollout_tokens(config: RunConfig, device: torch.device) -> tuple[int, str]:
         CachePlan.rounded(b, g, prompt, grpo.max_completion_length, device.type).num_tokens
         for b, g in batches
     )
-    # The limit; without one, a GPU decodes in several batches whatever its memory can't hold.
+    # Capped by the flag. Without it, a GPU splits what doesn't fit into batches.
     tokens = min(tokens, grpo.rollout_cache_tokens or tokens)
     graphs = device.type == "cuda" and (config.train.deepspeed or not config.train.bf16)
     if not graphs:

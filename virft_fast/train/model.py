@@ -40,7 +40,7 @@ from virft_fast.train.flags import learning_rates, num_steps
 
 
 def begin_adapter(model: ModelConfig) -> tuple[ModelConfig, LoraPlan | None]:
-    """The flags with the adapter's values filled in, and how the adapter begins; None without."""
+    """The flags with LoRA defaults filled in, and the adapter's plan (None without an adapter)."""
     r, alpha, targets = model.lora_r, model.lora_alpha, model.lora_target_modules
     plan, values = None, {**LORA_DEFAULTS}
     if model.use_peft:

@@ -21,9 +21,9 @@ from virft_fast.models.tiny import resolve_model_path
 
 logger = logging.getLogger("virft_fast")
 
-# Flags that must not change when a run is resumed, beside those that algorithms name. Others may;
-# changes are logged, except those of the second list, which decide where and how often things are
-# written.
+# Flags that must not change when a run is resumed, in addition to those that algorithms name. Other
+# flags may change. Changes are logged, except those of the second list, which decide where and how
+# often things are written.
 SAME_ON_RESUME = """
     algorithm per_device_train_batch_size gradient_accumulation_steps num_generations seed
     dataset_name dataset_train_split dataset_config dataset_streaming compat_prompt
@@ -94,12 +94,15 @@ def load_checkpoint(
                 f"{folder}: expected the state of this run: {error}; or resume an earlier "
                 f"checkpoint"
             ) from error
-    if dist.is_main():
-        output_dir = Path(config.train.output_dir)
+    output_dir = Path(config.train.output_dir)
+
+    def tidy() -> None:
         # `folder` may belong to another run, whose checkpoints stay as they are.
         for path in checkpoints.set_later_aside(output_dir, state.step):
             say(f"a later checkpoint is now {path}")
         checkpoints.delete_leftovers(output_dir, config.train.save_total_limit)
+
+    dist.on_main(tidy)
     say(f"resumed {folder} at step {state.step}")
 
 

@@ -91,7 +91,7 @@ def _check_left_out(config: RunConfig, seen: Survey) -> None:
         reasons = [f"{reason}: {len(rows)}" for reason, rows in seen.account.left_out.items()]
         raise UsageError(
             f"--max_bad_rows {limit}: expected at most so many rows that can't be used, got "
-            f"{unusable} of {seen.read} ({'; '.join(reasons[:5])}); mend the data or raise it"
+            f"{unusable} of {seen.read} ({'; '.join(reasons[:5])}); fix the data or raise it"
         )
 
 
@@ -107,7 +107,7 @@ def warn_of_unearned(data: Data) -> None:
         by_name.setdefault(name, []).append(f"row {row}: {value} instead of {best}")
     for name, rows in by_name.items():
         logger.warning(
-            "reward %s: the solution itself does not earn it in %d of %d rows checked (%s); mend "
+            "reward %s: the solution itself does not earn it in %d of %d rows checked (%s); fix "
             "the solutions, or choose others with --reward_funcs",
             name, len(rows), len(samples), "; ".join(rows[:3]),
         )  # fmt: skip

@@ -52,7 +52,7 @@ class Run:
 
     Attributes:
         saved: the state in the checkpoint that it resumes; empty without one.
-        saved_step: the last step whose state needs no checkpoint: saved already, or the start.
+        saved_step: the last step that needs no checkpoint: already saved, or the initial state.
     """
 
     processor: ImageOnlyQwen2VLProcessor
