@@ -159,7 +159,7 @@ class Watch:
         self._section = Section(what, limit, deadline, patience)
         progress.mark(what)
         if limit is not None and WAKE in self._handlers:
-            # faulthandler's thread doesn't need the interpreter, which native code may never release.
+            # faulthandler's thread needs no interpreter, which native code may never release.
             faulthandler.dump_traceback_later(limit + NATIVE_SECONDS, exit=True, file=2)
             self._set_timer(limit / 4)
         if self.stopped:
@@ -195,9 +195,9 @@ class Watch:
             raise SectionStopped(f"{self._section.what} was given up")
 
     def _set_timer(self, seconds: float) -> None:
-        """Let the kernel wake the main thread after that much CPU time, and then every TICK; 0 stops
-        it. A regular expression keeps all threads from running, the watch's too, but it does check
-        for signals."""
+        """Have the kernel wake the main thread after that much CPU time, then every TICK; 0: no more.
+        A regular expression keeps all threads from running, the watch's too, but it does check for
+        signals."""
         if TIMER in self._handlers:
             signal.setitimer(signal.ITIMER_VIRTUAL, seconds, TICK if seconds else 0.0)
 
