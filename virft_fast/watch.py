@@ -195,9 +195,9 @@ class Watch:
             raise SectionStopped(f"{self._section.what} was given up")
 
     def _set_timer(self, seconds: float) -> None:
-        """Have the kernel wake the main thread after that much CPU time, then every TICK; 0: no more.
-        A regular expression keeps all threads from running, the watch's too, but it does check for
-        signals."""
+        """Have the kernel wake the main thread after that much CPU time, then every TICK; 0 stops
+        that. A regular expression keeps all threads from running, the watch's too, but it does
+        check for signals."""
         if TIMER in self._handlers:
             signal.setitimer(signal.ITIMER_VIRTUAL, seconds, TICK if seconds else 0.0)
 
