@@ -76,8 +76,8 @@ def estimate_gib(name: str, world: int, stage: int, flags: str) -> float:
         mock.patch.object(dist, "world_size", return_value=world),
         mock.patch.object(dist, "local_device", return_value=device),
     ):
-        *_, last = memory_estimate(config, total, trainable, policy, stage)
-    return float(last.split()[0].replace(",", "")) / 1024
+        sizes = memory_estimate(config, total, trainable, policy, stage)
+    return sum(sizes.values()) / 2**30
 
 
 def _cell(gib: float) -> str:

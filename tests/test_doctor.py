@@ -6,9 +6,13 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
-from virft_fast import doctor
+from virft_fast import doctor, train
 from virft_fast.doctor import Finding
+from virft_fast.models.policy import Policy
+from virft_fast.models.qwen_vl import load_model
+from virft_fast.train import dry_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,6 +64,18 @@ def test_a_run_is_checked_with_its_flags(capsys):
     assert doctor.main([*run, "--output_dir", "unused"]) == 0
     assert "memory of one process" in capsys.readouterr().out
     assert doctor.main(["--model_name_or_path", "tiny", "--no_such_flag", "1"]) == 2
+
+
+@pytest.mark.parametrize(
+    "gib, status, verdict", [(80, 0, "left for activations"), (0.01, 1, "TOO LITTLE")]
+)
+def test_a_run_that_cannot_fit_is_a_problem(monkeypatch, capsys, gib, status, verdict):
+    monkeypatch.setattr(dry_run.dist, "local_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (0, int(gib * 2**30)))
+    run = ["--model_name_or_path", "tiny", "--dataset_name", "shapes_detection"]
+    config = train.parse_args([*run, "--output_dir", "unused"])
+    assert dry_run._print_model(config, Policy(load_model("tiny"))) == (status == 0)
+    assert verdict in capsys.readouterr().out
 
 
 def test_a_loss_that_fails_is_a_problem(monkeypatch):

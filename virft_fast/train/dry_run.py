@@ -26,7 +26,8 @@ def dry_run(config: RunConfig, data: Data, policy: Policy) -> int:
     """Print what would run, and score the data's solutions against themselves.
 
     Returns:
-        0, or 1 if a row can't be used or its own solution does not earn the maximum.
+        0, or 1 if the run can't fit on this GPU, a row can't be used, or its own solution does not
+        earn the maximum.
     """
     if not dist.is_main():
         return 0
@@ -38,7 +39,7 @@ def dry_run(config: RunConfig, data: Data, policy: Policy) -> int:
     print(f"rows: {len(data.train)}; steps: {num_steps(config, len(data.train))}; prompts a step: "
           f"{prompts_per_step(config)}; completions a step: "
           f"{prompts_per_step(config) * config.grpo.num_generations}")  # fmt: skip
-    _print_model(config, policy)
+    fits = _print_model(config, policy)
     print("\n# one prompt as the model reads it")
     sample = first_prompt(data.train)
     print(sample.text)
@@ -46,10 +47,11 @@ def dry_run(config: RunConfig, data: Data, policy: Policy) -> int:
     for name, text in algorithm_of(config).answers(sample.sample).items():
         print(f"{name}: {text}")
     print(f"prompt tokens: {len(sample.input_ids)}; images: {', '.join(images) or 'none'}")
-    return _check_solutions(data)
+    return max(_check_solutions(data), int(not fits))
 
 
-def _print_model(config: RunConfig, policy: Policy) -> None:
+def _print_model(config: RunConfig, policy: Policy) -> bool:
+    """Print parameters and memory; returns whether the memory fits."""
     groups: dict[str, list[int]] = {}
     for name, parameter in policy.model.named_parameters():
         if is_reference(name):
@@ -64,16 +66,31 @@ def _print_model(config: RunConfig, policy: Policy) -> None:
     total = sum(c for c, _ in groups.values())
     trainable = sum(t for _, t in groups.values())
     ds_config = load_deepspeed_config(config.train.deepspeed) if config.train.deepspeed else None
-    for line in memory_estimate(config, total, trainable, policy, zero_stage(ds_config)):
-        print(line)
+    stage = zero_stage(ds_config)
+    sizes = memory_estimate(config, total, trainable, policy, stage)
+    print(
+        f"\n# memory of one process, by formula (ZeRO stage {stage}, {dist.world_size()} processes)"
+    )
+    for name, size in sizes.items():
+        print(f"{size / 2**20:>12,.1f} MiB  {name}")
+    needed, device = sum(sizes.values()), dist.local_device()
+    print(f"{needed / 2**20:>12,.1f} MiB  in all, without activations")
+    if device.type != "cuda":
+        return True
+    _, memory = torch.cuda.mem_get_info(device)
+    verdict = f"the other {(memory - needed) / 2**20:,.1f} MiB are left for activations"
+    if needed > memory:
+        verdict = "TOO LITTLE; use more GPUs, a higher ZeRO stage, --use_peft or a smaller model"
+    print(f"{memory / 2**20:>12,.1f} MiB  on this GPU: {verdict}")
+    return needed <= memory
 
 
 def memory_estimate(
     config: RunConfig, total: int, trainable: int, policy: Policy, stage: int
-) -> list[str]:
-    """Lines with the MiB that a process needs, by formula: weights, gradients and optimizer state
-    as ZeRO `stage` divides them, and the keys and values of the largest rollout. Activations,
-    which depend on the images, and what CUDA and its graphs need are left out.
+) -> dict[str, float]:
+    """Bytes that a process needs, by what needs them and by formula: weights, gradients and
+    optimizer state as ZeRO `stage` divides them, and the keys and values of the largest rollout.
+    Activations, which depend on the images, and what CUDA and its graphs need are left out.
 
     Args:
         total, trainable: numbers of parameters.
@@ -96,9 +113,7 @@ def memory_estimate(
         "copy of the whole weights for rollouts": copied,
         f"keys and values of a rollout, {tokens:,} tokens ({how})": cache,
     }
-    lines = [f"\n# memory of one process, by formula (ZeRO stage {stage}, {world} processes)"]
-    lines += [f"{size / 2**20:>12,.1f} MiB  {name}" for name, size in sizes.items() if size]
-    return [*lines, f"{sum(sizes.values()) / 2**20:>12,.1f} MiB  in all, without activations"]
+    return {name: size for name, size in sizes.items() if size}
 
 
 def rollout_tokens(config: RunConfig, device: torch.device) -> tuple[int, str]:
