@@ -10,12 +10,12 @@ import torch
 
 from virft_fast.engine import (
     OptimizerSettings,
-    decay_groups,
     engine_dtype,
     load_deepspeed_config,
     resolve_deepspeed_config,
     zero_stage,
 )
+from virft_fast.optimizer import decay_groups
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
