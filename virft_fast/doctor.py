@@ -184,10 +184,10 @@ def _loss() -> Finding:
     weight = torch.randn(512, 64, generator=generator).to(device)
     ids = torch.randint(512, (8, 16), generator=generator).to(device)
     mask = torch.ones(8, 16, dtype=torch.bool, device=device)
-    options = {"advantages": torch.linspace(-1, 1, 8, device=device)}
+    advantages = torch.linspace(-1, 1, 8, device=device)
     try:
-        fused = linear_grpo_loss(hidden, weight, ids, mask, **options).loss
-        plain = grpo_loss(hidden @ weight.T, ids, mask, **options).loss
+        fused = linear_grpo_loss(hidden, weight, ids, mask, advantages=advantages).loss
+        plain = grpo_loss(hidden @ weight.T, ids, mask, advantages=advantages).loss
         pair = [torch.autograd.grad(loss, hidden)[0] for loss in (fused, plain)]
     except Exception as error:  # whatever a driver or a compiler says
         return Finding(
