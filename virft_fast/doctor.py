@@ -90,9 +90,10 @@ def _packages() -> Iterator[Finding]:
         else Finding("problem", system, "use Python 3.10 or later")
     )
     for requirement in metadata.requires("virft_fast") or []:
-        if "extra ==" in requirement:
+        bound = re.match(r"([\w.-]+)\s*>=\s*([\w.]+)", requirement)
+        if bound is None or "extra ==" in requirement:
             continue
-        name, least = re.match(r"([\w.-]+)\s*>=\s*([\w.]+)", requirement).groups()
+        name, least = bound.groups()
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
