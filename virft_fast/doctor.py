@@ -22,15 +22,18 @@ TESTED = {
 }  # fmt: skip
 # Packages that only some runs need -> (what needs them, how to get them).
 OPTIONAL = {
-    "peft": ("--use_peft", "pip install '.[peft]'"),
+    "peft": ("--use_peft", "pip install --no-build-isolation '.[peft]'"),
     "flash-attn": (
         "--attn_implementation flash_attention_2",
-        "pip install '.[gpu]', on a GPU node",
+        "pip install --no-build-isolation '.[gpu]', on a GPU node",
     ),
-    "liger-kernel": ("--use_liger_kernel", "on a GPU node: pip install '.[gpu]'"),
-    "faster-coco-eval": ("AP of COCO and LVIS", "pip install '.[eval]'"),
-    "rapidfuzz": ("virft-fast mia", "pip install '.[mia]'"),
-    "math-verify": ("the reward accuracy_math", "pip install '.[math]'"),
+    "liger-kernel": (
+        "--use_liger_kernel",
+        "on a GPU node: pip install --no-build-isolation '.[gpu]'",
+    ),
+    "faster-coco-eval": ("AP of COCO and LVIS", "pip install --no-build-isolation '.[eval]'"),
+    "rapidfuzz": ("virft-fast mia", "pip install --no-build-isolation '.[mia]'"),
+    "math-verify": ("the reward accuracy_math", "pip install --no-build-isolation '.[math]'"),
 }
 MIN_FREE_BYTES = 20 * 2**30  # a checkpoint of a 2B model with its optimizer state
 MIN_CAPABILITY = (8, 0)  # bfloat16
