@@ -9,22 +9,25 @@ import torch
 from virft_fast import dist, tasks
 from virft_fast.algorithms import algorithm_of
 from virft_fast.algorithms.base import Data
+from virft_fast.batch import Prompt
 from virft_fast.config import RunConfig
 from virft_fast.data import BadRow
-from virft_fast.engine import load_deepspeed_config, zero_stage
+from virft_fast.engine import zero_stage
 from virft_fast.models.adapters import is_reference
 from virft_fast.models.qwen_vl import Policy
 from virft_fast.rollout.cache import KEPT_SHARE, CachePlan, cache_numbers
-from virft_fast.train.flags import num_steps, prompts_per_step
-from virft_fast.train.model import keeps_reference
-from virft_fast.train.rows import first_prompt
+from virft_fast.train.model import Blueprint
 
 NUM_CHECKED_ROWS = 200
 
 
-def dry_run(config: RunConfig, data: Data, policy: Policy) -> int:
+def dry_run(
+    config: RunConfig, data: Data, prompt: Prompt, blueprint: Blueprint, policy: Policy
+) -> int:
     """Print what would run, and score the data's solutions against themselves.
 
+    Args:
+        prompt: the one to show. policy: without weights.
     Returns:
         0, or 1 if a row can't be used or its own solution does not earn the maximum.
     """
@@ -35,21 +38,20 @@ def dry_run(config: RunConfig, data: Data, policy: Policy) -> int:
     print("# configuration")
     print(yaml.safe_dump(config.flat(), sort_keys=False))
     print(f"task: {data.task}; rewards: {', '.join(name for name, _ in data.reward_funcs)}")
-    print(f"rows: {len(data.train)}; steps: {num_steps(config, len(data.train))}; prompts a step: "
-          f"{prompts_per_step(config)}; completions a step: "
-          f"{prompts_per_step(config) * config.grpo.num_generations}")  # fmt: skip
-    _print_model(config, policy)
+    print(f"rows: {len(data.train)}; steps: {data.total_steps}; prompts a step: "
+          f"{data.prompts_per_step}; completions a step: "
+          f"{data.prompts_per_step * config.grpo.num_generations}")  # fmt: skip
+    _print_model(config, data, blueprint, policy)
     print("\n# one prompt as the model reads it")
-    sample = first_prompt(data.train)
-    print(sample.text)
-    images = [f"{image.width}x{image.height}" for image in sample.sample.images]
-    for name, text in algorithm_of(config).answers(sample.sample).items():
+    print(prompt.text)
+    images = [f"{image.width}x{image.height}" for image in prompt.sample.images]
+    for name, text in algorithm_of(config).answers(prompt.sample).items():
         print(f"{name}: {text}")
-    print(f"prompt tokens: {len(sample.input_ids)}; images: {', '.join(images) or 'none'}")
+    print(f"prompt tokens: {len(prompt.input_ids)}; images: {', '.join(images) or 'none'}")
     return _check_solutions(data)
 
 
-def _print_model(config: RunConfig, policy: Policy) -> None:
+def _print_model(config: RunConfig, data: Data, blueprint: Blueprint, policy: Policy) -> None:
     groups: dict[str, list[int]] = {}
     for name, parameter in policy.model.named_parameters():
         if is_reference(name):
@@ -63,30 +65,29 @@ def _print_model(config: RunConfig, policy: Policy) -> None:
         print(f"{component:16} {count:>15,}   trainable {trainable:>15,}")
     total = sum(c for c, _ in groups.values())
     trainable = sum(t for _, t in groups.values())
-    ds_config = load_deepspeed_config(config.train.deepspeed) if config.train.deepspeed else None
-    for line in memory_estimate(config, total, trainable, policy, zero_stage(ds_config)):
+    for line in memory_estimate(config, data, total, trainable, blueprint, policy):
         print(line)
 
 
 def memory_estimate(
-    config: RunConfig, total: int, trainable: int, policy: Policy, stage: int
+    config: RunConfig, data: Data, total: int, trainable: int, blueprint: Blueprint, policy: Policy
 ) -> list[str]:
     """Lines with the MiB that a process needs, by formula: weights, gradients and optimizer state
-    as ZeRO `stage` divides them, and the keys and values of the largest rollout. Activations,
+    as ZeRO's stage divides them, and the keys and values of the largest rollout. Activations,
     which depend on the images, and what CUDA and its graphs need are left out.
 
     Args:
         total, trainable: numbers of parameters.
     """
-    world = dist.world_size()
+    world, stage = dist.world_size(), zero_stage(blueprint.ds_config)
     low = 2 if config.train.bf16 and config.train.deepspeed else 4
     masters = 4 if low == 2 else 0
-    copies = 2 if keeps_reference(config) else 1
+    copies = 2 if blueprint.keeps_reference else 1
     weights = copies * total * low / (world if stage == 3 else 1)
     gradients = trainable * low / (world if stage >= 2 else 1)
     optimizer = trainable * (8 + masters) / (world if stage >= 1 else 1)
     copied = total * low if stage == 3 and algorithm_of(config).rolls_out(config) else 0
-    tokens, how = rollout_tokens(config, dist.local_device())
+    tokens, how = rollout_tokens(config, data, dist.local_device())
     narrow = config.train.bf16 or config.model.dtype == "bfloat16"
     cache = tokens * cache_numbers(policy.config.get_text_config()) * (2 if narrow else 4)
     sizes = {
@@ -101,13 +102,13 @@ def memory_estimate(
     return [*lines, f"{sum(sizes.values()) / 2**20:>12,.1f} MiB  in all, without activations"]
 
 
-def rollout_tokens(config: RunConfig, device: torch.device) -> tuple[int, str]:
+def rollout_tokens(config: RunConfig, data: Data, device: torch.device) -> tuple[int, str]:
     """Tokens whose keys and values the largest rollout of a process holds at once, in a step or in
     the evaluation, and a note on that number."""
     grpo, world = config.grpo, dist.world_size()
     prompt = config.data.max_prompt_length or 1024
     batch = min(config.train.eval_batch_size, math.ceil(config.train.eval_samples / world))
-    batches = [(prompts_per_step(config) // world, grpo.num_generations), (batch, 1)]
+    batches = [(data.prompts_per_step // world, grpo.num_generations), (batch, 1)]
     if not algorithm_of(config).rolls_out(config):
         return 0, "none"
     batches = batches if algorithm_of(config).draws else batches[1:]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from functools import partial
 
-from virft_fast import tasks
+from virft_fast import dist, tasks
 from virft_fast.algorithms import algorithm_of
 from virft_fast.algorithms.base import Data
 from virft_fast.batch import Prompt
@@ -15,7 +16,6 @@ from virft_fast.data import BadRow, BadRows, ParquetRows, SampleDataset, first_s
 from virft_fast.data.prompt_source import PromptSource
 from virft_fast.data.survey import Survey, open_space, survey
 from virft_fast.models.processing import ImageOnlyQwen2VLProcessor
-from virft_fast.train.flags import num_steps, prompts_per_step
 
 logger = logging.getLogger("virft_fast")
 
@@ -57,7 +57,14 @@ def prepare_data(config: RunConfig, processor: ImageOnlyQwen2VLProcessor) -> Dat
     samples, boxes = samples_of(rows, check_solution=check), open_space(task, space)
     seen = survey(samples, boxes=boxes, check=fits)
     warning = seen.settle_boxes()
-    _check_left_out(config, seen)
+    train = config.train
+    num_prompts = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    num_prompts *= dist.world_size()
+    total_steps = train.max_steps
+    if total_steps <= 0:
+        total_steps = max(1, math.ceil(len(samples) * train.num_train_epochs / num_prompts))
+    if total_steps * num_prompts >= len(samples):
+        _check_left_out(seen, flags.max_bad_rows)
     names = [] if preferences else config.grpo.reward_funcs
     if not names and not preferences:
         names = tasks.default_rewards(task, seen.solutions)
@@ -78,16 +85,18 @@ def prepare_data(config: RunConfig, processor: ImageOnlyQwen2VLProcessor) -> Dat
         task=task,
         reward_funcs=tasks.with_class_set(tasks.load_reward_funcs(names), classes),
         reward_weights=config.grpo.weights_of(names),
-        bad_rows=BadRows(config.data.max_bad_rows),
+        bad_rows=BadRows(flags.max_bad_rows),
+        prompts_per_step=num_prompts,
+        total_steps=total_steps,
         permutation=rows.permutation if isinstance(rows, ParquetRows) else None,
         table=[*table, *([f"  warning: {warning}"] if warning else [])],
     )
 
 
-def _check_left_out(config: RunConfig, seen: Survey) -> None:
-    """Raise UsageError if a run over all rows is sure to end at --max_bad_rows."""
-    unusable, limit = seen.read - seen.kept, config.data.max_bad_rows
-    if unusable > limit and num_steps(config, seen.rows) * prompts_per_step(config) >= seen.rows:
+def _check_left_out(seen: Survey, limit: int) -> None:
+    """Raise UsageError if a run over all rows is sure to end at --max_bad_rows, the limit."""
+    unusable = seen.read - seen.kept
+    if unusable > limit:
         reasons = [f"{reason}: {len(rows)}" for reason, rows in seen.account.left_out.items()]
         raise UsageError(
             f"--max_bad_rows {limit}: expected at most so many rows that can't be used, got "

@@ -115,7 +115,7 @@ def _run(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLock
     train_seconds = time.perf_counter() - started
     writer.close()
     if ended in ("saved", "lost"):
-        where = f"stopped by a signal after step {state.step} of {ready.total_steps}"
+        where = f"stopped by a signal after step {state.step} of {data.total_steps}"
         if ended == "lost":
             say(f"{where}; this step could NOT be saved; {where_to_resume(output_dir)}")
             return 1
