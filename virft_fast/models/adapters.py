@@ -14,7 +14,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeGuard, cast
@@ -23,14 +23,9 @@ import torch
 from torch import nn
 
 from virft_fast.batch import Json, Row
+from virft_fast.config import ModelConfig
 from virft_fast.models.families import base, core
-from virft_fast.models.source import (  # noqa: F401
-    BASE_FOLDER,
-    CONFIG_FILE,
-    ModelSource,
-    model_chain,
-    read_adapter_config,
-)
+from virft_fast.models.source import BASE_FOLDER, CONFIG_FILE, ModelSource, model_chain  # noqa: F401
 from virft_fast.models.tiny import resolve_model_path
 
 if TYPE_CHECKING:
@@ -73,23 +68,42 @@ class LoraPlan:
     alpha: float
     target_modules: tuple[str, ...]
 
+    def __str__(self) -> str:
+        shape = f"r {self.r}, alpha {self.alpha:g}, layers {', '.join(self.target_modules)}"
+        if self.kind == "continued":
+            return (
+                f"training continues the LoRA adapter in {self.name} ({shape}) on {self.base.name}"
+            )
+        if self.kind == "stacked":
+            return (
+                f"a new LoRA adapter ({shape}) is trained on the model in {self.name}, whose own "
+                f"adapter is merged into {BASE_FOLDER}/ of --output_dir"
+            )
+        return f"a new LoRA adapter ({shape}) is trained on {self.base.name}"
 
-def plan_lora(
-    source: ModelSource,
-    *,
-    r: int | None = None,
-    alpha: float | None = None,
-    target_modules: Sequence[str] = (),
-) -> LoraPlan:
-    """How a run with an adapter on a model starts. Reads no weights.
 
-    Args:
-        r, alpha, target_modules: None or empty: those of the folder's adapter, or the defaults.
+def plan_lora(model: ModelConfig, source: ModelSource) -> tuple[ModelConfig, LoraPlan | None]:
+    """How a run with an adapter starts, None without --use_peft, and the flags with the values that
+    they leave open: the adapter's that they name, or the defaults. Reads no weights.
+
     Raises:
-        ValueError: the arguments agree with the folder's adapter, but it can't be trained further.
+        ValueError: the flags agree with the adapter, but it can't be trained further.
     """
-    name, own = source.name, read_adapter_config(source.chain[0][0])
-    given = {"r": r, "alpha": alpha, "target_modules": tuple(sorted(target_modules))}
+    r, alpha, targets = model.lora_r, model.lora_alpha, model.lora_target_modules
+    plan, values = None, {**LORA_DEFAULTS}
+    if model.use_peft:
+        plan = _plan(source, {"r": r, "alpha": alpha, "target_modules": tuple(sorted(targets))})
+        values = {key: getattr(plan, key) for key in values}
+    return replace(
+        model,
+        lora_r=r or values["r"],
+        lora_alpha=alpha or values["alpha"],
+        lora_target_modules=targets or list(values["target_modules"]),
+    ), plan
+
+
+def _plan(source: ModelSource, given: Row) -> LoraPlan:
+    name, own = source.name, source.adapter
     requested: Row = {key: value for key, value in given.items() if value}
     if own is None:
         return LoraPlan("new", name, source, **{**LORA_DEFAULTS, **requested})
@@ -97,7 +111,8 @@ def plan_lora(
     agree = all(settings.get(key) == value for key, value in requested.items())
     if agree and len(source.chain) == 2:
         _check_continues(name, own)
-        return LoraPlan("continued", name, source.base, **settings)
+        base = ModelSource(source.chain[1][0], source.chain[1:])
+        return LoraPlan("continued", name, base, **settings)
     if isinstance(own.get("target_modules"), str):  # a pattern, which may not fit this model
         settings.pop("target_modules")
     return LoraPlan("stacked", name, source, **{**LORA_DEFAULTS, **settings, **requested})

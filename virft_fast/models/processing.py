@@ -55,6 +55,7 @@ class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
         self, save_directory: str | Path, push_to_hub: bool = False, **options: object
     ) -> None:
         """Write the files that `virft_fast.models.saving` describes; the options are ignored."""
+        ProcessorMixin.save_pretrained(self, save_directory)
         save_processor(self, Path(save_directory))
 
 

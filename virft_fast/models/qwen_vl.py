@@ -20,15 +20,7 @@ from virft_fast.models.families import FAMILIES, base, core  # noqa: F401
 from virft_fast.models.inputs import banned_token_ids, control_tokens_in, encode_prompt  # noqa: F401
 from virft_fast.models.policy import Policy  # noqa: F401
 from virft_fast.models.saving import save_model  # noqa: F401
-from virft_fast.models.source import (  # noqa: F401
-    ModelSource,
-    check_weights,
-    find_base_folder,
-    find_model,
-    model_chain,
-    read_config,
-    weights_stamp,
-)
+from virft_fast.models.source import ModelSource, find_model, read_config, weights_stamp  # noqa: F401
 
 
 def load_model(

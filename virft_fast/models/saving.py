@@ -14,24 +14,14 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from virft_fast.batch import Row
 from virft_fast.models.adapters import TRAINED, has_adapter
-from virft_fast.models.families import FAMILIES, Family, base
-from virft_fast.models.source import (  # noqa: F401
-    BOTH,
-    IMAGE,
-    PROCESSOR_FILES,
-    VIDEO,
-    find_base_folder,
-)
-
-if TYPE_CHECKING:
-    from virft_fast.models.processing import ImageOnlyQwen2VLProcessor as Processor
+from virft_fast.models.families import FAMILIES, Family, Processor, base
+from virft_fast.models.source import BOTH, IMAGE, PROCESSOR_FILES, VIDEO, find_base_folder  # noqa: F401
 
 logger = logging.getLogger(__name__)
 
@@ -142,15 +132,13 @@ def released_config(config: Row, dtype: torch.dtype) -> Row:
 
 
 def save_processor(processor: Processor, folder: Path) -> None:
-    """Write the tokenizer's and the processor's files for transformers 4 and 5.
+    """Complete the tokenizer's and the processor's files, which transformers 5 has written, for
+    transformers 4 and 5.
 
     Args:
         processor: its `base_files` are written again unchanged, except for the bounds on image
             sizes; files that it doesn't have are made from memory.
     """
-    from transformers.processing_utils import ProcessorMixin
-
-    ProcessorMixin.save_pretrained(processor, folder)
     family = FAMILIES[processor.model_type]
     made = json.loads((folder / BOTH).read_text(encoding="utf-8"))
     files = getattr(processor, "base_files", {}).items()

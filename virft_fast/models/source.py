@@ -37,16 +37,14 @@ class ModelSource:
 
     Attributes:
         name: the folder, hub id or `tiny`, as it was given.
-        chain: see `model_chain`.
+        chain: its folder or hub id, with its revision; for an adapter's folder followed by its
+            base model, and so on down to a whole model.
+        adapter: its adapter_config.json; None for a whole model.
     """
 
     name: str
     chain: tuple[tuple[str, str | None], ...]
-
-    @property
-    def base(self) -> ModelSource:
-        """The model under an adapter's folder."""
-        return ModelSource(self.chain[1][0], self.chain[1:])
+    adapter: Row | None = None
 
     @cached_property
     def folder(self) -> Path:
@@ -78,7 +76,12 @@ class ModelSource:
         return config
 
     def check_weights(self) -> None:
-        """See `check_weights`."""
+        """Check that the weight files in its folders are complete. Reads only their headers, and
+        skips hub ids.
+
+        Raises:
+            ValueError: a file is missing or damaged.
+        """
         for folder in (name for name, _ in self.chain if Path(name).is_dir()):
             try:
                 for file in _weight_files(Path(folder)):
@@ -104,24 +107,19 @@ class ModelSource:
 
 
 def find_model(name: str | ModelSource, revision: str | None = None) -> ModelSource:
-    """Where the model `name` is; raises as `model_chain`. What has been found is returned as it
-    is."""
-    if isinstance(name, ModelSource):
-        return name
-    return ModelSource(str(name), tuple(model_chain(str(name), revision)))
-
-
-def model_chain(name: str, revision: str | None = None) -> list[tuple[str, str | None]]:
-    """A model's folder or hub id, with its revision; for an adapter's folder followed by its base
-    model, and so on down to a whole model.
+    """Where the model `name` is; what has been found is returned as it is.
 
     Raises:
         ValueError: an adapter_config.json names no base model, or adapters name each other; the
             hub id of an adapter; or a folder that asks for code.
     """
+    if isinstance(name, ModelSource):
+        return name
+    name = str(name)
     chain: list[tuple[str, str | None]] = [(resolve_model_path(name), revision)]
     refuse_code(chain[0][0])
-    while (config := read_adapter_config(chain[-1][0])) is not None:
+    adapter = config = _read_adapter(chain[0][0])
+    while config is not None:
         parent = _base_folder(Path(chain[-1][0]), config["base_model_name_or_path"])
         chain.append((resolve_model_path(parent), revision or config.get("revision")))
         refuse_code(chain[-1][0])
@@ -130,6 +128,7 @@ def model_chain(name: str, revision: str | None = None) -> list[tuple[str, str |
                 f"--model_name_or_path {name!r}: expected adapters on a whole model, got adapters "
                 f"that name each other as base models: {[folder for folder, _ in chain[:3]]}, ..."
             )
+        config = _read_adapter(chain[-1][0])
     whole = chain[-1][0]
     if not Path(whole).is_dir() and _is_hub_adapter(*chain[-1]):
         raise ValueError(
@@ -137,7 +136,12 @@ def model_chain(name: str, revision: str | None = None) -> list[tuple[str, str |
             f"got the hub id of an adapter, {whole}; download it (hf download {whole} --local-dir "
             "DIR) and pass the folder"
         )
-    return chain
+    return ModelSource(name, tuple(chain), adapter)
+
+
+def model_chain(name: str, revision: str | None = None) -> list[tuple[str, str | None]]:
+    """`ModelSource.chain`; raises as `find_model`."""
+    return list(find_model(name, revision).chain)
 
 
 @functools.cache
@@ -157,7 +161,7 @@ def hub_file(hub_id: str, name: str, revision: str | None) -> str | None:
     return cached_file(hub_id, name, revision=revision, **quiet)
 
 
-def read_adapter_config(folder: str) -> Row | None:
+def _read_adapter(folder: str) -> Row | None:
     """A folder's adapter_config.json; None if it has none."""
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
@@ -224,16 +228,6 @@ def read_config(name_or_path: str, revision: str | None = None) -> QwenConfig:
         FileNotFoundError, ValueError: as `load_model`.
     """
     return find_model(name_or_path, revision).config
-
-
-def check_weights(name_or_path: str, revision: str | None = None) -> None:
-    """Check that the weight files in a model's folder are complete; for an adapter's folder, also
-    its base model's. Reads only the headers of the files, and skips hub ids.
-
-    Raises:
-        ValueError: a file is missing or damaged.
-    """
-    find_model(name_or_path, revision).check_weights()
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from virft_fast.config import ROLLOUT_BACKENDS
 from virft_fast.models.families import Tokenizer
 from virft_fast.models.policy import Policy
 from virft_fast.models.qwen_vl import load_model
+from virft_fast.models.source import ModelSource
 from virft_fast.rollout import Rollout, Weights
 from virft_fast.rollout.cache import CachePlan
 from virft_fast.rollout.hf import HFRollout
@@ -35,7 +36,7 @@ def make_rollout(
 
 
 def load_policy(
-    name_or_path: str,
+    name_or_path: str | ModelSource,
     *,
     revision: str | None = None,
     dtype: str,

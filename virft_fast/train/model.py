@@ -16,7 +16,7 @@ from virft_fast.algorithms import algorithm_of
 from virft_fast.algorithms.base import Data
 from virft_fast.algorithms.step import TrainState
 from virft_fast.batch import Row
-from virft_fast.config import GRPOConfig, ModelConfig, RunConfig, TrainConfig, UsageError
+from virft_fast.config import RunConfig, TrainConfig, UsageError
 from virft_fast.engine import (
     DeepSpeedEngine,
     OptimizerSettings,
@@ -27,8 +27,8 @@ from virft_fast.engine import (
     prepare_deepspeed,
     resolve_deepspeed_config,
 )
-from virft_fast.models.adapters import BASE_FOLDER, LORA_DEFAULTS, LoraPlan, attach, plan_lora
-from virft_fast.models.processing import ImageOnlyQwen2VLProcessor
+from virft_fast.models.adapters import BASE_FOLDER, LoraPlan, attach
+from virft_fast.models.families import Processor
 from virft_fast.models.qwen_vl import Policy, apply_liger, freeze_vision_tower, load_model
 from virft_fast.models.source import ModelSource, find_model
 from virft_fast.rollout.backends import check_model, make_rollout
@@ -39,6 +39,7 @@ class Blueprint:
     """A run's model and its optimizer, checked, before the weights are loaded.
 
     Attributes:
+        config: the flags.
         source: the model that the flags name.
         plan: of its adapter; None without one.
         dtype: to load the weights in.
@@ -47,8 +48,7 @@ class Blueprint:
         ds_config: DeepSpeed's, resolved; None without --deepspeed.
     """
 
-    model: ModelConfig
-    grpo: GRPOConfig
+    config: RunConfig
     source: ModelSource
     plan: LoraPlan | None
     dtype: torch.dtype
@@ -56,34 +56,6 @@ class Blueprint:
     learning_rate: Callable[[int], float]
     ds_config: Row | None
     settings: OptimizerSettings
-
-
-def begin_adapter(model: ModelConfig, source: ModelSource) -> tuple[ModelConfig, LoraPlan | None]:
-    """The flags with LoRA defaults filled in, and the adapter's plan (None without an adapter)."""
-    r, alpha, targets = model.lora_r, model.lora_alpha, model.lora_target_modules
-    plan, values = None, {**LORA_DEFAULTS}
-    if model.use_peft:
-        plan = plan_lora(source, r=r, alpha=alpha, target_modules=targets)
-        values = {key: getattr(plan, key) for key in values}
-    return replace(
-        model,
-        lora_r=r or values["r"],
-        lora_alpha=alpha or values["alpha"],
-        lora_target_modules=targets or list(values["target_modules"]),
-    ), plan
-
-
-def describe_adapter(plan: LoraPlan) -> str:
-    """A line about the adapter, for the user."""
-    shape = f"r {plan.r}, alpha {plan.alpha:g}, layers {', '.join(plan.target_modules)}"
-    if plan.kind == "continued":
-        return f"training continues the LoRA adapter in {plan.name} ({shape}) on {plan.base.name}"
-    if plan.kind == "stacked":
-        return (
-            f"a new LoRA adapter ({shape}) is trained on the model in {plan.name}, whose own "
-            f"adapter is merged into {BASE_FOLDER}/ of --output_dir"
-        )
-    return f"a new LoRA adapter ({shape}) is trained on {plan.base.name}"
 
 
 def draw_blueprint(
@@ -94,37 +66,27 @@ def draw_blueprint(
     Raises:
         ValueError, FileNotFoundError: the flags or the model's files can't be used.
     """
-    algorithm = algorithm_of(config)
+    algorithm, dtype = algorithm_of(config), training_dtype(config)
     learning_rate = learning_rates(config.train, data.total_steps)
     ds_config, settings = deepspeed_config(config.train, source)
     if ds_config is not None:
         check_deepspeed(ds_config)
     source.check_weights()
-    blueprint = Blueprint(
-        config.model,
-        config.grpo,
-        source,
-        plan,
-        training_dtype(config),
-        algorithm.uses_reference(config) and not config.model.use_peft,
-        learning_rate,
-        ds_config,
-        settings,
-    )
+    twice = algorithm.uses_reference(config) and not config.model.use_peft
+    blueprint = Blueprint(config, source, plan, dtype, twice, learning_rate, ds_config, settings)
     policy = build_policy(blueprint, torch.float32, dist.local_device(), empty=True)
     if algorithm.rolls_out(config):
         check_model(config.grpo.rollout_backend, policy)
     return blueprint, policy
 
 
-def merge_base(
-    blueprint: Blueprint, output_dir: Path, processor: ImageOnlyQwen2VLProcessor, resumed: bool
-) -> Blueprint:
+def merge_base(blueprint: Blueprint, processor: Processor, resumed: bool) -> Blueprint:
     """The blueprint of the model to load. For a stacked adapter this is the merged base, which is
     written before training, so that the model that is trained is the one that is saved."""
-    plan, folder = blueprint.plan, (output_dir / BASE_FOLDER).resolve()
+    plan = blueprint.plan
     if plan is None or plan.kind != "stacked":
         return blueprint
+    folder = (Path(blueprint.config.train.output_dir) / BASE_FOLDER).resolve()
 
     def write(base: ModelSource) -> None:
         if not (resumed and folder.is_dir()):
@@ -138,24 +100,24 @@ def merge_base(
 
 
 def prepare_training(
-    config: RunConfig,
     blueprint: Blueprint,
-    processor: ImageOnlyQwen2VLProcessor,
+    processor: Processor,
     data: Data,
     device: torch.device,
 ) -> TrainState:
     """Load the model, wrap it in its engine and put the parts of a step together."""
+    config = blueprint.config
     train, grpo, algorithm = config.train, config.grpo, algorithm_of(config)
     torch.manual_seed(train.seed)  # a new adapter is the same on all ranks, and in every run
     base_weights = blueprint.source.stamp
+    save_dtype = stored_dtype(config, blueprint.source)
     ds_config, settings, dtype = blueprint.ds_config, blueprint.settings, blueprint.dtype
     partitioning = prepare_deepspeed(ds_config, device) if ds_config else None
     frozen_copy = algorithm.may_use_reference(config)
     policy = build_policy(blueprint, dtype, device, frozen_copy=frozen_copy)
     reference = None
     if blueprint.keeps_reference:
-        frozen = replace(blueprint.model, gradient_checkpointing=False)
-        reference = build_policy(replace(blueprint, model=frozen), dtype, device)
+        reference = build_policy(blueprint, dtype, device, checkpointing=False)
     del partitioning
     empty = partial(build_policy, blueprint, dtype, device, empty=True, frozen_copy=frozen_copy)
     engine = (
@@ -188,7 +150,7 @@ def prepare_training(
         seed=train.seed,
         max_bad_steps=train.max_bad_steps,
         base_weights=base_weights,
-        save_dtype=stored_dtype(config, blueprint.source),
+        save_dtype=save_dtype,
         max_steps=data.total_steps,
         num_rows=len(data.train),
     )
@@ -208,14 +170,13 @@ def deepspeed_config(
     )
     if train.deepspeed is None:
         return None, settings
-    hidden_size = source.config.get_text_config().hidden_size
     return resolve_deepspeed_config(
         load_deepspeed_config(train.deepspeed),
         settings=settings,
         micro_batch_size=train.per_device_train_batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         bf16=train.bf16,
-        hidden_size=hidden_size,
+        hidden_size=source.config.get_text_config().hidden_size,
         world_size=dist.world_size(),
     )
 
@@ -267,14 +228,16 @@ def build_policy(
     *,
     empty: bool = False,
     frozen_copy: bool = False,
+    checkpointing: bool = True,
 ) -> Policy:
     """The model as the blueprint describes it, in training mode.
 
     Args:
         empty: on the meta device, without weights.
         frozen_copy: hold a frozen copy of a continued adapter, as the reference.
+        checkpointing: follow --gradient_checkpointing; a reference has no gradients.
     """
-    model, grpo, plan = blueprint.model, blueprint.grpo, blueprint.plan
+    model, grpo, plan = blueprint.config.model, blueprint.config.grpo, blueprint.plan
     if grpo.prefix_attention == "flex" and device.type != "cuda":
         raise UsageError(
             "--prefix_attention flex: expected a CUDA device, because FlexAttention has no "
@@ -291,7 +254,7 @@ def build_policy(
     trained = attach(base, plan, reference=frozen_copy) if plan else base
     if model.freeze_vision_tower:
         freeze_vision_tower(trained)
-    if model.gradient_checkpointing:
+    if checkpointing and model.gradient_checkpointing:
         kwargs = {"use_reentrant": False}
         base.gradient_checkpointing_enable(kwargs)  # type: ignore[operator]  # typed as a Tensor
     return Policy(

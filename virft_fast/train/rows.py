@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from functools import partial
 
 from virft_fast import dist, tasks
 from virft_fast.algorithms import algorithm_of
 from virft_fast.algorithms.base import Data
-from virft_fast.batch import Prompt
-from virft_fast.config import RunConfig, UsageError, column_names
+from virft_fast.config import RunConfig, column_names
 from virft_fast.data import BadRow, BadRows, ParquetRows, SampleDataset, first_solutions, load_rows
 from virft_fast.data.prompt_source import PromptSource
-from virft_fast.data.survey import Survey, open_space, survey
-from virft_fast.models.processing import ImageOnlyQwen2VLProcessor
+from virft_fast.data.survey import open_space, survey
+from virft_fast.models.families import Processor
 
 logger = logging.getLogger("virft_fast")
 
 NUM_SELF_CHECKED = 16
-FIRST_PROMPT_SECONDS = 15.0
 
 
-def prepare_data(config: RunConfig, processor: ImageOnlyQwen2VLProcessor) -> Data:
+def prepare_data(config: RunConfig, processor: Processor) -> Data:
     """Load the rows, and choose how answers are scored.
 
     Raises:
@@ -64,7 +61,7 @@ def prepare_data(config: RunConfig, processor: ImageOnlyQwen2VLProcessor) -> Dat
     if total_steps <= 0:
         total_steps = max(1, math.ceil(len(samples) * train.num_train_epochs / num_prompts))
     if total_steps * num_prompts >= len(samples):
-        _check_left_out(seen, flags.max_bad_rows)
+        seen.check_left_out(flags.max_bad_rows)
     names = [] if preferences else config.grpo.reward_funcs
     if not names and not preferences:
         names = tasks.default_rewards(task, seen.solutions)
@@ -93,17 +90,6 @@ def prepare_data(config: RunConfig, processor: ImageOnlyQwen2VLProcessor) -> Dat
     )
 
 
-def _check_left_out(seen: Survey, limit: int) -> None:
-    """Raise UsageError if a run over all rows is sure to end at --max_bad_rows, the limit."""
-    unusable = seen.read - seen.kept
-    if unusable > limit:
-        reasons = [f"{reason}: {len(rows)}" for reason, rows in seen.account.left_out.items()]
-        raise UsageError(
-            f"--max_bad_rows {limit}: expected at most so many rows that can't be used, got "
-            f"{unusable} of {seen.read} ({'; '.join(reasons[:5])}); fix the data or raise it"
-        )
-
-
 def warn_of_unearned(data: Data) -> None:
     """Warn of accuracy rewards that solutions don't earn against themselves; checks rows from all
     over the data set."""
@@ -120,20 +106,3 @@ def warn_of_unearned(data: Data) -> None:
             "the solutions, or choose others with --reward_funcs",
             name, len(rows), len(samples), "; ".join(rows[:3]),
         )  # fmt: skip
-
-
-def first_prompt(source: PromptSource) -> Prompt:
-    """The prompt of the first usable row.
-
-    Raises:
-        ValueError: none was usable, or none within FIRST_PROMPT_SECONDS.
-    """
-    reasons, started = [], time.monotonic()
-    for prompt in map(source.load, range(len(source))):
-        if not isinstance(prompt, BadRow):
-            return prompt
-        reasons.append(f"row {prompt.index}: {prompt.reason}")
-        if time.monotonic() - started > FIRST_PROMPT_SECONDS:
-            break
-    first = "; ".join(reasons[:3])
-    raise ValueError(f"expected at least one usable row of {len(reasons)}, got none: {first}")

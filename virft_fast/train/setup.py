@@ -20,21 +20,17 @@ from virft_fast.console import say
 from virft_fast.data import PromptSampler
 from virft_fast.data.writing import make_folder
 from virft_fast.metrics import COMPLETIONS_FILE, METRICS_FILE, MetricsWriter, check_trackers
-from virft_fast.models.processing import ImageOnlyQwen2VLProcessor, load_processor
+from virft_fast.models.adapters import plan_lora
+from virft_fast.models.families import Processor
+from virft_fast.models.processing import load_processor
 from virft_fast.models.source import BASE_FOLDER, ModelSource, find_model
 from virft_fast.output_lock import OutputLock
 from virft_fast.rollout.backends import check_cache_limit
 from virft_fast.tasks.scoring import check_arguments
 from virft_fast.train.dry_run import dry_run
-from virft_fast.train.model import (
-    begin_adapter,
-    describe_adapter,
-    draw_blueprint,
-    merge_base,
-    prepare_training,
-)
+from virft_fast.train.model import draw_blueprint, merge_base, prepare_training
 from virft_fast.train.resume import load_checkpoint, read_resumed
-from virft_fast.train.rows import first_prompt, prepare_data, warn_of_unearned
+from virft_fast.train.rows import prepare_data, warn_of_unearned
 from virft_fast.watch import Watch
 
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.png"
@@ -50,7 +46,7 @@ class Run:
         saved_step: the last step that needs no checkpoint: already saved, or the initial state.
     """
 
-    processor: ImageOnlyQwen2VLProcessor
+    processor: Processor
     data: Data
     state: TrainState
     sampler: PromptSampler
@@ -69,7 +65,7 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
     with usage():
         _check_flags(config, device)
         source = find_model(config.model.model_name_or_path, config.model.model_revision)
-        config.model, plan = begin_adapter(config.model, source)
+        config.model, plan = plan_lora(config.model, source)
         resume = prepare_output_dir(config, lock, source)
         saved = read_resumed(resume, config, source, plan) if resume else {}
         processor = load_processor(
@@ -80,11 +76,11 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
         say(line)
     with usage():
         if plan is not None:
-            say(describe_adapter(plan))
+            say(str(plan))
         blueprint, policy = draw_blueprint(config, data, source, plan)
-        prompt = first_prompt(data.train)
+        prompt = data.train.first()
         if data.test is not None:
-            first_prompt(data.test)
+            data.test.first()
         check_arguments(data.reward_funcs, prompt.sample.columns)
         if config.train.dry_run:
             return dry_run(config, data, prompt, blueprint, policy)
@@ -92,8 +88,8 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
     if algorithm.draws:
         warn_of_unearned(data)
     with usage():
-        blueprint = merge_base(blueprint, output_dir, processor, resume is not None)
-        state = prepare_training(config, blueprint, processor, data, device)
+        blueprint = merge_base(blueprint, processor, resume is not None)
+        state = prepare_training(blueprint, processor, data, device)
         state.adapter = plan.kind if plan else None
         state.section, state.reward_timeout = watch.section, config.train.reward_timeout
     sampler = PromptSampler(
