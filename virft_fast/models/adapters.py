@@ -25,7 +25,7 @@ from torch import nn
 from virft_fast.batch import Json, Row
 from virft_fast.config import ModelConfig
 from virft_fast.models.families import base, core
-from virft_fast.models.source import BASE_FOLDER, CONFIG_FILE, ModelSource, model_chain  # noqa: F401
+from virft_fast.models.source import BASE_FOLDER, CONFIG_FILE, ModelSource
 from virft_fast.models.tiny import resolve_model_path
 
 if TYPE_CHECKING:
@@ -70,16 +70,15 @@ class LoraPlan:
 
     def __str__(self) -> str:
         shape = f"r {self.r}, alpha {self.alpha:g}, layers {', '.join(self.target_modules)}"
+        name, base = self.name, self.base.name
         if self.kind == "continued":
-            return (
-                f"training continues the LoRA adapter in {self.name} ({shape}) on {self.base.name}"
-            )
-        if self.kind == "stacked":
-            return (
-                f"a new LoRA adapter ({shape}) is trained on the model in {self.name}, whose own "
-                f"adapter is merged into {BASE_FOLDER}/ of --output_dir"
-            )
-        return f"a new LoRA adapter ({shape}) is trained on {self.base.name}"
+            return f"training continues the LoRA adapter in {name} ({shape}) on {base}"
+        if self.kind == "new":
+            return f"a new LoRA adapter ({shape}) is trained on {base}"
+        return (
+            f"a new LoRA adapter ({shape}) is trained on the model in {name}, whose own adapter is "
+            f"merged into {BASE_FOLDER}/ of --output_dir"
+        )
 
 
 def plan_lora(model: ModelConfig, source: ModelSource) -> tuple[ModelConfig, LoraPlan | None]:
@@ -90,16 +89,12 @@ def plan_lora(model: ModelConfig, source: ModelSource) -> tuple[ModelConfig, Lor
         ValueError: the flags agree with the adapter, but it can't be trained further.
     """
     r, alpha, targets = model.lora_r, model.lora_alpha, model.lora_target_modules
-    plan, values = None, {**LORA_DEFAULTS}
+    plan = LoraPlan("new", source.name, source, **LORA_DEFAULTS)
     if model.use_peft:
         plan = _plan(source, {"r": r, "alpha": alpha, "target_modules": tuple(sorted(targets))})
-        values = {key: getattr(plan, key) for key in values}
-    return replace(
-        model,
-        lora_r=r or values["r"],
-        lora_alpha=alpha or values["alpha"],
-        lora_target_modules=targets or list(values["target_modules"]),
-    ), plan
+    filled = {"lora_r": r or plan.r, "lora_alpha": alpha or plan.alpha,
+              "lora_target_modules": targets or list(plan.target_modules)}  # fmt: skip
+    return replace(model, **filled), plan if model.use_peft else None
 
 
 def _plan(source: ModelSource, given: Row) -> LoraPlan:

@@ -96,6 +96,11 @@ def core(model: nn.Module) -> QwenCore:
     return base(model).model
 
 
+def freeze_vision_tower(model: nn.Module) -> None:
+    for parameter in core(model).visual.parameters():
+        parameter.requires_grad_(False)
+
+
 class Processor(Protocol):
     """`ImageOnlyQwen2VLProcessor`, which says what they are."""
 

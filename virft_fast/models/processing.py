@@ -60,7 +60,7 @@ class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
 
 
 def load_processor(
-    name_or_path: str | ModelSource,
+    name_or_path: str,
     *,
     revision: str | None = None,
     min_pixels: int | None = None,
@@ -82,6 +82,17 @@ def load_processor(
             model can't be found, or the chat template fails or does not end.
     """
     source = find_model(name_or_path, revision)
+    return read_processor(source, min_pixels=min_pixels, max_pixels=max_pixels, renders=renders)
+
+
+def read_processor(
+    source: ModelSource,
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    renders: bool = True,
+) -> ImageOnlyQwen2VLProcessor:
+    """`load_processor` of a model that has been found."""
     name = source.name
     try:
         processor = _load(source)

@@ -16,7 +16,7 @@ from torch import nn
 from virft_fast.batch import Row
 from virft_fast.models import adapters as lora
 from virft_fast.models.adapters import add_lora  # noqa: F401
-from virft_fast.models.families import FAMILIES, base, core  # noqa: F401
+from virft_fast.models.families import FAMILIES, base, core, freeze_vision_tower  # noqa: F401
 from virft_fast.models.inputs import banned_token_ids, control_tokens_in, encode_prompt  # noqa: F401
 from virft_fast.models.policy import Policy  # noqa: F401
 from virft_fast.models.saving import save_model  # noqa: F401
@@ -124,8 +124,3 @@ def apply_liger(model: nn.Module, device: torch.device) -> None:
     patch = getattr(liger, f"apply_liger_kernel_to_{base(model).config.model_type}")
     # Without liger's fused cross entropy, because the loss is ours.
     patch(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
-
-
-def freeze_vision_tower(model: nn.Module) -> None:
-    for parameter in core(model).visual.parameters():
-        parameter.requires_grad_(False)

@@ -139,11 +139,6 @@ def find_model(name: str | ModelSource, revision: str | None = None) -> ModelSou
     return ModelSource(name, tuple(chain), adapter)
 
 
-def model_chain(name: str, revision: str | None = None) -> list[tuple[str, str | None]]:
-    """`ModelSource.chain`; raises as `find_model`."""
-    return list(find_model(name, revision).chain)
-
-
 @functools.cache
 def _is_hub_adapter(hub_id: str, revision: str | None) -> bool:
     try:

@@ -36,9 +36,8 @@ def make_rollout(
 
 
 def load_policy(
-    name_or_path: str | ModelSource,
+    source: ModelSource,
     *,
-    revision: str | None = None,
     dtype: str,
     attn_implementation: str = "sdpa",
     backend: str = "native",
@@ -56,8 +55,7 @@ def load_policy(
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     model = load_model(
-        name_or_path,
-        revision=revision,
+        source,
         dtype=getattr(torch, dtype),
         attn_implementation=attn_implementation,
         empty=empty,

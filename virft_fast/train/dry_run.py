@@ -21,9 +21,7 @@ from virft_fast.train.model import Blueprint
 NUM_CHECKED_ROWS = 200
 
 
-def dry_run(
-    config: RunConfig, data: Data, prompt: Prompt, blueprint: Blueprint, policy: Policy
-) -> int:
+def dry_run(blueprint: Blueprint, data: Data, prompt: Prompt, policy: Policy) -> int:
     """Print what would run, and score the data's solutions against themselves.
 
     Args:
@@ -35,13 +33,14 @@ def dry_run(
         return 0
     import yaml
 
+    config = blueprint.config
     print("# configuration")
     print(yaml.safe_dump(config.flat(), sort_keys=False))
     print(f"task: {data.task}; rewards: {', '.join(name for name, _ in data.reward_funcs)}")
     print(f"rows: {len(data.train)}; steps: {data.total_steps}; prompts a step: "
           f"{data.prompts_per_step}; completions a step: "
           f"{data.prompts_per_step * config.grpo.num_generations}")  # fmt: skip
-    _print_model(config, data, blueprint, policy)
+    _print_model(blueprint, data, policy)
     print("\n# one prompt as the model reads it")
     print(prompt.text)
     images = [f"{image.width}x{image.height}" for image in prompt.sample.images]
@@ -51,7 +50,7 @@ def dry_run(
     return _check_solutions(data)
 
 
-def _print_model(config: RunConfig, data: Data, blueprint: Blueprint, policy: Policy) -> None:
+def _print_model(blueprint: Blueprint, data: Data, policy: Policy) -> None:
     groups: dict[str, list[int]] = {}
     for name, parameter in policy.model.named_parameters():
         if is_reference(name):
@@ -65,12 +64,11 @@ def _print_model(config: RunConfig, data: Data, blueprint: Blueprint, policy: Po
         print(f"{component:16} {count:>15,}   trainable {trainable:>15,}")
     total = sum(c for c, _ in groups.values())
     trainable = sum(t for _, t in groups.values())
-    for line in memory_estimate(config, data, total, trainable, blueprint, policy):
-        print(line)
+    print(*memory_estimate(blueprint, data, policy, total, trainable), sep="\n")
 
 
 def memory_estimate(
-    config: RunConfig, data: Data, total: int, trainable: int, blueprint: Blueprint, policy: Policy
+    blueprint: Blueprint, data: Data, policy: Policy, total: int, trainable: int
 ) -> list[str]:
     """Lines with the MiB that a process needs, by formula: weights, gradients and optimizer state
     as ZeRO's stage divides them, and the keys and values of the largest rollout. Activations,
@@ -79,7 +77,7 @@ def memory_estimate(
     Args:
         total, trainable: numbers of parameters.
     """
-    world, stage = dist.world_size(), zero_stage(blueprint.ds_config)
+    config, world, stage = blueprint.config, dist.world_size(), zero_stage(blueprint.ds_config)
     low = 2 if config.train.bf16 and config.train.deepspeed else 4
     masters = 4 if low == 2 else 0
     copies = 2 if blueprint.keeps_reference else 1

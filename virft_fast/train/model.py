@@ -28,8 +28,8 @@ from virft_fast.engine import (
     resolve_deepspeed_config,
 )
 from virft_fast.models.adapters import BASE_FOLDER, LoraPlan, attach
-from virft_fast.models.families import Processor
-from virft_fast.models.qwen_vl import Policy, apply_liger, freeze_vision_tower, load_model
+from virft_fast.models.families import Processor, freeze_vision_tower
+from virft_fast.models.qwen_vl import Policy, apply_liger, load_model
 from virft_fast.models.source import ModelSource, find_model
 from virft_fast.rollout.backends import check_model, make_rollout
 
@@ -100,17 +100,14 @@ def merge_base(blueprint: Blueprint, processor: Processor, resumed: bool) -> Blu
 
 
 def prepare_training(
-    blueprint: Blueprint,
-    processor: Processor,
-    data: Data,
-    device: torch.device,
+    blueprint: Blueprint, processor: Processor, data: Data, device: torch.device, resumed: bool
 ) -> TrainState:
     """Load the model, wrap it in its engine and put the parts of a step together."""
-    config = blueprint.config
+    config, adapter = blueprint.config, blueprint.plan.kind if blueprint.plan else None
+    blueprint = merge_base(blueprint, processor, resumed)
     train, grpo, algorithm = config.train, config.grpo, algorithm_of(config)
     torch.manual_seed(train.seed)  # a new adapter is the same on all ranks, and in every run
-    base_weights = blueprint.source.stamp
-    save_dtype = stored_dtype(config, blueprint.source)
+    base_weights, save_dtype = blueprint.source.stamp, stored_dtype(config, blueprint.source)
     ds_config, settings, dtype = blueprint.ds_config, blueprint.settings, blueprint.dtype
     partitioning = prepare_deepspeed(ds_config, device) if ds_config else None
     frozen_copy = algorithm.may_use_reference(config)
@@ -150,6 +147,7 @@ def prepare_training(
         seed=train.seed,
         max_bad_steps=train.max_bad_steps,
         base_weights=base_weights,
+        adapter=adapter,
         save_dtype=save_dtype,
         max_steps=data.total_steps,
         num_rows=len(data.train),
@@ -193,9 +191,8 @@ def stored_dtype(config: RunConfig, source: ModelSource) -> torch.dtype | None:
     """The dtype of saved weights; None: the one they are trained in."""
     if config.train.save_dtype != "auto":
         return getattr(torch, config.train.save_dtype)
-    if config.model.use_peft or not config.train.bf16:
-        return None
-    return source.config.dtype
+    as_trained = config.model.use_peft or not config.train.bf16
+    return None if as_trained else source.config.dtype
 
 
 def learning_rates(train: TrainConfig, total_steps: int) -> Callable[[int], float]:

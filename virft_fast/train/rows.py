@@ -57,10 +57,9 @@ def prepare_data(config: RunConfig, processor: Processor) -> Data:
     train = config.train
     num_prompts = train.per_device_train_batch_size * train.gradient_accumulation_steps
     num_prompts *= dist.world_size()
-    total_steps = train.max_steps
-    if total_steps <= 0:
-        total_steps = max(1, math.ceil(len(samples) * train.num_train_epochs / num_prompts))
-    if total_steps * num_prompts >= len(samples):
+    drawn = len(samples) * train.num_train_epochs
+    steps = train.max_steps if train.max_steps > 0 else max(1, math.ceil(drawn / num_prompts))
+    if steps * num_prompts >= len(samples):
         seen.check_left_out(flags.max_bad_rows)
     names = [] if preferences else config.grpo.reward_funcs
     if not names and not preferences:
@@ -84,7 +83,7 @@ def prepare_data(config: RunConfig, processor: Processor) -> Data:
         reward_weights=config.grpo.weights_of(names),
         bad_rows=BadRows(flags.max_bad_rows),
         prompts_per_step=num_prompts,
-        total_steps=total_steps,
+        total_steps=steps,
         permutation=rows.permutation if isinstance(rows, ParquetRows) else None,
         table=[*table, *([f"  warning: {warning}"] if warning else [])],
     )

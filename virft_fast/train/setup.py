@@ -22,13 +22,13 @@ from virft_fast.data.writing import make_folder
 from virft_fast.metrics import COMPLETIONS_FILE, METRICS_FILE, MetricsWriter, check_trackers
 from virft_fast.models.adapters import plan_lora
 from virft_fast.models.families import Processor
-from virft_fast.models.processing import load_processor
+from virft_fast.models.processing import read_processor
 from virft_fast.models.source import BASE_FOLDER, ModelSource, find_model
 from virft_fast.output_lock import OutputLock
 from virft_fast.rollout.backends import check_cache_limit
 from virft_fast.tasks.scoring import check_arguments
 from virft_fast.train.dry_run import dry_run
-from virft_fast.train.model import draw_blueprint, merge_base, prepare_training
+from virft_fast.train.model import draw_blueprint, prepare_training
 from virft_fast.train.resume import load_checkpoint, read_resumed
 from virft_fast.train.rows import prepare_data, warn_of_unearned
 from virft_fast.watch import Watch
@@ -67,8 +67,9 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
         source = find_model(config.model.model_name_or_path, config.model.model_revision)
         config.model, plan = plan_lora(config.model, source)
         resume = prepare_output_dir(config, lock, source)
-        saved = read_resumed(resume, config, source, plan) if resume else {}
-        processor = load_processor(
+        adapter = plan.kind if plan else None
+        saved = read_resumed(resume, config, source, adapter) if resume else {}
+        processor = read_processor(
             source, min_pixels=config.model.min_pixels, max_pixels=config.model.max_pixels
         )
         data = prepare_data(config, processor)
@@ -83,14 +84,12 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
             data.test.first()
         check_arguments(data.reward_funcs, prompt.sample.columns)
         if config.train.dry_run:
-            return dry_run(config, data, prompt, blueprint, policy)
+            return dry_run(blueprint, data, prompt, policy)
         del policy
     if algorithm.draws:
         warn_of_unearned(data)
     with usage():
-        blueprint = merge_base(blueprint, processor, resume is not None)
-        state = prepare_training(blueprint, processor, data, device)
-        state.adapter = plan.kind if plan else None
+        state = prepare_training(blueprint, processor, data, device, resume is not None)
         state.section, state.reward_timeout = watch.section, config.train.reward_timeout
     sampler = PromptSampler(
         len(data.train),
@@ -106,7 +105,8 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
     with usage():
         # An earlier run is deleted only when this one has all that it needs.
         if config.train.overwrite_output_dir and not here:
-            dist.on_main(partial(_delete_run, output_dir, keep=blueprint.source.name))
+            keep = BASE_FOLDER if state.adapter == "stacked" else ""
+            dist.on_main(partial(_delete_run, output_dir, keep))
         algorithm.begin(config, state, data, resumed=bool(resume))
         writer = _open_writer(config, data.total_steps, state.step)
     if saved:
@@ -203,12 +203,12 @@ def prepare_output_dir(config: RunConfig, lock: OutputLock, source: ModelSource)
 
 
 def _delete_run(output_dir: Path, keep: str) -> None:
-    """Delete only what a run writes, except the folder `keep`."""
+    """Delete only what a run writes, except what is named `keep`."""
     files = {METRICS_FILE, COMPLETIONS_FILE, SUMMARY_FILE, REPORT_FILE, "config.json",
              "generation_config.json"}  # fmt: skip
     files |= {name for algorithm in map(find_algorithm, ALGORITHMS) for name in algorithm.files}
     for path in output_dir.iterdir():
-        if _OF_A_RUN.fullmatch(path.name) and path.resolve() != Path(keep):
+        if _OF_A_RUN.fullmatch(path.name) and path.name != keep:
             checkpoints.delete(path)
         elif path.name in files or checkpoints.MODEL_FILES.fullmatch(path.name):
             path.unlink()
