@@ -1,4 +1,4 @@
-"""LoRA adapters: finding their base models, starting a stage of training with one, and merging.
+"""LoRA adapters: starting a stage of training with one, and merging.
 
 A run with `--use_peft` starts in one of three ways (`LoraPlan.kind`):
     new        the model is whole: a new adapter is trained on it;
@@ -92,7 +92,7 @@ def plan_lora(model: ModelConfig, source: ModelSource) -> tuple[ModelConfig, Lor
     plan = LoraPlan("new", source.name, source, **LORA_DEFAULTS)
     if model.use_peft:
         plan = _plan(source, {"r": r, "alpha": alpha, "target_modules": tuple(sorted(targets))})
-    filled = {"lora_r": r or plan.r, "lora_alpha": alpha or plan.alpha,
+    filled: Row = {"lora_r": r or plan.r, "lora_alpha": alpha or plan.alpha,
               "lora_target_modules": targets or list(plan.target_modules)}  # fmt: skip
     return replace(model, **filled), plan if model.use_peft else None
 
