@@ -71,12 +71,24 @@ def estimate_gib(name: str, world: int, stage: int, flags: str) -> float:
         num_attention_heads=0, hidden_size=0,
     )  # fmt: skip
     policy = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+    train = config.train
+    data = SimpleNamespace(
+        prompts_per_step=train.per_device_train_batch_size
+        * train.gradient_accumulation_steps
+        * world
+    )
+    ds_config = {"zero_optimization": {"stage": stage}} if train.deepspeed else None
+    blueprint = SimpleNamespace(
+        config=config,
+        ds_config=ds_config,
+        keeps_reference=config.grpo.beta > 0 and not config.model.use_peft,
+    )
     device = torch.device("cuda")
     with (
         mock.patch.object(dist, "world_size", return_value=world),
         mock.patch.object(dist, "local_device", return_value=device),
     ):
-        sizes = memory_estimate(config, total, trainable, policy, stage)
+        sizes = memory_estimate(blueprint, data, policy, total, trainable)
     return sum(sizes.values()) / 2**30
 
 

@@ -47,6 +47,6 @@ def test_an_algorithm_names_its_own_flags_and_ignores_the_others():
 def test_what_a_loss_or_an_evaluation_needs_and_has_not_is_named():
     with pytest.raises(ValueError, match=r"reference: expected a model, got None"):
         step.reference_pass(SimpleNamespace(reference=None), None)
-    data = Data(None, None, "auto", [], [], None)
+    data = Data(None, None, "auto", [], [], None, 1, 1)
     with pytest.raises(config.UsageError, match="expected a data set with held-out rows"):
         data.held_out  # noqa: B018

@@ -33,7 +33,7 @@ from virft_fast.checkpoint import (
 from virft_fast.config import UsageError, usage
 from virft_fast.data.order import BadRows, PromptSampler
 from virft_fast.metrics import MetricsWriter
-from virft_fast.train import parse_args, resume
+from virft_fast.train import parse_args
 from virft_fast.train.resume import load_checkpoint, read_resumed
 
 
@@ -372,8 +372,8 @@ def odd_states():
             yield path, odd, json.dumps(changed).replace('"@"', odd or "")
 
 
-def test_odd_values_in_a_state_are_usage_errors_never_tracebacks(tmp_path, monkeypatch):
-    monkeypatch.setattr(resume, "weights_stamp", lambda path: SAVED["weights"])
+def test_odd_values_in_a_state_are_usage_errors_never_tracebacks(tmp_path):
+    source = SimpleNamespace(stamp=SAVED["weights"])
     config = parse_args(["--output_dir", str(tmp_path)])
     folder = tmp_path / "checkpoint-3"
     (folder / "engine").mkdir(parents=True)
@@ -390,7 +390,7 @@ def test_odd_values_in_a_state_are_usage_errors_never_tracebacks(tmp_path, monke
         writer = MetricsWriter(tmp_path, total_steps=4, report_to=["none"], run_name="", config={})
         try:
             with usage():
-                saved = read_resumed(folder, config, None)
+                saved = read_resumed(folder, config, source, None)
             load_checkpoint(folder, saved, state, PromptSampler(8, 2, seed=42), data, config)
             writer.load_state_dict(saved["writer"])
             accepted.add((path, odd))

@@ -22,6 +22,7 @@ from virft_fast.config import TRAIN_GROUPS, EvalConfig
 from virft_fast.data.__main__ import make_parser
 from virft_fast.launch_lines import FOREIGN, find
 from virft_fast.mia.__main__ import make_parser as make_mia_parser
+from virft_fast.models.source import find_model
 from virft_fast.output_lock import OutputLock
 from virft_fast.tasks import load_reward_funcs
 from virft_fast.train import main, parse_args
@@ -279,12 +280,12 @@ def test_the_timeout_reaches_the_process_group(monkeypatch, capsys):
 def test_resuming_if_there_is_something_to_resume(tmp_path, capsys):
     """VLM-R1's meaning of true; a name, or latest, has to be there."""
     start = ["--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint"]
-    lock = OutputLock(tmp_path / "run")
-    assert prepare_output_dir(parse_args([*start, "True"]), lock) is None
+    lock, source = OutputLock(tmp_path / "run"), find_model("tiny")
+    assert prepare_output_dir(parse_args([*start, "True"]), lock, source) is None
     assert "no checkpoint in" in capsys.readouterr().err
     assert parse_args([*start, "false"]).train.resume_from_checkpoint is None
     with pytest.raises(FileNotFoundError, match="got none"):
-        prepare_output_dir(parse_args([*start, "latest"]), lock)
+        prepare_output_dir(parse_args([*start, "latest"]), lock, source)
 
 
 def test_the_table_takes_none_of_our_flags_and_each_line_says_what_it_has_to():

@@ -28,10 +28,10 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
-from virft_fast.models.adapters import model_chain
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import add_lora, load_model
 from virft_fast.models.saving import save_model
+from virft_fast.models.source import find_model
 from virft_fast.models.tiny import TINY_PATH
 
 SITES = {
@@ -163,7 +163,7 @@ def test_the_hub_id_of_an_adapter_is_refused_as_what_it_is(adapter, tmp_path, mo
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for load in (model_chain, load_model, load_processor):
+    for load in (find_model, load_model, load_processor):
         with pytest.raises(ValueError, match=f"got the hub id of an adapter, {name}; download it"):
             load(name)
 

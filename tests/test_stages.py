@@ -14,8 +14,9 @@ from saved_layout import check_saved
 
 from virft_fast import merge
 from virft_fast.data.demo import build_demo
-from virft_fast.models.adapters import BASE_FOLDER, model_chain
+from virft_fast.models.adapters import BASE_FOLDER
 from virft_fast.models.qwen_vl import load_model
+from virft_fast.models.source import find_model
 from virft_fast.models.tiny import TINY_PATH
 from virft_fast.train import main
 
@@ -151,7 +152,9 @@ def test_a_third_stage_continues_the_second(data, first, tmp_path):
     second = stage(data, first, tmp_path / "second", "--use_peft", rate=1e-3)
     third = stage(data, second, tmp_path / "third", "--use_peft", rate=1e-3)
     assert_holds_what_was_trained(third)
-    assert model_chain(str(third))[1:] == model_chain(str(first))[1:]  # both on the same base
+    assert (
+        find_model(str(third)).chain[1:] == find_model(str(first)).chain[1:]
+    )  # both on the same base
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
@@ -284,11 +287,11 @@ def test_the_base_that_an_adapter_names_is_used_where_it_exists(first, tmp_path)
     run = tmp_path / "exp"
     named, other = tmp_path / "old" / BASE_FOLDER, run / BASE_FOLDER
     for folder in (named, other):
-        shutil.copytree(model_chain("tiny")[0][0], folder)
+        shutil.copytree(find_model("tiny").chain[0][0], folder)
     odd_copy(first, run / "continued", base_model_name_or_path=str(named))
-    assert model_chain(str(run / "continued"))[1][0] == str(named)
+    assert find_model(str(run / "continued")).chain[1][0] == str(named)
     shutil.rmtree(named)  # the run was moved
-    assert model_chain(str(run / "continued"))[1][0] == str(other)
+    assert find_model(str(run / "continued")).chain[1][0] == str(other)
 
 
 def test_merge_writes_a_whole_model(data, first, tmp_path, capsys):
@@ -309,7 +312,7 @@ def test_a_lost_first_stage_is_found_again(data, first, tmp_path):
     second = stage(data, merged, tmp_path / "second", *LORA, rate=1e-3)
     right = load_model(str(second)).state_dict()
     config = json.loads((second / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = model_chain("tiny")[0][0]
+    config["base_model_name_or_path"] = find_model("tiny").chain[0][0]
     (second / "adapter_config.json").write_text(json.dumps(config))
     argv = [str(second), str(tmp_path / "rescued"), "--base", str(merged), "--dtype", "float32"]
     assert merge.main(argv) == 0

@@ -15,6 +15,8 @@ from virft_fast import evaluate, train
 from virft_fast.data import SampleDataset, load_rows
 from virft_fast.data.__main__ import main as data_main
 from virft_fast.data.demo import build_demo
+from virft_fast.data.prompt_source import PromptSource
+from virft_fast.models import source
 from virft_fast.models.tiny import TINY_PATH
 from virft_fast.rollout import backends
 
@@ -175,6 +177,30 @@ def test_a_package_that_is_missing_is_named(
     monkeypatch.setitem(sys.modules, package, None)
     assert train.main((DIGITS + line + dry_run).replace("{}", str(sets)).split()) == 2
     assert f"expected the package {package}" in capsys.readouterr().err
+
+
+def test_a_run_finds_its_model_once_and_checks_its_first_prompt_once(sets, tmp_path, monkeypatch):
+    def counted(owner, name):
+        real = getattr(owner, name)
+
+        def call(*args, **options):
+            calls.append(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    calls = []
+    for owner, name in (
+        (source, "resolve_model_path"),
+        (source, "_crc_of_blocks"),
+        (PromptSource, "first"),
+        (backends, "check_reachable"),
+    ):
+        counted(owner, name)
+    line = f"--dataset_name {sets}/digits --output_dir {tmp_path} --max_steps 1 --beta 0.1 "
+    line += "--per_device_train_batch_size 1 --num_generations 2 --max_completion_length 2"
+    assert train.main(line.split()) == 0
+    assert sorted(calls) == ["_crc_of_blocks", "check_reachable", "first", "resolve_model_path"]
 
 
 EVALUATIONS = [

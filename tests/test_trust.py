@@ -17,10 +17,11 @@ from virft_fast.config import UsageError
 from virft_fast.evaluate import main as evaluate
 from virft_fast.evaluation.grounding import MaskModel
 from virft_fast.models import chat_template
-from virft_fast.models.adapters import add_lora, model_chain
+from virft_fast.models.adapters import add_lora
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import encode_prompt, load_model, read_config
 from virft_fast.models.saving import find_base_folder
+from virft_fast.models.source import find_model
 from virft_fast.models.tiny import TINY_PATH
 from virft_fast.models.trust import AsksForCode
 from virft_fast.train import main, parse_args
@@ -87,7 +88,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("name", "entries"), HOSTILE)
-@pytest.mark.parametrize("load", [model_chain, load_processor, read_config, load_model])
+@pytest.mark.parametrize("load", [find_model, load_processor, read_config, load_model])
 def test_a_folder_that_asks_for_code_is_refused_by_every_loader(folder, name, entries, load):
     change(folder, name, **entries)
     with pytest.raises(AsksForCode, match=f"expected .*, got {name} with"):
@@ -139,7 +140,7 @@ def test_an_adapter_and_its_base_are_checked(folder, tmp_path):
     model = add_lora(load_model("tiny"), r=2, alpha=4, target_modules=["q_proj"])
     model.save_pretrained(adapter)
     change(adapter, "adapter_config.json", base_model_name_or_path=str(folder))
-    assert len(model_chain(str(adapter))) == 2  # peft's own auto_mapping names transformers
+    assert len(find_model(str(adapter)).chain) == 2  # peft's own auto_mapping names transformers
     change(folder, "config.json", auto_map={"AutoModel": "evil.C"})
     with pytest.raises(AsksForCode, match="auto_map"):
         load_model(str(adapter))

@@ -34,7 +34,7 @@ from virft_fast.batch import Row
 from virft_fast.engine import Engine
 from virft_fast.json_files import COUNT, MEAN, NUMBER, misfit, parse_json
 from virft_fast.models.adapters import BASE_FOLDER
-from virft_fast.models.processing import ImageOnlyQwen2VLProcessor
+from virft_fast.models.families import Processor
 from virft_fast.models.qwen_vl import save_model
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def save_checkpoint(
     step: int,
     *,
     model: nn.Module,
-    processor: ImageOnlyQwen2VLProcessor,
+    processor: Processor,
     engine: Engine,
     state: Row,
     dtype: torch.dtype | None = None,
@@ -112,7 +112,7 @@ def write_final_model(
     folder: Path,
     *,
     model: nn.Module,
-    processor: ImageOnlyQwen2VLProcessor,
+    processor: Processor,
     engine: Engine,
     dtype: torch.dtype | None = None,
 ) -> bool:
@@ -144,7 +144,7 @@ def write_final_model(
     return True
 
 
-def write_whole_model(folder: Path, model: nn.Module, processor: ImageOnlyQwen2VLProcessor) -> None:
+def write_whole_model(folder: Path, model: nn.Module, processor: Processor) -> None:
     """Write this process's whole model into `folder`, replacing the folder if it exists; a kill
     leaves either the old folder or the new one."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}

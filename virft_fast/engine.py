@@ -448,7 +448,8 @@ def check_deepspeed(config: Row) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     try:  # it divides train_batch_size by the size of a process group that doesn't exist yet
-        DeepSpeedConfig({k: v for k, v in config.items() if k != "train_batch_size"})
+        copied = json.loads(json.dumps(config))
+        DeepSpeedConfig({k: v for k, v in copied.items() if k != "train_batch_size"})
     except Exception as error:  # pydantic's errors, assertions, and whatever odd types cause
         raise ValueError(
             f"--deepspeed: expected settings that DeepSpeed takes, got {type(error).__name__}: "

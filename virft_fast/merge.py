@@ -14,9 +14,10 @@ from virft_fast.commands import end_process
 from virft_fast.config import SAVE_DTYPES
 from virft_fast.console import unbreakable
 from virft_fast.data.writing import make_folder
-from virft_fast.models.adapters import merge_adapter, model_chain
-from virft_fast.models.processing import load_processor
-from virft_fast.models.qwen_vl import cast_parameters, check_weights, load_model, read_config
+from virft_fast.models.adapters import merge_adapter
+from virft_fast.models.processing import read_processor
+from virft_fast.models.qwen_vl import cast_parameters, load_model
+from virft_fast.models.source import find_model
 
 
 @unbreakable()
@@ -45,12 +46,14 @@ def merge(adapter: str, out: str, base: str | None = None, dtype: str = "auto") 
     make_folder(folder, "OUT", make=False)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"OUT {out}: expected a new or an empty folder, got one with files in it")
-    if len(model_chain(adapter)) < 2:
+    source = find_model(adapter)
+    if source.adapter is None:
         raise ValueError(f"ADAPTER {adapter!r}: expected a folder with adapter_config.json")
-    check_weights(adapter)
-    stored = getattr(torch, dtype) if dtype != "auto" else read_config(base or adapter).dtype
-    stored, processor = stored or torch.float32, load_processor(adapter, renders=False)
-    model = merge_adapter(load_model(base), adapter) if base else load_model(adapter)
+    source.check_weights()
+    whole = find_model(base) if base else source
+    stored = getattr(torch, dtype) if dtype != "auto" else whole.config.dtype
+    stored, processor = stored or torch.float32, read_processor(source, renders=False)
+    model = merge_adapter(load_model(whole), adapter) if base else load_model(whole)
     cast_parameters(model, stored)
     write_whole_model(folder.resolve(), model, processor)
     return stored

@@ -23,6 +23,7 @@ class Data:
     """The training rows and their order, the held-out rows, and how they are scored.
 
     Attributes:
+        prompts_per_step: over all ranks. total_steps: of the whole run.
         table: lines that say which rows were skipped or converted.
     """
 
@@ -32,6 +33,8 @@ class Data:
     reward_funcs: list[tuple[str, Callable[..., Any]]]
     reward_weights: list[float]
     bad_rows: BadRows
+    prompts_per_step: int
+    total_steps: int
     permutation: Callable[[np.random.Generator], np.ndarray] | None = None
     table: Sequence[str] = ()
 

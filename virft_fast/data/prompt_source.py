@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import Any
 
 from virft_fast.batch import Prompt, Sample
 from virft_fast.data.samples import BadRow, SampleDataset
+from virft_fast.models.families import Processor
 from virft_fast.models.qwen_vl import encode_prompt
+
+FIRST_PROMPT_SECONDS = 15.0
 
 
 class PromptSource:
@@ -23,7 +26,7 @@ class PromptSource:
     def __init__(
         self,
         samples: SampleDataset,
-        processor: Any,
+        processor: Processor,
         *,
         max_prompt_length: int | None = None,
         check: Callable[[Sample], str | None] | None = None,
@@ -52,6 +55,22 @@ class PromptSource:
             return prompt
         reason = f"the prompt has {length} tokens with its images, more than --max_prompt_length"
         return BadRow(index, f"{reason} {limit}; raise it or lower --max_pixels")
+
+    def first(self) -> Prompt:
+        """The prompt of the first usable row.
+
+        Raises:
+            ValueError: none was usable, or none within FIRST_PROMPT_SECONDS.
+        """
+        reasons, started = [], time.monotonic()
+        for prompt in map(self.load, range(len(self))):
+            if not isinstance(prompt, BadRow):
+                return prompt
+            reasons.append(f"row {prompt.index}: {prompt.reason}")
+            if time.monotonic() - started > FIRST_PROMPT_SECONDS:
+                break
+        first = "; ".join(reasons[:3])
+        raise ValueError(f"expected at least one usable row of {len(reasons)}, got none: {first}")
 
 
 def _other_space(sample: Sample, prompt: Prompt, patch: int) -> str | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from virft_fast import dist, progress
 from virft_fast.batch import Sample
+from virft_fast.config import UsageError
 from virft_fast.data.accounts import Built, listing
 from virft_fast.data.images import UnreadableImage, image_size, is_turned
 from virft_fast.data.layouts import ANSWERS, IMAGE_COLUMNS, PIXELS, QUESTIONS
@@ -56,6 +57,16 @@ class Survey:
         rest = "" if self.read == self.rows else f"; only the first {self.read} were looked at"
         first = f"{split}: kept {self.kept} of {self.read} rows{rest}"
         return [first, *(f"  {line}" for line in self.account.lines())]
+
+    def check_left_out(self, limit: int) -> None:
+        """Raise UsageError if more rows than --max_bad_rows, the limit, can't be used."""
+        unusable = self.read - self.kept
+        if unusable > limit:
+            reasons = [f"{reason}: {len(rows)}" for reason, rows in self.account.left_out.items()]
+            raise UsageError(
+                f"--max_bad_rows {limit}: expected at most so many rows that can't be used, got "
+                f"{unusable} of {self.read} ({'; '.join(reasons[:5])}); fix the data or raise it"
+            )
 
     def table(self, split: str, task: str) -> list[str]:
         """`lines`, and the task's default rewards that no solution can earn."""

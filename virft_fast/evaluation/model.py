@@ -12,9 +12,8 @@ import torch
 from virft_fast.batch import Prompt, Rollouts
 from virft_fast.config import EvalConfig, usage
 from virft_fast.evaluation.questions import ExtentFor
-from virft_fast.models.processing import load_processor, resized
-from virft_fast.models.qwen_vl import Policy, read_config
-from virft_fast.models.tiny import resolve_model_path
+from virft_fast.models.processing import read_processor, resized
+from virft_fast.models.source import find_model
 from virft_fast.rollout import Rollout, Sampling
 from virft_fast.rollout.backends import check_cache_limit, load_policy, make_rollout
 from virft_fast.tasks.coordinates import FAMILY_SPACE
@@ -39,32 +38,28 @@ class EvaluatedModel:
             max_completion_length=config.max_completion_length,
             device=device,
         )
-        self.path = resolve_model_path(config.model_name_or_path)
-        self.processor = load_processor(
-            self.path,
-            revision=config.model_revision,
+        self.source = find_model(config.model_name_or_path, config.model_revision)
+        self.processor = read_processor(
+            self.source,
             min_pixels=config.min_pixels,
             max_pixels=config.max_pixels,
         )
-        self._load_policy(empty=True)  # finds what is wrong with the model
-        self.family: str = read_config(self.path, config.model_revision).model_type
-
-    def _load_policy(self, *, empty: bool) -> Policy:
-        return load_policy(
-            self.path,
-            revision=self.config.model_revision,
-            dtype=self.config.dtype,
-            attn_implementation=self.config.attn_implementation,
-            backend=self.config.rollout_backend,
-            device=self.device,
-            empty=empty,
+        self._load_policy = partial(
+            load_policy,
+            self.source,
+            dtype=config.dtype,
+            attn_implementation=config.attn_implementation,
+            backend=config.rollout_backend,
+            device=device,
         )
+        self._load_policy(empty=True)  # finds what is wrong with the model
+        self.family: str = self.source.config.model_type
 
     @cached_property
     def rollout(self) -> Rollout:
         """Loaded when the first question is asked: a finished evaluation needs none."""
         with usage():
-            policy = self._load_policy(empty=False)
+            policy = self._load_policy()
         return make_rollout(
             self.config.rollout_backend,
             lambda: contextlib.nullcontext(policy),

@@ -293,7 +293,7 @@ class ModelEvaluation:
         """
         if self.store is None:
             settings: Row = {name: getattr(self.config, name) for name in _SETTINGS}
-            settings |= {"weights": weights_stamp(self.model.path), "questions": digest}
+            settings |= {"weights": self.model.source.stamp, "questions": digest}
             self.store = RecordStore(self.output, settings, overwrite=self.config.overwrite)
         return self.store.records(stage)
 

@@ -25,9 +25,8 @@ from virft_fast.mia.pairs import write_pairs
 from virft_fast.mia.scenes import SceneLayout, Scenes, source_groups
 from virft_fast.mia.selection import Selection, edit_distance, reasons_against, table
 from virft_fast.mia.sheet import attention_sheet
-from virft_fast.models.processing import load_processor
-from virft_fast.models.qwen_vl import read_config, weights_stamp
-from virft_fast.models.tiny import resolve_model_path
+from virft_fast.models.processing import read_processor
+from virft_fast.models.source import ModelSource, find_model
 from virft_fast.rollout.backends import check_cache_limit, load_policy
 from virft_fast.rollout.native import NativeRollout
 
@@ -137,11 +136,11 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
     out = arguments.output
     sheet = _check_files(arguments)
     edit_distance("", "")  # report a missing package now, not after all the answers
-    selection, path = _selection(arguments), resolve_model_path(arguments.model_name_or_path)
-    scenes = _scenes(arguments)
-    answering = _answering(arguments, path, device)
+    selection, scenes = _selection(arguments), _scenes(arguments)
+    source = find_model(arguments.model_name_or_path)
+    answering = _answering(arguments, source, device)
     settings = {k: value for k, value in vars(arguments).items() if k not in _FREE_FLAGS}
-    settings |= {"images": str(arguments.images), "weights": weights_stamp(path)}
+    settings |= {"images": str(arguments.images), "weights": source.stamp}
     journal_path = out.with_name(f".{out.name}.answers.jsonl")
     journal = open_journal(journal_path, settings, overwrite=arguments.overwrite)
     indices = range(len(scenes))[: arguments.max_rows]
@@ -206,17 +205,19 @@ def _scenes(arguments: argparse.Namespace) -> Scenes:
     )  # fmt: skip
 
 
-def _answering(arguments: argparse.Namespace, path: str, device: torch.device) -> Answering:
+def _answering(
+    arguments: argparse.Namespace, source: ModelSource, device: torch.device
+) -> Answering:
     pixels = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
-    processor = load_processor(path, **pixels)
+    processor = read_processor(source, **pixels)
     limits = {n: getattr(arguments, n) for n in ("max_completion_length", "max_prompt_length")}
     cache = arguments.rollout_cache_tokens
     check_cache_limit("native", cache, num_generations=1, device=device, **limits)
-    layers = read_config(path).text_config.num_hidden_layers
+    layers = source.config.text_config.num_hidden_layers
     layer = layers // 2 if arguments.layer is None else arguments.layer
     if not 0 <= layer < layers:
         raise ValueError(f"--layer: expected 0 to {layers - 1}, got {layer}")
-    policy = load_policy(path, dtype=arguments.dtype, device=device)
+    policy = load_policy(source, dtype=arguments.dtype, device=device)
     weights = lambda: contextlib.nullcontext(policy)  # noqa: E731
     tokenizer = processor.tokenizer
     rollout = NativeRollout(weights, tokenizer, device=device, max_cache_tokens=cache)

@@ -1,4 +1,4 @@
-"""LoRA adapters: finding their base models, starting a stage of training with one, and merging.
+"""LoRA adapters: starting a stage of training with one, and merging.
 
 A run with `--use_peft` starts in one of three ways (`LoraPlan.kind`):
     new        the model is whole: a new adapter is trained on it;
@@ -11,12 +11,10 @@ Plain peft loads the result of each: adapter_config.json names the base it was t
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeGuard, cast
@@ -25,17 +23,16 @@ import torch
 from torch import nn
 
 from virft_fast.batch import Json, Row
+from virft_fast.config import ModelConfig
 from virft_fast.models.families import base, core
+from virft_fast.models.source import BASE_FOLDER, CONFIG_FILE, ModelSource
 from virft_fast.models.tiny import resolve_model_path
-from virft_fast.models.trust import refuse_code
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
 
 logger = logging.getLogger(__name__)
 
-BASE_FOLDER = "base_model"  # a stacked run's merged base, in its output folder
-CONFIG_FILE = "adapter_config.json"
 TRAINED, REFERENCE = "default", "reference"  # names of the adapters in a model
 
 _LAYERS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
@@ -60,132 +57,60 @@ class LoraPlan:
     Attributes:
         kind: "new", "continued" or "stacked", as above.
         name: the folder or hub id that the user named.
-        base: the base model's folder or hub id; for "stacked" the folder to merge.
-        revision: of `base`, if it is a hub id.
+        base: the base model; for "stacked" the adapter to merge.
         r, alpha, target_modules: the trained adapter's.
     """
 
     kind: str
     name: str
-    base: str
-    revision: str | None
+    base: ModelSource
     r: int
     alpha: float
     target_modules: tuple[str, ...]
 
-
-def model_chain(name: str, revision: str | None = None) -> list[tuple[str, str | None]]:
-    """A model's folder or hub id, with its revision; for an adapter's folder followed by its base
-    model, and so on down to a whole model.
-
-    Raises:
-        ValueError: an adapter_config.json names no base model, or adapters name each other; the
-            hub id of an adapter; or a folder that asks for code.
-    """
-    chain: list[tuple[str, str | None]] = [(resolve_model_path(name), revision)]
-    refuse_code(chain[0][0])
-    while (config := _read_config(chain[-1][0])) is not None:
-        parent = _base_folder(Path(chain[-1][0]), config["base_model_name_or_path"])
-        chain.append((resolve_model_path(parent), revision or config.get("revision")))
-        refuse_code(chain[-1][0])
-        if len(chain) > 16:
-            raise ValueError(
-                f"--model_name_or_path {name!r}: expected adapters on a whole model, got adapters "
-                f"that name each other as base models: {[folder for folder, _ in chain[:3]]}, ..."
-            )
-    whole = chain[-1][0]
-    if not Path(whole).is_dir() and _is_hub_adapter(*chain[-1]):
-        raise ValueError(
-            f"--model_name_or_path {name!r}: expected a whole model or a folder with an adapter, "
-            f"got the hub id of an adapter, {whole}; download it (hf download {whole} --local-dir "
-            "DIR) and pass the folder"
+    def __str__(self) -> str:
+        shape = f"r {self.r}, alpha {self.alpha:g}, layers {', '.join(self.target_modules)}"
+        name, base = self.name, self.base.name
+        if self.kind == "continued":
+            return f"training continues the LoRA adapter in {name} ({shape}) on {base}"
+        if self.kind == "new":
+            return f"a new LoRA adapter ({shape}) is trained on {base}"
+        return (
+            f"a new LoRA adapter ({shape}) is trained on the model in {name}, whose own adapter is "
+            f"merged into {BASE_FOLDER}/ of --output_dir"
         )
-    return chain
 
 
-@functools.cache
-def _is_hub_adapter(hub_id: str, revision: str | None) -> bool:
-    try:
-        return bool(hub_file(hub_id, CONFIG_FILE, revision))
-    except OSError:  # no such id; the loader reports it
-        return False
+def plan_lora(model: ModelConfig, source: ModelSource) -> tuple[ModelConfig, LoraPlan | None]:
+    """How a run with an adapter starts, None without --use_peft, and the flags with the values that
+    they leave open: the adapter's that they name, or the defaults. Reads no weights.
 
-
-def hub_file(hub_id: str, name: str, revision: str | None) -> str | None:
-    """A file of the hub in the local cache; None if there is no such file or no connection."""
-    from transformers.utils import cached_file
-
-    raises = ("missing_entries", "connection_errors")
-    quiet: Row = {f"_raise_exceptions_for_{kind}": False for kind in raises}
-    return cached_file(hub_id, name, revision=revision, **quiet)
-
-
-def _read_config(folder: str) -> Row | None:
-    """A folder's adapter_config.json; None if it has none."""
-    path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {"base_model_name_or_path": (str,), "r": (int,), "lora_alpha": (int, float),
-                 "target_modules": (str, list)}  # fmt: skip
-        for key, types in kinds.items():
-            needed = key == "base_model_name_or_path" or config.get(key) is not None
-            if needed and not isinstance(config[key], types):
-                raise ValueError(f"{key} {config[key]!r}")
-        return dict(config)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"--model_name_or_path {folder!r}: expected {CONFIG_FILE} as peft writes it, got "
-            f"{error!r}; base_model_name_or_path is the base model's folder or hub id"
-        ) from error
-
-
-def _base_folder(folder: Path, named: str) -> str:
-    """The folder or hub id of the base model that the adapter in `folder` names.
-
-    As a run may have been moved, a missing folder is also looked up by its name in the adapter's
-    folder and in that folder's parent.
-    """
-    if not Path(named).is_absolute():
-        return named
-    candidates = [parent / Path(named).name for parent in (folder, folder.parent)]
-    candidates.insert(0, Path(named))
-    models = (path for path in candidates if (path / "config.json").is_file())
-    path = str(next(models, named))
-    if path != named and Path(named).name != BASE_FOLDER:  # a name for nothing else
-        logger.warning("%s names the base model %s, which is gone; %s is used", folder, named, path)
-    return path
-
-
-def plan_lora(
-    name: str,
-    *,
-    revision: str | None = None,
-    r: int | None = None,
-    alpha: float | None = None,
-    target_modules: Sequence[str] = (),
-) -> LoraPlan:
-    """How a run with an adapter on the model `name` starts. Reads no weights.
-
-    Args:
-        r, alpha, target_modules: None or empty: those of the folder's adapter, or the defaults.
     Raises:
-        ValueError: the arguments agree with the folder's adapter, but it can't be trained further.
+        ValueError: the flags agree with the adapter, but it can't be trained further.
     """
-    chain = model_chain(name, revision)
-    own = _read_config(chain[0][0])
-    given = {"r": r, "alpha": alpha, "target_modules": tuple(sorted(target_modules))}
+    r, alpha, targets = model.lora_r, model.lora_alpha, model.lora_target_modules
+    plan = LoraPlan("new", source.name, source, **LORA_DEFAULTS)
+    if model.use_peft:
+        plan = _plan(source, {"r": r, "alpha": alpha, "target_modules": tuple(sorted(targets))})
+    filled: Row = {"lora_r": r or plan.r, "lora_alpha": alpha or plan.alpha,
+              "lora_target_modules": targets or list(plan.target_modules)}  # fmt: skip
+    return replace(model, **filled), plan if model.use_peft else None
+
+
+def _plan(source: ModelSource, given: Row) -> LoraPlan:
+    name, own = source.name, source.adapter
     requested: Row = {key: value for key, value in given.items() if value}
     if own is None:
-        return LoraPlan("new", name, name, revision, **{**LORA_DEFAULTS, **requested})
+        return LoraPlan("new", name, source, **{**LORA_DEFAULTS, **requested})
     settings = _settings(own)
-    if all(settings.get(key) == value for key, value in requested.items()) and len(chain) == 2:
+    agree = all(settings.get(key) == value for key, value in requested.items())
+    if agree and len(source.chain) == 2:
         _check_continues(name, own)
-        return LoraPlan("continued", name, *chain[1], **settings)
+        base = ModelSource(source.chain[1][0], source.chain[1:])
+        return LoraPlan("continued", name, base, **settings)
     if isinstance(own.get("target_modules"), str):  # a pattern, which may not fit this model
         settings.pop("target_modules")
-    return LoraPlan("stacked", name, name, revision, **{**LORA_DEFAULTS, **settings, **requested})
+    return LoraPlan("stacked", name, source, **{**LORA_DEFAULTS, **settings, **requested})
 
 
 def _settings(config: Row) -> Row:
@@ -264,7 +189,7 @@ def attach(model: nn.Module, plan: LoraPlan, *, reference: bool = False) -> Peft
         ValueError: the adapter's weights can't be read or don't fit the base model.
     """
     if plan.kind != "continued":
-        targets, revision = plan.target_modules, plan.revision
+        targets, (_, revision) = plan.target_modules, plan.base.chain[0]
         return add_lora(
             model, r=plan.r, alpha=plan.alpha, target_modules=targets, revision=revision
         )
@@ -274,7 +199,8 @@ def attach(model: nn.Module, plan: LoraPlan, *, reference: bool = False) -> Peft
     if config.lora_dropout:
         logger.warning("%s: its dropout %s is set to 0", plan.name, config.lora_dropout)
         config.lora_dropout = 0.0
-    config.base_model_name_or_path, config.revision = _absolute(plan.base), plan.revision
+    path, config.revision = plan.base.chain[0]
+    config.base_model_name_or_path = _absolute(path)
     adapted = peft.PeftModel(model, config)
     weights = dict(adapted.named_parameters())
     on_meta = any(weight.is_meta for weight in weights.values())

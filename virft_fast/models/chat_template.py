@@ -21,11 +21,10 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from virft_fast.batch import Row
+from virft_fast.models.families import Processor
 
 if TYPE_CHECKING:
     from _typeshed import TraceFunction
-
-    from virft_fast.models.processing import ImageOnlyQwen2VLProcessor as Processor
 
 LIMIT_S = 5.0  # of CPU time; an honest template takes milliseconds
 LIMIT_BYTES = 512 * 2**20

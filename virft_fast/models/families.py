@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -93,6 +94,26 @@ def base(model: nn.Module) -> QwenVL:
 def core(model: nn.Module) -> QwenCore:
     """The part that holds `visual` and `language_model`."""
     return base(model).model
+
+
+def freeze_vision_tower(model: nn.Module) -> None:
+    for parameter in core(model).visual.parameters():
+        parameter.requires_grad_(False)
+
+
+class Processor(Protocol):
+    """`ImageOnlyQwen2VLProcessor`, which says what they are."""
+
+    tokenizer: Tokenizer
+    image_processor: Any
+    image_token: str
+    chat_template: str | dict[str, str] | None
+    base_files: dict[str, bytes]
+    model_type: str
+
+    def __call__(self, *args: Any, **options: Any) -> BatchEncoding: ...
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+    def save_pretrained(self, save_directory: str | Path) -> object: ...
 
 
 class Tokenizer(Protocol):

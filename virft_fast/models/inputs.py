@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,11 +15,8 @@ from torch.nn import functional as F
 
 from virft_fast.batch import Prompt, Row, Sample
 from virft_fast.models import chat_template
-from virft_fast.models.families import Tokenizer
+from virft_fast.models.families import Processor, Tokenizer
 from virft_fast.models.shared_prefix import Group
-
-if TYPE_CHECKING:
-    from virft_fast.models.processing import ImageOnlyQwen2VLProcessor
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class ModelInputs:
         return replace(self, **moved)
 
 
-def encode_prompt(processor: ImageOnlyQwen2VLProcessor, sample: Sample) -> Prompt:
+def encode_prompt(processor: Processor, sample: Sample) -> Prompt:
     """Render and tokenize a sample; each image placeholder becomes as many tokens as its image has.
 
     Raises:

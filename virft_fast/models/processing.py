@@ -18,11 +18,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 )
 from transformers.processing_utils import ProcessorMixin
 
-from virft_fast.models.adapters import model_chain
 from virft_fast.models.chat_template import check_chat_template
 from virft_fast.models.families import FAMILIES, Tokenizer
-from virft_fast.models.saving import find_base_folder, read_base_files, save_processor
-from virft_fast.models.tiny import CHAT_TEMPLATE, resolve_model_path
+from virft_fast.models.saving import read_base_files, save_processor
+from virft_fast.models.source import ModelSource, find_model
+from virft_fast.models.tiny import CHAT_TEMPLATE
 from virft_fast.models.trust import AsksForCode
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
@@ -55,6 +55,7 @@ class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
         self, save_directory: str | Path, push_to_hub: bool = False, **options: object
     ) -> None:
         """Write the files that `virft_fast.models.saving` describes; the options are ignored."""
+        ProcessorMixin.save_pretrained(self, save_directory)
         save_processor(self, Path(save_directory))
 
 
@@ -80,14 +81,25 @@ def load_processor(
         ValueError: the bounds leave no size, the tokenizer has no image token, an adapter's base
             model can't be found, or the chat template fails or does not end.
     """
-    name = str(name_or_path)
-    holder = _holder(name, revision)
+    source = find_model(name_or_path, revision)
+    return read_processor(source, min_pixels=min_pixels, max_pixels=max_pixels, renders=renders)
+
+
+def read_processor(
+    source: ModelSource,
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    renders: bool = True,
+) -> ImageOnlyQwen2VLProcessor:
+    """`load_processor` of a model that has been found."""
+    name = source.name
     try:
-        processor = _load(*holder)
+        processor = _load(source)
     except AsksForCode:
         raise
     except Exception as error:  # transformers raises many kinds for unexpected content
-        is_folder = Path(resolve_model_path(name)).is_dir()
+        is_folder = Path(source.chain[0][0]).is_dir()
         got = "a folder without them" if is_folder else "neither a folder nor a reachable hub id"
         raise FileNotFoundError(
             f"--model_name_or_path {name!r}: expected a folder or hub id with a tokenizer and an "
@@ -141,25 +153,24 @@ def build_tiny_processor(tokenizer: Tokenizer) -> ImageOnlyQwen2VLProcessor:
     return ImageOnlyQwen2VLProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
-def _holder(name: str, revision: str | None) -> tuple[str, str | None]:
+def _holder(source: ModelSource) -> Path:
     """Where the processor is: the first adapter's folder that has one, else the whole model."""
-    *adapters, whole = model_chain(name, revision)
     files = ("tokenizer_config.json", "preprocessor_config.json"), ("processor_config.json",)
-    for adapter in adapters:
-        if any(all((Path(adapter[0]) / file).is_file() for file in group) for group in files):
+    for adapter in (Path(name) for name, _ in source.chain[:-1]):
+        if any(all((adapter / file).is_file() for file in group) for group in files):
             return adapter
-    return whole
+    return source.folder
 
 
-def _load(name_or_path: str, revision: str | None) -> ImageOnlyQwen2VLProcessor:
-    folder = find_base_folder(name_or_path, revision)
+def _load(source: ModelSource) -> ImageOnlyQwen2VLProcessor:
+    folder = _holder(source)
     tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(folder), trust_remote_code=False)
     # Looked up in the same order as by transformers' own processors.
     settings, _ = ProcessorMixin.get_processor_dict(str(folder))
     template = settings.get("chat_template") or tokenizer.chat_template
     processor = ImageOnlyQwen2VLProcessor(image_processor, tokenizer, chat_template=template)
-    whole = find_base_folder(*model_chain(name_or_path, revision)[-1])
+    whole = source.folder
     processor.base_files = read_base_files(folder, whole if whole != folder else None)
     if (folder / "config.json").is_file():
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

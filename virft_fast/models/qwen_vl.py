@@ -6,28 +6,25 @@ Some names of other modules (the imports with noqa) can be imported from here, t
 from __future__ import annotations
 
 import contextlib
-import json
+import copy
 import warnings
-import zlib
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from virft_fast.batch import Row
 from virft_fast.models import adapters as lora
-from virft_fast.models.adapters import add_lora, model_chain  # noqa: F401
-from virft_fast.models.families import FAMILIES, QwenConfig, base, core  # noqa: F401
+from virft_fast.models.adapters import add_lora  # noqa: F401
+from virft_fast.models.families import FAMILIES, base, core, freeze_vision_tower  # noqa: F401
 from virft_fast.models.inputs import banned_token_ids, control_tokens_in, encode_prompt  # noqa: F401
 from virft_fast.models.policy import Policy  # noqa: F401
-from virft_fast.models.saving import find_base_folder, save_model  # noqa: F401
-from virft_fast.models.trust import AsksForCode
+from virft_fast.models.saving import save_model  # noqa: F401
+from virft_fast.models.source import ModelSource, find_model, read_config, weights_stamp  # noqa: F401
 
 
 def load_model(
-    name_or_path: str,
+    name_or_path: str | ModelSource,
     *,
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -48,9 +45,10 @@ def load_model(
     from transformers import AutoModelForImageTextToText as AutoModel
     from transformers import GenerationConfig
 
-    config = read_config(name_or_path, revision)
-    check_weights(name_or_path, revision)
-    *adapters, (path, revision) = model_chain(name_or_path, revision)
+    source = find_model(name_or_path, revision)
+    config = copy.deepcopy(source.config)  # which transformers changes
+    source.check_weights()
+    *adapters, (path, revision) = source.chain
     for folder, _ in adapters:
         lora.peft_config(folder)
     options: Row = {"attn_implementation": usable_attention(attn_implementation), "dtype": dtype}
@@ -67,13 +65,13 @@ def load_model(
     except Exception as error:
         file, hint = ("config.json", "") if empty else ("weights", "; is the folder complete?")
         raise ValueError(
-            f"--model_name_or_path {name_or_path!r}: expected the {file} of a {config.model_type} "
+            f"--model_name_or_path {source.name!r}: expected the {file} of a {config.model_type} "
             f"model, got {type(error).__name__}: {str(error)[:300]}{hint}"
         ) from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"--model_name_or_path {name_or_path!r}: expected all weights of the model, but "
+            f"--model_name_or_path {source.name!r}: expected all weights of the model, but "
             f"{len(missing)} are missing ({', '.join(missing[:3])}, ...); is the folder complete?"
         )
     for folder, _ in reversed(adapters):
@@ -95,94 +93,6 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     base(model).config.dtype = dtype
-
-
-def read_config(name_or_path: str, revision: str | None = None) -> QwenConfig:
-    """The configuration of a Qwen-VL model; for a LoRA adapter, its base model's.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_model`.
-    """
-    from transformers import AutoConfig
-
-    *adapters, (path, revision) = model_chain(name_or_path, revision)
-    try:
-        find_base_folder(path, revision)  # raises AsksForCode
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except AsksForCode:
-        raise
-    except Exception as error:  # transformers raises many kinds for unexpected content
-        named = f"{name_or_path!r}" + (f", an adapter on {path!r}" if adapters else "")
-        raise FileNotFoundError(
-            f"--model_name_or_path: expected a folder with config.json, a hub id or `tiny`, got "
-            f"{named}: {' '.join(str(error).split())[:300]}"
-        ) from error
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"--model_name_or_path {name_or_path!r}: expected one of the families "
-            f"{', '.join(FAMILIES)}, got model_type {config.model_type!r}"
-        )
-    return config
-
-
-def check_weights(name_or_path: str, revision: str | None = None) -> None:
-    """Check that the weight files in a model's folder are complete; for an adapter's folder, also
-    its base model's. Reads only the headers of the files, and skips hub ids.
-
-    Raises:
-        ValueError: a file is missing or damaged.
-    """
-    for folder, _ in model_chain(name_or_path, revision):
-        if not Path(folder).is_dir():
-            continue
-        try:
-            for file in _weight_files(Path(folder)):
-                with safe_open(file, "pt"):
-                    pass
-        except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
-            pickles = sorted(file.name for file in Path(folder).glob("*.bin"))
-            hint = f"{pickles[0]} is a pickle and not opened, convert it" if pickles else ""
-            raise ValueError(
-                f"--model_name_or_path {folder!r}: expected the weights of a Qwen-VL model or of "
-                f"an adapter in safetensors, got {type(error).__name__}: {error}; "
-                f"{hint or 'is the folder complete?'}"
-            ) from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that are going to be loaded, whether they exist or not."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / lora.CONFIG_FILE).is_file():
-        return [folder / "adapter_model.safetensors"]
-    if (folder / "model.safetensors").is_file() or not index.is_file():
-        return [folder / "model.safetensors"]
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / name for name in sorted(set(shards))]
-
-
-def weights_stamp(path: str) -> list[list[str | int]]:
-    """Name, size and checksum of each weight file of a model's folder, and of its base model's for
-    an adapter; empty for a hub id.
-
-    A copy of the files has the same stamp. The checksum is over up to 64 MiB of a file, in blocks
-    spread over it, so a change that is smaller than the gap between two blocks may go unnoticed.
-    """
-    stamp: list[list[str | int]] = []
-    for folder in (Path(name) for name, _ in model_chain(path) if Path(name).is_dir()):
-        files = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")]
-        stamp += sorted([file.name, file.stat().st_size, _crc_of_blocks(file)] for file in files)
-    return stamp
-
-
-def _crc_of_blocks(file: Path, count: int = 1024, size: int = 2**16) -> int:
-    total, crc = file.stat().st_size, 0
-    if total <= count * size:
-        return zlib.crc32(file.read_bytes())
-    with file.open("rb") as opened:
-        for number in range(count):
-            opened.seek(number * max(0, total - size) // (count - 1))
-            crc = zlib.crc32(opened.read(size), crc)
-    return crc
 
 
 def usable_attention(name: str) -> str:
@@ -215,8 +125,3 @@ def apply_liger(model: nn.Module, device: torch.device) -> None:
     patch = getattr(liger, f"apply_liger_kernel_to_{base(model).config.model_type}")
     # Without liger's fused cross entropy, because the loss is ours.
     patch(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
-
-
-def freeze_vision_tower(model: nn.Module) -> None:
-    for parameter in core(model).visual.parameters():
-        parameter.requires_grad_(False)

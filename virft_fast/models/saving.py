@@ -14,28 +14,17 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from virft_fast.batch import Row
-from virft_fast.models.adapters import TRAINED, has_adapter, hub_file
-from virft_fast.models.families import FAMILIES, Family, base
-from virft_fast.models.trust import refuse_code
-
-if TYPE_CHECKING:
-    from virft_fast.models.processing import ImageOnlyQwen2VLProcessor as Processor
+from virft_fast.models.adapters import TRAINED, has_adapter
+from virft_fast.models.families import FAMILIES, Family, Processor, base
+from virft_fast.models.source import BOTH, IMAGE, PROCESSOR_FILES, VIDEO, find_base_folder  # noqa: F401
 
 logger = logging.getLogger(__name__)
 
-
-IMAGE, VIDEO = "preprocessor_config.json", "video_preprocessor_config.json"
-BOTH = "processor_config.json"
-PROCESSOR_FILES = {
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-    "special_tokens_map.json", "chat_template.json", "chat_template.jinja", IMAGE, VIDEO, BOTH,
-}  # fmt: skip
 MAX_FILE_BYTES = 64 * 2**20  # a tokenizer has 11 MB
 # Not copied from the base model's folder: weights in any format, files that describe them or an
 # adapter, code that a loader could run, and the other files of a training run.
@@ -51,28 +40,6 @@ NOT_KEPT = (
     "eval_*", "*.html", "*.journal", "*.summary.json", "*.predictions.json", "*.truth.json",
     "*.exists_map.json",
 )  # fmt: skip
-
-
-def find_base_folder(name_or_path: str, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint. For a hub id it is the snapshot in the cache, into which
-    the small files of the processor are downloaded.
-
-    Raises:
-        OSError: neither a folder nor a reachable hub id.
-        ValueError: the hub's files ask for code.
-    """
-    from transformers.utils import cached_file
-
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    config = cached_file(name_or_path, "config.json", revision=revision)
-    if config is None:  # transformers raises an OSError of its own in most cases
-        raise FileNotFoundError(f"{name_or_path}: expected a config.json, got none")
-    for name in sorted({*PROCESSOR_FILES, "adapter_config.json", "generation_config.json"}):
-        hub_file(name_or_path, name, revision)
-    folder = Path(config).parent
-    refuse_code(folder)
-    return folder
 
 
 def read_base_files(folder: Path, base: Path | None = None) -> dict[str, bytes]:
@@ -165,15 +132,13 @@ def released_config(config: Row, dtype: torch.dtype) -> Row:
 
 
 def save_processor(processor: Processor, folder: Path) -> None:
-    """Write the tokenizer's and the processor's files for transformers 4 and 5.
+    """Complete the tokenizer's and the processor's files, which transformers 5 has written, for
+    transformers 4 and 5.
 
     Args:
         processor: its `base_files` are written again unchanged, except for the bounds on image
             sizes; files that it doesn't have are made from memory.
     """
-    from transformers.processing_utils import ProcessorMixin
-
-    ProcessorMixin.save_pretrained(processor, folder)
     family = FAMILIES[processor.model_type]
     made = json.loads((folder / BOTH).read_text(encoding="utf-8"))
     files = getattr(processor, "base_files", {}).items()

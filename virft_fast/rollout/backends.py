@@ -10,6 +10,7 @@ from virft_fast.config import ROLLOUT_BACKENDS
 from virft_fast.models.families import Tokenizer
 from virft_fast.models.policy import Policy
 from virft_fast.models.qwen_vl import load_model
+from virft_fast.models.source import ModelSource
 from virft_fast.rollout import Rollout, Weights
 from virft_fast.rollout.cache import CachePlan
 from virft_fast.rollout.hf import HFRollout
@@ -35,9 +36,8 @@ def make_rollout(
 
 
 def load_policy(
-    name_or_path: str,
+    source: ModelSource,
     *,
-    revision: str | None = None,
     dtype: str,
     attn_implementation: str = "sdpa",
     backend: str = "native",
@@ -55,8 +55,7 @@ def load_policy(
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     model = load_model(
-        name_or_path,
-        revision=revision,
+        source,
         dtype=getattr(torch, dtype),
         attn_implementation=attn_implementation,
         empty=empty,

@@ -4,7 +4,6 @@ Flags are flat and named as in TRL and Visual-RFT. `--config run.yaml` reads the
 on the command line override it.
 """
 
-from virft_fast.train.flags import parse_args
-from virft_fast.train.run import main
+from virft_fast.train.run import main, parse_args
 
 __all__ = ["main", "parse_args"]

@@ -9,22 +9,23 @@ import torch
 from virft_fast import dist, tasks
 from virft_fast.algorithms import algorithm_of
 from virft_fast.algorithms.base import Data
+from virft_fast.batch import Prompt
 from virft_fast.config import RunConfig
 from virft_fast.data import BadRow
-from virft_fast.engine import load_deepspeed_config, zero_stage
+from virft_fast.engine import zero_stage
 from virft_fast.models.adapters import is_reference
 from virft_fast.models.qwen_vl import Policy
 from virft_fast.rollout.cache import KEPT_SHARE, CachePlan, cache_numbers
-from virft_fast.train.flags import num_steps, prompts_per_step
-from virft_fast.train.model import keeps_reference
-from virft_fast.train.rows import first_prompt
+from virft_fast.train.model import Blueprint
 
 NUM_CHECKED_ROWS = 200
 
 
-def dry_run(config: RunConfig, data: Data, policy: Policy) -> int:
+def dry_run(blueprint: Blueprint, data: Data, prompt: Prompt, policy: Policy) -> int:
     """Print what would run, and score the data's solutions against themselves.
 
+    Args:
+        prompt: the one to show. policy: without weights.
     Returns:
         0, or 1 if the run can't fit on this GPU, a row can't be used, or its own solution does not
         earn the maximum.
@@ -33,24 +34,24 @@ def dry_run(config: RunConfig, data: Data, policy: Policy) -> int:
         return 0
     import yaml
 
+    config = blueprint.config
     print("# configuration")
     print(yaml.safe_dump(config.flat(), sort_keys=False))
     print(f"task: {data.task}; rewards: {', '.join(name for name, _ in data.reward_funcs)}")
-    print(f"rows: {len(data.train)}; steps: {num_steps(config, len(data.train))}; prompts a step: "
-          f"{prompts_per_step(config)}; completions a step: "
-          f"{prompts_per_step(config) * config.grpo.num_generations}")  # fmt: skip
-    fits = _print_model(config, policy)
+    print(f"rows: {len(data.train)}; steps: {data.total_steps}; prompts a step: "
+          f"{data.prompts_per_step}; completions a step: "
+          f"{data.prompts_per_step * config.grpo.num_generations}")  # fmt: skip
+    fits = _print_model(blueprint, data, policy)
     print("\n# one prompt as the model reads it")
-    sample = first_prompt(data.train)
-    print(sample.text)
-    images = [f"{image.width}x{image.height}" for image in sample.sample.images]
-    for name, text in algorithm_of(config).answers(sample.sample).items():
+    print(prompt.text)
+    images = [f"{image.width}x{image.height}" for image in prompt.sample.images]
+    for name, text in algorithm_of(config).answers(prompt.sample).items():
         print(f"{name}: {text}")
-    print(f"prompt tokens: {len(sample.input_ids)}; images: {', '.join(images) or 'none'}")
+    print(f"prompt tokens: {len(prompt.input_ids)}; images: {', '.join(images) or 'none'}")
     return max(_check_solutions(data), int(not fits))
 
 
-def _print_model(config: RunConfig, policy: Policy) -> bool:
+def _print_model(blueprint: Blueprint, data: Data, policy: Policy) -> bool:
     """Print parameters and memory; returns whether the memory fits."""
     groups: dict[str, list[int]] = {}
     for name, parameter in policy.model.named_parameters():
@@ -65,12 +66,9 @@ def _print_model(config: RunConfig, policy: Policy) -> bool:
         print(f"{component:16} {count:>15,}   trainable {trainable:>15,}")
     total = sum(c for c, _ in groups.values())
     trainable = sum(t for _, t in groups.values())
-    ds_config = load_deepspeed_config(config.train.deepspeed) if config.train.deepspeed else None
-    stage = zero_stage(ds_config)
-    sizes = memory_estimate(config, total, trainable, policy, stage)
-    print(
-        f"\n# memory of one process, by formula (ZeRO stage {stage}, {dist.world_size()} processes)"
-    )
+    sizes = memory_estimate(blueprint, data, policy, total, trainable)
+    stage, world = zero_stage(blueprint.ds_config), dist.world_size()
+    print(f"\n# memory of one process, by formula (ZeRO stage {stage}, {world} processes)")
     for name, size in sizes.items():
         print(f"{size / 2**20:>12,.1f} MiB  {name}")
     needed, device = sum(sizes.values()), dist.local_device()
@@ -86,24 +84,24 @@ def _print_model(config: RunConfig, policy: Policy) -> bool:
 
 
 def memory_estimate(
-    config: RunConfig, total: int, trainable: int, policy: Policy, stage: int
+    blueprint: Blueprint, data: Data, policy: Policy, total: int, trainable: int
 ) -> dict[str, float]:
     """Bytes that a process needs, by what needs them and by formula: weights, gradients and
-    optimizer state as ZeRO `stage` divides them, and the keys and values of the largest rollout.
+    optimizer state as ZeRO's stage divides them, and the keys and values of the largest rollout.
     Activations, which depend on the images, and what CUDA and its graphs need are left out.
 
     Args:
         total, trainable: numbers of parameters.
     """
-    world = dist.world_size()
+    config, world, stage = blueprint.config, dist.world_size(), zero_stage(blueprint.ds_config)
     low = 2 if config.train.bf16 and config.train.deepspeed else 4
     masters = 4 if low == 2 else 0
-    copies = 2 if keeps_reference(config) else 1
+    copies = 2 if blueprint.keeps_reference else 1
     weights = copies * total * low / (world if stage == 3 else 1)
     gradients = trainable * low / (world if stage >= 2 else 1)
     optimizer = trainable * (8 + masters) / (world if stage >= 1 else 1)
     copied = total * low if stage == 3 and algorithm_of(config).rolls_out(config) else 0
-    tokens, how = rollout_tokens(config, dist.local_device())
+    tokens, how = rollout_tokens(config, data, dist.local_device())
     narrow = config.train.bf16 or config.model.dtype == "bfloat16"
     cache = tokens * cache_numbers(policy.config.get_text_config()) * (2 if narrow else 4)
     sizes = {
@@ -116,13 +114,13 @@ def memory_estimate(
     return {name: size for name, size in sizes.items() if size}
 
 
-def rollout_tokens(config: RunConfig, device: torch.device) -> tuple[int, str]:
+def rollout_tokens(config: RunConfig, data: Data, device: torch.device) -> tuple[int, str]:
     """Tokens whose keys and values the largest rollout of a process holds at once, in a step or in
     the evaluation, and a note on that number."""
     grpo, world = config.grpo, dist.world_size()
     prompt = config.data.max_prompt_length or 1024
     batch = min(config.train.eval_batch_size, math.ceil(config.train.eval_samples / world))
-    batches = [(prompts_per_step(config) // world, grpo.num_generations), (batch, 1)]
+    batches = [(data.prompts_per_step // world, grpo.num_generations), (batch, 1)]
     if not algorithm_of(config).rolls_out(config):
         return 0, "none"
     batches = batches if algorithm_of(config).draws else batches[1:]

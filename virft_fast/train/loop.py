@@ -13,7 +13,6 @@ from virft_fast.batch import Prompt, Row
 from virft_fast.config import RunConfig
 from virft_fast.console import say
 from virft_fast.data import BadRow, NoUsableRows, TooManyBadRows
-from virft_fast.train.flags import prompts_per_step
 from virft_fast.train.setup import Run
 from virft_fast.watch import SectionStopped, Watch
 
@@ -55,7 +54,7 @@ def train(config: RunConfig, run: Run, before: HeldOut | None, watch: Watch) -> 
             run.saved_step = kept["step"]
         return written is not None
 
-    while state.step < run.total_steps:
+    while state.step < data.total_steps:
         kept = _state_dict(config, run, before)
         if dist.any_rank(watch.stopped, state.engine.device):
             # Whole, even with --save_only_model: a stopped run should be resumable.
@@ -76,7 +75,7 @@ def train(config: RunConfig, run: Run, before: HeldOut | None, watch: Watch) -> 
                 return "saved" if saved else "lost"
             say(f"ended in step {kept['step'] + 1}; {where_to_resume(output_dir)}")
             raise
-        metrics["epoch"] = state.step * prompts_per_step(config) / len(data.train)
+        metrics["epoch"] = state.step * data.prompts_per_step / len(data.train)
         metrics["bad_rows"] = float(len(data.bad_rows))
         every_rank = dist.all_gather_object(records)
         writer.step(state.step, metrics)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,106 +16,107 @@ from virft_fast.algorithms import algorithm_of
 from virft_fast.algorithms.base import Data
 from virft_fast.algorithms.step import TrainState
 from virft_fast.batch import Row
-from virft_fast.config import GRPOConfig, ModelConfig, RunConfig, UsageError
+from virft_fast.config import RunConfig, TrainConfig, UsageError
 from virft_fast.engine import (
     DeepSpeedEngine,
     OptimizerSettings,
     PlainEngine,
+    check_deepspeed,
     load_deepspeed_config,
     make_reference,
     prepare_deepspeed,
     resolve_deepspeed_config,
 )
-from virft_fast.models.adapters import BASE_FOLDER, LORA_DEFAULTS, LoraPlan, attach, plan_lora
-from virft_fast.models.processing import ImageOnlyQwen2VLProcessor
-from virft_fast.models.qwen_vl import (
-    Policy,
-    apply_liger,
-    freeze_vision_tower,
-    load_model,
-    read_config,
-    weights_stamp,
-)
-from virft_fast.models.tiny import resolve_model_path
+from virft_fast.models.adapters import BASE_FOLDER, LoraPlan, attach
+from virft_fast.models.families import Processor, freeze_vision_tower
+from virft_fast.models.qwen_vl import Policy, apply_liger, load_model
+from virft_fast.models.source import ModelSource, find_model
 from virft_fast.rollout.backends import check_model, make_rollout
-from virft_fast.train.flags import learning_rates, num_steps
 
 
-def begin_adapter(model: ModelConfig) -> tuple[ModelConfig, LoraPlan | None]:
-    """The flags with LoRA defaults filled in, and the adapter's plan (None without an adapter)."""
-    r, alpha, targets = model.lora_r, model.lora_alpha, model.lora_target_modules
-    plan, values = None, {**LORA_DEFAULTS}
-    if model.use_peft:
-        name, revision = model.model_name_or_path, model.model_revision
-        plan = plan_lora(name, revision=revision, r=r, alpha=alpha, target_modules=targets)
-        values = {key: getattr(plan, key) for key in values}
-    return replace(
-        model,
-        lora_r=r or values["r"],
-        lora_alpha=alpha or values["alpha"],
-        lora_target_modules=targets or list(values["target_modules"]),
-    ), plan
+@dataclass(frozen=True)
+class Blueprint:
+    """A run's model and its optimizer, checked, before the weights are loaded.
+
+    Attributes:
+        config: the flags.
+        source: the model that the flags name.
+        plan: of its adapter; None without one.
+        dtype: to load the weights in.
+        keeps_reference: whether the run holds a second, frozen model.
+        learning_rate: step -> its learning rate.
+        ds_config: DeepSpeed's, resolved; None without --deepspeed.
+    """
+
+    config: RunConfig
+    source: ModelSource
+    plan: LoraPlan | None
+    dtype: torch.dtype
+    keeps_reference: bool
+    learning_rate: Callable[[int], float]
+    ds_config: Row | None
+    settings: OptimizerSettings
 
 
-def describe_adapter(plan: LoraPlan) -> str:
-    """A line about the adapter, for the user."""
-    shape = f"r {plan.r}, alpha {plan.alpha:g}, layers {', '.join(plan.target_modules)}"
-    if plan.kind == "continued":
-        return f"training continues the LoRA adapter in {plan.name} ({shape}) on {plan.base}"
-    if plan.kind == "stacked":
-        return (
-            f"a new LoRA adapter ({shape}) is trained on the model in {plan.name}, whose own "
-            f"adapter is merged into {BASE_FOLDER}/ of --output_dir"
-        )
-    return f"a new LoRA adapter ({shape}) is trained on {plan.base}"
+def draw_blueprint(
+    config: RunConfig, data: Data, source: ModelSource, plan: LoraPlan | None
+) -> tuple[Blueprint, Policy]:
+    """What is going to be loaded, and the policy without weights.
+
+    Raises:
+        ValueError, FileNotFoundError: the flags or the model's files can't be used.
+    """
+    algorithm, dtype = algorithm_of(config), training_dtype(config)
+    learning_rate = learning_rates(config.train, data.total_steps)
+    ds_config, settings = deepspeed_config(config.train, source)
+    if ds_config is not None:
+        check_deepspeed(ds_config)
+    source.check_weights()
+    twice = algorithm.uses_reference(config) and not config.model.use_peft
+    blueprint = Blueprint(config, source, plan, dtype, twice, learning_rate, ds_config, settings)
+    policy = build_policy(blueprint, torch.float32, dist.local_device(), empty=True)
+    if algorithm.rolls_out(config):
+        check_model(config.grpo.rollout_backend, policy)
+    return blueprint, policy
 
 
-def base_model(
-    config: RunConfig, plan: LoraPlan | None, processor: ImageOnlyQwen2VLProcessor, resumed: bool
-) -> ModelConfig:
-    """The flags of the model to load. For a stacked adapter this is the merged base, which is
+def merge_base(blueprint: Blueprint, processor: Processor, resumed: bool) -> Blueprint:
+    """The blueprint of the model to load. For a stacked adapter this is the merged base, which is
     written before training, so that the model that is trained is the one that is saved."""
+    plan = blueprint.plan
     if plan is None or plan.kind != "stacked":
-        return config.model
-    folder = (Path(config.train.output_dir) / BASE_FOLDER).resolve()
+        return blueprint
+    folder = (Path(blueprint.config.train.output_dir) / BASE_FOLDER).resolve()
 
-    def write() -> None:
+    def write(base: ModelSource) -> None:
         if not (resumed and folder.is_dir()):
-            merged = load_model(plan.name, revision=plan.revision, dtype=training_dtype(config))
+            merged = load_model(base, dtype=blueprint.dtype)
             checkpoints.write_whole_model(folder, merged, processor)
 
-    dist.on_main(write)
-    return replace(config.model, model_name_or_path=str(folder), model_revision=None)
+    dist.on_main(partial(write, plan.base))
+    source = find_model(str(folder))
+    plan = replace(plan, kind="new", name=source.name, base=source)
+    return replace(blueprint, source=source, plan=plan)
 
 
 def prepare_training(
-    config: RunConfig,
-    processor: ImageOnlyQwen2VLProcessor,
-    data: Data,
-    device: torch.device,
-    model: ModelConfig | None = None,
+    blueprint: Blueprint, processor: Processor, data: Data, device: torch.device, resumed: bool
 ) -> TrainState:
-    """Load the model, wrap it in its engine and put the parts of a step together.
-
-    Args:
-        model: which model to load, and how; default: as in `config`.
-    """
-    model = model or config.model
+    """Load the model, wrap it in its engine and put the parts of a step together."""
+    config, adapter = blueprint.config, blueprint.plan.kind if blueprint.plan else None
+    blueprint = merge_base(blueprint, processor, resumed)
     train, grpo, algorithm = config.train, config.grpo, algorithm_of(config)
     torch.manual_seed(train.seed)  # a new adapter is the same on all ranks, and in every run
-    base_weights = weights_stamp(resolve_model_path(model.model_name_or_path))
-    ds_config, settings = deepspeed_config(config)
+    base_weights, save_dtype = blueprint.source.stamp, stored_dtype(config, blueprint.source)
+    ds_config, settings, dtype = blueprint.ds_config, blueprint.settings, blueprint.dtype
     partitioning = prepare_deepspeed(ds_config, device) if ds_config else None
-    dtype, frozen_copy = training_dtype(config), algorithm.may_use_reference(config)
-    policy = build_policy(model, grpo, dtype, device, frozen_copy=frozen_copy)
-    if algorithm.rolls_out(config):
-        check_model(grpo.rollout_backend, policy)
+    frozen_copy = algorithm.may_use_reference(config)
+    policy = build_policy(blueprint, dtype, device, frozen_copy=frozen_copy)
     reference = None
-    if keeps_reference(config):
-        frozen = replace(model, gradient_checkpointing=False)
-        reference = build_policy(frozen, grpo, dtype, device)
+    if blueprint.keeps_reference:
+        reference = build_policy(blueprint, dtype, device, checkpointing=False)
     del partitioning
-    empty = partial(build_policy, model, grpo, dtype, device, empty=True, frozen_copy=frozen_copy)
+    empty = partial(build_policy, blueprint, dtype, device, empty=True, frozen_copy=frozen_copy)
     engine = (
         DeepSpeedEngine(policy, settings, config=ds_config, device=device, make_empty=empty)
         if ds_config is not None
@@ -122,7 +125,6 @@ def prepare_training(
     call_reference = engine.forward if algorithm.uses_reference(config) else None
     if reference is not None:
         call_reference = make_reference(reference, engine, ds_config)
-    total_steps = num_steps(config, len(data.train))
     return algorithm.make_state(
         config,
         policy=policy,
@@ -138,28 +140,25 @@ def prepare_training(
         tokenizer=processor.tokenizer,
         reward_funcs=data.reward_funcs,
         reward_weights=data.reward_weights,
-        learning_rate=learning_rates(config, total_steps),
+        learning_rate=blueprint.learning_rate,
         prompts_per_microbatch=train.per_device_train_batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         max_tokens_per_microbatch=train.max_tokens_per_microbatch,
         seed=train.seed,
         max_bad_steps=train.max_bad_steps,
         base_weights=base_weights,
-        save_dtype=stored_dtype(config),
-        max_steps=total_steps,
+        adapter=adapter,
+        save_dtype=save_dtype,
+        max_steps=data.total_steps,
         num_rows=len(data.train),
     )
 
 
-def keeps_reference(config: RunConfig) -> bool:
-    """Whether the run holds a second, frozen model."""
-    return algorithm_of(config).uses_reference(config) and not config.model.use_peft
-
-
-def deepspeed_config(config: RunConfig) -> tuple[Row | None, OptimizerSettings]:
+def deepspeed_config(
+    train: TrainConfig, source: ModelSource
+) -> tuple[Row | None, OptimizerSettings]:
     """The resolved configuration of DeepSpeed, None without --deepspeed, and the optimizer's
     settings, which it may override."""
-    train = config.train
     settings = OptimizerSettings(
         learning_rate=train.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
@@ -169,14 +168,13 @@ def deepspeed_config(config: RunConfig) -> tuple[Row | None, OptimizerSettings]:
     )
     if train.deepspeed is None:
         return None, settings
-    model_config = read_config(config.model.model_name_or_path, config.model.model_revision)
     return resolve_deepspeed_config(
         load_deepspeed_config(train.deepspeed),
         settings=settings,
         micro_batch_size=train.per_device_train_batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         bf16=train.bf16,
-        hidden_size=model_config.get_text_config().hidden_size,
+        hidden_size=source.config.get_text_config().hidden_size,
         world_size=dist.world_size(),
     )
 
@@ -189,39 +187,61 @@ def training_dtype(config: RunConfig) -> torch.dtype:
     return torch.bfloat16 if config.train.bf16 and config.train.deepspeed else torch.float32
 
 
-def stored_dtype(config: RunConfig) -> torch.dtype | None:
+def stored_dtype(config: RunConfig, source: ModelSource) -> torch.dtype | None:
     """The dtype of saved weights; None: the one they are trained in."""
     if config.train.save_dtype != "auto":
         return getattr(torch, config.train.save_dtype)
-    if config.model.use_peft or not config.train.bf16:
-        return None
-    return read_config(config.model.model_name_or_path, config.model.model_revision).dtype
+    as_trained = config.model.use_peft or not config.train.bf16
+    return None if as_trained else source.config.dtype
+
+
+def learning_rates(train: TrainConfig, total_steps: int) -> Callable[[int], float]:
+    """Step -> its learning rate, by a schedule of transformers.
+
+    Raises:
+        UsageError: there is no such schedule, or it needs more than the step.
+    """
+    from transformers import get_scheduler
+
+    warmup = train.warmup_steps or train.warmup_ratio
+    warmup_steps = math.ceil(warmup * total_steps) if warmup < 1 else int(warmup)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=train.learning_rate)
+    try:
+        schedule = get_scheduler(train.lr_scheduler_type, optimizer, warmup_steps, total_steps)
+        factors = schedule.lr_lambdas
+        factors[0](0), factors[0](total_steps - 1)
+    except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
+        raise UsageError(
+            f"--lr_scheduler_type {train.lr_scheduler_type}: expected a schedule of transformers "
+            f"that depends on the step alone, such as linear or cosine, got {error}"
+        ) from error
+    return lambda step: train.learning_rate * factors[0](min(step, total_steps - 1))
 
 
 def build_policy(
-    model: ModelConfig,
-    grpo: GRPOConfig,
+    blueprint: Blueprint,
     dtype: torch.dtype,
     device: torch.device,
     *,
     empty: bool = False,
     frozen_copy: bool = False,
+    checkpointing: bool = True,
 ) -> Policy:
-    """The model as the flags describe it, in training mode.
+    """The model as the blueprint describes it, in training mode.
 
     Args:
         empty: on the meta device, without weights.
         frozen_copy: hold a frozen copy of a continued adapter, as the reference.
+        checkpointing: follow --gradient_checkpointing; a reference has no gradients.
     """
+    model, grpo, plan = blueprint.config.model, blueprint.config.grpo, blueprint.plan
     if grpo.prefix_attention == "flex" and device.type != "cuda":
         raise UsageError(
             "--prefix_attention flex: expected a CUDA device, because FlexAttention has no "
             "backward pass on the CPU; use two_part"
         )
-    _, plan = begin_adapter(model)
     base = load_model(
-        plan.base if plan else model.model_name_or_path,
-        revision=plan.revision if plan else model.model_revision,
+        plan.base if plan else blueprint.source,
         dtype=dtype,
         attn_implementation=model.attn_implementation,
         empty=empty,
@@ -231,7 +251,7 @@ def build_policy(
     trained = attach(base, plan, reference=frozen_copy) if plan else base
     if model.freeze_vision_tower:
         freeze_vision_tower(trained)
-    if model.gradient_checkpointing:
+    if checkpointing and model.gradient_checkpointing:
         kwargs = {"use_reentrant": False}
         base.gradient_checkpointing_enable(kwargs)  # type: ignore[operator]  # typed as a Tensor
     return Policy(

@@ -15,9 +15,7 @@ from virft_fast.config import ALGORITHMS, RunConfig, UsageError, usage
 from virft_fast.console import say
 from virft_fast.data import PromptSampler
 from virft_fast.engine import find_state
-from virft_fast.models.adapters import LoraPlan
-from virft_fast.models.qwen_vl import weights_stamp
-from virft_fast.models.tiny import resolve_model_path
+from virft_fast.models.source import ModelSource
 
 logger = logging.getLogger("virft_fast")
 
@@ -36,9 +34,11 @@ UNNAMED_ON_RESUME = """
 """.split()
 
 
-def read_resumed(folder: Path, config: RunConfig, plan: LoraPlan | None) -> Row:
+def read_resumed(folder: Path, config: RunConfig, source: ModelSource, adapter: str | None) -> Row:
     """The state of the run to resume; its entry `changed` lists the flags that differ.
 
+    Args:
+        source: the model that the flags name. adapter: a `LoraPlan.kind`; None without one.
     Raises:
         ValueError, FileNotFoundError: it can't be resumed with these flags.
     """
@@ -56,7 +56,6 @@ def read_resumed(folder: Path, config: RunConfig, plan: LoraPlan | None) -> Row:
             f"{ {k: was[k] for k in refused} }, got { {k: now[k] for k in refused} }; pass the "
             "same, or start a new run in another folder"
         )
-    adapter = plan.kind if plan else None
     if config.model.use_peft and saved.get("adapter", "new") != adapter:
         saved_adapter = saved.get("adapter", "on merged weights that were not saved")
         raise UsageError(
@@ -66,8 +65,7 @@ def read_resumed(folder: Path, config: RunConfig, plan: LoraPlan | None) -> Row:
         )
     find_state(folder / "engine", deepspeed=config.train.deepspeed is not None)
     if adapter != "stacked":  # whose base may have to be merged again first
-        path = resolve_model_path(config.model.model_name_or_path)
-        check_base_weights(folder, saved, weights_stamp(path), config)
+        check_base_weights(folder, saved, source.stamp, config)
     named = [k for k in changed if k not in UNNAMED_ON_RESUME]
     saved["changed"] = ", ".join(f"--{k} {was[k]} -> {now[k]}" for k in named)
     if named:

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import logging
-import time
+import math
 from functools import partial
 
-from virft_fast import tasks
+from virft_fast import dist, tasks
 from virft_fast.algorithms import algorithm_of
 from virft_fast.algorithms.base import Data
-from virft_fast.batch import Prompt
-from virft_fast.config import RunConfig, UsageError, column_names
+from virft_fast.config import RunConfig, column_names
 from virft_fast.data import BadRow, BadRows, ParquetRows, SampleDataset, first_solutions, load_rows
 from virft_fast.data.prompt_source import PromptSource
-from virft_fast.data.survey import Survey, open_space, survey
-from virft_fast.models.processing import ImageOnlyQwen2VLProcessor
-from virft_fast.train.flags import num_steps, prompts_per_step
+from virft_fast.data.survey import open_space, survey
+from virft_fast.models.families import Processor
 
 logger = logging.getLogger("virft_fast")
 
 NUM_SELF_CHECKED = 16
-FIRST_PROMPT_SECONDS = 15.0
 
 
-def prepare_data(config: RunConfig, processor: ImageOnlyQwen2VLProcessor) -> Data:
+def prepare_data(config: RunConfig, processor: Processor) -> Data:
     """Load the rows, and choose how answers are scored.
 
     Raises:
@@ -57,7 +54,13 @@ def prepare_data(config: RunConfig, processor: ImageOnlyQwen2VLProcessor) -> Dat
     samples, boxes = samples_of(rows, check_solution=check), open_space(task, space)
     seen = survey(samples, boxes=boxes, check=fits)
     warning = seen.settle_boxes()
-    _check_left_out(config, seen)
+    train = config.train
+    num_prompts = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    num_prompts *= dist.world_size()
+    drawn = len(samples) * train.num_train_epochs
+    steps = train.max_steps if train.max_steps > 0 else max(1, math.ceil(drawn / num_prompts))
+    if steps * num_prompts >= len(samples):
+        seen.check_left_out(flags.max_bad_rows)
     names = [] if preferences else config.grpo.reward_funcs
     if not names and not preferences:
         names = tasks.default_rewards(task, seen.solutions)
@@ -78,21 +81,12 @@ def prepare_data(config: RunConfig, processor: ImageOnlyQwen2VLProcessor) -> Dat
         task=task,
         reward_funcs=tasks.with_class_set(tasks.load_reward_funcs(names), classes),
         reward_weights=config.grpo.weights_of(names),
-        bad_rows=BadRows(config.data.max_bad_rows),
+        bad_rows=BadRows(flags.max_bad_rows),
+        prompts_per_step=num_prompts,
+        total_steps=steps,
         permutation=rows.permutation if isinstance(rows, ParquetRows) else None,
         table=[*table, *([f"  warning: {warning}"] if warning else [])],
     )
-
-
-def _check_left_out(config: RunConfig, seen: Survey) -> None:
-    """Raise UsageError if a run over all rows is sure to end at --max_bad_rows."""
-    unusable, limit = seen.read - seen.kept, config.data.max_bad_rows
-    if unusable > limit and num_steps(config, seen.rows) * prompts_per_step(config) >= seen.rows:
-        reasons = [f"{reason}: {len(rows)}" for reason, rows in seen.account.left_out.items()]
-        raise UsageError(
-            f"--max_bad_rows {limit}: expected at most so many rows that can't be used, got "
-            f"{unusable} of {seen.read} ({'; '.join(reasons[:5])}); fix the data or raise it"
-        )
 
 
 def warn_of_unearned(data: Data) -> None:
@@ -111,20 +105,3 @@ def warn_of_unearned(data: Data) -> None:
             "the solutions, or choose others with --reward_funcs",
             name, len(rows), len(samples), "; ".join(rows[:3]),
         )  # fmt: skip
-
-
-def first_prompt(source: PromptSource) -> Prompt:
-    """The prompt of the first usable row.
-
-    Raises:
-        ValueError: none was usable, or none within FIRST_PROMPT_SECONDS.
-    """
-    reasons, started = [], time.monotonic()
-    for prompt in map(source.load, range(len(source))):
-        if not isinstance(prompt, BadRow):
-            return prompt
-        reasons.append(f"row {prompt.index}: {prompt.reason}")
-        if time.monotonic() - started > FIRST_PROMPT_SECONDS:
-            break
-    first = "; ".join(reasons[:3])
-    raise ValueError(f"expected at least one usable row of {len(reasons)}, got none: {first}")

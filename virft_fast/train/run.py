@@ -18,11 +18,11 @@ from virft_fast import dist
 from virft_fast.algorithms import algorithm_of
 from virft_fast.algorithms.base import Data, HeldOut
 from virft_fast.algorithms.step import TrainState
-from virft_fast.config import RunConfig, UsageError, usage
+from virft_fast.cli import parse
+from virft_fast.config import TRAIN_GROUPS, RunConfig, UsageError, given_flags, usage
 from virft_fast.console import say, unbreakable
 from virft_fast.output_lock import HEARTBEAT_SECONDS, OutputLock
 from virft_fast.train.conclusion import conclude
-from virft_fast.train.flags import parse_args
 from virft_fast.train.loop import AGREED_ERRORS, is_given_up, train, where_to_resume
 from virft_fast.train.setup import set_up
 from virft_fast.watch import SectionTimeout, Watch
@@ -75,6 +75,29 @@ def main(argv: list[str] | None = None) -> int:
         dist.shutdown()
 
 
+def parse_args(argv: list[str]) -> RunConfig:
+    """The configuration that flags and a --config file describe.
+
+    Raises:
+        UsageError: an unknown or misspelt flag or key, or a value out of range.
+    """
+    config = RunConfig(*parse(TRAIN_GROUPS, argv, "python -m virft_fast.train", launch_lines=True))
+    _warn_of_unused(config)
+    return config
+
+
+def _warn_of_unused(config: RunConfig) -> None:
+    """Warn of flags without effect: another algorithm's, or of an adapter that isn't trained."""
+    algorithm = config.train.algorithm
+    lora = [] if config.model.use_peft else given_flags(config.model)
+    lora = [name for name in lora if name.startswith("lora_")]
+    unused = algorithm_of(config).without_effect(config)
+    for names, what in ((unused, f"on --algorithm {algorithm}"), (lora, "without --use_peft")):
+        if names:
+            flags = ", ".join(f"--{name}" for name in names)
+            logger.warning("without effect %s: %s", what, flags)
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     kinds = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
@@ -118,7 +141,7 @@ def _run(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLock
     train_seconds = time.perf_counter() - started
     writer.close()
     if ended in ("saved", "lost"):
-        where = f"stopped by a signal after step {state.step} of {ready.total_steps}"
+        where = f"stopped by a signal after step {state.step} of {data.total_steps}"
         if ended == "lost":
             say(f"{where}; this step could NOT be saved; {where_to_resume(output_dir)}")
             return 1

@@ -19,27 +19,18 @@ from virft_fast.config import ALGORITHMS, RunConfig, UsageError, usage
 from virft_fast.console import say
 from virft_fast.data import PromptSampler
 from virft_fast.data.writing import make_folder
-from virft_fast.engine import check_deepspeed
 from virft_fast.metrics import COMPLETIONS_FILE, METRICS_FILE, MetricsWriter, check_trackers
-from virft_fast.models.adapters import BASE_FOLDER, model_chain
-from virft_fast.models.processing import ImageOnlyQwen2VLProcessor, load_processor
-from virft_fast.models.qwen_vl import Policy, check_weights
-from virft_fast.models.tiny import resolve_model_path
+from virft_fast.models.adapters import plan_lora
+from virft_fast.models.families import Processor
+from virft_fast.models.processing import read_processor
+from virft_fast.models.source import BASE_FOLDER, ModelSource, find_model
 from virft_fast.output_lock import OutputLock
-from virft_fast.rollout.backends import check_cache_limit, check_model
+from virft_fast.rollout.backends import check_cache_limit
 from virft_fast.tasks.scoring import check_arguments
 from virft_fast.train.dry_run import dry_run
-from virft_fast.train.flags import learning_rates, num_steps
-from virft_fast.train.model import (
-    base_model,
-    begin_adapter,
-    build_policy,
-    deepspeed_config,
-    describe_adapter,
-    prepare_training,
-)
+from virft_fast.train.model import draw_blueprint, prepare_training
 from virft_fast.train.resume import load_checkpoint, read_resumed
-from virft_fast.train.rows import first_prompt, prepare_data, warn_of_unearned
+from virft_fast.train.rows import prepare_data, warn_of_unearned
 from virft_fast.watch import Watch
 
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.png"
@@ -55,12 +46,11 @@ class Run:
         saved_step: the last step that needs no checkpoint: already saved, or the initial state.
     """
 
-    processor: ImageOnlyQwen2VLProcessor
+    processor: Processor
     data: Data
     state: TrainState
     sampler: PromptSampler
     writer: MetricsWriter
-    total_steps: int
     saved: Row
     saved_step: int
 
@@ -74,31 +64,32 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
     output_dir, algorithm = Path(config.train.output_dir), algorithm_of(config)
     with usage():
         _check_flags(config, device)
-        config.model, plan = begin_adapter(config.model)
-        resume = prepare_output_dir(config, lock)
-        saved = read_resumed(resume, config, plan) if resume else {}
-        processor = load_processor(
-            resolve_model_path(config.model.model_name_or_path),
-            revision=config.model.model_revision,
-            min_pixels=config.model.min_pixels,
-            max_pixels=config.model.max_pixels,
+        source = find_model(config.model.model_name_or_path, config.model.model_revision)
+        config.model, plan = plan_lora(config.model, source)
+        resume = prepare_output_dir(config, lock, source)
+        adapter = plan.kind if plan else None
+        saved = read_resumed(resume, config, source, adapter) if resume else {}
+        processor = read_processor(
+            source, min_pixels=config.model.min_pixels, max_pixels=config.model.max_pixels
         )
         data = prepare_data(config, processor)
     for line in data.table:
         say(line)
     with usage():
         if plan is not None:
-            say(describe_adapter(plan))
-        policy = check_start(config, data)
+            say(str(plan))
+        blueprint, policy = draw_blueprint(config, data, source, plan)
+        prompt = data.train.first()
+        if data.test is not None:
+            data.test.first()
+        check_arguments(data.reward_funcs, prompt.sample.columns)
         if config.train.dry_run:
-            return dry_run(config, data, policy)
+            return dry_run(blueprint, data, prompt, policy)
         del policy
     if algorithm.draws:
         warn_of_unearned(data)
     with usage():
-        model = base_model(config, plan, processor, resume is not None)
-        state = prepare_training(config, processor, data, device, model)
-        state.adapter = plan.kind if plan else None
+        state = prepare_training(blueprint, processor, data, device, resume is not None)
         state.section, state.reward_timeout = watch.section, config.train.reward_timeout
     sampler = PromptSampler(
         len(data.train),
@@ -108,24 +99,25 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
         world_size=dist.world_size(),
         permutation=data.permutation,
     )
-    total_steps = num_steps(config, len(data.train))
     if resume:
         load_checkpoint(resume, saved, state, sampler, data, config)
     here = resume is not None and resume.parent.resolve() == output_dir.resolve()
     with usage():
         # An earlier run is deleted only when this one has all that it needs.
         if config.train.overwrite_output_dir and not here:
-            dist.on_main(partial(_delete_run, output_dir, keep=model.model_name_or_path))
+            keep = BASE_FOLDER if state.adapter == "stacked" else ""
+            dist.on_main(partial(_delete_run, output_dir, keep))
         algorithm.begin(config, state, data, resumed=bool(resume))
-        writer = _open_writer(config, total_steps, state.step)
+        writer = _open_writer(config, data.total_steps, state.step)
     if saved:
         writer.load_state_dict(saved["writer"])
     saved_step = -1 if resume and not here else state.step
-    return Run(processor, data, state, sampler, writer, total_steps, saved, saved_step)
+    return Run(processor, data, state, sampler, writer, saved, saved_step)
 
 
 def _check_flags(config: RunConfig, device: torch.device) -> None:
-    """Raise ValueError if trackers are missing, or no rollout can fit into its cache."""
+    """Raise ValueError if trackers are missing, no rollout can fit into its cache, or the output
+    folder has no name."""
     check_trackers(config.train.report_to)
     if algorithm_of(config).rolls_out(config):
         check_cache_limit(
@@ -136,6 +128,8 @@ def _check_flags(config: RunConfig, device: torch.device) -> None:
             max_completion_length=config.grpo.max_completion_length,
             device=device,
         )
+    if not config.train.output_dir.strip():
+        raise UsageError("--output_dir: expected a folder, got an empty name")
 
 
 def _open_writer(config: RunConfig, total_steps: int, step: int) -> MetricsWriter:
@@ -157,17 +151,17 @@ def _open_writer(config: RunConfig, total_steps: int, step: int) -> MetricsWrite
     return writer
 
 
-def prepare_output_dir(config: RunConfig, lock: OutputLock) -> Path | None:
+def prepare_output_dir(config: RunConfig, lock: OutputLock, source: ModelSource) -> Path | None:
     """Lock --output_dir and check that this run may write there; returns the checkpoint to resume,
     if any.
 
+    Args:
+        source: the model that the run begins with.
     Raises:
         UsageError: it holds another run or a model, or training would overwrite its own model.
     """
     output_dir = Path(config.train.output_dir)
-    if not config.train.output_dir.strip():
-        raise UsageError("--output_dir: expected a folder, got an empty name")
-    begins_in = [Path(name).resolve() for name, _ in model_chain(config.model.model_name_or_path)]
+    begins_in = [Path(name).resolve() for name, _ in source.chain]
     if output_dir.is_dir() and output_dir.resolve() in begins_in:
         raise UsageError(
             f"--output_dir {output_dir}: expected another folder than --model_name_or_path, and "
@@ -209,33 +203,12 @@ def prepare_output_dir(config: RunConfig, lock: OutputLock) -> Path | None:
 
 
 def _delete_run(output_dir: Path, keep: str) -> None:
-    """Delete only what a run writes, except the folder `keep`."""
+    """Delete only what a run writes, except what is named `keep`."""
     files = {METRICS_FILE, COMPLETIONS_FILE, SUMMARY_FILE, REPORT_FILE, "config.json",
              "generation_config.json"}  # fmt: skip
     files |= {name for algorithm in map(find_algorithm, ALGORITHMS) for name in algorithm.files}
     for path in output_dir.iterdir():
-        if _OF_A_RUN.fullmatch(path.name) and path.resolve() != Path(keep):
+        if _OF_A_RUN.fullmatch(path.name) and path.name != keep:
             checkpoints.delete(path)
         elif path.name in files or checkpoints.MODEL_FILES.fullmatch(path.name):
             path.unlink()
-
-
-def check_start(config: RunConfig, data: Data) -> Policy:
-    """Check all that can fail before the weights are loaded; returns the policy without weights.
-
-    Raises:
-        ValueError, FileNotFoundError: the flags, the weight files or the rows can't be used.
-    """
-    learning_rates(config, num_steps(config, len(data.train)))
-    ds_config, _ = deepspeed_config(config)
-    if ds_config is not None:
-        check_deepspeed(ds_config)
-    check_weights(config.model.model_name_or_path, config.model.model_revision)
-    policy = build_policy(config.model, config.grpo, torch.float32, dist.local_device(), empty=True)
-    if algorithm_of(config).rolls_out(config):
-        check_model(config.grpo.rollout_backend, policy)
-    columns = first_prompt(data.train).sample.columns
-    if data.test is not None:
-        first_prompt(data.test)
-    check_arguments(data.reward_funcs, columns)
-    return policy
