@@ -507,6 +507,7 @@ MASK, ONES = torch.ones(2, 3, dtype=torch.bool), torch.ones(2)
         ({"completion_mask": None}, "completion_mask: expected .N, T. bool, got None"),
         ({"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens: expected None"),
         ({"advantages": None}, "exactly one of them, got neither"),
+        ({"advantages": [1.0, 2.0]}, "advantages: expected a tensor, got list"),
         ({"rewards": ONES, "num_generations": 2}, "exactly one of them, got both"),
         ({"advantages": None, "rewards": ONES}, "num_generations: expected"),
         ({"advantages": None, "rewards": ONES, "num_generations": 3}, "num_generations: expected"),

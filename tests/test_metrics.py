@@ -24,6 +24,18 @@ def writer(folder, **options):
     return MetricsWriter(folder, stream=given.pop("stream", io.StringIO()), **given)
 
 
+def test_the_time_left_is_that_of_steps_alone(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("virft_fast.metrics.time.monotonic", lambda: now[0])
+    lines = io.StringIO()
+    log = writer(tmp_path, stream=lines)
+    now[0] = 600.0  # an evaluation before the first step
+    log.start()
+    now[0] = 602.0
+    log.step(1, {"reward": 1.0})
+    assert lines.getvalue().rstrip().endswith("ETA 0:10")
+
+
 def test_means_over_ranks_in_one_reduction():
     calls = []
 

@@ -38,6 +38,7 @@ def test_boxes_need_no_confidences_and_an_answer_needs_no_boxes(tmp_path, capsys
     assert try_model.main([*asked, "--output", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "(100,200),(500,900)" in shown and "boxes: 1" in shown
+    assert "ended at --max_completion_length 2" in shown
     pink = Image.open(out).getpixel((11, 30))  # the left edge, at 100 of 1000
     assert pink[0] > 200 and pink[1] < 120
     out.unlink()

@@ -25,7 +25,7 @@ OPTIONAL = {
     "peft": ("--use_peft", "pip install --no-build-isolation '.[peft]'"),
     "flash-attn": (
         "--attn_implementation flash_attention_2",
-        "pip install --no-build-isolation '.[gpu]', on a GPU node",
+        "on a GPU node: pip install --no-build-isolation '.[gpu]'",
     ),
     "liger-kernel": (
         "--use_liger_kernel",

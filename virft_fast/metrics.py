@@ -114,6 +114,12 @@ class MetricsWriter:
 
         return tqdm(total=self.total_steps, initial=start_step, file=self.stream, unit="step")
 
+    def start(self) -> None:
+        """Start the clock behind the time left; called before the first step."""
+        self._started = time.monotonic()
+        if self.bar is not None:
+            self.bar.unpause()
+
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics of a step; steps count from 1."""
         if not self.is_main:

@@ -6,7 +6,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 T = TypeVar("T")
 BAR_SECONDS = 2.0  # until a bar appears
@@ -56,8 +59,14 @@ def where() -> str:
     return _what if _collective is None else f"{_what}, waiting in {_collective}"
 
 
-def bar(items: Iterable[T], what: str, unit: str, *, shown: bool = True) -> Iterable[T]:
-    """The items, behind a bar on stderr that appears if they take longer than BAR_SECONDS."""
+def bar(
+    items: Iterable[T], what: str, unit: str, *, total: int | None = None, shown: bool = True
+) -> tqdm[T]:
+    """The items, behind a bar on stderr that appears if they take longer than BAR_SECONDS.
+
+    Args:
+        total: their number; None: `len(items)`. With no items the caller updates the bar.
+    """
     from tqdm import tqdm
 
-    return tqdm(items, what, unit=unit, delay=BAR_SECONDS, leave=False, disable=not shown)
+    return tqdm(items, what, total, unit=unit, delay=BAR_SECONDS, leave=False, disable=not shown)

@@ -42,8 +42,11 @@ def ask(arguments: argparse.Namespace) -> None:
     content = [{"type": "image"}, {"type": "text", "text": arguments.question}]
     sample = Sample(0, ({"role": "user", "content": content},), (image,), solution="")
     prompt = encode_prompt(model.processor, sample)
-    (answer,) = model.generate([prompt], 1, Sampling(length, greedy=True)).texts
+    rollouts = model.generate([prompt], 1, Sampling(length, greedy=True))
+    (answer,) = rollouts.texts
     print(answer)
+    if rollouts.truncated.any():
+        print(f"\nended at --max_completion_length {length}")
     extent_for = model.extent_for()
     read = parse_detection(answer, extent_for(*image.size) if extent_for else None)
     if read is None or not any(map(valid_box, read.boxes)):

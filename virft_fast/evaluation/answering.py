@@ -33,7 +33,7 @@ def answer(
     max_completion_length: int,
     done: Iterable[Record] = (),
     keep: Callable[[list[Record]], None] = lambda records: None,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], object] = lambda done: None,
     section: Section = nullcontext,
 ) -> list[Record]:
     """One record for each usable row of `indices`, in order, on all ranks.

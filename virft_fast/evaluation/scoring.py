@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from virft_fast import dist, progress
 from virft_fast.batch import Json, Rollouts, Sample
 from virft_fast.data import BadRow, BadRows
 from virft_fast.evaluation.answering import Load, Section, answer
@@ -54,16 +55,21 @@ def evaluate_rewards(
     Returns:
         The mean of each reward, and the task's measures (`task_measures`); the same on all ranks.
     """
-    records = answer(
-        rollout,
-        load,
-        indices,
-        lambda rollouts: scored(rollouts, reward_funcs, reward_section),
-        bad_rows=bad_rows,
-        batch_size=batch_size,
-        max_completion_length=max_completion_length,
-        section=section,
-    )
+    none: tuple[int, ...] = ()
+    with progress.bar(
+        none, "evaluating", "sample", total=len(indices), shown=dist.is_main()
+    ) as bar:
+        records = answer(
+            rollout,
+            load,
+            indices,
+            lambda rollouts: scored(rollouts, reward_funcs, reward_section),
+            bad_rows=bad_rows,
+            batch_size=batch_size,
+            max_completion_length=max_completion_length,
+            progress=lambda done: bar.update(done - bar.n),
+            section=section,
+        )
     means = _means(records, [name for name, _ in reward_funcs])
     return HeldOutScores(means | task_measures(task, records), records)
 

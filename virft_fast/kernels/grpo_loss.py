@@ -336,6 +336,8 @@ def _rewards_or_advantages(layout: Layout, dtype: torch.dtype, args: LossArgs) -
     else:
         got = "neither" if rewards is None else "both"
         raise ValueError(f"rewards, advantages: expected exactly one of them, got {got}")
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(given).__name__}")
     if given.shape != (layout.num_sequences,) or given.device != layout.mask.device:
         raise ValueError(
             f"{name}: expected ({layout.num_sequences},) on {layout.mask.device}, one a sequence, "

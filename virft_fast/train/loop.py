@@ -35,6 +35,7 @@ def train(config: RunConfig, run: Run, before: HeldOut | None, watch: Watch) -> 
     output_dir, cfg = Path(config.train.output_dir), config.train
     algorithm, complete = algorithm_of(config), True
     data, state, writer = run.data, run.state, run.writer
+    writer.start()
 
     def save(kept: Row, only_model: bool = False) -> bool:
         if kept["step"] == run.saved_step:
