@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from virft_fast import dist, doctor
+from virft_fast import doctor
 from virft_fast.doctor import Finding
 from virft_fast.train import dry_run
 
@@ -64,22 +64,37 @@ def test_a_run_is_checked_with_its_flags(capsys):
     assert doctor.main(["--model_name_or_path", "tiny", "--no_such_flag", "1"]) == 2
 
 
-@pytest.mark.parametrize(
-    "gib, status, verdict", [(80, 0, "left for activations"), (0.01, 1, "TOO LITTLE")]
-)
-def test_a_run_that_cannot_fit_is_a_problem(monkeypatch, capsys, gib, status, verdict):
-    estimate = dry_run.memory_estimate
+@pytest.mark.parametrize("gib, verdict", [(80, "left for activations"), (0.01, "TOO LITTLE")])
+def test_a_run_on_a_gpu_is_told_what_is_left(monkeypatch, gib, verdict):
+    sizes = {"weights": 30 * 2**20, "keys and values of a rollout, 9 tokens": 2**40}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, int(gib * 2**30)))
+    line = dry_run._room_on_gpu(sizes, 8)
+    assert verdict in line and ("with 8 processes" in line) == (gib < 1)
 
-    def with_gpu(*arguments):  # only from here on: this machine may have none to load a model on
-        monkeypatch.setattr(dist, "local_device", lambda: torch.device("cuda"))
-        memory = (0, int(gib * 2**30))
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: memory)
-        return estimate(*arguments)
 
-    monkeypatch.setattr(dry_run, "memory_estimate", with_gpu)
-    run = ["--model_name_or_path", "tiny", "--dataset_name", "shapes_detection"]
-    assert doctor.main([*run, "--output_dir", "unused"]) == status
-    assert verdict in capsys.readouterr().out
+def test_what_deepspeed_offloads_needs_no_gpu_memory():
+    assert dry_run._offloads({"device": "cpu", "pin_memory": True})
+    assert not dry_run._offloads({"device": "none"}) and not dry_run._offloads(None)
+
+
+def test_a_check_that_fails_is_a_problem_and_the_others_go_on(monkeypatch, capsys):
+    def broken():
+        raise OSError("libcudart.so: cannot open shared object file")
+        yield
+
+    monkeypatch.setattr(doctor, "_matcher", broken)
+    assert doctor.main([]) == 1
+    shown = capsys.readouterr().out
+    assert "problem the matcher can't be checked: OSError: libcudart.so" in shown
+    assert "fused loss on cpu" in shown
+
+
+def test_a_checkout_that_is_not_installed_is_said(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", missing)
+    assert "virft_fast is not installed" in [finding.what for finding in doctor._packages()]
 
 
 def test_a_loss_that_fails_is_a_problem(monkeypatch):
@@ -87,7 +102,7 @@ def test_a_loss_that_fails_is_a_problem(monkeypatch):
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr("virft_fast.kernels.linear_grpo_loss", fail)
-    finding = doctor._loss()
+    (finding,) = doctor._loss()
     assert finding.level == "problem" and "no kernel image" in finding.what and finding.remedy
 
 
@@ -96,6 +111,6 @@ def test_a_full_disk_is_noted_and_a_folder_that_cannot_be_written_is_a_problem(
 ):
     usage = type("Usage", (), {"free": 2**30})
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
-    assert doctor._disk(tmp_path).level == "note"
+    assert [f.level for f in doctor._disk(tmp_path)] == ["note"]
     monkeypatch.setattr("os.access", lambda *_: False)
-    assert doctor._disk(tmp_path).level == "problem"
+    assert [f.level for f in doctor._disk(tmp_path)] == ["problem"]

@@ -349,7 +349,7 @@ def odd_copy(first, folder, **settings):
 @pytest.mark.parametrize(
     "settings",
     [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"lora_bias": True}, {"peft_type": "IA3"},
-     {"init_lora_weights": "pissa"}, {"trainable_token_indices": [1]}],
+     {"init_lora_weights": "pissa"}, {"trainable_token_indices": [1]}, {"r": None}],
     ids=lambda settings: next(iter(settings)),
 )  # fmt: skip
 def test_an_adapter_that_is_more_than_products_is_refused(data, first, tmp_path, capsys, settings):

@@ -95,6 +95,28 @@ def test_a_folder_that_asks_for_code_is_refused_by_every_loader(folder, name, en
         load(str(folder))
 
 
+def test_a_folder_that_asks_for_code_after_it_was_found_is_refused_when_it_is_loaded(folder):
+    source = find_model(str(folder))
+    stamp = source.stamp
+    load_model(source, empty=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "x.Y"}}))
+    with pytest.raises(AsksForCode, match="auto_map"):
+        load_model(source)
+    (folder / "config.json").write_text(json.dumps(config))
+    with (folder / "model.safetensors").open("ab") as weights:
+        weights.write(b"0")
+    assert source.stamp != stamp  # weights that changed since are noticed
+
+
+@pytest.mark.parametrize("targets", [["q_proj", 7], [None]])
+def test_an_adapter_of_odd_target_modules_is_named(folder, targets):
+    config = {"base_model_name_or_path": "tiny", "peft_type": "LORA", "target_modules": targets}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="expected adapter_config.json as peft writes it"):
+        find_model(str(folder))
+
+
 @pytest.mark.parametrize(
     "entries",
     [

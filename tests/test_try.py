@@ -50,5 +50,8 @@ def test_what_cannot_be_used_is_a_usage_error(tmp_path, capsys):
     assert try_model.main(["tiny", str(tmp_path / "none.png"), "What?"]) == 2
     assert "none.png" in capsys.readouterr().err
     Image.new("RGB", (56, 56)).save(tmp_path / "black.png")
+    nowhere = str(tmp_path / "none" / "out.png")
+    assert try_model.main(["tiny", str(tmp_path / "black.png"), "?", "--output", nowhere]) == 2
+    assert "--output" in capsys.readouterr().err
     assert try_model.main([str(tmp_path / "no_model"), str(tmp_path / "black.png"), "What?"]) == 2
     assert "no_model" in capsys.readouterr().err

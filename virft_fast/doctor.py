@@ -4,16 +4,19 @@ where something is missing. With flags or --config also whether that run fits.""
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import platform
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
+
+from virft_fast.commands import end_process
+from virft_fast.console import unbreakable
 
 # The releases of constraints.txt. Down to pyproject.toml's bounds older ones work as well.
 TESTED = {
@@ -47,6 +50,7 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
+@unbreakable()
 def main(argv: list[str] | None = None) -> int:
     """Print all findings; returns 1 if one of them is a problem, 2 for unusable flags."""
     argv = sys.argv[1:] if argv is None else argv
@@ -59,26 +63,32 @@ def main(argv: list[str] | None = None) -> int:
         if finding.remedy:
             print(f"{'':8}-> {finding.remedy}")
         worst |= finding.level == "problem"
-    if argv:
-        from virft_fast.train import main as train
-
-        print("\nthis run:", flush=True)
-        return train([*argv, "--dry_run"]) or int(worst)
     print("\nno problems" if not worst else "\nproblems were found; see above")
-    return int(worst)
+    if not argv:
+        return int(worst)
+    print("\nthis run:", flush=True)
+    try:
+        from virft_fast.train import main as train
+    except Exception as error:  # whatever a broken package raises
+        print(f"virft-fast doctor: the run can't be checked: {error}", file=sys.stderr)
+        return 1
+    return train([*argv, "--dry_run"]) or int(worst)
 
 
 def findings(folder: Path = Path()) -> Iterator[Finding]:
-    """Look at packages, the native matcher, GPUs, collectives, disk and the loss, in this order."""
-    yield from _packages()
-    yield from _optional_packages()
-    if importlib.util.find_spec("torch") is None:
-        return
-    yield _matcher()
-    yield from _gpus()
-    yield from _collectives()
-    yield _disk(folder)
-    yield _loss()
+    """Look at packages, the native matcher, GPUs, collectives, disk and the loss, in this order. A
+    check that fails is a finding as well."""
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "Python and packages": _packages, "optional packages": _optional_packages,
+        "the matcher": _matcher, "GPUs": _gpus, "collectives": _collectives,
+        "the disk": partial(_disk, folder), "the fused loss": _loss,
+    }  # fmt: skip
+    for name, check in checks.items():
+        try:
+            yield from check()
+        except Exception as error:  # a broken package or driver can raise anything
+            text = f"{name} can't be checked: {type(error).__name__}: {error}"
+            yield Finding("problem", text, "install the package that is named again")
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -92,13 +102,20 @@ def _packages() -> Iterator[Finding]:
         if sys.version_info >= (3, 10)
         else Finding("problem", system, "use Python 3.10 or later")
     )
-    for requirement in metadata.requires("virft_fast") or []:
+    try:
+        requirements = metadata.requires("virft_fast") or []
+    except metadata.PackageNotFoundError:
+        requirements = []
+        yield Finding(
+            "note", "virft_fast is not installed", "pip install --no-build-isolation -e ."
+        )
+    for requirement in requirements:
         bound = re.match(r"([\w.-]+)\s*>=\s*([\w.]+)", requirement)
         if bound is None or "extra ==" in requirement:
             continue
         name, least = bound.groups()
         try:
-            version = metadata.version(name)
+            version = str(metadata.version(name))
         except metadata.PackageNotFoundError:
             if "sys_platform" not in requirement or platform.system() == "Linux":
                 yield Finding("problem", f"{name} is missing", f"pip install '{name}>={least}'")
@@ -120,18 +137,19 @@ def _optional_packages() -> Iterator[Finding]:
             yield Finding("note", f"{name} is not installed; {needed_for} needs it", how)
 
 
-def _matcher() -> Finding:
+def _matcher() -> Iterator[Finding]:
     import torch
 
     from virft_fast.matching import is_native, why_not_native
 
     if not is_native():
         remedy = "install torch, setuptools and ninja, then pip install --no-build-isolation ."
-        return Finding("note", f"the matcher runs in Python, slowly: {why_not_native()}", remedy)
-    if torch.cuda.is_available() and not is_native("cuda"):
+        yield Finding("note", f"the matcher runs in Python, slowly: {why_not_native()}", remedy)
+    elif torch.cuda.is_available() and not is_native("cuda"):
         remedy = "VIRFT_FAST_CUDA=1 pip install --no-build-isolation .; needs nvcc"
-        return Finding("note", "the native matcher runs on the CPU only", remedy)
-    return Finding("ok", "native matcher")
+        yield Finding("note", "the native matcher runs on the CPU only", remedy)
+    else:
+        yield Finding("ok", "native matcher")
 
 
 def _gpus() -> Iterator[Finding]:
@@ -166,17 +184,18 @@ def _collectives() -> Iterator[Finding]:
         yield Finding("problem", "no NCCL", "install torch's CUDA build for Linux")
 
 
-def _disk(folder: Path) -> Finding:
+def _disk(folder: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(folder).free
     text = f"{free / 2**30:.0f} GiB free in {folder.resolve()}"
     if not os.access(folder, os.W_OK):
-        return Finding("problem", f"{folder.resolve()} can't be written", "start in another folder")
-    if free < MIN_FREE_BYTES:
-        return Finding("note", text, "a 2B model's checkpoint takes about 20 GiB")
-    return Finding("ok", text)
+        yield Finding("problem", f"{folder.resolve()} can't be written", "start in another folder")
+    elif free < MIN_FREE_BYTES:
+        yield Finding("note", text, "a 2B model's checkpoint takes about 20 GiB")
+    else:
+        yield Finding("ok", text)
 
 
-def _loss() -> Finding:
+def _loss() -> Iterator[Finding]:
     """The fused loss and its gradient against the plain one, on the device a run would use."""
     import torch
 
@@ -194,11 +213,16 @@ def _loss() -> Finding:
         plain = grpo_loss(hidden @ weight.T, ids, mask, advantages=advantages).loss
         pair = [torch.autograd.grad(loss, hidden)[0] for loss in (fused, plain)]
     except Exception as error:  # whatever a driver or a compiler says
-        return Finding(
-            "problem", f"the fused loss fails on {device}: {error}", "--loss_impl reference"
-        )
+        text = f"the fused loss fails on {device}: {error}"
+        yield Finding("problem", text, "train with --loss_impl reference, and report it")
+        return
     difference = (pair[0] - pair[1]).abs().max().item() / pair[1].abs().max().item()
     text = f"fused loss on {device}: gradient within {difference:.0e} of the plain one"
-    return Finding("ok", text) if difference < 1e-2 else Finding(
-        "problem", text, "train with --loss_impl reference, and report it"
-    )  # fmt: skip
+    if difference < 1e-2:
+        yield Finding("ok", text)
+    else:
+        yield Finding("problem", text, "train with --loss_impl reference, and report it")
+
+
+if __name__ == "__main__":
+    end_process(main())

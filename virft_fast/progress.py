@@ -62,11 +62,12 @@ def where() -> str:
 def bar(
     items: Iterable[T], what: str, unit: str, *, total: int | None = None, shown: bool = True
 ) -> tqdm[T]:
-    """The items, behind a bar on stderr that appears if they take longer than BAR_SECONDS.
+    """The items, behind a bar on a terminal that appears if they take longer than BAR_SECONDS.
 
     Args:
         total: their number; None: `len(items)`. With no items the caller updates the bar.
     """
     from tqdm import tqdm
 
-    return tqdm(items, what, total, unit=unit, delay=BAR_SECONDS, leave=False, disable=not shown)
+    disable = None if shown else True  # None: where stderr is no terminal
+    return tqdm(items, what, total, unit=unit, delay=BAR_SECONDS, leave=False, disable=disable)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +37,9 @@ def ask(arguments: argparse.Namespace) -> None:
         ValueError, OSError: the model or the image can't be used, or `output` can't be written.
     """
     image, length = open_image(arguments.image), arguments.max_completion_length
+    output = arguments.output or Path(f"{Path(arguments.image).stem}-answer.png")
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise ValueError(f"--output {output}: expected a file in a folder that can be written")
     config = EvalConfig(arguments.model, max_completion_length=length, dtype=arguments.dtype,
                         max_pixels=arguments.max_pixels)  # fmt: skip
     model = EvaluatedModel(config, dist.local_device())
@@ -53,7 +57,6 @@ def ask(arguments: argparse.Namespace) -> None:
         print("\nno boxes in the answer, so no picture")
         return
     labels = ["" if number is None else f"{number:.2g}" for number in read.confidences]
-    output = arguments.output or Path(f"{Path(arguments.image).stem}-answer.png")
     draw_boxes(image, read.boxes, PREDICTED, labels).save(output, format="PNG")
     print(f"\nwritten: {output}; boxes: {sum(map(valid_box, read.boxes))}")
 
@@ -64,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("model", help="a folder, a hub id, an adapter's folder, or tiny")
     add("image", help="an image file")
     add("question", help="what to ask, such as 'Detect every cat.'")
-    add("--output", type=Path, help="the picture; default: IMAGE-answer.png in this folder")
+    add("--output", type=Path, help="the picture, a PNG; default: IMAGE-answer.png in this folder")
     add("--max_completion_length", type=positive, default=512, help="longest answer in tokens")
     add("--max_pixels", type=positive, help="scale a larger image down to this many pixels")
     add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, else float32")

@@ -128,7 +128,9 @@ def _check_continues(name: str, config: Row) -> None:
         odd["peft_type"] = config.get("peft_type")
     if config.get("init_lora_weights") not in _BASE_KEEPING_STARTS:
         odd["init_lora_weights"] = config["init_lora_weights"]
-    targets = _settings(config).get("target_modules", ())
+    settings = _settings(config)
+    odd |= {key: None for key in ("r", "alpha", "target_modules") if key not in settings}
+    targets = settings.get("target_modules", ())
     if {"lm_head", "embed_tokens"} & {target.split(".")[-1] for target in targets}:
         odd["target_modules"] = list(targets)
     if odd:

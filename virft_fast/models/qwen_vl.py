@@ -48,6 +48,8 @@ def load_model(
     source = find_model(name_or_path, revision)
     config = copy.deepcopy(source.config)  # which transformers changes
     source.check_weights()
+    if not empty:
+        source.refuse_code()
     *adapters, (path, revision) = source.chain
     for folder, _ in adapters:
         lora.peft_config(folder)

@@ -87,7 +87,14 @@ class ModelSource:
                 for file in _weight_files(Path(folder)):
                     with safe_open(file, "pt"):
                         pass
-            except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+            except (
+                OSError,
+                SafetensorError,
+                ValueError,
+                LookupError,
+                TypeError,
+                AttributeError,
+            ) as error:
                 pickles = sorted(file.name for file in Path(folder).glob("*.bin"))
                 hint = f"{pickles[0]} is a pickle and not opened, convert it" if pickles else ""
                 raise ValueError(
@@ -96,9 +103,15 @@ class ModelSource:
                     f"{hint or 'is the folder complete?'}"
                 ) from error
 
-    @cached_property
+    def refuse_code(self) -> None:
+        """Raise AsksForCode if one of its folders asks for code by now: files may have changed."""
+        for folder, _ in self.chain:
+            refuse_code(folder)
+        find_base_folder(*self.chain[-1])
+
+    @property
     def stamp(self) -> list[list[str | int]]:
-        """See `weights_stamp`."""
+        """See `weights_stamp`. Read anew each time, because files may change during a run."""
         stamp: list[list[str | int]] = []
         for folder in (Path(name) for name, _ in self.chain if Path(name).is_dir()):
             files = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")]
@@ -169,6 +182,8 @@ def _read_adapter(folder: str) -> Row | None:
             needed = key == "base_model_name_or_path" or config.get(key) is not None
             if needed and not isinstance(config[key], types):
                 raise ValueError(f"{key} {config[key]!r}")
+        if not all(isinstance(name, str) for name in config.get("target_modules") or ()):
+            raise ValueError(f"target_modules {config['target_modules']!r}")
         return dict(config)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from virft_fast import dist, tasks
 from virft_fast.algorithms import algorithm_of
 from virft_fast.algorithms.base import Data
-from virft_fast.batch import Prompt
+from virft_fast.batch import Json, Prompt, Row
 from virft_fast.config import RunConfig
 from virft_fast.data import BadRow
 from virft_fast.engine import zero_stage
@@ -19,6 +19,7 @@ from virft_fast.rollout.cache import KEPT_SHARE, CachePlan, cache_numbers
 from virft_fast.train.model import Blueprint
 
 NUM_CHECKED_ROWS = 200
+_CACHE = "keys and values of a rollout"
 
 
 def dry_run(blueprint: Blueprint, data: Data, prompt: Prompt, policy: Policy) -> int:
@@ -27,8 +28,7 @@ def dry_run(blueprint: Blueprint, data: Data, prompt: Prompt, policy: Policy) ->
     Args:
         prompt: the one to show. policy: without weights.
     Returns:
-        0, or 1 if the run can't fit on this GPU, a row can't be used, or its own solution does not
-        earn the maximum.
+        0, or 1 if a row can't be used or its own solution does not earn the maximum.
     """
     if not dist.is_main():
         return 0
@@ -41,18 +41,17 @@ def dry_run(blueprint: Blueprint, data: Data, prompt: Prompt, policy: Policy) ->
     print(f"rows: {len(data.train)}; steps: {data.total_steps}; prompts a step: "
           f"{data.prompts_per_step}; completions a step: "
           f"{data.prompts_per_step * config.grpo.num_generations}")  # fmt: skip
-    fits = _print_model(blueprint, data, policy)
+    _print_model(blueprint, data, policy)
     print("\n# one prompt as the model reads it")
     print(prompt.text)
     images = [f"{image.width}x{image.height}" for image in prompt.sample.images]
     for name, text in algorithm_of(config).answers(prompt.sample).items():
         print(f"{name}: {text}")
     print(f"prompt tokens: {len(prompt.input_ids)}; images: {', '.join(images) or 'none'}")
-    return max(_check_solutions(data), int(not fits))
+    return _check_solutions(data)
 
 
-def _print_model(blueprint: Blueprint, data: Data, policy: Policy) -> bool:
-    """Print parameters and memory; returns whether the memory fits."""
+def _print_model(blueprint: Blueprint, data: Data, policy: Policy) -> None:
     groups: dict[str, list[int]] = {}
     for name, parameter in policy.model.named_parameters():
         if is_reference(name):
@@ -71,16 +70,23 @@ def _print_model(blueprint: Blueprint, data: Data, policy: Policy) -> bool:
     print(f"\n# memory of one process, by formula (ZeRO stage {stage}, {world} processes)")
     for name, size in sizes.items():
         print(f"{size / 2**20:>12,.1f} MiB  {name}")
-    needed, device = sum(sizes.values()), dist.local_device()
-    print(f"{needed / 2**20:>12,.1f} MiB  in all, without activations")
-    if device.type != "cuda":
-        return True
-    _, memory = torch.cuda.mem_get_info(device)
-    verdict = f"the other {(memory - needed) / 2**20:,.1f} MiB are left for activations"
+    print(f"{sum(sizes.values()) / 2**20:>12,.1f} MiB  in all, without activations")
+    if dist.local_device().type == "cuda":
+        print(_room_on_gpu(sizes, world))
+
+
+def _room_on_gpu(sizes: dict[str, float], world: int) -> str:
+    """What the GPU has left. Rollouts whose keys and values don't fit are decoded in batches, so
+    those don't count."""
+    needed = sum(size for name, size in sizes.items() if not name.startswith(_CACHE)) / 2**20
+    memory = torch.cuda.mem_get_info(dist.local_device())[1] / 2**20
+    verdict = f"{memory - needed:,.1f} MiB are left for activations, keys and values"
     if needed > memory:
-        verdict = "TOO LITTLE; use more GPUs, a higher ZeRO stage, --use_peft or a smaller model"
-    print(f"{memory / 2**20:>12,.1f} MiB  on this GPU: {verdict}")
-    return needed <= memory
+        verdict = (
+            f"TOO LITTLE with {world} processes; use more GPUs, a higher ZeRO stage, offloading, "
+            "--use_peft or a smaller model"
+        )
+    return f"{memory:>12,.1f} MiB  on this GPU: {verdict}"
 
 
 def memory_estimate(
@@ -100,6 +106,11 @@ def memory_estimate(
     weights = copies * total * low / (world if stage == 3 else 1)
     gradients = trainable * low / (world if stage >= 2 else 1)
     optimizer = trainable * (8 + masters) / (world if stage >= 1 else 1)
+    zero: Row = (blueprint.ds_config or {}).get("zero_optimization", {})
+    if _offloads(zero.get("offload_optimizer")):
+        optimizer = 0
+    if _offloads(zero.get("offload_param")):
+        weights = 0
     copied = total * low if stage == 3 and algorithm_of(config).rolls_out(config) else 0
     tokens, how = rollout_tokens(config, data, dist.local_device())
     narrow = config.train.bf16 or config.model.dtype == "bfloat16"
@@ -109,9 +120,14 @@ def memory_estimate(
         "gradients": gradients,
         "optimizer state": optimizer,
         "copy of the whole weights for rollouts": copied,
-        f"keys and values of a rollout, {tokens:,} tokens ({how})": cache,
+        f"{_CACHE}, {tokens:,} tokens ({how})": cache,
     }
     return {name: size for name, size in sizes.items() if size}
+
+
+def _offloads(block: Json) -> bool:
+    """Whether a block of DeepSpeed's file moves something off the GPU."""
+    return isinstance(block, dict) and block.get("device", "none") != "none"
 
 
 def rollout_tokens(config: RunConfig, data: Data, device: torch.device) -> tuple[int, str]:
