@@ -1,8 +1,8 @@
 """Greedy answers to the rows of a data set, batch by batch, on any number of ranks.
 
-The ranks take turns at the rows that have no answer yet. All ranks call the rollout equally often,
-because under ZeRO-3 each call gathers the weights. While the model answers a batch, a thread reads
-the images of the next one.
+The rows without an answer are dealt out to the ranks in turn. All ranks call the rollout equally
+often, because under ZeRO-3 each call gathers the weights. While the model answers a batch, a thread
+reads the images of the next one.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def answer(
 
     Args:
         load: row -> prompt, or the reason why it can't be used; such rows are skipped and counted.
-        describe: answers -> a record each, with the row as `index`.
+        describe: answers -> one record per answer, with its row number as `index`.
         batch_size: prompts in one call of the rollout.
         done: earlier records; the model doesn't answer their rows again.
         keep: called on all ranks with the new records of all ranks, after each batch.
         progress: called with the number of rows done so far.
-        section: context for what a rank does alone, called with its name in messages; an error
-            inside is raised on all ranks.
+        section: makes a context for work that one rank does alone, given its name for messages; an
+            error inside is raised on all ranks.
     Raises:
         NoUsableRows: a rank has rows to answer, but none can be used.
         TooManyBadRows: see `BadRows`.
@@ -87,7 +87,7 @@ def answer(
 
 @contextmanager
 def _reader() -> Iterator[ThreadPoolExecutor]:
-    """A thread that reads ahead; after an error its work is dropped."""
+    """A thread that reads ahead; after an error its pending work is dropped."""
     reader = ThreadPoolExecutor(1)
     try:
         yield reader

@@ -23,7 +23,7 @@ class Ratios:
     """Measures that divide one sum over images by another: means and shares.
 
     Args:
-        units: image -> its number.
+        units: image -> its column in the counts.
     """
 
     def __init__(self, units: Mapping[Hashable, int]) -> None:

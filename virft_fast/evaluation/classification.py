@@ -30,7 +30,7 @@ def add_measures(ratios: Ratios, records: Sequence[Record], units: Sequence[Hash
     """Add `closed_set_accuracy` and `no_label`, the share of answers that name no label of the set.
 
     Args:
-        records: of `name_labels`. units: the image of each.
+        records: from `name_labels`. units: the image of each record.
     """
     right = [float(record["predicted_label"] == record["true_label"]) for record in records]
     none = [float(record["predicted_label"] == NO_LABEL) for record in records]
@@ -39,7 +39,7 @@ def add_measures(ratios: Ratios, records: Sequence[Record], units: Sequence[Hash
 
 
 class ClassMean:
-    """`mean_class_accuracy`: the mean of the classes' accuracies, whatever their sizes."""
+    """`mean_class_accuracy`: the mean of the per-class accuracies, each class weighted equally."""
 
     def __init__(
         self, records: Sequence[Record], units: Sequence[Hashable], numbers: Mapping[Hashable, int]
@@ -59,7 +59,7 @@ class ClassMean:
 
 
 class Confusion(TypedDict):
-    """How often a class is taken for another: `count`, and as a `share` of the true class."""
+    """How often one class is mistaken for another: a `count`, and a `share` of the true class."""
 
     true: str
     predicted: str

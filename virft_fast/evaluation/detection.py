@@ -80,7 +80,7 @@ def make_truth(
             about = {name: record[name] for name in ("image_id", "category_id")}
             shape = {"bbox": box, "area": area or box[2] * box[3]}
             crowd = int(bool(record.get("iscrowd")))
-            # `id` begins at 1, because pycocotools takes 0 for no annotation.
+            # `id` starts at 1, because pycocotools treats 0 as "no annotation".
             kept.append({"id": len(kept) + 1, **about, **shape, "iscrowd": crowd})
     names = ("width", "height", "neg_category_ids", "not_exhaustive_category_ids")
     slim = {
@@ -91,14 +91,14 @@ def make_truth(
 
 
 def _has_area(box: Sequence[float], image: Row) -> bool:
-    """Whether a box, xywh in pixels, has some area inside its image."""
+    """Whether a box, xywh in pixels, has any area inside its image."""
     x, y, width, height = box
     inside = x < image["width"] and y < image["height"] and x + width > 0 and y + height > 0
     return inside and width > 0 and height > 0
 
 
 def truth_of_records(records: Sequence[Record]) -> Truth:
-    """The truth that the solutions of a built data set hold; its rows name category and image.
+    """The truth from the solutions of a built data set, whose rows name their category and image.
 
     Raises:
         ValueError: a row has no image.
@@ -123,7 +123,7 @@ def truth_of_records(records: Sequence[Record]) -> Truth:
 
 def xywh(box: Box, width: int, height: int) -> list[float]:
     """A box in 0..1000 as xywh in pixels of the image. A box that is inverted, not finite or too
-    large becomes one without area, which matches nothing and counts as a false alarm."""
+    large becomes one without area, which matches nothing and counts as a false positive."""
     x1, y1, x2, y2 = rescale(box, (THOUSAND, THOUSAND), (width, height))
     usable = all(map(math.isfinite, (x1, y1, x2, y2))) and x1 < x2 and y1 < y2
     usable = usable and (x2 - x1) * (y2 - y1) <= MAX_AREA
@@ -154,7 +154,7 @@ def results_of_records(records: Iterable[Record], truth: Truth) -> list[Row]:
 
 
 def need_coco_eval() -> None:
-    """Raise ValueError if faster-coco-eval is missing, before the work rather than after it."""
+    """Raise ValueError if faster-coco-eval is missing; called before any answers are computed."""
     if importlib.util.find_spec("faster_coco_eval") is None:
         raise ValueError(
             "--task coco and lvis: expected the package faster-coco-eval; pip install "
@@ -169,8 +169,8 @@ def average_precisions(
 
     Args:
         results: in COCO's results format.
-        federated: LVIS's protocol: a category counts only on images that are known to have it or
-            not to have it, and nothing is a false alarm where it was not annotated exhaustively.
+        federated: use LVIS's protocol. A category counts only on images that are known to have it
+            or not to have it. Where it was not annotated exhaustively, nothing is a false positive.
     """
     from faster_coco_eval import COCO
     from faster_coco_eval.core.faster_eval_api import COCOeval_faster
@@ -196,7 +196,7 @@ def average_precisions(
 
 
 def _as_annotations(results: Sequence[Row]) -> list[Row]:
-    """The predictions as `loadRes` prepares them; it fails on an empty list."""
+    """The predictions in the form that `loadRes` makes; `loadRes` itself fails on an empty list."""
     return [
         {**result, "id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
         for number, result in enumerate(results, start=1)
@@ -205,7 +205,7 @@ def _as_annotations(results: Sequence[Row]) -> list[Row]:
 
 @dataclass(frozen=True)
 class Curve:
-    """One category's predictions over all images by descending score, and how each was judged.
+    """One category's predictions over all images, by descending score, and whether each is a hit.
 
     Attributes:
         image: (D,) int64, number of the image. hit, ignored: (T, D) bool, at each IoU threshold.
@@ -294,11 +294,11 @@ def _curve(
 
 
 def _judge(boxes: list[Row], predictions: list[Row]) -> tuple[BoolArray, BoolArray]:
-    """Match predictions, by descending score, to true boxes greedily, as COCO's evaluateImg does.
+    """Greedily match predictions to true boxes, by descending score, as COCO's evaluateImg does.
 
     Returns:
-        (T, D) whether each prediction has a true box, and (T, D) whether that box is a crowd, so
-        that the prediction is ignored.
+        Two (T, D) arrays: whether each prediction has a true box, and whether that box is a crowd,
+        in which case the prediction is ignored.
     """
     hit = np.zeros((len(IOUS), len(predictions)), bool)
     ignored = np.zeros_like(hit)
@@ -318,7 +318,7 @@ def _judge(boxes: list[Row], predictions: list[Row]) -> tuple[BoolArray, BoolArr
                 if taken[column] and not crowd[column]:
                     continue
                 if match is not None and not crowd[match] and crowd[column]:
-                    break  # an object wins over a crowd
+                    break  # an object takes precedence over a crowd
                 if iou >= best:
                     best, match = iou, column
             if match is not None:

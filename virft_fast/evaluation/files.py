@@ -27,13 +27,13 @@ COMPANIONS = (
 def check_result_files(
     path: Path, models: Sequence[str], inputs: Sequence[str | None], *, overwrite: bool
 ) -> None:
-    """Check before the work that the files of an evaluation can be written.
+    """Check, before any answers are computed, that the files of an evaluation can be written.
 
     Args:
         models: those of a comparison; empty for a single model.
         inputs: files that the evaluation reads, and so must not overwrite.
     Raises:
-        ValueError: they can't be written, or would replace something other than this evaluation.
+        ValueError: they can't be written, or would overwrite something other than this evaluation.
     """
     if path.is_dir():
         raise ValueError(f"--output {path}: expected a file's name, got a folder")
@@ -58,8 +58,8 @@ def check_result_files(
 
 
 def _is_ours(output: Path, compared: bool) -> bool:
-    """Whether the files are an evaluation's, or a comparison's. A comparison of other models may
-    replace one, because each model's own files hold its results."""
+    """Whether the existing files come from an evaluation, or from a comparison. A comparison of
+    other models may be overwritten, because each model's own files hold its results."""
     summary = read_object(companion(output, ".summary.json")) or {}
     if compared:
         return "models" in summary
@@ -67,9 +67,9 @@ def _is_ours(output: Path, compared: bool) -> bool:
 
 
 def of_models(output: Path, models: Sequence[str]) -> list[Path]:
-    """The records' files of several models."""
+    """The path of each model's records."""
     names = [re.sub(r"[^\w-]", "-", model.strip("/")).strip("-") for model in models]
-    # A digest tells apart paths such as a/b and a-b.
+    # A digest distinguishes paths such as a/b and a-b.
     digests = [f"-{hashlib.sha256(model.encode()).hexdigest()[:6]}" for model in models]
     unique = [n + d if names.count(n) > 1 else n for n, d in zip(names, digests, strict=True)]
     return [companion(output, f".{name}.jsonl") for name in unique]
@@ -83,9 +83,9 @@ def write_result(
     config: Row,
     exists: Mapping[int, Sequence[str]] | None,
 ) -> None:
-    """Write records, summary and the files of the task: predictions in COCO's results format and
-    their truth, the presence answers and their map. Delete those that an earlier evaluation left
-    and this one lacks."""
+    """Write records, summary and the task's own files: predictions in COCO's results format with
+    their truth, and the presence answers with their map. Delete files of an earlier evaluation that
+    this one doesn't write."""
     presence = store.records("presence")
     _write(output, _lines(result.records))
     of_task = {
@@ -156,7 +156,7 @@ def _lines(records: Sequence[Record]) -> str:
 
 
 def _json(value: Json, indent: int | None = None) -> str:
-    """JSON that every program reads: without NaN and Infinity."""
+    """Standard JSON, which has no NaN and Infinity."""
     return json.dumps(null_for_nan(value), allow_nan=False, indent=indent)
 
 

@@ -1,8 +1,8 @@
 """Grounding by Visual-RFT's evaluation on LISA: IoU of the first box, and of SAM's mask for it.
 
-Like the original, every denominator has 1e-6 added. Areas are in the unit square, so a perfect
-small box scores a little below 1. Unlike the original, where an inverted or unreadable box can give
-any number, such a box scores 0 here.
+As in the original, 1e-6 is added to every denominator. Areas are in the unit square, so a perfect
+small box scores a little below 1. An inverted or unreadable box scores 0 here; in the original it
+can give any number.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class MaskModel:
     Args:
         path: a folder or hub id of a SamModel, with its preprocessor.
     Raises:
-        ValueError: there is none, or it can't be loaded.
+        ValueError: no such model exists, or it can't be loaded.
     """
 
     def __init__(self, path: str, device: torch.device) -> None:
@@ -135,7 +135,7 @@ def mask_areas(
     """`intersection` and `union`, in pixels, of the true masks and SAM's for the answers' boxes.
 
     An answer without a box has an empty mask. Pixels that the true mask ignores count in neither.
-    Empty for a row whose true mask is missing or has another size than its image.
+    A row's record is empty if its true mask is missing or differs in size from its image.
     """
     usable: dict[int, NDArray[np.uint8]] = {}
     boxed: dict[int, tuple[Image.Image, Box]] = {}
@@ -166,7 +166,7 @@ def true_masks(rows: datasets.Dataset, indices: Iterable[int]) -> list[NDArray[n
 
 
 def true_mask(row: Row) -> NDArray[np.uint8] | None:
-    """A row's column `mask`, as `data build grounding` writes it: (H, W) uint8, 255 for the object,
+    """A row's `mask` column, as `data build grounding` writes it: (H, W) uint8, 255 for the object,
     IGNORED or 0; one bit per pixel reads as 255 and 0. None if it is missing or can't be read.
     """
     stored = row.get("mask")

@@ -1,8 +1,8 @@
-"""The records of an evaluation on disk, so that a killed run resumes where it was.
+"""The records of an evaluation on disk, so that a killed run resumes where it stopped.
 
 A journal has one JSON line per record, appended and flushed batch by batch. Its first line holds
-the settings that the records depend on. If a kill cut a line off, it and all lines after it are
-dropped.
+the settings that the records depend on. A line that a kill cut off is dropped, with all lines after
+it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from virft_fast.json_files import json_object, read_object
 from virft_fast.metrics import null_for_nan
 
 Record = Row
-# Keys that a record of each stage needs to be used again.
+# Keys that a record must have to be reused, by stage.
 _NEEDED = {
     "answer": ("prompt", "completion", "solution", "rewards"),
     "presence": ("image_id", "completion"),
@@ -25,7 +25,7 @@ _NEEDED = {
 
 
 def companion(output: Path, ending: str) -> Path:
-    """A file next to the records X.jsonl that belongs to them: X plus the ending."""
+    """The path of a file that accompanies the records X.jsonl: X plus the ending."""
     return output.with_name(output.name.removesuffix(".jsonl") + ending)
 
 
@@ -37,7 +37,7 @@ class Journal:
         settings: what the records depend on, as JSON values.
         overwrite: delete an existing file, whatever it is.
     Raises:
-        ValueError: the file holds records made under other settings, or is no journal.
+        ValueError: the file holds records made under other settings, or isn't a journal.
     """
 
     def __init__(self, path: Path, settings: Row, *, overwrite: bool = False) -> None:
@@ -57,7 +57,7 @@ class Journal:
                 break
             whole += len(line)
             entries.append(entry)
-        torn = b'{"settings": '.startswith(self.path.read_bytes()[:13])  # in its first line
+        torn = b'{"settings": '.startswith(self.path.read_bytes()[:13])  # cut off in the first line
         if entries or not torn:
             saved = entries[0].get("settings") if entries else None
             check_settings(self.path, "was interrupted", saved, self.settings)
@@ -67,7 +67,7 @@ class Journal:
             self.records.setdefault(entry["stage"], []).append(entry["record"])
 
     def add(self, stage: str, records: Iterable[Record]) -> None:
-        """Append records; once this returns, a kill of the process loses none of them."""
+        """Append records; once this returns, killing the process loses none of them."""
         lines = [{"stage": stage, "record": null_for_nan(record)} for record in records]
         if not lines:
             return
@@ -123,7 +123,7 @@ class RecordStore:
         settings: see `Journal`.
         overwrite: ignore and replace earlier records.
     Raises:
-        ValueError: earlier records were made under other settings, or a file is no journal.
+        ValueError: earlier records were made under other settings, or a file isn't a journal.
     """
 
     def __init__(self, output: Path, settings: Row, *, overwrite: bool) -> None:
@@ -131,13 +131,13 @@ class RecordStore:
         self._finished = {} if overwrite else _read_finished(output, self.journal)
 
     def records(self, stage: str) -> list[Record]:
-        """The usable records of a stage, one a row."""
+        """The usable records of a stage, one per row."""
         records = [*self._finished.get(stage, []), *self.journal.records.get(stage, [])]
         return list({r["index"]: r for r in records if is_record(r, _NEEDED[stage])}.values())
 
     def keep_unused(self, used: Iterable[Record]) -> bool:
-        """Put answers and masks that this run didn't ask for, such as with a lower --max_samples,
-        into the journal for the next run; returns whether there are any."""
+        """Keep answers and masks that this run didn't use, for example because of a lower
+        --max_samples, in the journal for the next run; returns whether there are any."""
         indices = {record["index"] for record in used}
         unused = 0
         for stage in ("answer", "mask"):
@@ -152,8 +152,8 @@ def _read_finished(output: Path, journal: Journal) -> Mapping[str, list[Record]]
     """The records of a finished evaluation by stage; none if they can't be read.
 
     Raises:
-        ValueError: they were made under other settings, and no journal shows that --overwrite has
-            started them again since.
+        ValueError: they were made under other settings, and there is no journal to show that
+            --overwrite has since restarted the evaluation.
     """
     path = companion(output, ".summary.json")
     settings = (read_object(path) or {}).get("settings")

@@ -1,4 +1,4 @@
-"""The model that an evaluation asks: its processor at once, its weights with the first question."""
+"""The evaluated model. Its processor loads at once, its weights with the first question."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class EvaluatedModel:
-    """A model by its flags. Also a `Rollout`.
+    """The model that the flags name; it is also a `Rollout`.
 
     Raises:
         ValueError, FileNotFoundError: the flags name no model, or one that can't be used.
@@ -52,7 +52,7 @@ class EvaluatedModel:
             backend=config.rollout_backend,
             device=device,
         )
-        self._load_policy(empty=True)  # finds what is wrong with the model
+        self._load_policy(empty=True)  # raises if the model can't be used
         self.family: str = self.source.config.model_type
 
     @cached_property
@@ -80,7 +80,7 @@ class EvaluatedModel:
         return self.rollout.generate(prompts, num_generations, sampling, first_row=first_row)
 
     def extent_for(self) -> ExtentFor | None:
-        """The space in which the model's family counts boxes; None: 0..1000."""
+        """The coordinate space of boxes in the model's family; None: 0..1000."""
         if FAMILY_SPACE[self.family] != "pixels":
             return None
         images = self.processor.image_processor
@@ -89,7 +89,7 @@ class EvaluatedModel:
         return partial(resized, min_pixels=low, max_pixels=high, factor=factor)
 
     def warn_of_space(self, *, in_pixels: bool) -> None:
-        """Warn if the data set counts boxes in another space than the model's family."""
+        """Warn if boxes of the data set and of the model's family differ in coordinate space."""
         if in_pixels != (FAMILY_SPACE[self.family] == "pixels"):
             own, other = ("0..1000", "pixels") if in_pixels else ("pixels", "0..1000")
             logger.warning(

@@ -1,6 +1,6 @@
 """Reports of any number of models: tables in Markdown and HTML, and a page with pictures.
 
-Texts of models and data sets are escaped, never markup.
+Text from models and data sets is escaped, so that it can't add markup.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_TEXT = 400  # characters of an answer
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts; the first cell of a row is its name."""
+    """A table of strings; the first cell of each row is the row's name."""
 
     title: str
     header: list[str]
@@ -42,7 +42,7 @@ class Picture:
     """A question and each model's answer.
 
     Attributes:
-        caption: the question. shown: of each model (a JPEG as a data URL, the answer's text).
+        caption: the question. shown: for each model (a JPEG as a data URL, the answer's text).
     """
 
     caption: str
@@ -51,7 +51,7 @@ class Picture:
 
 
 def measure_table(results: Sequence[Result]) -> Table:
-    """Every measure of every model with its interval; of several models also the change from the
+    """Every measure of every model with its interval; for several models, also the change from the
     first to the last, on the same draws."""
     header = ["measure", *(result.model for result in results)]
     if len(results) > 1:
@@ -235,7 +235,7 @@ code { display: block; font-size: 12px; white-space: pre-wrap; overflow-wrap: an
 def html(
     title: str, shown: Sequence[Table], drawn: Sequence[Picture], models: Sequence[str]
 ) -> str:
-    """One page that needs no other file."""
+    """A self-contained page."""
     import jinja2
 
     template = jinja2.Environment(autoescape=True).from_string(_PAGE)

@@ -1,8 +1,8 @@
 """Questions about the images of an annotation file, one row each.
 
-A question for every image and chosen category is the strict protocol. Visual-RFT asks only about
+The strict protocol asks about every chosen category in every image. Visual-RFT asks only about
 the categories that the base model sees in an image (its `exist_map_*.json`), which also avoids all
-false alarms for the others. Such a map can be passed, or made by asking the model.
+false positives for the others. Such a map can be passed, or made by asking the model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from virft_fast.tasks.prompts import (
 
 ExtentFor = Callable[[int, int], Extent]  # (width, height) -> the space of its boxes
 ImageId = TypeVar("ImageId", bound=int | str)
-# Image id -> names of the categories that it is said to have.
+# Image id -> names of the categories said to be in it.
 ExistsMap = Mapping[int, Sequence[str]]
 
 
@@ -59,7 +59,7 @@ class Images:
         categories: ids of the chosen ones, in the order of the questions.
         paths: image id -> its file, if the file exists.
         missing: image id -> its file, if it doesn't.
-        unclear: ids of images whose path fits several files.
+        unclear: ids of images whose path matches several files.
         exists: which of the categories to ask about; None: all of them.
         counts: what was left out, by name.
         digest: of the annotation file.
@@ -151,7 +151,7 @@ def _size(annotations: Annotations, image: int) -> tuple[int, int]:
 
 
 def other_size(annotations: Annotations, sample: Sample) -> str | None:
-    """What is wrong if an image and its annotations differ in size; None if they don't."""
+    """The error text if an image's size differs from its annotations'; None if they agree."""
     size = _size(annotations, sample.columns["image_id"])
     if not sample.images or sample.images[0].size == size:
         return None
@@ -163,7 +163,7 @@ def other_size(annotations: Annotations, sample: Sample) -> str | None:
 
 
 def presence_rows(images: Images) -> Rows:
-    """A row for each image, which asks which of the categories it has."""
+    """A row for each image that asks which of the categories are in it."""
     numbers, names = list(images.paths), images.names
 
     def make(index: int) -> Row:
@@ -190,7 +190,7 @@ def exists_of_answers(records: Iterable[Record], names: Sequence[str]) -> dict[i
 def read_exists_map(
     path: str | Path | None, images: Mapping[ImageId, str], names: Collection[str]
 ) -> tuple[dict[ImageId, list[str]] | None, dict[str, int]]:
-    """Read a map in Visual-RFT's form, {image: [category, ...]}, an image by its id or file name.
+    """Read a map in Visual-RFT's form, {image: [category, ...]}; `image` is an id or a file name.
 
     Args:
         images: image id -> its file. names: of all categories.
@@ -199,7 +199,7 @@ def read_exists_map(
         and no numbers without a path.
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no such map, or about other images.
+        ValueError: it isn't such a map, or is about other images.
     """
     if not path:
         return None, {}

@@ -1,7 +1,7 @@
 """How an evaluation parses answers: as the rewards do, or as Visual-RFT's evaluation does.
 
-Ground truths are always parsed as the rewards do it. If an answer is parsed in the other way, its
-record says so in `answers`, so that all measures of it agree.
+Ground truth is always parsed as the rewards do. If an answer is parsed the other way, its record
+says so in `answers`, so that all of its measures agree.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def true_boxes(record: Record) -> Detection | None:
 
 
 def predicted_label(record: Record, labels: ClosedSet) -> str | None:
-    """The label of the set that the answer names. In the original's reading that is the true label
-    if, and only if, answer or label is part of the other."""
+    """The label of the set that the answer names. As Visual-RFT parses answers, it is the true
+    label if and only if the answer contains the label or the label contains the answer."""
     given = labels(record["completion"])
     if "answers" not in record:
         return given

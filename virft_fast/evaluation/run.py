@@ -1,8 +1,8 @@
 """One model's evaluation from questions to measures: resumable, on any number of ranks.
 
 While it runs, X.journal next to the records X.jsonl holds what has been answered. When it is done,
-X.summary.json holds its settings. Answers in either are used again as long as the settings that
-they depend on are the same.
+X.summary.json holds its settings. Answers in either are reused as long as the settings that they
+depend on stay the same.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Scorer:
 
     Attributes:
         reward_funcs: names and functions.
-        stamp: changes with the names and with the files the functions are from.
+        stamp: changes with the names and with the files that define the functions.
     """
 
     reward_funcs: list[tuple[str, RewardFunction]]
@@ -127,7 +127,7 @@ class ModelEvaluation:
             return None, exists
         result = self._measure(questions, scorer, records)
         if images is not None and config.ask_exists and exists is not None:
-            # No questions were asked about an image whose categories could not be asked for.
+            # An image whose presence question failed was asked nothing else.
             unseen = sum(image not in exists for image in images.paths)
             result.counts["rows that can't be used"] += unseen
         self._save(self.store, result, exists)
@@ -139,7 +139,7 @@ class ModelEvaluation:
         return Scorer(tasks.with_class_set(functions, questions.labels), _reward_stamp(names))
 
     def _load_sam(self, questions: sources.Questions, path: str) -> grounding.MaskModel:
-        """Before the first question, so that a wrong path is found before the work."""
+        """SAM, loaded before the first question, so that a wrong path fails early."""
         if questions.task != "grounding":
             raise ValueError(f"--sam_path: expected a grounding task, got {questions.task}")
         if "mask" not in questions.rows.column_names:
@@ -183,7 +183,7 @@ class ModelEvaluation:
             source.load,
             questions.indices,
             describe,
-            # Rows are known by their numbers, and each stage numbers rows of its own.
+            # Bad rows are identified by number, and each stage has its own numbering.
             bad_rows=self.bad_rows if name == "answer" else BadRows(config.max_bad_rows),
             batch_size=config.batch_size,
             max_completion_length=config.max_completion_length,
@@ -193,7 +193,7 @@ class ModelEvaluation:
         )
 
     def _rescored(self, records: list[Record], scorer: Scorer) -> list[Record]:
-        """Earlier answers with new rewards, where other functions scored them."""
+        """Earlier answers, with new rewards for those that other functions scored."""
         stale = [n for n, record in enumerate(records) if record.get("scored_by") != scorer.stamp]
         for first in range(0, len(stale), self.config.batch_size):
             numbers = stale[first : first + self.config.batch_size]
@@ -205,7 +205,7 @@ class ModelEvaluation:
         return records
 
     def _annotated(self, records: Sequence[Record], questions: sources.Questions) -> list[Record]:
-        """The records with what the measures read of them besides answer and solution."""
+        """The records, with the fields that the measures read besides answer and solution."""
         records = [marked(record, self.config.answers, questions.task) for record in records]
         if (ids := questions.image_ids) is not None:
             records = [record | {"image_id": ids[record["index"]]} for record in records]
@@ -216,11 +216,11 @@ class ModelEvaluation:
     def _masks(
         self, questions: sources.Questions, sam: grounding.MaskModel, records: list[Record]
     ) -> list[Record]:
-        """The records with SAM's masks compared to the true ones, where the row has one."""
+        """The records, with SAM's masks compared to the true masks of rows that have one."""
 
         def make_stamp() -> str:
             masks = sources.content_stamp(questions.rows, ["mask"])
-            answers = self.config.answers  # another reading gives SAM another box
+            answers = self.config.answers  # parsed differently, they give SAM other boxes
             return sources.digest_of([sam.path, answers, weights_stamp(sam.path), masks])
 
         stamp = _on_main(make_stamp)
@@ -309,7 +309,7 @@ def _on_main(make: Callable[[], Value]) -> Value:
 
 
 def _described(rollouts: Rollouts) -> list[Record]:
-    """A record of each answer to which categories an image has."""
+    """A record of each answer to a presence question."""
     records = []
     for prompt, text in zip(rollouts.prompts, rollouts.texts, strict=True):
         sample = prompt.sample
@@ -319,7 +319,7 @@ def _described(rollouts: Rollouts) -> list[Record]:
 
 
 def _reward_stamp(names: Sequence[str]) -> str:
-    """Changes with the functions and the files they are from."""
-    files = [Path(name.rpartition(":")[0]) for name in names]  # a module's name is no file
+    """A stamp that changes with the functions' names and the files that define them."""
+    files = [Path(name.rpartition(":")[0]) for name in names]  # a module's name isn't a file
     contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
     return sources.digest_of([list(names), contents])

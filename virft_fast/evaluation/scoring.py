@@ -30,7 +30,7 @@ KEPT_COLUMNS = ("image_id", "category", "label")
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """Means over samples, and one record a sample in the order of the rows."""
+    """Means over samples, and one record per sample in the order of the rows."""
 
     means: dict[str, float]
     records: list[Record]
@@ -96,7 +96,7 @@ def rescored(
     tokenizer: Callable[[str], Mapping[str, Json]],
     reward_funcs: Rewards,
 ) -> list[Record]:
-    """The records with other functions' rewards for their completions.
+    """The records, with their completions scored again by other functions.
 
     A reward is None if the row can't be read anymore. `completion_ids` are the text's tokens.
     """
@@ -157,7 +157,8 @@ def match_answers(records: Sequence[Record]) -> Matched:
 
 
 def task_measures(task: str, records: Sequence[Record]) -> dict[str, float]:
-    """Detection: `ap50` and `mean_iou`; grounding: `mean_iou`; classification has its reward.
+    """Detection: `ap50` and `mean_iou`; grounding: `mean_iou`; classification: none besides its
+    reward.
 
     `mean_iou` is the mean over true boxes of the IoU with the matched box, 0 without one; matches
     maximize the sum, without a threshold. `ap50` pools the boxes of all samples as one class:

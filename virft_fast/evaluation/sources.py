@@ -48,7 +48,7 @@ class Questions:
         rows: from `load_rows`, or made from annotations.
         task: detection, classification, grounding, choice or number.
         indices: the rows to ask about.
-        digest: changes with the questions and their images; right on the main process only.
+        digest: changes with the questions and their images; valid on the main process only.
         check: sample -> what is wrong with it, or None.
         truth: for COCO's protocol, if there are annotations.
         labels: the closed set of a classification.
@@ -85,7 +85,7 @@ def images_of(config: EvalConfig) -> Images | None:
     Raises:
         ValueError, FileNotFoundError: annotations, images or --exists_map can't be used.
     """
-    if config.annotations is None or config.images is None:  # there are both or neither
+    if config.annotations is None or config.images is None:  # both are given or neither
         return None
     annotations = read_annotations(Path(config.annotations), config.task, Path(config.images))
     categories = pick_categories(annotations, config.task, config.categories)
@@ -104,7 +104,7 @@ def of_annotations(
     config: EvalConfig, images: Images, exists: ExistsMap | None, extent_for: ExtentFor | None
 ) -> Questions:
     """Questions about the images of an annotation file. The truth covers all images with a file,
-    also those without a question.
+    including those without a question.
 
     Raises:
         ValueError: there is nothing to ask.
@@ -124,7 +124,7 @@ def of_annotations(
     }
     indices = range(len(rows))
     if 0 < config.max_samples < len(rows):
-        # Objects of images without all their questions must not count as missed.
+        # Objects must not count as missed in images whose questions aren't all asked.
         indices = range(_whole_images(rows, config.max_samples))
         covered = {rows[index]["image_id"] for index in indices}
         present = {number: record for number, record in present.items() if number in covered}
@@ -148,15 +148,15 @@ def of_annotations(
 
 
 def _account(account: Built) -> dict[str, int]:
-    """Numbers of what was left out and converted, by name; boxes have a count of their own."""
+    """How many items were left out or converted, by name; boxes are counted separately."""
     items = account.left_out.items()
     left_out = {f"left out, {w}": len(i) for w, i in items if w not in (NO_BOX, NO_AREA)}
     return left_out | {f"converted, {how}": len(i) for how, i in account.converted.items()}
 
 
 def _whole_images(rows: Rows, limit: int) -> int:
-    """How many of the first rows to ask, so that every image has all its questions or none: at most
-    `limit`, but all of the first image's."""
+    """How many of the first rows to ask, so that every image has all of its questions or none. At
+    most `limit`, but always all questions of the first image."""
     count = limit
     while count and rows[count]["image_id"] == rows[count - 1]["image_id"]:
         count -= 1
@@ -166,7 +166,7 @@ def _whole_images(rows: Rows, limit: int) -> int:
 
 
 def of_presence(images: Images) -> Questions:
-    """Questions that ask of each image which of the categories it has."""
+    """One question per image: which of the categories are in it."""
     rows = questions.presence_rows(images)
     digest = digest_of([*images_stamp(images), images.names])
     check = partial(questions.other_size, images.annotations)
@@ -184,7 +184,7 @@ def of_dataset(config: EvalConfig) -> Questions:
         config.source, config.split, dataset_config=config.dataset_config, columns=columns
     )
     task = "detection" if config.task in ("coco", "lvis") else config.task
-    samples = SampleDataset(rows, compat_prompt=config.compat_prompt)  # refuses other columns
+    samples = SampleDataset(rows, compat_prompt=config.compat_prompt)  # rejects other columns
     if task == "auto":
         task = tasks.detect_task(first_solutions(samples))
     texts = [name for name in _TEXT_COLUMNS if name in rows.column_names]
@@ -253,7 +253,7 @@ def _image_ids(records: Sequence[Row]) -> list[int]:
 
 
 def _chosen(config: EvalConfig, records: Sequence[Row]) -> tuple[list[int], dict[str, int]]:
-    """The rows about the chosen categories, with --exists_map those that the map has; and the
+    """The rows about the chosen categories (with --exists_map, only those in the map), and the
     numbers of unknown images and categories in the map."""
     names = [category_of(record) if record else None for record in records]
     categories = sorted({name for name in names if name is not None})
@@ -287,7 +287,7 @@ def _chosen(config: EvalConfig, records: Sequence[Row]) -> tuple[list[int], dict
 
 
 def category_of(record: Row) -> str:
-    """The category that a row or record is about, named or read off its question."""
+    """The category that a row or record is about: its own field, or parsed from its question."""
     problem = str(record.get("problem") or record.get("prompt"))
     return str(record.get("category") or category_in(problem) or "object")
 
@@ -300,7 +300,7 @@ def digest_of(value: Json) -> str:
 
 
 def content_stamp(rows: datasets.Dataset, names: Iterable[str]) -> str:
-    """Changes with the images in these columns, stored or in files."""
+    """A stamp that changes with the images in these columns, stored or in files."""
     names = [name for name in names if name in rows.column_names]
     digest = hashlib.sha256()
     # Only a few at a time, because images may be large.
@@ -323,12 +323,12 @@ def _image_stamp(image: Json) -> Json:
 def _file_stamp(path: str | Path) -> list[str | int]:
     try:
         stat = Path(path).stat()
-    except (OSError, ValueError):  # no such file, or a name that can't be one
+    except (OSError, ValueError):  # no such file, or not a valid file name
         return [str(path)]
     return [str(path), stat.st_size, stat.st_mtime_ns]
 
 
 def images_stamp(images: Images) -> list[Json]:
-    """Changes with the annotation file, and with the images and categories to ask about."""
+    """A stamp that changes with the annotation file, and the images and categories to ask about."""
     stamps = [[number, *_file_stamp(path)] for number, path in images.paths.items()]
     return [images.digest, stamps, list(images.categories)]

@@ -1,4 +1,4 @@
-"""What a run leaves at its end: a table on standard output, summary.json and report.png."""
+"""The end of a run: prints a table and writes summary.json and report.png."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _mean(records: Sequence[Row], key: str) -> float:
 
 
 def _examples(data: Data, before: dict[str, str], after: dict[str, str]) -> list[dict[str, object]]:
-    """Held-out samples with both answers, for the report's pictures."""
+    """Held-out samples with the answers before and after training, for report.png."""
     examples: list[dict[str, object]] = []
     for index, text in before.items():
         prompt = data.test.load(int(index)) if index in after and data.test else None

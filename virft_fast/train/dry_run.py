@@ -26,9 +26,9 @@ def dry_run(blueprint: Blueprint, data: Data, prompt: Prompt, policy: Policy) ->
     """Print what would run, and score the data's solutions against themselves.
 
     Args:
-        prompt: the one to show. policy: without weights.
+        prompt: printed as an example. policy: without weights.
     Returns:
-        0, or 1 if a row can't be used or its own solution does not earn the maximum.
+        0, or 1 if a row can't be used or its own solution doesn't earn the maximum reward.
     """
     if not dist.is_main():
         return 0
@@ -76,8 +76,8 @@ def _print_model(blueprint: Blueprint, data: Data, policy: Policy) -> None:
 
 
 def _room_on_gpu(sizes: dict[str, float], world: int) -> str:
-    """What the GPU has left. Rollouts whose keys and values don't fit are decoded in batches, so
-    those don't count."""
+    """A line on the GPU memory that is left. Keys and values are not counted, because rollouts that
+    don't fit are decoded in batches."""
     needed = sum(size for name, size in sizes.items() if not name.startswith(_CACHE)) / 2**20
     memory = torch.cuda.mem_get_info(dist.local_device())[1] / 2**20
     verdict = f"{memory - needed:,.1f} MiB are left for activations, keys and values"
@@ -92,9 +92,9 @@ def _room_on_gpu(sizes: dict[str, float], world: int) -> str:
 def memory_estimate(
     blueprint: Blueprint, data: Data, policy: Policy, total: int, trainable: int
 ) -> dict[str, float]:
-    """Bytes that a process needs, by what needs them and by formula: weights, gradients and
-    optimizer state as ZeRO's stage divides them, and the keys and values of the largest rollout.
-    Activations, which depend on the images, and what CUDA and its graphs need are left out.
+    """Estimated bytes per process, by purpose: weights, gradients and optimizer state as the ZeRO
+    stage partitions them, and the keys and values of the largest rollout. Excludes activations,
+    which depend on the images, and the memory of CUDA and its graphs.
 
     Args:
         total, trainable: numbers of parameters.
@@ -126,13 +126,13 @@ def memory_estimate(
 
 
 def _offloads(block: Json) -> bool:
-    """Whether a block of DeepSpeed's file moves something off the GPU."""
+    """Whether a block of DeepSpeed's file offloads anything from the GPU."""
     return isinstance(block, dict) and block.get("device", "none") != "none"
 
 
 def rollout_tokens(config: RunConfig, data: Data, device: torch.device) -> tuple[int, str]:
-    """Tokens whose keys and values the largest rollout of a process holds at once, in a step or in
-    the evaluation, and a note on that number."""
+    """The most tokens whose keys and values a process holds at once, in a step or in the
+    evaluation, and a note that explains the number."""
     grpo, world = config.grpo, dist.world_size()
     prompt = config.data.max_prompt_length or 1024
     batch = min(config.train.eval_batch_size, math.ceil(config.train.eval_samples / world))
@@ -147,7 +147,7 @@ def rollout_tokens(config: RunConfig, data: Data, device: torch.device) -> tuple
         CachePlan.rounded(b, g, prompt, grpo.max_completion_length, device.type).num_tokens
         for b, g in batches
     )
-    # Capped by the flag. Without it, a GPU splits what doesn't fit into batches.
+    # The flag caps the cache. Without it, a GPU decodes in batches what doesn't fit.
     tokens = min(tokens, grpo.rollout_cache_tokens or tokens)
     graphs = device.type == "cuda" and (config.train.deepspeed or not config.train.bf16)
     if not graphs:
@@ -156,7 +156,7 @@ def rollout_tokens(config: RunConfig, data: Data, device: torch.device) -> tuple
 
 
 def _check_solutions(data: Data) -> int:
-    """Print rows whose solution does not earn the maximum against itself; 1 if there are any."""
+    """Print rows whose solution, scored as an answer, doesn't earn the maximum; 1 if any do."""
     num_rows = min(NUM_CHECKED_ROWS, len(data.train))
     wrong = []
     for index in range(num_rows):

@@ -1,4 +1,4 @@
-"""The loop over steps, and the checkpoint that is saved if it ends early."""
+"""The training loop, and the checkpoint that is saved if it ends early."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from virft_fast.data import BadRow, NoUsableRows, TooManyBadRows
 from virft_fast.train.setup import Run
 from virft_fast.watch import SectionStopped, Watch
 
-# Raised by all ranks at the same place.
+# Errors that all ranks raise at the same point.
 AGREED_ERRORS = (TooManyBadRows, TooManyBadSteps, NoUsableRows)
 
 
 def train(config: RunConfig, run: Run, before: HeldOut | None, watch: Watch) -> str:
-    """Take steps until the run ends.
+    """Train until the run ends.
 
-    If a step raises on all ranks before it has changed the weights, the state before it is saved
-    first.
+    If a step raises on all ranks before it changes the weights, the state before the step is saved.
 
     Args:
-        before: the evaluation before training, which a resumed run reports at its end.
+        before: the evaluation before training; checkpoints keep it, so that a resumed run can
+            report it.
     Returns:
         "done" after all steps, or "incomplete" if one of its checkpoints could not be written. If
         the run was asked to stop: "saved", or "lost" if the last step could not be saved.
@@ -58,7 +58,7 @@ def train(config: RunConfig, run: Run, before: HeldOut | None, watch: Watch) -> 
     while state.step < data.total_steps:
         kept = _state_dict(config, run, before)
         if dist.any_rank(watch.stopped, state.engine.device):
-            # Whole, even with --save_only_model: a stopped run should be resumable.
+            # With engine state, even under --save_only_model: a stopped run should be resumable.
             return "saved" if save(kept) else "lost"
         updates = state.engine.updates
         try:
@@ -66,9 +66,9 @@ def train(config: RunConfig, run: Run, before: HeldOut | None, watch: Watch) -> 
             metrics, records = algorithm.step(state, prompts)
         except BaseException as error:
             together = dist.is_agreed(error) or isinstance(error, AGREED_ERRORS)
-            hurried = isinstance(error, KeyboardInterrupt)  # asked to stop, a second time
+            hurried = isinstance(error, KeyboardInterrupt)  # asked to stop a second time
             if isinstance(error, AGREED_ERRORS) and state.step > kept["step"]:
-                # The step was completed before it raised.
+                # The step was complete before the error was raised.
                 kept, updates = _state_dict(config, run, before), state.engine.updates
             saved = together and updates == state.engine.updates and not hurried and save(kept)
             if is_given_up(error):
@@ -87,7 +87,7 @@ def train(config: RunConfig, run: Run, before: HeldOut | None, watch: Watch) -> 
 
 
 def _next_prompts(run: Run) -> list[Prompt]:
-    """This rank's prompts. If loading a row fails on one rank, for example because its disk is
+    """This rank's next prompts. If loading a row fails on one rank, for example because its disk is
     gone, every rank raises."""
     errors: list[BaseException] = []
 
@@ -114,7 +114,7 @@ def is_given_up(error: BaseException) -> bool:
 
 
 def where_to_resume(output_dir: Path) -> str:
-    """Which checkpoint can be resumed, for a message."""
+    """The part of a message that says which checkpoint can be resumed."""
     whole = [p for p in checkpoints.list_checkpoints(output_dir) if (p / "engine").is_dir()]
     if not whole:
         return "no step was saved"

@@ -36,16 +36,16 @@ from virft_fast.rollout.backends import check_model, make_rollout
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A run's model and its optimizer, checked, before the weights are loaded.
+    """The plan of a run's model and optimizer, checked before the weights are loaded.
 
     Attributes:
         config: the flags.
         source: the model that the flags name.
-        plan: of its adapter; None without one.
-        dtype: to load the weights in.
+        plan: the adapter's; None without an adapter.
+        dtype: in which the weights are loaded.
         keeps_reference: whether the run holds a second, frozen model.
         learning_rate: step -> its learning rate.
-        ds_config: DeepSpeed's, resolved; None without --deepspeed.
+        ds_config: the resolved DeepSpeed configuration; None without --deepspeed.
     """
 
     config: RunConfig
@@ -61,7 +61,7 @@ class Blueprint:
 def draw_blueprint(
     config: RunConfig, data: Data, source: ModelSource, plan: LoraPlan | None
 ) -> tuple[Blueprint, Policy]:
-    """What is going to be loaded, and the policy without weights.
+    """The blueprint of the model that the flags name, and its policy without weights.
 
     Raises:
         ValueError, FileNotFoundError: the flags or the model's files can't be used.
@@ -81,8 +81,8 @@ def draw_blueprint(
 
 
 def merge_base(blueprint: Blueprint, processor: Processor, resumed: bool) -> Blueprint:
-    """The blueprint of the model to load. For a stacked adapter this is the merged base, which is
-    written before training, so that the model that is trained is the one that is saved."""
+    """The blueprint of the model to load. For a stacked adapter, that is the merged base. It is
+    written before training, so that the adapter is trained on the same base that is saved."""
     plan = blueprint.plan
     if plan is None or plan.kind != "stacked":
         return blueprint
@@ -102,11 +102,11 @@ def merge_base(blueprint: Blueprint, processor: Processor, resumed: bool) -> Blu
 def prepare_training(
     blueprint: Blueprint, processor: Processor, data: Data, device: torch.device, resumed: bool
 ) -> TrainState:
-    """Load the model, wrap it in its engine and put the parts of a step together."""
+    """Load the model, wrap it in its engine and assemble the training state."""
     config, adapter = blueprint.config, blueprint.plan.kind if blueprint.plan else None
     blueprint = merge_base(blueprint, processor, resumed)
     train, grpo, algorithm = config.train, config.grpo, algorithm_of(config)
-    torch.manual_seed(train.seed)  # a new adapter is the same on all ranks, and in every run
+    torch.manual_seed(train.seed)  # so that a new adapter is the same on all ranks and in every run
     base_weights, save_dtype = blueprint.source.stamp, stored_dtype(config, blueprint.source)
     ds_config, settings, dtype = blueprint.ds_config, blueprint.settings, blueprint.dtype
     partitioning = prepare_deepspeed(ds_config, device) if ds_config else None
@@ -157,8 +157,8 @@ def prepare_training(
 def deepspeed_config(
     train: TrainConfig, source: ModelSource
 ) -> tuple[Row | None, OptimizerSettings]:
-    """The resolved configuration of DeepSpeed, None without --deepspeed, and the optimizer's
-    settings, which it may override."""
+    """The resolved DeepSpeed configuration (None without --deepspeed) and the optimizer settings,
+    which that configuration may override."""
     settings = OptimizerSettings(
         learning_rate=train.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
@@ -180,15 +180,16 @@ def deepspeed_config(
 
 
 def training_dtype(config: RunConfig) -> torch.dtype:
-    """The dtype to load the weights in. With --bf16, DeepSpeed keeps float32 masters of bf16
-    weights; without DeepSpeed the weights are the masters, and only the passes are in bf16."""
+    """The dtype in which weights are loaded. With --bf16, DeepSpeed keeps float32 master copies of
+    bf16 weights. Without DeepSpeed the weights stay float32, and only the forward and backward
+    passes run in bf16."""
     if config.model.dtype != "auto":
         return getattr(torch, config.model.dtype)
     return torch.bfloat16 if config.train.bf16 and config.train.deepspeed else torch.float32
 
 
 def stored_dtype(config: RunConfig, source: ModelSource) -> torch.dtype | None:
-    """The dtype of saved weights; None: the one they are trained in."""
+    """The dtype of saved weights; None keeps the training dtype."""
     if config.train.save_dtype != "auto":
         return getattr(torch, config.train.save_dtype)
     as_trained = config.model.use_peft or not config.train.bf16
@@ -196,10 +197,10 @@ def stored_dtype(config: RunConfig, source: ModelSource) -> torch.dtype | None:
 
 
 def learning_rates(train: TrainConfig, total_steps: int) -> Callable[[int], float]:
-    """Step -> its learning rate, by a schedule of transformers.
+    """A function from step to learning rate, following a schedule from transformers.
 
     Raises:
-        UsageError: there is no such schedule, or it needs more than the step.
+        UsageError: no such schedule exists, or it depends on more than the step.
     """
     from transformers import get_scheduler
 
@@ -231,8 +232,8 @@ def build_policy(
 
     Args:
         empty: on the meta device, without weights.
-        frozen_copy: hold a frozen copy of a continued adapter, as the reference.
-        checkpointing: follow --gradient_checkpointing; a reference has no gradients.
+        frozen_copy: keep a frozen copy of a continued adapter as the reference.
+        checkpointing: apply --gradient_checkpointing; not for a reference, which has no gradients.
     """
     model, grpo, plan = blueprint.config.model, blueprint.config.grpo, blueprint.plan
     if grpo.prefix_attention == "flex" and device.type != "cuda":

@@ -19,9 +19,9 @@ from virft_fast.models.source import ModelSource
 
 logger = logging.getLogger("virft_fast")
 
-# Flags that must not change when a run is resumed, in addition to those that algorithms name. Other
-# flags may change. Changes are logged, except those of the second list, which decide where and how
-# often things are written.
+# Flags that must not change on resume, in addition to those that each algorithm names. Other flags
+# may change. Changes are logged, except for flags in the second list, which only decide where and
+# how often output is written.
 SAME_ON_RESUME = """
     algorithm per_device_train_batch_size gradient_accumulation_steps num_generations seed
     dataset_name dataset_train_split dataset_config dataset_streaming compat_prompt
@@ -35,12 +35,12 @@ UNNAMED_ON_RESUME = """
 
 
 def read_resumed(folder: Path, config: RunConfig, source: ModelSource, adapter: str | None) -> Row:
-    """The state of the run to resume; its entry `changed` lists the flags that differ.
+    """The saved state of the run to resume; its `changed` entry lists the flags that differ.
 
     Args:
-        source: the model that the flags name. adapter: a `LoraPlan.kind`; None without one.
+        source: the model that the flags name. adapter: a `LoraPlan.kind`; None without an adapter.
     Raises:
-        ValueError, FileNotFoundError: it can't be resumed with these flags.
+        ValueError, FileNotFoundError: the run can't be resumed with these flags.
     """
     saved = checkpoints.read_state(folder)
     checkpoints.check_state(folder, saved)
@@ -64,7 +64,7 @@ def read_resumed(folder: Path, config: RunConfig, source: ModelSource, adapter: 
             "docs/checkpoints.md says how to rescue what an earlier version wrote"
         )
     find_state(folder / "engine", deepspeed=config.train.deepspeed is not None)
-    if adapter != "stacked":  # whose base may have to be merged again first
+    if adapter != "stacked":  # a stacked one's base may need to be merged again first
         check_base_weights(folder, saved, source.stamp, config)
     named = [k for k in changed if k not in UNNAMED_ON_RESUME]
     saved["changed"] = ", ".join(f"--{k} {was[k]} -> {now[k]}" for k in named)
@@ -81,7 +81,7 @@ def load_checkpoint(
     data: Data,
     config: RunConfig,
 ) -> None:
-    """Restore engine, counters, data order and bad rows from a checkpoint."""
+    """Restore the engine, counters, data order and bad rows from a checkpoint."""
     with usage():
         check_base_weights(folder, saved, state.base_weights, config)
         state.engine.load_state(folder / "engine")
@@ -95,7 +95,7 @@ def load_checkpoint(
     output_dir = Path(config.train.output_dir)
 
     def tidy() -> None:
-        # `folder` may belong to another run, whose checkpoints stay as they are.
+        # Not in `folder`, which may belong to another run, whose checkpoints stay as they are.
         for path in checkpoints.set_later_aside(output_dir, state.step):
             say(f"a later checkpoint is now {path}")
         checkpoints.delete_leftovers(output_dir, config.train.save_total_limit)
@@ -105,10 +105,10 @@ def load_checkpoint(
 
 
 def check_base_weights(folder: Path, saved: Row, now: Json, config: RunConfig) -> None:
-    """Raise UsageError if the weights that the run began with have changed, and it needs them.
+    """Raise UsageError if the weights that the run started from have changed but are still needed.
 
     Args:
-        now: their stamp of `weights_stamp`.
+        now: their current `weights_stamp`.
     """
     if not _same_weights(config, saved.get("weights"), now):
         raise UsageError(
@@ -119,8 +119,8 @@ def check_base_weights(folder: Path, saved: Row, now: Json, config: RunConfig) -
 
 
 def _same_weights(config: RunConfig, saved: Json, now: Json) -> bool:
-    """Whether the weight files that the run still needs have these stamps: all files for a
-    reference, the base model's for an adapter. Earlier versions saved no stamp."""
+    """Whether the weight files that the run still needs are unchanged: all files if it has a
+    reference, the base model's if it has an adapter. Earlier versions saved no stamp."""
     if saved is None or algorithm_of(config).uses_reference(config):
         return saved is None or saved == now
     if not config.model.use_peft:

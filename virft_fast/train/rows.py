@@ -1,4 +1,4 @@
-"""The rows of a run: which are used, and how answers are scored."""
+"""A run's data: which rows are used, and how answers are scored."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def prepare_data(config: RunConfig, processor: Processor) -> Data:
 
 
 def warn_of_unearned(data: Data) -> None:
-    """Warn of accuracy rewards that solutions don't earn against themselves; checks rows from all
-    over the data set."""
+    """Warn about accuracy rewards that a solution doesn't earn when it is scored as an answer;
+    checks rows spread over the data set."""
     count = len(data.train)
     indices = sorted({n * count // NUM_SELF_CHECKED for n in range(NUM_SELF_CHECKED)})
     loaded = [data.train.samples.get(index) for index in indices if index < count]

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         # Only the main process logs warnings; every process logs its errors.
         logger.setLevel(logging.INFO if dist.is_main() else logging.ERROR)
         if dist.is_main() and config.model.model_name_or_path != "tiny":
-            transformers_logging.enable_progress_bar()  # of loading, which takes a while
+            transformers_logging.enable_progress_bar()  # loading takes a while
         return run(config, device)
     except UsageError as error:
         print(f"virft_fast.train: error: {error}", file=sys.stderr)
@@ -79,7 +79,7 @@ def parse_args(argv: list[str]) -> RunConfig:
     """The configuration that flags and a --config file describe.
 
     Raises:
-        UsageError: an unknown or misspelt flag or key, or a value out of range.
+        UsageError: an unknown or misspelled flag or key, or a value out of range.
     """
     config = RunConfig(*parse(TRAIN_GROUPS, argv, "python -m virft_fast.train", launch_lines=True))
     _warn_of_unused(config)
@@ -87,7 +87,7 @@ def parse_args(argv: list[str]) -> RunConfig:
 
 
 def _warn_of_unused(config: RunConfig) -> None:
-    """Warn of flags without effect: another algorithm's, or of an adapter that isn't trained."""
+    """Warn about flags without effect: another algorithm's, or those of an unused adapter."""
     algorithm = config.train.algorithm
     lora = [] if config.model.use_peft else given_flags(config.model)
     lora = [name for name in lora if name.startswith("lora_")]
@@ -104,7 +104,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def run(config: RunConfig, device: torch.device) -> int:
-    """Run while no other run writes --output_dir; returns the exit status."""
+    """Train while holding the lock on --output_dir; returns the exit status."""
     output_dir = Path(config.train.output_dir)
     lock = OutputLock(output_dir)
     watch = Watch(
@@ -187,11 +187,11 @@ def evaluate(config: RunConfig, state: TrainState, data: Data) -> HeldOut | None
 
 
 def _quiet_libraries() -> None:
-    """Leave our progress bar alone on the terminal; silence warnings that recur at every call."""
+    """Silence other libraries' progress bars, and warnings that recur at every call."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not torch.cuda.is_available():
-        # transformers imports DeepSpeed when it saves; without this it warns that there is no GPU.
+        # transformers imports DeepSpeed when it saves, which would then warn about the missing GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     transformers_logging.set_verbosity_error()

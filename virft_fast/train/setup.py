@@ -39,10 +39,10 @@ _OF_A_RUN = re.compile(rf"checkpoint-\d+|{BASE_FOLDER}|{checkpoints.LEFTOVER.pat
 
 @dataclass
 class Run:
-    """A run that can take its first step.
+    """A run that is ready for its first step.
 
     Attributes:
-        saved: the state in the checkpoint that it resumes; empty without one.
+        saved: the state of the checkpoint that it resumes; empty without one.
         saved_step: the last step that needs no checkpoint: already saved, or the initial state.
     """
 
@@ -56,7 +56,7 @@ class Run:
 
 
 def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLock) -> Run | int:
-    """Prepare the run; for a dry run, its exit status instead.
+    """Prepare the run; a dry run returns its exit status instead.
 
     Raises:
         UsageError: the flags don't describe a run that can start.
@@ -103,7 +103,7 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
         load_checkpoint(resume, saved, state, sampler, data, config)
     here = resume is not None and resume.parent.resolve() == output_dir.resolve()
     with usage():
-        # An earlier run is deleted only when this one has all that it needs.
+        # Delete an earlier run only once this one has everything it needs.
         if config.train.overwrite_output_dir and not here:
             keep = BASE_FOLDER if state.adapter == "stacked" else ""
             dist.on_main(partial(_delete_run, output_dir, keep))
@@ -133,7 +133,7 @@ def _check_flags(config: RunConfig, device: torch.device) -> None:
 
 
 def _open_writer(config: RunConfig, total_steps: int, step: int) -> MetricsWriter:
-    """The writer of the run's records; a resumed run drops those after `step`."""
+    """The writer of the run's records; drops the records after `step` when a run resumes."""
     train, output_dir = config.train, Path(config.train.output_dir)
     writer = MetricsWriter(
         output_dir,
@@ -156,9 +156,10 @@ def prepare_output_dir(config: RunConfig, lock: OutputLock, source: ModelSource)
     if any.
 
     Args:
-        source: the model that the run begins with.
+        source: the model that the run starts from.
     Raises:
-        UsageError: it holds another run or a model, or training would overwrite its own model.
+        UsageError: the folder holds another run or a model, or training would overwrite its own
+            model.
     """
     output_dir = Path(config.train.output_dir)
     begins_in = [Path(name).resolve() for name, _ in source.chain]
@@ -180,7 +181,7 @@ def prepare_output_dir(config: RunConfig, lock: OutputLock, source: ModelSource)
         say(f"--resume_from_checkpoint {wanted}: no checkpoint in {output_dir}; this run starts")
     elif resume is not None and resume.parent.resolve() == output_dir.resolve():
         return resume
-    else:  # with `true`, a run that was killed before its first checkpoint starts again
+    else:  # `true` also restarts a run that was killed before its first checkpoint
         left += [METRICS_FILE, BASE_FOLDER]
     holds_run = checkpoints.list_checkpoints(output_dir) or any(
         any(output_dir.glob(name)) for name in left
@@ -203,7 +204,7 @@ def prepare_output_dir(config: RunConfig, lock: OutputLock, source: ModelSource)
 
 
 def _delete_run(output_dir: Path, keep: str) -> None:
-    """Delete only what a run writes, except what is named `keep`."""
+    """Delete the files that a run writes, except `keep`; all other files stay."""
     files = {METRICS_FILE, COMPLETIONS_FILE, SUMMARY_FILE, REPORT_FILE, "config.json",
              "generation_config.json"}  # fmt: skip
     files |= {name for algorithm in map(find_algorithm, ALGORITHMS) for name in algorithm.files}
