@@ -6,10 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 TEST_ARGS ?=
-# Compiling each file of every package takes longer than compiling what is imported.
+# Compiling every file of all packages takes longer than compiling only what is imported.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.txt csrc/matching/*)
-# A new stamp whenever what the set-up depends on changes.
+# The stamp changes with everything that the setup depends on.
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml setup.py virft_fast/__init__.py constraints.txt Makefile $(NATIVE) | cksum | cut -d' ' -f1)
 FUZZ_SECONDS ?= 60
 
@@ -32,7 +32,7 @@ $(STAMP):
 demo: $(STAMP)
 	$(BIN)/python -m virft_fast demo $(DEMO_ARGS)
 
-# One thread a process: the tests run two at a time, and some start two processes of their own.
+# One thread per process: tests run two at a time, and some start two processes of their own.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal $(TEST_ARGS)
 
@@ -44,11 +44,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 
-# The site in site/; a warning is an error.
+# Build the site in site/; a warning is an error.
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict --quiet
 
-# sdist and wheel in dist/, the native matcher in it.
+# Build sdist and wheel in dist/; the wheel includes the native matcher.
 package: $(STAMP)
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/twine check --strict dist/*
@@ -60,13 +60,14 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The matcher's C++ tests, under the address and undefined-behaviour sanitizers; needs cmake.
+# The matcher's C++ tests, under the address and undefined-behavior sanitizers; needs cmake.
 test-core:
 	cmake -S . -B build/core -DVIRFT_SANITIZE=ON >/dev/null
 	cmake --build build/core --parallel 2
 	ctest --test-dir build/core --output-on-failure
 
-# Any bytes as boxes and options, under the same sanitizers; needs clang and its libFuzzer.
+# Fuzz the matcher with arbitrary bytes as boxes and options, under the same sanitizers; needs clang
+# and its libFuzzer.
 fuzz:
 	cmake -S . -B build/fuzz -DVIRFT_FUZZ=ON -DVIRFT_TESTS=OFF -DCMAKE_CXX_COMPILER=clang++ >/dev/null
 	cmake --build build/fuzz --parallel 2
@@ -74,11 +75,11 @@ fuzz:
 	build/fuzz/fuzz_matching -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -print_final_stats=1 \
 		-artifact_prefix=build/fuzz/ build/fuzz/corpus
 
-# Compiles every .cu for all architectures, without a GPU; needs nvcc.
+# Compile every .cu for all architectures, without a GPU; needs nvcc.
 check-cuda: $(STAMP)
 	$(BIN)/python scripts/check_cuda.py
 
-# Registers, spills and wide loads of every Triton kernel, compiled without a GPU.
+# Print registers, spills and wide loads of every Triton kernel, compiled without a GPU.
 check-triton: $(STAMP)
 	$(BIN)/python scripts/check_triton.py
 
@@ -91,7 +92,7 @@ tiny-model: $(STAMP)
 demo-curves: $(STAMP)
 	$(BIN)/python scripts/demo_curves.py --out docs
 
-# One thread: the model is so small that a second one costs more than it does.
+# One thread: the model is so small that a second one costs more time than it saves.
 demo-mia: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/demo_mia.py $(DEMO_ARGS)
 

@@ -1,8 +1,8 @@
 """Builds virft_fast._C, the native matcher; everything else about the package is in pyproject.toml.
 
-VIRFT_FAST_CUDA=1 builds its CUDA half as well, 0 leaves it out; by default it is built where nvcc
-and a CUDA build of torch are. Without a compiler, or without torch at build time, the package
-installs all the same and matches with its Python reference.
+VIRFT_FAST_CUDA=1 builds its CUDA half as well, 0 leaves it out; by default it is built if nvcc and
+a CUDA build of torch are installed. Without a compiler, or without torch at build time, the package
+still installs, and matches with its Python reference.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-# PTX of the last one lets newer devices compile it for themselves.
+# The PTX of the last one lets newer devices compile the kernels for themselves.
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 CXX_FLAGS = ["-std=c++20", "-O3", "-fopenmp-simd", "-ffp-contract=off",
              "-fvisibility=hidden", "-g0"]  # fmt: skip
@@ -62,7 +62,8 @@ def extension() -> dict:
 
     class Build(cpp_extension.BuildExtension.with_options(use_ninja=bool(shutil.which("ninja")))):
         def run(self) -> None:
-            # In a checkout an older build lies in the package, and would be loaded after a failure.
+            # In a checkout the package may hold an older build, which would be loaded after a
+            # failure.
             for stale in (ROOT / "virft_fast").glob("_C.*"):
                 stale.unlink()
             if wish == "1":
@@ -101,7 +102,7 @@ def module(torch, cpp_extension, *, with_cuda: bool):
         "include_dirs": [str(ROOT / "csrc")],
         "define_macros": macros,
         "extra_compile_args": {"cxx": CXX_FLAGS},
-        # Loads also before torch was imported, from site-packages and from a checkout.
+        # Also loads before torch is imported, from site-packages and from a checkout.
         "runtime_library_dirs": ["$ORIGIN/../torch/lib", f"{Path(torch.__file__).parent}/lib"],
     }
     if not with_cuda:

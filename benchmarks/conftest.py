@@ -1,10 +1,10 @@
-"""What the benchmarks share: contenders timed in turns in one run, and a table of ratios.
+"""Shared by the benchmarks: contenders timed in turns in one run, and a table of ratios.
 
     pytest benchmarks/ --save-results    also writes benchmarks/results/SUITE-MACHINE.json
 
-A contender's answer is checked before anything is timed. Contenders take turns, so that a machine
-that slows down slows all of them down; the figure of each is its best time, of whole steps and
-rollouts the median.
+A contender's answer is checked before anything is timed. Contenders take turns, so that a slowdown
+of the machine affects all of them. Each contender's figure is its best time; for whole steps and
+rollouts, its median.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pytest
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-SECONDS = 1.5  # a case, about
+SECONDS = 1.5  # per case, about
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,11 +41,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[str, float]]:
-    """race(case, {name: function}, ours=name) times the contenders in turns and notes the ratios.
+    """race(case, {name: function}, ours=name) times the contenders in turns and records the ratios.
 
     `rounds` fixes the number of turns, and the figure is then their median. `notes` are further
-    figures by name, e.g. {"ours": {"peak_mib": 12.0}}. pytest-benchmark reports `ours`; returns the
-    figure of each in milliseconds.
+    figures by name, e.g. {"ours": {"peak_mib": 12.0}}. pytest-benchmark reports `ours`. Returns
+    each contender's figure in milliseconds.
     """
 
     def run(
@@ -55,7 +55,7 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[s
         notes: dict[str, dict[str, float]] | None = None,
         rounds: int | None = None,
     ) -> dict[str, float]:
-        if not benchmark.enabled:  # --benchmark-disable: that they run is all that is asked
+        if not benchmark.enabled:  # --benchmark-disable: only check that they run
             for function in contenders.values():
                 function()
             benchmark.pedantic(contenders[ours], rounds=1)
@@ -69,7 +69,7 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[s
                 times[name].append(time.perf_counter() - start)
             return sum(taken[-1] for taken in times.values())
 
-        first = turn()  # warms up, and tells how many turns there are
+        first = turn()  # warms up, and determines the number of turns
         for _ in range(rounds or max(3, min(50, int(SECONDS / first)))):
             turn()
         benchmark.pedantic(contenders[ours], rounds=3 if rounds is None else 1)
@@ -101,7 +101,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def save(suite: str, cases: dict[str, Any]) -> Path:
-    """Figures with the machine they were measured on."""
+    """Write the figures, with the machine they were measured on; returns the file's path."""
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     machine = {
         "cpu": processor(),

@@ -1,4 +1,4 @@
-"""What the suites measure with: peak memory, and calls that end when the device is done."""
+"""Measuring tools of the suites: peak memory, and calls that return once the device is done."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def release(package: str, name: str) -> str:
-    """What a peer is called in tables: its name, and the release that is installed."""
+    """A peer's label in tables: its name and installed release."""
     return f"{name} {'.'.join(metadata.version(package).split('.')[:2])}"
 
 
 def peak_memory(function: Callable[[], Any]) -> int:
-    """Most bytes that the call holds at once beyond what was there before."""
+    """The most bytes that the call holds at once, in addition to what was allocated before it."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -22,7 +22,7 @@ how many times ours is faster (below 1: slower).
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
-    """Every result file with its name's suite."""
+    """Every result file, with the suite from its file name."""
     results = []
     for path in sorted(folder.glob("*.json")):
         results.append({"suite": path.stem.split("-")[0], **json.loads(path.read_text())})
@@ -53,7 +53,7 @@ def table(case: str, entry: dict[str, Any]) -> str:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """One row of bars a case: how many times ours is faster than each contender."""
+    """One row of bars per case: how many times faster ours is than each contender."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -80,7 +80,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_step(result: dict[str, Any], path: Path) -> None:
-    """Time and peak memory of a whole training step, ours beside the first contender."""
+    """Time and peak memory of a whole training step: ours next to the first contender."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -2,8 +2,8 @@
 
     pytest benchmarks/test_bench_checkpoint.py    half a minute
 
-`share` is what the checksums add to the time of a save, `gb_per_s` how fast a file just written is
-read and hashed. Both saves end on disk, in the folder of temporary files.
+`share` is the fraction that checksums add to the time of a save. `gb_per_s` is how fast a file that
+was just written is read and hashed. Both saves go to disk, in the folder for temporary files.
 """
 
 from __future__ import annotations

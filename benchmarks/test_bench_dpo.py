@@ -4,9 +4,10 @@
     pytest benchmarks/test_bench_dpo.py --size 2b     Qwen2-VL's shapes, on a GPU; also 7b
 
 Same weights, same pairs, the images processed beforehand, a frozen copy of the model as reference.
-Losses and gradients are compared first. TRL reads prompt and images once for each answer; so does
-"each answer with its own prompt and images" by our code, which leaves what sharing alone is worth.
-In between lies our own `--prefix_sharing off`, which reads prompts twice and images once.
+Losses and gradients are compared first. TRL reads prompt and images once for each answer. The
+contender "each answer with its own prompt and images" does the same with our code, which shows the
+effect of sharing alone. Our own `--prefix_sharing off` is in between: it reads prompts twice and
+images once.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def make_samples(processor, prompt_length, completion_length):
 
 
 class ReadsImagesTwice(Policy):
-    """Images go through the tower with each answer."""
+    """A policy that runs the images through the vision tower again for each answer."""
 
     def collate(self, prompts, completions, **options):
         inputs = super().collate(prompts, completions, **options)
@@ -66,7 +67,7 @@ class ReadsImagesTwice(Policy):
 
 
 def make_reference_model(size):
-    """Another model than the policy, so that the loss is not the same whatever the weights."""
+    """A model that differs from the policy, so that the loss depends on the weights."""
     model = make_model(size).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -102,7 +103,7 @@ class OurStep:
         return metrics["loss"]
 
     def gradients(self):
-        """Of one step, before it is taken; and the step's loss."""
+        """The gradients of one step before the update, and the step's loss."""
         seen = {}
         step = self.state.engine.step
 
@@ -121,7 +122,7 @@ class OurStep:
 
 
 class TRLStep:
-    """What Trainer's loop does for a step, without its dataloader and logging."""
+    """The work of Trainer's loop in one step, without its dataloader and logging."""
 
     def __init__(self, size, processor, samples, folder):
         from datasets import Dataset
@@ -135,7 +136,7 @@ class TRLStep:
         examples = [
             {
                 "images": list(sample.images),
-                # Texts and not chats, whose template would put a line break behind the answer.
+                # Plain texts, because the chat template would put a line break after the answer.
                 "prompt": processor.apply_chat_template(
                     sample.messages, tokenize=False, add_generation_prompt=True
                 ),

@@ -1,9 +1,9 @@
-"""Evaluation of held-out images: one transformers generate an image against batches of ours.
+"""Evaluation of held-out images: one transformers generate per image against our batches.
 
     pytest benchmarks/test_bench_evaluate.py    512 images of the demo, the embedded model, minutes
 
-The first is how Visual-RFT evaluates: a loop over the images, batch 1, with the cache. Both start
-at the rows of the data set and end at texts, greedy; the texts are compared first.
+The first is how Visual-RFT evaluates: a loop over the images, batch size 1, with the cache. Both
+start from the rows of the data set and end with greedily decoded texts, which are compared first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from virft_fast.rollout.native import NativeRollout
 NUM_IMAGES = {"tiny": 6, "cpu": 512, "2b": 512, "7b": 512}
 BATCH_SIZE = 64
 MAX_COMPLETION_LENGTH = 64
-ROUNDS = 1  # of minutes each
+ROUNDS = 1  # minutes each
 
 
 def rows(count):
@@ -38,7 +38,7 @@ def rows(count):
 
 
 def make(size):
-    """The embedded model, whose answers end where they should; random weights of other sizes."""
+    """The embedded model, whose answers end where they should; other sizes get random weights."""
     return load_model("tiny") if size in ("tiny", "cpu") else make_model(size)
 
 
@@ -97,7 +97,7 @@ def test_evaluate(race, request):
 
     expected, got = one_by_one(), ours()
     same = sum(a == b for a, b in zip(expected, got, strict=True)) / len(expected)
-    # In bfloat16 a tie may fall either way, and the rest of that answer with it.
+    # In bfloat16 a tie may break either way, and the rest of that answer changes with it.
     assert same == 1.0 if DEVICE == "cpu" else same > 0.5, same
     runs = {
         "transformers generate, one by one": one_by_one,

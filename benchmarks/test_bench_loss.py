@@ -1,9 +1,9 @@
 """The GRPO loss with the LM head, and log-probs from logits: time, memory and error of each peer.
 
-    pytest benchmarks/test_bench_loss.py                 sizes that end in minutes on a CPU
+    pytest benchmarks/test_bench_loss.py                 sizes that take minutes on a CPU
     pytest benchmarks/test_bench_loss.py --size 2b       Qwen2-VL's own, on a GPU; also 7b
 
-Every contender gets the same tensors; its loss and gradients are compared to float64 first.
+Every contender gets the same tensors. Its loss and gradients are first compared with float64.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _exact_logps(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 
 def torch_loss(logps: Tensor, problem: Problem) -> Tensor:
-    """GRPO's loss from log-probs (N, T), for the peers that end there."""
+    """GRPO's loss from log-probs (N, T), for peers that return only log-probs."""
     ratio = (logps - problem.old.to(logps.dtype)).exp()
     advantages = problem.advantages.to(logps.dtype)[:, None]
     clipped = ratio.clamp(1 - EPSILON, 1 + EPSILON)
@@ -148,7 +148,7 @@ def our_logps(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
     ).logps[problem.mask]
 
 
-# Of those that tell them, the log-probs of the tokens that count.
+# For contenders that return them, the log-probs of the tokens that count.
 LOGPS = {"naive torch": naive_logps, "ours": our_logps}
 
 
@@ -176,7 +176,7 @@ def test_head_and_loss(race, request, gradient):
         value = loss(problem, *leaves)
         grads = torch.autograd.grad(value, leaves)
         errors = [relative(g, e) for g, e in zip(grads, exact_grads, strict=True)]
-        # 16-bit logits cost their peers about a percent: shown, and bounded.
+        # Peers with 16-bit logits have errors of about a percent: reported, and bounded.
         limit = 1e-5 if DEVICE == "cpu" else 5e-2
         assert abs(value.item() - exact_loss) < (1e-5 if DEVICE == "cpu" else 1e-2), name
         assert max(errors) < limit, (name, errors)
@@ -212,8 +212,8 @@ def exact(problem: Problem) -> tuple[float, tuple[Tensor, Tensor]]:
 
 
 def products(problem: Problem, gradient: bool) -> None:
-    """The matrix products that nobody can do without, on the tokens that count: the gradient of
-    the weights added up in float32."""
+    """The matrix products that no contender can avoid, on the tokens that count; the gradient of
+    the weights is summed in float32."""
     with torch.no_grad():
         hidden, weight = problem.hidden[problem.mask], problem.weight
         size = 2048 if DEVICE == "cuda" else 256
@@ -229,14 +229,14 @@ def products(problem: Problem, gradient: bool) -> None:
 
 
 def test_loss_from_logits(race, request):
-    """The loss and its gradient from logits that are there already, old log-probs given."""
+    """The loss and its gradient from precomputed logits and old log-probs."""
     size = request.config.getoption("--size")
     n, t, vocab = (8, 64, 32_768) if DEVICE == "cpu" else (32, 256, 151_936)
     if size == "tiny":
         n, t, _, vocab = SIZES[size]
     g = torch.Generator().manual_seed(0)
     dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
-    # One position more than tokens, as a model gives them and Liger's kernel takes them.
+    # One position more than tokens, as models return them and Liger's kernel expects.
     logits = (3 * torch.randn(n, t + 1, vocab, generator=g)).to(DEVICE, dtype).requires_grad_()
     ids = torch.randint(vocab, (n, t), generator=g).to(DEVICE)
     mask = torch.ones(n, t, dtype=torch.bool, device=DEVICE)
@@ -283,7 +283,7 @@ def test_loss_from_logits(race, request):
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "forward+backward"])
 def test_rows_of_logits(race, request, gradient):
-    """Log-prob and entropy from logits that are there already."""
+    """Log-prob and entropy from precomputed logits."""
     rows, vocab = (512, 32_768) if DEVICE == "cpu" else (8192, 151_936)
     if request.config.getoption("--size") == "tiny":
         rows, vocab = 32, 512

@@ -1,7 +1,7 @@
 """IoU and Hungarian matching of many small problems, from boxes to matches.
 
-numpy and scipy start from one array a problem, as they want it; torch and ours from padded tensors;
-"from lists" is ours with the padding.
+numpy and scipy start from one array per problem, as they expect; torch and ours from padded
+tensors. "from lists" is ours with the padding included.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def problems(count, size):
 
 
 def numpy_iou(a, b):
-    """(k, m) IoU the way detection code has it everywhere."""
+    """(k, m) IoU as detection code usually computes it."""
     top_left = np.maximum(a[:, None, :2], b[None, :, :2])
     bottom_right = np.minimum(a[:, None, 2:], b[None, :, 2:])
     size = np.clip(bottom_right - top_left, 0, None)
@@ -52,7 +52,7 @@ def numpy_iou(a, b):
 
 
 def torch_iou(pred, gt):
-    """(N, K, M) IoU of padded boxes by torchvision's formula, in batch."""
+    """(N, K, M) batched IoU of padded boxes by torchvision's formula."""
     top_left = torch.max(pred[:, :, None, :2], gt[:, None, :, :2])
     bottom_right = torch.min(pred[:, :, None, 2:], gt[:, None, :, 2:])
     size = (bottom_right - top_left).clamp(min=0)
@@ -116,7 +116,7 @@ def test_matching(race, count, size):
         "ours, 1 thread, from lists": ours_from_lists,
         f"ours, all {all_threads} threads": lambda: ours(all_threads),
     }
-    # Equal totals first, contender by contender and problem by problem.
+    # First check that all contenders reach equal totals on each problem.
     expected = np.array(totals(scipy_alone()))
     found = [totals(numpy_and_scipy()), totals(torch_and_scipy())]
     found.append(ours_from_lists()[1].double().sum(1))

@@ -1,18 +1,18 @@
-"""MIA-DPO's selection: answers and where the model looked, the original's way and ours.
+"""MIA-DPO's selection: answers and where the model looked, in the original's way and in ours.
 
     pytest benchmarks/test_bench_mia.py               a small model, minutes on a CPU
     pytest benchmarks/test_bench_mia.py --size 2b     Qwen2-VL's shapes, on a GPU; also 7b
 
-The original answers one sample at a time with transformers' generate and all attention maps in its
-output, and puts those of one layer together to a whole map of each head. Same model, same scenes,
-same number of tokens; on a CPU answers and attention ratios are compared first.
+The original answers one sample at a time with transformers' generate, which returns all attention
+maps, and assembles those of one layer into a whole map per head. Model, scenes and number of tokens
+are the same for both. On a CPU, answers and attention ratios are compared first.
 
-That loop is measured twice. Maps come from transformers' eager attention; asked for in one word, as
-transformers says (`attn_implementation="eager"`), it is the vision tower's as well, and all of the
-original's attention was eager: LLaVA 1.5 pins releases of transformers (4.31, 4.37) that have no
-other for its tower (huggingface/transformers#31940). But LLaVA's tower reads a collage as 577
-tokens; Qwen2-VL's reads this one as 10,608 patches, where eager attention is most of the loop's
-time. So the second form has SDPA in the tower, as ours, and maps in the language model only.
+That loop is measured twice. Attention maps need transformers' eager attention. The documented
+switch (`attn_implementation="eager"`) makes the vision tower eager as well. So was all of the
+original's attention: LLaVA 1.5 pins releases of transformers (4.31, 4.37) that offer nothing else
+for its tower (huggingface/transformers#31940). But LLaVA's tower reads a collage as 577 tokens.
+Qwen2-VL's reads this one as 10,608 patches, where eager attention takes most of the loop's time.
+The second form therefore uses SDPA in the tower, like ours, and maps in the language model only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CASES = [("collage", 9, 448, 8, 64), ("sequence", 3, 224, 16, 64)]
 
 
 class FixedLength(NativeRollout):
-    """EOS is never drawn."""
+    """A rollout that never draws EOS."""
 
     def banned(self, policy):
         return [*super().banned(policy), self.tokenizer.eos_token_id]
@@ -55,7 +55,7 @@ def make_scenes(kind, count, side, number):
         yield compose(plan, images, "Which digit is this?", layout)
 
 
-@pytest.mark.timeout(3600)  # ten minutes on two threads
+@pytest.mark.timeout(3600)  # takes ten minutes on two threads
 @pytest.mark.parametrize("kind, count, side, number, length", CASES, ids=str)
 def test_selection(race, request, kind, count, side, number, length):
     size = request.config.getoption("--size")
@@ -66,7 +66,7 @@ def test_selection(race, request, kind, count, side, number, length):
     processor.image_processor.size["longest_edge"] = 28 * 28 * 4000
     prompts = [encode_prompt(processor, scene.sample(i)) for i, scene in enumerate(scenes)]
     model = make_model(size).eval()
-    plain = make_model(size).eval()  # the same weights, as transformers makes it
+    plain = make_model(size).eval()  # the same weights, as transformers builds it
     policy, device = Policy(model), torch.device(DEVICE)
     layer = SHAPES[size]["num_hidden_layers"] // 2
     heads = SHAPES[size]["num_attention_heads"]
@@ -99,7 +99,7 @@ def test_selection(race, request, kind, count, side, number, length):
         return out.sequences[0, read:].cpu(), attention_ratio(attention, prompt, scene, kind, 2)
 
     def full_maps(tower):
-        """One sample after the other."""
+        """All samples, one after another."""
         plain.set_attn_implementation({"text_config": "eager", "vision_config": tower})
         assert plain.config.text_config._attn_implementation == "eager"
         assert plain.config.vision_config._attn_implementation == tower
@@ -122,11 +122,11 @@ def test_selection(race, request, kind, count, side, number, length):
     found = ours()
     for loop in runs.values():
         for (expected, ratio), (got, own) in zip(loop(), found, strict=True):
-            if DEVICE == "cpu":  # in bfloat16 a tie may fall either way
+            if DEVICE == "cpu":  # in bfloat16 a tie may break either way
                 assert torch.equal(got, expected)
                 assert abs(own - ratio) < 1e-5, (own, ratio)
     runs = {name: synchronised(run) for name, run in {**runs, "ours": ours}.items()}
-    rollout._buffers.release()  # what graphs would keep from the call above counts as well
+    rollout._buffers.release()  # frees what graphs keep, so that the peak counts it
     notes = {name: {"peak_mib": peak_memory(run) / 2**20} for name, run in runs.items()}
     tokens = max(len(prompt.input_ids) for prompt in prompts)
     case = f"{size}: {number} scenes, {kind} of {count}, P={tokens}, C={length}"

@@ -1,10 +1,10 @@
-"""Sampling G = 8 completions a prompt: transformers' generate against the rollout engine.
+"""Sampling G = 8 completions per prompt: transformers' generate against the rollout engine.
 
     pytest benchmarks/test_bench_rollout.py               a small model, minutes on a CPU
     pytest benchmarks/test_bench_rollout.py --size 2b     Qwen2-VL's shapes, on a GPU; also 7b
 
 Same model, same prompts, fixed completion length. Greedy tokens are compared first. transformers'
-continuous batching is no contender: it takes no images.
+continuous batching isn't a contender, because it takes no images.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CASES = {
 
 
 class FixedLength(NativeRollout):
-    """EOS is never drawn."""
+    """A rollout that never draws EOS."""
 
     def banned(self, policy):
         return [*super().banned(policy), self.tokenizer.eos_token_id]
@@ -48,7 +48,7 @@ def test_rollout(race, request, count, lengths):
     prompts = make_prompts(make_processor(), count, prompt_length)
     tokenizer = make_processor().tokenizer
     model = make_model(size).eval()
-    plain = make_model(size).eval()  # the same weights, as transformers makes it
+    plain = make_model(size).eval()  # the same weights, as transformers builds it
     policy = Policy(model)
     banned = [*banned_token_ids(tokenizer, SHAPES[size]["vocab_size"]), tokenizer.eos_token_id]
     rollout = FixedLength(lambda: nullcontext(policy), tokenizer, device=torch.device(DEVICE))
@@ -82,7 +82,7 @@ def test_rollout(race, request, count, lengths):
     expected, got = generate(do_sample=False), ours(greedy=True).completion_ids
     assert got.shape == expected.shape
     same = float((got == expected).float().mean())
-    # In bfloat16 a tie may fall either way, and the rest of that row with it.
+    # In bfloat16 a tie may break either way, and the rest of that row changes with it.
     assert same == 1.0 if DEVICE == "cpu" else same > 0.5, same
     sampled = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
     runs = {
@@ -94,7 +94,7 @@ def test_rollout(race, request, count, lengths):
     }
     runs = {name: synchronised(run) for name, run in runs.items()}
     tokens = len(prompts) * G * completion_length
-    rollout._buffers.release()  # what the check before has left there counts as well
+    rollout._buffers.release()  # frees what the check above left, so that the peak counts it
     notes = {name: {"peak_mib": peak_memory(run) / 2**20} for name, run in runs.items()}
     if DEVICE == "cuda":
         runs["a step's weights, copied"] = weight_traffic(model, completion_length)
@@ -106,12 +106,12 @@ def test_rollout(race, request, count, lengths):
 
 
 def weight_traffic(model, steps):
-    """What reading all language weights once a token costs at least: the floor of decoding."""
+    """The least time to read all language weights once per token: the lower bound of decoding."""
     parts = [p for p in core(model).language_model.parameters() if p.ndim > 1]
     flat = torch.empty(sum(p.numel() for p in parts) // 2, dtype=model.dtype, device=DEVICE)
     other = torch.empty_like(flat)
 
-    def copy():  # half the bytes read and half of them written
+    def copy():  # reads half of the bytes and writes the other half
         for _ in range(steps):
             other.copy_(flat)
 

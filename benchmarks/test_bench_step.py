@@ -3,10 +3,10 @@
     pytest benchmarks/test_bench_step.py               a small model, minutes on a CPU
     pytest benchmarks/test_bench_step.py --size 2b     Qwen2-VL's shapes, on a GPU; also 7b
 
-Same model, same prompt and image, G = 8, fixed completion length, beta 0, AdamW, everything a step
-does included: image processing, sampling, rewards, loss, gradients, clipping, update. Loss and
-gradient on TRL's own completions are compared first. "ours, training unshared" has our rollout too,
-which shares prompts always, but reads a prompt once a completion in training.
+Same model, same prompt and image, G = 8, fixed completion length, beta 0, AdamW, with everything
+that a step does: image processing, sampling, rewards, loss, gradients, clipping, update. Loss and
+gradient on TRL's own completions are compared first. "ours, training unshared" also uses our
+rollout, which always shares prompts, but in training it reads the prompt once per completion.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RATE = 1e-6
 
 
 def reward(completions, **columns):
-    """Spread on any output, so that no group drops out."""
+    """A reward that varies on any output, so that no group drops out."""
     return [sum(map(ord, c[0]["content"])) % 17 / 17 for c in completions]
 
 
@@ -80,7 +80,7 @@ def trl_trainer(model, processor, sample, completion_length, folder):
 
 
 class TRLStep:
-    """What Trainer's loop does for a step, without its dataloader and logging."""
+    """The work of Trainer's loop in one step, without its dataloader and logging."""
 
     def __init__(self, trainer, examples):
         self.trainer, self.examples = trainer, examples
@@ -104,12 +104,13 @@ class OurStep:
         self.metrics.append(metrics)
 
     def training(self):
-        """Forward, backward and update alone, on completions drawn before."""
+        """Forward, backward and update only, on completions that were drawn before."""
         return sorted(m["time/train_s"] for m in self.metrics)[len(self.metrics) // 2] * 1e3
 
 
 def check(trainer, examples, states, processor, sample):
-    """On TRL's completions and advantages: TRL's loss and gradient, ours shared and unshared."""
+    """On TRL's completions and advantages, compare TRL's loss and gradient with ours, shared and
+    not."""
     trainer._buffered_inputs = None
     inputs = trainer._prepare_inputs([dict(e) for e in examples])
     trainer._buffered_inputs = None
@@ -125,7 +126,7 @@ def check(trainer, examples, states, processor, sample):
         collated = state.policy.collate(
             [prompt], [list(ids)], pad_token_id=0, device=state.engine.device
         )
-        # TRL's own count of what it divides by.
+        # TRL's own count of the tokens that it divides by.
         out = state.policy(
             collated,
             loss=LossArgs(

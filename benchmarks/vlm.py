@@ -17,8 +17,8 @@ from virft_fast.models.qwen_vl import encode_prompt
 LENGTHS = {size: [(500, 64), (650, 200), (130, 256)] for size in ("cpu", "2b", "7b")} | {
     "tiny": [(60, 8)]
 }
-# The vision tower's and the language model's sizes. "cpu" ends in minutes, the others are the
-# released models' (V and tying from memory of their configurations).
+# Sizes of the vision tower and the language model. "cpu" takes minutes; the others are those of the
+# released models (V and tying from memory of their configurations).
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

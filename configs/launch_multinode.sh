@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Several nodes: run this on each, with the same NNODES and MASTER_ADDR and its own NODE_RANK.
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 DATA_PATH=... SAVE_PATH=... bash configs/launch_multinode.sh
-# SAVE_PATH has to be on a file system that all nodes share.
+# SAVE_PATH must be on a file system that all nodes share.
 set -euo pipefail
 torchrun --nproc_per_node="${GPUS_PER_NODE:-8}" --nnodes="${NNODES:?}" --node_rank="${NODE_RANK:?}" \
     --master_addr="${MASTER_ADDR:?}" --master_port="${MASTER_PORT:-12345}" \

@@ -4,8 +4,8 @@
         --dataset_name laolao77/ViRFT_COCO --output_dir runs/trl
 
 Use `FusedGRPOTrainer` where you use `GRPOTrainer`, with whole or LoRA training, under DDP or ZeRO
-0 to 2. It covers TRL 1.16's loss types grpo, bnpo, dr_grpo, dapo and cispo; what it does not cover
-it refuses at the start.
+0 to 2. It supports TRL 1.16's loss types grpo, bnpo, dr_grpo, dapo and cispo; anything unsupported
+raises an error at the start.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             ),
             "ZeRO-3 (virft_fast.train has it)": plugin is not None and plugin.zero_stage == 3,
             "FSDP": self.is_fsdp_enabled,
-            # DDP then looks for unused parameters, and takes the head's, used outside, for one.
+            # DDP then looks for unused parameters, and mistakes the head's, used outside, for one.
             "DDP with gradient_checkpointing off": self.accelerator.num_processes > 1
             and plugin is None
             and not self.args.gradient_checkpointing,
@@ -70,7 +70,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         if self.loss_type in ("dapo", "cispo"):  # counted over the generation batch and all ranks
             num_items = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
             num_items = num_items / (self.args.steps_per_generation if training else 1)
-        # The head under autocast as well: hidden states come out of the wrapper in float32.
+        # Autocast the head as well, because the wrapper returns hidden states in float32.
         with self.accelerator.autocast():
             with hidden_states_as_logits(base):
                 hidden = model(
@@ -98,7 +98,8 @@ class FusedGRPOTrainer(GRPOTrainer):
 
 @contextlib.contextmanager
 def hidden_states_as_logits(model):
-    """The forward pass of the wrapper (DDP, DeepSpeed) up to the head and no further."""
+    """Inside, the forward pass of the wrapper (DDP, DeepSpeed) returns hidden states as its
+    logits."""
     head, model.lm_head = model.lm_head, torch.nn.Identity()
     try:
         yield

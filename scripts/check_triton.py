@@ -1,8 +1,8 @@
 """Compile every Triton kernel ahead of time, without a GPU: python scripts/check_triton.py
 
 Prints registers, spills and 128-bit loads of each variant on each architecture; fails on a spill,
-on more registers than MAX_REGISTERS, and where an aligned row isn't read 128 bits at a time: all
-but those of odd vocabularies (UNIT 1) and of strided columns.
+on more registers than MAX_REGISTERS, and if an aligned row isn't read 128 bits at a time. Rows are
+aligned except those of odd vocabularies (UNIT 1) and of strided columns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from virft_fast.kernels import triton_rows as rows
 
 ARCHS = (80, 90)
-MAX_REGISTERS = 128  # of 4 warps: four programs a multiprocessor at the least
+MAX_REGISTERS = 128  # with 4 warps: at least four programs per multiprocessor
 POINTERS = {
     "IDS": "*i64", "MASK": "*u8", "SEQUENCE": "*i64",
     **dict.fromkeys(
@@ -66,7 +66,7 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    """What the public functions launch."""
+    """The variants that the public functions launch."""
     loss = {"GROUP_BLOCK": 8, "EPS": 1e-4, "KL": 3, "FROM_REWARDS": True, "CAPPED": False}
     full = loss | {"HAS_OLD": True, "HAS_REF": True, "HAS_DELTA": True}
     plain = loss | {"HAS_OLD": False, "HAS_REF": False, "HAS_DELTA": False, "FROM_REWARDS": False}
@@ -74,7 +74,7 @@ def variants() -> list[Variant]:
     both = {"HAS_LOGPS": True, "HAS_ENTROPY": True}
     one = {"HAS_LOGPS": True, "HAS_ENTROPY": False}
     entropy = {"HAS_LOGPS": False, "HAS_ENTROPY": True}
-    # Rows: aligned; of an odd vocabulary; columns apart, read alone or written as well.
+    # Rows: aligned; of an odd vocabulary; with strided columns, read only or also written.
     odd = {"UNIT": 1}
     strided = odd | {"CONTIGUOUS": False}
     apart = strided | {"OUT_CONTIGUOUS": False}
@@ -151,7 +151,7 @@ def resources(compiled: Any) -> dict[str, int]:
 
 
 def problems(variant: Variant, arch: int) -> list[str]:
-    """Compile, print one line, and say what is wrong."""
+    """Compile, print one line, and return what is wrong."""
     found = resources(build(variant, arch))
     print(
         f"sm_{arch} {variant.name:76} {found['registers']:4} registers {found['spilled']:4} bytes "

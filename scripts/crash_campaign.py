@@ -5,18 +5,19 @@
 
 Each round picks a setting, a rank and one file operation in the run's output folder: an open for
 writing, a write (the file may be left half-written), fsync, rename, mkdir, chmod, unlink, rmdir or
-rmtree. The rank ends with SIGKILL just before it; half of the resumed runs are killed as well.
+rmtree. The rank is killed by SIGKILL just before that operation. Half of the resumed runs are
+killed, too.
 
     lost        a checkpoint that was published before the kill is gone, or a run can't resume
-    half        a folder under a checkpoint's final name that is not whole
-    unequal     weights, optimizer state, records or file names differ from the run never killed
+    half        an incomplete folder under a checkpoint's final name
+    unequal     weights, optimizer state, records or file names differ from the unkilled run
     hung        a run did not end within TIMEOUT_S
 
-With --full_disk runs write to a small tmpfs instead (root only; else files are limited in size).
-`wrong` counts runs that end with a traceback, with exit 0 though a checkpoint could not be written,
-or with a checkpoint that is not whole.
+With --full_disk, runs write to a small tmpfs instead (root only; otherwise the size of files is
+limited). `wrong` counts runs that end with a traceback, with exit status 0 although a checkpoint
+could not be written, or with an incomplete checkpoint.
 
-The journal has one line a round; with the same seed, the same command continues it.
+The journal has one line per round; with the same seed, the same command continues it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from virft_fast.data.demo import build_demo
 TIMEOUT_S = 180
 LIMIT = 2  # --save_total_limit
 LAST = "checkpoint-4"
-MAX_KILLS = 3  # of one run and those that resume it
+MAX_KILLS = 3  # of one run, including those that resume it
 ZERO3 = Path(__file__).parent.parent / "configs/zero3.json"
 SETTINGS = {  # algorithm, ranks, further flags
     "grpo-1": ("grpo", 1, []),
@@ -72,7 +73,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 class Watch:
     """Reports file operations below `folder` on a descriptor, each before it happens, and kills
-    this process at number `kill_at`; `torn`: a write is half done by then."""
+    this process at number `kill_at`. `torn`: a write is then left half done."""
 
     def __init__(self, folder: Path, report: int, kill_at: int | None, torn: bool) -> None:
         self.folder, self.report, self.kill_at, self.torn = str(folder), report, kill_at, torn
@@ -200,7 +201,7 @@ class Campaign:
         self, setting: str, out: Path, *more: str, rank: int = 0, kill_at: int | None = None,
         torn: bool = False, before: Callable[[], Any] = lambda: None,
     ) -> tuple[list[int | None], list[list[list[str]]], str]:  # fmt: skip
-        """Exit statuses (None: hung), operations and output of a run, killed on `rank`."""
+        """Exit statuses (None: hung), operations and output of a run that is killed on `rank`."""
         ranks = SETTINGS[setting][1]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -235,7 +236,7 @@ class Campaign:
                 world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": SETTINGS[setting][1]}
                 os.environ |= {name: str(value) for name, value in world.items()}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            # The picture takes a second.
+            # Drawing the picture takes a second.
             train.conclusion.write_report = lambda *args, **kwargs: None
             Watch(out, report, kill_at, torn).install()
             before()
@@ -254,7 +255,7 @@ class Campaign:
 
     @staticmethod
     def _wait(children: dict[int, int]) -> dict[int, int]:
-        """As a launcher: when one rank ends badly the others are killed."""
+        """Wait as a launcher does: if one rank fails, the others are killed."""
         left, statuses, deadline = dict(children), {}, time.monotonic() + TIMEOUT_S
         while left:
             for pid in list(left):
@@ -273,7 +274,7 @@ class Campaign:
         return statuses
 
     def reference(self, setting: str) -> tuple[dict[str, Any], list[list[list[str]]]]:
-        """The end of a run never killed, and its operations on each rank."""
+        """The final state of a run that is never killed, and its operations on each rank."""
         if setting not in self.references:
             out = self.work / f"whole-{setting}"
             shutil.rmtree(out, ignore_errors=True)
@@ -281,7 +282,7 @@ class Campaign:
             whole = [path.name for path in checkpoint.list_checkpoints(out)][-1:] == [LAST]
             if any(statuses) or None in statuses or not whole:
                 raise RuntimeError(f"{setting}: expected to reach {LAST}, got {output[-3000:]}")
-            # What it had to import, so that the forks to come don't.
+            # Import what that run imported, so that later forks don't have to.
             for name in (self.work / "modules-0").read_text().splitlines():
                 with contextlib.suppress(Exception):
                     importlib.import_module(name)
@@ -289,7 +290,7 @@ class Campaign:
         return self.references[setting]
 
     def kill_and_resume(self, setting: str, rng: random.Random) -> dict[str, Any]:
-        """One round; what it has found, as a line of the journal."""
+        """One round; returns its findings as a line of the journal."""
         expected, reference = self.reference(setting)
         out = self.work / f"killed-{setting}"
         shutil.rmtree(out, ignore_errors=True)
@@ -332,8 +333,8 @@ class Campaign:
 
     @staticmethod
     def _replay(trace: list[list[str]], published: list[int], entry: dict[str, Any]) -> None:
-        """Which checkpoints are published after these operations of the main process, the last of
-        which may have been cut off."""
+        """Find the checkpoints that are published after these operations of the main process, the
+        last of which may have been cut off."""
         for number, (kind, source, target) in enumerate(trace):
             gone, come = CHECKPOINT.fullmatch(source), CHECKPOINT.fullmatch(target)
             if kind == "rename" and gone and int(gone.group(1)) in published:
@@ -358,7 +359,7 @@ class Campaign:
                 entry["notes"].append(f"checkpoint-{step} is gone")
 
     def fill_disk(self, setting: str, rng: random.Random, sizes: dict[str, int]) -> dict[str, Any]:
-        """A run whose disk gets full at some byte; what was found, as a line of the journal."""
+        """A run whose disk fills up at some byte; returns the findings as a line of the journal."""
         if setting not in sizes:
             self.reference(setting)
             whole = self.work / f"whole-{setting}"
@@ -394,7 +395,7 @@ class Campaign:
 
 
 def mount(folder: Path, size: int) -> bool:
-    """A tmpfs of `size` bytes at `folder`, if that is allowed."""
+    """Mount a tmpfs of `size` bytes at `folder`; returns whether that worked."""
     words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.geteuid() != 0 or shutil.which("mount") is None:
         return False
@@ -402,7 +403,7 @@ def mount(folder: Path, size: int) -> bool:
 
 
 def damage(path: Path) -> str | None:
-    """What makes a checkpoint unfit to be resumed."""
+    """Why a checkpoint can't be resumed; None if it can."""
     if checkpoint.read_checksums(path) is None:
         return "no checksums"
     listed = checkpoint.read_checksums(path)
@@ -412,7 +413,7 @@ def damage(path: Path) -> str | None:
 
 
 def fingerprint(out: Path) -> dict[str, Any]:
-    """What must be equal: files by name -> checksum, or content without what time measures."""
+    """What must be equal: file name -> checksum, or its content without measured times."""
     found: dict[str, Any] = {}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
@@ -425,7 +426,7 @@ def fingerprint(out: Path) -> dict[str, Any]:
                 for record in records
             ]
         elif path.name == checkpoint.STATE_FILE:
-            found[name] = json.loads(path.read_text()) | {"config": None}  # has the resume's flags
+            found[name] = json.loads(path.read_text()) | {"config": None}  # differs on resume
         elif path.name == "summary.json":
             found[name] = None
         else:

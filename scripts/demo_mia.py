@@ -4,8 +4,9 @@ python scripts/demo_mia.py [--out runs/demo_mia] [--seeds 3]
 
 The embedded model has never seen two images. It first learns the form of such questions, by
 fine-tuning on sequences alone. Its own wrong answers to other scenes, selected by where it looked,
-become pairs; DPO trains on them. Before and after, on held-out scenes of each kind: answers that
-are right, right answers preferred over a companion's digit, attention on the target image.
+become preference pairs for DPO. Reported before and after DPO, on held-out scenes of each kind: how
+many answers are right, how often the right answer is preferred to a companion's digit, and
+attention on the target image.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def main() -> int:
 
 
 def warm_start(rows: datasets.Dataset, out: Path) -> Path:
-    """A model that has learnt the form of the questions, and some of their answers."""
+    """A model that has learned the form of the questions, and some of their answers."""
     made = []
     for seed in range(2, 2 + WARM_SCENES):
         scenes = mia.Scenes(rows, WARM_LAYOUT, seed=seed, noise=False)
@@ -134,7 +135,7 @@ def run(*words: Any) -> None:
 
 
 def measure(model: Path, scenes: mia.Scenes) -> dict[str, dict[str, float]]:
-    """MEASURES of the held-out scenes, as shares: of each kind, and of all."""
+    """MEASURES on the held-out scenes, as shares, for each kind and for all."""
     processor = load_processor(resolve_model_path(str(model)))
     policy = Policy(load_model(str(model)).requires_grad_(False)).eval()
     rollout = make_rollout("native", lambda: nullcontext(policy), processor.tokenizer, device=CPU)
@@ -168,7 +169,7 @@ def preferences(
     plans: list[ScenePlan],
     made: list[Scene],
 ) -> dict[int, bool]:
-    """Row -> whether the truth is likelier than the digit of a companion, where one differs."""
+    """Row -> whether the true digit is likelier than a companion's, if a companion's differs."""
     rows, prompts, texts = [], [], []
     for plan, scene in zip(plans, made, strict=True):
         truth = scenes.truth(plan.index)

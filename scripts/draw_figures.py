@@ -18,14 +18,14 @@ PROMPT, IMAGE, DARK, GRAY, RED = "#9ec5e8", "#f2c14e", "#333333", "#e6e6e6", "#d
 COMPLETIONS = ("#8fd19e", "#c3a6e0", "#f4a582")
 STYLE = {
     "font.size": 11,
-    "svg.hashsalt": "virft_fast",  # equal files from equal drawings
+    "svg.hashsalt": "virft_fast",  # equal drawings give equal files
     "svg.fonttype": "none",  # text stays text
     "savefig.facecolor": "white",
 }
 
 
 def canvas(width: float, height: float) -> tuple[Any, Any]:
-    """A figure whose axes count in tenths of an inch."""
+    """A figure whose axes are in tenths of an inch."""
     figure = plt.figure(figsize=(width / 10, height / 10))
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set(xlim=(0, width), ylim=(0, height))
@@ -49,7 +49,7 @@ def arrow(axis: Any, start: tuple[float, float], end: tuple[float, float]) -> No
 
 
 def shared_prefix() -> Any:
-    """Three rows against one packed row, and who sees whom in it."""
+    """Three rows compared with one packed row, and which of its tokens attend to which."""
     figure, axis = canvas(92, 46)
     lengths = (9, 6, 8)
     say(axis, 2, 43.5, "usual: a row for each completion", weight="bold")
@@ -76,7 +76,8 @@ def shared_prefix() -> Any:
 
 
 def _mask(axis: Any, left: float, lower: float) -> None:
-    """Who attends to whom: a triangle for the prompt, a stripe and a triangle each."""
+    """The attention mask: a triangle for the prompt, then a stripe and a triangle per
+    completion."""
     sizes, scale = (12, 7, 5, 6), 1.05
     colors = (PROMPT, *COMPLETIONS)
     side = sum(sizes) * scale
@@ -98,7 +99,7 @@ def _mask(axis: Any, left: float, lower: float) -> None:
 
 
 def fused_head() -> Any:
-    """Tiles of logits that are dropped, against the whole."""
+    """Tiles of logits that are dropped, compared with the whole matrix."""
     figure, axis = canvas(92, 36)
     say(axis, 2, 33.5, "usual: all logits", weight="bold")
     box(axis, 2, 8, 5, 20, PROMPT)
@@ -130,7 +131,7 @@ def fused_head() -> Any:
 
 
 def matcher() -> Any:
-    """Boxes of one image, and the table of IoU that is assigned."""
+    """Boxes of one image, and the IoU table for the assignment."""
     figure, axis = canvas(92, 36)
     say(axis, 2, 33.5, "predicted (dashed) and true boxes", weight="bold")
     axis.add_patch(Rectangle((2, 4), 34, 26, facecolor="#f7f7f7", edgecolor=DARK))

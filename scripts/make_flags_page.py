@@ -16,7 +16,7 @@ from virft_fast.data.__main__ import make_parser as make_data_parser
 from virft_fast.mia.__main__ import make_parser as make_mia_parser
 
 PAGE = Path(__file__).parent.parent / "docs/flags.md"
-# The flags of training and of evaluation, by what they are about.
+# The flags of training and evaluation, by topic.
 TRAINING = {
     "Model": """model_name_or_path model_revision dtype bf16 attn_implementation
         freeze_vision_tower min_pixels max_pixels""",
@@ -93,7 +93,7 @@ def _by_topic(name: str, parser: argparse.ArgumentParser, topics: dict[str, str]
 
 
 def _data_commands(parsers: dict[str, argparse.ArgumentParser]) -> Iterator[str]:
-    """Flags that all builds share come once; so do commands with equal tables."""
+    """Flags that all builds share appear once; so do commands with equal tables."""
     lines = {name: _table(parser._actions) for name, parser in parsers.items()}
     builds = [name for name in lines if name.startswith("data build ")]
     shared = [line for line in lines[builds[0]][2:-1] if all(line in lines[b] for b in builds)]
@@ -114,7 +114,7 @@ def _commands(
     inner = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     for command, sub in inner[0].choices.items() if inner else ():
         yield from _commands(f"{name} {command}", sub)
-    if not inner and name != "data mia":  # another name of mia
+    if not inner and name != "data mia":  # an alias of mia
         yield name, parser
 
 

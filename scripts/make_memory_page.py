@@ -18,9 +18,9 @@ from virft_fast.train.dry_run import memory_estimate
 PAGE = Path(__file__).parent.parent / "docs/memory.md"
 BEGIN, END = "<!-- begin: scripts/make_memory_page.py -->\n", "<!-- end -->"
 LORA_R = 16
-# Name -> parameters; inputs plus outputs of the language model's linear layers, which are a LoRA
+# Name -> parameters; inputs plus outputs of the language model's linear layers, which equals a LoRA
 # adapter's parameters at rank 1; layers, key/value heads and head size of the language model.
-# Counted on models of the released shapes.
+# Counted on models with the released shapes.
 MODELS = {
     "Qwen2-VL-2B": (2_208_985_600, 1_154_048, 28, 2, 128),
     "Qwen2-VL-7B": (8_291_375_616, 2_523_136, 28, 4, 128),
@@ -45,7 +45,7 @@ ROOM = 0.25  # of the GPU, for activations and CUDA: a rule of thumb, not measur
 
 
 def page() -> str:
-    """The text of docs/memory.md with the table as it should be."""
+    """The text of docs/memory.md with an updated table."""
     before, rest = PAGE.read_text().split(BEGIN)
     return before + BEGIN + table() + END + rest.split(END, 1)[1]
 
@@ -59,7 +59,7 @@ def table() -> str:
 
 
 def estimate_gib(name: str, world: int, stage: int, flags: str) -> float:
-    """What `--dry_run` estimates for one process, in GiB."""
+    """The estimate of `--dry_run` for one process, in GiB."""
     total, lora, layers, heads, size = MODELS[name]
     config = parse_args(f"{COMMON} {flags}".split())
     trainable = total

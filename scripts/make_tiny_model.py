@@ -5,7 +5,7 @@
 1. Clean SFT on shapes_detection and digits_classification together.
 2. The same on new images, at a lower rate.
 3. A short SFT on noisy labels (boxes pushed outwards, digits swapped with a neighbour,
-   confidences at random), which leaves the capability in the network and spoils its
+   confidences at random), which keeps the capability in the network and spoils its
    calibration. That is the warm start from which the demo shows GRPO recovering; it is no claim
    about learning to see.
 
@@ -56,7 +56,7 @@ from virft_fast.rollout import Sampling
 from virft_fast.rollout.backends import make_rollout
 
 SHAPES_SEED, DIGITS_SEED, CHECK_SEED = 11, 12, 13
-DIGITS_EVERY = 2  # steps; they are learned sooner than shapes
+DIGITS_EVERY = 2  # steps; digits are learned sooner than shapes
 CONFIDENCES = ("0.1", "0.3", "0.5", "0.7", "0.9")
 
 
@@ -84,7 +84,7 @@ def corpus() -> list[str]:
 
 
 class Pool:
-    """Encoded examples of one task; prompts of a task are equally long, so they stack."""
+    """Encoded examples of one task. A task's prompts are equally long, so they can be stacked."""
 
     def __init__(self, examples, count, processor):
         self.rows = list(itertools.islice(examples, count))
@@ -102,7 +102,7 @@ def clean_answer(row, rng):
 
 
 def noisy_answer(row, rng, *, jitter, swap):
-    """Boxes of a loose annotator, each side mostly pushed outwards; digits often a neighbour's."""
+    """Boxes of a careless annotator, each side mostly pushed outward; digits often a neighbor's."""
     if "label" in row:
         digit = WORDS.index(row["label"])
         return digits_answer(WORDS[digit ^ 1 if rng.random() < swap else digit])
@@ -116,7 +116,7 @@ def noisy_answer(row, rng, *, jitter, swap):
 
 
 def train_state(policy, tokenizer, rate):
-    """What `--algorithm sft` works on, on one process."""
+    """The training state of `--algorithm sft`, for one process."""
     settings = OptimizerSettings(0.0, betas=(0.9, 0.98), weight_decay=0.01)
     engine = PlainEngine(policy, settings, device=torch.device("cpu"))
     return TrainState(
@@ -136,8 +136,8 @@ def train_state(policy, tokenizer, rate):
 def train(
     policy, tokenizer, pools, answer, *, steps, learning_rate, warmup, batch_sizes, report, seed=0
 ):
-    """Steps of `algorithms.sft` with a cosine schedule to a tenth; shapes in each step, digits in
-    some, each task's mean cross entropy counting alike."""
+    """Train by `algorithms.sft` with a cosine schedule down to a tenth of the rate. Each step has
+    shapes, some also digits; the mean cross entropy of each task has equal weight."""
 
     def rate(step):
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))

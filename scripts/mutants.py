@@ -1,10 +1,10 @@
 """Applies one-line changes to a copy of the project and reports those that no test notices.
 
-    python scripts/mutants.py                 all that are not in the journal yet
+    python scripts/mutants.py                 all changes that are not in the journal yet
     python scripts/mutants.py --only world    those with `world` in their names
 
-Each change names the tests that must fail. Results go into a journal, so that a campaign that was
-stopped continues where it was; `--again` starts it over. The exit status is 1 if a change survives.
+Each change names the tests that must fail. Results go into a journal, so that a stopped campaign
+continues where it was; `--again` starts it over. The exit status is 1 if a change survives.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ COPIED = ("virft_fast", "tests", "configs", "pyproject.toml", "scripts", "exampl
 
 
 class Mutant(NamedTuple):
-    """A change: `old`, which occurs once in the file, becomes `new`; pytest's arguments say which
-    tests must notice."""
+    """A change: `old`, which occurs once in the file, becomes `new`. `tests` are pytest's arguments
+    for the tests that must notice."""
 
     name: str
     file: str
@@ -246,7 +246,7 @@ def main() -> int:
             if key(mutant) in done:
                 continue
             started = time.monotonic()
-            if mutant.tests not in done:  # a test that fails anyway kills nothing
+            if mutant.tests not in done:  # tests that fail without a mutant prove nothing
                 passes = run_tests(copy, mutant.tests) == 0
                 done[mutant.tests] = note(arguments.journal, mutant.tests, str(passes))
             outcome = judge(copy, mutant) if done[mutant.tests] == "True" else "fails anyway"
@@ -265,7 +265,7 @@ def main() -> int:
 
 
 def key(mutant: Mutant) -> str:
-    """Changes with the mutant, so that a journal does not answer for another one."""
+    """A key that changes with the mutant, so that no result is reused for another one."""
     return json.dumps(mutant)
 
 
@@ -293,7 +293,7 @@ def copy_project(folder: Path) -> None:
 
 
 def judge(copy: Path, mutant: Mutant) -> str:
-    """ "killed", "survived", or why the question could not be put."""
+    """ "killed", "survived", or why the mutant could not be tested."""
     path = copy / "virft_fast" / mutant.file
     text = path.read_text()
     if text.count(mutant.old) != 1:

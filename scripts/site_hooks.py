@@ -1,5 +1,5 @@
-"""mkdocs calls this: links that leave docs/ lead to the repository, or become plain text where its
-address isn't known. On a Git host's own pages such links work as they are written."""
+"""A hook for mkdocs: links that leave docs/ point to the repository, or become plain text if its
+address isn't known. On a Git host's own pages such links work unchanged."""
 
 from __future__ import annotations
 

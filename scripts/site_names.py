@@ -1,4 +1,4 @@
-"""mkdocstrings calls this: an entry `a, b: text` of a docstring becomes one entry each."""
+"""A hook for mkdocstrings: a docstring's entry `a, b: text` becomes one entry per name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ENTRY = re.compile(r"^( {4,})(\w+(?:, \w+)+)(: .*)$")
 
 
 class SharedEntries(Extension):
-    """Repeats what names of one line share, so that each gets its own row in the page's table."""
+    """Repeats the text that names on one line share, so that each name gets its own table row."""
 
     def on_instance(self, *, obj: Any, **_: Any) -> None:
         """Rewrite the docstring of a module, class or function."""
@@ -21,7 +21,7 @@ class SharedEntries(Extension):
 
 
 def split_entries(lines: list[str]) -> list[str]:
-    """The docstring's lines with an entry, and the lines that continue it, for every name."""
+    """The docstring's lines, with an entry and its continuation lines repeated for every name."""
     result: list[str] = []
     position = 0
     while position < len(lines):

@@ -8,5 +8,5 @@ Importing this package loads neither torch nor any other heavy library. Import w
 import os
 
 __version__ = "0.2.0"
-# The launcher's process id, read before the imports that take seconds: it may exit meanwhile.
+# The launcher's process id, read before the slow imports, during which the launcher may exit.
 PARENT_PROCESS = os.getppid()

@@ -1,5 +1,5 @@
-"""What the dataclasses of `virft_fast.config` are made of: fields with a help text, checks, and the
-error for arguments that can't be used."""
+"""Building blocks of the dataclasses in `virft_fast.config`: fields with a help text, checks, and
+the error for arguments that can't be used."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Arguments(Protocol):
 
 
 def arg(default: Value, help: str, *aliases: str, choices: Collection[str] = ()) -> Value:
-    """A dataclass field with a help text, other names of its flag, and its values if few."""
+    """A dataclass field with a help text, aliases of its flag, and the allowed values if few."""
     metadata: dict[str, object] = {"help": help}
     if choices:
         metadata["choices"] = choices
@@ -67,7 +67,7 @@ def unknown_flag_message(flag: str, names: list[str]) -> str:
     return f"unknown flag --{flag.lstrip('-')}{hint}"
 
 
-# What the value of a flag must be, in words and as a test.
+# Limits on the value of a flag: in words, and as a test.
 LIMITS: dict[str, Callable[[float], bool]] = {
     "a positive number": lambda v: 0 < v < math.inf,
     "a positive number of pixels": lambda v: 0 < v < math.inf,

@@ -1,14 +1,14 @@
-"""The frozen records that flow through the house, and the shape legend of the whole project.
+"""The frozen records that all modules exchange, and the shape legend of the whole project.
 
-    B  prompts on this rank            G  completions a prompt (`num_generations`)
+    B  prompts on this rank            G  completions per prompt (`num_generations`)
     N  = B*G sequences, prompt-major: completion g of prompt b is row b*G + g
     P  prompt tokens                   T  completion tokens, padded
     S  packed tokens                   V  vocabulary
     D  hidden size                     R  reward functions
     K  predicted, M true boxes, padded; their counts are `num_pred`, `num_gt`
 
-Prompts and images repeat with `repeat_interleave(G)`, where they repeat at all. Nothing assigns in
-place into a field of these records.
+Where prompts or images must be repeated, use `repeat_interleave(G)`. Never modify a field of these
+records in place.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Prompt:
     """A sample as the model reads it: unpadded tokens and image patches, all on the CPU.
 
     Attributes:
-        sample: where it comes from.
-        text: the rendered chat, one placeholder an image.
+        sample: the sample that it was made from.
+        text: the rendered chat, one placeholder per image.
         input_ids: (P,) int64, image placeholders expanded.
         mm_token_type_ids: (P,) int64, 1 at image tokens, else 0.
         pixel_values: (patches of all images, patch size) float32, or None without images.
@@ -76,11 +76,12 @@ class Rollouts:
         completion_ids: (N, T) int64, padded after the end.
         completion_mask: (N, T) bool, true up to and including EOS.
         truncated: (N,) bool, true where no EOS came within the length limit.
-        texts: N decoded completions without control tokens; text markers, as <|box_start|>, stay.
+        texts: N decoded completions without control tokens; text markers such as <|box_start|>
+            stay.
         sampling_logps: (N, T) float32, log-prob of each token in the distribution it was drawn
             from; 0 where masked.
-        image_features: of each prompt, (its image tokens, features); None if the tower may have
-            changed since.
+        image_features: for each prompt, (its image tokens, features); None if the vision tower may
+            have changed since.
     """
 
     prompts: tuple[Prompt, ...]

@@ -7,8 +7,8 @@ bit-for-bit.
       engine/                  weights in full precision and optimizer state, written by the engine
       checksums.json           size and checksum of each of these files, to detect bit rot
 
-A checkpoint is written under another name and renamed once all of it is on disk. Before it is
-deleted, it is renamed again. So a kill at any moment leaves the last good one.
+A checkpoint is written under another name and renamed once all of it is on disk. It is also renamed
+before it is deleted. A kill at any moment therefore leaves the last good checkpoint intact.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ LEFTOVER = re.compile(
     rf"deleting-{_OF_A_RUN}-\d+|replaced-({_OF_A_RUN})-\d+"
     rf"|(?:{_OF_A_RUN}|model|metrics|completions|summary|reference_logps|\.summary\.json)\{_ASIDE}"
 )
-# Files that make transformers or peft take a folder for a model or an adapter.
+# Files by which transformers or peft recognize a folder as a model or an adapter.
 MODEL_FILES = re.compile(
     r"(adapter_|pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
     r"|adapter_config\.json"
@@ -73,12 +73,12 @@ def save_checkpoint(
 
     Args:
         state: plain JSON data, the same on every rank.
-        dtype: of the stored weights; None keeps the one they are trained in.
+        dtype: of the saved weights; None keeps the training dtype.
         only_model: omit the engine's state; such a checkpoint can't be resumed.
         total_limit: afterwards keep only this many latest checkpoints.
     Returns:
-        The folder, or None if it could not be written, for example because the disk is full. Then
-        an error has been logged, and earlier checkpoints are intact.
+        The folder, or None if it could not be written, for example because the disk is full. In
+        that case an error has been logged, and earlier checkpoints are intact.
     """
     final = output_dir / f"checkpoint-{step}"
     aside = output_dir / f"{final.name}{_ASIDE}"
@@ -92,7 +92,7 @@ def save_checkpoint(
                 (aside / STATE_FILE).write_text(json.dumps(state, indent=1))
                 written += [path for path in aside.iterdir() if path.is_file()]
         if not only_model:
-            with dist.agreed():  # DeepSpeed passes its barriers on all ranks, also if a write fails
+            with dist.agreed():  # DeepSpeed passes its barriers on all ranks, even if a write fails
                 written += engine.save_state(aside / "engine")
         with dist.agreed(), progress.busy("saving"):
             seals = _seal(aside, written)
@@ -133,7 +133,7 @@ def write_final_model(
                 for path in folder.iterdir():
                     if MODEL_FILES.fullmatch(path.name) and path.name not in written:
                         path.unlink()
-                # config.json comes last: a loader that finds it finds the rest, too.
+                # config.json comes last: a loader that finds it also finds the rest.
                 for path in sorted(aside.iterdir(), key=lambda path: "config.json" in path.name):
                     _flush(path)
                     os.replace(path, folder / path.name)
@@ -167,7 +167,8 @@ def find_checkpoint(output_dir: Path, name: str, *, dry_run: bool = False) -> Pa
     Returns:
         The folder; None for "true" if there is no checkpoint.
     Raises:
-        FileNotFoundError, ValueError: there is none, it holds no engine state or is damaged.
+        FileNotFoundError, ValueError: no such checkpoint exists, or it has no engine state or is
+            damaged.
     """
     if dist.is_main() and not dry_run:
         with contextlib.suppress(OSError):
@@ -277,7 +278,7 @@ def _damage_of_share(checkpoint: Path) -> str | None:
 
 
 def checksum(path: Path) -> str:
-    """A file's XXH3 checksum of 128 bits, as hexadecimal digits."""
+    """A file's 128-bit XXH3 checksum, as hexadecimal digits."""
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(2**20))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -286,8 +287,8 @@ def checksum(path: Path) -> str:
 
 
 def _seal(folder: Path, paths: Iterable[Path]) -> Seals:
-    """Flush files of `folder` to disk and seal them. Checksums are computed meanwhile, while the
-    files are still in memory."""
+    """Flush files of `folder` to disk; returns their sizes and checksums, which are computed during
+    the flush, while the files are still cached in memory."""
     paths = list(paths)
     with ThreadPoolExecutor(1) as other:
         flushed = other.map(_flush, paths)
@@ -338,7 +339,7 @@ _STATE: Row = {
     "bad_rows": {"rows": _ROWS},
     "writer": {"window": {str: (NUMBER, COUNT)}},
 }
-# May be null, or missing because an earlier version wrote the state.
+# Entries that may be null, or missing from a state that an earlier version wrote.
 _MAY_BE_MISSING: Row = {
     "silent_steps": {str: COUNT},
     "idle_steps": {str: COUNT},
@@ -444,7 +445,7 @@ def _publish(aside: Path, final: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Flush to disk, so that after a crash a renamed file or folder has its content."""
+    """Flush to disk, so that a renamed file or folder keeps its content after a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -44,7 +44,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(HfArgumentParser):
-    """A parser with the flags of dataclasses, each a group of the help; flags can be added."""
+    """A parser whose flags are dataclass fields, one help group per class; flags can be added."""
 
     def __init__(self, groups: Sequence[type[Arguments]] = (), **options: object) -> None:
         options = {"formatter_class": HelpFormatter, "allow_abbrev": False} | options
@@ -63,7 +63,7 @@ def parse(
     Args:
         launch_lines: accept other trainers' flags if their values change nothing.
     Raises:
-        UsageError: an unknown or misspelt flag or key, or a value out of range.
+        UsageError: an unknown or misspelled flag or key, or a value out of range.
     """
     names = flag_names(groups)
     with usage():
@@ -116,7 +116,7 @@ def output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def share(text: str) -> float:
-    """An argument's type: a number in [0, 1)."""
+    """Argument type: a number in [0, 1)."""
     with contextlib.suppress(ValueError):
         if 0 <= float(text) < 1:
             return float(text)
@@ -124,12 +124,12 @@ def share(text: str) -> float:
 
 
 def positive(text: str) -> int:
-    """An argument's type: an integer, 1 or more."""
+    """Argument type: an integer, at least 1."""
     return natural(text, least=1)
 
 
 def natural(text: str, least: int = 0) -> int:
-    """An argument's type: an integer, 0 or more."""
+    """Argument type: an integer, at least `least`."""
     with contextlib.suppress(ValueError):
         if int(text) >= least:
             return int(text)
@@ -159,7 +159,7 @@ def _read_yaml(path: str, names: list[str]) -> list[str]:
         raise UsageError(f"--config {path}: expected a mapping of flags to values")
     written = [str(k.value) for k, _ in tree.value] if isinstance(tree, yaml.MappingNode) else []
     double = ", ".join(sorted({key for key in written if written.count(key) > 1}))
-    if double:  # YAML would take the last
+    if double:  # YAML would silently use the last
         raise UsageError(f"--config {path}: expected every flag once, got {double} again")
     if values.get("config") is not None:
         raise UsageError(f"--config {path}: config: expected no file in the file; join them")

@@ -46,9 +46,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def end_process(status: int) -> None:
-    """Exit; skip Python's own shutdown in two cases. With several processes, a thread of the
-    collectives that needs the interpreter during the shutdown would abort a finished run. And the
-    shutdown would wait for threads that still run, for example in a reward function that hangs."""
+    """Exit; skip Python's own shutdown in two cases. With several processes, a collectives thread
+    that needs the interpreter during the shutdown would abort a finished run. If threads still run,
+    for example in a reward function that hangs, the shutdown would wait for them."""
     left = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
     if left or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         for stream in (sys.stdout, sys.stderr):
@@ -59,5 +59,5 @@ def end_process(status: int) -> None:
 
 
 def script() -> None:
-    """The console script."""
+    """The entry point of the console script."""
     end_process(main())

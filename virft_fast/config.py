@@ -2,7 +2,7 @@
 
 Names are those of TRL and Visual-RFT, so that their launch lines start this program; defaults are
 those of the Visual-RFT paper (lr 1e-6, beta 0.04, 256 tokens, 8 completions). `virft_fast.cli`
-parses them. Nothing below the algorithms sees these objects.
+parses them. Only the commands and the algorithms use these objects.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class GRPOConfig:
         check_choices(self)
         pairs = "at least 2 (an advantage compares the completions of one prompt)"
         check_limit(self, pairs, "num_generations")
-        if self.reward_funcs:  # else the task names them, once the data set is read
+        if self.reward_funcs:  # else the task provides them, once the data set is read
             self.weights_of(self.reward_funcs)
         finite = all(math.isfinite(weight) for weight in self.reward_weights)
         require(finite, "reward_weights", "finite numbers", self.reward_weights)
@@ -231,7 +231,7 @@ class GRPOConfig:
 
 @dataclass
 class DPOConfig:
-    """Direct preference optimisation, with --algorithm dpo."""
+    """Direct preference optimization, with --algorithm dpo."""
 
     _argument_group_name = "DPO"
     dpo_beta: float = arg(0.1, "Weight of staying close to the reference.")
@@ -425,7 +425,7 @@ class EvalConfig:
         require(len(set(self.compare)) == several, "compare", "different models", self.compare)
 
     def _check_source(self) -> None:
-        """Check that flags which need each other come together."""
+        """Check that flags which need each other are given together."""
         by_coco = self.task in ("coco", "lvis")
         if self.annotations:
             require(by_coco, "task", "coco or lvis with --annotations", self.task)
@@ -457,10 +457,10 @@ TRAIN_GROUPS = (ModelConfig, DataConfig, GRPOConfig, DPOConfig, TrainConfig)
 
 
 def column_names(pairs: list[str]) -> dict[str, str]:
-    """--columns as our name -> the data set's.
+    """--columns as a dict: our column name -> the data set's.
 
     Raises:
-        ValueError: not of the form ours=theirs, or one of them twice.
+        ValueError: not of the form ours=theirs, or a name is given twice.
     """
     split = [pair.partition("=") for pair in pairs]
     for pair, (ours, _, theirs) in zip(pairs, split, strict=True):

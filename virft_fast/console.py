@@ -11,8 +11,8 @@ from typing import TextIO
 
 
 class _Unbreakable:
-    """A text stream that drops text it can't write, instead of raising an error: `| head` has
-    ended, or the log's disk is full."""
+    """A text stream that drops text it can't write, instead of raising an error, for example
+    because `| head` has exited or the log's disk is full."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -37,8 +37,8 @@ class _Unbreakable:
 def unbreakable() -> Iterator[None]:
     """Context and decorator in which writing to a standard stream raises no error.
 
-    On exit, text still buffered for a broken stream is dropped; else Python would end with status
-    120.
+    On exit, text still buffered for a broken stream is dropped; otherwise Python would exit with
+    status 120.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (
@@ -69,7 +69,7 @@ def _settle(stream: TextIO | None) -> None:
 
 def say(text: str) -> None:
     """Print to standard error on the main process."""
-    from virft_fast import dist  # torch
+    from virft_fast import dist  # imports torch
 
     if dist.is_main():
         print(text, file=sys.stderr)

@@ -1,6 +1,6 @@
-"""DeepSpeed's JSON files: what may stand in one, and what "auto" means there.
+"""DeepSpeed's JSON files: what they may contain, and what "auto" means there.
 
-Nothing here imports deepspeed; `engine.py` does, and reads what this module resolves.
+Nothing here imports deepspeed; `engine.py` does, and uses the configuration resolved here.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def resolve_deepspeed_config(
         The configuration with every "auto" replaced and without its optimizer and scheduler
         blocks, and the optimizer's settings, updated by an optimizer block.
     Raises:
-        ValueError: an "auto" with no value for it, a batch size that contradicts the flags, fp16,
+        ValueError: an "auto" that has no value here, a batch size that contradicts the flags, fp16,
             or an optimizer other than Adam(W).
     """
     config = json.loads(json.dumps(config))

@@ -10,7 +10,7 @@ from virft_fast.commands import end_process
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train with demo.yaml, flags in `argv` winning over it; returns the exit status."""
+    """Train with demo.yaml, flags in `argv` override it; returns the exit status."""
     config = Path(__file__).with_name("demo.yaml")
     return train.main(["--config", str(config), *(sys.argv[1:] if argv is None else argv)])
 

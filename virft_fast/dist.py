@@ -161,7 +161,7 @@ def is_agreed(error: BaseException) -> bool:
 
 
 def on_main(action: Callable[[], Value]) -> Value:
-    """What `action` returns on the main process, on every rank; all ranks must call.
+    """Run `action` on the main process; returns its result on every rank. All ranks must call.
 
     Raises:
         RankFailed: on the other ranks, if `action` raised; the main process raises its error.
@@ -174,7 +174,7 @@ def on_main(action: Callable[[], Value]) -> Value:
 
 
 def from_main(make: Callable[[], Value]) -> Value:
-    """What `make` returns on the main process, on all ranks. Only for plain objects.
+    """Run `make` on the main process; returns its result on all ranks. For plain objects only.
 
     Raises:
         ValueError: on all ranks, with the text of a ValueError or OSError of the main process.

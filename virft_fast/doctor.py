@@ -18,7 +18,7 @@ from typing import NamedTuple
 from virft_fast.commands import end_process
 from virft_fast.console import unbreakable
 
-# The releases of constraints.txt. Down to pyproject.toml's bounds older ones work as well.
+# The releases in constraints.txt. Older ones also work, down to pyproject.toml's bounds.
 TESTED = {
     "torch": "2.13.0", "triton": "3.9.0", "transformers": "5.23.0", "deepspeed": "0.19.8",
     "datasets": "5.2.0", "accelerate": "1.15.0", "peft": "0.21.2",
@@ -43,7 +43,7 @@ MIN_CAPABILITY = (8, 0)  # bfloat16
 
 
 class Finding(NamedTuple):
-    """One thing looked at. `level`: ok, note (something optional is missing) or problem."""
+    """The result of one check. `level`: ok, note (something optional is missing) or problem."""
 
     level: str
     what: str
@@ -76,8 +76,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def findings(folder: Path = Path()) -> Iterator[Finding]:
-    """Look at packages, the native matcher, GPUs, collectives, disk and the loss, in this order. A
-    check that fails is a finding as well."""
+    """Check packages, the native matcher, GPUs, collectives, disk and the loss, in this order. A
+    check that fails is also a finding."""
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "Python and packages": _packages, "optional packages": _optional_packages,
         "the matcher": _matcher, "GPUs": _gpus, "collectives": _collectives,
@@ -196,7 +196,8 @@ def _disk(folder: Path) -> Iterator[Finding]:
 
 
 def _loss() -> Iterator[Finding]:
-    """The fused loss and its gradient against the plain one, on the device a run would use."""
+    """Compare the fused loss and its gradient with the plain ones, on the device a run would
+    use."""
     import torch
 
     from virft_fast.kernels import grpo_loss, linear_grpo_loss
@@ -212,7 +213,7 @@ def _loss() -> Iterator[Finding]:
         fused = linear_grpo_loss(hidden, weight, ids, mask, advantages=advantages).loss
         plain = grpo_loss(hidden @ weight.T, ids, mask, advantages=advantages).loss
         pair = [torch.autograd.grad(loss, hidden)[0] for loss in (fused, plain)]
-    except Exception as error:  # whatever a driver or a compiler says
+    except Exception as error:  # a driver or a compiler can raise anything
         text = f"the fused loss fails on {device}: {error}"
         yield Finding("problem", text, "train with --loss_impl reference, and report it")
         return

@@ -1,8 +1,9 @@
-"""The engines, which own parameters, gradients and optimizer state. All of DeepSpeed is in here.
+"""The engines, which own parameters, gradients and optimizer state. Only this module uses
+DeepSpeed.
 
-`PlainEngine` runs one process or replicas, `DeepSpeedEngine` any ZeRO stage; `Engine` says what
-both can do. A step whose gradient is not finite is skipped on every rank. The file is long because
-no other module may import deepspeed.
+`PlainEngine` runs one process or replicas, `DeepSpeedEngine` any ZeRO stage; `Engine` is their
+common interface. A step whose gradient is not finite is skipped on every rank. The file is long
+because no other module may import deepspeed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from virft_fast.models.adapters import has_adapter, is_trained_adapter
 from virft_fast.models.policy import Policy
 from virft_fast.optimizer import OptimizerSettings, make_optimizer
 
-# ZeRO-3 parameters (numbers) gathered at once when copied for a rollout.
+# How many ZeRO-3 parameters (elements) to gather at once when copying for a rollout.
 GATHERED_NUMBERS = 2**28
 
 Stored = dict[str, Tensor]  # weights by their names in a saved model
@@ -45,7 +46,7 @@ class StepResult:
 
 
 class Engine(Protocol):
-    """What a run asks of an engine; `PlainEngine`'s methods say what each of them does.
+    """The interface of an engine; `PlainEngine` documents what each method does.
 
     Attributes:
         module: the policy that is trained.
@@ -108,7 +109,8 @@ class PlainEngine:
         loss.backward()
 
     def step(self, learning_rate: float, *, veto: bool = False) -> StepResult:
-        """Update the weights, unless the gradient is not finite or `veto`, equal on all ranks."""
+        """Update the weights, unless the gradient isn't finite or `veto` (equal on all ranks) is
+        set."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -207,7 +209,7 @@ class DeepSpeedEngine:
             config["gradient_clipping"] = 0.0
         self._norm, self._veto = 0.0, False
         self.engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
-        # Only now: `initialize` makes one step without gradients, to allocate the state.
+        # Set only now: `initialize` takes one step without gradients, to allocate the state.
         self.optimizer.guard = self._guard
         self.engine.checkpoint_engine = _plain_checkpoint_engine()
         # Don't copy its weight-gathering script: model.safetensors has the weights, and a copy that
@@ -254,8 +256,8 @@ class DeepSpeedEngine:
         """As `PlainEngine.whole_weights`; all ranks call.
 
         Under ZeRO-3 it yields a whole copy, which keeps its addresses and is refilled once after
-        each step. So no layer is gathered token by token, and ranks may make different numbers of
-        module calls.
+        each step. Layers are therefore not gathered for every token, and ranks may make different
+        numbers of module calls.
         """
         if self.zero_stage < 3:
             yield self.module
@@ -419,12 +421,12 @@ def import_deepspeed() -> ModuleType:
 
 
 def prepare_deepspeed(config: Row, device: torch.device) -> object:
-    """Set DeepSpeed up before a model is loaded. Keep a reference to the result while loading:
+    """Set up DeepSpeed before a model is loaded. Keep a reference to the result while loading:
     under ZeRO-3 it makes `from_pretrained` partition the weights as it reads them."""
     deepspeed = import_deepspeed()
     if device.type == "cpu":
-        # Otherwise the first run spends minutes on compiling a shared-memory all-reduce that none
-        # of training's collectives uses.
+        # Otherwise the first run spends minutes compiling a shared-memory all-reduce that none of
+        # training's collectives uses.
         deepspeed.ops.__compatible_ops__ = {}
     if not torch.distributed.is_initialized():
         # One process without a launcher: a group of one, whose store is in memory.
@@ -450,7 +452,7 @@ def check_deepspeed(config: Row) -> None:
     try:  # it divides train_batch_size by the size of a process group that doesn't exist yet
         copied = json.loads(json.dumps(config))
         DeepSpeedConfig({k: v for k, v in copied.items() if k != "train_batch_size"})
-    except Exception as error:  # pydantic's errors, assertions, and whatever odd types cause
+    except Exception as error:  # pydantic's errors, assertions, and errors from wrong types
         raise ValueError(
             f"--deepspeed: expected settings that DeepSpeed takes, got {type(error).__name__}: "
             f"{' '.join(str(error).split())[:400]}"
@@ -475,7 +477,7 @@ def _without_enums(value: object) -> object:
 
 
 def _plain_checkpoint_engine() -> object:
-    """DeepSpeed's checkpoint engine, except that it unpickles no arbitrary objects.
+    """DeepSpeed's checkpoint engine, changed so that it unpickles no arbitrary objects.
 
     It lists the files it has written in `written`. If a write fails (a full disk), it keeps the
     exception in `error`: raised on one rank, it would leave the others waiting at DeepSpeed's next

@@ -1,8 +1,8 @@
-"""`python -m virft_fast.evaluate`: greedy answers of a checkpoint to held-out rows, scored.
+"""`python -m virft_fast.evaluate`: score a checkpoint's greedy answers to held-out rows.
 
 Prints the rewards' means and the task's measures with their 95 % intervals. Writes a JSON line per
 sample, a summary, a report and a page with pictures. `--compare` puts several models side by side.
-torchrun divides the samples among the ranks. A killed evaluation resumes where it was.
+torchrun divides the samples among the ranks. A killed evaluation resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from virft_fast.evaluation.pages import Table
 from virft_fast.evaluation.results import Result
 from virft_fast.evaluation.run import ModelEvaluation
 
-# Endings of the counts that are also printed.
+# Counts whose names end like this are also printed.
 _LEFT_OUT = ("that can't be used", "without a true mask", "that are unknown")
 
 
@@ -68,10 +68,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_args(argv: list[str]) -> EvalConfig:
-    """Flags -> configuration.
+    """The configuration that the flags describe.
 
     Raises:
-        UsageError: an unknown or misspelt flag, or a value out of range.
+        UsageError: an unknown or misspelled flag, or a value out of range.
     """
     (config,) = parse((EvalConfig,), argv, "python -m virft_fast.evaluate")
     return config
@@ -168,7 +168,7 @@ def output_path(config: EvalConfig) -> Path:
         "ask" if config.ask_exists else Path(given).stem if given else "",
     ]
     name = "_".join(re.sub(r"[^\w-]+", "-", word)[:40].strip("-") for word in words if word)
-    # A digest tells apart what is cut off or replaced in the name, and sources of the same stem.
+    # The digest distinguishes names that are shortened alike, and sources with the same stem.
     exact = [words, _resolved(source), given and _resolved(given), config.dataset_config]
     digest = hashlib.sha256(json.dumps(exact).encode()).hexdigest()
     return (folder if in_folder else Path("runs/eval")) / f"{name}_{digest[:6]}.jsonl"

@@ -1,4 +1,4 @@
-"""JSON that people edit and that killed processes leave incomplete: read, or rejected by name."""
+"""Reads JSON that people edit or killed processes leave incomplete; errors name the file."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def intact_lines(path: Path) -> Iterator[tuple[str, Json]]:
 
 
 def misfit(value: Json, form: Json, where: str = "") -> str | None:
-    """The first place where JSON data differs from `form`: what was expected and what came.
+    """The first place where JSON data differs from `form`: what was expected and what was found.
 
     Args:
         form: `COUNT`, `NUMBER`, `MEAN` or a type; [form of every item]; (form of each item);

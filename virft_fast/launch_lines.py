@@ -36,7 +36,7 @@ class Foreign(NamedTuple):
     instead: str = ""
 
 
-# The first entry that matches a flag counts.
+# The first entry that matches a flag applies.
 FOREIGN = (
     # Rollout
     Foreign("use_vllm", "false", "rollouts run inside the training process",

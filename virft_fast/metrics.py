@@ -1,7 +1,7 @@
-"""What users see of a run: one reduction a step, a progress bar or lines, JSONL, trackers.
+"""Reports a run's progress: one reduction per step, a progress bar or lines, JSONL, trackers.
 
 Losing a record is better than losing a run: if the disk is full or a tracker fails, one error is
-logged and the run goes on.
+logged and the run continues.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SHOWN_SAMPLES = 4
 
 
 class Tracker(Protocol):
-    """What is used of a tracker of accelerate. Its client may raise anything."""
+    """The part of accelerate's trackers that is used. A tracker's client may raise anything."""
 
     def store_init_configuration(self, values: Row) -> None: ...
 
@@ -74,7 +74,7 @@ class MetricsWriter:
         config: the run's settings, for the trackers.
         logging_steps: steps between two records; a record holds the means since the last one.
         log_completions_steps: steps between two tables of samples; 0: never.
-        start_step: steps that a resumed run has done before.
+        start_step: steps that were done before the run was resumed.
         stream: where bar, lines and tables go; standard error by default.
     Raises:
         ValueError: a tracker does not exist or is not installed.
@@ -115,7 +115,7 @@ class MetricsWriter:
         return tqdm(total=self.total_steps, initial=start_step, file=self.stream, unit="step")
 
     def start(self) -> None:
-        """Start the clock behind the time left; called before the first step."""
+        """Start the clock for estimating the time left; called before the first step."""
         self._started = time.monotonic()
         if self.bar is not None:
             self.bar.unpause()
@@ -173,7 +173,7 @@ class MetricsWriter:
                     file.write(lines.encode())
                     file.flush()
                 except OSError:
-                    # Else the next record would continue the incomplete line.
+                    # Otherwise the next record would continue the incomplete line.
                     os.ftruncate(file.fileno(), size)
                     raise
 

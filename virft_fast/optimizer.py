@@ -39,7 +39,7 @@ class GuardedAdamW(torch.optim.AdamW):
 
     guard: Callable[[], bool] = staticmethod(lambda: True)
 
-    # torch also returns the loss of a closure; nothing here has one.
+    # torch's version also returns a closure's loss; closures are not used here.
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         if self.guard():
             super().step(closure)

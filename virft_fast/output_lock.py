@@ -1,8 +1,9 @@
 """One run per output folder: `.lock` names the process that writes there.
 
-The owner touches the file while it lives. Another run takes the lock over if the owner was a
-process of this host and is gone, or if it runs on another host, or in another container, and has
-not touched the file for HEARTBEAT_LIMIT seconds. Ages are measured by the file system's own clock.
+The owner touches the file while it lives. Another run takes over the lock in two cases. Either the
+owner was a process on this host and is gone, or it runs on another host or in another container and
+has not touched the file for HEARTBEAT_LIMIT seconds. Ages are measured by the file system's own
+clock.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class OutputLock:
             os.utime(self.path)
         except FileNotFoundError:  # deleted by somebody, but not taken over
             return self._write_anew()
-        except OSError as error:  # a file system that fails for a while, not another run
+        except OSError as error:  # a temporary failure of the file system, not another run
             logger.warning("could not touch %s: %s", self.path, error)
         return True
 
@@ -117,7 +118,7 @@ class OutputLock:
 
     @contextlib.contextmanager
     def _mutex(self) -> Iterator[bytes]:
-        """The lock file's content; meanwhile no other process reads or writes the file."""
+        """Yield the lock file's content; in the body no other process reads or writes the file."""
         deadline = time.monotonic() + _MUTEX_SECONDS
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -1,5 +1,5 @@
 """What this process did last, and when, for the watcher thread of `virft_fast.watch`; and progress
-bars of work that may take long."""
+bars for work that may take long."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def waiting(collective: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def busy(what: str) -> Iterator[None]:
-    """All of the body counts as progress: it may take long, as writing to a slow disk does."""
+    """Count the whole body as progress, because it may take long, like writing to a slow disk."""
     global _busy
     mark(what)
     _busy += 1
@@ -62,12 +62,12 @@ def where() -> str:
 def bar(
     items: Iterable[T], what: str, unit: str, *, total: int | None = None, shown: bool = True
 ) -> tqdm[T]:
-    """The items, behind a bar on a terminal that appears if they take longer than BAR_SECONDS.
+    """The items, with a bar on a terminal that appears if they take longer than BAR_SECONDS.
 
     Args:
         total: their number; None: `len(items)`. With no items the caller updates the bar.
     """
     from tqdm import tqdm
 
-    disable = None if shown else True  # None: where stderr is no terminal
+    disable = None if shown else True  # None: disabled unless stderr is a terminal
     return tqdm(items, what, total, unit=unit, delay=BAR_SECONDS, leave=False, disable=disable)

@@ -210,7 +210,7 @@ def _draw_example(axis: Axes, example: Row, when: str, parse_boxes: ParseBoxes) 
     title = textwrap.shorten(
         quoted.group(1) if quoted else example["problem"], 34, placeholder="..."
     )
-    # A $ in texts of models and data sets begins no formula.
+    # A $ in text from models and data sets must not start a formula.
     axis.set_title(f"{when}: {title}", fontsize=9, parse_math=False)
     if not true:
         answer = example[when].rpartition("<answer>")[2].partition("</answer>")[0]
@@ -233,7 +233,7 @@ def _draw_box(
         return
     x1, y1, x2, y2 = (
         v / 1000 * size - 0.5 for v, size in zip(box, 2 * image.size, strict=True)
-    )  # pixel centres are at whole numbers
+    )  # pixel centers are at whole numbers
     # A dark rim keeps a white box visible on a white shape.
     rim = [patheffects.withStroke(linewidth=4, foreground="black")] if style == "-" else []
     axis.add_patch(

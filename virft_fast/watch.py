@@ -32,21 +32,21 @@ EXIT_STATUS: dict[int, int] = {
     signal.SIGHUP: 129,
 }
 TICK = 0.5
-STOP_SECONDS = 10.0  # from a signal until a section is given up, so that the run ends within 20
+STOP_SECONDS = 10.0  # from a signal until a section is given up; the run ends within 20 s
 DEAF_SECONDS = 5.0  # from then until the process is ended
 TIMER = getattr(signal, "SIGVTALRM", None)  # from the kernel, after CPU time
 NATIVE_SECONDS = 30.0  # from a limit until a process that runs no Python is ended
 STALL_SECONDS = 600.0  # without progress until every rank writes where it stands
-WRITE_SECONDS = 2.0  # for the last words of a process
-ORPHAN_SECONDS = 60.0  # without progress, of a process whose launcher is gone
+WRITE_SECONDS = 2.0  # for a process to write its last message
+ORPHAN_SECONDS = 60.0  # without progress until a process ends whose launcher is gone
 
 
-_handled: dict[int, Any] = {}  # signals that a watch handles -> their handlers before
+_handled: dict[int, Any] = {}  # signals that a watch handles -> their previous handlers
 
 
 def _after_fork() -> None:
-    """In a forked child, of a reward function say: restore the signal handlers from before the
-    watch, and take this process's parent for the launcher."""
+    """In a forked child, such as a reward function's: restore the signal handlers from before the
+    watch, and treat this process's parent as the launcher."""
     virft_fast.PARENT_PROCESS = os.getppid()
     for number, handler in _handled.items():
         with contextlib.suppress(ValueError, TypeError):
@@ -112,7 +112,7 @@ class Watch:
     def __enter__(self) -> Watch:
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, say
+                if signal.getsignal(number) is not signal.SIG_IGN:  # e.g. by nohup
                     self._handlers[number] = signal.signal(number, self._stop)
             for wakes in (WAKE, TIMER):
                 if wakes is not None:
@@ -137,14 +137,14 @@ class Watch:
 
     @property
     def exit_status(self) -> int:
-        """Of a run that was asked to stop, and could save."""
+        """The exit status of a run that was asked to stop and could save."""
         return EXIT_STATUS.get(self.received or 0, 0)
 
     @contextlib.contextmanager
     def section(
         self, what: str, limit: float | None = None, *, patience: float | None = None
     ) -> Iterator[None]:
-        """A part of the run that can be abandoned, in which case nothing of it is kept.
+        """A part of the run that can be abandoned; if it is, its results are discarded.
 
         Args:
             what: its name in messages.
@@ -195,9 +195,9 @@ class Watch:
             raise SectionStopped(f"{self._section.what} was given up")
 
     def _set_timer(self, seconds: float) -> None:
-        """Have the kernel wake the main thread after that much CPU time, then every TICK; 0 stops
-        that. A regular expression keeps all threads from running, the watch's too, but it does
-        check for signals."""
+        """Have the kernel wake the main thread after that much CPU time, then every TICK; 0 cancels
+        this. A regular expression blocks all threads, including the watch's, but it does check for
+        signals."""
         if TIMER in self._handlers:
             signal.setitimer(signal.ITIMER_VIRTUAL, seconds, TICK if seconds else 0.0)
 
@@ -229,7 +229,7 @@ class Watch:
 
     def _look_at_section(self, now: float) -> None:
         section = self._section
-        if section is None or WAKE not in self._handlers:  # in another thread than the main one
+        if section is None or WAKE not in self._handlers:  # the watch isn't in the main thread
             return
         stop = self._received_at + section.patience if self.stopped else float("inf")
         deadline = min(section.deadline, stop)
@@ -269,7 +269,7 @@ class Watch:
             self._end(f"no progress for {idle:.0f} s (--ddp_timeout), at {progress.where()}")
 
     def _write_stacks(self, idle: float) -> Path | None:
-        """Where every thread of this process stands, in a file of its own for each rank."""
+        """Write the stacks of this process's threads to a file, one file per rank."""
         path = self.output_dir / f"stalled-rank-{self.rank}.txt"
         try:
             with path.open("a") as file:
@@ -292,7 +292,7 @@ class Watch:
     def _end(self, why: str, status: int = 1) -> None:
         """End the process, whatever the main thread does; nothing can be saved."""
         text = f"virft_fast: rank {self.rank}: {why}; this process ends. {self.comfort()}\n"
-        # A pipe that nobody reads must not keep it.
+        # A pipe that nobody reads must not block the exit.
         writes = threading.Thread(target=_write, args=(text,), daemon=True)
         writes.start()
         writes.join(WRITE_SECONDS)

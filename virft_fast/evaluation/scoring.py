@@ -98,7 +98,7 @@ def rescored(
 ) -> list[Record]:
     """The records, with their completions scored again by other functions.
 
-    A reward is None if the row can't be read anymore. `completion_ids` are the text's tokens.
+    A reward is None if the row can't be read anymore. `completion_ids` are tokenized from the text.
     """
     names = [name for name, _ in reward_funcs]
     new = [record | {"rewards": dict.fromkeys(names)} for record in records]

@@ -52,7 +52,7 @@ class Questions:
         check: sample -> what is wrong with it, or None.
         truth: for COCO's protocol, if there are annotations.
         labels: the closed set of a classification.
-        image_ids: whole numbers, one for each row of a data set.
+        image_ids: integers, one for each row of a data set.
         counts: what was left out, by name. missing: files of the missing images.
         compat_prompt, box_space: see `SampleDataset`.
     """
@@ -241,8 +241,8 @@ def _tagged_images(record: Row) -> list[str]:
 
 
 def _image_ids(records: Sequence[Row]) -> list[int]:
-    """The rows' `image_id` if all are whole numbers, as in COCO; else new numbers, and a number of
-    its own for each row without one."""
+    """The rows' `image_id` if all are integers, as in COCO. Otherwise new numbers: equal ids share
+    one, and each row without an id gets its own."""
     given = [record.get("image_id") for record in records]
     whole = [image for image in given if type(image) is int]
     if len(whole) == len(given):

@@ -181,8 +181,8 @@ def deepspeed_config(
 
 def training_dtype(config: RunConfig) -> torch.dtype:
     """The dtype in which weights are loaded. With --bf16, DeepSpeed keeps float32 master copies of
-    bf16 weights. Without DeepSpeed the weights stay float32, and only the forward and backward
-    passes run in bf16."""
+    bf16 weights. Without DeepSpeed the weights are the masters themselves, and only the forward and
+    backward passes run in bf16."""
     if config.model.dtype != "auto":
         return getattr(torch, config.model.dtype)
     return torch.bfloat16 if config.train.bf16 and config.train.deepspeed else torch.float32
