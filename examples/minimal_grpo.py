@@ -17,7 +17,7 @@ from virft_fast.rollout.native import NativeRollout
 from virft_fast.tasks import REWARDS
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 32
-B, G = 4, 8  # prompts a step, completions a prompt: N = B * G completions
+B, G = 4, 8  # prompts per step, completions per prompt: N = B * G completions
 CPU = torch.device("cpu")
 
 processor, policy = load_processor("tiny"), Policy(load_model("tiny").train())

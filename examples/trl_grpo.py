@@ -98,8 +98,7 @@ class FusedGRPOTrainer(GRPOTrainer):
 
 @contextlib.contextmanager
 def hidden_states_as_logits(model):
-    """Inside, the forward pass of the wrapper (DDP, DeepSpeed) returns hidden states as its
-    logits."""
+    """Inside, the wrapper's forward pass (DDP, DeepSpeed) returns hidden states as logits."""
     head, model.lm_head = model.lm_head, torch.nn.Identity()
     try:
         yield

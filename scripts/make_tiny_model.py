@@ -4,7 +4,7 @@
 
 1. Clean SFT on shapes_detection and digits_classification together.
 2. The same on new images, at a lower rate.
-3. A short SFT on noisy labels (boxes pushed outwards, digits swapped with a neighbour,
+3. A short SFT on noisy labels (boxes pushed outward, digits swapped with a neighbor,
    confidences at random), which keeps the capability in the network and spoils its
    calibration. That is the warm start from which the demo shows GRPO recovering; it is no claim
    about learning to see.

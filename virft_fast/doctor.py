@@ -196,8 +196,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
 
 
 def _loss() -> Iterator[Finding]:
-    """Compare the fused loss and its gradient with the plain ones, on the device a run would
-    use."""
+    """Compare the fused loss and its gradient with the plain ones, on a run's device."""
     import torch
 
     from virft_fast.kernels import grpo_loss, linear_grpo_loss

@@ -1,5 +1,4 @@
-"""The engines, which own parameters, gradients and optimizer state. Only this module uses
-DeepSpeed.
+"""The engines, which own parameters, gradients and optimizer state; only they use DeepSpeed.
 
 `PlainEngine` runs one process or replicas, `DeepSpeedEngine` any ZeRO stage; `Engine` is their
 common interface. A step whose gradient is not finite is skipped on every rank. The file is long
@@ -109,8 +108,7 @@ class PlainEngine:
         loss.backward()
 
     def step(self, learning_rate: float, *, veto: bool = False) -> StepResult:
-        """Update the weights, unless the gradient isn't finite or `veto` (equal on all ranks) is
-        set."""
+        """Update the weights, unless the gradient isn't finite or `veto`, the same on all ranks."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -59,7 +59,7 @@ class OutputLock:
             if not self._is_mine():
                 return False
             os.utime(self.path)
-        except FileNotFoundError:  # deleted by somebody, but not taken over
+        except FileNotFoundError:  # deleted, but not taken over
             return self._write_anew()
         except OSError as error:  # a temporary failure of the file system, not another run
             logger.warning("could not touch %s: %s", self.path, error)

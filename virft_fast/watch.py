@@ -38,7 +38,7 @@ TIMER = getattr(signal, "SIGVTALRM", None)  # from the kernel, after CPU time
 NATIVE_SECONDS = 30.0  # from a limit until a process that runs no Python is ended
 STALL_SECONDS = 600.0  # without progress until every rank writes where it stands
 WRITE_SECONDS = 2.0  # for a process to write its last message
-ORPHAN_SECONDS = 60.0  # without progress until a process ends whose launcher is gone
+ORPHAN_SECONDS = 60.0  # without progress until a process without launcher is ended
 
 
 _handled: dict[int, Any] = {}  # signals that a watch handles -> their previous handlers
@@ -78,9 +78,9 @@ class Watch:
     """A context manager: inside it, the thread runs and signals are handled.
 
     Args:
-        output_dir: where a rank writes where it stands.
+        output_dir: where a rank writes its stacks when it makes no progress.
         rank, world_size: of this process.
-        timeout: seconds without progress after which a process of several is ended.
+        timeout: seconds without progress until a process is ended, if there are several.
         beat: called every `beat_seconds`; returns False if the run has to end.
         comfort: says what can be resumed, for the message of a run that is ended here.
     """

@@ -156,8 +156,7 @@ def rollout_tokens(config: RunConfig, data: Data, device: torch.device) -> tuple
 
 
 def _check_solutions(data: Data) -> int:
-    """Print rows whose solution, scored as an answer, doesn't earn the maximum; returns 1 for
-    any."""
+    """Print rows whose solution, as an answer, doesn't earn the maximum; returns 1 for any."""
     num_rows = min(NUM_CHECKED_ROWS, len(data.train))
     wrong = []
     for index in range(num_rows):
