@@ -102,7 +102,7 @@ def _parse_detection(text: str) -> Detection | None:
 
 
 def valid_box(box: Box) -> bool:
-    """Whether the box has an area and lies in 0..1000 on both axes; false if a side isn't finite."""
+    """Whether the box has an area and lies in 0..1000 on both axes. Sides must be finite."""
     x1, y1, x2, y2 = box
     return 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000
 

@@ -104,7 +104,7 @@ def _after_word(group: BracketGroup, token: str) -> None:
 
 
 def _open(stack: list[BracketGroup], bracket: str, before: str) -> None:
-    """Open a group in the innermost open one. A "{" that isn't a value closes open objects first."""
+    """Open a group in the innermost one. A "{" that isn't a value closes open objects first."""
     while bracket == "{" and before != ":" and stack[-1].opening == "{":
         stack.pop().ended = True
     if len(stack) > MAX_DEPTH:

@@ -338,8 +338,8 @@ class ClosedSet:
     def _joined(self, reading: str) -> str | None:
         """The only label with these letters, unless the letters are several labels in a row.
 
-        Each break in the answer must be in the label, too, or separate a letter from a digit, or two
-        words of at least two letters.
+        Each break in the answer must be in the label, too, or separate a letter from a digit, or
+        separate two words of at least two letters.
         """
         chunks = _parts(reading)
         letters = "".join(chunks)
