@@ -39,8 +39,7 @@ class Built:
         self.notes += other.notes
 
     def note_alike(self, names: Iterable[str], what: str) -> None:
-        """Note names that differ only in case or spaces. They are probably typos, but aren't
-        merged."""
+        """Note names that differ only in case or spaces: probably typos, but they aren't merged."""
         alike = defaultdict(list)
         for name in dict.fromkeys(names):
             alike["".join(name.split()).casefold()].append(name)
@@ -67,8 +66,7 @@ class Built:
 
 
 def dataset_card(title: str, built: Built, flags: Mapping[str, object]) -> str:
-    """The README.md of a data set: splits, columns, what was left out, and the flags that were
-    set."""
+    """The README.md of a data set: splits, columns, what was left out, and the flags used."""
     files = "\n".join(
         f"  - split: {split}\n    path: data/{split}-*" for split, n in built.rows.items() if n
     )

@@ -96,8 +96,7 @@ def _shape_example(rng: np.random.Generator) -> Row:
 
 
 def _free_box(rng: np.random.Generator, taken: list[PixelBox]) -> PixelBox | None:
-    """A box in pixels with corners on the grid that overlaps none in `taken`; None after 40
-    tries."""
+    """A box in pixels with corners on the grid and no overlap with `taken`; None after 40 tries."""
     for _ in range(40):
         width, height = (int(v) for v in rng.integers(24, 57, 2))
         x = int(rng.integers(0, SHAPES_SIZE - width + 1))

@@ -16,8 +16,7 @@ CELL, MARGIN, LINES = 260, 10, 4  # pixels, pixels, lines of a caption
 def draw_boxes(
     image: Image.Image, boxes: Sequence[Box], colour: tuple[int, ...], labels: Sequence[str] = ()
 ) -> Image.Image:
-    """A copy of the image with boxes in 0..1000, drawn with dark edges to stand out on any
-    image."""
+    """A copy of the image with boxes in 0..1000, which have dark edges to stand out anywhere."""
     image = image.copy()
     draw = ImageDraw.Draw(image)
     width = max(2, max(image.size) // 200)

@@ -133,8 +133,7 @@ def _record(sample: Sample, aside: Path, name: str) -> Row | BadRow:
 
 
 def _alternating(messages: list[dict[str, str]]) -> list[dict[str, str]] | None:
-    """The turns, with adjacent turns of the same role merged; None if roles still don't
-    alternate."""
+    """The turns, with adjacent ones of a role merged; None if roles still don't alternate."""
     merged: list[dict[str, str]] = []
     for turn in messages:
         if merged and merged[-1]["role"] == turn["role"]:

@@ -99,8 +99,7 @@ class ImageFiles:
         return Found(self.folder.joinpath(*fits[0]), OTHER_SPELLING if whole else PATH_END)
 
     def _fits(self, parts: tuple[str, ...]) -> tuple[tuple[int, bool], list[tuple[str, ...]]]:
-        """(length of the longest common end, whether its spelling is exact), and the files with
-        it."""
+        """(length of the longest common end, whether spelled exactly), and the files with it."""
         fits: dict[tuple[int, bool], list[tuple[str, ...]]] = defaultdict(list)
         for other in self._by_name.get(_folded(parts[-1]), ()):
             length = min(len(parts), len(other))

@@ -40,8 +40,7 @@ class Annotations:
         incomplete: image id -> category ids whose objects aren't all annotated (LVIS).
         marked: (image id, category id) of every annotation, including crowds and unusable boxes.
         bad_boxes: number of unusable boxes, without crowds.
-        records: id, image_id, category_id, bbox, area and iscrowd of each annotation, including
-            crowds.
+        records: id, image_id, category_id, bbox, area and iscrowd of each annotation, even crowds.
         find: image path in the annotations -> where the image is.
         frame: see `Plan`.
         account: what was left out and converted.
@@ -208,8 +207,7 @@ def _numbered(keys: Iterable[Key], account: Built, what: str) -> dict[Key, int]:
 
 
 def finite_number(value: Json) -> float | None:
-    """The value as a coordinate or area in an image, even if it is text; None if it can't be
-    one."""
+    """The value, which may be text, as a coordinate or area in an image; None if it isn't one."""
     if isinstance(value, str):
         try:
             value = float(value)

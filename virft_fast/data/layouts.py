@@ -117,8 +117,7 @@ def answer_column(row: Row, names: Sequence[str]) -> tuple[str, Json]:
 
 
 def question_column(row: Row, names: Sequence[str]) -> str:
-    """The first of QUESTIONS with a value in the row; if there is none, the first that is a
-    column."""
+    """The first of QUESTIONS with a value in the row, or else the first that is a column."""
     columns = [name for name in QUESTIONS if name in names]
     if "chosen" in names and "prompt" in names:  # preference pairs in TRL's form
         columns = ["prompt"]
@@ -302,8 +301,7 @@ def pair_prompt(row: Row) -> Json:
 
 
 def _joined(prompt: Json, lead: list[Json]) -> list[Json]:
-    """The turns of a prompt, then those before the answers; if one contains the other, only
-    that."""
+    """A prompt's turns, then those before the answers; if one contains the other, only that."""
     if not isinstance(prompt, (str, list, tuple, type(None))):
         raise Unusable(f"prompt: expected a text or a chat, got {prompt!r:.80}")
     said = list(prompt or ())

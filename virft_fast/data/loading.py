@@ -90,8 +90,7 @@ def _renamed(
     """Rename columns to our names.
 
     Removes the columns that they replace: those that already have these names, and others that
-        would
-    be read instead of them.
+    would be read instead of them.
 
     Raises:
         ValueError: the data set has no such column, or we don't use a column with that name.

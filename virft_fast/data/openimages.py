@@ -68,8 +68,7 @@ def read_openimages(
 
 
 def _of_split(files: Sequence[Path], kind: str, split: str) -> list[Path]:
-    """A split's files, such as oidv6-train-annotations-bbox.csv. A name without a split is
-    train."""
+    """A split's files, such as oidv6-train-annotations-bbox.csv. Files without a split: train."""
     named = {"validation": "val"}.get(split, split)
     return [
         path
@@ -140,8 +139,7 @@ def _annotations(
 def _rows(
     file: Path, columns: Sequence[str], account: Built
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Yield (line number, cells of these columns) line by line: a file may have 14 million
-    lines."""
+    """Yield (line number, cells of these columns) one by one: a file may have 14 million."""
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             reader = csv.reader(lines)

@@ -164,8 +164,7 @@ class PromptSampler:
     def _load_missing(
         self, indices: Sequence[int], loaded: dict[int, T], load: Callable[[int], T | BadRow]
     ) -> Reasons:
-        """Load the rows that aren't in `loaded` yet. Returns the bad rows, in the order of
-        `indices`."""
+        """Load rows that aren't in `loaded` yet. Returns bad rows, in the order of `indices`."""
         bad: dict[int, str] = {}
         for index in indices:
             if index in loaded or index in bad:

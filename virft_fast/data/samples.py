@@ -109,8 +109,7 @@ class SampleDataset:
         return len(self._rows)
 
     def get(self, index: int) -> Sample | BadRow:
-        """Row `index` as a sample, or as a `BadRow` with the reason. A row's content never
-        raises."""
+        """Row `index` as a sample, or a `BadRow` with the reason. A row's content never raises."""
         index = int(index)
         try:
             row, reading = self.read(index)
@@ -200,8 +199,7 @@ class SampleDataset:
             yield from map(self._plain, plain_rows(table))
 
     def _plain(self, row: Row) -> Row:
-        """The row with JSON texts and lists from CSV parsed, and class numbers replaced by
-        names."""
+        """The row with JSON and CSV lists parsed, and class numbers replaced by names."""
         for name in self._json_columns:
             row[name] = None if row.get(name) is None else json.loads(row[name])
         for name, listed in self.class_names.items():

@@ -193,8 +193,7 @@ def _check_shape_of_counts(name: str, counts: Tensor, boxes: Tensor) -> None:
 
 
 def _valid_boxes(boxes: Tensor, counts: Tensor) -> Tensor:
-    """(N, K) bool: whether each box is within its count, finite, and has positive width and
-    height."""
+    """(N, K) bool: the box is within its count, finite, and has positive width and height."""
     inside = torch.arange(boxes.shape[1], device=boxes.device) < counts[:, None]
     has_area = (boxes[..., 2:] > boxes[..., :2]).all(-1)
     return inside & has_area & boxes.isfinite().all(-1)

@@ -170,8 +170,7 @@ def open_journal(path: Path, settings: Row, *, overwrite: bool) -> Journal | Non
     """The journal of answers on the main process, None on the others.
 
     Args:
-        settings: everything that affects answers except the scenes, whose digests the answers
-            store.
+        settings: what answers depend on, except their scenes: answers store their digests.
         overwrite: delete answers from a run with other settings.
     Raises:
         ValueError: on all ranks, if the journal can't be used; see `Journal`.
