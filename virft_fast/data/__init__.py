@@ -1,4 +1,4 @@
-"""Data sets as samples and prompts: loading, unusable rows, the order of training."""
+"""Data sets as samples and prompts: loading, unusable rows, training order."""
 
 from virft_fast.data.loading import BadRow, SampleDataset, first_solutions, load_rows
 from virft_fast.data.order import BadRows, NoUsableRows, PromptSampler, TooManyBadRows

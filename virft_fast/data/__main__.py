@@ -1,10 +1,10 @@
 """`python -m virft_fast.data`: build, inspect and export data sets.
 
-build coco|lvis|yolo|voc|openimages       detection: from annotations to rows for training
-build refcoco|grounding, classification   likewise for grounding and classification
-mia                                       another name of `python -m virft_fast.mia`
-inspect                                   figures, bad rows and a sheet of images
-export llamafactory                       for supervised fine-tuning elsewhere
+build coco|lvis|yolo|voc|openimages       training rows from detection annotations
+build refcoco|grounding|classification    training rows for grounding and classification
+mia                                       same as `python -m virft_fast.mia`
+inspect                                   statistics, bad rows and a contact sheet
+export llamafactory                       files for supervised fine-tuning elsewhere
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ MAX_ROWS_HELP = "rows of a split, chosen by the seed; default: all"
 
 @unbreakable()
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for unusable input, 130 after Ctrl-C."""
+    """Run a command and return the exit status: 0, 2 for unusable input, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["mia"]:
-        from virft_fast.mia.__main__ import main as mia_main  # loads models, which takes seconds
+        from virft_fast.mia.__main__ import main as mia_main  # its imports take seconds
 
         return mia_main(argv[1:])
     arguments = make_parser().parse_args(argv)
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+    """The parser for all commands."""
     parser = Parser(prog="python -m virft_fast.data")
     commands = parser.add_subparsers(required=True, metavar="command")
     command = commands.add_parser("build", help="make a data set")
@@ -232,7 +232,7 @@ def _build_folder(arguments: argparse.Namespace) -> None:
 def _write_detection(
     arguments: argparse.Namespace, sources: Mapping[str, Annotations], kind: str
 ) -> None:
-    """Write the rows of each split; the categories are those of the first split."""
+    """Write the rows of each split. All splits use the categories of the first one."""
     first = next(iter(sources.values()))
     categories = pick_categories(first, kind, arguments.categories)
     names = [first.categories[number] for number in categories]
@@ -272,7 +272,7 @@ def _build_classification(arguments: argparse.Namespace) -> None:
         reader = partial(read_csv, images=arguments.images)
     built = Built()
     rows = reader(arguments.source, built)
-    if arguments.allow_missing:  # before any are sampled
+    if arguments.allow_missing:  # before rows are sampled
         rows = drop_missing({"": rows}, built, allow_missing=True)[""]
     thing, kind = CLASSIFICATION_SETS.get(arguments.reader, ("object", "class"))
     splits = plan_classification(
@@ -299,7 +299,7 @@ def _build_grounding(arguments: argparse.Namespace) -> None:
 def _build_refcoco(arguments: argparse.Namespace) -> None:
     built = Built()
     rows = read_refcoco(arguments.source, arguments.images, built)
-    if arguments.allow_missing:  # before any are sampled
+    if arguments.allow_missing:  # before rows are sampled
         rows = drop_missing(rows, built, allow_missing=True)
     if arguments.max_rows:
         rng = random.Random(arguments.seed)
@@ -327,7 +327,7 @@ def _write_grounding(
 
 
 def _hold_out(plans: Sequence[Plan], share: float, seed: int) -> dict[str, list[Plan]]:
-    """Split by image: no image is in both splits."""
+    """Split the rows by image, so that no image is in both splits."""
     images = sorted({plan.image for plan in plans})
     test = set(random.Random(seed).sample(images, round(share * len(images))))
     splits: dict[str, list[Plan]] = {"train": [], "test": []}

@@ -1,4 +1,4 @@
-"""What a reader left out and converted, by reason and by name."""
+"""What a build left out and converted, by reason and name."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ MAX_LISTED = 10
 
 @dataclass
 class Built:
-    """The account of a build.
+    """A record of what a build wrote, left out and converted.
 
     Attributes:
         rows: split -> number of rows.
         left_out: reason -> names of what was left out.
-        converted: rule -> names of what is used in another form than the source has it.
-        notes: anything else worth reading.
+        converted: rule -> names of what is used in a different form than in the source.
+        notes: anything else worth reporting.
     """
 
     rows: dict[str, int] = field(default_factory=dict)
@@ -32,14 +32,14 @@ class Built:
         self.converted.setdefault(rule, []).append(what)
 
     def add(self, other: Built) -> None:
-        """Take over what another account left out, converted and noted."""
+        """Add what another account left out, converted and noted."""
         for mine, theirs in ((self.left_out, other.left_out), (self.converted, other.converted)):
             for name, items in theirs.items():
                 mine.setdefault(name, []).extend(items)
         self.notes += other.notes
 
     def note_alike(self, names: Iterable[str], what: str) -> None:
-        """Note names that differ only in case or spaces: likely typos, but not ours to merge."""
+        """Note names that differ only in case or spaces: probably typos, but they aren't merged."""
         alike = defaultdict(list)
         for name in dict.fromkeys(names):
             alike["".join(name.split()).casefold()].append(name)
@@ -51,13 +51,13 @@ class Built:
                 )
 
     def note_few(self, few: Mapping[str, int], shots: int) -> None:
-        """Note which categories or classes have fewer images than `shots`."""
+        """Note the categories or classes with fewer than `shots` images."""
         if few:
             counts = listing([f"{name} {count}" for name, count in few.items()])
             self.notes.append(f"fewer than {shots} images, all of them taken: {counts}")
 
     def lines(self) -> list[str]:
-        """The table at the end of a build: a line for each split, reason, rule and note."""
+        """The table printed after a build: a line per split, reason, rule and note."""
         lines = [f"{split}: {count} rows" for split, count in self.rows.items()]
         for kind, counted in (("left out", self.left_out), ("converted", self.converted)):
             for why, items in counted.items():
@@ -66,7 +66,7 @@ class Built:
 
 
 def dataset_card(title: str, built: Built, flags: Mapping[str, object]) -> str:
-    """README.md of a data set: its splits and columns, the account, and the flags that were set."""
+    """The README.md of a data set: splits, columns, what was left out, and the flags used."""
     files = "\n".join(
         f"  - split: {split}\n    path: data/{split}-*" for split, n in built.rows.items() if n
     )
@@ -85,11 +85,11 @@ def dataset_card(title: str, built: Built, flags: Mapping[str, object]) -> str:
 
 
 def listing(items: Sequence[object], limit: int = MAX_LISTED) -> str:
-    """The first `limit` items, and how many more there are."""
+    """The first `limit` items, and the number of remaining ones."""
     named = printable(", ".join(f"{item!s:.300}" for item in items[:limit]))
     return named if len(items) <= limit else f"{named} and {len(items) - limit} more"
 
 
 def printable(text: str) -> str:
-    """The text with lone surrogates escaped: file names and JSON may hold some, UTF-8 may not."""
+    """Escape lone surrogates. File names and JSON may contain them, UTF-8 may not."""
     return text.encode("utf-8", "backslashreplace").decode()

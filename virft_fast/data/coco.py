@@ -1,4 +1,4 @@
-"""Detection rows from annotated boxes: which categories, which images, which questions."""
+"""Detection rows from annotated boxes: selecting categories, images and questions."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from virft_fast.tasks.prompts import CATEGORY_SETS, NOVEL_15, detection_problem,
 
 
 def pick_categories(annotations: Annotations, kind: str, wanted: str) -> list[int]:
-    """Category ids for `all`, a named set (base65, novel15, few8, lvis13, lvis6) or names.
+    """Category ids for `all`, a named set (base65, novel15, few8, lvis13, lvis6), or names.
 
     Args:
-        wanted: as on the command line: one name, or names separated by commas.
+        wanted: the command-line value: one name, or names separated by commas.
     Raises:
-        ValueError: an unknown name (lists similar ones), or a category without any box.
+        ValueError: a name is unknown (the message lists similar ones), or a category has no boxes.
     """
     by_name = {name: number for number, name in annotations.categories.items()}
     seen = {category for _, category in annotations.boxes}
@@ -34,10 +34,10 @@ def pick_categories(annotations: Annotations, kind: str, wanted: str) -> list[in
 
 
 def pick_names(labels: Iterable[str], seen: Collection[str], kind: str, wanted: str) -> list[str]:
-    """As `pick_categories`, but takes and returns names.
+    """Like `pick_categories`, but takes and returns names.
 
     Args:
-        labels: names of all categories. seen: of those with a box.
+        labels: names of all categories. seen: names of those with boxes.
     """
     labels = list(labels)
     if wanted == "all":
@@ -73,10 +73,10 @@ def pick_names(labels: Iterable[str], seen: Collection[str], kind: str, wanted: 
 def same_categories(
     names: Iterable[str], annotations: Annotations, built: Built, split: str
 ) -> list[int]:
-    """Ids of these categories in another split, without those that have no box there.
+    """The ids of these categories in another split, without those that have no boxes there.
 
     Raises:
-        ValueError: none of them has a box.
+        ValueError: none of them has boxes.
     """
     numbers = {name: number for number, name in annotations.categories.items()}
     seen = {number for _, number in annotations.boxes}
@@ -94,8 +94,8 @@ def same_categories(
 def image_paths(annotations: Annotations, images: Iterable[int]) -> dict[int, Path]:
     """Image id -> its file, which may not exist.
 
-    Leaves out images whose path fits several files, and images that share a file;
-    `annotations.account` records them.
+    Leaves out images whose path fits several files, and images that share a file. Both are recorded
+    in `annotations.account`.
     """
     account = annotations.account
     places = {image: annotations.find(annotations.images[image]["file"]) for image in images}
@@ -117,11 +117,11 @@ def image_paths(annotations: Annotations, images: Iterable[int]) -> dict[int, Pa
 def usable_images(
     annotations: Annotations, categories: Collection[int], built: Built, *, allow_missing: bool
 ) -> dict[int, Path]:
-    """Image id -> file, of the images with objects of these categories.
+    """Image id -> file, for images with objects of these categories.
 
     Args:
-        built: gets the account of the annotations, and the missing images.
-        allow_missing: leave out missing images, before any are sampled.
+        built: records the annotations' account and the missing images.
+        allow_missing: leave out missing images before rows are sampled.
     """
     chosen, recorded = set(categories), set(built.left_out.get("image missing", ()))
     images = sorted({image for image, category in annotations.boxes if category in chosen})
@@ -146,15 +146,15 @@ def plan_detection(
     extent_for: ExtentFor | None = None,
     built: Built | None = None,
 ) -> list[Plan]:
-    """A row for each image and each category in it, as in Visual-RFT's data sets.
+    """Plan one row per image and category in it, as in Visual-RFT's data sets.
 
     Args:
         images: id -> file of the images to use.
-        shots: sample at most this many images of each category; None: use all.
+        shots: sample at most this many images per category; None: use all.
         max_rows: sample at most this many rows; None: use all.
-        negatives: rows about an absent category, as a share of the others.
+        negatives: number of rows about an absent category, as a share of the other rows.
         extent_for: see `ExtentFor`; None: boxes are in 0..1000.
-        built: records categories with fewer images than `shots`, such as LVIS's rare ones.
+        built: records categories with fewer than `shots` images, such as LVIS's rare ones.
     """
     rng = random.Random(seed)
     chosen = set(categories)

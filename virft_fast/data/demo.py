@@ -1,9 +1,9 @@
-"""The demo data sets, made from a seed, in Visual-RFT's schema: `image`, `problem`, `solution`.
+"""Demo data sets, generated from a seed in Visual-RFT's schema: `image`, `problem`, `solution`.
 
-`shapes_detection`: 112x112 images with one or two colored shapes; find the one of a given color.
-Corners lie on multiples of 40 in the 0..1000 space, an even grid in pixels.
-`digits_classification`: scikit-learn's handwritten digits, at random places and in random colors on
-56x56 images; train and test use different digits.
+`shapes_detection`: 112x112 images with one or two colored shapes; the task is to find the one with
+a given color. Corners are multiples of 40 in the 0..1000 space, an even grid in pixels.
+`digits_classification`: scikit-learn's handwritten digits, at random positions and in random colors
+on 56x56 images. Train and test use different digits.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ def box_list(boxes: Sequence[Sequence[float]], confidence: str = "1") -> str:
 
 
 def shapes(seed: int) -> Iterator[Row]:
-    """Endless detection examples, with `box` (0..1000) and `colour` as further columns."""
+    """Endless detection examples, with the additional columns `box` (0..1000) and `colour`."""
     rng = np.random.default_rng(seed)
     while True:
         yield _shape_example(rng)
 
 
 def digits(seed: int, glyphs: tuple[np.ndarray, np.ndarray]) -> Iterator[Row]:
-    """Endless classification examples from (glyphs (n, 8, 8) in 0..1, labels (n,)), with `label` as
-    a further column."""
+    """Endless classification examples from (glyphs (n, 8, 8) in 0..1, labels (n,)), with the
+    additional column `label`."""
     rng = np.random.default_rng(seed)
     while True:
         yield _digit_example(rng, *glyphs)
 
 
 def digit_glyphs() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """scikit-learn's 1,797 digits, three quarters of them for train, the others for test."""
+    """scikit-learn's 1,797 digits: three quarters for train, the rest for test."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -96,7 +96,7 @@ def _shape_example(rng: np.random.Generator) -> Row:
 
 
 def _free_box(rng: np.random.Generator, taken: list[PixelBox]) -> PixelBox | None:
-    """A box in pixels, corners on the grid, that overlaps none in `taken`; None after 40 tries."""
+    """A box in pixels with corners on the grid and no overlap with `taken`; None after 40 tries."""
     for _ in range(40):
         width, height = (int(v) for v in rng.integers(24, 57, 2))
         x = int(rng.integers(0, SHAPES_SIZE - width + 1))
@@ -115,7 +115,7 @@ def _grid(pixel: int) -> int:
 
 
 def _draw_shape(draw: ImageDraw.ImageDraw, kind: int, box: PixelBox, fill: tuple[int, ...]) -> None:
-    x1, y1, x2, y2 = box[0], box[1], box[2] - 1, box[3] - 1  # PIL draws the last pixel, too
+    x1, y1, x2, y2 = box[0], box[1], box[2] - 1, box[3] - 1  # PIL also draws the last pixel
     if kind == 0:
         draw.ellipse((x1, y1, x2, y2), fill=fill)
     elif kind == 1:
@@ -145,7 +145,7 @@ def _to_image(pixels: np.ndarray) -> Image.Image:
 
 
 def _split_examples(name: str, split: str, seed: int) -> Iterator[Row]:
-    """Examples of a split; train and test never share a seed."""
+    """Examples of a split. Train and test never share a seed."""
     stream = 2 * seed + (split == "test")
     if name == "shapes_detection":
         return shapes(stream + 1_000_000)
@@ -160,13 +160,13 @@ DEMO_DATASETS: dict[str, Callable[[str, int], Iterator[Row]]] = {
 def build_demo(
     name: str, path: str | Path, *, seed: int = 0, num_train: int = 2000, num_test: int = 512
 ) -> datasets.DatasetDict:
-    """Make a demo data set and save it as a `DatasetDict` with splits train and test.
+    """Generate a demo data set and save it as a `DatasetDict` with splits train and test.
 
     Args:
         name: one of DEMO_DATASETS.
         path: folder to write, for `datasets.load_from_disk`.
     Raises:
-        ValueError: no such demo.
+        ValueError: there is no such demo.
     """
     import datasets
 
@@ -187,7 +187,7 @@ def build_demo(
 
 
 def _take_new(examples: Iterator[Row], count: int, seen: set[bytes]) -> list[Row]:
-    """The next `count` examples with images that aren't in `seen`; adds them to it."""
+    """The next `count` examples whose images aren't in `seen`; adds their images to it."""
     rows: list[Row] = []
     while len(rows) < count:
         row = next(examples)
@@ -201,7 +201,7 @@ def _take_new(examples: Iterator[Row], count: int, seen: set[bytes]) -> list[Row
 def demo_dataset(
     name: str, cache_dir: str | Path | None = None, **sizes: int
 ) -> datasets.DatasetDict:
-    """A demo data set from the cache; it is made on first use.
+    """Load a demo data set from the cache. The first use generates it.
 
     Args:
         cache_dir: default $VIRFT_FAST_CACHE or ~/.cache/virft_fast.
@@ -219,7 +219,7 @@ def demo_dataset(
         build_demo(name, aside / "data", **options)
         try:
             os.rename(aside / "data", folder)
-        except OSError:  # another process was faster; its data are the same
+        except OSError:  # another process was faster, with the same data
             if not folder.is_dir():
                 raise
         finally:

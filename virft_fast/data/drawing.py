@@ -1,4 +1,4 @@
-"""Images with their boxes, and sheets of them."""
+"""Draw boxes on images, and arrange images in contact sheets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CELL, MARGIN, LINES = 260, 10, 4  # pixels, pixels, lines of a caption
 def draw_boxes(
     image: Image.Image, boxes: Sequence[Box], colour: tuple[int, ...], labels: Sequence[str] = ()
 ) -> Image.Image:
-    """A copy with boxes in 0..1000 drawn on it, with dark edges to stand out on any image."""
+    """A copy of the image with boxes in 0..1000, which have dark edges to stand out anywhere."""
     image = image.copy()
     draw = ImageDraw.Draw(image)
     width = max(2, max(image.size) // 200)
@@ -35,7 +35,7 @@ def draw_boxes(
 
 
 def contact_sheet(cells: Sequence[tuple[Image.Image, str]], columns: int = 5) -> Image.Image:
-    """(image, caption) pairs in a grid."""
+    """Arrange (image, caption) pairs in a grid."""
     columns = min(columns, max(1, len(cells)))
     rows = -(-len(cells) // columns)
     line = 13
@@ -51,7 +51,7 @@ def contact_sheet(cells: Sequence[tuple[Image.Image, str]], columns: int = 5) ->
         lines = textwrap.wrap(" ".join(caption.split()), CELL // 6)
         lines = lines[:LINES] if len(lines) <= LINES else [*lines[: LINES - 1], "..."]
         for place, text in enumerate(lines):
-            # The built-in font only has Latin letters.
+            # The built-in font has only Latin letters.
             text = text.encode("latin-1", "replace").decode("latin-1")
             draw.text((left, top + CELL + 4 + place * line), text, fill="black")
     return sheet

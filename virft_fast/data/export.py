@@ -1,6 +1,6 @@
-"""Writes a data set in the format of another trainer.
+"""Write a data set in the format of another trainer.
 
-LLaMA-Factory: a JSON list in its sharegpt format with OpenAI's role names, the images as files, and
+LLaMA-Factory: a JSON list in its sharegpt format with OpenAI's role names, image files, and
 `dataset_info.json`, which lists both (https://llamafactory.readthedocs.io, data preparation).
 """
 
@@ -19,7 +19,7 @@ from virft_fast.data.texts import read_json
 from virft_fast.data.turns import IMAGE_PLACE
 from virft_fast.data.writing import make_folder
 
-# In a text, LLaMA-Factory takes each of these for another file.
+# LLaMA-Factory replaces each of these in a text by another file.
 MARKS = re.compile(r"<(image|video|audio)>")
 INFO = "dataset_info.json"
 SPEAKERS = ("user", "assistant", "system")
@@ -55,12 +55,12 @@ def export_llamafactory(
 ) -> tuple[int, list[BadRow]]:
     """Write OUT/NAME.json and OUT/NAME/*.png, and add them to OUT/dataset_info.json.
 
-    Everything is written to a temporary folder first: if that fails, nothing is replaced.
+    Everything is first written to a temporary folder. If that fails, nothing is replaced.
 
     Returns:
-        the number of rows written, and the rows that can't be used.
+        The number of rows written, and the rows that can't be used.
     Raises:
-        ValueError: no row could be written, or as `check_export`.
+        ValueError: no row could be written, or as in `check_export`.
     """
     check_export(out, name, overwrite=overwrite)
     aside = out / f".{name}.writing"
@@ -78,7 +78,7 @@ def export_llamafactory(
                 records.append(record)
         if not records:
             raise ValueError(f"no row could be exported; the first: {bad[0].reason if bad else ''}")
-        info = _read_info(out / INFO)  # again: others may have written to it since
+        info = _read_info(out / INFO)  # again, because others may have changed it in the meantime
         info[name] = {
             "file_name": f"{name}.json",
             "formatting": "sharegpt",
@@ -98,7 +98,7 @@ def export_llamafactory(
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, a folder or a link, but not what the link points to."""
+    """Remove a file, a folder or a link, but not the target of a link."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     else:
@@ -133,7 +133,7 @@ def _record(sample: Sample, aside: Path, name: str) -> Row | BadRow:
 
 
 def _alternating(messages: list[dict[str, str]]) -> list[dict[str, str]] | None:
-    """The turns, with consecutive ones of one role merged; None if roles still don't alternate."""
+    """The turns, with adjacent ones of a role merged; None if roles still don't alternate."""
     merged: list[dict[str, str]] = []
     for turn in messages:
         if merged and merged[-1]["role"] == turn["role"]:

@@ -1,4 +1,4 @@
-"""The image files in a folder, and which of them a path in an annotation file means."""
+"""The image files in a folder, and how to find the one that an annotation file names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 from virft_fast.data.accounts import Built
 from virft_fast.data.images import IMAGE_FORMATS
 
-# Of the formats in IMAGE_FORMATS.
+# Suffixes of the formats in IMAGE_FORMATS.
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff",
     ".ppm", ".pgm", ".pbm", ".pnm", *((".avif",) if "AVIF" in IMAGE_FORMATS else ()),
@@ -29,7 +29,7 @@ AMBIGUOUS = f"image whose path fits several files; {WHERE_PATHS_START}"
 
 
 def is_hidden(name: str) -> bool:
-    """Whether the name is that of a file or folder of a tool or the operating system."""
+    """Whether a file or folder with this name belongs to a tool or the operating system."""
     return name.startswith((".", "~$")) or name.lower() in _SYSTEM_FILES
 
 
@@ -38,10 +38,11 @@ def is_image(path: Path) -> bool:
 
 
 def walk(folder: Path, account: Built | None = None) -> Iterator[Path]:
-    """Every visible file in a folder and its subfolders; follows links, visits each folder once.
+    """Yield every visible file in a folder and its subfolders. Links are followed, and each folder
+    is visited once.
 
     Args:
-        account: records the hidden files and folders.
+        account: records hidden files and folders.
     """
     seen = {os.path.realpath(folder)}
     for root, folders, files in os.walk(folder, followlinks=True):
@@ -59,11 +60,11 @@ def walk(folder: Path, account: Built | None = None) -> Iterator[Path]:
 
 
 class Found(NamedTuple):
-    """Where an image is.
+    """Where an image was found.
 
     Attributes:
-        path: of the file, which may not exist; None if several files fit.
-        rule: how the path differs from what the annotations say; empty if it doesn't.
+        path: the file, which may not exist; None if several files fit.
+        rule: how the path differs from the one in the annotations; empty if it doesn't.
     """
 
     path: Path | None
@@ -71,11 +72,11 @@ class Found(NamedTuple):
 
 
 class ImageFiles:
-    """The files of a folder, found by the paths that annotation files give.
+    """Finds the files of a folder by the paths in annotation files.
 
-    The exact path wins. Otherwise a file fits if its path in the folder ends with the given path,
-    or the other way around. The longest common end wins; among equally long ones, exact spelling
-    beats one that differs in case or Unicode form. If several files still fit, none is chosen. No
+    The exact path wins. Otherwise, a file fits if its path in the folder ends with the given path,
+    or the given path ends with the file's. The longest common end wins. For equal lengths, exact
+    spelling beats a different case or Unicode form. If several files still fit, none is chosen. No
     path leads out of the folder.
     """
 
@@ -98,7 +99,7 @@ class ImageFiles:
         return Found(self.folder.joinpath(*fits[0]), OTHER_SPELLING if whole else PATH_END)
 
     def _fits(self, parts: tuple[str, ...]) -> tuple[tuple[int, bool], list[tuple[str, ...]]]:
-        """(length of the common end, whether its spelling is exact), and the files that have it."""
+        """(length of the longest common end, whether spelled exactly), and the files with it."""
         fits: dict[tuple[int, bool], list[tuple[str, ...]]] = defaultdict(list)
         for other in self._by_name.get(_folded(parts[-1]), ()):
             length = min(len(parts), len(other))
@@ -120,12 +121,12 @@ def _folded(name: str) -> str:
 
 
 def _spellings(file: str) -> dict[str, None]:
-    """The path as given, then without a URL's host or a drive, with /, and with %20 decoded."""
+    """The path as given; without a URL's host or a drive; then with / and with %20 decoded."""
     plain = urlsplit(file).path if "://" in file else file
     plain = re.sub(r"^[A-Za-z]:(?=[/\\])", "", plain)
     return dict.fromkeys((file, plain, (slashed := plain.replace("\\", "/")), unquote(slashed)))
 
 
 def _parts(file: str) -> tuple[str, ...]:
-    """The path's names, without those that would lead out of the folder they are joined to."""
+    """The names in the path, except those that lead out of the folder to which they are joined."""
     return tuple(name for name in Path(file).parts if name not in ("/", "//", "..") and name)

@@ -1,6 +1,6 @@
-"""Images as data sets store them: paths, encoded bytes, base64, `data:` URIs.
+"""Read images as data sets store them: paths, encoded bytes, base64, `data:` URIs.
 
-Nothing is downloaded, and nothing is decoded before its size has been checked.
+Nothing is downloaded. An image's size is checked before the image is decoded.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-# Formats that PIL hands to another program are left out on purpose: EPS runs Ghostscript.
+# Deliberately without formats that PIL hands to another program: EPS runs Ghostscript.
 IMAGE_FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 if importlib.util.find_spec("PIL.AvifImagePlugin"):  # since Pillow 11.3
     IMAGE_FORMATS += ("AVIF",)
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 NOT_DOWNLOADED = "nothing is downloaded; fetch it and give its path"
-# How PNG, JPEG, GIF, WEBP, BMP and TIFF start in base64.
+# The first base64 characters of PNG, JPEG, GIF, WEBP, BMP and TIFF files.
 _BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")
 _ALPHABET = re.compile(r"[\w+/=\s-]*")
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -32,11 +32,11 @@ T = TypeVar("T")
 
 
 class UnreadableImage(ValueError):
-    """An image that can't be read; the message names it and says why."""
+    """An image that can't be read. The message names it and says why."""
 
 
 def placed(folder: Path, name: str) -> str:
-    """The path, relative to `folder`; an address or an encoded image is returned unchanged."""
+    """The path under `folder`. An address or an encoded image is returned unchanged."""
     if is_encoded(name):
         return name
     path = str(folder / name)
@@ -44,12 +44,12 @@ def placed(folder: Path, name: str) -> str:
 
 
 def is_address(name: str) -> bool:
-    """Whether it is an address, such as https://... or data:..., instead of a path."""
+    """Whether the name is an address, such as https://... or data:..., not a path."""
     return bool(ADDRESS.match(name)) and not os.path.exists(name)
 
 
 def is_encoded(name: str) -> bool:
-    """Whether the text is itself an image: a `data:` URI or base64."""
+    """Whether the text is an encoded image: a `data:` URI or base64."""
     if name[:5].lower() == "data:":
         return True
     if len(name) <= 40 or not name.startswith(_BASE64) or os.path.exists(name):
@@ -58,10 +58,10 @@ def is_encoded(name: str) -> bool:
 
 
 def locate(name: str, folder: Path | None) -> Path:
-    """Resolve a path from a data set: relative ones start at the data set's folder.
+    """Resolve a path from a data set. Relative paths start at the data set's folder.
 
     Raises:
-        ValueError: it is an address, or only the working folder has such a file.
+        ValueError: it is an address, or the file exists only relative to the working folder.
     """
     if name[:7].lower() == "file://":
         parts = urlsplit(name)
@@ -86,7 +86,7 @@ def open_image(source: object, folder: Path | None = None) -> Image.Image:
     """Decode a path, encoded bytes, base64, {"bytes", "path"} or an image to RGB.
 
     Args:
-        folder: where relative paths start; None: in the working folder.
+        folder: where relative paths start; None: the working folder.
     Raises:
         UnreadableImage: it can't be read.
     """
@@ -94,7 +94,7 @@ def open_image(source: object, folder: Path | None = None) -> Image.Image:
 
 
 def image_size(source: object, folder: Path | None = None) -> tuple[int, int]:
-    """(width, height) of what `open_image` would return, from the image's header alone.
+    """(width, height) of the image that `open_image` would return, read from the header only.
 
     Raises:
         UnreadableImage: it isn't an image, or is too large.
@@ -103,16 +103,16 @@ def image_size(source: object, folder: Path | None = None) -> tuple[int, int]:
 
 
 def is_turned(source: object, folder: Path | None = None) -> bool:
-    """Whether EXIF data rotate or mirror the image for display.
+    """Whether the image's EXIF data rotate or mirror it for display.
 
     Raises:
-        UnreadableImage: as `image_size`.
+        UnreadableImage: as in `image_size`.
     """
     return _read(source, folder, _header)[1] in range(2, 9)
 
 
 def _read(source: object, folder: Path | None, read: Callable[[Image.Image, bool], T]) -> T:
-    """`read` applied to the image and to whether it was opened here: its EXIF data then count."""
+    """Call `read` with the image and whether it was opened here, so that its EXIF data apply."""
     name: object = "bytes"
     if isinstance(source, Mapping):
         name = source.get("path") or name
@@ -137,13 +137,13 @@ def _read(source: object, folder: Path | None, read: Callable[[Image.Image, bool
             with Image.open(file, formats=IMAGE_FORMATS) as image:
                 check_pixels(image)
                 return read(image, True)
-    except Exception as error:  # PIL's decoders raise nearly anything on damaged input
+    except Exception as error:  # PIL's decoders raise almost anything on damaged input
         raise UnreadableImage(f"image {name}: {one_line(error)}") from error
     raise UnreadableImage(f"image: expected a path, bytes or an image, got {source!r:.80}")
 
 
 def _from_base64(text: str) -> bytes:
-    """The bytes of a `data:` URI or of base64 in either alphabet, padded or not."""
+    """Decode a `data:` URI or base64, in either alphabet, with or without padding."""
     if text[:5].lower() == "data:":
         head, _, text = text.partition(",")
         if not head.lower().endswith(";base64"):
@@ -153,7 +153,7 @@ def _from_base64(text: str) -> bytes:
 
 
 def _decoded(image: Image.Image, opened: bool) -> Image.Image:
-    # `datasets` applies EXIF data when it decodes, too: boxes fit the image whoever opens it.
+    # `datasets` also applies EXIF data when it decodes, so boxes fit however the image is opened.
     return _to_rgb(ImageOps.exif_transpose(image) if opened else image)
 
 
@@ -162,7 +162,7 @@ def _header(image: Image.Image, opened: bool) -> tuple[tuple[int, int], int | No
     if not opened or not isinstance(image, ImageFile.ImageFile):
         return image.size, 1
     decode = image.format != "PNG"
-    if not decode and "exif" not in image.info and image.fp:  # PNG's EXIF chunk may come last
+    if not decode and "exif" not in image.info and image.fp:  # a PNG's EXIF chunk may come last
         start = image.fp.tell()
         image.fp.seek(0)
         decode = b"eXIf" in image.fp.read()
@@ -175,8 +175,12 @@ def _header(image: Image.Image, opened: bool) -> tuple[tuple[int, int], int | No
 def as_shown(
     points: Iterable[tuple[float, float]], size: tuple[float, float], orientation: int
 ) -> list[tuple[float, float]]:
-    """Points of a stored image of `size` (width, height), moved to where they are once its EXIF
-    orientation is applied; in any unit."""
+    """Move points of a stored image to their positions after its EXIF orientation is applied.
+
+    Args:
+        points: (x, y) in any unit.
+        size: (width, height) of the stored image, in the same unit.
+    """
     sideways, flip_x, flip_y = (orientation in o for o in (SIDEWAYS, (2, 3, 6, 7), (3, 4, 7, 8)))
     width, height = size[::-1] if sideways else size
     turned = [(y, x) if sideways else (x, y) for x, y in points]
@@ -186,14 +190,14 @@ def as_shown(
 def check_pixels(image: Image.Image) -> None:
     """Raise ValueError if the image is too large to decode."""
     limit = Image.MAX_IMAGE_PIXELS
-    # Up to twice this limit, PIL itself only warns.
+    # Up to twice this limit, PIL only warns.
     if limit is not None and image.width * image.height > limit:
         raise ValueError(f"{image.width}x{image.height} is more than {limit} pixels")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, in memory; transparency becomes white."""
-    if image.mode.startswith("I"):  # convert() would clip instead of scaling
+    """The image as RGB, loaded into memory. Transparent areas become white."""
+    if image.mode.startswith("I"):  # convert() would clip, not scale
         values = np.asarray(image)
         if values.min(initial=0) < 0 or values.max(initial=0) > 65_535:
             raise ValueError("expected an image of 8 or 16 bits a channel, got 32")
@@ -209,6 +213,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """The error in one line, without memory addresses, which differ from run to run."""
+    """The error on one line, without memory addresses, which change from run to run."""
     text = re.sub(r"<\S+ object at 0x\w+>", "it", f"{type(error).__name__}: {error}")
     return " ".join(text.split())[:limit]

@@ -1,4 +1,4 @@
-"""What is in a data set: figures for the terminal and a sheet of images."""
+"""Inspect a data set: statistics for the terminal, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ MAX_SHOWN = 10
 
 @dataclass
 class Inspection:
-    """Figures of a split.
+    """Statistics of a split.
 
     Attributes:
-        task: that the solutions belong to.
+        task: the task of the solutions.
         rows, usable: numbers of rows.
-        bad: the unusable rows, and why.
+        bad: the unusable rows, with reasons.
         sizes: (width, height) of every image.
         images_a_row: number of images -> number of rows.
         subjects: category or class -> number of rows.
         boxes_a_row: number of true boxes -> number of rows.
-        pictures: images of some samples, with their boxes drawn, and their captions.
+        pictures: images of some samples, with their boxes drawn, and captions.
         table: what a run would keep, leave out and convert.
     """
 
@@ -58,7 +58,7 @@ class Inspection:
     table: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """The figures for the terminal."""
+        """The statistics as lines for the terminal."""
         lines = [f"task {self.task}, {self.usable} usable of {self.rows} rows"]
         if self.sizes:
             widths, heights = zip(*self.sizes, strict=True)
@@ -84,7 +84,7 @@ def check_picture(path: Path) -> None:
     """Check, before the work starts, that an image can be saved to `path`.
 
     Raises:
-        ValueError: it can't.
+        ValueError: it can't be saved there.
     """
     kinds = Image.registered_extensions()
     if kinds.get(path.suffix.lower()) not in IMAGE_FORMATS:
@@ -97,7 +97,7 @@ def check_picture(path: Path) -> None:
 def open_samples(
     rows: datasets.Dataset | ParquetRows, task: str, box_space: str, *, compat_prompt: bool = False
 ) -> tuple[SampleDataset, str]:
-    """The rows as samples of a task, and the task; "auto" detects it from the first solutions."""
+    """The rows as samples, and their task. "auto" detects the task from the first solutions."""
     space = "thousandths" if box_space == "auto" else box_space
     samples_of = partial(SampleDataset, rows, compat_prompt=compat_prompt, box_space=space)
     if task == "auto":
@@ -113,12 +113,12 @@ def inspect(
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda indices: indices,
     box_space: str = "auto",
 ) -> Inspection:
-    """Read every row once.
+    """Read every row once and collect statistics.
 
     Args:
         rows: from `load_rows`.
-        pictures: how many samples the sheet shows, evenly spaced.
-        box_space: as in training; the table warns of what training would refuse.
+        pictures: number of samples on the sheet, evenly spaced.
+        box_space: as in training. If training would refuse it, the table has a warning.
     """
     samples, task = open_samples(rows, task, box_space)
     result = Inspection(task, len(samples), table=_table(samples, task, box_space))
@@ -154,7 +154,7 @@ def _table(samples: SampleDataset, task: str, box_space: str) -> list[str]:
 
 
 def subject(sample: Sample, task: str) -> str:
-    """What a row asks about, in a few words."""
+    """The subject of a row's question, in a few words."""
     if task not in BOX_TASKS:
         return answer_text(sample.solution)
     problem, columns = sample.columns["problem"], sample.columns

@@ -1,7 +1,7 @@
-"""Annotated boxes, read record by record from COCO-like tables of images, boxes and categories.
+"""Read annotated boxes from COCO-like tables of images, boxes and categories.
 
-An unusable record is left out and named; one in an unusual form is converted and counted. Only a
-file without any usable record is an error.
+Unusable records are left out and named. Records in an unusual form are converted and counted. A
+file is an error only if it has no usable record.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from virft_fast.data.texts import read_json
 from virft_fast.tasks.coordinates import Box
 
 Key = int | str
-# As a share of the longer side, 0.6 pixels in COCO's images: beyond it, more than rounding.
+# Share of the longer side, 0.6 pixels in COCO's images. A larger excess is more than rounding.
 CLIPPED = 1e-3
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """What an instances file says.
+    """The contents of an instances file.
 
     Attributes:
         images: image id -> its record, with `width`, `height`, `file` (a path) and `sized`
@@ -35,13 +35,13 @@ class Annotations:
         categories: category id -> name.
         boxes: (image id, category id) -> xyxy boxes inside the image, in the unit of its width and
             height; without crowds.
-        negatives: image id -> category ids known to be absent (LVIS); None: every other one (COCO).
-        incomplete: image id -> category ids of which not every object is annotated (LVIS).
-        marked: (image id, category id) of every annotation, crowds and unusable boxes included.
+        negatives: image id -> category ids known to be absent (LVIS). None: all that have no
+            annotation (COCO).
+        incomplete: image id -> category ids whose objects aren't all annotated (LVIS).
+        marked: (image id, category id) of every annotation, including crowds and unusable boxes.
         bad_boxes: number of unusable boxes, without crowds.
-        records: id, image_id, category_id, bbox, area and iscrowd of each annotation, crowds
-            included.
-        find: path of an image in the annotations -> where it is.
+        records: id, image_id, category_id, bbox, area and iscrowd of each annotation, even crowds.
+        find: image path in the annotations -> where the image is.
         frame: see `Plan`.
         account: what was left out and converted.
     """
@@ -62,14 +62,14 @@ class Annotations:
 def read_annotations(
     path: Path, kind: str, images: Path, flag: str = "--annotations"
 ) -> Annotations:
-    """The annotations of COCO's or LVIS's instances file, which may be gzipped.
+    """Read an instances file of COCO or LVIS, which may be gzipped.
 
     Args:
         images: folder of the images.
         flag: names the file in errors.
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is another kind of file, or no record can be used; says why.
+        FileNotFoundError: there is no such file.
+        ValueError: it is another kind of file, or has no usable record; says why.
     """
     where, account = f"{flag} {path}", Built()
     data = read_json(path, where, account)
@@ -86,17 +86,17 @@ def annotations_of(
     *,
     shares_of: str | None = None,
 ) -> Annotations:
-    """Annotations from tables like those of COCO's instances files.
+    """Read annotations from tables like those in COCO's instances files.
 
     Args:
         data: `images`, `annotations` and `categories`.
-        find: `file_name` of an image -> where it is.
+        find: an image's `file_name` -> where the image is.
         account: records what is left out and converted.
         where: names the source in errors.
-        shares_of: for boxes in shares of the image's sides, the `frame` of that image (see `Plan`);
+        shares_of: if boxes are shares of the image's sides, the `frame` of that image (see `Plan`);
             None: boxes are in pixels.
     Raises:
-        ValueError: no image or no box can be used, or boxes are in shares instead of pixels.
+        ValueError: no image or no box is usable, or boxes are in shares instead of pixels.
     """
     images, image_ids = _images(data["images"], None if shares_of else find, account)
     _note_ids(data, account)
@@ -153,8 +153,8 @@ def _check_kind(where: str, kind: str, data: Json) -> None:
     if records and not any("bbox" in record or "segmentation" in record for record in records):
         what = "captions" if any("caption" in r for r in records) else "other annotations"
         raise ValueError(f"{where}: expected boxes, these are {what}; take the instances file")
-    # Only LVIS says which categories were checked in an image. Read as COCO's, the unchecked ones
-    # would count as absent; COCO's read as LVIS's, no prediction would count as a false alarm.
+    # Only LVIS says which categories were checked in an image. If LVIS is read as COCO, unchecked
+    # ones count as absent. If COCO is read as LVIS, no prediction counts as a false alarm.
     marks = {"neg_category_ids", "not_exhaustive_category_ids"}
     images = [record for record in data["images"] if isinstance(record, dict)]
     federated = any(marks & set(record) for record in images)
@@ -171,7 +171,7 @@ def _check_kind(where: str, kind: str, data: Json) -> None:
 
 
 def key_of(value: Json) -> Key | None:
-    """The id in one form: 1, 1.0, "1" and "1.0" are the same. None: not an id."""
+    """The id in a normal form: 1, 1.0, "1" and "1.0" are the same. None if it isn't an id."""
     if isinstance(value, str):
         text = value.strip()
         value = int(text.partition(".")[0]) if re.fullmatch(r"-?\d{1,19}(\.0*)?", text) else text
@@ -196,7 +196,7 @@ def _note_ids(data: Mapping[str, list[Json]], account: Built) -> None:
 
 
 def _numbered(keys: Iterable[Key], account: Built, what: str) -> dict[Key, int]:
-    """A number for each id; text ids get numbers that no other id has."""
+    """A number for each id. Text ids get numbers that aren't used otherwise."""
     keys = list(keys)
     free = count(1 + max((key for key in keys if isinstance(key, int)), default=0))
     numbers = {key: key if isinstance(key, int) else next(free) for key in keys}
@@ -207,7 +207,7 @@ def _numbered(keys: Iterable[Key], account: Built, what: str) -> dict[Key, int]:
 
 
 def finite_number(value: Json) -> float | None:
-    """A number, maybe as text, that can be a coordinate or an area in an image; else None."""
+    """The value, which may be text, as a coordinate or area in an image; None if it isn't one."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -218,19 +218,19 @@ def finite_number(value: Json) -> float | None:
 
 
 def finite_numbers(values: Sequence[Json]) -> list[float] | None:
-    """`finite_number` of each value; None if one of them has none."""
+    """`finite_number` of each value; None if any value isn't a number."""
     numbers = [number for value in values if (number := finite_number(value)) is not None]
     return numbers if len(numbers) == len(values) else None
 
 
 def _side(value: Json) -> int | None:
-    """Width or height of an image; None if it can't be one."""
+    """The width or height of an image; None if the value can't be one."""
     side = finite_number(value)
     return int(side) if side is not None and 0 < side < 1e6 and side.is_integer() else None
 
 
 def _flag(value: Json) -> bool | None:
-    """Yes or no; None: it says neither."""
+    """The value as true or false; None if it is neither."""
     text = str(value).strip().lower()
     if text in ("", "0", "0.0", "false", "no", "none"):
         return False
@@ -243,10 +243,10 @@ def _flag(value: Json) -> bool | None:
 def _images(
     records: Iterable[Json], find: Callable[[str], Found] | None, account: Built
 ) -> tuple[dict[int, Row], dict[Key, int]]:
-    """Image id -> record; and the ids that annotations use -> image id.
+    """Image id -> record; and each id that annotations use -> image id.
 
     Args:
-        find: where the files are, to read missing sizes from; None: boxes are in shares of the
+        find: locates files, to read missing sizes from them. None: boxes are in shares of the
             image's sides, so no size is needed.
     """
     listed: dict[Key, Row] = {}
@@ -273,7 +273,7 @@ def _images(
 
 
 def _file(record: Row) -> str:
-    """Path of an image; empty if the record has none."""
+    """The image's path; empty if the record has none."""
     for name in ("file_name", "coco_url"):
         text = record.get(name)
         if isinstance(text, str) and text.strip("./\\ "):
@@ -282,7 +282,7 @@ def _file(record: Row) -> str:
 
 
 def _sized(record: Row, find: Callable[[str], Found] | None, account: Built) -> Row | None:
-    """The record with its size, or that of its file; None if neither can be read."""
+    """The record with its size, read from the file if missing; None if that fails, too."""
     if find is None:
         return record | {"width": 1, "height": 1, "sized": False}
     width, height = _side(record.get("width")), _side(record.get("height"))
@@ -298,8 +298,8 @@ def _sized(record: Row, find: Callable[[str], Found] | None, account: Built) -> 
 
 
 def _same_file(images: dict[Key, Row], account: Built) -> dict[Key, Key]:
-    """Further ids of an image -> its first id. Images listed with different sizes are removed from
-    `images`."""
+    """Additional ids of an image -> its first id. Images listed with different sizes are removed
+    from `images`."""
     by_file: dict[str, list[Key]] = defaultdict(list)
     for key, record in images.items():
         by_file[record["file"]].append(key)
@@ -330,11 +330,11 @@ def _listed(images: Mapping[int, Row], name: str, ids: Mapping[Key, int]) -> dic
 def _categories(
     records: Iterable[Json], used: set[Key | None], account: Built
 ) -> tuple[dict[int, str], dict[Key, int]]:
-    """Category id -> name; and the ids that annotations use -> category id.
+    """Category id -> name; and each id that annotations use -> category id.
 
     Args:
-        used: ids with annotations. Among categories of the same name, those without annotations are
-            left out, such as the parent categories in Roboflow's exports.
+        used: ids with annotations. If several categories have the same name, those without
+            annotations are left out, such as the parent categories in Roboflow's exports.
     """
     names: dict[Key, str] = {}
     clashing = set()
@@ -364,7 +364,7 @@ def _categories(
 
 
 def _is_utf8(name: str) -> bool:
-    """JSON may hold lone surrogates, which tokenizers reject."""
+    """Whether the name has no lone surrogates, which JSON allows but tokenizers reject."""
     return name.encode("utf-8", "replace").decode() == name
 
 
@@ -420,7 +420,7 @@ def _annotation(record: Row, ids: tuple[int, int], account: Built) -> Row | None
 
 
 def box_of(bbox: Json) -> list[float] | None:
-    """The four numbers of a bbox, maybe as texts; None if it has others."""
+    """The four numbers of a bbox, even if they are text; None if it has anything else."""
     return finite_numbers(bbox) if isinstance(bbox, list) and len(bbox) == 4 else None
 
 
@@ -436,14 +436,16 @@ def _around(segmentation: Json) -> list[float] | None:
 
 
 def box_around(numbers: Sequence[float]) -> list[float]:
-    """x, y, width and height of the box around the points x1, y1, x2, y2, ..."""
+    """(x, y, width, height) of the box around the points x1, y1, x2, y2, ..."""
     xs, ys = numbers[0::2], numbers[1::2]
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
 
 def _check_pixels(boxes: Sequence[Json], images: Mapping[int, Row], where: str) -> None:
-    """Raise ValueError if at least half of the boxes lie within the first pixel of larger images:
-    they are in shares, of which a few may reach past the edge."""
+    """Raise ValueError if at least half of the boxes are within the first pixel of larger images.
+
+    Such boxes are in shares. A few of them may extend past the edge.
+    """
     ends = [max(x + width, y + height) for x, y, width, height in boxes if min(width, height) > 0]
     shares = sum(end <= 1 + CLIPPED for end in ends)
     sides = max((max(i["width"], i["height"]) for i in images.values()), default=0)
@@ -455,7 +457,7 @@ def _check_pixels(boxes: Sequence[Json], images: Mapping[int, Row], where: str) 
 
 
 def _inside(record: Row, image: Row, account: Built) -> Box | None:
-    """The box clipped to its image, xyxy; None if they don't overlap."""
+    """The box as xyxy, clipped to its image; None if it is outside."""
     x, y, width, height = record["bbox"]
     right, lower = float(image["width"]), float(image["height"])
     box = (max(x, 0.0), max(y, 0.0), min(x + width, right), min(y + height, lower))

@@ -1,7 +1,7 @@
 """Classification rows from image folders, CSV files and the archives of four well-known data sets.
 
-A reader returns (image, class name, split) triples, of which `plan_classification` makes rows.
-Archives are read in the layout they are published in.
+A reader returns (image, class name, split) triples, which `plan_classification` turns into rows.
+Archives are read in their published layout.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from virft_fast.data.texts import read_table, read_text
 from virft_fast.data.writing import Plan
 from virft_fast.tasks.prompts import classification_problem
 
-# Names of folders, and cells of the column split, in any case -> split.
+# Names of folders and values in the column split, in any case -> split.
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("test", "testing", "val", "valid", "validation"), "test"),
 }
-# Columns of a CSV file.
+# Column names in a CSV file.
 IMAGE_NAMES = ("image", "image_path", "path", "file", "filename")
 LABEL_NAMES = ("label", "class", "species", "name")
 
@@ -42,8 +42,8 @@ class Labelled(NamedTuple):
 
 
 def read_folder(root: Path, built: Built) -> list[Labelled]:
-    """CLASS/image, or train/CLASS/image and test/CLASS/image (val, valid and validation count as
-    test). Hidden files and folders are ignored.
+    """Read CLASS/image, or train/CLASS/image and test/CLASS/image (val, valid and validation count
+    as test). Hidden files and folders are ignored.
 
     Args:
         built: records the files that are left out.
@@ -94,17 +94,18 @@ def _classes(folders: Sequence[Path], built: Built) -> list[Labelled]:
                 built.convert("image in a folder below its class", str(file))
         if not images:
             built.leave_out("class folder without an image", folder.name)
-        # macOS stores accents apart from their letters.
+        # macOS stores accents as separate characters.
         label = unicodedata.normalize("NFC", folder.name)
         rows += [Labelled(image, label, None) for image in images]
     return rows
 
 
 def read_csv(path: Path, built: Built, images: Path | None = None) -> list[Labelled]:
-    """Columns image, label and maybe split; paths start at `images` or at the file's folder.
+    """Read the columns image, label and optionally split. Paths start at `images`, or at the CSV
+    file's folder.
 
     Args:
-        built: records a guessed encoding, and paths that differ from those written.
+        built: records a guessed encoding, and paths that differ from those in the file.
     """
     header, rows = read_table(path, (IMAGE_NAMES, LABEL_NAMES), built)
     image, label = (
@@ -149,7 +150,7 @@ def _cells(
 
 
 def _placed_image(files: ImageFiles, file: str, built: Built, where: str) -> Path:
-    """Where an image of a CSV file is; relative paths start at the folder of `files`."""
+    """The path of an image in a CSV file. Relative paths start at the folder of `files`."""
     place = Path(placed(files.folder, file))
     if is_address(file) and not PureWindowsPath(file).drive:
         raise ValueError(f"{where}: image {file:.200}: {NOT_DOWNLOADED}")
@@ -165,7 +166,7 @@ def _placed_image(files: ImageFiles, file: str, built: Built, where: str) -> Pat
 
 
 def read_flowers102(root: Path, built: Built) -> list[Labelled]:
-    """jpg/image_00001.jpg, imagelabels.mat and setid.mat. Train and valid are "train"."""
+    """Read jpg/image_00001.jpg, imagelabels.mat and setid.mat. Train and valid become "train"."""
     (labels,) = _matlab(root, "imagelabels.mat", "labels")
     sets = _matlab(root, "setid.mat", "trnid", "valid", "tstid")
     rows = []
@@ -179,7 +180,7 @@ def read_flowers102(root: Path, built: Built) -> list[Labelled]:
 
 
 def read_aircraft(root: Path, built: Built) -> list[Labelled]:
-    """FGVC-Aircraft: data/images/*.jpg, data/images_variant_trainval.txt and ..._test.txt."""
+    """Read FGVC-Aircraft: data/images/*.jpg, data/images_variant_trainval.txt and ..._test.txt."""
     folder = root / "data" if (root / "data").is_dir() else root
     rows = []
     for split, name in (("train", "trainval"), ("test", "test")):
@@ -190,8 +191,8 @@ def read_aircraft(root: Path, built: Built) -> list[Labelled]:
 
 
 def read_cars196(root: Path, built: Built) -> list[Labelled]:
-    """Stanford Cars: cars_train/, cars_test/, devkit/cars_meta.mat and cars_train_annos.mat, and
-    cars_test_annos_withlabels.mat, here or in devkit/."""
+    """Read Stanford Cars: cars_train/, cars_test/, devkit/cars_meta.mat and cars_train_annos.mat,
+    and cars_test_annos_withlabels.mat, in the root or in devkit/."""
     (names,) = _matlab(root, "cars_meta.mat", "class_names")
     rows = []
     files = {"train": "cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}
@@ -212,7 +213,7 @@ def read_cars196(root: Path, built: Built) -> list[Labelled]:
 
 
 def read_pets37(root: Path, built: Built) -> list[Labelled]:
-    """Oxford-IIIT Pet: images/*.jpg, annotations/trainval.txt and test.txt."""
+    """Read Oxford-IIIT Pet: images/*.jpg, annotations/trainval.txt and test.txt."""
     rows = []
     for split, file in (("train", "trainval.txt"), ("test", "test.txt")):
         for line in _lines(root / "annotations" / file, "Oxford-IIIT Pet"):
@@ -239,7 +240,7 @@ def _matlab(root: Path, name: str, *fields: str) -> list[np.ndarray]:
         raise FileNotFoundError(f"{root}: expected {name} in it or in its devkit/")
     try:
         data = loadmat(path)
-    except Exception as error:  # damaged files raise nearly anything
+    except Exception as error:  # damaged files raise almost anything
         raise ValueError(f"{path}: expected a MATLAB file: {error}") from error
     missing = [field for field in fields if field not in data]
     if missing:
@@ -249,10 +250,10 @@ def _matlab(root: Path, name: str, *fields: str) -> list[np.ndarray]:
 
 
 def _number_up_to(limit: int, value: Any, where: str) -> int:
-    """The value, if it is a number from 1 to `limit`.
+    """The value as an integer from 1 to `limit`.
 
     Raises:
-        ValueError: it isn't.
+        ValueError: it isn't one.
     """
     try:
         number = int(value)
@@ -264,7 +265,7 @@ def _number_up_to(limit: int, value: Any, where: str) -> int:
 
 
 def _only(cell: object, where: str) -> Any:
-    """The single value of a MATLAB cell."""
+    """The single value in a MATLAB cell."""
     values = np.asarray(cell).ravel()
     if len(values) != 1:
         raise ValueError(f"{where}: expected one value, got {cell!r:.60}")
@@ -290,10 +291,10 @@ def plan_classification(
     """Split -> rows that ask for the class.
 
     Args:
-        thing, kind: words of the question, e.g. "plant" and "species".
-        shots: sample at most this many images of each class for "train"; None: use all.
+        thing, kind: words in the question, e.g. "plant" and "species".
+        shots: sample at most this many images per class for "train"; None: use all.
         test_share: share of each class that goes to "test" if the source has no splits.
-        built: records the classes with fewer images than `shots`.
+        built: records classes with fewer than `shots` images.
     Raises:
         ValueError: the source has splits and `test_share` isn't 0.
     """
@@ -324,7 +325,7 @@ def plan_classification(
             for r in rows
         ]
         for name, rows in splits.items()
-        if rows or test_share  # a requested split that is empty is refused when it is written
+        if rows or test_share  # writing raises if a requested split is empty
     }  # fmt: skip
 
 
@@ -336,7 +337,7 @@ def _by_label(rows: Iterable[Labelled]) -> dict[str, list[Labelled]]:
     return dict(sorted(by_label.items()))
 
 
-# Flowers102's archive has only numbers.
+# The Flowers102 archive has only class numbers.
 FLOWERS = (
     "pink primrose", "hard-leaved pocket orchid", "canterbury bells", "sweet pea",
     "english marigold", "tiger lily", "moon orchid", "bird of paradise", "monkshood",

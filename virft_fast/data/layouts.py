@@ -1,7 +1,7 @@
-"""What rows may look like, and the one form they are read into: turns, images, an answer.
+"""The layouts that rows may have, and how they are read into one form: turns, images, an answer.
 
-The question comes from the first column of QUESTIONS that the row has, the ground truth from the
-first of ANSWERS. A new layout is a function and a line in one of the two tables.
+The question comes from the first column of QUESTIONS that the row has, and the ground truth from
+the first of ANSWERS. To add a layout, write a function and add it to one of the two tables.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from virft_fast.tasks.rewards import CLASS_COLUMNS
 IMAGE_COLUMNS = ("image", "images", "image_path")
 CHAT_COLUMNS = ("conversations", "messages", "history")
 TURN_COLUMNS = ("prompt", "problem", "chosen", "rejected", "completion")
-# Columns whose values may be chats with any keys: stored as JSON, to keep them unchanged.
+# Columns that may contain chats with arbitrary keys. Stored as JSON, they stay unchanged.
 JSON_COLUMNS = (*CHAT_COLUMNS, *TURN_COLUMNS, "reward_model", "extra_info")
-# Columns in which a text may be a list in JSON, as in CSV; in TURN_COLUMNS, a list of turns.
+# Columns whose text may be a JSON list, as in CSV files. In TURN_COLUMNS, it is a list of turns.
 LIST_COLUMNS = (*IMAGE_COLUMNS, "extent", "classes", *CLASS_COLUMNS, *CHAT_COLUMNS)
 BOX_ANSWER = re.compile(r"\(\s*[\d.]+\s*,\s*[\d.]+\s*\)\s*,\s*\(\s*[\d.]+\s*,\s*[\d.]+\s*\)")
-# Columns that aren't read: a row with a value in one of them can't be used.
+# Unsupported columns: a row with a value in one of them can't be used.
 UNREAD_COLUMNS = ("video", "videos", "audio", "audios", "tools")
 # ms-swift's placeholders for the names and boxes in its column `objects`.
 OBJECT_TAG = re.compile(r"<(?:bbox|ref-object)>")
@@ -35,17 +35,17 @@ PIXELS = re.compile(r"\bpixels?\b|像素|ピクセル|픽셀", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Reading:
-    """A row as read.
+    """A row after reading.
 
     Attributes:
-        layout: the columns that question and ground truth were read from.
+        layout: the columns from which the question and the ground truth were read.
         messages: the prompt's turns, with an image part for each of `sources`.
         problem: text of the last user turn.
-        sources: images as they are stored.
-        solution: the ground truth as the row has it, of any type; None if there is none.
+        sources: the images as stored.
+        solution: the ground truth as stored, of any type; None if there is none.
         said: the assistant's last turn, if the question is a conversation.
-        converted: rules by which something was changed.
-        image_column: column of the images; None if they are in the question, or there are none.
+        converted: the rules by which something was changed.
+        image_column: the images' column; None if they are in the question, or there are none.
     """
 
     layout: str
@@ -60,7 +60,7 @@ class Reading:
 
 @dataclass
 class _Question:
-    """A question before its images are placed: image parts may have a `source`."""
+    """A question whose images haven't been placed yet. Image parts may have a `source`."""
 
     turns: list[Row]
     said: str | None = None
@@ -77,7 +77,7 @@ def read_row(
         names: the data set's columns.
         compat, first: see `compat_prompt` and `first_exchange` of `SampleDataset`.
     Raises:
-        Unusable: it can't be read; the message says what was expected.
+        Unusable: the row can't be read; the message says what was expected.
     """
     for name in UNREAD_COLUMNS:
         if row.get(name) not in (None, "", [], "[]"):
@@ -107,8 +107,8 @@ def read_row(
 
 
 def answer_column(row: Row, names: Sequence[str]) -> tuple[str, Json]:
-    """Column and value of a row's ground truth, as in `read_row`, but without reading its images.
-    The value is None if the row has none."""
+    """Column and value of a row's ground truth, as in `read_row`, but without reading images. The
+    value is None if the row has none."""
     column = question_column(row, names)
     try:
         return _first_answer(row, QUESTIONS[column](row, column, False, False))
@@ -117,16 +117,16 @@ def answer_column(row: Row, names: Sequence[str]) -> tuple[str, Json]:
 
 
 def question_column(row: Row, names: Sequence[str]) -> str:
-    """The first of QUESTIONS in which the row has a value, or else the first that is a column."""
+    """The first of QUESTIONS with a value in the row, or else the first that is a column."""
     columns = [name for name in QUESTIONS if name in names]
-    if "chosen" in names and "prompt" in names:  # preferences in TRL's form
+    if "chosen" in names and "prompt" in names:  # preference pairs in TRL's form
         columns = ["prompt"]
     filled = [name for name in columns if row.get(name) is not None]
     return (filled or columns or ["prompt"])[0]
 
 
 def check_columns(names: Sequence[str], where: str) -> None:
-    """Raise ValueError if these columns lack a question or an answer."""
+    """Raise ValueError if these columns include no question or no answer."""
     if not set(names) & set(QUESTIONS) and not {"chosen", "rejected"} <= set(names):
         missing = f"one of the columns {', '.join(QUESTIONS)}"
     elif not set(names) & {*ANSWERS, "messages", "conversations"}:
@@ -147,7 +147,7 @@ def check_columns(names: Sequence[str], where: str) -> None:
 
 
 def _plain(row: Row, column: str, compat: bool, first: bool) -> _Question:
-    """A text or a chat: Visual-RFT's and EasyR1's `problem`, TRL's and verl's `prompt`."""
+    """Read text or a chat: Visual-RFT's and EasyR1's `problem`, TRL's and verl's `prompt`."""
     value = row.get(column)
     if isinstance(value, (list, tuple)):
         if not value:
@@ -158,11 +158,11 @@ def _plain(row: Row, column: str, compat: bool, first: bool) -> _Question:
 
 
 def _conversation(row: Row, column: str, compat: bool, first: bool) -> _Question:
-    """A chat that ends with the answer: `messages` of OpenAI, ms-swift and LLaMA-Factory, and
+    """Read a chat that ends with the answer: `messages` of OpenAI, ms-swift and LLaMA-Factory, and
     LLaVA's `conversations`.
 
-    In `conversations`, the answer gets <answer> tags; and LISA's questions for a box end with the
-    form of the answer, as in Visual-RFT.
+    In `conversations`, the answer is wrapped in <answer> tags. As in Visual-RFT, the answer format
+    is appended to LISA's questions for a box.
     """
     given = _as_list(row.get(column))
     turns = [read_turn(turn, column) for turn in given]
@@ -171,7 +171,7 @@ def _conversation(row: Row, column: str, compat: bool, first: bool) -> _Question
         raise Unusable(f"{column}: user's value: missing")
     answers = [n for n, t in enumerate(turns) if t["role"] == "assistant" and n > start]
     at = answers[0] if first and answers else len(turns) - 1
-    if at not in answers:  # the last question has no answer: the row needs a solution of its own
+    if at not in answers:  # the last question has no answer, so the row needs a solution
         at = len(turns)
     said = turn_text(turns[at]) if at < len(turns) else None
     if said is not None:
@@ -199,7 +199,7 @@ def _tagged(prompt: list[Row], said: str | None, *, compat: bool) -> _Question:
 
 
 def _query(row: Row, column: str, compat: bool, first: bool) -> _Question:
-    """ms-swift's `query`, after the pairs of its `history`."""
+    """Read ms-swift's `query`, after the pairs in its `history`."""
     turns: list[Row] = []
     for pair in _as_list(row.get("history")):
         if not isinstance(pair, (list, tuple)) or list(map(type, pair)) != [str, str]:
@@ -220,8 +220,8 @@ QUESTIONS: dict[str, Callable[[Row, str, bool, bool], _Question]] = {
 
 
 def _first_answer(row: Row, question: _Question) -> tuple[str, Json]:
-    """Name and value of the first of ANSWERS that isn't blank; or else of the first that exists,
-    for an error to name."""
+    """Name and value of the first of ANSWERS that isn't blank. If all are, those of the first that
+    exists, to name it in an error."""
     answers = [(name, _number_as_text(read(row, question))) for name, read in ANSWERS.items()]
     present = [pair for pair in answers if pair[1] is not None]
     filled = [pair for pair in present if not isinstance(pair[1], str) or pair[1].strip()]
@@ -234,14 +234,14 @@ def _number_as_text(value: Json) -> Json:
 
 
 def _ground_truth(row: Row, question: _Question) -> Json:
-    """verl's reward_model: {"ground_truth": ...}."""
+    """The ground truth in verl's reward_model: {"ground_truth": ...}."""
     value = row.get("reward_model")
     value = _json(value) if isinstance(value, str) else value
     return value.get("ground_truth") if isinstance(value, Mapping) else None
 
 
 def _completion(row: Row, question: _Question) -> str | None:
-    """TRL's completion, unless it is labelled as a bad one."""
+    """TRL's completion, unless it is labeled as a bad one."""
     label = row.get("label")
     if row.get("completion") is not None and str(label).strip().lower() == "false":
         raise Unusable(f"completion: expected a good one, got the label {label}")
@@ -249,7 +249,7 @@ def _completion(row: Row, question: _Question) -> str | None:
 
 
 def _check_learned(turn: Mapping[str, Json], where: str) -> None:
-    """Raise Unusable if an answer is marked as one not to learn, such as by OpenAI's weight 0."""
+    """Raise Unusable if an answer is marked as not to be learned, such as by OpenAI's weight 0."""
     marks = {name: turn.get(name) for name in ("weight", "loss", "train")}
     if wrong := {name: mark for name, mark in marks.items() if mark not in (None, 1)}:
         raise Unusable(f"{where}: expected an answer to learn last, got {wrong}; drop this turn")
@@ -285,8 +285,11 @@ def spoken_text(value: Json) -> str | None:
 
 
 def pair_prompt(row: Row) -> Json:
-    """The prompt of a preference pair. If its answers are chats, the turns before the last one, the
-    same in both, belong to the prompt or follow it."""
+    """The prompt of a preference pair.
+
+    If its answers are chats, the turns before the last must be the same in both. They are part of
+    the prompt, or follow it.
+    """
     chats = (row.get("chosen"), row.get("rejected"))
     lead, other = (list(chat[:-1]) if isinstance(chat, (list, tuple)) else [] for chat in chats)
     if list(map(_spoken, lead)) != list(map(_spoken, other)):
@@ -298,7 +301,7 @@ def pair_prompt(row: Row) -> Json:
 
 
 def _joined(prompt: Json, lead: list[Json]) -> list[Json]:
-    """The turns of a prompt and those before the answers; if one holds the other, only that."""
+    """A prompt's turns, then those before the answers; if one contains the other, only that."""
     if not isinstance(prompt, (str, list, tuple, type(None))):
         raise Unusable(f"prompt: expected a text or a chat, got {prompt!r:.80}")
     said = list(prompt or ())
@@ -337,8 +340,8 @@ def _json(text: str) -> Json:
 
 
 def read_list(name: str, value: Json) -> Json:
-    """A column's value. A list in JSON is parsed if the column may hold lists, with None for an
-    empty one. Options by letter, {"A": ..., "B": ...}, become the list of them."""
+    """A column's value, parsed from JSON if the column may contain lists. An empty list becomes
+    None. Options by letter, {"A": ..., "B": ...}, become a list."""
     listed = _json(value) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
     if isinstance(listed, Mapping) and name in CLASS_COLUMNS:
         return [option for option in listed.values() if option is not None]

@@ -1,7 +1,7 @@
-"""Grounding rows from LISA's ReasonSeg folders of images, with a .json file for each image.
+"""Grounding rows from LISA's ReasonSeg: folders of images, with a .json file for each image.
 
-IMAGE.json holds `text`, the instructions, and `shapes`, labelled polygons: "target" is the object
-to find, "ignore" what may or may not be part of it.
+IMAGE.json contains `text`, the instructions, and `shapes`, labeled polygons: "target" is the object
+to find, "ignore" marks areas that may or may not be part of it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from virft_fast.tasks.coordinates import rescale, written
 from virft_fast.tasks.prompts import grounding_problem, grounding_solution
 
 Polygon = list[tuple[float, float]]
-# Values of a mask's pixels; ignored ones don't count.
+# Pixel values in a mask. Ignored pixels don't count.
 TARGET, IGNORED = 255, 128
 
 
 class Shape(NamedTuple):
-    """A polygon in pixels, and the value of its pixels."""
+    """A polygon in pixels, and the value of its pixels in the mask."""
 
     polygon: Polygon
     value: int
@@ -36,7 +36,7 @@ class Shape(NamedTuple):
 
 class Instruction(NamedTuple):
     """An instruction about an image, the image's number, the shapes to find, and the image's size
-    according to the annotations, if they give one."""
+    if the annotations give one."""
 
     image: Path
     number: int
@@ -46,14 +46,14 @@ class Instruction(NamedTuple):
 
 
 def read_lisa(folder: Path, built: Built, *, first_only: bool = False) -> list[Instruction]:
-    """Every instruction in the folder.
+    """Read every instruction in the folder.
 
     Args:
-        built: records the annotations that can't be used.
-        first_only: of each image, only the first instruction and the first target, and nothing
-            ignored, as in Visual-RFT's evaluation.
+        built: records annotations that can't be used.
+        first_only: use only the first instruction and the first target of each image, and no
+            ignored areas, as in Visual-RFT's evaluation.
     Raises:
-        FileNotFoundError: no annotations.
+        FileNotFoundError: there are no annotations.
     """
     paths = [path for path in sorted(folder.iterdir()) if not is_hidden(path.name)]
     files = [path for path in paths if path.suffix == ".json"]
@@ -80,7 +80,7 @@ def read_lisa(folder: Path, built: Built, *, first_only: bool = False) -> list[I
 
 
 def _load(file: Path) -> Json:
-    """A file's JSON. As in LISA: some of its files are in cp1252, with typographic quotes."""
+    """Parse a JSON file. As in LISA, it may be in cp1252: some files have typographic quotes."""
     data = file.read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -104,7 +104,7 @@ def _annotation(data: Json) -> tuple[list[str], list[Shape]]:
 
 
 def _shape(data: Json) -> Shape | None:
-    """None for a shape that LISA doesn't paint, or that has no area."""
+    """The shape; None if LISA doesn't paint it or it has no area."""
     if not isinstance(data, Mapping) or not isinstance(data.get("label"), str):
         raise ValueError(f"shapes: expected objects with label and points, got {data!r:.60}")
     label = data["label"].strip().lower()
@@ -130,9 +130,9 @@ def plan_grounding(
     """A row that asks for the box around the target.
 
     Args:
-        compat: use the original's prompt, misspelling included.
+        compat: use the original's prompt, including its misspelling.
         extent_for: see `ExtentFor`; None: boxes are in 0..1000.
-        masks: whether to add the mask, for gIoU and cIoU.
+        masks: add the mask, which gIoU and cIoU need.
     """
     problem = grounding_problem(row.text, "pixels" if extent_for else "thousand", compat=compat)
 
@@ -156,7 +156,7 @@ def plan_grounding(
 
 
 def _mask(shapes: Sequence[Shape], width: int, height: int) -> bytes:
-    """A PNG with one byte a pixel: TARGET, IGNORED or 0. As in LISA, smaller shapes are painted
+    """A PNG with one byte per pixel: TARGET, IGNORED or 0. As in LISA, smaller shapes are painted
     over larger ones, and corners are whole pixels."""
 
     def paint(on: Image.Image, shape: Shape) -> Image.Image:

@@ -1,7 +1,7 @@
-"""Rows of a data set, loaded by its name: demos, files, folders and hub data sets.
+"""Load the rows of a data set by name: demos, files, folders and hub data sets.
 
-`load_rows` finds the rows; `virft_fast.data.layouts` says what a row may look like, and
-`SampleDataset` turns rows into samples. Nothing from a data set is evaluated, unpickled or run.
+`load_rows` finds the rows, `virft_fast.data.layouts` defines their possible layouts, and
+`SampleDataset` turns them into samples. Nothing from a data set is evaluated, unpickled or run.
 """
 
 from __future__ import annotations
@@ -53,22 +53,22 @@ def load_rows(
     Args:
         dataset_name: a demo's name, a `save_to_disk` folder, a .json, .jsonl, .csv, .tsv or
             .parquet file, a folder of parquet files, or a hub id. A set without splits is its own
-            "train". If a folder's README.md has configurations, as on the hub, they say which
+            "train". If a folder's README.md has configurations, as on the hub, they determine which
             files are in which split.
-        split: to load.
+        split: the split to load.
         dataset_config: configuration name, for a hub id or such a folder.
-        image_folder: where relative image paths of a JSON or CSV file start; None: in the file's
+        image_folder: where relative image paths in a JSON or CSV file start; None: the file's
             folder.
-        streaming: read rows from the parquet files on access, also over the network, instead of
-            first copying the whole set.
-        columns: our name of a column -> the data set's own.
+        streaming: read rows from parquet files on access, even over the network, instead of copying
+            the whole set first.
+        columns: our name of a column -> its name in the data set.
     Returns:
-        The rows, with images still encoded. Relative image paths of JSON and CSV files are made
+        The rows, with images still encoded. Relative image paths from JSON and CSV files are made
         absolute.
     Raises:
-        FileNotFoundError: no such data set.
+        FileNotFoundError: there is no such data set.
         ValueError: it can't be read, has no rows, lacks the split, the configuration or a required
-            column, or isn't in parquet and can't be streamed.
+            column, or should be streamed but isn't in parquet.
     """
     path = Path(dataset_name).expanduser()
     folder = image_folder or (path if path.is_dir() else path.parent)
@@ -87,11 +87,13 @@ def load_rows(
 def _renamed(
     rows: datasets.Dataset | ParquetRows, columns: Mapping[str, str], where: str
 ) -> datasets.Dataset | ParquetRows:
-    """The rows with these columns under our names, without the columns that they replace: those of
-    the same names, and others that would be read instead of them.
+    """Rename columns to our names.
+
+    Removes the columns that they replace: those that already have these names, and others that
+    would be read instead of them.
 
     Raises:
-        ValueError: the data set has no such column, or we have no column of that name.
+        ValueError: the data set has no such column, or we don't use a column with that name.
     """
     ours = {*IMAGE_COLUMNS, *QUESTIONS, *ANSWERS, *OTHER_COLUMNS} - {"conversation"}
     for name, source in columns.items():
@@ -140,8 +142,8 @@ def _find_rows(name: str, split: str, config: str | None, image_folder: Path) ->
 def _looks_like_path(name: str) -> bool:
     """Whether `name` can't be a hub id, "owner/name".
 
-    A single word is never passed to `datasets`: it takes "json" or "pandas" for the files of the
-    working folder, pickles included. And a mistyped demo would wait for the network.
+    A single word is never passed to `datasets`: with "json" or "pandas" it would load files from
+    the working folder, including pickles. And a mistyped demo name would wait for the network.
     """
     if name.endswith(FILE_SUFFIXES):
         return True
@@ -165,7 +167,7 @@ def _load_folder(path: Path, split: str, config: str | None) -> datasets.Dataset
         refuse_config(config, path)
         try:
             data = datasets.load_from_disk(str(path))
-        except Exception as error:  # a damaged folder makes arrow or json raise nearly anything
+        except Exception as error:  # a damaged folder makes arrow or json raise almost anything
             raise ValueError(f"--dataset_name {path}: can't be read: {one_line(error)}") from error
         return _pick_split(data, split, path)
     return _load_parquet(files_in_folder(path, split, config), path)
@@ -200,7 +202,7 @@ def _load_parquet(files: Sequence[str], where: Path) -> datasets.Dataset:
             names = pq.read_schema(files[0]).names
             return datasets.Dataset.from_dict({name: [] for name in names})
         return datasets.Dataset.from_parquet(list(files))
-    except Exception as error:  # `datasets` wraps arrow's errors in its own, none of them public
+    except Exception as error:  # `datasets` wraps arrow's errors in its own non-public ones
         raise ValueError(
             f"--dataset_name {where}: can't be read: {one_line(error.__cause__ or error)}"
         ) from error
@@ -211,7 +213,7 @@ def _load_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
 
     try:
         return datasets.load_dataset(name, config, split=split, trust_remote_code=False)
-    except Exception as error:  # network, hub, configuration and builder errors share no base
+    except Exception as error:  # network, hub, configuration and builder errors share no base class
         if unknown := re.match(r"Unknown split .* Should be one of (\[.*\])", str(error)):
             resolved = resolve_split(split, re.findall(r"'([^']*)'", unknown[1]), name)
             return datasets.load_dataset(name, config, split=resolved, trust_remote_code=False)
@@ -227,7 +229,7 @@ def _hub_error(name: str, error: Exception) -> Exception:
 
 
 def _stream_rows(name: str, split: str, config: str | None) -> ParquetRows:
-    """The rows of a parquet file, of a folder of them, or of a hub data set in parquet."""
+    """The rows of a parquet file, a folder of parquet files, or a hub data set in parquet."""
     path = Path(name).expanduser()
     open_file = None
     if path.is_file() and path.suffix == ".parquet":
@@ -245,7 +247,7 @@ def _stream_rows(name: str, split: str, config: str | None) -> ParquetRows:
         files, open_file = _hub_parquet(name, split, config), _open_remote
     try:
         return ParquetRows(files, open_file=open_file)
-    except Exception as error:  # files, network and damaged metadata share no base
+    except Exception as error:  # file, network and metadata errors share no base class
         raise ValueError(f"--dataset_name {name}: can't be read: {one_line(error)}") from error
 
 
@@ -254,7 +256,7 @@ def _saved_to_disk(folder: Path) -> bool:
 
 
 def _hub_parquet(name: str, split: str, config: str | None) -> list[str]:
-    """Addresses of a split's parquet files, from the hub data set's settings or by their names."""
+    """Addresses of a split's parquet files, from the hub data set's configuration or file names."""
     import datasets
 
     try:

@@ -1,4 +1,4 @@
-"""Detection data in Open Images' layout: boxes, class names and verified labels as CSV files."""
+"""Detection data in Open Images' layout: boxes, class names and verified labels in CSV files."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ BOX_COLUMNS = ("ImageID", "LabelName", "IsGroupOf", "XMin", "YMin", "XMax", "YMa
 def read_openimages(
     source: Path, images: Path, *, negatives: bool = False
 ) -> dict[str, Annotations]:
-    """Split -> annotations of the images in `images`, in shares of their sides.
+    """Split -> annotations of the images in `images`, in shares of the images' sides.
 
-    Boxes refer to the images as stored, whatever their EXIF data say. A class counts as absent only
-    if a person has verified it. Boxes of groups are ignored, like COCO's crowds. Files are read
-    line by line, and lines about other images aren't kept.
+    Boxes refer to the images as stored, ignoring EXIF data. A class counts as absent only if a
+    person has verified that. Boxes of groups are ignored, like COCO's crowds. Files are read line
+    by line, and lines about other images are dropped.
 
     Args:
         source: folder of the CSV files, or of folders with them.
         images: folder of the images, ImageID.jpg; subfolders are searched.
-        negatives: whether to read which classes are absent.
+        negatives: also read which classes are absent.
     Raises:
         FileNotFoundError, ValueError: a file is missing or can't be used; says why.
     """
@@ -68,7 +68,7 @@ def read_openimages(
 
 
 def _of_split(files: Sequence[Path], kind: str, split: str) -> list[Path]:
-    """A split's files, such as oidv6-train-annotations-bbox.csv; without a split's name: train."""
+    """A split's files, such as oidv6-train-annotations-bbox.csv. Files without a split: train."""
     named = {"validation": "val"}.get(split, split)
     return [
         path
@@ -79,7 +79,7 @@ def _of_split(files: Sequence[Path], kind: str, split: str) -> list[Path]:
 
 
 def _names(source: Path, files: Sequence[Path], account: Built) -> list[tuple[str, str]]:
-    """(MID, name) of each class; a line without a MID is a header."""
+    """(MID, name) of each class. A line without a MID is a header."""
     named = [path for path in files if "class-descriptions" in path.name]
     named = [path for path in named if "boxable" in path.name] or named
     file = only_file(named, source, "one file ...class-descriptions-boxable.csv")
@@ -94,7 +94,7 @@ def _annotations(
     places: Mapping[str, list[Path]],
     account: Built,
 ) -> Annotations | None:
-    """The annotations in `file`; None if it has no box in any of the images."""
+    """The annotations in `file`; None if none of the images has a box in it."""
     ids: dict[str, int] = {}
     numbers = {mid: number for number, (mid, _) in enumerate(names)}
     records: list[Row] = []
@@ -139,7 +139,7 @@ def _annotations(
 def _rows(
     file: Path, columns: Sequence[str], account: Built
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """(line number, cells of these columns), line by line: a file may have 14 million."""
+    """Yield (line number, cells of these columns) one by one: a file may have 14 million."""
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             reader = csv.reader(lines)

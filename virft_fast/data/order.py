@@ -1,4 +1,4 @@
-"""The order in which training uses rows, and the count of those that can't be used."""
+"""The order in which training uses rows, and the count of unusable rows."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Reasons = list[tuple[int, str]]  # (row, why it can't be used)
 
 
 class NoUsableRows(ValueError):
-    """No row of the data set can be used; the message gives one reason."""
+    """No row of the data set can be used. The message gives one reason."""
 
 
 class TooManyBadRows(RuntimeError):
-    """More unusable rows than allowed; the message lists some of them."""
+    """There are more unusable rows than allowed. The message lists some of them."""
 
 
 class BadRows:
-    """Counts the distinct rows that can't be used and stops the run if there are too many.
+    """Counts the distinct unusable rows and stops the run if there are too many.
 
     Args:
-        max_bad_rows: limit above which `add` raises.
+        max_bad_rows: `add` raises above this limit.
     """
 
     def __init__(self, max_bad_rows: int) -> None:
@@ -42,7 +42,7 @@ class BadRows:
         return len(self._reasons)
 
     def add(self, index: int, reason: str) -> None:
-        """Count row `index` and log it, once.
+        """Count and log row `index`, unless that was done already.
 
         Raises:
             TooManyBadRows: the limit is exceeded.
@@ -72,21 +72,21 @@ class BadRows:
 
 
 class PromptSampler:
-    """Distributes the rows of a data set over ranks, epoch after epoch.
+    """Distributes the rows of a data set over ranks, epoch by epoch.
 
-    A global batch is the next `world_size * batch_size` usable rows of the epoch's permutation;
-    rank r gets its r-th slice. The number of ranks changes neither the rows of a global batch of a
-    given size nor which bad rows are skipped.
+    A global batch is the next `world_size * batch_size` usable rows in the epoch's permutation.
+    Rank r gets the r-th slice. For a given global batch size, the number of ranks changes neither
+    the rows in a global batch nor which bad rows are skipped.
 
     Args:
-        num_rows: rows in the data set.
-        batch_size: rows that this rank gets at a time.
-        seed: of the permutations; each epoch has its own.
-        shuffle: False: use the rows in their order.
-        permutation: generator -> an epoch's rows in their order, the same on all ranks; None: all
-            orders are equally likely. That of `ParquetRows` reads each file once.
+        num_rows: number of rows in the data set.
+        batch_size: number of rows per batch on this rank.
+        seed: of the permutations; each epoch has its own permutation.
+        shuffle: False: use the rows in their original order.
+        permutation: generator -> an epoch's rows in order, the same on all ranks. None: all orders
+            are equally likely. `ParquetRows.permutation` reads each file once.
     Raises:
-        ValueError: no rows, an empty batch, or a rank out of range.
+        ValueError: there are no rows, the batch is empty, or the rank is out of range.
     """
 
     def __init__(
@@ -118,12 +118,12 @@ class PromptSampler:
         gather: Callable[[Reasons], list[Reasons]],
         add_bad: Callable[[int, str], None],
     ) -> list[T]:
-        """This rank's next `batch_size` usable rows, loaded.
+        """Load this rank's next `batch_size` usable rows.
 
-        Every rank must call it with the same data; all call `gather` equally often.
+        Every rank must call it with the same data. All ranks call `gather` equally often.
 
         Args:
-            load: row -> what to return for it, or a `BadRow`. Not called again for a bad row.
+            load: row -> what to return for it, or a `BadRow`. A bad row is not loaded again.
             gather: value -> the values of all ranks, in rank order.
             add_bad: called with each bad row (index, reason), in the same order on all ranks.
         Raises:
@@ -135,8 +135,8 @@ class PromptSampler:
             self._fill(batch)
             mine = batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
             bad = self._load_missing(mine, loaded, load)
-            # Bad rows shift later rows to other ranks, which load them in the next round. So the
-            # last round is one in which all ranks agree that no row is bad.
+            # A bad row shifts later rows to other ranks, which load them in the next round. So the
+            # rounds end only when all ranks agree that no row is bad.
             reasons = dict(reason for of_rank in gather(bad) for reason in of_rank)
             if not reasons:
                 return [loaded[index] for index in mine]
@@ -146,7 +146,7 @@ class PromptSampler:
             batch = [index for index in batch if index not in reasons]
 
     def _fill(self, batch: list[int]) -> None:
-        """Append the next rows that aren't known to be bad until the global batch is full."""
+        """Append the next rows that aren't known to be bad, until the global batch is full."""
         while len(batch) < self.world_size * self.batch_size:
             if len(self._bad) == self.num_rows:
                 raise NoUsableRows(
@@ -164,7 +164,7 @@ class PromptSampler:
     def _load_missing(
         self, indices: Sequence[int], loaded: dict[int, T], load: Callable[[int], T | BadRow]
     ) -> Reasons:
-        """Load what isn't in `loaded` yet; returns the bad rows, in the order of `indices`."""
+        """Load rows that aren't in `loaded` yet. Returns bad rows, in the order of `indices`."""
         bad: dict[int, str] = {}
         for index in indices:
             if index in loaded or index in bad:
@@ -182,14 +182,14 @@ class PromptSampler:
         return self._permute(np.random.default_rng((self.seed, self._epoch)))
 
     def _checksum(self) -> int:
-        """Identifies the epoch's order: a streamed set's depends on its row groups. Computed once
-        an epoch, because each step saves it."""
+        """A checksum of the epoch's order, which depends on the row groups if the set is streamed.
+        Computed once per epoch, because each step saves it."""
         if self._summed is None or self._summed[0] is not self._order:
             self._summed = self._order, zlib.crc32(self._order.astype("<i8").tobytes())
         return self._summed[1]
 
     def state_dict(self) -> Row:
-        """Where the next batch starts, as JSON values; the same on all ranks."""
+        """The position of the next batch, as JSON values; the same on all ranks."""
         bad = [[index, reason] for index, reason in self._bad.items()]
         return {"num_rows": self.num_rows, "seed": self.seed, "epoch": self._epoch,
                 "position": self._position, "order": self._checksum(), "bad": bad}  # fmt: skip

@@ -1,4 +1,4 @@
-"""From a row to the encoded prompt, or to the reason why it can't be used."""
+"""Turn a row into an encoded prompt, or into the reason why it can't be used."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class PromptSource:
     """Encodes the samples of a data set as prompts.
 
     Args:
-        processor: of the model.
-        max_prompt_length: in tokens, images included; a longer prompt is a bad row, since
-            truncating it would cut through its image.
+        processor: the model's processor.
+        max_prompt_length: in tokens, including images. A longer prompt is a bad row, because
+            truncation would cut through its image.
         check: sample -> what else is wrong with it, or None.
     """
 
@@ -38,7 +38,7 @@ class PromptSource:
         return len(self.samples)
 
     def load(self, index: int) -> Prompt | BadRow:
-        """Row `index` as a prompt, or why it can't be one."""
+        """Row `index` as a prompt, or as a `BadRow` with the reason."""
         sample = self.samples.get(index)
         if isinstance(sample, BadRow):
             return sample
@@ -60,7 +60,7 @@ class PromptSource:
         """The prompt of the first usable row.
 
         Raises:
-            ValueError: none was usable, or none within FIRST_PROMPT_SECONDS.
+            ValueError: no row is usable, or none was found within FIRST_PROMPT_SECONDS.
         """
         reasons, started = [], time.monotonic()
         for prompt in map(self.load, range(len(self))):
@@ -74,7 +74,11 @@ class PromptSource:
 
 
 def _other_space(sample: Sample, prompt: Prompt, patch: int) -> str | None:
-    """Why boxes in pixels don't fit the image as resized for the model, or None; `patch` pixels."""
+    """Why boxes in pixels don't fit the image as resized for the model, or None.
+
+    Args:
+        patch: side of an image patch in pixels.
+    """
     extent = sample.columns.get("extent")
     if extent is None or prompt.image_grid_thw is None or len(sample.images) != 1:
         return None

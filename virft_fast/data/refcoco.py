@@ -1,8 +1,8 @@
-"""Grounding rows from RefCOCO, RefCOCO+ and RefCOCOg as their authors publish them.
+"""Grounding rows from RefCOCO, RefCOCO+ and RefCOCOg in their published form.
 
-A folder holds `instances.json`, with COCO's boxes, and `refs(unc).p`, `refs(google).p` or
+A folder contains `instances.json`, with COCO's boxes, and `refs(unc).p`, `refs(google).p` or
 `refs(umd).p`: pickled references, each to one annotation, with the sentences that refer to it. The
-references may also be JSON. A pickle can only make lists, dicts, texts and numbers here.
+references may also be JSON. Here, a pickle can create only lists, dicts, strings and numbers.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from virft_fast.data.instances import key_of, read_annotations
 from virft_fast.data.lisa import TARGET, Instruction, Shape
 from virft_fast.data.texts import only_file, read_json
 
-# Split of a reference -> ours.
+# Split of a reference -> our split.
 REFERENCE_SPLITS = {"train": "train", "val": "validation", "test": "test",
                     "testA": "testA", "testB": "testB"}  # fmt: skip
-# Largest pickle that is read: each of its bytes can make an object of about 100 bytes.
+# Size limit for pickles: each byte can create an object of about 100 bytes.
 MAX_BYTES = 2**27
 
 
 def read_refcoco(source: Path, images: Path, built: Built) -> dict[str, list[Instruction]]:
-    """Split -> an instruction for each sentence, about the box of its annotation in pixels.
+    """Split -> one instruction per sentence, about its annotation's box in pixels.
 
     Args:
         source: the folder, or a file of references in it.
-        images: folder of COCO's images: train2014, or train2017, which holds the same images.
+        images: folder of COCO's images: train2014, or train2017, which contains the same images.
         built: records what is left out and converted.
     Raises:
         FileNotFoundError, ValueError: a file is missing or can't be used; says why.
@@ -110,7 +110,7 @@ def _references(file: Path, built: Built) -> list[Row]:
 
 
 def _sentences(reference: Row) -> list[str]:
-    """`sent` of each sentence: `raw` in lower case and without punctuation."""
+    """The text `sent` of each sentence, which is `raw` in lower case and without punctuation."""
     given = reference.get("sentences")
     sentences = [s for s in given if isinstance(s, dict)] if isinstance(given, list) else []
     texts = [s.get("sent") or s.get("raw") for s in sentences]
@@ -118,7 +118,7 @@ def _sentences(reference: Row) -> list[str]:
 
 
 def _find(find: Callable[[str], Found], file: str) -> Found:
-    """Where an image is; COCO 2017 names the images of 2014 by their number alone."""
+    """Where an image is. COCO 2017 names the images of 2014 only by number."""
     named = find(file)
     if named.path is None or os.path.isfile(named.path):
         return named
@@ -137,7 +137,7 @@ class _Opcodes(dict):
 
 
 class _Memo(dict):
-    """Refuses to return containers: so what is loaded is a tree, and no larger than its file."""
+    """Refuses to return containers, so the loaded value is a tree no larger than its file."""
 
     def __getitem__(self, number: int) -> Json:
         value = super().__getitem__(number)
@@ -147,7 +147,7 @@ class _Memo(dict):
 
 
 def _listed(length: int) -> Callable[[Any], None]:
-    def load(unpickler: Any) -> None:  # a `_Plain`, whose types don't tell of its stack
+    def load(unpickler: Any) -> None:  # a `_Plain`; its type stubs lack `stack`
         unpickler.stack[-length:] = [unpickler.stack[-length:]]
 
     return load
@@ -162,7 +162,7 @@ _PLAIN_OPCODES = """
 _CODES = _Opcodes()
 for _code in (getattr(pickle, name)[0] for name in _PLAIN_OPCODES.split()):
     _CODES[_code] = pickle._Unpickler.dispatch[_code]
-# Tuples become lists: hashing a deeply nested one, as a key, could take forever.
+# Tuples become lists: hashing a deeply nested tuple as a key could take forever.
 _CODES[pickle.TUPLE[0]] = _CODES[pickle.LIST[0]]
 _CODES[pickle.EMPTY_TUPLE[0]] = _CODES[pickle.EMPTY_LIST[0]]
 for _length, _code in enumerate((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), start=1):
@@ -170,9 +170,9 @@ for _length, _code in enumerate((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), s
 
 
 class _Plain(pickle._Unpickler):
-    """Loads texts, numbers, lists and dicts; any other opcode is an error.
+    """Loads strings, numbers, lists and dicts. Any other opcode is an error.
 
-    Based on the pickle module's Python unpickler: the one in C lets the memo grow to any size.
+    Based on the pickle module's Python unpickler: the C version lets the memo grow without limit.
     """
 
     dispatch = _CODES
@@ -185,7 +185,7 @@ class _Plain(pickle._Unpickler):
         raise pickle.UnpicklingError(f"the class {module}.{name}")
 
     def _decode_string(self, value: bytes) -> str:
-        """Texts that Python 2 pickled as bytes."""
+        """Decode strings that Python 2 pickled as bytes."""
         try:
             return value.decode()
         except UnicodeDecodeError:
@@ -193,17 +193,17 @@ class _Plain(pickle._Unpickler):
 
 
 def _unpickled(file: Path) -> Json:
-    """The plain values of a pickle.
+    """Load the plain values in a pickle.
 
     Raises:
-        ValueError: it holds something else, or is damaged or too large.
+        ValueError: it contains something else, is damaged, or is too large.
     """
     try:
         size = file.stat().st_size
         if size > MAX_BYTES:
             raise pickle.UnpicklingError(f"{size} bytes, more than {MAX_BYTES}")
         return _Plain(file.read_bytes()).load()
-    except Exception as error:  # a damaged pickle raises whatever its bytes lead to
+    except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(
             f"--source {file}: expected a pickle of lists, dicts, texts and numbers, got "
             f"{type(error).__name__}: {error!s:.200}; write it as JSON if you trust it"

@@ -1,6 +1,6 @@
-"""The rows of a data set as samples, made on access, or the reasons why a row can't be one.
+"""The rows of a data set as samples, made on access, or the reason why a row can't be one.
 
-Nothing that comes out of a data set is evaluated, unpickled or run.
+Nothing from a data set is evaluated, unpickled or run.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ class SampleDataset:
     """The rows of a data set as samples, made on access.
 
     Args:
-        rows: what `load_rows` returns, or any sequence of mappings.
-        check_solution: solution (and the row's `extent` and `choices`, if it has them, by name) ->
-            what is wrong with it, or None.
-        compat_prompt: LISA's conversations ask for a box exactly as the original does.
+        rows: the result of `load_rows`, or any sequence of mappings.
+        check_solution: solution -> what is wrong with it, or None. If the row has `extent` or
+            `choices`, they are passed by name.
+        compat_prompt: prompt for a box in LISA's conversations exactly as the original does.
         first_exchange: use only the first question of a conversation and its answer.
         box_space: unit of boxes in rows without `extent`: thousandths, pixels (of the row's first
             image) or unit (0..1). Solutions are converted to thousandths.
     Raises:
-        ValueError: no column holds the problem or the solution; or `compat_prompt` without
-            conversations.
+        ValueError: no column holds the problem or the solution, or `compat_prompt` is set for data
+            without conversations.
     """
 
     def __init__(
@@ -80,16 +80,16 @@ class SampleDataset:
             else dict.fromkeys(name for row in rows for name in row)
         )
         check_columns(self.names, "data set")
-        # The arrow format leaves images (and sound, and video) as they are stored: nothing is
-        # decoded needlessly, and a corrupt image raises where it can be caught.
+        # The arrow format leaves images, audio and video as stored. Nothing is decoded needlessly,
+        # and a corrupt image raises where it can be caught.
         self._rows = rows.with_format("arrow") if hasattr(rows, "with_format") else rows
         features: Mapping[str, object] = getattr(rows, "features", None) or {}
         with_images = {name for name, feature in features.items() if _has_image(feature)}
-        self._image_columns = {*IMAGE_COLUMNS, *with_images}  # in the prompt or not, as a mask
+        self._image_columns = {*IMAGE_COLUMNS, *with_images}  # masks, too
         self.unread_images = sorted(with_images - {*IMAGE_COLUMNS, "mask"})
-        # Columns that `datasets` stores as JSON texts, because their values differ in kind.
+        # Columns that `datasets` stores as JSON text because their values differ in type.
         self._json_columns = [n for n, f in features.items() if type(f).__name__ == "Json"]
-        # Column -> its class names, for columns of answers; rewards get other columns unchanged.
+        # Answer column -> its class names. Rewards get other columns unchanged.
         names = {name: getattr(f, "names", None) for name, f in features.items() if name in ANSWERS}
         self.class_names: dict[str, list[str]] = {
             k: listed for k, listed in names.items() if listed
@@ -109,7 +109,7 @@ class SampleDataset:
         return len(self._rows)
 
     def get(self, index: int) -> Sample | BadRow:
-        """Row `index` as a sample, or why it can't be one. Never raises over a row's content."""
+        """Row `index` as a sample, or a `BadRow` with the reason. A row's content never raises."""
         index = int(index)
         try:
             row, reading = self.read(index)
@@ -120,7 +120,7 @@ class SampleDataset:
             return BadRow(index, str(error))
 
     def read(self, index: int) -> tuple[Row, Reading]:
-        """Row `index` as stored, and as read; opens no image.
+        """Row `index` as stored, and as read. Opens no image.
 
         Raises:
             Unusable: it can't be read.
@@ -130,14 +130,14 @@ class SampleDataset:
             row = self._plain(
                 stored.to_pylist()[0] if hasattr(stored, "to_pylist") else dict(stored)
             )
-        # A stored text may not be UTF-8, a stored time out of Python's range.
+        # Stored text may not be UTF-8, and a stored time may be out of Python's range.
         except Exception as error:
             raise Unusable(f"the row can't be read: {one_line(error)}") from error
         return row, read_row(row, self.names, compat=self._compat_prompt, first=self._first)
 
     def outline(self, index: int) -> tuple[Reading, Sample]:
-        """Row `index` as read, and the sample that `get` returns, but without its images: only
-        their sizes are read.
+        """Row `index` as read, and the sample that `get` returns, but with only the images' sizes
+        read.
 
         Raises:
             Unusable, UnreadableImage: it can't be used, or an image is missing.
@@ -174,11 +174,12 @@ class SampleDataset:
             raise Unusable(f"--box_space {self._box_space}: {error}") from error
 
     def classes(self) -> ClosedSet | None:
-        """The class set of all rows: the class names of the answers' column, or else the answers
-        themselves. None if they are too many to be classes, or the rows are streamed.
+        """The class set of all rows: the class names of the answer column, or else the answers.
+
+        None if there are too many to be classes, or if the rows are streamed.
 
         Raises:
-            ValueError: two of them have the same key.
+            ValueError: two classes have the same key.
         """
         if isinstance(self._rows, ParquetRows):
             return None
@@ -189,7 +190,7 @@ class SampleDataset:
         return class_set([answer for _, answer in answers if isinstance(answer, str)])
 
     def _texts(self, rows: datasets.Dataset | Sequence[Mapping[str, Json]]) -> Iterator[Row]:
-        """All rows without their images; one that can't be read is empty."""
+        """Yield all rows without their images. A row that can't be read is empty."""
         if not hasattr(rows, "remove_columns"):
             yield from map(dict, rows)
             return
@@ -198,7 +199,7 @@ class SampleDataset:
             yield from map(self._plain, plain_rows(table))
 
     def _plain(self, row: Row) -> Row:
-        """The row with JSON texts and lists in CSV parsed, and class names for their numbers."""
+        """The row with JSON and CSV lists parsed, and class numbers replaced by names."""
         for name in self._json_columns:
             row[name] = None if row.get(name) is None else json.loads(row[name])
         for name, listed in self.class_names.items():
@@ -212,7 +213,7 @@ class SampleDataset:
         """The sample, without its images."""
         left = self._image_columns | RESERVED
         columns = {k: v for k, v in row.items() if k not in left}
-        if "chosen" in row:  # a preference pair, of texts or chats
+        if "chosen" in row:  # a preference pair of texts or chats
             columns |= {name: spoken_text(row.get(name)) for name in ("chosen", "rejected")}
             if columns["chosen"] is None:
                 raise Unusable("chosen: expected an answer, a text or a chat that ends with one")
@@ -222,15 +223,15 @@ class SampleDataset:
         if taught == solution and solution != reading.solution:
             columns.pop("completion", None)
         elif said and taught != solution and (taught != said or row.get("completion") is None):
-            columns["completion"] = taught  # what is learned, if it isn't the solution
+            columns["completion"] = taught  # what to learn, if it isn't the solution
         columns |= {"problem": reading.problem, "solution": solution}
         return Sample(index, tuple(reading.messages), (), solution, columns)
 
     def checked(self, solution: Json, row: Row) -> str:
-        """The row's solution, if it is a text that passes `check_solution`.
+        """The row's solution, if it is text that passes `check_solution`.
 
         Raises:
-            Unusable: it isn't.
+            Unusable: it isn't, or doesn't.
         """
         solution = non_empty(solution, "solution")
         listed = (row.get(name) for name in CLASS_COLUMNS)
@@ -244,8 +245,8 @@ class SampleDataset:
 
 
 def plain_rows(table: pa.Table) -> list[Row]:
-    """The rows of an arrow table. One that can't be read, such as text that isn't UTF-8, is empty
-    here, and a bad row when it becomes a sample."""
+    """The rows of an arrow table. A row that can't be read, for example because its text isn't
+    UTF-8, is empty here, and becomes a bad row later."""
     try:
         return table.to_pylist()
     except (ValueError, OverflowError):
@@ -255,7 +256,7 @@ def plain_rows(table: pa.Table) -> list[Row]:
 
 
 def first_solutions(samples: SampleDataset, limit: int = 50) -> list[str]:
-    """Solutions of the usable rows among the first `limit`, to detect the task from.
+    """The solutions of the usable rows among the first `limit`, from which to detect the task.
 
     Raises:
         ValueError: none is usable; says what is wrong with the first.
@@ -278,5 +279,5 @@ def _has_image(feature: object) -> bool:
 
 
 def taught_answer(sample: Sample) -> str:
-    """The answer for a model to learn: the column `completion`, or else the solution."""
+    """The answer for the model to learn: the column `completion`, or else the solution."""
     return spoken_text(sample.columns.get("completion")) or sample.solution

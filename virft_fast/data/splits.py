@@ -1,4 +1,4 @@
-"""Which split of a data set is meant, and which parquet files of a folder belong to it."""
+"""Resolve a split's name, and find the parquet files in a folder that belong to it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
-# Word in a path -> the split it names.
+# Word in a path -> the split that it names.
 SPLIT_WORDS = {name: name for name in ("train", "test", "eval", *VALIDATION_NAMES)}
 SPLIT_WORDS |= {"training": "train", "testing": "test", "evaluation": "eval"}
 SHARD_NAME = re.compile(r"(?P<split>\w+)-(?P<number>\d+)-of-(?P<total>\d+)")
 
 
 def accepted() -> str:
-    """What `--dataset_name` accepts, for errors."""
+    """A description of what `--dataset_name` accepts, for errors."""
     from virft_fast.data.demo import DEMO_DATASETS
 
     return (
@@ -36,7 +36,7 @@ def accepted() -> str:
 
 
 def refuse_config(config: str | None, name: str | Path) -> None:
-    """Raise ValueError if a configuration is given for a data set that has none."""
+    """Raise ValueError if a configuration is given for a data set without configurations."""
     if config is not None:
         raise ValueError(
             f"--dataset_config {config}: expected a hub id, or a folder of parquet files whose "
@@ -45,10 +45,10 @@ def refuse_config(config: str | None, name: str | Path) -> None:
 
 
 def resolve_split(split: str, splits: Sequence[str], name: str | Path) -> str:
-    """The split, or the only one with another name for validation.
+    """The split; or the only validation split, if validation was requested by another name.
 
     Raises:
-        ValueError: no such split.
+        ValueError: there is no such split.
     """
     if split in splits:
         return split
@@ -63,7 +63,7 @@ def resolve_split(split: str, splits: Sequence[str], name: str | Path) -> str:
 
 
 def files_in_folder(folder: Path, split: str, config: str | None) -> list[str]:
-    """A split's parquet files: those that README.md lists if it has configurations, else by name.
+    """A split's parquet files: those in README.md's configurations, or else those found by name.
 
     Raises:
         FileNotFoundError, ValueError: there are none, or some are missing; says why.
@@ -75,8 +75,8 @@ def files_in_folder(folder: Path, split: str, config: str | None) -> list[str]:
 
     try:
         builder = datasets.load_dataset_builder(str(folder), config)
-    except Exception as error:  # for a missing configuration, file or key: they share no base
-        # The files of another split may be missing because they weren't downloaded.
+    except Exception as error:  # a missing configuration, file or key: they share no base class
+        # Files of another split may be missing because they weren't downloaded.
         if files := _files_on_card(folder, split, config):
             return _complete(files, folder)
         pattern = re.search(r"[*?\[]", str(folder.resolve()))
@@ -88,7 +88,7 @@ def files_in_folder(folder: Path, split: str, config: str | None) -> list[str]:
             f"{one_line(error)}{hint}"
         ) from error
     files = builder_files(builder, split, str(folder), "README.md to name .parquet files")
-    if missing := [file for file in files if not Path(file).is_file()]:  # or addresses
+    if missing := [file for file in files if not Path(file).is_file()]:  # or an address
         raise ValueError(f"--dataset_name {folder}: README.md: no file {missing[0]}; fetch it")
     return _complete(files, folder)
 
@@ -96,7 +96,7 @@ def files_in_folder(folder: Path, split: str, config: str | None) -> list[str]:
 def builder_files(
     builder: datasets.DatasetBuilder, split: str, name: str, expected: str, hint: str = ""
 ) -> list[str]:
-    """A split's files, as the settings of the data set say.
+    """A split's files according to the data set's configuration.
 
     Raises:
         ValueError: some aren't parquet files, or there is no such split.
@@ -110,7 +110,7 @@ def builder_files(
 
 
 def _card_configs(folder: Path) -> list[Row]:
-    """The entries under `configs` in the head of README.md."""
+    """The entries under `configs` in the metadata of README.md."""
     from huggingface_hub import metadata_load
 
     card = folder / "README.md"
@@ -118,14 +118,14 @@ def _card_configs(folder: Path) -> list[Row]:
         return []
     try:
         configs = (metadata_load(card) or {}).get("configs") or []
-    except Exception as error:  # of YAML, or of the text's encoding
+    except Exception as error:  # invalid YAML or encoding
         raise ValueError(f"{card}: its head can't be read: {one_line(error)}") from error
     entries = configs if isinstance(configs, list) else [configs]
     return [entry if isinstance(entry, dict) else {} for entry in entries]
 
 
 def _files_on_card(folder: Path, split: str, config: str | None) -> list[str]:
-    """The split's files that exist, if the card lists splits with their paths."""
+    """The split's existing files, if the card lists splits with paths."""
     configs = [c for c in _card_configs(folder) if config in (None, c.get("config_name"))]
     if len(configs) != 1 or not isinstance(configs[0].get("data_files"), list):
         return []
@@ -153,10 +153,10 @@ def _parquet_files(folder: Path) -> list[Path]:
 
 
 def split_files(split: str, files: Sequence[Path], where: Path) -> list[str]:
-    """The split's files; if no path names a split, all of them are "train".
+    """The split's files. If no path names a split, all files are "train".
 
     Raises:
-        ValueError: no such split, a shard is missing, or only some of the paths name a split.
+        ValueError: there is no such split, a shard is missing, or only some paths name a split.
     """
     splits: dict[str, list[str]] = {}
     for file in files:
@@ -172,7 +172,7 @@ def split_files(split: str, files: Sequence[Path], where: Path) -> list[str]:
 
 
 def _complete(files: list[str], where: Path) -> list[str]:
-    """The files.
+    """The files, if no shard is missing.
 
     Raises:
         ValueError: a shard, such as train-00001-of-00002, is missing.
@@ -191,10 +191,9 @@ def _complete(files: list[str], where: Path) -> list[str]:
 def _split_of(file: Path, where: Path) -> str:
     """The split that a file's path names; empty if it names none.
 
-    The file's name is searched first, then its folders, innermost first, up to the data set's. A
-    name counts if it holds the word of exactly one split, in any case, between characters that
-    aren't letters. A shard's split is all that comes before its number: train_sft-00000-of-00002 is
-    in "train_sft".
+    The file's name is searched first, then its folders from the innermost to the data set's. A name
+    counts if it contains the word of exactly one split, in any case and not next to other letters.
+    A shard's split is everything before its number: train_sft-00000-of-00002 is in "train_sft".
     """
     shard = SHARD_NAME.fullmatch(file.stem)
     stem = shard["split"] if shard else file.stem

@@ -1,8 +1,8 @@
 """Rows of parquet files, read on access: nothing is copied or converted.
 
-Files are read in units of a row group. A random order over the whole set would read a group for
-almost every row, so `ParquetRows.permutation` shuffles in two steps: first the groups, then the
-rows of each window, which is as many consecutive groups as fit into WINDOW_BYTES.
+Files are read one row group at a time. A random order over the whole set would read a group for
+almost every row. So `ParquetRows.permutation` shuffles in two steps: first the groups, then the
+rows within each window. A window is as many consecutive groups as fit into WINDOW_BYTES.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FOOTER_READERS = 16
 
 
 class RowGroup(NamedTuple):
-    """A row group: its file, its number in it, its first row in the set, and its size."""
+    """A row group: its file, its number in the file, its first row in the set, and its size."""
 
     file: int
     number: int
@@ -38,18 +38,18 @@ class RowGroup(NamedTuple):
 
 
 class ParquetRows:
-    """The rows of parquet files in sequence, with at most about two windows of them in memory.
+    """The rows of parquet files in sequence, with at most about two windows in memory.
 
-    At first only the files' footers are read. `rows[i]` reads the row group that holds row i and
-    keeps it until its memory is needed for others. A row is an arrow table of one row, with images
-    as they are stored, as `SampleDataset` expects.
+    Initially, only the files' footers are read. `rows[i]` reads the row group that contains row i
+    and keeps it until its memory is needed for others. A row is an arrow table with one row and
+    with images as stored, as `SampleDataset` expects.
 
     Args:
         files: paths or addresses, in the order of their rows.
-        open_file: file -> what `pyarrow.parquet.ParquetFile` reads; None: local files.
-        window_bytes: size of a window, uncompressed; a window has at least one row group.
+        open_file: file -> an input for `pyarrow.parquet.ParquetFile`; None: files are local.
+        window_bytes: uncompressed size of a window; a window has at least one row group.
     Raises:
-        ValueError: a file isn't a parquet file, or its columns differ from the first's; names it.
+        ValueError: a file isn't parquet, or its columns differ from the first file's; names it.
     """
 
     image_folder: Path | None = None  # where relative image paths start
@@ -77,7 +77,7 @@ class ParquetRows:
                     f"{self._files[0]}, got {', '.join(names)}"
                 )
         self.features: datasets.Features = datasets.Features.from_arrow_schema(schema)
-        self._sources: dict[str, str] = {}  # our name of a column -> the file's, once renamed
+        self._sources: dict[str, str] = {}  # our name of a column -> the file's, after `rename`
         self.groups = self._row_groups()
         self._starts = np.array([group.start for group in self.groups], dtype=np.int64)
         self._window_bytes = window_bytes
@@ -110,10 +110,10 @@ class ParquetRows:
         return last.start + last.num_rows if last else 0
 
     def __getitem__(self, index: int) -> pa.Table:
-        """Row `index` as a table of one row.
+        """Row `index` as a table with one row.
 
         Raises:
-            IndexError: no such row.
+            IndexError: there is no such row.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"expected a row in [0, {len(self)}), got {index}")
@@ -132,7 +132,7 @@ class ParquetRows:
         self.features = type(self.features)(features)
 
     def _table(self, group: int) -> pa.Table:
-        """The rows of a group, read from its file unless in memory."""
+        """The rows of a group, from memory or read from the file."""
         if group in self._kept:
             self._kept.move_to_end(group)
             return self._kept[group]
@@ -143,7 +143,7 @@ class ParquetRows:
         with pq.ParquetFile(source, metadata=self._footers[at.file], pre_buffer=True) as file:
             table = file.read_row_group(at.number)
         self.num_reads += 1
-        # Evict before adding. Two windows, because one ends while the next begins.
+        # Evict before adding. The limit is two windows, because one ends while the next begins.
         while self._kept and self._bytes_kept() + table.nbytes > 2 * self._window_bytes:
             self._kept.popitem(last=False)
         self._kept[group] = table
@@ -153,10 +153,10 @@ class ParquetRows:
         return sum(table.nbytes for table in self._kept.values())
 
     def permutation(self, generator: np.random.Generator) -> np.ndarray:
-        """All rows (N,) int64 in an order that reads each row group once.
+        """All rows, (N,) int64, in an order that reads each row group once.
 
-        Shuffles the groups, joins consecutive ones to windows, and shuffles the rows of each
-        window: rows of one group are at most a window apart.
+        Shuffles the groups, joins consecutive groups into windows, and shuffles the rows of each
+        window. So rows of the same group are at most one window apart.
         """
         windows: list[list[np.ndarray]] = []
         size = 0
@@ -172,6 +172,6 @@ class ParquetRows:
 
     @cached_property
     def _expansion(self) -> float:
-        """How much larger a group is in memory than its footer says: in the file, repeated values,
-        such as a prompt that all rows share, are stored once."""
+        """How much larger a group is in memory than its footer says. The file stores repeated
+        values, such as a prompt that all rows share, only once."""
         return max(1.0, self._table(0).nbytes / max(1, self.groups[0].num_bytes))

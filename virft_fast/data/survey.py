@@ -1,6 +1,6 @@
-"""What a run will keep, leave out and convert, counted before it starts.
+"""Count what a run will keep, leave out and convert, before it starts.
 
-Rows are read without decoding images; sizes come from the images' headers.
+Rows are read without decoding images; sizes come from image headers.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from virft_fast.tasks.scoring import RESERVED
 
 MAX_ROWS = 20_000
 MAX_STREAMED_ROWS = 200
-# Of these columns, one each is read for the question, the ground truth and the images.
+# The question, the ground truth and the images are each read from one of these columns.
 CHOSEN_AMONG = {*QUESTIONS, *ANSWERS, *IMAGE_COLUMNS} - {"completion", "chosen"}
 SPEAKS_OF_PIXELS = "the question speaks of pixels"
 
 
 @dataclass
 class Survey:
-    """Figures of the first rows of a split.
+    """Statistics of the first rows of a split.
 
     Attributes:
-        rows: number of rows in the split. read: of those that were read.
-        kept: number of usable rows among these.
+        rows: number of rows in the split. read: number of rows read.
+        kept: number of usable rows among those read.
         account: what was left out, and what was converted by which rule.
-        solutions: of the kept rows.
-        in_pixels, in_unit: signs that boxes are in pixels or in 0..1, at most one a row.
+        solutions: solutions of the kept rows.
+        in_pixels, in_unit: signs that boxes are in pixels or in 0..1, at most one per row.
         large: number of rows whose image has a side of more than 1000 pixels.
     """
 
@@ -53,13 +53,13 @@ class Survey:
     large: int = 0
 
     def lines(self, split: str) -> list[str]:
-        """The table of a split at the start of a run."""
+        """The table of a split that a run prints at its start."""
         rest = "" if self.read == self.rows else f"; only the first {self.read} were looked at"
         first = f"{split}: kept {self.kept} of {self.read} rows{rest}"
         return [first, *(f"  {line}" for line in self.account.lines())]
 
     def check_left_out(self, limit: int) -> None:
-        """Raise UsageError if more rows than --max_bad_rows, the limit, can't be used."""
+        """Raise UsageError if the number of unusable rows exceeds the limit, --max_bad_rows."""
         unusable = self.read - self.kept
         if unusable > limit:
             reasons = [f"{reason}: {len(rows)}" for reason, rows in self.account.left_out.items()]
@@ -76,10 +76,10 @@ class Survey:
         return [*self.lines(split), *map(without.format, dropped)]
 
     def settle_boxes(self) -> str | None:
-        """A warning if --box_space auto can't be sure that boxes are thousandths, or None.
+        """A warning if --box_space auto can't be sure that boxes are in thousandths, or None.
 
         Raises:
-            ValueError: there are signs that they are something else.
+            ValueError: there are signs that boxes are in another unit.
         """
         for signs, space in ((self.in_pixels, "pixels"), (self.in_unit, "unit")):
             if signs:
@@ -101,7 +101,7 @@ class Survey:
 
 
 def open_space(task: str, box_space: str) -> bool:
-    """Whether solutions are boxes in a space that has yet to be determined.
+    """Whether solutions are boxes in a space that still has to be determined.
 
     Raises:
         ValueError: a space is given, but solutions have no boxes.
@@ -121,10 +121,10 @@ def survey(
     limit: int | None = None,
     check: Callable[[Sample], str | None] | None = None,
 ) -> Survey:
-    """Read the first rows: at most MAX_ROWS, or MAX_STREAMED_ROWS of a streamed data set.
+    """Read the first rows: up to MAX_ROWS, or MAX_STREAMED_ROWS of a streamed data set.
 
     Args:
-        boxes: whether solutions are boxes in a space that has yet to be determined.
+        boxes: solutions are boxes in a space that still has to be determined.
         limit: number of rows that will be used; None: all.
         check: sample without its images -> why the algorithm can't use it, or None.
     """
@@ -173,7 +173,7 @@ def survey(
 
 
 def _find_space_signs(result: Survey, index: int, samples: SampleDataset) -> None:
-    """Record what the boxes of a row say about their space."""
+    """Record the signs of a coordinate space in a row's boxes and question."""
     row, reading = samples.read(index)
     solution, problem = reading.solution, reading.problem
     if row.get("extent") is not None or not isinstance(solution, str):
@@ -197,6 +197,6 @@ def _find_space_signs(result: Survey, index: int, samples: SampleDataset) -> Non
 
 
 def _kind(reason: str) -> str:
-    """The reason without quoted texts, numbers and paths, which differ from row to row."""
+    """The reason without quoted text, numbers and paths, which differ from row to row."""
     short = re.sub(r"'[^']*'|\"[^\"]*\"|<answer>.*", "...", reason, flags=re.DOTALL)
     return re.sub(r"\d+(\.\d+)?", "N", re.sub(r"(/[^/\s:]+)+", "PATH", short))[:120]

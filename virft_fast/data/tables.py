@@ -1,4 +1,4 @@
-"""JSON, JSON lines and CSV files as tables of `datasets`."""
+"""Load JSON, JSON lines and CSV files as `datasets` tables."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read_file(path: Path, account: Built, folder: Path) -> datasets.Dataset:
 
 
 def _read_json(path: Path, account: Built) -> list[Row]:
-    """The records of a JSON list, a JSON object or JSON lines, told apart by their content."""
+    """The records in a JSON list, a JSON object or JSON lines, distinguished by their content."""
     records = _parse_json(read_text(path, account), path)
     for number, record in enumerate(records):
         if not isinstance(record, dict):
@@ -59,11 +59,11 @@ def _parse_json(text: str, path: Path) -> list[Json]:
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys)
         return value if isinstance(value, list) else [value]
-    except (ValueError, RecursionError) as error:  # ValueError also for numbers with many digits
+    except (ValueError, RecursionError) as error:  # also raised for numbers with many digits
         if text.lstrip().startswith("["):
             raise ValueError(f"{path}: not valid JSON: {error}") from error
     records = []
-    # Not splitlines(), which also splits at characters that may occur in a JSON string.
+    # Not splitlines(), which also splits at characters that may occur inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
         try:
             records += [json.loads(line, object_pairs_hook=_unique_keys)] if line.strip() else []
@@ -73,13 +73,13 @@ def _parse_json(text: str, path: Path) -> list[Json]:
 
 
 def _read_csv(path: Path, account: Built) -> list[Row]:
-    """The rows of a table, with texts as values, and None for empty cells."""
+    """The rows of a table. Values are text, or None for empty cells."""
     rows = read_table(path, (QUESTIONS,), account)[1]
     return [{k: v or None for k, v in row.items() if k} for _, row in rows]
 
 
 def _unique_keys(pairs: list[tuple[str, Json]]) -> Row:
-    """A JSON object. Repeated keys are an error; json.loads would use the last of them."""
+    """Build a JSON object. A repeated key is an error; json.loads would use the last one."""
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
@@ -89,7 +89,7 @@ def _unique_keys(pairs: list[tuple[str, Json]]) -> Row:
 
 
 def _absolute_paths(value: Json, folder: Path) -> list[str] | None:
-    """One path, or a list of them, as a list of absolute paths, so that both fit in one column."""
+    """One path or a list of paths, as a list of absolute paths, so that both fit in one column."""
     value = read_list(IMAGE_COLUMNS[0], value)
     if value is None:
         return None
@@ -110,7 +110,7 @@ def _utf8(value: Json) -> Json:
 
 
 def _column(values: Sequence[Json], *, as_json: bool) -> pa.Array:
-    """An arrow array. If the values differ in kind, it holds them as JSON: each keeps its kind, and
+    """An arrow array. Values of different types are stored as JSON, so that each keeps its type and
     one odd row doesn't make the whole file unreadable."""
     import pyarrow as pa
 

@@ -1,4 +1,4 @@
-"""Text files as people have them: gzipped, with a byte order mark, or in an old encoding."""
+"""Read text files as they occur: gzipped, with a byte order mark, or in a legacy encoding."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from virft_fast.data.accounts import Built
 # UTF-32 first: its little-endian mark starts with that of UTF-16.
 _BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
                      codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
-# What spreadsheets and annotation tools write, most likely first.
+# Encodings that spreadsheets and annotation tools write, most likely first.
 _CODE_PAGES = (
     "cp1252", "gb18030", "cp1251", "cp932", "cp949", "big5", "cp1250", "euc_jp", "cp1254",
     "cp1253", "cp1255", "cp1256", "cp1257", "cp874", "cp1258", "koi8_r", "mac_roman",
 )  # fmt: skip
 _GZIP = b"\x1f\x8b"
 _LINES_SAMPLED = 100
-csv.field_size_limit(2**31 - 1)  # a cell may be an image in base64
+csv.field_size_limit(2**31 - 1)  # a cell may contain an image in base64
 
 
 def read_text(path: Path, account: Built | None = None) -> str:
@@ -33,7 +33,7 @@ def read_text(path: Path, account: Built | None = None) -> str:
     Args:
         account: records the encoding if it had to be guessed; None: don't guess.
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: there is no such file.
         ValueError: the file can't be read, or isn't text.
     """
     try:
@@ -58,13 +58,13 @@ def read_text(path: Path, account: Built | None = None) -> str:
 
 
 def read_json(path: Path, where: str, account: Built | None = None) -> Json:
-    """The value of a JSON file.
+    """The value in a JSON file.
 
     Args:
         where: names the file in errors, such as "--source FILE".
         account: see `read_text`.
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: there is no such file.
         ValueError: the file can't be read, or isn't JSON.
     """
     try:
@@ -76,10 +76,10 @@ def read_json(path: Path, where: str, account: Built | None = None) -> Json:
 
 
 def only_file(files: Sequence[Path], source: Path, expected: str, hint: str = "") -> Path:
-    """The one file in `files`, which were searched for in `source`.
+    """The only file in `files`, the matches in `source`.
 
     Raises:
-        FileNotFoundError: there is none, or several; says what was expected.
+        FileNotFoundError: there is none, or there are several; says what was expected.
     """
     if len(files) != 1:
         got = ", ".join(file.name for file in files) or "none"
@@ -101,23 +101,22 @@ def _guessed(data: bytes, path: Path) -> str:
 def read_table(
     path: Path, needed: Sequence[Collection[str]], account: Built
 ) -> tuple[list[str], Iterator[tuple[int, dict[str, str | None]]]]:
-    """A CSV file with any separator.
+    """Read a CSV file with any separator.
 
     Args:
-        needed: for each required column, the names it may have. They also help to find the
-            separator.
+        needed: for each required column, its possible names. They also help to find the separator.
         account: records a guessed encoding, and a separator other than a comma.
     Returns:
         The header, and (line number, row) for each row. Missing cells at a row's end are None.
     Raises:
-        FileNotFoundError, ValueError: as `read_text`, also while the rows are read; or two columns
-            have one name, or a row has more cells than the header.
+        FileNotFoundError, ValueError: as in `read_text`, even while the rows are read; or two
+            columns have the same name, or a row has more cells than the header.
     """
     text = read_text(path, account)
     if "\0" in text:
         raise ValueError(f"{path}: expected CSV, got zero bytes")
     lines = list(io.StringIO(text, newline=""))
-    start = 0  # after empty lines and Excel's "sep=;"
+    start = 0  # skip empty lines and Excel's "sep=;"
     while start < len(lines) and not lines[start].lower().partition("sep=")[0].strip():
         start += 1
     lines[:start] = []
@@ -132,8 +131,8 @@ def read_table(
 
 
 def _separator(lines: Sequence[str], needed: Sequence[Collection[str]]) -> str:
-    """The separator with which the header has the needed columns; failing that, with which rows
-    have as many cells as the header, and as many as possible. A comma wins ties."""
+    """The separator that gives the header the needed columns. Failing that, the one that gives rows
+    the same number of cells as the header, and the most cells. A comma wins ties."""
     first = lines[0].strip() if lines else ""
     marks = dict.fromkeys((",", *"\t;|", *first))
 
@@ -163,7 +162,7 @@ def _rows(
     try:
         for row in reader:
             number = reader.line_num + before
-            if None in row:  # such as a comma in a label without quotes around it
+            if None in row:  # such as an unquoted label with a comma
                 raise ValueError(
                     f"{path}: line {number}: expected {len(header)} cells, got more; put a text "
                     f"that holds a {mark!r} in quotes"

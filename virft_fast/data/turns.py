@@ -1,4 +1,4 @@
-"""Chat turns of role and content, and the places of images in them."""
+"""Chat turns with a role and content, and where images go in them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ UNREAD_TAG = re.compile(
     r"<(?:video|audio)>|<\|(?:(?:image|video|vision)_(?:pad|start|end)|im_start|im_end|endoftext)\|>",
     re.IGNORECASE,
 )
-# <image 1>, <image_1>: names of the row's images; without images, a mistake.
+# <image 1>, <image_1>: references to the row's images. A mistake if there are no images.
 _NUMBERED = re.compile(r"<image[ _]?(\d{1,3})>", re.IGNORECASE)
 _LEADING_IMAGES = re.compile(r"(?:\s*<img>.*?</img>)*\s*", re.DOTALL)
 
 
 class Unusable(Exception):
-    """Why the row at hand can't be used; never leaves `virft_fast.data`."""
+    """The row can't be used; the message says why. Never leaves `virft_fast.data`."""
 
 
 def non_empty(value: Json, name: str) -> str:
-    """The value, if it is a text that isn't blank.
+    """The value, if it is text that isn't blank.
 
     Raises:
         Unusable: it isn't.
@@ -45,8 +45,8 @@ def non_empty(value: Json, name: str) -> str:
 
 
 def read_turn(turn: Json, where: str) -> Row:
-    """A turn of role and content or from and value, in the form {"role", "content"}. The role is
-    system, user or assistant; the content a text, or a list of image and text parts."""
+    """Convert a turn with role and content, or from and value, to {"role", "content"}. The role is
+    system, user or assistant. The content is text, or a list of image and text parts."""
     given = turn if isinstance(turn, Mapping) else {}
     role = given.get("role") or given.get("from")
     content = given.get("content")
@@ -55,7 +55,7 @@ def read_turn(turn: Json, where: str) -> Row:
         raise Unusable(f"{where}: expected turns of texts and images, got tool_calls")
     if isinstance(content, (list, tuple)):
         if content and not any(isinstance(part, (str, Mapping)) for part in content):
-            content = str(list(content))  # some write a box as a list
+            content = str(list(content))  # some data sets write a box as a list
         else:
             content = [_read_part(part, where) for part in content]
     if not isinstance(role, str) or role not in ROLES or not isinstance(content, (str, list)):
@@ -67,7 +67,7 @@ def read_turn(turn: Json, where: str) -> Row:
 
 
 def _read_part(part: Json, where: str) -> Row:
-    """An image or text part, without the nulls that arrow adds for keys of other parts."""
+    """An image or text part, without the nulls that arrow adds for the keys of other parts."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
     given = {k: v for k, v in part.items() if v is not None} if isinstance(part, Mapping) else {}
@@ -84,7 +84,7 @@ def _read_part(part: Json, where: str) -> Row:
 
 
 def turn_text(turn: Row) -> str:
-    """The texts of a turn, without its images."""
+    """The text of a turn, without its images."""
     content = turn["content"]
     if isinstance(content, str):
         return IMAGE_TAG.sub("", content).strip() if IMAGE_TAG.search(content) else content
@@ -95,15 +95,15 @@ def turn_text(turn: Row) -> str:
 
 
 def place_images(turns: list[Row], stored: list[Json], where: str) -> tuple[list[Row], list[Json]]:
-    """Turns with a part for each image, and the images in their order.
+    """Turns with a part for each image, and the images in order.
 
-    An image's place is that of an image part, of <img>PATH</img> or of <image>. Without any of
-    these, a row's images come before its first text.
+    An image goes where an image part, <img>PATH</img> or <image> is. Without any of these, a row's
+    images come before its first text.
 
     Args:
-        stored: the images in the row's own column.
+        stored: the images in the row's image column.
     Raises:
-        Unusable: the numbers of images and places differ.
+        Unusable: the number of images differs from the number of places.
     """
     turns = [{**turn, "content": _split_at_paths(turn)} for turn in turns]
     parts = [p for t in turns if not isinstance(t["content"], str) for p in t["content"]]
@@ -138,8 +138,8 @@ def place_images(turns: list[Row], stored: list[Json], where: str) -> tuple[list
 
 
 def _split_at_paths(turn: Row) -> str | list[Row]:
-    """The content with <img>PATH</img> as parts; a user's always as parts. If the text
-    starts with images or white space, the white space there and at its end is dropped."""
+    """The content with each <img>PATH</img> as a part. A user's content always becomes parts. If
+    the text starts with images or white space, white space there and at its end is dropped."""
     content = turn["content"]
     tagged = isinstance(content, str) and IMAGE_TAG.search(content)
     if not isinstance(content, str) or not (turn["role"] == "user" or tagged):
@@ -157,7 +157,7 @@ def _split_at_paths(turn: Row) -> str | list[Row]:
 
 
 def _check_texts(texts: Sequence[str], num_images: int, where: str) -> None:
-    """Raise Unusable if a text marks what isn't read, or names an image that doesn't exist."""
+    """Raise Unusable if a text has an unsupported tag or refers to an image that doesn't exist."""
     for text in texts:
         if mark := UNREAD_TAG.search(text):
             raise Unusable(f"{where}: expected texts and {IMAGE_PLACE} places, got {mark[0]}")
@@ -166,7 +166,7 @@ def _check_texts(texts: Sequence[str], num_images: int, where: str) -> None:
 
 
 def _split_at_places(content: str | list[Row]) -> str | list[Row]:
-    """The content, which has no image parts yet, with one for each <image>."""
+    """The content, which has no image parts yet, with an image part for each <image>."""
     if isinstance(content, str) and IMAGE_PLACE not in content:
         return content
     parts: list[Row] = []

@@ -13,17 +13,19 @@ from virft_fast.data.accounts import Built
 from virft_fast.data.image_files import IMAGE_SUFFIXES, ImageFiles, is_image
 from virft_fast.data.instances import Annotations, annotations_of, finite_numbers
 
-# Set in ImageSets/Main -> split; trainval counts only without train.
+# Name of a set in ImageSets/Main -> split. trainval counts only if there is no train.
 SETS = {"train": "train", "trainval": "train", "val": "validation", "valid": "validation",
         "validation": "validation", "test": "test"}  # fmt: skip
 
 
 def read_voc(source: Path) -> dict[str, Annotations]:
-    """Split -> annotations. VOC counts pixels from 1 and includes the last one, so that a box from
-    xmin 1 to xmax 10 becomes 0 to 10. Objects marked as difficult are ignored, like COCO's crowds.
+    """Split -> annotations.
+
+    VOC counts pixels from 1 and includes the last one, so a box from xmin 1 to xmax 10 becomes 0 to
+    10. Objects marked as difficult are ignored, like COCO's crowds.
 
     Args:
-        source: a folder with Annotations in it, or one that holds a single such folder.
+        source: a folder that contains Annotations, or that contains a single such folder.
     Raises:
         FileNotFoundError, ValueError: there is no such folder, or nothing in it can be used.
     """
@@ -47,7 +49,7 @@ def read_voc(source: Path) -> dict[str, Annotations]:
 
 
 def _file(folder: Path, line: str) -> Path:
-    """The annotation file that a line of a set names; a flag -1, 0 or 1 may follow the name."""
+    """The annotation file that a line of a set names. A flag -1, 0 or 1 may follow the name."""
     stems = (line, re.sub(r"\s+-?[01]$", "", line))
     return next((f for s in stems if (f := folder / f"{s}.xml").is_file()), folder / f"{line}.xml")
 
@@ -88,8 +90,11 @@ def _annotations(files: list[Path], image_files: ImageFiles, where: str) -> Anno
 
 
 def _image_name(tree: ElementTree.Element, file: Path, images: ImageFiles, account: Built) -> str:
-    """The annotation's image, from `filename`, or else from `path`, which is that of another
-    machine. If this is another annotation's image, the image with the annotation's own name."""
+    """The annotation's image, from `filename`, or else from `path`, which is from another machine.
+
+    If that image has another name than the annotation, the image with the annotation's name is
+    preferred.
+    """
     given = (tree.findtext(tag, "").strip() for tag in ("filename", "path"))
     named = next(filter(None, given), file.stem)
     if not is_image(Path(named)):
@@ -104,7 +109,7 @@ def _image_name(tree: ElementTree.Element, file: Path, images: ImageFiles, accou
 
 
 def _existing(stem: str, suffixes: Sequence[str], images: ImageFiles) -> str | None:
-    """The first name with this stem that an image has."""
+    """The first name with this stem that belongs to an existing image."""
     names = (stem + suffix for suffix in suffixes)
     return next((name for name in names if isfile(images.find(name).path or "")), None)
 
@@ -112,7 +117,7 @@ def _existing(stem: str, suffixes: Sequence[str], images: ImageFiles) -> str | N
 def _tree(file: Path, account: Built) -> ElementTree.Element | None:
     try:
         data = file.read_bytes()
-        # An entity may expand to a text of any size; declaring one needs a document type.
+        # An entity may expand to text of any size. Declaring one requires a document type.
         if b"<!DOCTYPE" in data or b"<!ENTITY" in data or b"\0" in data:
             raise ValueError("document type")
         return ElementTree.fromstring(data)
@@ -124,7 +129,7 @@ def _tree(file: Path, account: Built) -> ElementTree.Element | None:
 def _objects(
     tree: ElementTree.Element, file: Path, account: Built
 ) -> Iterator[tuple[str, list[float], bool]]:
-    """(name, [x, y, width, height], whether it is difficult) of each object."""
+    """Yield (name, [x, y, width, height], whether it is difficult) for each object."""
     for item in tree.iter("object"):
         label = (item.findtext("name") or "").strip()
         names = ("xmin", "ymin", "xmax", "ymax")

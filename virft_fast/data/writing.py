@@ -1,9 +1,10 @@
-"""A data set as a folder in the hub's layout: parquet shards that hold the images, and a card.
+"""Write a data set as a folder in the hub's layout: parquet shards with the images, and a card.
 
-    OUT/data/train-00000-of-00002.parquet   what `load_rows` and `datasets.load_dataset` read
-    OUT/README.md                           the card: what was built from what, and how
+    OUT/data/train-00000-of-00002.parquet   for `load_rows` and `datasets.load_dataset`
+    OUT/README.md                           the card: what was built, from what, and how
 
-Everything is written to a temporary folder, which is renamed at the end: OUT is never half written.
+Everything is written to a temporary folder, which is renamed at the end. So OUT is never half
+written.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow.parquet as pq
 
-# (width, height) of an image as displayed -> the space that its answers' boxes are in.
+# (width, height) of an image as displayed -> the coordinate space of its answers' boxes.
 ExtentFor = Callable[[int, int], Extent]
 ROWS_A_GROUP = 64
 SHARD_BYTES = 400 * 2**20
@@ -48,12 +49,12 @@ class Plan:
     """A row to write.
 
     Attributes:
-        image: its file.
+        image: the image file.
         row: column -> value, without the image.
         fill: makes the columns that depend on the image: (width, height of the image as displayed,
             EXIF orientation to apply to coordinates) -> columns, or why the row can't be used.
-        frame: which image coordinates refer to: the one "shown", its EXIF data applied, or the one
-            "stored"; "unknown": the size decides; "": there are no coordinates.
+        frame: the image to which coordinates refer: "shown", with its EXIF data applied; "stored";
+            "unknown", where the size decides; or "" if there are no coordinates.
         size: (width, height) of that image, if known.
     """
 
@@ -70,10 +71,10 @@ def check_new_dataset(
     """Check, before the work starts, that a data set can be written to `out`.
 
     Args:
-        sources: what will be read; some may not be files at all.
+        sources: the inputs; some may not be files.
     Raises:
-        ValueError: something is there already; with `overwrite`, only if it isn't a data set that
-            was built here, or if it holds one of the sources.
+        ValueError: `out` isn't empty. With `overwrite`: it isn't a data set that was built here, or
+            it contains one of the sources.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--output {out}: expected a folder, or a name for a new one, got a file")
@@ -93,12 +94,12 @@ def check_new_dataset(
 
 
 def make_folder(folder: Path, flag: str = "--output", *, make: bool = True) -> None:
-    """Make the folder of an output.
+    """Create an output folder.
 
     Args:
-        make: False: only check that it could be made.
+        make: False: only check that it could be created.
     Raises:
-        ValueError: it can't be made or written to.
+        ValueError: it can't be created or written to.
     """
     try:
         if make:
@@ -119,13 +120,13 @@ def make_folder(folder: Path, flag: str = "--output", *, make: bool = True) -> N
 def drop_missing(
     splits: Mapping[str, Sequence[Planned]], built: Built, *, allow_missing: bool
 ) -> dict[str, list[Planned]]:
-    """The plans, or other things with an `image`, whose image exists.
+    """The plans, or other items with an `image`, whose image exists.
 
     Raises:
         FileNotFoundError: images are missing and `allow_missing` is false; names them.
     """
     files = dict.fromkeys(plan.image for plans in splits.values() for plan in plans)
-    missing = {file for file in files if not os.path.isfile(file)}  # or has no valid name
+    missing = {file for file in files if not os.path.isfile(file)}  # or the name is invalid
     if missing and not allow_missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(files)} images are missing: {listing(sorted(missing))}; check "
@@ -155,7 +156,7 @@ def write_dataset(
         check: row -> why it could never be used, or None.
         progress: wraps the plans of all splits to show progress.
     Raises:
-        ValueError: a split has no row, or none could be written.
+        ValueError: a split has no rows, or none of its rows could be written.
     """
     import datasets
 
@@ -184,7 +185,7 @@ def _need_rows(counts: Mapping[str, int], built: Built) -> None:
 
 
 class _Writers(dict[str, "SplitWriter"]):
-    """A writer for each split; `folder` holds their shards until everything is written."""
+    """A writer for each split. `folder` contains their shards until everything is written."""
 
     folder: Path
 
@@ -193,7 +194,7 @@ class _Writers(dict[str, "SplitWriter"]):
 def written_aside(
     out: Path, splits: Iterable[str], features: datasets.Features
 ) -> Iterator[_Writers]:
-    """Writers to a temporary folder, which becomes `out` if the block ends without an exception."""
+    """Yield writers to a temporary folder, which becomes `out` if the block raises no exception."""
     aside = out.with_name(f".{out.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "data").mkdir(parents=True)
@@ -212,7 +213,7 @@ def written_aside(
 
 
 def _row(plan: Plan, built: Built, check: Callable[[Row], str | None]) -> Row | None:
-    """The row with its image's bytes; None if it can't be used, and `built` records why."""
+    """The row with its image's bytes; None if it can't be used, with the reason in `built`."""
     try:
         data = plan.image.read_bytes()
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
@@ -221,7 +222,7 @@ def _row(plan: Plan, built: Built, check: Callable[[Row], str | None]) -> Row | 
             stored = image.size
             # The size that `SampleDataset` will see.
             shown = ImageOps.exif_transpose(image).size
-    except Exception as error:  # PIL's decoders raise nearly anything on damaged input
+    except Exception as error:  # PIL's decoders raise almost anything on damaged input
         built.leave_out("image can't be read", f"{plan.image}: {type(error).__name__}")
         return None
     if plan.size not in (None, shown, stored):
@@ -229,7 +230,7 @@ def _row(plan: Plan, built: Built, check: Callable[[Row], str | None]) -> Row | 
         return None
     frame, turn = plan.frame, orientation if orientation in range(2, 9) else 1
     if frame == "unknown" and turn != 1:
-        # The size tells whether an image was turned sideways, not upside down or mirrored.
+        # The size reveals whether an image was turned sideways, but not upside down or mirrored.
         if not plan.size or shown == stored:
             built.leave_out("image turned by its EXIF data, its boxes may not be", str(plan.image))
             return None
@@ -252,7 +253,7 @@ def _row(plan: Plan, built: Built, check: Callable[[Row], str | None]) -> Row | 
 
 
 class SplitWriter:
-    """Writes the rows of one split, in shards of about SHARD_BYTES."""
+    """Writes the rows of one split in shards of about SHARD_BYTES."""
 
     def __init__(self, folder: Path, split: str, features: datasets.Features) -> None:
         self.folder, self.split, self.features = folder, split, features
@@ -261,7 +262,7 @@ class SplitWriter:
         self.writer: pq.ParquetWriter | None = None
 
     def add(self, row: Row, size: int) -> None:
-        """Add a row, of about `size` bytes: those of its images."""
+        """Add a row of about `size` bytes, counting only its images."""
         self.rows.append(row)
         self.size += size
         if len(self.rows) == ROWS_A_GROUP:
@@ -270,7 +271,7 @@ class SplitWriter:
             self._finish_shard()
 
     def close(self) -> int:
-        """Finish the shards and give them their final names; returns the number of rows."""
+        """Finish the shards and give them their final names. Returns the number of rows."""
         self._finish_shard()
         for number in range(self.shards):
             name = f"{self.split}-{number:05d}-of-{self.shards:05d}.parquet"

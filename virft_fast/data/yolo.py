@@ -1,4 +1,4 @@
-"""Detection data in Ultralytics' layout: data.yaml, folders of images, a label file for each image.
+"""Detection data in Ultralytics' layout: data.yaml, image folders, and a label file per image.
 
 A label file has lines of `class x y width height`, or of `class` and a polygon, in shares of the
 image's sides.
@@ -22,11 +22,13 @@ SPLIT_KEYS = {"train": "train", "val": "validation", "valid": "validation",
 
 
 def read_yolo(source: Path) -> dict[str, Annotations]:
-    """Split -> annotations, in shares of the sides of the images as displayed (their EXIF data
-    applied), as Ultralytics reads them. An image without a label file has no objects.
+    """Split -> annotations, in shares of the image's sides.
+
+    They refer to the images as displayed (EXIF data applied), as in Ultralytics. An image without a
+    label file has no objects.
 
     Args:
-        source: data.yaml, or the folder that holds it.
+        source: data.yaml, or the folder that contains it.
     Raises:
         FileNotFoundError, ValueError: a file is missing or can't be used; says why.
     """
@@ -63,7 +65,7 @@ def _settings(file: Path) -> Row:
     import yaml
 
     try:
-        # BaseLoader keeps scalars as texts: yes, on, null and 1.0 may be names.
+        # BaseLoader keeps scalars as text: yes, on, null and 1.0 may be names.
         settings = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--source {file}: expected YAML, got {error}") from error
@@ -86,8 +88,8 @@ def _images(home: Path, root: Json, entries: Json) -> Iterator[Path]:
 
 
 def _placed(home: Path, root: Json, entry: str) -> Path:
-    """Where an entry is: relative to `path` or to data.yaml, or, in Roboflow's exports, relative to
-    these without its leading `../`."""
+    """The path of an entry. It is relative to `path` or data.yaml; in Roboflow's exports, after
+    removing its leading `../`."""
     bases = [home / root, home] if isinstance(root, str) else [home]
     plain = entry.replace("\\", "/")
     candidates = [base / name for name in (plain, plain.lstrip("./")) for base in bases]
@@ -112,7 +114,7 @@ def _annotations(
 
 
 def _label_file(image: Path) -> Path:
-    """The image's path with its last images/ replaced by labels/, as in Ultralytics."""
+    """The image's path with the last images/ replaced by labels/, as in Ultralytics."""
     parts = image.with_suffix(".txt").parts
     at = max((n for n, name in enumerate(parts) if name == "images"), default=None)
     return Path(*parts) if at is None else Path(*parts[:at], "labels", *parts[at + 1 :])
@@ -121,7 +123,8 @@ def _label_file(image: Path) -> Path:
 def _labels(
     file: Path, account: Built, keypoints: bool
 ) -> Iterator[tuple[str, tuple[int, list[float]]]]:
-    """(file and line, (class, [x, y, width, height])) of each label; x, y: the upper left corner.
+    """Yield (file and line, (class, [x, y, width, height])) for each label; (x, y) is the upper
+    left corner.
 
     Args:
         keypoints: numbers after a box are keypoints, not corners of a polygon.

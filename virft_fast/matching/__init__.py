@@ -1,4 +1,4 @@
-"""Boxes: formats and coordinate spaces, pairwise IoU, and one-to-one matching of many problems."""
+"""Boxes: formats and coordinate spaces, pairwise IoU, and batched one-to-one matching."""
 
 from virft_fast.matching.assign import is_native, match_boxes, pairwise_iou, why_not_native
 from virft_fast.matching.boxes import (

@@ -1,8 +1,8 @@
-"""Pairwise IoU and one-to-one assignment of many small problems, natively or by the reference.
+"""Pairwise IoU and one-to-one assignment for many small problems, native or in Python.
 
-The native operators are in csrc/. They take CPU tensors, and CUDA tensors if they were built with
-CUDA. Without them the Python reference below does the matching, many times slower, and warns once.
-Its totals are the same, but of several best assignments it may choose another one.
+The native operators in csrc/ take CPU tensors, and CUDA tensors if they were built with CUDA. If
+they aren't available, the Python reference below is used, which is many times slower, and warns
+once. Its totals are the same, but if several assignments are best, it may choose a different one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ METHODS = ("hungarian", "greedy")
 _C: ModuleType | None
 try:
     _C = importlib.import_module("virft_fast._C")
-except ImportError as error:  # not built, or for another torch
+except ImportError as error:  # not built, or built for another torch
     _C, _WHY_NOT = None, str(error)
 else:
     _BUILT = _C.build_info()
@@ -38,32 +38,33 @@ _WITH_CUDA = _C is not None and _BUILT["cuda_archs"] != "none"
 
 
 def is_native(device: torch.device | str = "cpu") -> bool:
-    """Whether the native operators match tensors on `device`, without copying them elsewhere."""
+    """Whether the native operators match tensors on `device` without copying them elsewhere."""
     kind = torch.device(device).type
     return _C is not None and (kind == "cpu" or (kind == "cuda" and _WITH_CUDA))
 
 
 def why_not_native() -> str:
-    """The reason why the native operators are not in use, or ""."""
+    """Why the native operators aren't available; "" if they are."""
     return "" if _C is not None else _WHY_NOT
 
 
 def pairwise_iou(
     pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor, *, kind: str = "iou"
 ) -> Tensor:
-    """Intersection over union of every predicted with every true box of each problem.
+    """Intersection over union of every predicted box with every true box of each problem.
 
     Args:
-        pred: (N, K, 4) float32 xyxy, any one unit; rows past `num_pred` may hold anything.
+        pred: (N, K, 4) float32 xyxy, in any unit; rows past `num_pred` may hold anything.
         gt: (N, M, 4), same dtype, unit and device; rows past `num_gt` may hold anything.
         num_pred, num_gt: (N,) int64, 0 allowed.
-        kind: "iou", in [0, 1]; or "giou", in (-1, 1]: IoU less the share of the smallest enclosing
+        kind: "iou", in [0, 1]; or "giou", in (-1, 1]: IoU minus the share of the smallest enclosing
             box that the union leaves empty.
     Returns:
         (N, K, M), the dtype of `pred`; exactly 0, for both kinds, where either box is degenerate
         (inverted, without area, not finite) or past its count. float64 is accepted for oracles.
     Raises:
-        ValueError: shapes, dtypes, devices, counts or `kind`; says what was expected and what came.
+        ValueError: shapes, dtypes, devices, counts or `kind` are wrong; says what was expected and
+            what was given.
     Not differentiable: boxes are parsed text. Source of giou: Rezatofighi et al. 2019,
     arXiv:1902.09630, algorithm 1.
     """
@@ -90,26 +91,26 @@ def match_boxes(
 ) -> tuple[Tensor, Tensor]:
     """Assign predicted to true boxes one to one, separately in each of N problems.
 
-    A pair counts if its IoU > `min_iou`, strictly, both rounded to the boxes' dtype. Other pairs
-    are worth 0 during the assignment, so that none displaces a pair that counts.
+    A pair counts if its IoU is strictly greater than `min_iou`, with both rounded to the boxes'
+    dtype. Other pairs are worth 0 in the assignment, so they can't displace a pair that counts.
 
     Args:
-        pred: (N, K, 4) float32 xyxy, any one unit; rows past `num_pred` may hold anything.
+        pred: (N, K, 4) float32 xyxy, in any unit; rows past `num_pred` may hold anything.
         gt: (N, M, 4), same dtype, unit and device; rows past `num_gt` may hold anything.
         num_pred, num_gt: (N,) int64, 0 allowed.
-        method: "hungarian" makes the summed IoU of the pairs that count largest. "greedy" is
-            Visual-RFT's: in order of descending score, stable, each prediction takes the free true
-            box with the best IoU (the first of equals) if that pair counts.
-        scores: (N, K) floating point, only used by "greedy"; NaN sorts last. None: the order given.
+        method: "hungarian" maximizes the summed IoU of the pairs that count. "greedy" is
+            Visual-RFT's method: in stable order of descending score, each prediction takes the free
+            true box with the best IoU (the first, if equal), provided that the pair counts.
+        scores: (N, K) floating point, used only by "greedy"; NaN sorts last. None: the order given.
         min_iou: in [0, 1].
     Returns:
-        matches: (N, K) int64, index into M, or -1 where none.
-        ious: (N, K), the dtype of `pred`, IoU of the matched pair, 0 where none.
+        matches: (N, K) int64, index into M, or -1 if unmatched.
+        ious: (N, K), the dtype of `pred`, IoU of the matched pair, 0 if unmatched.
     Raises:
-        ValueError: shapes, dtypes, devices, counts, `method` or `min_iou`; says what was expected
-            and what came.
-    Degenerate boxes (inverted, without area, not finite) match nothing. Not differentiable. Of
-    several best assignments "hungarian" gives one, the same in every run; which one may differ
+        ValueError: shapes, dtypes, devices, counts, `method` or `min_iou` are wrong; says what was
+            expected and what was given.
+    Degenerate boxes (inverted, without area, not finite) match nothing. Not differentiable. If
+    several assignments are best, "hungarian" returns the same one in every run, but it may differ
     between CPU, CUDA and the reference. Source: Crouse 2016, doi:10.1109/TAES.2016.140952.
     """
     check_problem(pred, gt, num_pred, num_gt)
@@ -128,10 +129,10 @@ def match_boxes(
 
 
 def _prepared(*problem: Tensor) -> list[Tensor]:
-    """Contiguous, and on the CPU if the operators were built without CUDA."""
+    """The tensors, contiguous, and on the CPU if the operators were built without CUDA."""
     device = problem[0].device
     if device.type != "cpu":
-        _check_all_counts(*problem)  # the CPU's operators do it themselves
+        _check_all_counts(*problem)  # the CPU operators do it themselves
     if not is_native(device) and device.type != "meta":
         device = torch.device("cpu")
     return [tensor.detach().to(device).contiguous() for tensor in problem]
@@ -179,7 +180,7 @@ def match_reference(
     scores: Tensor | None,
     min_iou: float,
 ) -> tuple[Tensor, Tensor]:
-    """`match_boxes` with scipy, one problem after another."""
+    """`match_boxes` with scipy, one problem at a time."""
     ious = iou_reference(pred, gt, num_pred, num_gt)
     worth = torch.where(ious > min_iou, ious, 0.0)  # (N, K, M)
     order = _greedy_order(pred, scores) if method == "greedy" else None
@@ -191,7 +192,7 @@ def match_reference(
 
 
 def _greedy_order(pred: Tensor, scores: Tensor | None) -> np.ndarray:
-    """(N, K) positions by descending score, equal scores in the order given."""
+    """(N, K) positions by descending score; equal scores keep their order."""
     if scores is None:
         scores = pred.new_zeros(pred.shape[:2])
     descending = -np.nan_to_num(
@@ -201,7 +202,7 @@ def _greedy_order(pred: Tensor, scores: Tensor | None) -> np.ndarray:
 
 
 def _assign(worth: Tensor, num_pred: Tensor, num_gt: Tensor, order: np.ndarray | None) -> Tensor:
-    """(N, K) int64 matches on the CPU, one problem after another."""
+    """(N, K) int64 matches on the CPU, computed one problem at a time."""
     matches = np.full(worth.shape[:2], -1, dtype=np.int64)
     worth_np = worth.double().cpu().numpy()
     for i, (k, m) in enumerate(zip(num_pred.tolist(), num_gt.tolist(), strict=True)):
@@ -217,7 +218,7 @@ def _assign(worth: Tensor, num_pred: Tensor, num_gt: Tensor, order: np.ndarray |
 
 def _hungarian(worth: np.ndarray) -> np.ndarray:
     """(k, m) worth -> (k,) matches, without the worthless pairs that the solver adds."""
-    from scipy.optimize import linear_sum_assignment  # lazily: it takes 0.1 s to import
+    from scipy.optimize import linear_sum_assignment  # imported lazily: it takes 0.1 s
 
     matches = np.full(worth.shape[0], -1, dtype=np.int64)
     rows, columns = linear_sum_assignment(worth, maximize=True)
@@ -227,7 +228,7 @@ def _hungarian(worth: np.ndarray) -> np.ndarray:
 
 
 def _greedy(worth: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """(k, m) worth, (k,) visiting order -> (k,) matches."""
+    """(k, m) worth and (k,) visiting order -> (k,) matches."""
     matches = np.full(worth.shape[0], -1, dtype=np.int64)
     free = np.ones(worth.shape[1], dtype=bool)
     for row in order:

@@ -1,8 +1,8 @@
 """Box formats, coordinate spaces and the reference IoU.
 
-A box is xyxy (two corners, x1 < x2 and y1 < y2) unless a name says otherwise. Box geometry is
-continuous: a box from 0 to 10 is 10 wide, not 11. A box without positive width and height, or with
-a coordinate that is not finite, is *degenerate*. Models produce such boxes: they are no error.
+A box is xyxy (two corners, x1 < x2 and y1 < y2) unless a name says otherwise. Coordinates are
+continuous: a box from 0 to 10 is 10 wide, not 11. A box is *degenerate* if its width or height
+isn't positive or a coordinate isn't finite. Models produce such boxes; they are not an error.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Boxes: TypeAlias = Tensor | np.ndarray | Sequence[Sequence[float]]  # (n, 4)
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """(..., 4) centre and size -> (..., 4) corners."""
+    """(..., 4) center and size -> (..., 4) corners."""
     cx, cy, w, h = boxes.unbind(-1)
     return torch.stack((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """(..., 4) corners -> (..., 4) centre and size."""
+    """(..., 4) corners -> (..., 4) center and size."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     return torch.stack(((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1), dim=-1)
 
@@ -45,10 +45,10 @@ def xyxy_to_xywh(boxes: Tensor) -> Tensor:
 def rescale_boxes(
     boxes: Tensor, *, from_size: tuple[float, float], to_size: tuple[float, float]
 ) -> Tensor:
-    """Move boxes between coordinate spaces: pixels of an image, 0-1000, 0-1.
+    """Convert boxes between coordinate spaces: pixels of an image, 0-1000, 0-1.
 
     Args:
-        boxes: (..., 4) floating point, any of the formats of this module.
+        boxes: (..., 4) floating point, in any format of this module.
         from_size, to_size: (width, height) of the whole image in each space: its size in pixels,
             (1000, 1000), or (1, 1).
     Returns:
@@ -71,12 +71,12 @@ def pad_boxes(
     """Stack the boxes of N problems into the padded layout of `pairwise_iou` and `match_boxes`.
 
     Args:
-        boxes: N problems, each an (n, 4) tensor, array or nested list; an empty one may have any
-            shape, [] included.
-        dtype: of the result; float64 for an oracle.
+        boxes: N problems, each an (n, 4) tensor, array or nested list. An empty one may have any
+            shape, including [].
+        dtype: dtype of the result; float64 for an oracle.
     Returns:
-        (N, K, 4) boxes with K the largest n, padded with zeros; (N,) int64 counts.
-        On the device of the first problem that is a tensor.
+        (N, K, 4) boxes, where K is the largest n, padded with zeros; and (N,) int64 counts. Both
+        are on the device of the first problem that is a tensor.
     Raises:
         ValueError: a problem is not (n, 4).
     """
@@ -98,7 +98,7 @@ _NO_BOXES = np.zeros((0, 4), np.float32)
 
 
 def _as_array(i: int, problem: Boxes) -> np.ndarray:
-    """(n, 4), on the CPU."""
+    """The boxes as an (n, 4) array on the CPU."""
     if isinstance(problem, Tensor):
         problem = problem.detach().cpu().double()
     floats = type(problem) is np.ndarray and problem.dtype.char in "fd"
@@ -119,7 +119,7 @@ def iou_reference(
     pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor, *, kind: str = "iou"
 ) -> Tensor:
     """`virft_fast.matching.pairwise_iou` in plain torch, for any device."""
-    # float64 inside: products of float32 extents can neither overflow nor underflow.
+    # float64, because products of float32 sides can neither overflow nor underflow in it.
     pred_valid = _valid_boxes(pred, num_pred)
     gt_valid = _valid_boxes(gt, num_gt)
     p = pred.detach().double().masked_fill(~pred_valid[..., None], 0.0)[:, :, None]  # (N, K, 1, 4)
@@ -132,13 +132,13 @@ def iou_reference(
         hull = _area(torch.minimum(p[..., :2], g[..., :2]), torch.maximum(p[..., 2:], g[..., 2:]))
         out = out - (hull - union) / hull
     both_valid = pred_valid[:, :, None] & gt_valid[:, None]
-    # The second condition is for float64 input whose areas leave float64's range.
+    # The second condition is for float64 input whose areas exceed the range of float64.
     out = torch.where(both_valid & out.isfinite(), out, 0.0)
     return out.to(pred.dtype)
 
 
 def check_problem(pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor) -> None:
-    """The input checks that every matching function shares, except `check_counts`.
+    """Check the inputs that all matching functions share, except counts (see `check_counts`).
 
     Raises:
         ValueError: shapes, dtypes or devices disagree.
@@ -166,8 +166,11 @@ def check_problem(pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor) ->
 
 
 def check_counts(name: str, counts: Tensor, limit: int) -> None:
-    """Raises ValueError if a count is negative or larger than the padding. Reading counts of a GPU
-    waits for it. Meta tensors and torch.compile have none to read: the kernels bound them."""
+    """Raise ValueError if a count is negative or larger than the padding.
+
+    Reading counts from a GPU synchronizes with it. Meta tensors and torch.compile have no values to
+    read; the kernels bound the counts.
+    """
     if counts.is_meta or torch.compiler.is_compiling():
         return
     if bool(((counts < 0) | (counts > limit)).any()):
@@ -190,7 +193,7 @@ def _check_shape_of_counts(name: str, counts: Tensor, boxes: Tensor) -> None:
 
 
 def _valid_boxes(boxes: Tensor, counts: Tensor) -> Tensor:
-    """(N, K) bool: inside its count, all coordinates finite, positive width and height."""
+    """(N, K) bool: the box is within its count, finite, and has positive width and height."""
     inside = torch.arange(boxes.shape[1], device=boxes.device) < counts[:, None]
     has_area = (boxes[..., 2:] > boxes[..., :2]).all(-1)
     return inside & has_area & boxes.isfinite().all(-1)

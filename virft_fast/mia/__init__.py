@@ -1,8 +1,8 @@
 """MIA-DPO: multi-image preference pairs, selected by where the model looked.
 
-The model answers a scene of several images greedily. If it paid little attention to the target
-image, the answer is about another image. It becomes the rejected answer of a pair, and the data
-set's own answer the chosen one.
+The model greedily answers a question about a scene with several images. If it paid little attention
+to the target image, its answer is assumed to be about another image. That answer becomes the
+rejected one of a pair, and the data set's own answer becomes the chosen one.
 """
 
 from virft_fast.mia.answering import Answer, Answering, attention_ratio

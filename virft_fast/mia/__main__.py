@@ -1,6 +1,6 @@
-"""`python -m virft_fast.mia`: multi-image preference pairs from questions about one image each.
+"""`python -m virft_fast.mia`: multi-image preference pairs from questions about single images.
 
-Under torchrun the scenes are divided among the ranks. A killed run resumes from its journal.
+Under torchrun, the ranks share the scenes. A killed run resumes from its journal.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from virft_fast.models.source import ModelSource, find_model
 from virft_fast.rollout.backends import check_cache_limit, load_policy
 from virft_fast.rollout.native import NativeRollout
 
-# Flags that answers don't depend on: a run may resume with other values of these only.
+# Flags that don't affect answers. A run may resume with different values of these only.
 _FREE_FLAGS = {
     "output", "overwrite", "max_rows", "batch_size", "rollout_cache_tokens", "thresholds",
     "min_perplexity", "max_length_ratio", "min_edit_distance", "pictures",
@@ -39,7 +39,7 @@ _FREE_FLAGS = {
 
 @unbreakable()
 def main(argv: list[str] | None = None) -> int:
-    """Make pairs; returns the exit status: 0, 2 for input that can't be used, 130 for Ctrl-C."""
+    """Make pairs; returns the exit status: 0, 2 for unusable input, 130 after Ctrl-C."""
     arguments = make_parser().parse_args(argv)
     again = "; the same command goes on where it was"
     try:
@@ -128,7 +128,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> None:
-    """Answer every scene, then write the pairs that are kept and show what was dropped.
+    """Answer every scene, then write the kept pairs and report what was dropped.
 
     Raises:
         ValueError, OSError: flags, data or model can't be used, or no pair was kept.
@@ -166,7 +166,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
 
 
 def _check_files(arguments: argparse.Namespace) -> Path:
-    """Check what is read and written before any work; returns the path of the sheet."""
+    """Check inputs and outputs before the work starts. Returns the path of the sheet."""
     out = arguments.output
     sources = (arguments.dataset_name, arguments.images, arguments.model_name_or_path)
     check_new_dataset(out, arguments.overwrite, sources)

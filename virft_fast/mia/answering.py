@@ -1,6 +1,6 @@
 """The model's own answers to scenes, and where it looked while answering.
 
-Each batch of answers is added to a journal at once, so that a killed run can resume.
+Each batch of answers is written to a journal immediately, so that a killed run can resume.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Answer:
 
     Attributes:
         text: the model's answer. truth: the row's own answer.
-        ratio: share of attention on the target; None if no image got any.
-        perplexity: exp of the mean negative log-prob of the answer's tokens in the distribution
-            they were drawn from, which gives control tokens no probability.
-        num_tokens: EOS included. truncated: whether EOS is missing.
-        problem: why there is no answer; texts and numbers are empty then.
-        digest: of the scene, from `Scenes.digest`.
+        ratio: share of attention on the target; None if no image got any attention.
+        perplexity: exp of the mean negative log-prob of the answer's tokens, under the distribution
+            they were sampled from, in which control tokens have probability 0.
+        num_tokens: includes EOS. truncated: whether EOS is missing.
+        problem: why there is no answer. In that case, texts and numbers are empty.
+        digest: the scene's digest, from `Scenes.digest`.
     """
 
     index: int
@@ -58,8 +58,8 @@ class Answering:
     """A model that answers scenes greedily.
 
     Attributes:
-        layer: the layer whose attention is measured, from 0; MIA-DPO took the 16th of 32.
-        max_completion_length, max_prompt_length: in tokens; a longer prompt is not answered.
+        layer: the layer whose attention is measured, from 0; MIA-DPO uses the 16th of 32.
+        max_completion_length, max_prompt_length: in tokens. Longer prompts are not answered.
     """
 
     policy: Policy
@@ -72,7 +72,7 @@ class Answering:
 
     @property
     def merge(self) -> int:
-        """How many image patches a side become one token."""
+        """The number of image patches per side that become one token."""
         return self.processor.image_processor.merge_size
 
     @property
@@ -81,11 +81,11 @@ class Answering:
 
     def special(self, text: str) -> bool:
         """Whether the text contains control tokens. In a prompt they would end a turn, and DPO
-        rejects answers with them."""
+        rejects answers that contain them."""
         return bool(control_tokens_in(self.processor.tokenizer, text))
 
     def prompt(self, index: int, scene: Scene) -> Prompt | str:
-        """The scene as the model's input, or the reason why it can't be one."""
+        """The scene as model input, or the reason why it can't be used."""
         if any(self.special(item.get("text", "")) for item in scene.content):
             return "special tokens in the question"
         try:
@@ -99,7 +99,7 @@ class Answering:
 
     @torch.no_grad()
     def answers(self, plans: Sequence[ScenePlan], scenes: Sequence[Scene]) -> list[Answer]:
-        """Answers to a batch of scenes, in their order."""
+        """The answers to a batch of scenes, in their order."""
         answers = {plan.index: Answer(plan.index, plan.kind, plan.num_images) for plan in plans}
         readable: list[tuple[ScenePlan, Scene, Prompt]] = []
         for plan, scene in zip(plans, scenes, strict=True):
@@ -141,10 +141,10 @@ class Answering:
 def attention_ratio(
     attention: Tensor, prompt: Prompt, scene: Scene, kind: str, merge: int
 ) -> float | None:
-    """The target's share of the attention on all images; None if no image got any.
+    """The target's share of the attention on all images; None if no image got any attention.
 
-    In a sequence, it is the mean over the target's tokens divided by the sum of all images' means.
-    In a single image, it is the share inside the target's box; tokens on its edge count by area.
+    For a sequence, the mean over the target's tokens divided by the sum of all images' means. For a
+    single image, the share inside the target's box, where tokens on its edge count by area.
 
     Args:
         attention: (P,).
@@ -170,7 +170,7 @@ def open_journal(path: Path, settings: Row, *, overwrite: bool) -> Journal | Non
     """The journal of answers on the main process, None on the others.
 
     Args:
-        settings: what answers depend on, besides their scenes, whose digests they hold.
+        settings: what answers depend on, except their scenes: answers store their digests.
         overwrite: delete answers from a run with other settings.
     Raises:
         ValueError: on all ranks, if the journal can't be used; see `Journal`.
@@ -198,17 +198,17 @@ def answer_all(
     batch_size: int,
     progress: Callable[[int], object] = lambda rows: None,
 ) -> dict[int, Answer]:
-    """Row -> answer for all `indices` on the main process; other ranks only get the new answers.
+    """Row -> answer, for all `indices` on the main process. Other ranks get only the new answers.
 
     Answers in the journal are reused if their scenes are unchanged. Rows without an answer are not
-    written to it, so that the next run, which may have their images or more memory, tries again.
+    journaled, so that the next run, which may have their images or more memory, tries them again.
     """
     records = journal.records.get("answer", []) if journal is not None else []
     journaled = {record["index"]: Answer(**record) for record in records}
     digests = dist.all_gather_object({i: answer.digest for i, answer in journaled.items()})[0]
     mine = indices[dist.rank() :: dist.world_size()]
     answers: dict[int, Answer] = {}
-    # All ranks need the same number of rounds, because they exchange answers after each.
+    # All ranks need the same number of rounds, because they exchange answers after each one.
     for first in range(0, -(-len(indices) // dist.world_size()), batch_size):
         batch = mine[first : first + batch_size]
         for new, reused in dist.all_gather_object(answer_batch(scenes, answering, batch, digests)):
@@ -223,7 +223,7 @@ def answer_all(
 def answer_batch(
     scenes: Scenes, answering: Answering, batch: Sequence[int], digests: Mapping[int, str]
 ) -> tuple[list[Answer], list[int]]:
-    """New answers to rows of the batch, and the rows whose answer in the journal is still valid.
+    """New answers for rows of the batch, and the rows whose answer in the journal is still valid.
 
     Args:
         digests: row -> digest of the scene that the journal's answer is about.

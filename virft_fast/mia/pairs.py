@@ -1,4 +1,4 @@
-"""Preference pairs as a data set, in the columns that TRL's DPOTrainer reads."""
+"""Write preference pairs as a data set with the columns that TRL's DPOTrainer reads."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def write_pairs(
     """Write the kept pairs, and every row's answer and reasons to selection.jsonl.
 
     Args:
-        reasons: why each row is dropped, empty if it is kept; rows whose images have become
-            unreadable get another reason here.
+        reasons: why each row is dropped; empty if it is kept. A reason is added here for rows whose
+            images have become unreadable.
         card: makes the text of README.md; called when all reasons are complete.
     Returns:
         Split -> number of pairs.
     Raises:
-        ValueError: no pair is left to write.
+        ValueError: there is no pair to write.
     """
     kept = [index for index in answers if not reasons[index]]
     if not kept:
@@ -106,7 +106,7 @@ def _pair(scenes: Scenes, answer: Answer, selection: Selection) -> Row | str:
 
 
 def _encoded(image: Image.Image) -> Row:
-    """A small image as PNG, without loss; a larger one as JPEG of high quality."""
+    """Encode a small image losslessly as PNG, a larger one as high-quality JPEG."""
     data = io.BytesIO()
     if image.width * image.height <= 256 * 256:
         image.save(data, "PNG")

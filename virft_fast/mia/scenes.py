@@ -1,14 +1,14 @@
 """MIA-DPO's scenes: several images, and a question about one of them, the target.
 
-A row with one image becomes a scene together with companion rows from the same source. There are
+A row with one image is combined with companion rows from the same source into a scene. There are
 three kinds:
 
     sequence  2 to 5 images one after another, "Image1: ... Image2: ..."
-    collage   2, 3, 4, 6 or 9 cells of one image, labelled Image1, Image2, ...
+    collage   one image with 2, 3, 4, 6 or 9 cells, labeled Image1, Image2, ...
     pip       the target in the middle of a companion ("picture in picture")
 
 Sizes, labels and noise follow MIA-DPO's notebooks (arXiv:2410.17637, code at a85c51a). A row's
-scene depends only on the seed, the row number and which rows may be its companions.
+scene depends only on the seed, the row number and the rows that may be its companions.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     import datasets
 
 KINDS = ("sequence", "collage", "pip")
-# Cells -> (rows, columns).
+# Number of cells -> (rows, columns).
 GRIDS = {2: (1, 2), 3: (1, 3), 4: (2, 2), 6: (2, 3), 9: (3, 3)}
-# Largest share of its companion's width and height that the target may fill.
+# Largest share of the companion's width and height that the target may fill.
 PIP_SHARE = 0.7
-# Standard deviation of the noise on a collage's target cell and on a whole picture in picture.
+# Standard deviation of the noise on a collage's target cell, and on a whole picture in picture.
 COLLAGE_SIGMA, PIP_SIGMA = 225.0, 49.0
 PIP_PREFIXES = (
     "In the picture in the middle,", "Look at the smaller image in the centre:",
@@ -47,7 +47,7 @@ PIP_PREFIXES = (
     "About the picture placed at the centre:", "Within the framed image at the centre,",
     "Leaving the background aside, in the central picture,",
 )  # fmt: skip
-# A box in a text is wrong once its image is part of another one.
+# A box in the text is no longer correct once its image is part of a larger one.
 BOX_TEXT = re.compile(r"\[\s*\d*\.?\d+(?:\s*,\s*\d*\.?\d+){3}\s*\]")
 _IMAGE_MARKS = re.compile(r"<image>|<\|image_pad\|>|<\|vision_start\|>|<\|vision_end\|>")
 
@@ -57,11 +57,11 @@ Excludes: TypeAlias = Callable[[int, int], bool]  # whether two rows can't share
 
 @dataclass(frozen=True)
 class SceneLayout:
-    """Which kinds of scenes to make, and their sizes.
+    """The kinds of scenes to make, and their sizes.
 
     Attributes:
         shares: kind -> weight.
-        sequence_images, collage_images: image counts to draw from, uniformly; repeat a count to
+        sequence_images, collage_images: image counts to draw from uniformly; repeat a count to
             give it more weight.
         cell: side of a collage's cell in pixels.
         gutter: space between cells, and height of the label strip above each row, in pixels.
@@ -100,21 +100,21 @@ class SceneLayout:
             )
 
     def size(self, count: int) -> tuple[int, int]:
-        """Width and height in pixels of a collage of `count` images."""
+        """Width and height in pixels of a collage with `count` images."""
         rows, columns = GRIDS[count]
         return columns * (self.cell + self.gutter) - self.gutter, rows * (self.cell + self.gutter)
 
 
 @dataclass(frozen=True)
 class ScenePlan:
-    """The contents of a scene, decided before its images are opened.
+    """The contents of a scene, determined before its images are opened.
 
     Attributes:
         index: the target's row.
         kind: sequence, collage or pip.
-        order: the images' rows in order; for pip the target, then its companion.
+        order: the images' rows in order; for pip, the target and then its companion.
         target: position of the target in `order`.
-        prefix: words put before the question.
+        prefix: words before the question.
     """
 
     index: int
@@ -130,11 +130,11 @@ class ScenePlan:
 
 @dataclass(frozen=True)
 class Scene:
-    """The images of a question, and the target's position in them.
+    """The images for a question, and the position of the target in them.
 
     Attributes:
         images: what the model sees.
-        target_image: position in `images` of the image that contains the target.
+        target_image: index in `images` of the image that contains the target.
         box: left, top, right, bottom of the target in that image, in pixels.
         content: text and image parts of the user's turn.
     """
@@ -145,7 +145,7 @@ class Scene:
     content: tuple[Row, ...]
 
     def sample(self, index: int) -> Sample:
-        """A sample to answer, without a solution."""
+        """A sample for the model to answer, without a solution."""
         message = {"role": "user", "content": list(self.content)}
         return Sample(index, (message,), self.images, "")
 
@@ -156,8 +156,8 @@ def plan_scene(
     """The plan of row `index`, or the reason why it can't be the target of a scene.
 
     Args:
-        pool: rows to draw companions from; may include `index`.
-        excludes: whether two rows can't share a scene, because their images are equal, say.
+        pool: rows from which to draw companions; may include `index`.
+        excludes: whether two rows can't share a scene, for example because their images are equal.
     """
     rng = np.random.default_rng((seed, index))
     kinds = [kind for kind in KINDS if layout.shares.get(kind)]
@@ -179,7 +179,8 @@ def plan_scene(
 def _companions(
     index: int, pool: Sequence[int], count: int, rng: np.random.Generator, excludes: Excludes
 ) -> list[int]:
-    """Up to `count` rows of the pool, drawn uniformly, that can share a scene with the target."""
+    """Up to `count` rows, drawn uniformly from those in the pool that can share a scene with the
+    target and each other."""
     chosen: list[int] = []
 
     def fits(row: int) -> bool:
@@ -203,10 +204,10 @@ def _companions(
 def compose(
     plan: ScenePlan, images: Sequence[Image.Image], question: str, layout: SceneLayout
 ) -> Scene:
-    """Build the scene of a plan.
+    """Build a scene from its plan.
 
     Args:
-        images: one RGB image for each row of `plan.order`.
+        images: one RGB image for each row in `plan.order`.
         question: the target row's question.
     """
     text = f"\n{plan.prefix} {question[:1].lower()}{question[1:]}"
@@ -226,7 +227,7 @@ def compose(
 
 
 def collage(images: Sequence[Image.Image], layout: SceneLayout) -> tuple[Image.Image, list[Box]]:
-    """Arrange 2, 3, 4, 6 or 9 images in a labelled grid on white, each at its cell's top left.
+    """Arrange 2, 3, 4, 6 or 9 images in a labeled grid on white, each at the top left of its cell.
 
     Returns:
         The collage, and the box of each cell.
@@ -243,14 +244,14 @@ def collage(images: Sequence[Image.Image], layout: SceneLayout) -> tuple[Image.I
         boxes.append((left, top, left + cell, top + cell))
         label = f"Image{number + 1}"
         draw.text((left + layout.label_indent, top - gutter), label, "black", font)
-        # Cover the parts of the label's letters that reach into the cell.
+        # Cover the parts of the label's letters that extend into the cell.
         whole.paste("white", boxes[-1])
         whole.paste(_fitted(image, cell, cell), (left, top))
     return whole, boxes
 
 
 def picture_in_picture(target: Image.Image, companion: Image.Image) -> tuple[Image.Image, Box]:
-    """Paste the target into the middle of its companion; also returns the target's box."""
+    """Paste the target into the middle of its companion. Also returns the target's box."""
     whole = companion.copy()
     width, height = (max(1, round(PIP_SHARE * side)) for side in companion.size)
     inner = _fitted(target, width, height)
@@ -260,10 +261,10 @@ def picture_in_picture(target: Image.Image, companion: Image.Image) -> tuple[Ima
 
 
 def corrupted(scene: Scene, kind: str, seed: int, index: int) -> Scene:
-    """The scene with noise on its target, which makes wrong answers more likely.
+    """Add noise to the scene's target, which makes wrong answers more likely.
 
-    As in MIA-DPO, noise covers the target's cell of a collage or the whole picture in picture,
-    sequences stay clean, and pixel values wrap around at 256 instead of saturating.
+    As in MIA-DPO, noise covers the target's cell of a collage or the whole picture in picture, and
+    sequences stay clean. Pixel values wrap around at 256 instead of saturating.
     """
     if kind == "sequence":
         return scene
@@ -277,17 +278,17 @@ def corrupted(scene: Scene, kind: str, seed: int, index: int) -> Scene:
 
 
 def clean_question(problem: str) -> str:
-    """The question without the placeholders of its image."""
+    """The question without placeholders for its image."""
     return _IMAGE_MARKS.sub("", problem).strip()
 
 
 def image_digest(image: Image.Image) -> str:
-    """A hash of the pixels: equal images have equal digests, whatever their file names."""
+    """A hash of the pixels. Equal images have equal digests, whatever their file names."""
     return hashlib.sha1(f"{image.size}".encode() + image.tobytes()).hexdigest()
 
 
 def _fitted(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The image resized to fit into width and height, with its aspect ratio kept."""
+    """Resize the image to fit into width and height, keeping its aspect ratio."""
     scale = min(width / image.width, height / image.height)
     size = (max(1, min(width, round(image.width * scale))),
             max(1, min(height, round(image.height * scale))))  # fmt: skip
@@ -296,13 +297,13 @@ def _fitted(image: Image.Image, width: int, height: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class SceneRow:
-    """What planning needs to know about a row, kept so that its image is opened only once.
+    """What planning needs to know about a row. Stored, so that its image is opened only once.
 
     Attributes:
         digest: of its image; empty if the row has no usable image.
         question: its question, without image marks.
         truth: its own answer.
-        problem: why it can't be a target; with an image it may still be a companion.
+        problem: why it can't be a target. If it has an image, it can still be a companion.
     """
 
     digest: str = ""
@@ -312,13 +313,13 @@ class SceneRow:
 
 
 class Scenes:
-    """The scenes of a data set with one image a row.
+    """The scenes of a data set with one image per row.
 
     Args:
         rows: from `load_rows`.
         noise: whether scenes are `corrupted`.
         groups: the source of each row; companions come from the same source. None: one source.
-        test_share: share of the images to hold out; no scene mixes images of both splits.
+        test_share: share of the images to hold out; no scene mixes images from both splits.
     """
 
     def __init__(
@@ -348,7 +349,7 @@ class Scenes:
         return self._row(index).truth
 
     def held_out(self, index: int) -> bool:
-        """Whether the row is in the test split; depends only on the seed and its image."""
+        """Whether the row is in the test split. Depends only on the seed and the row's image."""
         drawn = hashlib.sha1(f"{self.seed} {self._row(index).digest}".encode()).digest()[:4]
         return int.from_bytes(drawn, "big") < self.test_share * 2**32
 
@@ -358,18 +359,18 @@ class Scenes:
         return problem or plan_scene(index, pool, self.layout, self.seed, self._excludes)
 
     def digest(self, plan: ScenePlan) -> str:
-        """A hash of the scene: its images and texts, and how they are arranged."""
+        """A hash of the scene: its images and texts, and their arrangement."""
         target = self._row(plan.index)
         images = [self._row(row).digest for row in plan.order]
         described = repr((plan, target.question, target.truth, images))
-        described = described.replace("ScenePlan(", "Plan(", 1)  # as in journals written before
+        described = described.replace("ScenePlan(", "Plan(", 1)  # so that older journals stay valid
         return hashlib.sha1(described.encode()).hexdigest()[:16]
 
     def scene(self, plan: ScenePlan, *, clean: bool = False) -> Scene | str:
-        """The scene of a plan, or the reason why one of its images can't be loaded any more.
+        """The scene of a plan, or the reason why one of its images can no longer be loaded.
 
         Args:
-            clean: without noise, as training sees it.
+            clean: without noise, as in training.
         """
         images = []
         for row in plan.order:
@@ -383,7 +384,7 @@ class Scenes:
         return scene
 
     def build(self, index: int, *, clean: bool = False) -> tuple[ScenePlan, Scene] | str:
-        """Plan and scene of a row, or the reason why it has none."""
+        """The plan and scene of a row, or the reason why it has none."""
         plan = self.plan(index)
         if isinstance(plan, str):
             return plan
@@ -403,7 +404,7 @@ class Scenes:
             return SceneRow(problem=f"expected one image, got {len(sample.images)}")
         try:
             resized(*sample.images[0].size, min_pixels=1, max_pixels=2**40)
-        except ValueError:  # as a companion it would make the scenes of other rows unusable
+        except ValueError:  # as a companion, it would make other rows' scenes unusable
             return SceneRow(problem="image too narrow for the processor")
         question, truth = clean_question(sample.columns["problem"]), sample.solution
         # Loading wraps the answers of conversations in the tags that the tasks expect.
@@ -420,9 +421,9 @@ def without_details(reason: str) -> str:
 
 
 def source_groups(rows: datasets.Dataset) -> list[str] | None:
-    """The source of each row, "" for rows without an image; None if the rows don't have one.
+    """The source of each row, "" for rows without an image; None if the source is unknown.
 
-    The source is the column `source`, or else the first folder in which the image paths differ.
+    The source is the column `source`, or else the first folder level at which image paths differ.
     """
     names = list(getattr(rows, "column_names", ()))
     if "source" in names:

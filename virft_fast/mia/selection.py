@@ -1,7 +1,7 @@
-"""Which answers become the rejected answer of a pair, and why the others don't.
+"""Decides which answers become the rejected answer of a pair, and why others don't.
 
-Attention limits are MIA-DPO's (arXiv:2410.17637, code at a85c51a). The paper names length ratio and
-edit distance without numbers; their limits are ours.
+Attention limits are from MIA-DPO (arXiv:2410.17637, code at a85c51a). The paper mentions length
+ratio and edit distance without numbers, so their limits are ours.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from virft_fast.mia.answering import Answer
 from virft_fast.mia.scenes import BOX_TEXT
 
 MAX_TRUTH_CHARACTERS = 512
-# Kind and number of images -> the attention share on the target below which an answer is rejected.
-# For sequences the limit itself counts as below.
+# Kind and number of images -> share of attention on the target. Answers with a lower share are
+# rejected. For sequences, so are answers with exactly this share.
 THRESHOLDS = {
     ("sequence", 2): 0.8, ("sequence", 3): 0.7, ("sequence", 4): 0.6, ("sequence", 5): 0.6,
     ("collage", 2): 0.7, ("collage", 3): 0.6, ("collage", 4): 0.5, ("collage", 6): 0.4,
@@ -29,9 +29,9 @@ class Selection:
     """The limits that a rejected answer must meet.
 
     Attributes:
-        thresholds: (kind, images) -> attention share, where it differs from THRESHOLDS.
-        min_perplexity: the perplexity of the answer must be higher.
-        max_length_ratio: of the longer to the shorter answer, in characters.
+        thresholds: (kind, number of images) -> attention share, if it differs from THRESHOLDS.
+        min_perplexity: the answer's perplexity must be higher.
+        max_length_ratio: ratio of the longer to the shorter answer, in characters.
         min_edit_distance: Levenshtein distance to the truth, as a share of the longer text.
     """
 
@@ -55,18 +55,18 @@ class Selection:
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
 
     def limit(self, answer: Answer) -> float:
-        """The attention share on the target below which this answer is rejected."""
+        """The share of attention on the target below which this answer is rejected."""
         return {**THRESHOLDS, **self.thresholds}[answer.kind, answer.num_images]
 
     def looked_away(self, answer: Answer) -> bool:
-        """Whether the attention share on the target is low enough; false if there is none."""
+        """Whether the share of attention on the target is low enough. False if it is unknown."""
         limit, ratio = self.limit(answer), math.inf if answer.ratio is None else answer.ratio
         return ratio <= limit if answer.kind == "sequence" else ratio < limit
 
 
 def reasons_against(answer: Answer, selection: Selection) -> list[str]:
-    """Why this answer makes no pair; empty if it makes one. Contains no numbers, so that equal
-    reasons can be counted."""
+    """Why this answer makes no pair; empty if it makes one. Reasons contain no numbers, so that
+    equal ones can be counted."""
     if answer.problem:
         return [answer.problem]
     text, truth = answer.text.strip(), answer.truth.strip()
@@ -107,8 +107,9 @@ def edit_distance(one: str, other: str) -> float:
 
 
 def table(answers: Mapping[int, Answer], reasons: Mapping[int, Sequence[str]]) -> list[str]:
-    """Lines with the number of kept and dropped rows by kind of scene and by reason. A row dropped
-    for two reasons counts for both.
+    """The number of kept and dropped rows, as lines by kind of scene and by reason.
+
+    A row that is dropped for two reasons counts for both.
     """
     answered = Counter((a.kind, a.num_images) for a in answers.values() if not a.problem)
     kept = Counter((a.kind, a.num_images) for index, a in answers.items() if not reasons[index])

@@ -1,4 +1,4 @@
-"""A contact sheet of kept and dropped answers: each scene under the attention of its answer."""
+"""A contact sheet of kept and dropped answers: each scene, overlaid with its answer's attention."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from virft_fast.mia.answering import Answer, Answering
 from virft_fast.mia.scenes import Scene, Scenes
 from virft_fast.models.image_attention import attention_to_prompts, image_tokens
 
-# Small scenes are enlarged up to this size.
+# Smaller scenes are enlarged to this size.
 SHEET_PIXELS = 260
 
 
@@ -25,7 +25,7 @@ def attention_sheet(
     reasons: Mapping[int, Sequence[str]],
     limit: int,
 ) -> Image.Image | None:
-    """Up to `limit` scenes with attention in red and the target framed; None without answers."""
+    """Up to `limit` scenes, with attention in red and the target framed; None without answers."""
     cells = []
     for answer in on_sheet(answers, reasons, limit):
         built = scenes.build(answer.index)
@@ -47,7 +47,7 @@ def attention_sheet(
 def on_sheet(
     answers: Mapping[int, Answer], reasons: Mapping[int, Sequence[str]], limit: int
 ) -> list[Answer]:
-    """The first kept answers, then the first dropped ones: half of each where there are enough."""
+    """The first kept answers, then the first dropped ones: half of each if there are enough."""
     answered = [answer for answer in answers.values() if not answer.problem]
     kept = [answer for answer in answered if not reasons[answer.index]]
     dropped = [answer for answer in answered if reasons[answer.index]]
@@ -56,7 +56,7 @@ def on_sheet(
 
 
 def _picture(answering: Answering, scene: Scene, prompt: Prompt, answer: Answer) -> Image.Image:
-    """The scene's images side by side, under the attention of the answer."""
+    """The scene's images side by side, overlaid with the answer's attention."""
     attention = attention_again(answering, prompt, answer)
     tokens = image_tokens(prompt, answering.merge)
     strongest = max(float(attention[positions].max()) for positions, _ in tokens)
@@ -66,14 +66,14 @@ def _picture(answering: Answering, scene: Scene, prompt: Prompt, answer: Answer)
     ]
     target = images[scene.target_image]
     left, top, right, bottom = scene.box
-    corners = (left, top, right - 1, bottom - 1)  # PIL draws the last pixel, too
+    corners = (left, top, right - 1, bottom - 1)  # PIL also draws the last pixel
     width = max(2, max(target.size) // 100)
     ImageDraw.Draw(target).rectangle(corners, outline=(0, 160, 0), width=width)
     return _side_by_side(images)
 
 
 def attention_again(answering: Answering, prompt: Prompt, answer: Answer) -> Tensor:
-    """(P,) attention of an answer on its prompt, computed from the answer's text."""
+    """The answer's attention to its prompt, (P,), recomputed from the answer's text."""
     tokenizer = answering.processor.tokenizer
     ids = answer_ids(tokenizer, answer.text)
     ids = ids[:-1] if answer.truncated and len(ids) > 1 else ids
@@ -92,7 +92,7 @@ def overlay(
     Args:
         attention: (rows * columns,).
         grid: rows and columns of tokens.
-        strongest: attention of the deepest red.
+        strongest: the attention drawn in the deepest red.
     """
     strength = (attention / max(strongest, 1e-12)).view(grid)
     mask = Image.fromarray((200 * strength).byte().numpy())

@@ -1,4 +1,4 @@
-"""Tasks: what an answer means and which reward it earns."""
+"""Tasks: how answers are read, and which rewards they earn."""
 
 from __future__ import annotations
 
@@ -82,20 +82,23 @@ DEFAULT_REWARDS: dict[str, list[str]] = {
     "number": ["accuracy_number", "format"],
     "grounding": ["grounding_giou", "format"],
 }
-# Name -> the reward of a solution as its own answer.
+# Name -> the reward that a solution earns when it is given as the answer.
 ACCURACY_REWARDS: dict[str, float] = {
     name: 2.0 if name == "visual_rft_grounding" else 1.0 for name in REWARDS if name != "format"
 }
 CLEAR_MAJORITY = 0.8
 _SECTIONS = re.compile(r"(</?(?:think|answer)>)")
 _NUMBER = re.compile(rf"(?<![\w.]){brackets.NUMBER}")
-_ANY_OPTIONS = [""] * 26  # as many as a row may have
-BOX_TASKS = ("detection", "grounding")  # the solutions of other tasks are texts
+_ANY_OPTIONS = [""] * 26  # the most options a row may have
+BOX_TASKS = ("detection", "grounding")  # other tasks have text as solutions
 
 
 def default_rewards(task: str, solutions: Sequence[str]) -> list[str]:
-    """A task's rewards, without `accuracy_confidence` where no solution has a confidence: not even
-    the truth could earn it."""
+    """The default rewards of a task.
+
+    Leaves out `accuracy_confidence` if no solution has a confidence: not even the ground truth
+    could earn it.
+    """
     names = DEFAULT_REWARDS[task]
     read = [parse_detection(solution) for solution in solutions if task == "detection"]
     confidences = [c for detection in read if detection for c in detection.confidences]
@@ -105,14 +108,14 @@ def default_rewards(task: str, solutions: Sequence[str]) -> list[str]:
 
 
 def is_ours(name: str, function: RewardFunction) -> bool:
-    """Whether a reward is the registered one, not a user's of the same name."""
+    """Whether `function` is the reward we registered as `name`, not a user's with the same name."""
     return name in REWARDS and inspect.unwrap(function) is inspect.unwrap(REWARDS[name])
 
 
 def with_class_set(
     reward_funcs: NamedRewards, classes: ClosedSet | None
 ) -> list[tuple[str, RewardFunction]]:
-    """The rewards, with our `accuracy` using the class set of the split."""
+    """The rewards, where our `accuracy` uses the class set of the split."""
     return [
         (name, knowing_classes(f, classes) if is_ours("accuracy", f) else f)
         for name, f in reward_funcs
@@ -122,8 +125,8 @@ def with_class_set(
 def unearned(
     reward_funcs: NamedRewards, samples: Sequence[Sample]
 ) -> list[tuple[int, str, float | None, float]]:
-    """Row, name, reward and maximum wherever an accuracy reward gives a solution, as its own
-    answer, less than the maximum."""
+    """(row, name, reward, maximum) wherever a solution, given as the answer, earns less than an
+    accuracy reward's maximum."""
     wrong = []
     for sample in samples:
         columns = {name: [value] for name, value in sample.columns.items()}
@@ -139,12 +142,12 @@ def unearned(
 
 
 def load_reward_funcs(names: Sequence[str]) -> list[tuple[str, RewardFunction]]:
-    """Reward functions by registry name or as path/to/file.py:function.
+    """Load reward functions by registered name or from path/to/file.py:function.
 
     Returns:
-        (name, function) in the order given; a function from a file goes by its own name.
+        (name, function) in the order given; a function from a file keeps its own name.
     Raises:
-        ValueError: no such name, file or function; or the same name twice.
+        ValueError: a name, file or function doesn't exist, or a name occurs twice.
     """
     functions = [load_function(name) if ":" in name else _registered(name) for name in names]
     given = [name for name, _ in functions]
@@ -156,7 +159,7 @@ def load_reward_funcs(names: Sequence[str]) -> list[tuple[str, RewardFunction]]:
 def _registered(name: str) -> tuple[str, RewardFunction]:
     if name in REWARDS:
         if name == "accuracy_math":
-            import_math_verify()  # fails now rather than after the model is loaded
+            import_math_verify()  # fail now, not after the model is loaded
         return name, REWARDS[name]
     close = difflib.get_close_matches(name, REWARDS, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(REWARDS)}"
@@ -166,16 +169,16 @@ def _registered(name: str) -> tuple[str, RewardFunction]:
 
 
 def detect_task(solutions: Sequence[str]) -> str:
-    """The task of solutions: detection, classification, grounding, choice or number.
+    """The task of the solutions: detection, classification, grounding, choice or number.
 
-    A minority that looks like another task counts as malformed; `check_solution` will report it.
+    A minority that looks like another task counts as malformed; `check_solution` reports it.
 
     Raises:
-        ValueError: there are none, or fewer than CLEAR_MAJORITY of them agree.
+        ValueError: there are no solutions, or the share that agrees is below CLEAR_MAJORITY.
     """
     kinds = Counter(_kind(str(solution)) for solution in solutions)
     texts = [kind for kind in kinds if kind not in BOX_TASKS]
-    if len(texts) > 1:  # letters or numbers among other names are names
+    if len(texts) > 1:  # letters or numbers among other class names are class names, too
         kinds["classification"] = sum(kinds.pop(kind) for kind in texts)
     task, count = max(kinds.items(), key=lambda item: item[1], default=("", 0))
     if not count or count < CLEAR_MAJORITY * len(solutions):
@@ -208,11 +211,11 @@ def check_solution(
     extent: Sequence[float] | None = None,
     choices: Sequence[str] | str | None = None,
 ) -> str | None:
-    """None for a ground truth that can be scored, else what is wrong with it.
+    """Why a ground truth can't be scored, or None if it can.
 
     Args:
-        extent: (width, height) of the space its boxes are counted in; None: 0..1000.
-        choices: the row's list of class names. Text instead of a list is reported.
+        extent: (width, height) of the coordinate space of its boxes; None: 0..1000.
+        choices: the row's list of class names. Text instead of a list is reported as an error.
     """
     if task in ("classification", "choice") and isinstance(choices, str):
         return (
@@ -260,14 +263,15 @@ def check_solution(
 
 
 def in_thousandths(text: str, extent: Sequence[float]) -> str:
-    """The text with the boxes of its thought and its answer converted from `extent`, (width,
-    height), to whole thousandths. Everything else stays as it is, and so do four numbers in a
-    thought that aren't a box inside `extent`.
+    """Convert the boxes in a text from `extent`, (width, height), to whole thousandths.
+
+    Applies to the thinking and to the answer. All other text stays the same, including four
+    numbers in the thinking that aren't a box inside `extent`.
 
     Raises:
-        ValueError: the numbers of a box can't be told from other numbers.
+        ValueError: the numbers of a box can't be told apart from other numbers.
     """
-    sections = _SECTIONS.split(text)  # the last one is not a tag
+    sections = _SECTIONS.split(text)  # the last one, read as sections[-1], is not a tag
     return "".join(
         _section_in_thousandths(section, extent_of(extent), thought=sections[at - 1] == "<think>")
         for at, section in enumerate(sections)
@@ -275,7 +279,7 @@ def in_thousandths(text: str, extent: Sequence[float]) -> str:
 
 
 def _section_in_thousandths(text: str, extent: Extent, *, thought: bool) -> str:
-    # Parsing the text with each number replaced by its position shows which numbers boxes have.
+    # To find the numbers that belong to boxes, replace each number by its index and parse.
     numbers, given = itertools.count(), _NUMBER.findall(text)
     places = list(map(int, _sides(_NUMBER.sub(lambda _: str(next(numbers)), text))))
     sides = _sides(text)
@@ -291,13 +295,13 @@ def _section_in_thousandths(text: str, extent: Extent, *, thought: bool) -> str:
 
 
 def _sides(text: str) -> list[float]:
-    """The sides of the text's boxes, one box after the other."""
+    """The coordinates of all readable boxes in the text, as one flat list."""
     read = parse_detection(text)
     return [side for b in (read.boxes if read else ()) if not unreadable(b) for side in b]
 
 
 def _whole(box: Sequence[float]) -> list[int]:
-    """A box in whole thousandths, at least 1 wide and high."""
+    """The box in whole thousandths. A box with an area stays at least 1 wide and 1 high."""
     first, last = [round(side) for side in box[:2]], [round(side) for side in box[2:]]
     for axis in range(2):
         if first[axis] == last[axis] and box[axis] < box[axis + 2]:

@@ -1,7 +1,7 @@
-"""From text to boxes or a label, with one parser for model answers and for the ground truth.
+"""Read boxes or a label from text. Model answers and the ground truth share one parser.
 
-Whatever the text, nothing here raises, evaluates it, or takes more than linear time. What can't be
-read is `None`, and a reward turns that into 0.
+No function here raises because of a text, evaluates it, or takes more than linear time. Text that
+can't be read gives `None`, which rewards turn into 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from virft_fast.tasks.brackets import BracketGroup, Items, read_groups
 from virft_fast.tasks.coordinates import Box, to_thousand
-from virft_fast.tasks.labels import (  # noqa: F401  (all of them importable from here)
+from virft_fast.tasks.labels import (  # noqa: F401  (re-exported)
     ClosedSet,
     answer_text,
     marked_answer,
@@ -27,7 +27,8 @@ from virft_fast.tasks.labels import (  # noqa: F401  (all of them importable fro
 
 NOT_A_BOX: Box = (math.nan,) * 4
 
-# Letters and digits of the keys that name a box, of which the first one counts; or its four sides.
+# Keys that hold a box, reduced to letters and digits. The first one present wins; without any, the
+# four sides may have keys of their own.
 _BOX_KEYS = (
     "position", "bbox2d", "bbox", "box2d", "box", "boundingbox", "bboxes", "boxes", "boundingboxes",
     "coordinates", "coords",
@@ -42,9 +43,9 @@ _CONFIDENCE_KEYS = ("confidence", "score", "conf", "scores", "confidences")
 _ABOUT_KEYS = {*_CONFIDENCE_KEYS, "label", "class", "category", "name"}
 _KEYS = {*_BOX_KEYS, *itertools.chain.from_iterable(_SIDE_KEYS)}
 _NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?:\s*(%))?")
-_BETWEEN = re.compile(r"[\s,;()\[\]]+(?!%)")  # the numbers in one quoted text
+_BETWEEN = re.compile(r"[\s,;()\[\]]+(?!%)")  # between the numbers of one quoted text
 _NOTHING = re.compile(r"[\W_]*no[\W_]+objects?[\W_]*", re.IGNORECASE)
-MAX_OBJECTS = 500  # in one answer; the rest is not read
+MAX_OBJECTS = 500  # in one answer; later objects are not read
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class Detection:
     """Boxes read from an answer.
 
     Attributes:
-        boxes: xyxy in the 0..1000 space, in the order written; four NaN where the answer announces
-            a box that can't be read. Empty for 'No Objects' or an empty list.
-        confidences: one a box; None where it is missing or not a number.
+        boxes: xyxy in the 0..1000 space, in the order written. Four NaN stand for an object whose
+            box can't be read. Empty for 'No Objects' or an empty list.
+        confidences: one per box; None if it is missing or not a number.
     """
 
     boxes: tuple[Box, ...]
@@ -62,24 +63,26 @@ class Detection:
 
 
 def parse_detection(text: str, extent: Sequence[float] | None = None) -> Detection | None:
-    """Boxes and confidences of an answer; None if it holds no box and doesn't say so either.
+    """Read the boxes and confidences of an answer.
 
-    Objects are read one by one, so that a mistake in one changes nothing about the others. An
-    object is Visual-RFT's {'Position': [x1, y1, x2, y2], 'Confidence': c}, Qwen's {"bbox_2d": ...,
-    "label": ...} and the like, in any state of quotes, commas and brackets; a bare list of four
-    numbers; or (x1,y1),(x2,y2), with or without box marks. An object whose box can't be read, or
-    that only has a label or a confidence, becomes four NaN, and so does any other list of numbers
-    among boxes. If the text ends within an object, it counts if its box is complete. A confidence
-    may be a percentage. The text after MAX_OBJECTS objects is not read.
+    Returns None if the answer neither has a box nor says that there are none.
+
+    Objects are read one by one, so a mistake in one doesn't affect the others. An object can be
+    Visual-RFT's {'Position': [x1, y1, x2, y2], 'Confidence': c}; Qwen's {"bbox_2d": ...,
+    "label": ...} and similar, even with wrong quotes, commas or brackets; a bare list of four
+    numbers; or (x1,y1),(x2,y2), with or without box markers. These become four NaN: an object whose
+    box can't be read, an object with only a label or a confidence, and any other list of numbers
+    among boxes. If the text ends inside an object, that object counts if its box is complete. A
+    confidence may be a percentage. The text after MAX_OBJECTS objects is not read.
 
     Args:
-        extent: (width, height) of the space that the answer's boxes are counted in; None: 0..1000.
+        extent: (width, height) of the coordinate space of the answer's boxes; None: 0..1000.
     """
     return in_thousand(_parse_detection(text), extent)
 
 
 def in_thousand(read: Detection | None, extent: Sequence[float] | None) -> Detection | None:
-    """Boxes counted in the space `extent` (see `parse_detection`), converted to 0..1000."""
+    """Convert boxes from the coordinate space `extent` (see `parse_detection`) to 0..1000."""
     if read is None or extent is None:
         return read
     return Detection(tuple(to_thousand(box, extent) for box in read.boxes), read.confidences)
@@ -99,18 +102,18 @@ def _parse_detection(text: str) -> Detection | None:
 
 
 def valid_box(box: Box) -> bool:
-    """Whether it lies in 0..1000 on both axes and has an area; false if a side is not finite."""
+    """Whether the box has an area and lies in 0..1000 on both axes. Sides must be finite."""
     x1, y1, x2, y2 = box
     return 0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000
 
 
 def unreadable(box: Box) -> bool:
-    """Whether it stands for an announced box that can't be read."""
+    """Whether the box stands for an object whose box can't be read."""
     return any(map(math.isnan, box))
 
 
 class _Prediction(NamedTuple):
-    """A box; `bare` if it is a list of numbers without a key."""
+    """A box. `bare` means that it is a list of numbers without a key."""
 
     box: Box = NOT_A_BOX
     confidence: float | None = None
@@ -118,15 +121,15 @@ class _Prediction(NamedTuple):
 
 
 def _in_row(items: Items, *, listed: bool = False) -> list[_Prediction]:
-    """The predictions of groups side by side.
+    """The predictions in a series of groups.
 
     Args:
-        listed: whether the groups are in one list; else only commas between them join them.
+        listed: the groups are items of one list. Otherwise, only commas between them join them.
     """
     groups = [
         item for item in items if isinstance(item, BracketGroup) and (item.items or item.fields[1:])
     ]
-    read: list[tuple[list[_Prediction], bool]] = []  # with: if there are none, is it a box unread?
+    read: list[tuple[list[_Prediction], bool]] = []  # with: is a box unreadable if there are none?
     corner: BracketGroup | None = None
     for group, after in itertools.zip_longest(groups, groups[1:]):
         if group is corner:
@@ -158,14 +161,14 @@ def _in_object(group: BracketGroup) -> list[_Prediction]:
     objects: list[dict[str, Items]] = [{}]
     for name, items in group.fields:
         key = _letters(name)
-        if key in objects[-1] and key in _BOX_KEYS:  # the braces between two objects are missing
+        if key in objects[-1] and key in _BOX_KEYS:  # no braces between two objects
             objects.append({})
         objects[-1][key] = items
     return [p for named in objects for p in _in_fields(named, group.ended)]
 
 
 def _in_fields(named: Mapping[str, Items], ended: bool) -> list[_Prediction]:
-    """An object's own boxes, then those of the objects in it. Without either, bare boxes count."""
+    """An object's own boxes, then those of objects inside it. If it has neither, its bare boxes."""
     keys = _box_keys(named)
     value = [item for key in keys for item in named[key]]
     box = _box(value)
@@ -191,7 +194,7 @@ def _box_keys(named: Mapping[str, Items]) -> tuple[str, ...]:
 def _scored(
     boxes: list[_Prediction], named: Mapping[str, Items], *, bare: bool
 ) -> list[_Prediction]:
-    """Boxes with the confidences of their object, which has one for all or one for each."""
+    """Add an object's confidences to its boxes: one for all of them, or one for each."""
     if not boxes:
         return []
     score = next((named[key] for key in _CONFIDENCE_KEYS if key in named), ())
@@ -205,7 +208,7 @@ def _scored(
 
 
 def _box(items: Items) -> Box | None:
-    """Four numbers, however they are grouped."""
+    """The box that exactly four numbers form, however they are grouped; else None."""
     values = list(itertools.islice(_values(items), 5))
     if len(values) != 4 or any(isinstance(v, str) and v.endswith("%") for v in values):
         return None
@@ -216,7 +219,7 @@ def _box(items: Items) -> Box | None:
 
 
 def _values(items: Items) -> Iterator[float | str]:
-    """The words and numbers in lists; the opening bracket of an object or of a group cut off."""
+    """The words and numbers in nested lists; of objects and unclosed groups, only the bracket."""
     for item in items:
         if isinstance(item, float):
             yield item
@@ -234,7 +237,7 @@ def _is_point(group: BracketGroup) -> bool:
 
 
 def _announces(group: BracketGroup) -> bool:
-    """Whether it is meant as an object or a box; words in parentheses are not."""
+    """Whether the group is meant as an object or a box. Words in parentheses are not."""
     if group.opening != "(":
         return group.ended
     return group.ended and all(_number(value) is not None for value in _values(group.items))
@@ -246,7 +249,7 @@ def _letters(name: str) -> str:
 
 
 def _number(value: float | str) -> float | None:
-    """A finite float; a hundredth of a percentage."""
+    """The value as a finite float, percentages divided by 100; None if it isn't one."""
     if isinstance(value, str):
         match = _NUMBER.fullmatch(value)
         value = float(match[1]) / (100 if match[2] else 1) if match else math.nan

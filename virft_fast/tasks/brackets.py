@@ -1,8 +1,8 @@
-"""Text with brackets in it as a tree, whatever its syntax.
+"""Parse text with brackets into a tree, whatever its syntax.
 
-Reads JSON, Python's literals, and what models make of them: missing quotes, ends and commas,
-doubled braces, curly quotes, apostrophes. No text raises an error or is evaluated, and the time is
-linear in its length.
+Reads JSON, Python literals, and the variants that models write: missing quotes, closing brackets
+and commas, doubled braces, curly quotes, apostrophes. Nothing raises because of a text or evaluates
+it, and the time is linear in its length.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, Union
 
-# Both leave room for 500 of Visual-RFT's objects; the rest of a text is not read.
+# Enough for 500 of Visual-RFT's objects; text beyond either limit is not read.
 MAX_CHARACTERS = 40_000
 MAX_TOKENS = 10_000
 MAX_GROUPS = 1_024
-MAX_DEPTH = 8  # a deeper group is read as if it stood alone
+MAX_DEPTH = 8  # deeper groups become children of the root
 
-_ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # of full-width characters
+_ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width characters
 _ASCII |= str.maketrans("“”„‟«»‘’‚‛−", '""""""\'\'\'\'-')
-# A quote only ends a text before a sign that may follow a value, and starts none inside a word. So
-# a text reaches no further than the next such quote, and the search is linear.
+# A quote ends a string only before a character that may follow a value. It doesn't start one inside
+# a word. So a string extends no further than the next such quote, and the search is linear.
 _TEXTS = "|".join(rf"{q}[^{q}\\]*(?:\\[\s\S][^{q}\\]*)*{q}" for q in "\"'")
 NUMBER = r"[-+]?\.?\d[\d.]*(?:[eE][-+]?\d+)?"
 _TOKEN = re.compile(
@@ -32,7 +32,7 @@ _TOKEN = re.compile(
 _MARKS = {"<|box_start|>": "<", "<|box_end|>": ">"}
 _CLOSES = {"]": "[(", ")": "[(", "}": "{", ">": "<"}
 
-# Quoted numbers are strings, and so are those that can't be read, as 1.2.3.
+# Quoted numbers are strings, and so are numbers that can't be read, such as 1.2.3.
 Item: TypeAlias = Union["BracketGroup", float, str]
 Items: TypeAlias = Sequence[Item]
 
@@ -42,11 +42,11 @@ class BracketGroup:
     """The content of one pair of brackets.
 
     Attributes:
-        opening: "[", "(" or "{"; "<" for the model family's box marks; "" for the whole text.
-        items: in the order written; in braces those of the last field.
-        fields: (name, items) of braces. Items before the first name are named "".
-        joined: only a comma stands between it and the group before.
-        ended: false where the text ends first; for the whole text, where a limit cut it.
+        opening: "[", "(" or "{"; "<" for the model family's box markers; "" for the whole text.
+        items: in the order written; for braces, the items of the last field.
+        fields: (name, items) in braces. Items before the first name are named "".
+        joined: only a comma separates it from the previous group.
+        ended: false if the text ends before it closes; for the whole text, if a limit cut it off.
     """
 
     opening: str
@@ -57,7 +57,7 @@ class BracketGroup:
 
 
 def read_groups(text: str) -> BracketGroup:
-    """The text as a group without brackets of its own."""
+    """Parse the text into a root group, which has no brackets of its own."""
     root = BracketGroup("", [], [])
     stack, before, left = [root], "", MAX_GROUPS
     start = text[:MAX_CHARACTERS]
@@ -87,7 +87,7 @@ def read_groups(text: str) -> BracketGroup:
 
 
 def float_of(token: str) -> float | str:
-    """The number, or the text itself if it is none, as 1.2.3."""
+    """The number as a float, or the text itself if it isn't a number, such as 1.2.3."""
     try:
         return float(token)
     except ValueError:
@@ -95,7 +95,7 @@ def float_of(token: str) -> float | str:
 
 
 def _after_word(group: BracketGroup, token: str) -> None:
-    """A colon makes the last word a name in braces, and a percent sign stays with its number."""
+    """Inside braces, a colon turns the last word into a name. A percent sign joins its number."""
     if token == ":" and group.opening == "{":
         name, group.items = str(group.items.pop()), []
         group.fields.append((name, group.items))
@@ -104,7 +104,7 @@ def _after_word(group: BracketGroup, token: str) -> None:
 
 
 def _open(stack: list[BracketGroup], bracket: str, before: str) -> None:
-    """Put a group into the last open one; an object that is no value of another ends that one."""
+    """Open a group in the innermost one. A "{" that isn't a value closes open objects first."""
     while bracket == "{" and before != ":" and stack[-1].opening == "{":
         stack.pop().ended = True
     if len(stack) > MAX_DEPTH:
@@ -119,7 +119,7 @@ def _open(stack: list[BracketGroup], bracket: str, before: str) -> None:
 
 
 def _close(stack: list[BracketGroup], bracket: str) -> None:
-    """End the last group that the bracket can end, and all groups in it, if there is one."""
+    """Close the innermost group that the bracket can close, if any, and all groups inside it."""
     for depth in range(len(stack) - 1, 0, -1):
         if stack[depth].opening in _CLOSES[bracket]:
             for group in stack[depth:]:
@@ -127,4 +127,4 @@ def _close(stack: list[BracketGroup], bracket: str) -> None:
             del stack[depth:]
             return
         if bracket == ")" and stack[depth].opening == "{":
-            return  # it belongs to a text without quotes
+            return  # it belongs to text without quotes

@@ -1,9 +1,9 @@
-"""The spaces in which model families count boxes, and the one conversion between them.
+"""The coordinate spaces in which model families give boxes, and the conversion between them.
 
 Every box in this package is xyxy in 0..1000 of its image, whatever the image's size. A model family
-that was trained on another space gets its prompts and gives its answers in that one; answers are
-converted to 0..1000 before anything else reads them. Since each axis only changes its unit, IoU and
-the like stay the same.
+that was trained on another space is prompted and answers in that space. Answers are converted to
+0..1000 before anything else reads them. The conversion only scales each axis, so IoU and similar
+measures don't change.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Box: TypeAlias = tuple[float, float, float, float]
 
 
 def rescale(box: Sequence[float], source: Sequence[float], target: Sequence[float]) -> Box:
-    """The same box where the image spans `target` instead of `source`, (width, height) each."""
+    """Convert a box from a space of size `source` to one of size `target`, (width, height) each."""
     x, y = target[0] / source[0], target[1] / source[1]
     x1, y1, x2, y2 = box
     return (x1 * x, y1 * y, x2 * x, y2 * y)
@@ -39,8 +39,8 @@ def to_thousand(box: Sequence[float], extent: Sequence[float]) -> Box:
 
 
 def written(box: Sequence[float], extent: Extent) -> list[int]:
-    """A box as solutions have it: whole numbers, rounded down as Visual-RFT does, inside `extent`,
-    at least 1 wide and high."""
+    """A box as solutions give it: whole numbers, rounded down as in Visual-RFT, inside `extent`, at
+    least 1 wide and 1 high."""
     right, lower = int(extent[0]), int(extent[1])
     x1, y1, x2, y2 = (math.floor(side) for side in box)
     x1, y1 = min(max(x1, 0), right - 1), min(max(y1, 0), lower - 1)
@@ -48,7 +48,7 @@ def written(box: Sequence[float], extent: Extent) -> list[int]:
 
 
 def extent_of(value: Json) -> Extent:
-    """A row's `extent`, the (width, height) of the space its boxes are counted in; None: 0..1000.
+    """A row's `extent`: the (width, height) of its boxes' coordinate space; None: 0..1000.
 
     Raises:
         ValueError: it is not two positive numbers.

@@ -1,12 +1,12 @@
-"""Class names in answers: one normalization, and the closed set that an answer picks from.
+"""Class names in answers: how they are normalized, and which class of a closed set is meant.
 
 Rewards and evaluation compare `key`s. A key ignores what never distinguishes two classes: case,
-spaces, `_`, full-width forms, the punctuation around a name and the kind of quotes and dashes. It
-keeps what may: signs, digits, decimal points, combining marks, symbols. An answer is a name, alone
-or after a lead-in ("this is a ..."). Anything else in it, such as a second name, "not" or "maybe",
-makes it a different text. So no answer pays that only an understanding reader would reject.
+spaces, `_`, full-width forms, punctuation around a name, and the style of quotes and dashes. It
+keeps what may distinguish them: signs, digits, decimal points, combining marks, symbols. An answer
+is a name, alone or after a lead-in ("this is a ..."). Anything else, such as a second name, "not"
+or "maybe", makes it a different text. So no answer earns a reward that a careful reader would deny.
 
-Every function takes any text, in linear time.
+Every function accepts any text and takes linear time.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
-# Labels are answers, not classes, if there are more than this and more than one in two rows.
+# More labels than this, and more than one per two rows, are free-form answers, not classes.
 MANY_LABELS = 200
-MAX_EXTRA_CHARS = 200  # around a class name; every lead-in is shorter
+MAX_EXTRA_CHARS = 200  # around a class name; every lead-in is shorter than this
 _MAX_LEAD_INS = 3  # "The answer is: this is a cat" has two
 _MAX_PEELS = 8  # pairs of quotes or brackets around an answer
-_CHUNK = 1000  # characters composed at once: the time is quadratic in combining marks
+_CHUNK = 1000  # characters composed at once, because the time is quadratic in combining marks
 
 # --- Texts -----------------------------------------------------------------------------------
 
@@ -32,13 +32,16 @@ _MARK = re.compile(r"<\|\w+\|>")  # the model family's text markers
 
 
 def answer_text(text: str) -> str:
-    """The content of the last <answer>, which may lack its closing tag. Without an <answer>, the
-    text after the thinking, or all of it. Removes the model family's markers, as <|box_start|>."""
+    """The content of the last <answer>, whose closing tag may be missing.
+
+    Without an <answer>, the text after the thinking, or the whole text. The model family's markers,
+    such as <|box_start|>, are removed.
+    """
     return _MARK.sub("", marked_answer(text)).strip()
 
 
 def marked_answer(text: str) -> str:
-    """`answer_text` with the model family's text markers and outer spaces."""
+    """Like `answer_text`, but keeps the model family's text markers and surrounding spaces."""
     start = text.rfind("<answer>")
     if start < 0:
         end_of_thought = text.rfind("</think>")
@@ -51,19 +54,20 @@ def marked_answer(text: str) -> str:
 _WIDE = {code: unicodedata.normalize("NFKC", chr(code)) for code in range(0xFF01, 0xFFEF)}
 _QUOTES = dict.fromkeys(map(ord, "‘’‚‛′ʼ`´"), "'") | dict.fromkeys(map(ord, "“”„‟″«»"), '"')
 _DASHES = dict.fromkeys(map(ord, "‐‑‒–—―−﹣"), "-")
-# Invisible ones. Joiners and the tags of flags stay: they distinguish emoji and Indic words.
+# Invisible characters. Joiners and flag tags stay: they distinguish emoji and Indic words.
 _INVISIBLE = dict.fromkeys(
     [0xAD, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFE0E, 0xFE0F]
 )
 _FOLDED = {**_WIDE, **_QUOTES, **_DASHES, **_INVISIBLE, 0xFEFF: None, ord("_"): " "}
-# Mega-, peta- and pascal after a number: "5 MW" is not "5 mW". "MM" and "PM" are just capitals.
+# Mega-, peta- and pascal after a number: "5 MW" is not "5 mW". In "MM" and "PM", capitals don't
+# matter.
 _LARGE = re.compile(
     r"(?<=\d)[ -]?[MP](?=(?:[AaJNFHTS\u03a9\u2126]|Wh?|VA?|eV|Hz|Pa|Bq|Gy|Sv|ohm|bar)(?![A-Za-z]))"
 )
 
 
 def fold(text: str) -> str:
-    """The text without differences that carry no meaning: lower case, composed, one kind of quotes,
+    """The text without meaningless differences: lower case, composed Unicode, one style of quotes,
     dashes and spaces, no `_`. _LARGE prefixes become small capitals, which casefold keeps."""
     text = " ".join(text.translate(_FOLDED).split())
     text = _LARGE.sub(lambda m: m[0].replace("M", "ᴍ").replace("P", "ᴘ"), text).casefold()
@@ -103,19 +107,19 @@ _WRAPPERS = ('""', "''", "()", "[]", "{}", "「」", "『』", "《》", "【】
 _BOXED = re.compile(r"(?s)\\(?:(?:boxed|text|mathrm|mathbf|textbf) ?\{|[([])(.*)(?:\}|\\[)\]])")
 _OPENING = re.compile(r"[-*•] (?=[^\d.$€£¥₹])|[:;?¿¡•·'\"]|[.,](?! ?\d)|#+ ")
 _CLOSING = " .,:;?。、।…‥"
-# After a digit they mean feet, inches or a factorial, and stay.
+# Not after a digit, where they mean feet, inches or a factorial.
 _UNPAIRED = re.compile(r"(?<=\D)(?:'|\"|!!?!?)$")
 
 
 def peel(text: str) -> str:
-    """A folded text without the quotes, brackets and punctuation around it. Signs and a point
-    before a digit stay, and so does a text that is all punctuation."""
+    """Strip the quotes, brackets and punctuation around a folded text. A sign or point before a
+    digit stays, and a text of only punctuation stays as it is."""
     for _ in range(_MAX_PEELS):
         if not re.search("[am1e]", _shape(text)):
             break
         before = text
         inside = text[1:-1]
-        # Brackets around a comma may be an interval's: (0, 10] is not [0, 10).
+        # Brackets around a comma may be an interval: (0, 10] is not [0, 10).
         if text[:1] + text[-1:] in _WRAPPERS and "," not in inside:
             text = inside
         if boxed := _BOXED.fullmatch(text):
@@ -135,11 +139,11 @@ _GAPS = re.compile(r"(?P<words>(?<=[ams])(?:\.? | ?- ?)(?=[as]))|(?P<numbers>(?<
 
 @lru_cache(maxsize=1 << 13)
 def key(text: str) -> str:
-    """What all spellings of one name have in common; "" for a text without content.
+    """A normal form that all spellings of a name share; "" for a text without content.
 
-    Removes spaces, `-`, `_` and apostrophes between letters, except where that would join two
-    numbers or a single letter to its neighbor: "1 2" is not "12" and "A B" is not "AB". A hyphen
-    next to a digit stays.
+    Removes spaces, `-`, `_` and apostrophes between letters, unless that would join two numbers or
+    join a single letter to its neighbor: "1 2" is not "12" and "A B" is not "AB". A hyphen next to
+    a digit stays.
     """
     return _key(peel(fold(text)))
 
@@ -165,7 +169,7 @@ _THING = (
     "image|picture|photo|photograph|animal|plant|flower|pet|car|aircraft|airplane|plane|dog|cat|"
     "bird|thing|result|number|digit|letter|word|value|color|colour|sign|option|choice)(?: name)?"
 )
-# Phrases before a name, in folded text, by language. None expresses a negation or a doubt.
+# Phrases before a name, in folded text, by language. None of them expresses negation or doubt.
 LEAD_INS: dict[str, str] = {
     "English": rf"(?:(?:so|thus|therefore),? )?(?:(?:(?:this|that|it|(?:(?:the|my|this|its) )?"
     rf"{_THING}(?: (?:of|in|on) (?:the|this) {_THING}){{0,2}})"
@@ -199,7 +203,7 @@ LEAD_INS: dict[str, str] = {
     "|(?:đáp án|câu trả lời)(?: đúng)? ?(?:là |: ?))",
 }
 _LEAD_IN = re.compile(f"^(?:{'|'.join(LEAD_INS.values())})")
-# Endings of a sentence after a name that can't belong to the name; and those that can.
+# Sentence endings after a name: first those that can't be part of the name, then those that can.
 _TAIL = re.compile(
     "(?:です|でした|である|(?<![ぁ-ん])だ|입니다|예요|(?<=[이\x00-\x7f])이(?:다|에요)| है| हैं)$"
 )
@@ -215,8 +219,11 @@ _ARTICLE = re.compile(
 
 @lru_cache(maxsize=1 << 12)
 def readings(text: str) -> tuple[str, ...]:
-    """The folded texts that an answer may stand for: itself, then the same with one more thing
-    removed each time: its lead-ins, the ending of its sentence, its article."""
+    """The folded texts that an answer may stand for.
+
+    The first is the answer itself. Each further one has one more thing removed: lead-ins, then the
+    sentence ending, then the article.
+    """
     texts = [peel(fold(text))]
     for pattern in [*[_LEAD_IN] * _MAX_LEAD_INS, _TAIL, _ARTICLE]:
         shorter = peel(pattern.sub("", texts[-1], count=1))
@@ -226,7 +233,7 @@ def readings(text: str) -> tuple[str, ...]:
 
 
 def same_label(answer: str, label: str) -> bool:
-    """Whether an answer is a label of an unknown set: equal keys, after lead-ins."""
+    """Whether an answer means a label when the class set is unknown: equal keys, after lead-ins."""
     wanted = key(label)
     if not wanted or len(answer) > len(label) + MAX_EXTRA_CHARS:
         return False
@@ -235,13 +242,13 @@ def same_label(answer: str, label: str) -> bool:
 
 # --- Closed sets -----------------------------------------------------------------------------
 
-# Words that may follow a class name of a closed set and say what it is. They may not precede it:
-# "dog rose" is not a rose.
+# Words that may follow a class name of a closed set to say what kind of thing it is. They may not
+# precede it: a "dog rose" is not a rose.
 KINDS = frozenset(
     "species breed flower plant car vehicle dog cat bird aircraft airplane plane jet "
     "helicopter".split()
 )
-# Words that may precede or follow it: who makes it.
+# Makers' names, which may precede or follow a class name.
 MAKERS = frozenset(
     "aerospace airbus antonov atr aviation beechcraft boeing bombardier british canadair cessna "
     "cirrus company corporation dassault de havilland dornier douglas embraer eurofighter "
@@ -252,15 +259,15 @@ _NEUTRAL = KINDS | MAKERS
 
 
 class ClosedSet:
-    """Finds the label of a fixed set that an answer gives.
+    """Finds which label of a fixed set an answer gives.
 
-    It is the one whose key equals that of a reading of the answer. If none does, hyphens and spaces
-    may differ ('MD11' for 'MD-11') if no other label is spelled so. MAKERS may stand around the
-    label and KINDS after it, unless the word belongs to another label whose other words are neutral
-    or occur as well.
+    An answer gives a label if one of its readings has the same key. Failing that, hyphens and
+    spaces may differ ('MD11' for 'MD-11') if no other label is spelled that way. MAKERS may stand
+    before or after the label, and KINDS after it, unless the word belongs to another label whose
+    other words are neutral or also occur in the answer.
 
     Args:
-        labels: as they will be returned; those without content are left out.
+        labels: in the form to return; labels without content are left out.
     Raises:
         ValueError: two labels have the same key; names them.
     """
@@ -283,7 +290,7 @@ class ClosedSet:
             self._by_letters.setdefault("".join(_parts(label)), []).append(label)
 
     def __call__(self, text: str) -> str | None:
-        """None if the answer gives none of the labels, or several."""
+        """The label that the answer gives; None if it gives no label or several."""
         text = answer_text(text)
         if len(text) > self._longest + MAX_EXTRA_CHARS:
             return None
@@ -303,24 +310,24 @@ class ClosedSet:
         return None
 
     def _drops_no_label(self, whole: str, reading: str) -> bool:
-        """Whether the words that a reading leaves out name no class: "a ab" is not ab."""
+        """Whether none of the words that a reading omits names a class: "a ab" is not ab."""
         dropped = Counter(words(whole)) - Counter(words(reading))
         return not any(_key(word) in self._by_key for word in dropped)
 
     def _without_neutral(self, reading: str) -> Iterator[str]:
-        """The reading with one after another of the neutral words at its ends removed."""
+        """Yield the reading again after each removal of a neutral word from its ends."""
         left, written = reading.split(), _stems(reading) | _NEUTRAL
         for end, rest, neutral in ((0, slice(1, None), MAKERS), (-1, slice(-1), _NEUTRAL)):
             while len(left) > 1 and left[end] in neutral:
                 kept = _stems(" ".join(left[rest]))
                 if any(left[end] in s <= written and not s <= kept for s in self._partly_neutral):
-                    break  # "rose car" is two things where "car" is a label
+                    break  # "rose car" means two things if "car" is a label
                 left = left[rest]
                 if not _NEUTRAL.issuperset(left):  # "cat dog" is two animals
                     yield " ".join(left)
 
     def _is_row(self, text: Sequence[str], space: str) -> bool:
-        """Whether letters or words are several labels in a row."""
+        """Whether a sequence of letters or words is several labels in a row."""
         ends, size = [0], len(text)
         for end in range(1, size + 1):
             runs = (text[start:end] for start in ends if end - start < size)
@@ -329,10 +336,11 @@ class ClosedSet:
         return ends[-1] == size
 
     def _joined(self, reading: str) -> str | None:
-        """The only label of these letters, if they aren't several labels in a row.
+        """The only label with these letters, unless the letters are several labels in a row.
 
-        The answer may only have breaks that the label has, or that separate a letter from a digit
-        or two words of at least two letters."""
+        Each break in the answer must be in the label, too, or separate a letter from a digit, or
+        separate two words of at least two letters.
+        """
         chunks = _parts(reading)
         letters = "".join(chunks)
         labels = self._by_letters.get(letters, ())
@@ -349,11 +357,10 @@ class ClosedSet:
 
 
 def class_set(solutions: Sequence[str]) -> ClosedSet | None:
-    """The labels in all solutions of a split, in alphabetical order; None where there are too many
-    to be classes.
+    """The labels in all solutions of a split, sorted; None if there are too many to be classes.
 
     Raises:
-        ValueError: two of them have the same key; names them.
+        ValueError: two labels have the same key; names them.
     """
     labels = sorted({answer_text(solution) for solution in solutions})
     few = len(labels) <= max(MANY_LABELS, len(solutions) // 2)
@@ -361,7 +368,7 @@ def class_set(solutions: Sequence[str]) -> ClosedSet | None:
 
 
 def _parts(text: str) -> list[str]:
-    """A folded text, split at hyphens and spaces between letters or digits."""
+    """The text, folded and split at hyphens and spaces between letters or digits."""
     text = _APOSTROPHE.sub("", peel(fold(text)))
     gaps = [gap.span() for gap in re.finditer(r"(?<=[am1])(?:\.? | ?- ?)(?=[a1])", _shape(text))]
     starts, ends = [0, *(end for _, end in gaps)], [*(start for start, _ in gaps), len(text)]
@@ -369,15 +376,15 @@ def _parts(text: str) -> list[str]:
 
 
 def _stems(text: str) -> frozenset[str]:
-    """The words of a text, without the s of a plural."""
+    """The words of a text, without a plural s."""
     return frozenset(w if w in _NEUTRAL else w.removesuffix("s") for w in words(text))
 
 
 def mentioned(text: str, names: Sequence[str]) -> list[str]:
     """Which of `names` an answer mentions, in the order of `names`.
 
-    A name counts where its words follow each other. Of two names that start at the same word only
-    the longer one counts, so that 'hot dog' is not a dog.
+    An answer mentions a name if it has the name's words in a row. If two names start at the same
+    word, only the longer one counts: 'hot dog' is not a dog.
     """
     by_words = {tuple(words(name)): name for name in names}
     sizes = sorted({len(run) for run in by_words if run}, reverse=True)

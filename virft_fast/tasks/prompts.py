@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
-# Every detection prompt asks for boxes in this space; see `virft_fast.tasks.coordinates`.
+# Every detection prompt asks for boxes in one of these spaces; see `virft_fast.tasks.coordinates`.
 _SPACES = {
     "thousand": "between 0 and 1000, integer",
     "pixels": "absolute pixel coordinates, integer",
 }
 
-# Visual-RFT's data sets: what the images show, and what the prompt asks for.
+# Visual-RFT's data sets -> what the images show, and what the prompt asks for.
 CLASSIFICATION_SETS: dict[str, tuple[str, str]] = {
     "flowers102": ("plant", "species"),
     "pets37": ("pet", "species"),
@@ -28,13 +28,13 @@ LVIS_13 = (
     "kitchen_table", "mallet", "omelet", "shot_glass", "stepladder", "sugar_bowl",
 )  # fmt: skip
 LVIS_6 = ("horse_buggy", "die", "kitchen_table", "omelet", "papaya", "stepladder")
-# base65 is every category of COCO that is not novel.
+# base65 is all of COCO's categories that aren't in novel15.
 CATEGORY_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "coco": {"novel15": NOVEL_15, "few8": COCO_8},
     "lvis": {"lvis13": LVIS_13, "lvis6": LVIS_6},
 }
 
-# Includes the words after the name: the name itself may hold a quote, as in rubik's cube.
+# Includes the words after the name, because the name itself may contain a quote (rubik's cube).
 _CATEGORY = re.compile(r"category '(.+?)' in the image")
 _QUOTED = re.compile(r"category '([^']+)'")
 
@@ -42,10 +42,10 @@ NO_OBJECTS = "<answer>No Objects</answer>"
 
 
 def detection_problem(category: str, space: str = "thousand") -> str:
-    """Visual-RFT's question for all boxes of a category.
+    """Visual-RFT's prompt that asks for all boxes of a category.
 
     Args:
-        space: the unit of the model's boxes, "thousand" or "pixels".
+        space: unit of the model's boxes, "thousand" or "pixels".
     """
     return (
         f"Detect all objects belonging to the category '{category}' in the image, and provide the "
@@ -60,13 +60,13 @@ def detection_problem(category: str, space: str = "thousand") -> str:
 
 
 def category_in(problem: str) -> str | None:
-    """The category that a detection prompt asks about; None for another prompt."""
+    """The category that a detection prompt asks about; None for other prompts."""
     match = _CATEGORY.search(problem) or _QUOTED.search(problem)
     return match[1] if match else None
 
 
 def presence_problem(categories: list[str]) -> str:
-    """Asks which of the categories are in the image. Ours: the original only has the answers."""
+    """Ask which of the categories are in the image. Our wording: the original has only answers."""
     return (
         f"Which of these categories are in the image: {', '.join(categories)}?\n"
         "Output the thinking process in <think> </think> and final answer in <answer> </answer> "
@@ -76,7 +76,7 @@ def presence_problem(categories: list[str]) -> str:
 
 
 def classification_problem(thing: str, kind: str) -> str:
-    """Visual-RFT's question for a class, e.g. ("plant", "species").
+    """Visual-RFT's prompt that asks for a class; thing and kind are e.g. "plant" and "species".
 
     For the original's four data sets it asks for a "species name", whatever the kind.
     """
@@ -92,7 +92,7 @@ def classification_problem(thing: str, kind: str) -> str:
 
 
 def grounding_problem(instruction: str, space: str = "thousand", *, compat: bool = False) -> str:
-    """Visual-RFT's question for the one box that an instruction refers to.
+    """Visual-RFT's prompt that asks for the one box that an instruction refers to.
 
     Args:
         compat: see `grounding_format`.
@@ -119,7 +119,7 @@ def grounding_format(*, compat: bool = False) -> str:
 
 
 def detection_solution(boxes: list[list[int]]) -> str:
-    """Ground truth as Visual-RFT writes it, for xyxy boxes; 'No Objects' if there are none."""
+    """The ground truth as Visual-RFT writes it, from xyxy boxes; 'No Objects' if there are none."""
     if not boxes:
         return NO_OBJECTS
     return f"<answer>{[{'Position': list(box), 'Confidence': 1} for box in boxes]}</answer>"

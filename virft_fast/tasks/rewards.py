@@ -1,12 +1,12 @@
-"""Verifiable rewards. Each has TRL's signature and scores a whole batch of N completions:
+"""Verifiable rewards. Each has TRL's signature and scores a batch of N completions:
 
     reward(prompts, completions, solution, **columns) -> list[float]
 
-`completions` are strings, or lists of messages as [{"role": "assistant", "content": text}] whose
-content may be a list of parts. `solution` is required: N ground truths as Visual-RFT's data sets
-write them. `extent` is optional: N times the (width, height) of the space that boxes are counted
-in; without it they are in 0..1000. A model's text is data: whatever it holds, a reward is a number
-in its documented range.
+`completions` are strings, or message lists such as [{"role": "assistant", "content": text}], whose
+content may be a list of parts. `solution` is required: N ground truths in the form of Visual-RFT's
+data sets. `extent` is optional: for each completion the (width, height) of the coordinate space of
+its boxes; the default is 0..1000. A model's text is data: whatever it contains, the reward is a
+number in the documented range.
 
 The functions below take N texts and N true answers; `scored` gives them the signature above.
 """
@@ -38,7 +38,7 @@ _THOUGHT_TO_ANSWER = re.compile(r"</think>\s*<answer>")
 
 
 def completion_texts(completions: Sequence[Conversation]) -> list[str]:
-    """The text of each completion. Of content in parts, the text parts are joined.
+    """The text of each completion. If the content has parts, the text parts are joined.
 
     Raises:
         TypeError: a completion is neither a string nor a list of messages.
@@ -52,7 +52,7 @@ def _spoken(completion: Conversation) -> str:
     if isinstance(said, (list, tuple)) and all(isinstance(item, Mapping) for item in said):
         texts = [item.get("text") for item in said if item.get("type", "text") == "text"]
         said = "".join(text for text in texts if isinstance(text, str))
-    if said is None:  # a turn that only calls tools
+    if said is None:  # a turn with only tool calls
         return ""
     if not isinstance(said, str):
         raise TypeError(
@@ -62,12 +62,12 @@ def _spoken(completion: Conversation) -> str:
 
 
 def scored(reward: Callable[..., list[float]]) -> Callable[..., list[float]]:
-    """A reward with TRL's signature, from a function of N texts, N true answers and the columns.
+    """Give a function of N texts, N true answers and the columns TRL's reward signature.
 
     Raises:
         TypeError: see `completion_texts`.
-        ValueError: `solution` is missing, not a list, not as long as `completions`, or holds a
-            None. If it is missing, the message names the columns that came instead.
+        ValueError: `solution` is missing, isn't a list, differs in length from `completions`, or
+            contains None. If it is missing, the message names the columns received.
     """
 
     @functools.wraps(reward)
@@ -98,7 +98,7 @@ def scored(reward: Callable[..., list[float]]) -> Callable[..., list[float]]:
             )
         return reward(completion_texts(completions), truths, **columns)
 
-    vars(checked).pop("__wrapped__")  # `inspect.signature` shows this signature, not `reward`'s
+    vars(checked).pop("__wrapped__")  # so `inspect.signature` shows this signature, not `reward`'s
     return checked
 
 
@@ -108,8 +108,8 @@ def accuracy_iou(
 ) -> list[float]:
     """Summed IoU of matched boxes / max(#predicted, #true), in [0, 1].
 
-    Boxes match one to one where IoU > 0.5, so that the sum is largest. A box that is inverted,
-    empty or outside 0..1000 is a prediction that matches nothing. Where there is nothing to find,
+    Boxes with IoU > 0.5 are matched one to one, with the largest possible sum. An inverted or empty
+    box, or one outside 0..1000, is a prediction that matches nothing. If there is nothing to find,
     'No Objects' or an empty list scores 1 and anything else 0.
     """
     return _iou_rewards(texts, truths, extent, min_iou=0.5)
@@ -119,7 +119,7 @@ def accuracy_iou(
 def hungarian_iou(
     texts: list[str], truths: list[str], /, extent: Extents = None, **_: object
 ) -> list[float]:
-    """As `accuracy_iou`, but any overlap is enough for a match: a smoother signal for a model whose
+    """Like `accuracy_iou`, but boxes match with any overlap: a smoother signal for a model whose
     boxes aren't good yet. In [0, 1]."""
     return _iou_rewards(texts, truths, extent, min_iou=0.0)
 
@@ -128,13 +128,13 @@ def hungarian_iou(
 def accuracy_confidence(
     texts: list[str], truths: list[str], /, extent: Extents = None, **_: object
 ) -> list[float]:
-    """Is the model sure of the boxes it found, and only of those? In [0, 1].
+    """Whether the model is confident about the boxes it found, and only about those. In [0, 1].
 
-    With n true boxes, c the confidences of matched predictions and u those of the others:
-    sum(c) / (n + sum(u)), or 1 / (1 + sum(u)) where there is nothing to find. A confidence that is
-    not a number in [0, 1] counts as 0 on a match and as 1 otherwise. An unreadable answer scores 0.
+    With n true boxes, confidences c of matched predictions and u of unmatched ones:
+    sum(c) / (n + sum(u)), or 1 / (1 + sum(u)) if there is nothing to find. A confidence that is not
+    a number in [0, 1] counts as 0 if matched and as 1 if not. An unreadable answer scores 0.
     """
-    # Of equal boxes the one with the highest confidence is matched, in whatever order they came.
+    # Of several equal boxes, match the one with the highest confidence, whatever their order.
     pairs = [
         (None if predicted is None else _surest_first(predicted), true)
         for predicted, true in _parse_pairs(texts, truths, extent)
@@ -173,13 +173,13 @@ def accuracy(
     classes: ClosedSet | Sequence[str] | Sequence[Sequence[str] | None] | None = None,
     **columns: Json,
 ) -> list[float]:
-    """1 if the answer is the class of the solution, else 0. `tasks.labels` says what is equal.
+    """1 if the answer is the class of the solution, else 0. `tasks.labels` defines equality.
 
     Args:
-        classes: the class set, or N of them (None: not known). Without it, the columns
-            `class_names`, `choices` and `options` are used where they hold lists. An answer must
-            single out one class of the set. Where no set is known, or the solution isn't in it, the
-            answer must equal the solution.
+        classes: the class set, or one set per completion (None if unknown). Without it, the columns
+            `class_names`, `choices` and `options` are used if they contain lists. An answer must
+            match exactly one class of the set. If no set is known, or the solution isn't in it,
+            the answer must equal the solution.
     Raises:
         ValueError: two classes of a set have the same key.
     """
@@ -188,7 +188,7 @@ def accuracy(
 
 
 def knowing_classes(reward: RewardFunction, classes: ClosedSet | None) -> RewardFunction:
-    """A class reward that uses the class set of a split for rows that list no classes."""
+    """The class reward, made to use a split's class set for rows that list no classes."""
 
     @functools.wraps(reward)
     def with_classes(*arguments: Json, **columns: Json) -> Sequence[float | None]:
@@ -209,7 +209,7 @@ def _is_class(text: str, truth: str, classes: ClosedSet | None) -> bool:
 def _class_sets(
     count: int, classes: Json, columns: Mapping[str, Json]
 ) -> Sequence[ClosedSet | None]:
-    """The class set of each completion."""
+    """The class set for each completion, None if unknown."""
     listed = (classes, *map(columns.get, CLASS_COLUMNS))
     given = next((value for value in listed if value is not None), None)
     if isinstance(given, ClosedSet):
@@ -224,7 +224,7 @@ _closed_set = functools.lru_cache(maxsize=4096)(ClosedSet)
 
 
 def is_class_set(value: object) -> TypeGuard[Sequence[str]]:
-    """Whether a row's column lists the classes to choose from: two texts or more."""
+    """Whether a row's value lists the classes to choose from: at least two strings."""
     if not isinstance(value, (list, tuple)) or len(value) < 2:
         return False
     return all(isinstance(name, str) for name in value)
@@ -232,11 +232,11 @@ def is_class_set(value: object) -> TypeGuard[Sequence[str]]:
 
 @scored
 def accuracy_choice(texts: list[str], truths: list[str], /, **columns: Json) -> list[float]:
-    """1 if the answer picks the option of the solution by its letter or number, else 0: "B", "(b)",
+    """1 if the answer picks the solution's option by letter or number, else 0: "B", "(b)",
     "option B" and "B. a cat" are B. An answer that names two options picks none.
 
     Args:
-        columns: the first of CHOICE_COLUMNS that was given lists the options of each row.
+        columns: the first of CHOICE_COLUMNS that is given lists the options of each row.
     """
     listed = next((columns[n] for n in CHOICE_COLUMNS if columns.get(n) is not None), None)
     rows = [row if is_class_set(row) else None for row in listed or [None] * len(truths)]
@@ -248,15 +248,17 @@ def accuracy_choice(texts: list[str], truths: list[str], /, **columns: Json) -> 
 
 @scored
 def accuracy_number(texts: list[str], truths: list[str], /, **_: object) -> list[float]:
-    """1 if the answer is the number of the solution, else 0. Numbers are compared exactly, so that
-    5, 5.0 and 5e0 are equal; both need the same unit or currency, or none. A fraction counts where
-    the solution is a fraction or not a whole number."""
+    """1 if the answer is the same number as the solution, else 0.
+
+    Numbers are compared exactly, so 5, 5.0 and 5e0 are equal. Both need the same unit or currency,
+    or none. A fraction counts only if the solution is a fraction or not a whole number.
+    """
     return [float(same_number(*pair)) for pair in zip(texts, truths, strict=True)]
 
 
 @scored
 def accuracy_math(texts: list[str], truths: list[str], /, **_: object) -> list[float]:
-    """1 if the answer equals the formula of the solution by math-verify, else 0.
+    """1 if the answer equals the solution's formula according to math-verify, else 0.
 
     Raises:
         ValueError: math-verify is not installed.
@@ -269,7 +271,7 @@ def grounding_giou(
     texts: list[str], truths: list[str], /, extent: Extents = None, **_: object
 ) -> list[float]:
     """(GIoU + 1) / 2 of the one requested box, in [0, 1]; 0 if the answer has no box or several, or
-    the box is inverted, empty or outside 0..1000."""
+    if its box is inverted, empty or outside 0..1000."""
     pairs = _parse_pairs(texts, truths, extent)
     pred, num_pred = _one_box([predicted for predicted, _ in pairs])
     gt, num_gt = _one_box([true for _, true in pairs])
@@ -283,7 +285,7 @@ def _usable(confidence: float | None) -> TypeGuard[float]:
 
 
 def _surest_first(detection: Detection) -> Detection:
-    """The same predictions in an order that doesn't depend on the text's."""
+    """The same predictions, in an order that doesn't depend on how the text orders them."""
 
     def rank(pair: tuple[Box, float | None]) -> tuple[float, tuple[float, ...]]:
         box, confidence = pair
@@ -320,20 +322,20 @@ def _parse_pairs(texts: list[str], truths: list[str], extent: Extents) -> list[_
 
 
 def _match(pairs: list[_Pair], *, min_iou: float) -> tuple[Tensor, Tensor]:
-    """All completions in one call: matches (N, K) int64, -1 where none, and their IoU (N, K)."""
+    """Match all completions at once. Returns (N, K) int64 matches, -1 for none, and their IoU."""
     pred, num_pred = pad_boxes([_boxes(p) for p, _ in pairs], dtype=torch.float64)
     gt, num_gt = pad_boxes([_boxes(t) for _, t in pairs], dtype=torch.float64)
     return match_boxes(pred, gt, num_pred, num_gt, min_iou=min_iou)
 
 
 def _boxes(detection: Detection | None) -> list[Box]:
-    """The boxes, an unusable one replaced by an empty one."""
+    """The boxes; each unusable box is replaced by an empty one."""
     boxes = detection.boxes if detection else ()
     return [box if valid_box(box) else _NO_BOX for box in boxes]
 
 
 def _one_box(detections: list[Detection | None]) -> tuple[Tensor, Tensor]:
-    """(N, 1, 4) float64 boxes and counts (N,): 1 where there is exactly one and it is valid."""
+    """(N, 1, 4) float64 boxes and counts (N,): 1 if there is exactly one box and it is valid."""
     boxes = [d.boxes[0] if d and len(d.boxes) == 1 else NOT_A_BOX for d in detections]
     usable = [valid_box(box) for box in boxes]
     rows = [box if ok else _NO_BOX for box, ok in zip(boxes, usable, strict=True)]

@@ -1,4 +1,4 @@
-"""Reward functions by name or path, called as TRL calls them: a batch of answers -> rewards."""
+"""Reward functions by name or path, called as in TRL: a batch of completions -> rewards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from virft_fast.batch import Json, Row
 
 logger = logging.getLogger(__name__)
 
-# The arguments of a reward function that are not columns of the rows.
+# Arguments of a reward function that are not columns of the data set.
 _ALWAYS = ("prompts", "completions", "completion_ids", "image_grid_thw")
 RESERVED = frozenset((*_ALWAYS, "trainer_state", "log_extra", "log_metric"))
 LARGEST = torch.finfo(torch.float32).max
@@ -36,13 +36,13 @@ Conversation: TypeAlias = str | Sequence[Row]  # a prompt or a completion: text,
 
 
 class RewardFunction(Protocol):
-    """A reward as TRL calls it, all arguments by name. It may be declared `async`.
+    """A reward function as TRL calls it, with all arguments by name. It may be `async`.
 
     Args:
         prompts, completions: N each.
-        columns: those of the data set, N values each, and `RewardLog.arguments`.
+        columns: the data set's columns, N values each, and `RewardLog.arguments`.
     Returns:
-        N rewards, None for a completion that the function doesn't score.
+        N rewards; None for a completion that the function doesn't score.
     """
 
     def __call__(
@@ -58,17 +58,17 @@ NamedRewards: TypeAlias = Sequence[tuple[str, RewardFunction]]
 
 
 class RewardError(RuntimeError):
-    """A reward function raised or gave no number. Names the function and the sample."""
+    """A reward function raised or didn't return numbers. Names the function and the sample."""
 
 
 def load_function(name: str) -> tuple[str, RewardFunction]:
-    """A reward from path/to/file.py:name or package.module:name. The name may also be a class,
-    which is called without arguments, or a method of an object, such as `scorer.score`.
+    """Load a reward function from path/to/file.py:name or package.module:name. The name may also be
+    a class, which is called without arguments, or an object's method, such as `scorer.score`.
 
     Returns:
-        the last part of the name, and the function.
+        The last part of the name, and the function.
     Raises:
-        ValueError: there is no such file, module or name, or it can't be called.
+        ValueError: the file, module or name doesn't exist, or isn't callable.
     """
     where, _, attribute = name.rpartition(":")
     is_module = re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", where) and not Path(where).is_file()
@@ -120,25 +120,25 @@ def _made(name: str, cls: type) -> object:
 
 @dataclass
 class RewardLog:
-    """What reward functions report besides their rewards, as with TRL's trainer.
+    """What reward functions report in addition to their rewards, as with TRL's trainer.
 
     Attributes:
-        metrics: name -> values. extra: column -> a value for each completion.
+        metrics: name -> values. extra: column -> one value per completion.
     """
 
     metrics: dict[str, list[float]] = field(default_factory=dict)
     extra: dict[str, list[Json]] = field(default_factory=dict)
 
     def log_metric(self, name: str, value: float) -> None:
-        """Report a number; its mean over a step and all ranks becomes a metric of that name."""
+        """Report a number. Its mean over a step and all ranks becomes a metric with that name."""
         self.metrics.setdefault(str(name), []).append(float(value))
 
     def log_extra(self, column: str, values: Sequence[Json]) -> None:
-        """Report a column of the completions' records, one value a completion."""
+        """Report a column for the records of completions, with one value per completion."""
         self.extra.setdefault(str(column), []).extend(values)
 
     def arguments(self, trainer_state: object = None) -> dict[str, object]:
-        """The arguments through which a reward function reaches this log."""
+        """The arguments that give a reward function access to this log."""
         logs = {"log_extra": self.log_extra, "log_metric": self.log_metric}
         return {"trainer_state": trainer_state, **logs}
 
@@ -152,19 +152,19 @@ def score(
     shared: Mapping[str, object] | None = None,
     section: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> tuple[Tensor, Tensor]:
-    """Call every reward function on all N completions and add up their rewards, as TRL 1.16 does.
+    """Call every reward function on all N completions and sum their rewards, like TRL 1.16.
 
     Args:
         columns: the data set's columns, N values each.
-        shared: arguments that don't belong to one completion, for the functions that take them.
-            None: those of a `RewardLog` that nobody reads.
-        section: makes the context that a function is called in, from the function's description.
+        shared: arguments that don't belong to one completion, passed to functions that take them.
+            None: the arguments of a `RewardLog` that is discarded.
+        section: description of a function -> the context in which it is called.
     Returns:
-        (N, R) float32 rewards, NaN where a function gave None or nothing finite, and (N,) their
-        weighted sums over the functions that did score; NaN where none did.
+        (N, R) float32 rewards, NaN where a function returned None or a non-finite number; and (N,)
+        their weighted sums over the functions that did score, NaN if none did.
     Raises:
-        RewardError: a function raised, or gave something that is neither a number nor None.
-        ValueError: a function returned another number of rewards than N.
+        RewardError: a function raised, or returned something other than numbers and None.
+        ValueError: a function didn't return N rewards.
     """
     shared = RewardLog().arguments() if shared is None else shared
     arguments = {**columns, "prompts": list(prompts), "completions": list(completions)}
@@ -173,7 +173,7 @@ def score(
         with section(f"reward function {name}"):
             per_function.append(_call(name, _given(function, shared), arguments))
     rewards = torch.tensor(per_function, dtype=torch.float32).T  # (N, R)
-    # A finite double may still be too large for a float32.
+    # A finite double may still overflow float32.
     rewards = rewards.masked_fill(~rewards.isfinite(), torch.nan)
     total = (rewards * torch.tensor(weights, dtype=torch.float32)).nansum(1)
     unscored = rewards.isnan().all(1) | ~total.isfinite()
@@ -183,10 +183,10 @@ def score(
 def _given(
     function: Callable[..., Sequence[float | None]], shared: Mapping[str, object]
 ) -> RewardFunction:
-    """The function with the shared arguments that it takes."""
+    """The function, with those shared arguments bound that it takes."""
     try:
         parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # of a builtin
+    except (TypeError, ValueError):  # a builtin
         return function
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     taken = {name: value for name, value in shared.items() if takes_all or name in parameters}
@@ -214,14 +214,14 @@ def check_arguments(reward_funcs: NamedRewards, columns: Iterable[str]) -> None:
             ) from error
 
 
-_Arguments: TypeAlias = Mapping[str, Sequence[Json]]  # columns, prompts and completions: N values
+_Arguments: TypeAlias = Mapping[str, Sequence[Json]]  # columns, prompts, completions; N values each
 
 
 def _call(name: str, function: RewardFunction, arguments: _Arguments) -> list[float]:
-    """The rewards of a function, NaN for None."""
+    """The rewards of a function, with NaN for None."""
     try:
         values = _values(function, arguments)
-    except (Exception, SystemExit) as error:  # not a bad answer: a bug in the reward, end the run
+    except (Exception, SystemExit) as error:  # a bug in the reward, not a bad answer: end the run
         raise RewardError(_blame(name, function, arguments)) from error
     completions = arguments["completions"]
     if len(values) != len(completions):
@@ -249,9 +249,9 @@ def _call(name: str, function: RewardFunction, arguments: _Arguments) -> list[fl
 
 
 def _values(function: RewardFunction, arguments: _Arguments) -> list[SupportsFloat | None]:
-    """What a function returns, also one declared `async`.
+    """The return value of a function, awaited if the function is `async`.
 
-    It gets copies, so that it can't change what the next function sees.
+    The function gets copies, so that it can't change what the next function sees.
     """
     values: object = function(**copy.deepcopy(dict(arguments)))
     if inspect.isawaitable(values):
@@ -267,7 +267,7 @@ async def _wait(values: Awaitable[object]) -> object:
 
 
 def _blame(name: str, function: RewardFunction, arguments: _Arguments) -> str:
-    """A message that names the first sample on which the function raises by itself."""
+    """An error message that names the first sample for which the function raises on its own."""
     for row, completion in enumerate(arguments["completions"]):
         one = {key: [values[row]] for key, values in arguments.items()}
         try:

@@ -1,7 +1,7 @@
 """Answers that are not class names: an option, a number, a formula.
 
-As with labels, an answer is read as a whole, maybe after a lead-in; one that names two values names
-none. No function raises on any text, and each takes a bounded time on any thread.
+As with labels, an answer is read as a whole, possibly after a lead-in. An answer with two values
+has none. No function raises because of a text, and each takes a bounded time on any thread.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from virft_fast.tasks.labels import answer_text, fold, mentioned, peel, readings
 
 # --- Options ---------------------------------------------------------------------------------
 
-LETTERS = "abcdefghij"  # of the options where a row doesn't list them
+LETTERS = "abcdefghij"  # of the options, if a row doesn't list them
 _MAX_CHOICE = 2000  # characters
 _ROMAN = dict(zip("i ii iii iv v vi vii viii ix x xi xii".split(), range(1, 13), strict=True))
 _OPTION = re.compile(
@@ -29,11 +29,11 @@ _OPTION = re.compile(
     r"(?: is (?:the )?(?:correct|right)(?: (?:answer|option|choice))?"
     r"|(?:[.:)\]、](?!\d)|(?<!\d) - ) ?(?P<text>.+))?"
 )
-# A letter or number by itself, also between characters of a script without spaces.
+# A letter or number on its own, or between characters of a script without spaces.
 _LATIN = "[a-z0-9\u00c0-\u024f\u1e00-\u1eff]"
 _ALONE = re.compile(rf"(?<!{_LATIN})(?:[ivx]{{2,4}}|[a-z]|\d{{1,2}})(?!'?{_LATIN}|\.\d| ?=|\()")
 _ARTICLE = re.compile(r"[ai] [^\W\d_]{2}")
-# Words after an option's letter that take it back or express doubt.
+# Words after an option's letter that retract it or express doubt.
 _TAKEN_BACK = frozenset(
     """
     not no nor never none neither nobody nothing hardly unlikely untrue invalid rejected cannot
@@ -53,8 +53,8 @@ _TAKEN_BACK_WITHIN = re.compile(
     r"n't|\bn'|[≠¬❌✗✘]|[不没沒非无無未否错錯除别別違誤]|以外|ない|なく|なし|ませ|"
     r"じゃな|あらず|ちが|아[니닌님닙닐]|않|못|없|제외|틀[렸린림]|말고|빼고"
 )
-# Negations that an option's text may begin with: "No", "None of the above". With a word of the
-# second set they judge the option instead: "Not correct".
+# Negations with which an option's text may begin: "No", "None of the above". Together with a word
+# of the second set, they judge the option instead: "Not correct".
 _NEGATIVE = frozenset("no non none not nothing neither never cannot can false nein faux".split())
 _JUDGING = frozenset("correct right true answer option choice it this that one way".split())
 # The letters in "vitamin C", "triangle E", "20 g" and "x = c" don't name an option.
@@ -66,19 +66,19 @@ _LETTERED = re.compile(
 
 
 def option_of(text: str, options: Sequence[str] | None = None) -> str | None:
-    """The option that an answer picks by its letter or number, in lower case: "B", "(b)", "2",
-    "iv", "option B", "B. a cat". None if it picks none or several, or takes back what it picks.
+    """The option that an answer picks by letter or number, in lower case: "B", "(b)", "2", "iv",
+    "option B", "B. a cat". None if it picks none or several, or retracts its choice.
 
     Args:
-        options: their texts, in order, where the row lists them. Letters and numbers then go as far
-            as the options do, and a text after the letter may be that option's, whatever its words,
-            but not another option's. Without them, letters go to "j" (and Roman "v" and "x").
-            Any other text after the letter must not take it back or name a second letter.
+        options: the texts of the options, in order, if the row lists them. Letters and numbers must
+            then be within the options. The text after the letter may be that option's own text,
+            whatever its words, but not another option's. If None, letters go up to "j" (and Roman
+            "v" and "x"). Any other text after the letter must not retract it or name a second one.
     """
     text = answer_text(text)
     if len(text) > _MAX_CHOICE:
         return None
-    # A letter may stand on its own line, above its text.
+    # The letter may be on a line of its own, above its text.
     spellings = (*readings(text), *readings(text.replace("\n", ": ", 1)))
     option = next(filter(None, map(_OPTION.fullmatch, spellings)), None)
     if option is None:
@@ -97,7 +97,7 @@ def option_of(text: str, options: Sequence[str] | None = None) -> str | None:
 
 
 def _place(name: str, options: Sequence[str] | None) -> int | None:
-    """The number of the option with this name, from 1; None if there are fewer options."""
+    """The number of the option with this name, from 1; None if there aren't that many options."""
     count = len(options or LETTERS)
     letter = ord(name) - ord("a") + 1 if len(name) == 1 else 0
     number = letter if 0 < letter <= count else _ROMAN.get(name, 1000)
@@ -106,13 +106,13 @@ def _place(name: str, options: Sequence[str] | None) -> int | None:
 
 
 def _text_of(option: str) -> str:
-    """An option's text, without the letter that it may begin with."""
+    """An option's text, without a leading letter."""
     match = _OPTION.fullmatch(peel(fold(option)))
     return (match and match["text"]) or option
 
 
 def _takes_back(said: str, name: str, options: Sequence[str] | None, text: str) -> bool:
-    """Whether the text after an option's letter rejects it, or may name another option.
+    """Whether the text after an option's letter rejects the option, or may name another one.
 
     Args:
         text: the whole answer, not folded. A capitalized negation begins an option's text.
@@ -120,7 +120,7 @@ def _takes_back(said: str, name: str, options: Sequence[str] | None, text: str) 
     said = _LETTERED.sub(r"\1", said)
     for other in _ALONE.finditer(said):
         article = _ARTICLE.match(said, other.start())
-        # If a row lists no options, those with letters have no numbers, Roman ones included.
+        # Without a list, options are either lettered or numbered; Roman numerals are numbers, too.
         numbered = other[0].isdecimal()
         alike = numbered or other[0] in LETTERS or name in _ROMAN
         alike = options is not None or (alike and numbered == name.isdecimal())
@@ -147,7 +147,7 @@ _NUMBER = re.compile(
 
 
 class Number(NamedTuple):
-    """The exact value; the unit or currency, "" for none; whether it was written as a fraction."""
+    """The exact value; the unit or currency, "" if none; whether it was written as a fraction."""
 
     value: Fraction
     unit: str
@@ -155,12 +155,12 @@ class Number(NamedTuple):
 
 
 def number_of(text: str) -> Number | None:
-    """The number of an answer: "-5", "3.50", "1,234", "1/2", "2e3", "$5", "80%", "5 cm", digits of
-    any script. None if it has none or several, or isn't exact ("<5", "~5", "5±1")."""
+    """The number in an answer: "-5", "3.50", "1,234", "1/2", "2e3", "$5", "80%", "5 cm", digits of
+    any script. None if there is none or several, or if it isn't exact ("<5", "~5", "5±1")."""
     text = answer_text(text)
     if len(text) > _MAX_NUMBER:
         return None
-    for reading in reversed(readings(text)):  # or です would be its unit
+    for reading in reversed(readings(text)):  # otherwise です would be read as the unit
         match = _NUMBER.fullmatch(reading.replace("−", "-"))
         if match and (match["whole"] or match["decimals"]) and int(match["below"] or 1):
             value = Fraction((match["whole"] or "0").replace(",", "") + (match["decimals"] or ""))
@@ -172,8 +172,10 @@ def number_of(text: str) -> Number | None:
 
 
 def same_number(answer: str, truth: str) -> bool:
-    """Whether two numbers are equal and have the same unit or none. "4/2" is only 2 if the truth is
-    a fraction as well: it may be two answers."""
+    """Whether two numbers are equal and have the same unit or none.
+
+    "4/2" equals 2 only if the truth is a fraction, too, because it may be two answers.
+    """
     given, wanted = number_of(answer), number_of(truth)
     return given is not None and wanted is not None and _equal(given, wanted)
 
@@ -186,7 +188,7 @@ def _equal(given: Number, wanted: Number) -> bool:
 # --- Formulas --------------------------------------------------------------------------------
 
 MAX_FORMULA = 200  # characters
-_MAX_CALLS = 4_000_000  # of functions in one comparison; a run's first ones take up to 1,000,000
+_MAX_CALLS = 4_000_000  # function calls per comparison; a run's first ones take up to 1,000,000
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega"
 # "x = 5", "f(x) = 5", "\theta_1 = 5"
 _NAMED = re.compile(
@@ -194,14 +196,14 @@ _NAMED = re.compile(
 )
 _TEXT = r"\\(?:text|mathrm|mbox) ?\{[^{}]*\}(?:\^(?:\{[^{}]*\}|\w))?"  # with its exponent
 _SIGNS = str.maketrans({"π": r"\pi ", "≤": r"\leq ", "≥": r"\geq ", "°": r"^{\circ}"})
-_NORMAL = [  # other spelling -> the normal one
+_NORMAL = [  # other spelling -> normal spelling
     (re.compile(r"√ ?(?:\(([^()]*)\)|(\d+|[A-Za-z](?![A-Za-z])))"), r"\\sqrt{\1\2}"),
     (re.compile(r"\^{1,2} ?(?:\\circ|\{ ?\^?\{?\\circ ?\}?\})|\\degree"), r"^{\\circ}"),
     (re.compile(r"\^ ?\{(\w)\}(?! ?[\w^])"), r"^\1"),
     (re.compile(r"(\\[lg]e)(?![A-Za-z])"), r"\1q"),
     (re.compile(r"\\(?:left|right)(?![A-Za-z]) ?|\\[!,]"), ""),
 ]
-_SPELLED = [  # LaTeX -> what `number_of` reads
+_SPELLED = [  # LaTeX -> a form that `number_of` reads
     (re.compile(r"^(\\[dt]?frac ?\{(?:\d+\}\{)?)-"), r"-\1"),
     (re.compile(r"(?<![\d.])\\[dt]?frac ?(?:\{(\d+)\}\{(\d+)\}|(\d)(\d)(?!\d))"), r"\1\3/\2\4"),
     (re.compile(r"(?<=\d) ?(?:\\times|\\cdot|×) ?10\^(?:\{(-?\d\d?)\}|(\d))"), r"e\1\2"),
@@ -210,9 +212,9 @@ _SPELLED = [  # LaTeX -> what `number_of` reads
     (re.compile(r"\^\{\\circ\} *(?!$)"), "°"),
     (re.compile(r"\\([%$])|\^\{\\circ\}"), r"\1"),
 ]
-# Tokens that may stand anywhere in a formula of one value. All others join or compare values (= < ,
-# \pm \cup \text{or} and so on), and are only read where the truth has the same. A text includes its
-# exponent, and "ABC" and "east" are one token each: their letters aren't factors.
+# Tokens that may occur anywhere in a formula with one value. All others join or compare values
+# (= < , \pm \cup \text{or} and so on) and are allowed only if the truth has the same. A \text token
+# includes its exponent. "ABC" and "east" are one token each: their letters aren't factors.
 _TOKEN = re.compile(rf"{_TEXT}|\\[A-Za-z]+|\\.|[A-Z]{{2,}}|[A-Za-z]{{4,}}|.", re.DOTALL)
 _ONE_VALUE = frozenset(
     r"\frac \dfrac \tfrac \sqrt \cdot \times \div \pi \infty \sin \cos \tan \cot \sec"
@@ -220,9 +222,9 @@ _ONE_VALUE = frozenset(
 ) | {rf"\{name}" for name in _GREEK.split("|")}
 _PUNCTUATION = frozenset("0123456789+-−*/^_(){}.' ·×÷∞")
 _FUNCTIONS = re.compile(r"(?<![A-Za-z\\])(?:sqrt|sin|cos|tan|log|ln|exp|pi)(?![A-Za-z])")
-# A quotient after which the next factor may or may not belong to the denominator.
+# A division after which the next factor may or may not belong to the denominator.
 _AMBIGUOUS = re.compile(rf"/ ?\d+ ?(?:[A-Za-z(]|\\(?:pi|sqrt|[dt]?frac|{_GREEK}))")
-# Large powers, factorials and numbers, and two numbers side by side.
+# Large powers, factorials and numbers, and two numbers next to each other.
 _UNREAD = re.compile(
     r"\^ ?\{? ?[-(]*\d{3,}|\^\d*\^|\^ ?\\(?!circ|pi|theta)|(?:\d{3}|[)}\]!]) ?!|\d{60}|"
     r"\\binom.*(?:\d{3}|\^)|\d\s+[\d.]|\*\*|[({\[]{20}"
@@ -230,14 +232,14 @@ _UNREAD = re.compile(
 
 
 class _Endless(BaseException):
-    """A comparison took too many steps. A BaseException, which no `except Exception` catches."""
+    """A comparison took too many steps. A BaseException, so `except Exception` doesn't catch it."""
 
 
 def import_math_verify() -> ModuleType:
-    """The package.
+    """Import math-verify and return the module.
 
     Raises:
-        ValueError: it is not installed; says how to get it.
+        ValueError: it is not installed; says how to install it.
     """
     try:
         import math_verify
@@ -251,19 +253,19 @@ def import_math_verify() -> ModuleType:
 
 @functools.cache
 def _warm_up() -> None:
-    """Let math-verify build its tables, so that they don't count as steps of a comparison."""
+    """Make math-verify build its tables, so that this doesn't count toward a comparison's limit."""
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no timeout
     for given, wanted in (("(x+1)^2", r"x^2+\frac{4}{2}x+1"), (r"2\sqrt{2}", r"\sqrt{8}")):
         _verify(given, wanted)
 
 
 def same_formula(answer: str, truth: str) -> bool:
-    """Whether an answer is one value and equals the truth by math-verify.
+    """Whether an answer is one value and equals the truth according to math-verify.
 
-    Where the truth is a number, the answer must be one as well. Otherwise the signs and words that
-    join or qualify values must match the truth's, and so must everything that math-verify drops or
-    reorders: units, texts, factorials, degrees, names such as ABC, the brackets of a tuple. "1/2x"
-    has two readings and only equals itself.
+    If the truth is a number, the answer must be one, too. Otherwise, the signs and words that join
+    or qualify values must match the truth's. So must everything that math-verify drops or reorders:
+    units, texts, factorials, degrees, names such as ABC, a tuple's brackets. "1/2x" has two
+    readings and equals only itself.
 
     Raises:
         ValueError: math-verify is not installed.
@@ -282,7 +284,7 @@ def same_formula(answer: str, truth: str) -> bool:
     ambiguous = any(map(_AMBIGUOUS.search, (given, wanted)))
     spelled = [_rewrite(text, _SPELLED) for text in (given, wanted)]
     read, number = map(number_of, spelled)
-    # A space tells the unit of "2 m" from the variable of "2x".
+    # A space distinguishes the unit in "2 m" from the variable in "2x".
     spaced, has_unit = (re.search(r"\d +[^\W\d_]", text) for text in spelled)
     is_unit = has_unit or (spaced and not ambiguous)
     if number is not None and (is_unit or not number.unit.isalpha()):
@@ -300,7 +302,7 @@ def same_formula(answer: str, truth: str) -> bool:
 
 
 def _named(text: str) -> tuple[str, str]:
-    """The name and value of "x = 5"; "" for a missing name."""
+    """The name and value in "x = 5"; "" if there is no name."""
     match = _NAMED.fullmatch(text)
     return (match["name"], match["is"].strip()) if match and "=" not in match["is"] else ("", text)
 
@@ -310,10 +312,10 @@ def _rewrite(text: str, rules: Sequence[tuple[re.Pattern[str], str]]) -> str:
 
 
 def _is_small(text: str) -> bool:
-    """Whether brackets are balanced and powers small, unlike 9^{9^9}, 2^{99*99*99} and
-    ((9^{99}+1)^{99}+1)^{99}: a single product of large numbers can't be interrupted."""
+    """Whether brackets are balanced and powers small, unlike in 9^{9^9}, 2^{99*99*99} and
+    ((9^{99}+1)^{99}+1)^{99}. A single product of large numbers can't be interrupted."""
     text = text.replace(" ", "")
-    opened, powers = [0], [0]  # position and number of powers of each open bracket
+    opened, powers = [0], [0]  # position of each open bracket, and the number of powers in it
     for at, char in enumerate(text):
         if char in "({[":
             opened.append(at)
@@ -334,7 +336,7 @@ def _is_small(text: str) -> bool:
 
 
 def _is_as_single(given: str, wanted: str) -> bool:
-    """Whether a formula joins values as the truth does and has no other letters."""
+    """Whether the formula joins values as the truth does and has no additional letters."""
     (joints, letters), (true_joints, true_letters) = _joints(given), _joints(wanted)
     if "," in wanted and given.startswith("(") != wanted.startswith("("):
         return False
@@ -342,7 +344,7 @@ def _is_as_single(given: str, wanted: str) -> bool:
 
 
 def _joints(text: str) -> tuple[Counter[str], set[str]]:
-    """The tokens that may join values, with counts, and the letters outside functions."""
+    """The counts of the tokens that may join values, and the letters outside function names."""
     tokens = _TOKEN.findall(_FUNCTIONS.sub("", text))
     letters = {token for token in tokens if token.isalpha() and len(token) == 1}
     return Counter(t for t in tokens if t not in _ONE_VALUE | _PUNCTUATION | letters), letters
@@ -350,7 +352,7 @@ def _joints(text: str) -> tuple[Counter[str], set[str]]:
 
 def _verify(given: str, wanted: str) -> bool:
     math_verify = import_math_verify()
-    # math-verify's own timeouts use signals, which only reach the main thread.
+    # math-verify's own timeouts use signals, which reach only the main thread.
     try:
         texts = (f"\\boxed{{{text}}}" for text in (wanted, given))
         read = [math_verify.parse(text, parsing_timeout=None) for text in texts]
@@ -361,8 +363,11 @@ def _verify(given: str, wanted: str) -> bool:
 
 
 def _within(limit: int, compare: Callable[[], bool]) -> bool:
-    """The result of `compare`, or false after `limit` function calls: a bound that holds on any
-    thread and is the same on every machine. There is no bound while a profiler runs."""
+    """The result of `compare`, or False after `limit` function calls.
+
+    Unlike a timeout, this works on any thread and gives the same result on every machine. There is
+    no limit while a profiler runs.
+    """
     if sys.getprofile() is not None:
         return compare()
     left = limit

@@ -1,11 +1,12 @@
-"""Visual-RFT's rewards with the original's numbers, for reproduction.
+"""Visual-RFT's rewards with the original's values, to reproduce its results.
 
-One step is left out: the original first asked a symbolic checker, which paid the full reward for
-one equal coordinate. Its other oddities are kept: an empty answer scores 1 in
-`visual_rft_accuracy`, junk boxes of confidence 0 pay, a correct 'No Objects' scores 0, and
-`visual_rft_grounding` has no bound. For new runs use the rewards in `virft_fast.tasks.rewards`.
+One step is left out: the original first ran a symbolic checker, which gave the full reward for a
+single equal coordinate. Its other quirks are kept: an empty answer scores 1 in
+`visual_rft_accuracy`, junk boxes with confidence 0 earn a reward, a correct 'No Objects' scores 0,
+and `visual_rft_grounding` is unbounded. New runs should use `virft_fast.tasks.rewards`.
 
-Where the original gave NaN (a confidence of NaN), these give 0, so that it can't reach a loss.
+Where the original returns NaN (for a confidence of NaN), these return 0, so that NaN can't reach
+the loss.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ _CORNERS = re.compile(
 
 @scored
 def visual_rft_accuracy_iou(texts: list[str], truths: list[str], /, **_: object) -> list[float]:
-    """Summed IoU of greedy matches / max(#predicted, #true), in [0, 1] (their version 2)."""
+    """Summed IoU of greedy matches / max(#predicted, #true), in [0, 1] (original, version 2)."""
     return [_iou_v2(*pair) for pair in _results(texts, truths)]
 
 
 @scored
 def visual_rft_accuracy_iou_v1(texts: list[str], truths: list[str], /, **_: object) -> list[float]:
-    """Mean over predictions of the IoU of greedy matches, in [0, 1] (the paper's equation 6)."""
+    """Mean IoU of greedy matches over all predictions, in [0, 1] (the paper's equation 6)."""
     return [_iou_v1(results) for results, _ in _results(texts, truths)]
 
 
@@ -42,14 +43,14 @@ def visual_rft_accuracy_iou_v1(texts: list[str], truths: list[str], /, **_: obje
 def visual_rft_accuracy_confidence(
     texts: list[str], truths: list[str], /, **_: object
 ) -> list[float]:
-    """Mean over predictions of the confidence, or 1 - confidence without a match; clipped to
-    [0, 1] after the mean."""
+    """Mean over predictions of the confidence, or of 1 - confidence if unmatched; the mean is
+    clipped to [0, 1]."""
     return [_confidence(results) for results, _ in _results(texts, truths)]
 
 
 @scored
 def visual_rft_accuracy(texts: list[str], truths: list[str], /, **_: object) -> list[float]:
-    """1 if the answer contains the class name or is contained in it, else 0."""
+    """1 if the answer contains the class name or the class name contains the answer, else 0."""
     return [float(names_label(text, truth)) for text, truth in zip(texts, truths, strict=True)]
 
 
@@ -66,7 +67,7 @@ def visual_rft_grounding(texts: list[str], truths: list[str], /, **_: object) ->
 
 
 def names_label(text: str, truth: str) -> bool:
-    """Whether the answer contains the class name or is contained in it, as an empty answer is."""
+    """Whether one of the answer and the class name contains the other; true for an empty answer."""
     answer, label = (_squeeze(_one_line_answer(string)) for string in (text, truth))
     return label in answer or answer in label
 
@@ -74,9 +75,9 @@ def names_label(text: str, truth: str) -> bool:
 def read_detection(text: str) -> Detection | None:
     """The boxes that the original's evaluation reads; None if it reads none.
 
-    It drops the whole answer where its list, with single quotes replaced, is not JSON or an object
-    has no 'Position'. It stops at the first object whose position is not four numbers, or that has
-    no 'Confidence'.
+    It drops the whole answer if its list, with single quotes replaced, isn't JSON, or if an object
+    has no 'Position'. It stops at the first object whose position isn't four numbers or that has no
+    'Confidence'.
     """
     for old, new in (("[[", "["), ("]]", "]"), ("\n", ""), (", ...", "")):
         text = text.replace(old, new)
@@ -96,7 +97,7 @@ def read_detection(text: str) -> Detection | None:
 
 
 def read_grounding(text: str) -> Detection | None:
-    """The first (x1,y1),(x2,y2) of whole numbers in all of the text, the thinking included."""
+    """The first (x1,y1),(x2,y2) of whole numbers in the whole text, including the thinking."""
     match = _CORNERS.search(text)
     if match is None:
         return None
@@ -104,12 +105,14 @@ def read_grounding(text: str) -> Detection | None:
     return Detection(((x1, y1, x2, y2),), (None,))
 
 
-Result: TypeAlias = tuple[float, Json]  # IoU of the match, 0 without one; confidence as written
+Result: TypeAlias = tuple[float, Json]  # IoU of the match, 0 if unmatched; confidence as written
 
 
 def _results(texts: list[str], truths: list[str]) -> list[tuple[list[Result] | None, int]]:
-    """For each completion the results of its predictions, and the number of true boxes. None in
-    place of results scores 0."""
+    """For each completion, the results of its predictions, and the number of true boxes.
+
+    None instead of results scores 0.
+    """
     pairs = []
     for text, truth in zip(texts, truths, strict=True):
         true, predicted = _boxes(_between_tags(truth.strip())), _predictions(text)
@@ -149,7 +152,7 @@ def _predictions(text: str) -> list[Row] | None:
 
 
 def _one_line_answer(text: str) -> str:
-    """The first <answer>...</answer> that stands on one line, else the whole text; stripped."""
+    """The first <answer>...</answer> on a single line, else the whole text; stripped."""
     for line in text.split("\n"):
         start = line.find(_OPEN)
         end = line.find(_CLOSE, start + len(_OPEN)) if start >= 0 else -1
@@ -159,14 +162,14 @@ def _one_line_answer(text: str) -> str:
 
 
 def _any_answer(text: str) -> str:
-    """The first <answer>...</answer>, over lines too, else the whole text; stripped."""
+    """The first <answer>...</answer>, which may span lines, else the whole text; stripped."""
     start = text.find(_OPEN)
     end = text.find(_CLOSE, start + len(_OPEN)) if start >= 0 else -1
     return (text[start + len(_OPEN) : end] if end >= 0 else text).strip()
 
 
 def _between_tags(text: str) -> str | None:
-    """From the first opening to the first closing tag; a list that was cut off gets its end."""
+    """The text between the first opening and closing tags; a truncated list is closed."""
     if _OPEN not in text:
         return None
     start, end = text.find(_OPEN) + len(_OPEN), text.find(_CLOSE)
@@ -175,7 +178,7 @@ def _between_tags(text: str) -> str | None:
 
 
 def _items(body: str | None) -> list[Json] | None:
-    """The list in a body, or None."""
+    """The list in a text, or None."""
     if body is None:
         return None
     try:
@@ -186,7 +189,7 @@ def _items(body: str | None) -> list[Json] | None:
 
 
 def _boxes(body: str | None) -> list[Json] | None:
-    """The list in a body, every item with a position and a numeric confidence; else None."""
+    """The list in a text, if every item has a position and a numeric confidence; else None."""
     items = _items(body)
     for item in items or ():
         if not isinstance(item, dict) or not _is_number(item.get("Confidence")):
@@ -199,20 +202,20 @@ def _boxes(body: str | None) -> list[Json] | None:
 
 
 def _unique(items: list[Json]) -> list[Row] | None:
-    """The items without those whose position came before; None if an item has no position."""
+    """The items without those that repeat a position; None if an item has no position."""
     first: dict[tuple[Json, ...], Row] = {}
     for item in items:
         try:
             first.setdefault(tuple(item["Position"]), item)
-        # Not a dict, no such key, not a sequence, or a list within: the original gives up, too.
+        # Not a dict, key missing, not a sequence, or a nested list: the original gives up, too.
         except (TypeError, KeyError, IndexError):
             return None
     return list(first.values())
 
 
 def _greedy(predicted: list[Row], true: list[Row]) -> list[Result] | None:
-    """By falling confidence, each prediction takes the free true box with the best IoU if that is
-    above 0.5. None if the confidences can't be sorted or a position to compare is not a box."""
+    """In order of descending confidence, match each prediction to the free true box with the best
+    IoU, if that is above 0.5. None if confidences can't be sorted or a position isn't a box."""
     free = list(range(len(true)))
     results = []
     try:
@@ -238,7 +241,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _as_float(number: float) -> float:
-    """As a float; an infinity for an integer that no float holds."""
+    """As a float; infinite if the integer is too large for a float."""
     try:
         return float(number)
     except OverflowError:
@@ -254,7 +257,7 @@ def _iou(a: list[Json], b: list[Json]) -> float | None:
         return 0.0
     both = width * height
     union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - both
-    # Sides too small for a float multiply to 0, infinite ones to no number.
+    # Products of tiny sides underflow to 0; those of infinite sides may be NaN.
     return both / union if union > 0 and math.isfinite(both / union) else 0.0
 
 
@@ -263,7 +266,7 @@ def _squeeze(text: str) -> str:
 
 
 def _corner_box(text: str) -> list[float] | None:
-    """The box of a text in 0..1; of several boxes, one with the first corners of the first two."""
+    """The box in a text, in 0..1; from several boxes, the first corners of the first two."""
     boxes = _CORNERS.findall(text)
     if not boxes:
         return None
