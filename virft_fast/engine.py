@@ -133,7 +133,7 @@ class PlainEngine:
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[Policy]:
-        """A context with whole weights, in which the policy may be called outside `forward`."""
+        """Context that yields the policy with whole weights, for any calls outside `forward`."""
         with self._autocast():
             yield self.module
 

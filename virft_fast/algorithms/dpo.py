@@ -116,7 +116,7 @@ def check_pair(tokenizer: Tokenizer, limit: int, sample: Sample) -> str | None:
         text = sample.columns.get(name)
         if not isinstance(text, str):
             return f"{name}: expected an answer, a text or a chat, got nothing"
-        ids = answer_ids(tokenizer, text)[:-1].tolist()  # truncated answers get an EOS, too
+        ids = answer_ids(tokenizer, text)[:-1].tolist()  # don't count EOS: cut-off answers get one
         if len(ids) > limit:
             return f"{name}: {len(ids)} tokens, more than --max_completion_length {limit}; raise it"
         if control := control_tokens_in(tokenizer, text):

@@ -240,7 +240,7 @@ def microbatch(
     advantages: Tensor,
     loss_mask: Tensor,
 ) -> Microbatch:
-    """The chunks' completions as a microbatch on the device. `advantages` is (N,), `loss_mask` (N,
+    """A microbatch of the chunks' completions, on the device. `advantages` is (N,), `loss_mask` (N,
     T)."""
     device = state.engine.device
     ids, lengths = rollouts.completion_ids.cpu(), rollouts.completion_mask.sum(1).tolist()

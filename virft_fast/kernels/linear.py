@@ -34,8 +34,8 @@ from virft_fast.kernels.logprobs import (
 )
 from virft_fast.kernels.loss_args import LossArgs, takes_loss_args
 
-# Elements in one tile of logits: 32 MiB of float32 on a CPU; 1.2 GiB on a GPU, which at V = 152k is
-# about 2,048 rows, enough to keep its matrix units busy. The GPU value is an estimate, not tuned.
+# Elements in one tile of logits: 32 MiB of float32 on a CPU; 1.2 GiB on a GPU, enough at V = 152k
+# for the 2,048 rows that keep its matrix units busy. The GPU value is an estimate, not tuned.
 TILE_ELEMENTS = {"cpu": 2**23, "cuda": 5 * 2**26}
 MAX_TILE_ROWS = 2048
 

@@ -1,1 +1,2 @@
-"""Models: the Qwen-VL adapter, processors, and the embedded tiny model."""
+"""Models: loading, training and saving Qwen-VL models, their processors, and the embedded tiny
+model."""

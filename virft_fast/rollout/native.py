@@ -44,8 +44,8 @@ class NativeRollout:
             at once; None: as many as fit into the GPU's free memory; no limit on a CPU. If not all
             prompts fit, they are decoded in several batches, with the same result.
         graphs: whether to capture steps as CUDA graphs; None: only on CUDA outside autocast. With
-            graphs, up to `KEPT_SHARE` of the GPU's memory is kept for the next rollout; without
-            graphs, all is freed.
+            graphs, a rollout's memory is kept for the next one if it is at most `KEPT_SHARE` of the
+            GPU's; otherwise it is freed.
     """
 
     weights: Weights
