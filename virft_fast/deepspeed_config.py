@@ -1,5 +1,6 @@
-"""DeepSpeed's JSON files: which settings are allowed, and what "auto" resolves to. This module
-doesn't import deepspeed; `engine.py` does, and uses the resolved configuration.
+"""DeepSpeed's JSON files: which settings are allowed, and what "auto" resolves to.
+
+This module doesn't import deepspeed; `engine.py` does, and uses the resolved configuration.
 """
 
 from __future__ import annotations

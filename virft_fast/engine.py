@@ -1,4 +1,5 @@
 """The engines, which own parameters, gradients and optimizer state. Only this file uses DeepSpeed.
+
 `PlainEngine` runs one process or replicas, `DeepSpeedEngine` any ZeRO stage; `Engine` is their
 common interface. A step whose gradient is not finite is skipped on every rank. The file is long
 because no other module may import deepspeed.
@@ -107,8 +108,7 @@ class PlainEngine:
         loss.backward()
 
     def step(self, learning_rate: float, *, veto: bool = False) -> StepResult:
-        """Update the weights unless the gradient is not finite or `veto` is set, alike on all
-        ranks."""
+        """Update the weights unless the gradient is not finite or `veto`, the same on all ranks."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -332,8 +332,7 @@ def materialised(empty: Policy, like: Policy, device: torch.device) -> Policy:
 def _buckets(
     named: list[tuple[str, nn.Parameter]], limit: int
 ) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    """Runs of consecutive parameters with at most `limit` numbers each; a larger one is on its
-    own."""
+    """Runs of consecutive parameters with at most `limit` numbers; a larger one is alone."""
     bucket: list[tuple[str, nn.Parameter]] = []
     total = 0
     for name, parameter in named:
@@ -475,9 +474,10 @@ def _without_enums(value: object) -> object:
 
 
 def _plain_checkpoint_engine() -> object:
-    """DeepSpeed's checkpoint engine, but it refuses to unpickle arbitrary objects. `written` lists
-    the files it wrote. If a write fails (a full disk), it keeps the exception in `error`: raising
-    it on one rank would leave the others waiting at DeepSpeed's next barrier.
+    """DeepSpeed's checkpoint engine, but it refuses to unpickle arbitrary objects.
+
+    `written` lists the files it wrote. If a write fails (a full disk), it keeps the exception in
+    `error`: raising it on one rank would leave the others waiting at DeepSpeed's next barrier.
     """
     import_deepspeed()
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine

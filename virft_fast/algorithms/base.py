@@ -101,8 +101,7 @@ class Algorithm(Generic[State]):
         return None
 
     def rolls_out(self, config: RunConfig) -> bool:
-        """Whether the run samples completions, in steps or in the evaluations before and after
-        training."""
+        """Whether the run samples completions, in steps or in evaluations before and after them."""
         return self.draws
 
     def uses_reference(self, config: RunConfig) -> bool:

@@ -216,8 +216,8 @@ def reference_logps(
     batch_size: int,
     report: Callable[[int], object] = lambda rows: None,
 ) -> tuple[RefLogps, Digests]:
-    """The untrained policy's log-probs of every usable row's answers, and the rows' digests; the
-    same on all ranks.
+    """The untrained policy's log-probs of all usable rows' answers, and the rows' digests. All
+    ranks get the same.
 
     Args:
         report: called after each batch with the number of this rank's rows in it.
@@ -241,8 +241,8 @@ def reference_logps(
 
 
 def _own_prompts(load: Load, count: int, batch_size: int) -> Iterator[list[Prompt]]:
-    """This rank's usable prompts among rows 0 to count - 1; every rank gets the same number of
-    batches."""
+    """This rank's usable prompts of rows 0 to count - 1, in the same number of batches on every
+    rank."""
     world, rank = dist.world_size(), dist.rank()
     for first in range(0, count, batch_size * world):
         rows = range(first + rank * batch_size, min(first + (rank + 1) * batch_size, count))
@@ -260,7 +260,7 @@ def _answers(state: DPOState, prompts: Sequence[Prompt]) -> Rollouts:
 
 
 def _batches(state: DPOState, answers: Rollouts | None) -> list[Pairs]:
-    """The pairs in microbatches: at least one, and as many on every rank. No pair is split.
+    """The pairs in microbatches: at least one, and the same number on every rank. No pair is split.
 
     Args:
         answers: None: this rank has no pairs.

@@ -136,8 +136,7 @@ def _plain(value: object) -> Json:
 
 
 def _count_silent(state: TrainState, metrics: Metrics, names: Sequence[str]) -> None:
-    """Raise TooManyBadSteps if a reward function returned no score on any rank for too many
-    steps."""
+    """Raise TooManyBadSteps if a reward function gave no score on any rank for too many steps."""
     for name in names:
         scored_some = math.isfinite(metrics.get(f"rewards/{name}", math.nan))
         state.silent_steps[name] = 0 if scored_some else state.silent_steps.get(name, 0) + 1
@@ -172,7 +171,7 @@ def score_rollouts(state: TrainState, rollouts: Rollouts, log: RewardLog) -> tup
 
 
 def _has_own_rewards(state: TrainState) -> bool:
-    """Whether any reward function is user-defined. Built-in ones neither read the run's state nor
+    """Whether any reward function is the user's. Built-in ones neither read the run's state nor
     report values."""
     modules = (getattr(function, "__module__", "") for _, function in state.reward_funcs)
     return not all(module.startswith("virft_fast.") for module in modules)
@@ -188,8 +187,7 @@ def _trainer_state(state: TrainState) -> TrainerState:
 
 
 def _reported_stats(stats: StepStats, state: TrainState, log: RewardLog) -> None:
-    """Add the metrics that reward functions reported on any rank, unless a name is already
-    taken."""
+    """Add the metrics that reward functions reported on any rank, unless the name is taken."""
     if not _has_own_rewards(state):
         return
     names = dist.all_gather_object(list(log.metrics))
@@ -213,8 +211,7 @@ def _sampling(state: TrainState) -> Sampling:
 
 
 def _advantages(rewards: Tensor, cfg: GRPOConfig) -> Tensor:
-    """(N,) advantages. They need the rewards of all ranks, because "batch" scales by their
-    spread."""
+    """(N,) advantages. "batch" scales by the spread of all ranks' rewards, so it needs them all."""
     gathered = torch.tensor([r for rs in dist.all_gather_object(rewards.tolist()) for r in rs])
     advantages = group_advantages(gathered, cfg.num_generations, scale_rewards=cfg.scale_rewards)
     first = dist.rank() * len(rewards)

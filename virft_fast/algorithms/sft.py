@@ -100,8 +100,7 @@ def note_cross_entropy(stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: fl
 def given_answers(
     tokenizer: Tokenizer, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
 ) -> Rollouts:
-    """The given answers as `Rollouts`, as if they had been sampled; each prompt has the same
-    number."""
+    """The given answers, the same number for each prompt, as if they had been sampled."""
     flat = [text for answers in texts for text in answers]
     rows = [answer_ids(tokenizer, text) for text in flat]
     pad = tokenizer.pad_token_id

@@ -215,7 +215,7 @@ def lay_out(
     state: TrainState, rollouts: Rollouts, advantages: Tensor, mask: Tensor, split: bool = True
 ) -> list[Microbatch]:
     """Microbatches, in order, of the completions that have a token in the (N, T) `mask`: at least
-    one, and as many on every rank. For `split`, see `plan_microbatches`."""
+    one, and the same number on every rank. For `split`, see `plan_microbatches`."""
     size, trains = rollouts.num_generations, mask.any(1).tolist()
     groups = [range(first, first + size) for first in range(0, len(trains), size)]
     rows = [tuple(row for row in group if trains[row]) for group in groups]
@@ -265,7 +265,7 @@ def microbatch(
 
 
 def empty_microbatch(state: TrainState, *, tower: bool) -> Microbatch:
-    """A microbatch with one token, outside the loss. Under ZeRO-3 all ranks must make the same
+    """A microbatch with one token, outside the loss: under ZeRO-3, all ranks must make the same
     calls.
 
     Args:
@@ -294,8 +294,7 @@ def reference_pass(state: TrainState, inputs: ModelInputs, **options: object) ->
 
 
 def equally_many(made: list[T], make_empty: Callable[[], T]) -> list[T]:
-    """The microbatches, padded with empty ones until every rank has the same number, at least
-    one."""
+    """The microbatches, plus empty ones until every rank has the same number, at least one."""
     missing = max(1, *dist.all_gather_object(len(made))) - len(made)
     return made + [make_empty()] * missing if missing else made
 

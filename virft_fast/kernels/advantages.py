@@ -16,7 +16,7 @@ def group_advantages(
     scale_rewards: str = "group",
     eps: float = ADVANTAGE_EPS,
 ) -> Tensor:
-    """Center rewards within their group and divide by a standard deviation.
+    """Rewards centered in their group and divided by a standard deviation.
 
     Args:
         rewards: (N,) floating point, prompt-major: N is a multiple of `num_generations`. A row with
@@ -31,7 +31,8 @@ def group_advantages(
     Raises:
         ValueError: shape, dtype, `num_generations`, `scale_rewards` or `eps`.
     NaN is handled as in TRL 1.16. For an infinite reward, TRL drops the whole group; here, only its
-    row is excluded. Source: Shao et al. 2024, arXiv:2402.03300, section 4.1.
+    row is excluded.
+    Source: Shao et al. 2024, arXiv:2402.03300, section 4.1.
     """
     check_rewards(rewards, num_generations)
     if scale_rewards not in SCALES:

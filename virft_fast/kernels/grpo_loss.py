@@ -84,10 +84,10 @@ def grpo_loss(
         epsilon_low, epsilon_high: the ratio is clipped to [1 - low, 1 + high]; if high is None, it
             equals low. For cispo, the ratio's cap is `epsilon_high` itself, as in TRL: usually 5.0.
         delta: upper bound of the unclipped ratio (two-sided clipping), or None.
-        loss_type: the reduction. "grpo": mean of the sequences' means; "dr_grpo": sum divided by N
-            * max_completion_length; "bnpo" and "dapo": sum divided by `num_items`; "cispo": like
-            dapo, but the term is the stop-gradient of the capped ratio times the log-prob; "gspo":
-            like grpo, with sequence-level ratios.
+        loss_type: the reduction. "grpo": mean of the sequences' means; "dr_grpo": sum over
+            N * max_completion_length; "bnpo" and "dapo": sum over `num_items`; "cispo": like dapo,
+            but the term is the stop-gradient of the capped ratio times the log-prob; "gspo": like
+            grpo, with sequence-level ratios.
         importance_sampling_level: "token": one ratio per token; "sequence": one per sequence, the
             exponential of its mean log-ratio.
         kl: with d = ref_logps - logps: "k1" -d (its expected gradient is 0: for measuring only),
@@ -156,8 +156,7 @@ class LossTerms:
 
     @property
     def may_clip(self) -> bool:
-        """Whether clipping can leave a token that has an advantage without a gradient from the
-        policy term."""
+        """Whether clipping can remove the policy term's gradient of a token with an advantage."""
         return not self.capped and (self.old_logps is not None or self.delta is not None)
 
     @cached_property
@@ -256,8 +255,7 @@ def evaluate_rows(
 ) -> tuple[Evaluated, Tensor, Tensor]:
     """The loss of logits and its gradient in the log-probs, plus the rows' norms and entropy.
 
-    On the GPU this is one launch; for sequence-level ratios, two launches and some vector
-    arithmetic.
+    On the GPU, one launch; two launches and some vector arithmetic for sequence-level ratios.
     """
     triton_rows = triton_for(logits)
     if triton_rows is None or terms.by_sequence:

@@ -43,8 +43,7 @@ class Layout:
         return values[self.sequence]
 
     def take(self, rows: Tensor) -> Layout:
-        """A packed layout of only the positions `rows`, (R',) int64 ascending. All of them
-        count."""
+        """Packed layout of only the positions `rows`, (R',) int64 ascending. All of them count."""
         lengths = torch.zeros_like(self.lengths)
         lengths.index_add_(0, self.sequence[rows], torch.ones_like(rows))
         offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))

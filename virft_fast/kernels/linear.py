@@ -129,13 +129,12 @@ def linear_grpo_loss(
 
 
 def factor_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of the factors in matrix products. Call it outside any block that disables
-    autocast.
+    """The dtype of the factors in matrix products. Call it where autocast is not disabled.
 
-    A GPU multiplies bfloat16 factors into float32 products, so it uses bfloat16 if both inputs are
-    bfloat16 or under bfloat16 autocast. All other cases use float32, or float64 if an input is
-    float64: in float16 a logit's gradient, at most p / (N T), would underflow, and a CPU gains
-    nothing.
+    A GPU multiplies bfloat16 factors into float32 products, so it uses bfloat16 under bfloat16
+    autocast or if both inputs are bfloat16. All other cases use float32, or float64 if an input is
+    float64. float16 is never used, because a logit's gradient, at most p / (N T), would underflow.
+    On a CPU, 16 bits gain nothing.
     """
     dtype = compute_dtype(hidden, weight)
     if dtype == torch.float64 or not _multiplies_16_bits(hidden.device):
@@ -267,8 +266,7 @@ class _LinearLogps(torch.autograd.Function):
 
 
 class _LinearGRPO(torch.autograd.Function):
-    """Computes the loss, statistics and, if an input needs them, the gradients in the forward
-    pass."""
+    """The forward pass computes the loss, statistics and, if an input needs them, gradients."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, ids, inv_temp, tile_rows, factor, terms, grad_enabled):
@@ -311,7 +309,7 @@ class _GRPORun:
         self.loss = torch.zeros((), dtype=self.head.dtype, device=ids.device)
 
     def all(self) -> None:
-        """Process all tokens. Skips masked ones; tokens without a gradient take only the forward
+        """Process all tokens but masked ones; tokens without a gradient only take the forward
         pass."""
         mask = self.terms.layout.mask
         silent = torch.zeros_like(mask)
@@ -393,8 +391,8 @@ def _compacted(tile: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _whole_sequences(layout: Layout, tile_rows: int) -> Iterator[tuple[int, int, slice]]:
-    """(first, last, positions) of runs of sequences that fit in a tile; a longer sequence is on its
-    own."""
+    """(first, last, positions) of runs of sequences that fit in a tile; a longer sequence is
+    alone."""
     offsets = layout.offsets.tolist()
     first = 0
     for last in range(1, len(offsets)):

@@ -22,7 +22,9 @@ BLOCK_ELEMENTS = 2**18
 def selective_log_softmax(
     logits: Tensor, index: Tensor, *, temperature: float = 1.0, inplace: bool = False
 ) -> Tensor:
-    """Log-probability of one token per row. Args:
+    """Log-probability of one token per row.
+
+    Args:
         logits: (..., V) floating point, any strides; -inf bans a token.
         index: (...) int64, in [0, V).
         temperature: > 0, divides the logits.
@@ -87,8 +89,7 @@ def check_temperature(temperature: float) -> None:
 
 
 def check_ids(name: str, ids: Tensor, vocab: int) -> None:
-    """Raise ValueError for an id outside the vocabulary, only on the CPU: the check would stall a
-    GPU."""
+    """Raise ValueError for an id outside the vocabulary. CPU only: the check would stall a GPU."""
     if ids.device.type != "cpu" or not ids.numel():
         return
     low, high = (int(bound) for bound in ids.aminmax())
@@ -250,8 +251,7 @@ class _LogpsAndEntropy(torch.autograd.Function):
 
 
 def gradient_buffer(logits: Tensor, inplace: bool) -> Tensor:
-    """The gradient's buffer. If that is `logits`, autograd detects any other node that saved
-    them."""
+    """The gradient's buffer. If it is `logits`, autograd detects other nodes that saved them."""
     overlaps = any(step == 0 and size > 1 for step, size in zip(logits.stride(), logits.shape))  # noqa: B905
     if not inplace or overlaps:
         return torch.empty_like(logits)

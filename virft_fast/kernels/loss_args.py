@@ -21,8 +21,8 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class LossArgs:
-    """The arguments of `grpo_loss`, documented there. Creation runs every check that doesn't need
-    the tokens.
+    """The arguments of `grpo_loss`, documented there. Checked as far as possible without the
+    tokens.
 
     Raises:
         ValueError: a wrong name or number; says what was expected and what was given.

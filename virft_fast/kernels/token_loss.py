@@ -1,4 +1,5 @@
 """The loss of one token and its derivatives; the only torch code for GRPO's formulas.
+
 `triton_rows.token_loss` is the GPU version; tests/test_triton.py checks that both agree.
 """
 
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Above it, exp continues as its tangent, which is finite and has a usable gradient.
+# Above it, exp continues as its tangent: finite, and the gradient keeps its size and sign.
 MAX_EXPONENT = 20.0
 
 
@@ -45,8 +46,8 @@ def token_loss(
     capped: bool,
     kl: str,
 ) -> TokenLoss:
-    """The loss of each token in flat tensors of one dtype. Arguments as in `grpo_loss`; `capped`
-    selects cispo."""
+    """The loss of each token, for flat tensors of one dtype. Arguments as in `grpo_loss`; `capped`
+    means cispo."""
     ratio, d_ratio = _exp(log_ratio)
     if capped:
         bounded = ratio.clamp(max=epsilon_high)

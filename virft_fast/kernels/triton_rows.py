@@ -104,8 +104,7 @@ def _logp_and_entropy(
 
 @triton.jit
 def _grad_logits(z, cols, index, m, log_s, ENTROPY, g, h, inv_temp, HAS_ENTROPY: tl.constexpr):
-    """Gradient of a block of logits; g and h are the gradients of log-prob and entropy, times
-    inv_temp."""
+    """Gradient of a block of logits; g and h are those of log-prob and entropy, times inv_temp."""
     log_p = (z * inv_temp - m) - log_s
     p = tl.exp(log_p)
     grad = g * (tl.where(cols == index, 1.0, 0.0) - p)
@@ -127,8 +126,7 @@ def token_loss(
     logp, log_ratio, ref_logp, advantage, beta, low, high, delta,
     HAS_REF: tl.constexpr, HAS_DELTA: tl.constexpr, CAPPED: tl.constexpr, KL: tl.constexpr,
 ):  # fmt: skip
-    """GPU version of `virft_fast.kernels.token_loss.token_loss`; low and high bound the ratio
-    itself.
+    """The GPU version of `kernels.token_loss.token_loss`; low and high bound the ratio itself.
 
     Returns the loss, its derivatives in the log-ratio and in the log-prob, the KL estimate, and -1
     or 1 where the ratio is clipped below or above, else 0.
@@ -274,8 +272,7 @@ def rows_backward_kernel(
     UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, OUT_CONTIGUOUS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of d loss / d logits. OUT may be Z, because each element is read before it is
-    written."""
+    """One block of d loss / d logits. OUT may be Z: each element is read before it is written."""
     program = tl.program_id(0)
     row = program // blocks
     g = 0.0
@@ -345,8 +342,7 @@ def token_loss_kernel(
     HAS_REF: tl.constexpr, HAS_DELTA: tl.constexpr, CAPPED: tl.constexpr, KL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`token_loss` alone, with (5, size) output, for the test that compares it with the torch
-    version."""
+    """`token_loss` alone, with (5, size) output, for the test against the torch version."""
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = cols < size
     values = token_loss(
@@ -378,8 +374,7 @@ class _Rows:
 
 
 def rows_of(logits: Tensor, unit: int = 16) -> tuple[Tensor, _Rows]:
-    """The tensor and its row addressing. It is copied only if its leading dimensions can't fold
-    into two."""
+    """The tensor and its addresses. Copies only if the leading dimensions can't fold into two."""
     vocab = logits.shape[-1]
     if logits.ndim == 1:
         logits = logits[None]

@@ -1,2 +1,1 @@
-"""Models: loading, training and saving Qwen-VL models, their processors, and the embedded tiny
-model."""
+"""Loading and saving Qwen-VL models, their processors, and the embedded tiny model."""

@@ -4,7 +4,7 @@ A run with `--use_peft` starts in one of three ways (`LoraPlan.kind`):
     new        the model has no adapter: a new one is trained on it;
     continued  the model is an adapter's folder: its training continues on the same base;
     stacked    the flags change rank, alpha or layers, or the adapter can't be trained here: it is
-    merged, the merged model is saved, and a new adapter is trained on it.
+               merged, the merged model is saved, and a new adapter is trained on it.
 Plain peft loads each result: its adapter_config.json names the base it was trained on.
 """
 
@@ -122,8 +122,7 @@ def _settings(config: Row) -> Row:
 
 
 def _check_continues(name: str, config: Row) -> None:
-    """Raise ValueError unless the adapter is plain LoRA on linear layers of an unchanged base
-    model."""
+    """Raise ValueError unless it is a plain LoRA adapter of an unchanged base's linear layers."""
     odd = {k: v for k, v in config.items() if k not in _KEPT and v and v != "none"}
     if config.get("peft_type") != "LORA":
         odd["peft_type"] = config.get("peft_type")
@@ -170,7 +169,7 @@ def add_lora(
 
 
 def _check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
-    """Raise ValueError if any name matches no layer; peft raises only if all of them match none."""
+    """Raise ValueError if any name matches no layer; peft raises only if no name matches."""
     linear = [f".{name}" for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     layers = [name for name in linear if "visual" not in name.split(".")]
     for target in target_modules:

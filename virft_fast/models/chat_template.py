@@ -39,7 +39,7 @@ class _TooLong(BaseException):
 
 
 def check_chat_template(processor: Processor, name: str) -> None:
-    """Check a model's chat template by rendering a short question in a child process.
+    """Check a chat template before its first use: render a short question in a child process.
 
     Args:
         name: the model's name, for the error message.
@@ -73,7 +73,7 @@ def render(processor: Processor, messages: Sequence[Row]) -> str:
         if time.thread_time() > ends:
             raise _TooLong
         # "<template>" is Jinja's name for a compiled template. Trace each of its lines, because a
-        # loop may not call anything; elsewhere, trace only calls.
+        # loop might call nothing; elsewhere, trace only calls.
         return trace if frame.f_code.co_filename == "<template>" else None
 
     before = sys.gettrace()
@@ -92,8 +92,7 @@ def render(processor: Processor, messages: Sequence[Row]) -> str:
 
 
 def _in_child(function: Callable[[], str]) -> str:
-    """Run a function with limited time and memory. Returns its result or a description of its
-    failure."""
+    """Run a function with limited time and memory; returns its result or how it failed."""
     read, write = os.pipe()
     with warnings.catch_warnings():  # about threads; the child needs none of their locks
         warnings.simplefilter("ignore", DeprecationWarning)

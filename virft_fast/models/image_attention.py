@@ -98,8 +98,7 @@ def attention_to_prompts(policy: Policy, inputs: ModelInputs, layer: int) -> lis
 
 
 def image_tokens(prompt: Prompt, merge: int) -> list[tuple[Tensor, tuple[int, int]]]:
-    """For each image of a prompt, the positions of its tokens and the (rows, columns) of their
-    grid.
+    """For each image of a prompt, its tokens' positions and the (rows, columns) of their grid.
 
     Args:
         merge: one token represents merge * merge patches.

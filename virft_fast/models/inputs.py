@@ -168,8 +168,7 @@ def _following(positions: Tensor, length: int) -> Tensor:
 def _pack(
     prompts: Sequence[Prompt], positions: Sequence[Tensor], completions: Sequence[Sequence[Tensor]]
 ) -> Row:
-    """The fields of one packed row. It omits the completions' last tokens, which predict
-    nothing."""
+    """The fields of one packed row. Omits the completions' last tokens, which predict nothing."""
     ids, position_ids, images, predictors, groups = [], [], [], [], []
     start = 0
     for prompt, own_positions, group in zip(prompts, positions, completions, strict=True):
@@ -202,8 +201,7 @@ def _pad(
     completions: Sequence[Sequence[Tensor]],
     pad_token_id: int,
 ) -> Row:
-    """The fields for one row per completion: prompts padded on the left, completions on the
-    right."""
+    """The fields of one row per completion: prompts are left-padded, completions right-padded."""
     before = max(len(prompt.input_ids) for prompt in prompts)
     after = max((len(ids) for group in completions for ids in group), default=0)
     rows: list[tuple[Tensor, ...]] = []

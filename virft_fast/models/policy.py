@@ -33,8 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class _PatchProjection(nn.Conv3d):
-    """A patch embedding as one matrix product, which works because each patch is as large as the
-    kernel.
+    """A patch embedding as one matrix product: each patch is exactly as large as the kernel.
 
     A convolution takes several times as long, especially its backward pass.
     """
@@ -226,8 +225,7 @@ class Policy(nn.Module):
 
 
 class Head(nn.Module):
-    """The lm_head's weight, and everything computed with it. If fused, full logits are never
-    formed."""
+    """The lm_head's weight, and everything computed with it. "fused" never forms full logits."""
 
     def __init__(self, lm_head: nn.Linear, loss_impl: str) -> None:
         super().__init__()

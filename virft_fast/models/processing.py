@@ -154,8 +154,7 @@ def build_tiny_processor(tokenizer: Tokenizer) -> ImageOnlyQwen2VLProcessor:
 
 
 def _holder(source: ModelSource) -> Path:
-    """The processor's folder: the first adapter folder that has one, otherwise the whole
-    model's."""
+    """The processor's folder: the first adapter's that has one, otherwise the whole model's."""
     files = ("tokenizer_config.json", "preprocessor_config.json"), ("processor_config.json",)
     for adapter in (Path(name) for name, _ in source.chain[:-1]):
         if any(all((adapter / file).is_file() for file in group) for group in files):

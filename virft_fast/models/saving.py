@@ -1,7 +1,7 @@
 """Writes a model's folder so that other programs can load it.
 
 Training doesn't change the tokenizer, and changes only the image-size bounds of the processor. So
-the base model's files are copied byte-for-byte, then completed for other readers: transformers 5
+the base model's files are copied byte for byte, then completed for other readers: transformers 5
 stores some settings in other files and under other keys than transformers 4, whose files vLLM,
 SGLang and llama.cpp expect. docs/checkpoints.md lists which files each program reads.
 """
@@ -100,7 +100,7 @@ def save_model(
     own = copy.copy(processor)  # use the model's family, not the processor's
     own.model_type = inner.config.model_type
     own.save_pretrained(folder)
-    for path in folder.glob("*.safetensors"):  # only their owner could read them
+    for path in folder.glob("*.safetensors"):  # by default, only their owner can read them
         path.chmod(next(folder.glob("*config.json")).stat().st_mode)
 
 
@@ -182,8 +182,7 @@ def _write_processor_configs(
 
 
 def _tokenizer_config(config: Row, folder: Path, family: Family, template: object) -> Row:
-    """Convert transformers 5's tokenizer_config.json so that 4 reads it, too; keep a released
-    one."""
+    """Convert transformers 5's tokenizer_config.json for transformers 4; keep a released one."""
     out = dict(config)
     if isinstance(out.get("extra_special_tokens"), list):
         out["additional_special_tokens"] = out.pop("extra_special_tokens")

@@ -6,8 +6,8 @@ prompt's. The transformers model's code is unchanged: its attention interface ca
 passes the row to the core given with the call.
 
 Shapes: S tokens of the row, H query heads, K key/value heads, E numbers per head, G completions of
-    a group, P prompt tokens, C completion tokens that the model reads: all but the last, which
-    predicts nothing.
+a group, P prompt tokens, C completion tokens that the model reads: all but the last, which predicts
+nothing.
 """
 
 from __future__ import annotations
@@ -84,8 +84,7 @@ def unreachable(language_model: TextModel) -> str | None:
 
 @functools.cache
 def _register(inner: str) -> str:
-    """Register `attend` with transformers. The returned name contains that of the fallback,
-    `inner`."""
+    """Register `attend` with transformers; returns a name that contains the fallback's, `inner`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -107,8 +106,7 @@ def attend(
     attention_core: Callable[..., Tensor] | None = None,
     **options: object,
 ) -> tuple[Tensor, Tensor | None]:
-    """Implements transformers' attention interface; calls the core, or `inner` if there is no
-    core."""
+    """transformers' attention interface. Calls the core, or `inner` if there is no core."""
     if attention_core is not None:
         return attention_core(module.layer_idx, query, key, value, scaling), None
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -180,8 +178,8 @@ class PackedAttention:
 
 
 class _TwoPart:
-    """Two dense calls per group: the prompt attends to itself, each completion to the prompt and
-    itself.
+    """Two dense calls per group: the prompt over itself, the completions over prompt and
+    themselves.
 
     Completions are padded to the longest. The padding comes last, so the causal mask hides it.
     """
@@ -253,7 +251,7 @@ def _padding(group: Group, device: torch.device) -> Padding:
 
 
 def _suffix_mask(group: Group, device: torch.device) -> Tensor:
-    """(longest C, P + longest C) mask: the whole prompt is visible, and the completion causally."""
+    """(longest C, P + longest C) mask: all of the prompt, and the completion causally."""
     longest = max(group.lengths, default=0)
     if device.type == "cuda":
         from torch.nn.attention.bias import causal_lower_right

@@ -104,8 +104,7 @@ class ModelSource:
                 ) from error
 
     def refuse_code(self) -> None:
-        """Check the folders again and raise AsksForCode if one asks for code: files may have
-        changed."""
+        """Raise AsksForCode if a folder asks for code by now: its files may have changed."""
         for folder, _ in self.chain:
             refuse_code(folder)
         find_base_folder(*self.chain[-1])
@@ -162,8 +161,7 @@ def _is_hub_adapter(hub_id: str, revision: str | None) -> bool:
 
 
 def hub_file(hub_id: str, name: str, revision: str | None) -> str | None:
-    """The local cache path of a hub file; None if the file doesn't exist or there is no
-    connection."""
+    """A hub file's path in the local cache; None if it doesn't exist or can't be downloaded."""
     from transformers.utils import cached_file
 
     raises = ("missing_entries", "connection_errors")
@@ -206,7 +204,7 @@ def _base_folder(folder: Path, named: str) -> str:
     candidates.insert(0, Path(named))
     models = (path for path in candidates if (path / "config.json").is_file())
     path = str(next(models, named))
-    if path != named and Path(named).name != BASE_FOLDER:  # BASE_FOLDER always means a run's own
+    if path != named and Path(named).name != BASE_FOLDER:  # BASE_FOLDER means nothing else
         logger.warning("%s names the base model %s, which is gone; %s is used", folder, named, path)
     return path
 

@@ -62,8 +62,7 @@ def check_request(prompts: Sequence[Prompt], num_generations: int) -> None:
 
 @contextmanager
 def evaluating(weights: Weights) -> Iterator[Policy]:
-    """The policy with whole weights, in evaluation mode; its previous mode is restored
-    afterwards."""
+    """The policy with whole weights, in evaluation mode; restores its mode afterwards."""
     with weights() as policy:
         training = policy.training
         policy.eval()

@@ -71,8 +71,7 @@ class CachePlan:
         return self.groups * (self.prompt_length + self.num_generations * self.completion_length)
 
     def check(self, limit: float, what: str) -> None:
-        """Raise ValueError, with a message that starts with `what`, if this exceeds `limit`
-        tokens."""
+        """Raise ValueError, its message starting with `what`, if this exceeds `limit` tokens."""
         if self.num_tokens > limit:
             raise ValueError(
                 f"{what}: with {self.num_generations} completions it needs a cache of "

@@ -39,8 +39,7 @@ MAX_GRAPHS = 128
 
 @dataclass(frozen=True)
 class DecodeState:
-    """The tensors of a step. When the batch shrinks, it gets a new state at the start of the same
-    memory.
+    """The tensors of a step. A smaller batch gets a new state at the start of the same memory.
 
     Attributes:
         tokens: (R,) int64, each row's last token. positions: (R,) int64, its rotary position.
@@ -308,8 +307,7 @@ def capture_graph(
 
 
 class DecodeAttention:
-    """The attention of one decoding step. Each row's query attends to its prompt and its own
-    tokens."""
+    """Attention of one decoding step. Each row's query attends to its prompt and own tokens."""
 
     def __init__(self, state: DecodeState, width: int, observer: Observer | None) -> None:
         self.state, self.width, self.observer = state, width, observer
@@ -367,15 +365,13 @@ def _scores(query: Tensor, keys: Tensor, bias: Tensor, scaling: float) -> Tensor
 
 
 def _bucket(count: int) -> int:
-    """`count` rounded up to one of 1, 2, 3, 4, 6, 8, 12, 16, ..., because fewer sizes need fewer
-    graphs."""
+    """`count` rounded up to 1, 2, 3, 4, 6, 8, 12, 16, ...: fewer sizes need fewer graphs."""
     power = 1 << (count - 1).bit_length()
     return 3 * power // 4 if count <= 3 * power // 4 else power
 
 
 def token_chunks(lengths: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
-    """(first, last) of runs of prompts with at most `limit` tokens each; a longer prompt is on its
-    own."""
+    """(first, last) of runs of prompts with at most `limit` tokens; a longer prompt is alone."""
     first, total = 0, 0
     for last, length in enumerate(lengths):
         if last > first and total + length > limit:

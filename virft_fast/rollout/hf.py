@@ -1,5 +1,4 @@
-"""Rollout with transformers' `generate`: slow and obvious, the test oracle for the native
-rollout."""
+"""Rollout with transformers' `generate`: slow, simple, and the test oracle for the native one."""
 
 from __future__ import annotations
 

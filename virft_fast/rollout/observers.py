@@ -1,8 +1,7 @@
 """Observers of the native rollout: the interface, and an observer that measures attention.
 
 Shapes: B prompts, G completions each, N = B*G. R of these N rows are still being decoded, the same
-    number in each remaining group. P prompt tokens, padded; H query heads, K key/value heads, E
-    numbers
+number in each remaining group. P prompt tokens, padded; H query heads, K key/value heads, E numbers
 per head, S tokens of a packed row.
 """
 

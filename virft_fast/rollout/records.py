@@ -11,8 +11,8 @@ from virft_fast.metrics import null_for_nan
 
 
 def reward_arguments(rollouts: Rollouts) -> tuple[list[Json], list[Json], dict[str, list[Json]]]:
-    """Prompts, completions and columns as TRL passes them to a reward function; each has length
-    N."""
+    """Prompts, completions and columns, each of length N, as TRL passes them to reward
+    functions."""
     repeated = [p.sample for p in rollouts.prompts for _ in range(rollouts.num_generations)]
     names = {name for sample in repeated for name in sample.columns}
     columns = {name: [sample.columns.get(name) for sample in repeated] for name in sorted(names)}

@@ -108,8 +108,7 @@ class Sampler:
 
 
 def _outside_nucleus(scores: Tensor, top_p: float) -> Tensor:
-    """(N, V) bool, true for tokens outside the most likely ones whose probabilities add up to
-    top_p."""
+    """(N, V) bool, true outside the most likely tokens whose probabilities add up to top_p."""
     ordered, order = scores.sort(-1, descending=False)
     below = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
     below[:, -1] = False  # the most likely token stays
