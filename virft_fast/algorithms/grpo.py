@@ -73,8 +73,8 @@ def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[Metrics, l
     Returns:
         Metrics, the same on all ranks, and a record for each of this rank's N completions.
     Raises:
-        TooManyBadSteps: for `max_bad_steps` steps in a row, the update was skipped or one of the
-            reward functions returned no finite value.
+        TooManyBadSteps: for `max_bad_steps` steps in a row, the update was skipped, or one reward
+            function returned no finite value.
     """
     cfg, stats, start = state.config, StepStats(), time.perf_counter()
     torch.manual_seed(state.seed + state.step)

@@ -57,7 +57,7 @@ def linear_logps(
         index: (...) int64, in [0, V).
         bias: (V,), or None.
         temperature: > 0, divides the logits.
-        chunk_tokens: rows of a tile; None: depends on V and device.
+        chunk_tokens: rows per tile; None: chosen from V and the device.
     Returns:
         logps, entropy: (...) float32 (float64 if an input is), both differentiable once, in
         `hidden`, `weight` and `bias`; the backward pass computes the logits a second time.
@@ -107,7 +107,7 @@ def linear_grpo_loss(
             `cu_seqlens`. Masked rows may hold anything, NaN included.
         weight: (V, D), same device; its dtype may differ.
         bias: (V,), or None.
-        chunk_tokens: rows of a tile; None: depends on V and device.
+        chunk_tokens: rows per tile; None: chosen from V and the device.
         The rest: see `grpo_loss`.
     Returns:
         GRPOLoss; `loss` is differentiable once, in `hidden`, `weight` and `bias`.

@@ -26,7 +26,8 @@ class Sampling:
 
     Attributes:
         max_completion_length: maximum length of a completion, in tokens.
-        temperature, top_p, top_k, min_p: as usual; top_k 0, top_p 1 and min_p 0 are off.
+        temperature, top_p, top_k, min_p: the usual parameters; top_k 0, top_p 1 and min_p 0 are
+            off.
         repetition_penalty: applies to tokens already in the prompt or the completion: divides their
             positive logits and multiplies their negative ones; 1 is off.
         greedy: take the most likely token instead of sampling.

@@ -47,7 +47,8 @@ class DecodeState:
         slots: (R,) int64, the row of `drawn` and `logps` that each row writes to.
         prompt_bias: (B, P) float32, 0 at a prompt's tokens and -inf after them.
         step: (1,) int64, index of each row's last token in its completion.
-        drawn: (N, max_completion_length + 1) int64, the completions. logps: the same in float32.
+        drawn: (N, max_completion_length + 1) int64, the sampled tokens. logps: the same shape,
+            float32.
         caches: one per layer; the prefill of the prompts allocates them.
     """
 
