@@ -1,6 +1,6 @@
-"""DeepSpeed's JSON files: what they may contain, and what "auto" means there.
+"""DeepSpeed's JSON files: which settings are allowed, and what "auto" resolves to.
 
-Nothing here imports deepspeed; `engine.py` does, and uses the configuration resolved here.
+This module doesn't import deepspeed; `engine.py` does, and uses the resolved configuration.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def load_deepspeed_config(path: str) -> Row:
     """Read a DeepSpeed JSON.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or no JSON object in it.
+        FileNotFoundError, ValueError: the file is missing or holds no JSON object.
     """
     file = Path(path)
     if not file.is_file():
@@ -61,12 +61,12 @@ def resolve_deepspeed_config(
     """Replace HF's "auto" values.
 
     Args:
-        config: as in the user's file; left unchanged.
+        config: the user's file as read; not modified.
     Returns:
         The configuration with every "auto" replaced and without its optimizer and scheduler
-        blocks, and the optimizer's settings, updated by an optimizer block.
+        blocks, and the optimizer's settings, updated from the optimizer block.
     Raises:
-        ValueError: an "auto" that has no value here, a batch size that contradicts the flags, fp16,
+        ValueError: an "auto" with no value for it, a batch size that contradicts the flags, fp16,
             or an optimizer other than Adam(W).
     """
     config = json.loads(json.dumps(config))
@@ -163,5 +163,5 @@ def zero_stage(config: Row | None) -> int:
 
 
 def engine_dtype(config: Row) -> torch.dtype:
-    """The dtype DeepSpeed keeps the module in."""
+    """The dtype in which DeepSpeed keeps the module."""
     return torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32

@@ -1,4 +1,4 @@
-"""The engines, which own parameters, gradients and optimizer state; only they use DeepSpeed.
+"""The engines, which own parameters, gradients and optimizer state. Only this file uses DeepSpeed.
 
 `PlainEngine` runs one process or replicas, `DeepSpeedEngine` any ZeRO stage; `Engine` is their
 common interface. A step whose gradient is not finite is skipped on every rank. The file is long
@@ -30,7 +30,7 @@ from virft_fast.models.adapters import has_adapter, is_trained_adapter
 from virft_fast.models.policy import Policy
 from virft_fast.optimizer import OptimizerSettings, make_optimizer
 
-# How many ZeRO-3 parameters (elements) to gather at once when copying for a rollout.
+# How many numbers of ZeRO-3 parameters are gathered at once when copied for a rollout.
 GATHERED_NUMBERS = 2**28
 
 Stored = dict[str, Tensor]  # weights by their names in a saved model
@@ -45,12 +45,12 @@ class StepResult:
 
 
 class Engine(Protocol):
-    """The interface of an engine; `PlainEngine` documents what each method does.
+    """The interface of an engine; `PlainEngine`'s docstrings describe the methods.
 
     Attributes:
         module: the policy that is trained.
         zero_stage: 0 to 3; at 3 the weights are partitioned over the ranks.
-        updates: how many updates of the weights have begun since the engine was made.
+        updates: number of weight updates started since the engine was created.
     """
 
     module: Policy
@@ -71,7 +71,7 @@ class Engine(Protocol):
 class PlainEngine:
     """One process, or replicas that average their gradients at the step.
 
-    The weights keep their dtype; with `bf16` forward passes run under autocast.
+    The weights keep their dtype; with `bf16`, forward passes run under autocast.
     """
 
     zero_stage = 0
@@ -108,7 +108,7 @@ class PlainEngine:
         loss.backward()
 
     def step(self, learning_rate: float, *, veto: bool = False) -> StepResult:
-        """Update the weights, unless the gradient isn't finite or `veto`, the same on all ranks."""
+        """Update the weights unless the gradient is not finite or `veto`, the same on all ranks."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -133,7 +133,7 @@ class PlainEngine:
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[Policy]:
-        """The policy with whole weights, for any calls outside `forward`."""
+        """Context that yields the policy with whole weights, for any calls outside `forward`."""
         with self._autocast():
             yield self.module
 
@@ -169,7 +169,7 @@ class PlainEngine:
             state = torch.load(path, map_location="cpu", weights_only=True)
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
-        except Exception as error:  # a damaged or foreign file can raise anything
+        except Exception as error:  # a damaged or unrelated file can raise anything
             raise ValueError(unreadable_state(path, error)) from error
 
 
@@ -201,13 +201,13 @@ class DeepSpeedEngine:
         self.zero_stage = zero_stage(config)
         optimizer = self.optimizer = make_optimizer(policy, settings)
         config = json.loads(json.dumps(config))
-        # Without ZeRO and bf16 DeepSpeed clips but doesn't expose the norm, so the guard clips.
+        # Without ZeRO and bf16, DeepSpeed clips but doesn't expose the norm, so the guard clips.
         self._clips_here = self.zero_stage == 0 and not config.get("bf16", {}).get("enabled")
         if self._clips_here:
             config["gradient_clipping"] = 0.0
         self._norm, self._veto = 0.0, False
         self.engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
-        # Set only now: `initialize` takes one step without gradients, to allocate the state.
+        # Set only now, because `initialize` makes one step without gradients to allocate the state.
         self.optimizer.guard = self._guard
         self.engine.checkpoint_engine = _plain_checkpoint_engine()
         # Don't copy its weight-gathering script: model.safetensors has the weights, and a copy that
@@ -216,7 +216,7 @@ class DeepSpeedEngine:
         self.module = policy
 
     def _guard(self) -> bool:
-        """Whether the optimizer may step: DeepSpeed has computed the gradient's norm by then."""
+        """Whether the optimizer may step. DeepSpeed has computed the gradient's norm by now."""
         if self._clips_here:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             max_norm = self.settings.max_grad_norm or math.inf
@@ -253,9 +253,8 @@ class DeepSpeedEngine:
     def whole_weights(self) -> Iterator[Policy]:
         """As `PlainEngine.whole_weights`; all ranks call.
 
-        Under ZeRO-3 it yields a whole copy, which keeps its addresses and is refilled once after
-        each step. Layers are therefore not gathered for every token, and ranks may make different
-        numbers of module calls.
+        Under ZeRO-3 it yields a full copy, refilled once after each step at the same addresses. So
+        layers need not be gathered for every token, and ranks may make different numbers of calls.
         """
         if self.zero_stage < 3:
             yield self.module
@@ -314,8 +313,8 @@ class DeepSpeedEngine:
 
 
 def materialised(empty: Policy, like: Policy, device: torch.device) -> Policy:
-    """The policy `empty` with memory for its parameters, tied ones still tied, and with the
-    buffers of `like`, which has the same modules."""
+    """Allocate the parameters of the policy `empty`, keep tied ones tied, and take the buffers of
+    `like`, which has the same modules."""
     memory: dict[int, nn.Parameter] = {}
     modules = dict(like.named_modules())
     for path, module in empty.named_modules():
@@ -333,7 +332,7 @@ def materialised(empty: Policy, like: Policy, device: torch.device) -> Policy:
 def _buckets(
     named: list[tuple[str, nn.Parameter]], limit: int
 ) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    """Consecutive parameters with at most `limit` numbers together; a larger one by itself."""
+    """Runs of consecutive parameters with at most `limit` numbers; a larger one is alone."""
     bucket: list[tuple[str, nn.Parameter]] = []
     total = 0
     for name, parameter in named:
@@ -351,7 +350,7 @@ def find_state(folder: Path, *, deepspeed: bool) -> Path:
     """The file or folder that an engine's `save_state` wrote into `folder`.
 
     Raises:
-        FileNotFoundError: it isn't there; the run may have used the other engine.
+        FileNotFoundError: it doesn't exist; the run may have used the other engine.
     """
     path = folder / ("state" if deepspeed else "state.pt")
     if not path.exists():
@@ -374,8 +373,8 @@ def unreadable_state(path: Path, error: Exception) -> str:
 def make_reference(
     policy: Policy, engine: PlainEngine | DeepSpeedEngine, config: Row | None
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """Freeze a copy of the policy and put it where it can be called: partitioned under ZeRO-3,
-    else on this process's device.
+    """Freeze a copy of the policy and place it: partitioned under ZeRO-3, otherwise on this
+    process's device.
 
     Args:
         config: the engine's resolved DeepSpeed configuration; None for a `PlainEngine`.
@@ -402,7 +401,7 @@ def make_reference(
 
 
 def import_deepspeed() -> ModuleType:
-    """DeepSpeed, set to use the CPU where there is no GPU.
+    """DeepSpeed, configured to use the CPU if there is no GPU.
 
     Raises:
         ValueError: it isn't installed.
@@ -419,15 +418,15 @@ def import_deepspeed() -> ModuleType:
 
 
 def prepare_deepspeed(config: Row, device: torch.device) -> object:
-    """Set up DeepSpeed before a model is loaded. Keep a reference to the result while loading:
+    """Set DeepSpeed up before a model is loaded. Keep a reference to the result while loading:
     under ZeRO-3 it makes `from_pretrained` partition the weights as it reads them."""
     deepspeed = import_deepspeed()
     if device.type == "cpu":
-        # Otherwise the first run spends minutes compiling a shared-memory all-reduce that none of
-        # training's collectives uses.
+        # Otherwise the first run spends minutes compiling a shared-memory all-reduce that training
+        # never uses.
         deepspeed.ops.__compatible_ops__ = {}
     if not torch.distributed.is_initialized():
-        # One process without a launcher: a group of one, whose store is in memory.
+        # One process without a launcher: create a group of one with an in-memory store.
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -447,10 +446,10 @@ def check_deepspeed(config: Row) -> None:
     import_deepspeed()
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    try:  # it divides train_batch_size by the size of a process group that doesn't exist yet
+    try:  # DeepSpeed divides train_batch_size by the size of a group that doesn't exist yet
         copied = json.loads(json.dumps(config))
         DeepSpeedConfig({k: v for k, v in copied.items() if k != "train_batch_size"})
-    except Exception as error:  # pydantic's errors, assertions, and errors from wrong types
+    except Exception as error:  # pydantic errors, assertions, and anything unexpected types cause
         raise ValueError(
             f"--deepspeed: expected settings that DeepSpeed takes, got {type(error).__name__}: "
             f"{' '.join(str(error).split())[:400]}"
@@ -458,15 +457,15 @@ def check_deepspeed(config: Row) -> None:
 
 
 def _stored_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters to save, frozen ones too, under `model`'s own names, tied ones once: all of
-    them, or the adapter's if there is one."""
+    """The parameters to save under `model`'s own names: the adapter's if there is one, otherwise
+    all, including frozen ones. Tied parameters appear once."""
     whole = not has_adapter(model)
     return ((n, p) for n, p in model.named_parameters() if whole or is_trained_adapter(n))
 
 
 def _without_enums(value: object) -> object:
-    """Replace enums by their numbers, which DeepSpeed accepts as well: some releases of Python 3.11
-    pickle an enum as a call of getattr, which `weights_only` refuses."""
+    """Replace enums by their numbers, which DeepSpeed also accepts. Some Python 3.11 releases
+    pickle an enum as a call to getattr, which `weights_only` refuses."""
     if isinstance(value, Enum):
         return value.value
     if type(value) is dict:
@@ -475,11 +474,10 @@ def _without_enums(value: object) -> object:
 
 
 def _plain_checkpoint_engine() -> object:
-    """DeepSpeed's checkpoint engine, changed so that it unpickles no arbitrary objects.
+    """DeepSpeed's checkpoint engine, but it refuses to unpickle arbitrary objects.
 
-    It lists the files it has written in `written`. If a write fails (a full disk), it keeps the
-    exception in `error`: raised on one rank, it would leave the others waiting at DeepSpeed's next
-    barrier.
+    `written` lists the files it wrote. If a write fails (a full disk), it keeps the exception in
+    `error`: raising it on one rank would leave the others waiting at DeepSpeed's next barrier.
     """
     import_deepspeed()
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine

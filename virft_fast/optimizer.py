@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW and gradient clipping; each step is given its learning rate."""
+    """Settings of AdamW and gradient clipping. The learning rate is passed to each step instead."""
 
     learning_rate: float
     betas: tuple[float, float] = (0.9, 0.999)
@@ -33,20 +33,21 @@ class OptimizerSettings:
 class GuardedAdamW(torch.optim.AdamW):
     """AdamW that changes neither parameters nor state in a step for which `guard()` is false.
 
-    The guard is here, below DeepSpeed, so that all ranks go through the same collectives whether
-    or not a step is skipped.
+    The guard sits below DeepSpeed, so that all ranks run the same collectives whether or not a step
+    is skipped.
     """
 
     guard: Callable[[], bool] = staticmethod(lambda: True)
 
-    # torch's version also returns a closure's loss; closures are not used here.
+    # torch also returns the closure's loss; here, there is never a closure.
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         if self.guard():
             super().step(closure)
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """The trainable parameters in two groups: matrices decay, biases and norm weights don't."""
+    """The trainable parameters in two groups: matrices, which decay, and biases and norm weights,
+    which don't."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     # Under ZeRO-3 a partitioned parameter keeps its true shape in ds_shape.
     matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]

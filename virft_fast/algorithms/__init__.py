@@ -1,6 +1,6 @@
-"""The algorithms, a module each, which reads top to bottom and ends in its `ALGORITHM`.
+"""The algorithms, one module each. A module reads top to bottom and ends with its `ALGORITHM`.
 
-Another one is a file like them and a line in `config.ALGORITHMS`.
+To add one, write such a module and add a line to `config.ALGORITHMS`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run needs from its algorithm, and the rows that it passes to it."""
+"""The interface between a run and its algorithm, and the data that the run passes in."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from virft_fast.models.families import Tokenizer
 
 @dataclass
 class Data:
-    """The training rows and their order, the held-out rows, and how they are scored.
+    """The training rows and their order, the held-out rows, and how answers are scored.
 
     Attributes:
         prompts_per_step: over all ranks. total_steps: of the whole run.
@@ -46,33 +46,33 @@ class Data:
 
 
 class HeldOut(TypedDict):
-    """An evaluation on held-out rows: the means of measures, and some answers by row."""
+    """The result of an evaluation on held-out rows: mean metrics, and some answers by row."""
 
     means: Metrics
     answers: dict[str, str]
     num_samples: int
 
 
-NUM_SHOWN = 5  # answers in an evaluation
+NUM_SHOWN = 5  # answers stored with each evaluation
 Check = Callable[[Sample], str | None]  # what is wrong with a row, or None
 State = TypeVar("State", bound=TrainState)
 
 
 def find_algorithm(name: str) -> Algorithm:
-    """The algorithm of --algorithm `name`."""
+    """The algorithm that --algorithm `name` selects."""
     return import_module(ALGORITHMS[name]).ALGORITHM
 
 
 class Algorithm(Generic[State]):
-    """What a run needs from its algorithm. Each module of `virft_fast.algorithms` ends in one.
+    """The interface of an algorithm. Each module of `virft_fast.algorithms` ends with an instance.
 
     Attributes:
-        name: of --algorithm.
-        flags: the field of `RunConfig` with its own flags, if it has some.
-        same_on_resume: flags that must not change when one of its runs is resumed, in addition to
-            those of every run.
-        draws: whether a step draws completions, which are scored and recorded.
-        preferences: whether rows have pairs of answers instead of solutions and rewards.
+        name: its value of --algorithm.
+        flags: the field of `RunConfig` that holds its own flags, if it has any.
+        same_on_resume: flags that must not change when a run resumes, in addition to those that
+            every algorithm fixes.
+        draws: whether a step samples completions, which are then scored and recorded.
+        preferences: whether rows hold pairs of answers instead of solutions to score.
         files: what it writes into --output_dir, in addition to what every run writes.
     """
 
@@ -84,10 +84,10 @@ class Algorithm(Generic[State]):
     files: Sequence[str] = ()
 
     def without_effect(self, config: RunConfig) -> list[str]:
-        """The flags that the user has set and this algorithm ignores.
+        """The flags that the user set but this algorithm ignores.
 
         Raises:
-            UsageError: a flag means something else here.
+            UsageError: a flag has a different meaning for this algorithm.
         """
         groups = sorted({find_algorithm(name).flags for name in ALGORITHMS} - {self.flags, ""})
         given = [name for group in groups for name in given_flags(getattr(config, group))]
@@ -101,37 +101,37 @@ class Algorithm(Generic[State]):
         return None
 
     def rolls_out(self, config: RunConfig) -> bool:
-        """Whether completions are drawn, in steps or in the evaluations before and after them."""
+        """Whether the run samples completions, in steps or in evaluations before and after them."""
         return self.draws
 
     def uses_reference(self, config: RunConfig) -> bool:
-        """Whether a step needs log-probs of a reference: another model, or the policy with its
-        adapter disabled or as it was at the start."""
+        """Whether a step needs a reference's log-probs. The reference is a separate model, the
+        policy with its adapter disabled, or the policy as it was at the start."""
         return False
 
     def may_use_reference(self, config: RunConfig) -> bool:
-        """Whether a step could need a reference under other flags. A resumed run may have them, so
-        its parameters must match."""
+        """Whether a step could need a reference if flags changed. A resumed run may change them, so
+        the reference's parameters must match."""
         return self.uses_reference(config)
 
     def make_state(self, config: RunConfig, **fields: Any) -> TrainState:
         return TrainState(config=config.grpo, **fields)
 
     def begin(self, config: RunConfig, state: State, data: Data, *, resumed: bool) -> None:
-        """Work before the first step, when the model is loaded; all ranks call it."""
+        """Work to do before the first step, after the model is loaded; all ranks call it."""
 
     def step(self, state: State, prompts: Sequence[Prompt]) -> tuple[Metrics, list[Row]]:
         """One step on this rank's B prompts.
 
         Returns:
-            Metrics, the same on all ranks, and a record of each completion that this rank drew.
+            Metrics, the same on all ranks, and a record of each completion that this rank sampled.
         """
         raise NotImplementedError
 
     def evaluate(self, config: RunConfig, state: State, data: Data, num_rows: int) -> HeldOut:
         """Evaluate on the first held-out rows; all ranks call it."""
         with state.engine.whole_weights():
-            pass  # gathered by all ranks, before anything can fail on one of them
+            pass  # all ranks gather here, before one of them can fail
         result = evaluate_rewards(
             state.rollout,
             data.held_out.load,
@@ -152,10 +152,10 @@ class Algorithm(Generic[State]):
         return ["loss"]
 
     def compare(self, before: HeldOut, after: HeldOut) -> tuple[str, Metrics, Metrics]:
-        """A title for two evaluations, and their means to show, before and after."""
+        """A title for comparing two evaluations, and the means to show before and after."""
         title = f"held-out rewards, greedy, {after['num_samples']} samples"
         return title, before["means"], after["means"]
 
     def answers(self, sample: Sample) -> dict[str, str]:
-        """Name -> text of the answers that a row has."""
+        """A row's answers, name -> text."""
         return {"solution": sample.solution}

@@ -1,9 +1,9 @@
-"""DPO on pairs of a chosen and a rejected answer; the prompt and its images are read once for both.
+"""DPO on pairs of a chosen and a rejected answer, which share one pass over the prompt and images.
 
-A pair is a group of two given completions, and is computed like a group in GRPO: in one packed row,
-with one pass of the vision tower and without whole logits. The loss is that of Rafailov et al.
-(arXiv:2305.18290), with the label smoothing of conservative DPO and MIA-DPO's cross entropy of the
-chosen answer as options.
+A pair is a group of two given completions. Like a GRPO group, it is one packed row, takes one pass
+of the vision tower, and never forms the full logits. The loss is from Rafailov et al.
+(arXiv:2305.18290). Options add conservative DPO's label smoothing and MIA-DPO's cross entropy on
+the chosen answer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ REFERENCE_FILE = "reference_logps.json"
 # Row -> log-probs of its (chosen, rejected) answer under the reference.
 RefLogps = dict[int, tuple[float, float]]
 Digests = dict[int, str]  # row -> `pair_digest`
-Tables = dict[str, tuple[RefLogps, Digests]]  # of the rows to train on, and the held-out ones
+Tables = dict[str, tuple[RefLogps, Digests]]  # for the training rows and the held-out rows
 Load = Callable[[int], Prompt | BadRow]
 
 
@@ -52,8 +52,8 @@ class DPOState(TrainState):
     """`TrainState` for pairs.
 
     Attributes:
-        ref_logps, test_ref_logps: the training rows' and the held-out rows', if they were computed
-            beforehand; None: `reference` computes them.
+        ref_logps, test_ref_logps: reference log-probs of the training and the held-out rows, if
+            precomputed; None: `reference` computes them.
     """
 
     dpo: DPOConfig = field(default_factory=DPOConfig)
@@ -66,7 +66,7 @@ class Pairs:
     """Pairs that go through the model in one call: n of them, 2n completions.
 
     Attributes:
-        rows: the data set's row of each pair; empty in an `empty_microbatch`.
+        rows: each pair's row in the data set; empty in an `empty_microbatch`.
         ref_logps: (n, 2), or None.
     """
 
@@ -84,13 +84,13 @@ def dpo_loss(
         logps: (n, 2) summed log-probs of the chosen and the rejected answer.
         ref_logps: (n, 2), the same under the reference.
         beta: > 0.
-        label_smoothing: share of pairs assumed to be swapped, in [0, 0.5); conservative DPO's, TRL
-            1.16's "sigmoid" has none.
+        label_smoothing: share of pairs assumed to be swapped, in [0, 0.5). It comes from
+            conservative DPO; TRL 1.16's "sigmoid" has none.
     Returns:
-        Losses (n,), and rewards (n, 2), which are beta times the log-ratios, detached.
+        Losses (n,), and detached rewards (n, 2): beta times the log-ratios.
     Raises:
         ValueError: wrong shapes.
-    With log-ratios that differ by 1 and beta 1 the loss is -log sigmoid(1) = 0.3133.
+    Example: with beta 1 and log-ratios that differ by 1, the loss is -log sigmoid(1) = 0.3133.
     """
     if logps.ndim != 2 or logps.shape[1] != 2 or ref_logps.shape != logps.shape:
         raise ValueError(
@@ -116,7 +116,7 @@ def check_pair(tokenizer: Tokenizer, limit: int, sample: Sample) -> str | None:
         text = sample.columns.get(name)
         if not isinstance(text, str):
             return f"{name}: expected an answer, a text or a chat, got nothing"
-        ids = answer_ids(tokenizer, text)[:-1].tolist()  # an answer that was cut off gets an EOS
+        ids = answer_ids(tokenizer, text)[:-1].tolist()  # don't count EOS: cut-off answers get one
         if len(ids) > limit:
             return f"{name}: {len(ids)} tokens, more than --max_completion_length {limit}; raise it"
         if control := control_tokens_in(tokenizer, text):
@@ -127,7 +127,7 @@ def check_pair(tokenizer: Tokenizer, limit: int, sample: Sample) -> str | None:
 
 
 def pair_digest(sample: Sample) -> str:
-    """A hash of what the model reads of a row: chat, answers, images."""
+    """A hash of the parts of a row that the model reads: chat, answers, images."""
     digest = hashlib.sha1(repr((sample.messages, pair_of(sample))).encode("utf-8", "replace"))
     for image in sample.images:
         digest.update(repr(image.size).encode() + image.tobytes())
@@ -145,7 +145,7 @@ def check_unchanged(digests: Mapping[int, str], sample: Sample) -> str | None:
 
 
 def train_step(state: DPOState, prompts: Sequence[Prompt]) -> tuple[Metrics, list[Row]]:
-    """One step on this rank's B prompts and the pairs in their rows.
+    """One DPO step on this rank's B prompts and the pairs in their rows.
 
     Returns:
         Metrics, the same on all ranks; no records.
@@ -163,7 +163,7 @@ def train_step(state: DPOState, prompts: Sequence[Prompt]) -> tuple[Metrics, lis
         totals = dist.all_reduce_sum(counts.to(state.engine.device)).tolist()
         learning_rate, finite = state.learning_rate(state.step), True
         for number, pairs in enumerate(batches, 1):
-            # The number of ranks is a factor, because engines average gradients over them.
+            # Times the number of ranks, because engines average gradients over them.
             loss = _loss(state, pairs, stats, *totals) * dist.world_size()
             finite &= step.backward(state, loss, last=number == len(batches))
             stats.add_total("loss", float(loss.detach()))
@@ -176,11 +176,11 @@ def train_step(state: DPOState, prompts: Sequence[Prompt]) -> tuple[Metrics, lis
 
 @torch.no_grad()
 def evaluate(state: DPOState, load: Load, count: int, batch_size: int) -> Metrics:
-    """Means over rows 0 to count - 1, which are not shuffled: loss, rewards, preference accuracy;
-    and `num_pairs`, how many rows could be used. All ranks call it.
+    """Mean loss, rewards and preference accuracy over rows 0 to count - 1, unshuffled, and
+    `num_pairs`, the number of usable rows. All ranks call it.
 
     Raises:
-        NoUsableRows: none could be used.
+        NoUsableRows: no row is usable.
     """
     sums = StepStats()
     state.policy.eval()
@@ -216,11 +216,11 @@ def reference_logps(
     batch_size: int,
     report: Callable[[int], object] = lambda rows: None,
 ) -> tuple[RefLogps, Digests]:
-    """The log-probs of every usable row's answers under the untrained policy, and these rows'
-    digests, the same on all ranks.
+    """The untrained policy's log-probs of all usable rows' answers, and the rows' digests. All
+    ranks get the same.
 
     Args:
-        report: is called after each batch, with this rank's number of rows in it.
+        report: called after each batch with the number of this rank's rows in it.
     """
     own_logps: RefLogps = {}
     own_digests: Digests = {}
@@ -241,7 +241,8 @@ def reference_logps(
 
 
 def _own_prompts(load: Load, count: int, batch_size: int) -> Iterator[list[Prompt]]:
-    """This rank's usable prompts of rows 0 to count - 1, in equally many batches on every rank."""
+    """This rank's usable prompts of rows 0 to count - 1, in the same number of batches on every
+    rank."""
     world, rank = dist.world_size(), dist.rank()
     for first in range(0, count, batch_size * world):
         rows = range(first + rank * batch_size, min(first + (rank + 1) * batch_size, count))
@@ -259,7 +260,7 @@ def _answers(state: DPOState, prompts: Sequence[Prompt]) -> Rollouts:
 
 
 def _batches(state: DPOState, answers: Rollouts | None) -> list[Pairs]:
-    """The pairs in microbatches, equally many on all ranks, at least one; no pair is split.
+    """The pairs in microbatches: at least one, and the same number on every rank. No pair is split.
 
     Args:
         answers: None: this rank has no pairs.
@@ -270,7 +271,7 @@ def _batches(state: DPOState, answers: Rollouts | None) -> list[Pairs]:
     else:
         mask = answers.completion_mask
         made = step.lay_out(state, answers, torch.ones(len(mask)), mask, split=False)
-    # An empty microbatch has one completion, and no pair.
+    # An empty microbatch has one completion, so it holds no pair.
     return [Pairs(batch, tuple(islice(rows, len(batch.advantages) // 2))) for batch in made]
 
 
@@ -282,7 +283,8 @@ def _add_reference(state: DPOState, batches: list[Pairs], computed: RefLogps | N
             values = [computed[row] for row in pairs.rows]
             pairs.ref_logps = torch.tensor(values, device=state.engine.device).view(-1, 2)
         elif state.reference is not None:
-            # The reference has the same frozen tower. Whole weights are cheap except under ZeRO-3.
+            # Reuse image features: the reference has the same frozen tower. Only ZeRO-3 makes whole
+            # weights expensive.
             if state.policy.vision_frozen and state.engine.zero_stage < 3 and pairs.rows:
                 with state.engine.whole_weights() as policy:
                     batch.image_features = policy.image_features(batch.inputs)
@@ -297,7 +299,7 @@ def _loss(
     """The microbatch's share of the loss.
 
     Args:
-        num_pairs, num_tokens: all ranks' pairs, and the tokens of their chosen answers.
+        num_pairs, num_tokens: the pairs of all ranks, and the tokens in their chosen answers.
     """
     batch, ref_logps = pairs.batch, pairs.ref_logps
     logps, entropy = state.engine.forward(batch.inputs, image_features=batch.image_features)
@@ -320,13 +322,13 @@ def _add_stats(
     entropy: Tensor,
     loss: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Add sums over pairs or tokens for the step's means, with a single wait for the device.
+    """Add the sums behind the step's means over pairs or tokens, waiting for the device only once.
 
     Args:
         loss: from `dpo_loss`.
     """
     lengths = pairs.batch.inputs.cu_seqlens.diff().view(-1, 2)
-    # The accuracy of the log-probs is meaningful even before training, the one of rewards isn't.
+    # Log-prob accuracy is meaningful even before training; reward accuracy isn't.
     columns = {"num_chosen": lengths[:, 0], "num_tokens": lengths, "entropy": entropy,
                "logps/chosen": sums[:, 0], "logps/rejected": sums[:, 1],
                "logps/accuracies": sums[:, 0] > sums[:, 1]}  # fmt: skip
@@ -350,18 +352,18 @@ def _sums(pairs: Pairs, logps: Tensor) -> Tensor:
     if not pairs.rows:
         return logps.new_zeros(0, 2)
     lengths = pairs.batch.inputs.cu_seqlens.diff().long()
-    # unsafe: no checks, which would wait for the device; the lengths are right by construction.
+    # unsafe skips checks that would wait for the device; the lengths are right by construction.
     sums = torch.segment_reduce(logps, "sum", lengths=lengths, initial=0.0, unsafe=True)
     return sums.view(-1, 2)
 
 
 def _precompute_reference(config: RunConfig, state: DPOState, data: Data, *, resumed: bool) -> None:
-    """The reference's log-probs of all rows, computed when a run starts and read when it resumes.
-    From then on only rows that have not changed can be used."""
+    """Compute the reference's log-probs of all rows when a run starts; read them back when it
+    resumes. From then on, only rows that have not changed can be used."""
     path = Path(config.train.output_dir) / REFERENCE_FILE
     held_out = 0 if data.test is None else min(config.train.eval_samples, len(data.test))
     counts: Row = {"train": len(data.train), "test": held_out}
-    # The flags that decide which rows can be used, and what the model reads of them.
+    # The flags that decide which rows are usable and which part of them the model reads.
     flags = ("max_completion_length", "max_prompt_length", "min_pixels", "max_pixels")
     limits = {name: config.flat()[name] for name in flags}
     if resumed:
@@ -391,7 +393,7 @@ def _compute_reference(config: RunConfig, state: DPOState, data: Data, counts: R
     size = max(config.train.eval_batch_size, state.prompts_per_microbatch)
     for source, (name, count) in zip((data.train, data.test), counts.items(), strict=True):
         with tqdm(total=count, unit="row", desc="reference", disable=not dist.is_main()) as bar:
-            load = (source or data.train).load  # without held-out rows `count` is 0
+            load = (source or data.train).load  # `count` is 0 if there are no held-out rows
             tables[name] = reference_logps(state, load, count, size, bar.update)
     return tables
 
@@ -434,7 +436,7 @@ class DPO(Algorithm[DPOState]):
     files = (REFERENCE_FILE,)
 
     def without_effect(self, config: RunConfig) -> list[str]:
-        if config.grpo.beta != type(config.grpo)().beta:  # it is TRL's name of dpo_beta
+        if config.grpo.beta != type(config.grpo)().beta:  # TRL's name for dpo_beta
             raise UsageError(
                 f"--beta {config.grpo.beta}: it is the weight of GRPO's KL term; for --algorithm "
                 f"dpo pass --dpo_beta {config.grpo.beta}"
@@ -472,7 +474,7 @@ class DPO(Algorithm[DPOState]):
 
     def compare(self, before: HeldOut, after: HeldOut) -> tuple[str, Metrics, Metrics]:
         title = f"held-out pairs, {after['num_samples']} samples"
-        # Before training the policy is the reference, so its rewards are all 0.
+        # Before training, the policy equals the reference, so all rewards are 0.
         first = {k: v for k, v in before["means"].items() if not k.startswith("rewards/")}
         return title, first, {k: v for k, v in after["means"].items() if k in first}
 

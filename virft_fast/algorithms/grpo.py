@@ -1,11 +1,11 @@
 """GRPO: one step, readable top to bottom.
 
-A step draws G completions for each prompt, rewards each of them, computes advantages within the
-groups, and makes `num_iterations` passes of the clipped loss over them. Unlike in Visual-RFT's
-trainer, images follow their prompts, truncated and unscorable completions are handled, and tokens
-are counted over all microbatches and ranks before the first backward pass. Unlike in TRL's trainer,
-a microbatch is a number of prompts or tokens, so that a group stays together and its prompt is read
-once; and completions without any influence on the gradient are not read at all.
+A step samples G completions per prompt, scores them, computes advantages within each group, and
+trains on them with the clipped loss, `num_iterations` times. Unlike Visual-RFT's trainer, it keeps
+images with their prompts, handles truncated and unscorable completions, and counts tokens over all
+microbatches and ranks before the first backward pass. Unlike TRL's trainer, it sizes microbatches
+by prompts or tokens, so that a group stays together and its prompt is read once. It also skips
+completions that cannot affect the gradient.
 """
 
 from __future__ import annotations
@@ -71,16 +71,16 @@ def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[Metrics, l
     """One GRPO step on this rank's B prompts.
 
     Returns:
-        Metrics, the same on all ranks, and a record of each of this rank's N completions.
+        Metrics, the same on all ranks, and a record for each of this rank's N completions.
     Raises:
-        TooManyBadSteps: `max_bad_steps` steps in a row were skipped, or got no finite value from
-            one of the reward functions.
+        TooManyBadSteps: for `max_bad_steps` steps in a row, the update was skipped, or one reward
+            function returned no finite value.
     """
     cfg, stats, start = state.config, StepStats(), time.perf_counter()
     torch.manual_seed(state.seed + state.step)
     log = RewardLog()
     with stats.timed("rollout"), state.engine.whole_weights():
-        pass  # all ranks gather the weights, before something below can fail on one of them
+        pass  # all ranks gather the weights here, before one of them can fail below
     with dist.agreed():
         with stats.timed("rollout"), state.section("rollout", None):
             rollouts = state.rollout.generate(
@@ -104,7 +104,7 @@ def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[Metrics, l
                 stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: float, first=iteration == 0
             ) -> None:
                 _loss_stats(stats, out, mb, loss / cfg.num_iterations)
-                if first:  # afterwards the weights are not those of the rollout
+                if first:  # later, the weights differ from the rollout's
                     _mismatch_stats(stats, out, mb)
 
             applied &= update(
@@ -127,7 +127,7 @@ def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[Metrics, l
 
 
 def _plain(value: object) -> Json:
-    """A value that a reward function reports, or its repr if JSON can't represent it."""
+    """A value reported by a reward function, or its repr if JSON can't represent it."""
     try:
         json.dumps(value)
         return value
@@ -136,7 +136,7 @@ def _plain(value: object) -> Json:
 
 
 def _count_silent(state: TrainState, metrics: Metrics, names: Sequence[str]) -> None:
-    """Raise TooManyBadSteps if a reward function has scored nothing for too long, on any rank."""
+    """Raise TooManyBadSteps if a reward function gave no score on any rank for too many steps."""
     for name in names:
         scored_some = math.isfinite(metrics.get(f"rewards/{name}", math.nan))
         state.silent_steps[name] = 0 if scored_some else state.silent_steps.get(name, 0) + 1
@@ -150,7 +150,7 @@ def _count_silent(state: TrainState, metrics: Metrics, names: Sequence[str]) -> 
 
 
 def _count_idle(state: TrainState, metrics: Metrics) -> None:
-    """Warn after many steps in a row that taught little; once for each such series."""
+    """Warn once after `IDLE_STEPS` steps in a row that taught little."""
     for name, (limit, text) in IDLE.items():
         state.idle_steps[name] = state.idle_steps.get(name, 0) + 1 if metrics[name] > limit else 0
         if state.idle_steps[name] == IDLE_STEPS:
@@ -171,7 +171,8 @@ def score_rollouts(state: TrainState, rollouts: Rollouts, log: RewardLog) -> tup
 
 
 def _has_own_rewards(state: TrainState) -> bool:
-    """Whether a reward function is the user's; ours neither read the run's state nor report."""
+    """Whether any reward function is the user's. Built-in ones neither read the run's state nor
+    report values."""
     modules = (getattr(function, "__module__", "") for _, function in state.reward_funcs)
     return not all(module.startswith("virft_fast.") for module in modules)
 
@@ -186,7 +187,7 @@ def _trainer_state(state: TrainState) -> TrainerState:
 
 
 def _reported_stats(stats: StepStats, state: TrainState, log: RewardLog) -> None:
-    """Add the metrics that reward functions have reported on any rank, except under our names."""
+    """Add the metrics that reward functions reported on any rank, unless the name is taken."""
     if not _has_own_rewards(state):
         return
     names = dist.all_gather_object(list(log.metrics))
@@ -210,7 +211,7 @@ def _sampling(state: TrainState) -> Sampling:
 
 
 def _advantages(rewards: Tensor, cfg: GRPOConfig) -> Tensor:
-    """(N,) advantages, from all ranks' rewards, because "batch" scales by their spread."""
+    """(N,) advantages. "batch" scales by the spread of all ranks' rewards, so it needs them all."""
     gathered = torch.tensor([r for rs in dist.all_gather_object(rewards.tolist()) for r in rs])
     advantages = group_advantages(gathered, cfg.num_generations, scale_rewards=cfg.scale_rewards)
     first = dist.rank() * len(rewards)
@@ -220,7 +221,7 @@ def _advantages(rewards: Tensor, cfg: GRPOConfig) -> Tensor:
 def make_microbatches(
     state: TrainState, rollouts: Rollouts, advantages: Tensor, stats: StepStats
 ) -> list[Microbatch]:
-    """The completions that can influence the gradient, in microbatches."""
+    """Microbatches of the completions that can affect the gradient."""
     mask = _loss_mask(state, rollouts, advantages)
     trains = mask.any(1).tolist()
     stats.add("dropped_fraction", trains.count(False), len(trains))
@@ -228,8 +229,9 @@ def make_microbatches(
 
 
 def _loss_mask(state: TrainState, rollouts: Rollouts, advantages: Tensor) -> Tensor:
-    """(N, T) bool. Without a KL term tokens with advantage 0 add nothing to loss and gradient, so
-    that groups of equal rewards are left out, and the model doesn't read them."""
+    """(N, T) bool, the tokens in the loss. Without a KL term, tokens with advantage 0 add nothing
+    to the loss or gradient. So groups with equal rewards are left out, and the model doesn't read
+    them."""
     mask = _counted(rollouts, state.config)
     if state.config.beta == 0:
         mask = mask & (advantages != 0).to(mask.device)[:, None]
@@ -246,7 +248,7 @@ def _counted(rollouts: Rollouts, cfg: GRPOConfig) -> Tensor:
 def _shares(
     microbatches: list[Microbatch], rollouts: Rollouts, cfg: GRPOConfig
 ) -> list[tuple[LossArgs, float]]:
-    """`loss_shares` with the arguments that the flags name."""
+    """`loss_shares` with the loss arguments from the flags."""
     args = LossArgs(
         beta=cfg.beta,
         epsilon_low=cfg.epsilon_low,
@@ -283,7 +285,7 @@ def _loss_stats(stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: float) ->
 
 
 def _mismatch_stats(stats: StepStats, out: GRPOLoss, mb: Microbatch) -> None:
-    """How much training's log-probs and the rollout's differ, under the same weights."""
+    """Add how far the rollout's log-probs differ from training's under the same weights."""
     difference = (out.logps - mb.sampling_logps)[mb.loss_mask]
     stats.add("sampling_logp_difference", float(difference.abs().sum()), difference.numel())
     ratio = float(difference.max().exp()) if difference.numel() else 0.0

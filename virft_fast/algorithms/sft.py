@@ -1,9 +1,9 @@
-"""Supervised fine-tuning, with GRPO's engine and loss on the data set's own answers.
+"""Supervised fine-tuning: GRPO's engine and loss, applied to the data set's own answers.
 
 The gradient of the cross entropy is the policy gradient with advantage 1 and ratio 1, averaged over
-tokens. So a step is GRPO's update on given completions: the loss leaves out the prompt, logits are
-formed tile by tile, several samples share a row without padding, and accumulation and ranks equal
-one big batch.
+tokens. So a step is GRPO's update on given completions: the loss excludes the prompt, logits are
+computed tile by tile, several samples share a row without padding, and gradient accumulation and
+data parallelism give the result of one big batch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from virft_fast.kernels import GRPOLoss, LossArgs
 from virft_fast.models.families import Tokenizer
 from virft_fast.models.inputs import control_tokens_in
 
-# With advantage 1 its gradient is that of the mean cross entropy over tokens.
+# With advantage 1, its gradient equals that of the mean cross entropy over tokens.
 CROSS_ENTROPY = LossArgs(loss_type="dapo")
 
 
@@ -47,7 +47,7 @@ def check_answer(tokenizer: Tokenizer, limit: int, sample: Sample) -> str | None
     """What is wrong with a row's answer, or None.
 
     Args:
-        limit: tokens, EOS included.
+        limit: maximum length in tokens, EOS included.
     """
     text = taught_answer(sample)
     if control := control_tokens_in(tokenizer, text):
@@ -59,10 +59,10 @@ def check_answer(tokenizer: Tokenizer, limit: int, sample: Sample) -> str | None
 
 
 def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[Metrics, list[Row]]:
-    """One step on this rank's B prompts and the answers in their rows.
+    """One SFT step on this rank's B prompts and the answers in their rows.
 
     Returns:
-        Metrics, the same on all ranks, `loss` being the mean cross entropy per token; no records.
+        Metrics, the same on all ranks; `loss` is the mean cross entropy per token. No records.
     Raises:
         TooManyBadSteps: `max_bad_steps` steps in a row were skipped.
     """
@@ -82,8 +82,8 @@ def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[Metrics, l
 def prepare(
     state: TrainState, prompts: Sequence[Prompt], texts: Sequence[str]
 ) -> tuple[Rollouts, list[Microbatch], list[tuple[LossArgs, float]]]:
-    """The answers, and the microbatches and `loss_shares` with which `step.update` minimizes their
-    mean cross entropy per token."""
+    """The answers, plus the microbatches and `loss_shares` for `step.update` to minimize their mean
+    cross entropy per token."""
     answers = given_answers(state.tokenizer, prompts, [[text] for text in texts])
     mask = answers.completion_mask
     microbatches = lay_out(state, answers, torch.ones(len(prompts)), mask)
@@ -91,7 +91,7 @@ def prepare(
 
 
 def note_cross_entropy(stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: float) -> None:
-    """Add the cross entropy as the loss, because the surrogate is always -1 at ratio 1."""
+    """Report the cross entropy as the loss, because the surrogate is always -1 at ratio 1."""
     tokens = float(mb.loss_mask.sum())
     stats.add("entropy", float(out.entropy.sum()), tokens)
     stats.add("loss", -float(out.logps.sum()), tokens)
@@ -100,7 +100,7 @@ def note_cross_entropy(stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: fl
 def given_answers(
     tokenizer: Tokenizer, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
 ) -> Rollouts:
-    """Given answers, equally many for each prompt, in the form of sampled ones."""
+    """The given answers, the same number for each prompt, as if they had been sampled."""
     flat = [text for answers in texts for text in answers]
     rows = [answer_ids(tokenizer, text) for text in flat]
     pad = tokenizer.pad_token_id

@@ -1,7 +1,7 @@
-"""What the steps of all algorithms share.
+"""The parts of a step that all algorithms share.
 
-A step's completions, drawn or given, are divided into microbatches, equally many on all ranks. The
-loss's normalizer is counted over all of them before the first backward pass, so that accumulation
+A step divides its sampled or given completions into microbatches, the same number on every rank. It
+computes the loss's normalizer over all of them before the first backward pass, so that accumulation
 and data parallelism equal one big batch. If a loss or gradient is not finite on any rank, all ranks
 skip the update.
 """
@@ -38,7 +38,7 @@ def _no_limit(what: str, limit: float | None) -> AbstractContextManager[object]:
 
 
 class TooManyBadSteps(RuntimeError):
-    """Too many steps in a row had no finite gradient, or a reward function no finite value."""
+    """Too many steps in a row had no finite gradient, or no finite value from a reward function."""
 
 
 @dataclass
@@ -46,24 +46,24 @@ class TrainState:
     """Everything a step works on.
 
     Attributes:
-        reference: callable like the policy, or None if no step needs it; with LoRA the policy
-            itself. Call it with `reference_pass`.
+        reference: callable like the policy; with LoRA, the policy itself; None if no step needs it.
+            Call it through `reference_pass`.
         prompts_per_microbatch, gradient_accumulation_steps: their product is the number of prompts
-            of a step on this rank.
-        max_tokens_per_microbatch: limit of the tokens that the model reads in a microbatch; it
-            replaces the number of prompts.
+            per step on this rank.
+        max_tokens_per_microbatch: limit on the tokens that the model reads in a microbatch; if set,
+            it replaces the limit on prompts.
         learning_rate: step -> rate.
         step: number of completed steps.
-        bad_steps: number of consecutive non-finite steps up to now.
-        silent_steps: reward function -> consecutive steps up to now without a finite value.
-        idle_steps: metric in `IDLE` -> consecutive steps up to now in which it exceeded its limit.
+        bad_steps: number of consecutive non-finite steps so far.
+        silent_steps: reward function -> number of consecutive steps so far without a finite value.
+        idle_steps: metric in `IDLE` -> number of consecutive steps so far above its limit.
         num_tokens: completion tokens so far, on all ranks, including those left out of the loss.
         base_weights: `weights_stamp` of the weights that the run started with.
-        adapter: how its adapter started, a `LoraPlan.kind`; None without one.
-        save_dtype: of saved weights; None: the dtype they are trained in.
-        max_steps, num_rows: of the whole run and of its data set, for reward functions.
-        section: (name, seconds or None) -> context for a part of the step, with a time limit.
-        reward_timeout: limit of one call of a reward function, in seconds; None: no limit.
+        adapter: how the policy's adapter started, a `LoraPlan.kind`; None without an adapter.
+        save_dtype: dtype of saved weights; None: the dtype they are trained in.
+        max_steps, num_rows: steps of the whole run and rows of its data set, for reward functions.
+        section: (name, seconds or None) -> context that applies a time limit to a part of the step.
+        reward_timeout: time limit per call of a reward function, in seconds; None: no limit.
     """
 
     config: GRPOConfig
@@ -124,12 +124,12 @@ class Microbatch:
 
 @dataclass
 class StepStats:
-    """What a step has measured on this rank, by metric.
+    """A step's measurements on this rank, by metric.
 
     Attributes:
         sums: (sum, count); the metric is the sum over all ranks, divided by their count.
         totals: a sum over this rank's microbatches; the metric is its mean over the ranks.
-        largest: the metric is the largest of all ranks.
+        largest: the metric is the maximum over the ranks.
     """
 
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -155,7 +155,7 @@ class Chunk:
     """Completions of one prompt that are read together.
 
     Attributes:
-        prompt: its number on this rank. rows: the completions' rows in the rollouts.
+        prompt: the prompt's index on this rank. rows: the completions' rows in the rollouts.
     """
 
     prompt: int
@@ -172,16 +172,16 @@ def plan_microbatches(
     shared: bool,
     split: bool = True,
 ) -> list[list[Chunk]]:
-    """Divide groups into microbatches, in their order: by number, or by `max_tokens`.
+    """Divide groups, in order, into microbatches: by number of prompts, or by `max_tokens`.
 
     Args:
         chunks: whole groups.
         prompt_lengths: tokens of each prompt. lengths: tokens of each row's completion.
-        shared: whether a prompt is read once, or by every completion.
+        shared: whether the model reads a prompt once per chunk or once per completion.
         split: whether a group may be split.
     Returns:
-        The chunks of each microbatch. A group is split only if it exceeds `max_tokens` by itself;
-        a single completion that exceeds them gets a microbatch of its own.
+        The chunks of each microbatch. A group is split only if it exceeds `max_tokens` by itself. A
+        single completion that exceeds the limit gets its own microbatch.
     """
     if max_tokens is None:
         size = prompts_per_microbatch
@@ -214,8 +214,8 @@ def plan_microbatches(
 def lay_out(
     state: TrainState, rollouts: Rollouts, advantages: Tensor, mask: Tensor, split: bool = True
 ) -> list[Microbatch]:
-    """Microbatches of the completions that have a token in the (N, T) `mask`, in their order;
-    equally many on all ranks, at least one. For `split` see `plan_microbatches`."""
+    """Microbatches, in order, of the completions that have a token in the (N, T) `mask`: at least
+    one, and the same number on every rank. For `split`, see `plan_microbatches`."""
     size, trains = rollouts.num_generations, mask.any(1).tolist()
     groups = [range(first, first + size) for first in range(0, len(trains), size)]
     rows = [tuple(row for row in group if trains[row]) for group in groups]
@@ -240,7 +240,8 @@ def microbatch(
     advantages: Tensor,
     loss_mask: Tensor,
 ) -> Microbatch:
-    """The chunks' completions, with their (N,) advantages and (N, T) loss mask, on the device."""
+    """A microbatch of the chunks' completions, on the device. `advantages` is (N,), `loss_mask` (N,
+    T)."""
     device = state.engine.device
     ids, lengths = rollouts.completion_ids.cpu(), rollouts.completion_mask.sum(1).tolist()
     rows = torch.tensor([row for chunk in chunks for row in chunk.rows])
@@ -264,7 +265,8 @@ def microbatch(
 
 
 def empty_microbatch(state: TrainState, *, tower: bool) -> Microbatch:
-    """One token that is not in the loss, because under ZeRO-3 all ranks must make the same calls.
+    """A microbatch with one token, outside the loss: under ZeRO-3, all ranks must make the same
+    calls.
 
     Args:
         tower: whether the other ranks call the vision tower.
@@ -284,7 +286,7 @@ def empty_microbatch(state: TrainState, *, tower: bool) -> Microbatch:
 
 
 def reference_pass(state: TrainState, inputs: ModelInputs, **options: object) -> Tensor:
-    """(S,) log-probs under the reference; for the options see `Policy.forward`."""
+    """(S,) log-probs under the reference; for the options, see `Policy.forward`."""
     if state.reference is None:
         raise ValueError("TrainState.reference: expected a model, got None; this loss needs one")
     with adapters.as_reference(state.policy.model):
@@ -292,8 +294,7 @@ def reference_pass(state: TrainState, inputs: ModelInputs, **options: object) ->
 
 
 def equally_many(made: list[T], make_empty: Callable[[], T]) -> list[T]:
-    """The microbatches, followed by as many empty ones as needed to have equally many on all ranks,
-    at least one."""
+    """The microbatches, plus empty ones until every rank has the same number, at least one."""
     missing = max(1, *dist.all_gather_object(len(made))) - len(made)
     return made + [make_empty()] * missing if missing else made
 
@@ -301,14 +302,14 @@ def equally_many(made: list[T], make_empty: Callable[[], T]) -> list[T]:
 def loss_shares(
     microbatches: list[Microbatch], counted: Tensor, loss: LossArgs
 ) -> list[tuple[LossArgs, float]]:
-    """For each microbatch the loss arguments, and a factor that makes its loss its share of one big
-    batch's, over all microbatches and ranks.
+    """For each microbatch, the loss arguments and a factor. The factor turns its loss into its
+    share of the loss of one big batch over all microbatches and ranks.
 
-    Completions outside the microbatches are counted, too. As engines average gradients over the
-    ranks, the factor contains their number.
+    Completions outside the microbatches count, too. The factor includes the number of ranks,
+    because engines average gradients over them.
 
     Args:
-        counted: (N, T) bool, this rank's tokens that the loss averages over.
+        counted: (N, T) bool, the tokens on this rank that the loss averages over.
     """
     device = microbatches[0].loss_mask.device
     counts = torch.tensor([len(counted), int(counted.sum())], dtype=torch.float64, device=device)
@@ -332,7 +333,7 @@ def update(
 
     Args:
         shares: from `loss_shares`.
-        note: is called with each microbatch's result and share of the loss.
+        note: called with each microbatch's result and share of the loss.
     """
     finite = True
     for number, (mb, (args, scale)) in enumerate(zip(microbatches, shares, strict=True), 1):
@@ -360,7 +361,7 @@ def backward(state: TrainState, loss: Tensor, *, last: bool) -> bool:
 
 
 def step_optimizer(state: TrainState, finite: bool, learning_rate: float, stats: StepStats) -> bool:
-    """Update the weights, unless a loss was not finite on any rank; returns whether it did."""
+    """Update the weights if the loss was finite on every rank; returns whether it did."""
     veto = dist.any_rank(not finite, state.engine.device)
     result = state.engine.step(learning_rate, veto=veto)
     stats.add("grad_norm", result.grad_norm)
@@ -384,7 +385,7 @@ def finish(
     sums = stats.sums | {name: (total, 1.0) for name, total in stats.totals.items()}
     sums["num_tokens"] = (float(rollouts.completion_mask.sum()) * world, 1.0)
     device = state.engine.device
-    # Moved, because NCCL reduces only tensors on its device.
+    # Move to the device first: NCCL reduces only tensors on it.
     metrics = reduce_metrics(sums, lambda t: dist.all_reduce_sum(t.to(device)).to(t.device))
     state.num_tokens += round(metrics.pop("num_tokens"))
     state.bad_steps = 0 if applied else state.bad_steps + 1

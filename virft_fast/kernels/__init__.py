@@ -1,7 +1,8 @@
 """The numeric core of GRPO: log-probs, advantages and the loss, on plain tensors.
 
-CUDA tensors go to Triton kernels, CPU tensors to a torch reference; float32 inside, float64 (always
-the reference) when the inputs are float64. Under TRITON_INTERPRET=1 the kernels run on CPU tensors.
+CUDA tensors go to Triton kernels, CPU tensors to a torch reference. Both compute in float32;
+float64 inputs always use the reference, in float64. Under TRITON_INTERPRET=1, the kernels run on
+CPU tensors.
 """
 
 from virft_fast.kernels.advantages import group_advantages

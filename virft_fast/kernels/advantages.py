@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 SCALES = ("group", "batch", "none")
-ADVANTAGE_EPS = 1e-4  # TRL 1.16's
+ADVANTAGE_EPS = 1e-4  # as in TRL 1.16
 
 
 def group_advantages(
@@ -19,18 +19,19 @@ def group_advantages(
     """Rewards centered in their group and divided by a standard deviation.
 
     Args:
-        rewards: (N,) floating point, prompt-major: N is a multiple of `num_generations`. A reward
-            that is not finite excludes its row from every mean and std.
-        num_generations: completions a prompt.
-        scale_rewards: what divides the centered reward: the std of the "group", of the whole
-            "batch", or "none". The std is unbiased (n - 1), with `eps` added to it.
+        rewards: (N,) floating point, prompt-major: N is a multiple of `num_generations`. A row with
+            a non-finite reward is excluded from every mean and std.
+        num_generations: completions per prompt.
+        scale_rewards: divide by the std of the "group" or of the whole "batch", or by nothing
+            ("none"). The std is unbiased (n - 1), plus `eps`.
         eps: > 0.
     Returns:
         (N,) float32 (float64 for float64 rewards), not differentiable. Exactly 0 for excluded rows,
         for a group whose rewards are all equal, and for the only scored row of a group.
     Raises:
         ValueError: shape, dtype, `num_generations`, `scale_rewards` or `eps`.
-    NaN as in TRL 1.16; an infinite reward is excluded as well, but TRL drops its whole group.
+    NaN is handled as in TRL 1.16. For an infinite reward, TRL drops the whole group; here, only its
+    row is excluded.
     Source: Shao et al. 2024, arXiv:2402.03300, section 4.1.
     """
     check_rewards(rewards, num_generations)
@@ -66,7 +67,7 @@ def _std(values: Tensor, valid: Tensor) -> Tensor:
 
 
 def check_rewards(rewards: Tensor, num_generations: int) -> None:
-    """Raises ValueError unless they are (N,) floating point in groups of `num_generations`."""
+    """Raise ValueError unless rewards are (N,) floating point, in groups of `num_generations`."""
     if rewards.ndim != 1 or not rewards.is_floating_point():
         raise ValueError(
             f"rewards: expected (N,) floating point, got {tuple(rewards.shape)} {rewards.dtype}; "

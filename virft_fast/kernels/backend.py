@@ -1,4 +1,4 @@
-"""Which implementation a tensor gets: the Triton kernels, or the torch reference."""
+"""Chooses a tensor's implementation: the Triton kernels or the torch reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def triton_for(tensor: Tensor) -> ModuleType | None:
-    """`triton_rows` if it supports this tensor; None sends it to the torch reference.
+    """`triton_rows` if it supports this tensor; None means to use the torch reference.
 
     Triton takes CUDA tensors, and CPU tensors under TRITON_INTERPRET=1. float64 always goes to the
     reference.

@@ -1,8 +1,8 @@
-"""The GRPO loss family, from logits.
+"""The GRPO loss family, computed from logits.
 
-loss = sum over tokens of weight * (policy term + beta * KL term). The weights express the reduction
-of each loss type and only depend on the masks, so `linear.py` can add up the loss in chunks of
-tokens. Definitions: TRL 1.16's GRPOConfig, to which tests/test_trl_parity.py compares.
+loss = sum over tokens of weight * (policy term + beta * KL term). The weights implement each loss
+type's reduction and depend only on the masks, so `linear.py` can add up the loss over chunks of
+tokens. Definitions follow TRL 1.16's GRPOConfig; tests/test_trl_parity.py checks against it.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from virft_fast.kernels.token_loss import token_loss
 
 @dataclass(frozen=True)
 class GRPOLoss:
-    """What the loss functions return. Only `loss` is differentiable.
+    """The result of the loss functions. Only `loss` is differentiable.
 
     Attributes:
         loss: 0-d.
         logps, entropy: (N, T), or (S,) packed; 0 where masked.
-        kl: same shape; the estimate against `ref_logps`, 0 without them and where masked.
-        clip_fraction_low, clip_fraction_high: 0-d; share of the active tokens (of the sequences,
-            with ratios of sequences) whose ratio is clipped: below with a negative, above with a
-            positive advantage. cispo clips above only.
+        kl: same shape; KL estimate against `ref_logps`, 0 without them and where masked.
+        clip_fraction_low, clip_fraction_high: 0-d; share of the active tokens (or sequences, with
+            sequence-level ratios) whose ratio is clipped: below with a negative advantage, above
+            with a positive one. cispo clips only above.
     float32, or float64 for float64 inputs.
     """
 
@@ -70,46 +70,47 @@ def grpo_loss(
     Args:
         logits: (N, T, V) floating point, at the positions that predict `completion_ids`.
         completion_ids: (N, T) int64.
-        completion_mask: (N, T) bool. Where false, logits, ids, old and reference log-probs may hold
-            anything, NaN included: they don't count and get no gradient.
+        completion_mask: (N, T) bool. Where false, logits, ids, old and reference log-probs are
+            ignored, even NaN, and get no gradient.
         rewards: (N,) prompt-major, normalized here by `group_advantages` in groups of
             `num_generations`; or
-        advantages: (N,), used as they are. Exactly one of the two.
-        num_generations: G; needed with `rewards`.
-        old_logps: same shape as the ids; log-probs before this step's updates. None: the ratio is 1
-            and the gradient flows (on-policy).
-        ref_logps: same shape; log-probs under the reference model. Needed when beta > 0; with
-            beta == 0 it is only measured.
+        advantages: (N,), used unchanged. Pass exactly one of the two.
+        num_generations: G; required with `rewards`.
+        old_logps: same shape as the ids; log-probs before this step's updates. None: on-policy, the
+            ratio is 1 but still has a gradient.
+        ref_logps: same shape; log-probs under the reference model. Required when beta > 0; with
+            beta == 0, the KL is only measured.
         beta: >= 0, weight of the KL term.
-        epsilon_low, epsilon_high: the ratio is kept in [1 - low, 1 + high]; high None is low. For
-            cispo the cap of the ratio is `epsilon_high` itself, as in TRL: usually 5.0.
+        epsilon_low, epsilon_high: the ratio is clipped to [1 - low, 1 + high]; if high is None, it
+            equals low. For cispo, the ratio's cap is `epsilon_high` itself, as in TRL: usually 5.0.
         delta: upper bound of the unclipped ratio (two-sided clipping), or None.
-        loss_type: the reduction: "grpo" mean of the sequences' means; "dr_grpo" sum over
-            N * max_completion_length; "bnpo" and "dapo" sum over `num_items`; "cispo" as dapo, with
-            the stop-gradient of the capped ratio times the log-prob; "gspo" is grpo with ratios of
-            sequences.
-        importance_sampling_level: ratio of each "token", or of the "sequence": the exponential of
-            its mean log-ratio.
+        loss_type: the reduction. "grpo": mean of the sequences' means; "dr_grpo": sum over
+            N * max_completion_length; "bnpo" and "dapo": sum over `num_items`; "cispo": like dapo,
+            but the term is the stop-gradient of the capped ratio times the log-prob; "gspo": like
+            grpo, with sequence-level ratios.
+        importance_sampling_level: "token": one ratio per token; "sequence": one per sequence, the
+            exponential of its mean log-ratio.
         kl: with d = ref_logps - logps: "k1" -d (its expected gradient is 0: for measuring only),
             "k2" d^2/2, "k3" exp(d) - d - 1.
         temperature: > 0, divides the logits.
-        max_completion_length: of dr_grpo; None: T. Needed when packed.
-        num_items: denominator of bnpo, dapo and cispo, >= 0; 0 means no token at all. A 0-d tensor
-            stays on its device. None: the active tokens of this call. To make accumulation equal
-            one big batch, pass the count of all microbatches (over the ranks: count / world size,
-            if gradients are averaged).
+        max_completion_length: for dr_grpo; None: T. Required when packed.
+        num_items: denominator of bnpo, dapo and cispo, >= 0; 0 means there are no tokens. A 0-d
+            tensor stays on its device. None: the active tokens of this call. To make accumulation
+            equal one big batch, pass the count over all microbatches (across ranks that average
+            gradients: count / world size).
         cu_seqlens: packed layout: (N+1,) int32 offsets, with logits (S, V), ids, old and reference
             log-probs (S,); `completion_mask` may then be None.
-        inplace: the backward pass writes the gradient over `logits`; nothing may need them after.
+        inplace: the backward pass overwrites `logits` with the gradient; nothing may use them
+            afterwards.
     Returns:
         GRPOLoss. With no active token the loss is a finite 0 with a zero gradient.
     Raises:
-        ValueError: shapes, dtypes, devices, names or numbers; says what was expected and what came.
-            An id outside V as well on the CPU; on the GPU it makes the loss NaN.
-    Log-ratios beyond +20 continue exp linearly, so that nothing overflows. Differentiable once, in
-    `logits`. Sources: GRPO arXiv:2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783, GSPO 2507.18071,
-    CISPO (MiniMax-M1) 2506.13585, two-sided clipping (INTELLECT-2) 2505.07291, KL estimators:
-    Schulman 2020, joschu.net/blog/kl-approx.html.
+        ValueError: wrong shapes, dtypes, devices, names or numbers; says what was expected and what
+            was given. On the CPU, also for an id outside V; on the GPU, it makes the loss NaN.
+    For log-ratios above 20, exp continues linearly, so that nothing overflows. Differentiable once,
+    in `logits`. Sources: GRPO arXiv:2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783, GSPO
+    2507.18071, CISPO (MiniMax-M1) 2506.13585, two-sided clipping (INTELLECT-2) 2505.07291, KL
+    estimators: Schulman 2020, joschu.net/blog/kl-approx.html.
     """
     layout = make_layout(completion_ids, completion_mask, cu_seqlens)
     check_rows(logits, completion_ids, temperature)
@@ -122,20 +123,20 @@ def grpo_loss(
 def make_result(
     terms: LossTerms, loss: Tensor, logps: Tensor, entropy: Tensor, kl: Tensor, clipped: Tensor
 ) -> GRPOLoss:
-    """From (R,) vectors, 0 where masked, to the caller's shape."""
+    """Build the result in the caller's shape from (R,) vectors, 0 where masked."""
     logps, entropy, kl = (vector.view(terms.layout.shape) for vector in (logps, entropy, kl))
     return GRPOLoss(loss, logps, entropy, kl, *terms.clip_fractions(clipped))
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Everything the loss needs besides log-probs; vectors are flat over the layout's R tokens.
+    """Everything the loss needs besides log-probs. Vectors are flat over the layout's R tokens.
 
     Attributes:
         given: (N,) rewards if `num_generations` is set, else advantages.
         weights: (R,), 0 where masked.
         old_logps, ref_logps: (R,), 0 where masked, or None.
-        by_sequence: use ratios of sequences, which need all tokens of a sequence at once.
+        by_sequence: use sequence-level ratios, which need all tokens of a sequence at once.
         capped: use cispo's policy term.
     """
 
@@ -155,7 +156,7 @@ class LossTerms:
 
     @property
     def may_clip(self) -> bool:
-        """Whether a token with an advantage may have no gradient, KL term aside."""
+        """Whether clipping can remove the policy term's gradient of a token with an advantage."""
         return not self.capped and (self.old_logps is not None or self.delta is not None)
 
     @cached_property
@@ -166,21 +167,21 @@ class LossTerms:
         return group_advantages(self.given, self.num_generations)
 
     def normalized(self) -> LossTerms:
-        """The same with the advantages computed."""
+        """The same terms, with advantages computed from rewards."""
         return replace(self, given=self.advantages, num_generations=None)
 
     def take(self, rows: Tensor) -> LossTerms:
-        """With only the tokens `rows`, (R',) int64 ascending; for advantages, not rewards."""
+        """Only the tokens `rows`, (R',) int64 ascending. Needs advantages, not rewards."""
         return self._with(self.layout.take(rows), rows)
 
     def tile(self, rows: slice) -> LossTerms:
-        """With only a slice of the tokens; not for ratios of sequences."""
+        """Only a slice of the tokens; not for sequence-level ratios."""
         layout = self.layout
         layout = replace(layout, mask=layout.mask[rows], sequence=layout.sequence[rows])
         return self._with(layout, rows)
 
     def sequences(self, first: int, last: int, rows: slice) -> LossTerms:
-        """Packed, with only the sequences first:last, whose tokens are `rows`."""
+        """Only the sequences first:last of a packed layout, whose tokens are `rows`."""
         terms = self._with(self.layout.sequences(first, last, rows), rows)
         return replace(terms, given=self.advantages[first:last], num_generations=None)
 
@@ -192,7 +193,7 @@ class LossTerms:
         )
 
     def evaluate(self, logps: Tensor) -> Evaluated:
-        """Loss and its gradient in the log-probs, (R,) detached; the torch reference."""
+        """The loss and its gradient in the log-probs, (R,) detached; torch reference."""
         layout = self.layout
         logps = torch.where(layout.mask, logps.detach(), 0.0)
         if self.old_logps is None:
@@ -228,7 +229,7 @@ class LossTerms:
         )
 
     def clip_fractions(self, clipped: Tensor) -> tuple[Tensor, Tensor]:
-        """Of (R,) -1, 0 and 1: the shares below and above, 0-d."""
+        """From (R,) values -1, 0 or 1, the shares clipped below and above, 0-d."""
         below, above = clipped < 0, clipped > 0
         return self._fraction(below, clipped.dtype), self._fraction(above, clipped.dtype)
 
@@ -252,9 +253,9 @@ class Evaluated(NamedTuple):
 def evaluate_rows(
     logits: Tensor, ids: Tensor, inv_temp: float, terms: LossTerms
 ) -> tuple[Evaluated, Tensor, Tensor]:
-    """The loss of logits with its gradient in the log-probs, the rows' norms and their entropy.
+    """The loss of logits and its gradient in the log-probs, plus the rows' norms and entropy.
 
-    One launch on the GPU; two, and arithmetic on vectors, for ratios of sequences.
+    On the GPU, one launch; two launches and some vector arithmetic for sequence-level ratios.
     """
     triton_rows = triton_for(logits)
     if triton_rows is None or terms.by_sequence:
@@ -303,7 +304,7 @@ class _GRPOFromLogits(torch.autograd.Function):
 
 
 def make_terms(layout: Layout, dtype: torch.dtype, args: LossArgs) -> LossTerms:
-    """The loss's terms from its arguments, checked against the tokens they belong to."""
+    """Build the loss's terms from its arguments, checking them against the tokens."""
     if args.beta > 0 and args.ref_logps is None:
         raise ValueError(
             f"ref_logps: expected {layout.shape} log-probs of the reference model because "
@@ -327,7 +328,7 @@ def make_terms(layout: Layout, dtype: torch.dtype, args: LossArgs) -> LossTerms:
 
 
 def _rewards_or_advantages(layout: Layout, dtype: torch.dtype, args: LossArgs) -> Tensor:
-    """(N,), whichever of the two was given."""
+    """(N,), whichever was given."""
     rewards, advantages, num_generations = args.rewards, args.advantages, args.num_generations
     if rewards is not None and advantages is None:
         name, given = "rewards", rewards
@@ -373,7 +374,7 @@ def _token_weights(layout: Layout, dtype: torch.dtype, args: LossArgs) -> Tensor
         num_items = layout.lengths.sum()
     elif not isinstance(num_items, Tensor) and not 0 <= num_items < math.inf:
         raise ValueError(f"num_items: expected a count of tokens or None, got {num_items}")
-    # A fraction is fine: one rank's share of the count.
+    # A fraction is fine: it can be one rank's share of the count.
     count = torch.as_tensor(num_items, dtype=dtype, device=mask.device)
     return mask / torch.where(count <= 0, 1.0, count)  # NaN stays NaN
 

@@ -1,4 +1,4 @@
-"""Which token belongs to which sequence: the padded and the packed layout behind one view."""
+"""Maps tokens to sequences, with one view of both the padded and the packed layout."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """R token positions, flat, of N sequences: R = N*T padded, R = S packed.
+    """The R flat token positions of N sequences; R is N*T if padded, S if packed.
 
     Attributes:
         shape: (N, T) or (S,), the shape of results.
         num_sequences: N.
-        mask: (R,) bool, the tokens that count.
-        sequence: (R,) int64, row of the token's sequence.
-        lengths: (N,) int64, tokens that count in each sequence.
+        mask: (R,) bool, true for the tokens that count.
+        sequence: (R,) int64, index of the token's sequence.
+        lengths: (N,) int64, number of tokens that count in each sequence.
         offsets: (N+1,) int64, sequence i is offsets[i]:offsets[i+1] of the R positions.
     """
 
@@ -29,7 +29,7 @@ class Layout:
     offsets: Tensor
 
     def sequence_sum(self, values: Tensor) -> Tensor:
-        """(R,) -> (N,), always in the same order: no atomics."""
+        """(R,) -> (N,), summed in a fixed order, without atomics."""
         if len(self.shape) == 2:
             return values.view(self.shape).sum(1)
         if not self.num_sequences:
@@ -43,7 +43,7 @@ class Layout:
         return values[self.sequence]
 
     def take(self, rows: Tensor) -> Layout:
-        """Packed, with only the positions `rows`, (R',) int64 ascending. All of them count."""
+        """Packed layout of only the positions `rows`, (R',) int64 ascending. All of them count."""
         lengths = torch.zeros_like(self.lengths)
         lengths.index_add_(0, self.sequence[rows], torch.ones_like(rows))
         offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
@@ -51,7 +51,7 @@ class Layout:
         return Layout(tuple(rows.shape), self.num_sequences, mask, sequence, lengths, offsets)
 
     def sequences(self, first: int, last: int, rows: slice) -> Layout:
-        """Packed, with only the sequences first:last, whose positions are `rows`."""
+        """A packed layout of only the sequences first:last, whose positions are `rows`."""
         offsets, lengths = self.offsets[first : last + 1], self.lengths[first:last]
         mask, sequence = self.mask[rows], self.sequence[rows] - first
         shape = tuple(mask.shape)
@@ -65,12 +65,12 @@ def make_layout(
 
     Args:
         completion_ids: (N, T) padded or (S,) packed, int64.
-        completion_mask: same shape, bool. With packed ids it may be None, so that all tokens count,
-            or be the int32 (N+1,) `cu_seqlens`.
+        completion_mask: same shape, bool. With packed ids, it may be None (all tokens count) or the
+            int32 (N+1,) `cu_seqlens`.
         cu_seqlens: (N+1,) int32 for the packed layout: sequence i is cu_seqlens[i]:cu_seqlens[i+1].
     Raises:
-        ValueError: shapes, dtypes or devices; offsets that are not 0..S ascending (checked on the
-            CPU only: reading them would synchronize a GPU).
+        ValueError: wrong shapes, dtypes or devices; or offsets that don't ascend from 0 to S
+            (checked only on the CPU, because reading them would synchronize a GPU).
     """
     if completion_ids.dtype != torch.int64 or completion_ids.ndim not in (1, 2):
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Log-probs and the GRPO loss from hidden states: the LM head without the logits of all tokens.
+"""Log-probs and the GRPO loss from hidden states, without ever holding all tokens' logits.
 
 Logits are computed, used and dropped in float32 tiles of a few rows. The host waits for the device
-where it needs to know how many rows there are: once a call for the tokens that count and, where old
-log-probs make clipping possible, once or twice a tile for the tokens that aren't clipped.
+only to learn row counts: once per call for the tokens that count and, if old log-probs make
+clipping possible, once or twice per tile for the tokens that aren't clipped.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from virft_fast.kernels.logprobs import (
 )
 from virft_fast.kernels.loss_args import LossArgs, takes_loss_args
 
-# Elements of one tile of logits: 32 MiB of float32 on a CPU; 1.2 GiB on a GPU, which at V = 152k
-# are the 2,048 rows that keep its matrix units busy. The GPU's number is an estimate, not tuned.
+# Elements in one tile of logits: 32 MiB of float32 on a CPU; 1.2 GiB on a GPU, enough at V = 152k
+# for the 2,048 rows that keep its matrix units busy. The GPU value is an estimate, not tuned.
 TILE_ELEMENTS = {"cpu": 2**23, "cuda": 5 * 2**26}
 MAX_TILE_ROWS = 2048
 
@@ -49,7 +49,7 @@ def linear_logps(
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`logps_and_entropy` of the logits hidden @ weight.T + bias, of which only tiles exist.
+    """`logps_and_entropy` of the logits hidden @ weight.T + bias, computed tile by tile.
 
     Args:
         hidden: (..., D) floating point.
@@ -57,12 +57,12 @@ def linear_logps(
         index: (...) int64, in [0, V).
         bias: (V,), or None.
         temperature: > 0, divides the logits.
-        chunk_tokens: rows of a tile; None: depends on V and device.
+        chunk_tokens: rows per tile; None: chosen from V and the device.
     Returns:
         logps, entropy: (...) float32 (float64 if an input is), both differentiable once, in
         `hidden`, `weight` and `bias`; the backward pass computes the logits a second time.
     Raises:
-        ValueError: shapes, dtypes or numbers; says what was expected and what came.
+        ValueError: wrong shapes, dtypes or numbers; says what was expected and what was given.
     """
     _check(hidden, weight, index, bias, temperature, chunk_tokens)
     check_ids("index", index, weight.shape[0])
@@ -95,11 +95,11 @@ def linear_grpo_loss(
     chunk_tokens: int | None = None,
     **loss: Any,
 ) -> GRPOLoss:
-    """`grpo_loss` of the logits hidden @ weight.T + bias, of which only tiles exist.
+    """`grpo_loss` of the logits hidden @ weight.T + bias, computed tile by tile.
 
-    The gradients are computed together with the loss, so that each tile of logits serves both and
-    only the forward pass reads `weight` (under ZeRO-3: one gather); the backward pass scales them.
-    With ratios of sequences, a sequence longer than a tile needs all its log-probs first, so its
+    The forward pass computes the gradients along with the loss: each tile of logits serves both,
+    and `weight` is read only once (one gather under ZeRO-3). The backward pass just scales them.
+    With sequence-level ratios, a sequence longer than a tile needs all its log-probs first, so its
     logits are computed twice.
 
     Args:
@@ -107,12 +107,13 @@ def linear_grpo_loss(
             `cu_seqlens`. Masked rows may hold anything, NaN included.
         weight: (V, D), same device; its dtype may differ.
         bias: (V,), or None.
-        chunk_tokens: rows of a tile; None: depends on V and device.
+        chunk_tokens: rows per tile; None: chosen from V and the device.
         The rest: see `grpo_loss`.
     Returns:
         GRPOLoss; `loss` is differentiable once, in `hidden`, `weight` and `bias`.
     Raises:
-        ValueError: shapes, dtypes, devices, names or numbers; says what was expected and what came.
+        ValueError: wrong shapes, dtypes, devices, names or numbers; says what was expected and what
+            was given.
     """
     layout = make_layout(completion_ids, completion_mask, cu_seqlens)
     _check(hidden, weight, completion_ids, bias, temperature, chunk_tokens)
@@ -128,11 +129,12 @@ def linear_grpo_loss(
 
 
 def factor_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of the matrix products' factors. Call it outside any block that disables autocast.
+    """The dtype of the factors in matrix products. Call it where autocast is not disabled.
 
-    A GPU multiplies bfloat16 into float32, so bfloat16 inputs (both of them) and bfloat16 autocast
-    use bfloat16. float16 would work as well, but the gradient of a logit, p / (N T) and less,
-    underflows in it; a CPU gains nothing. These use float32, or float64 if an input is float64.
+    A GPU multiplies bfloat16 factors into float32 products, so it uses bfloat16 under bfloat16
+    autocast or if both inputs are bfloat16. All other cases use float32, or float64 if an input is
+    float64. float16 is never used, because a logit's gradient, at most p / (N T), would underflow.
+    On a CPU, 16 bits gain nothing.
     """
     dtype = compute_dtype(hidden, weight)
     if dtype == torch.float64 or not _multiplies_16_bits(hidden.device):
@@ -150,7 +152,7 @@ def _multiplies_16_bits(device: torch.device) -> bool:
 
 
 def _mm(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """left @ right into `out`, rounded once, to the dtype of `out`."""
+    """left @ right into `out`, rounded only once, to the dtype of `out`."""
     if left.dtype == out.dtype:
         return torch.mm(left, right, out=out)
     return torch.mm(left, right, out_dtype=out.dtype, out=out)
@@ -165,11 +167,11 @@ def _add_mm(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class _Head:
-    """Tiles of logits of (R, D) hidden states, and the gradients back through them.
+    """Computes tiles of logits from (R, D) hidden states, and the gradients back through them.
 
     Products of 16-bit factors are computed in `dtype`, float32 or float64; a gradient tile is
-    rounded to `factor` before its two products. grad_weight is one accumulator in `dtype` that adds
-    up the tiles in order: no atomics, the same bits in every run.
+    rounded to `factor` before its two products. grad_weight accumulates the tiles in order in
+    `dtype`, without atomics, so every run gives the same bits.
     """
 
     def __init__(
@@ -196,7 +198,8 @@ class _Head:
         return tile if self.bias is None else tile.add_(self.bias)
 
     def backward(self, tile: Tensor, hidden: Tensor, *gradient: Tensor | float | None) -> Tensor:
-        """Add a tile's gradients to those of weight and bias; `gradient` as in `rows_backward`.
+        """Add a tile's gradients to those of weight and bias. `gradient` holds arguments of
+        `rows_backward`.
 
         Returns:
             (n, V) gradient of the logits in `factor`, for `grad_hidden`. It overwrites the tile.
@@ -263,7 +266,7 @@ class _LinearLogps(torch.autograd.Function):
 
 
 class _LinearGRPO(torch.autograd.Function):
-    """Loss, statistics and, where an input needs them, the gradients, all in the forward pass."""
+    """The forward pass computes the loss, statistics and, if an input needs them, gradients."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, ids, inv_temp, tile_rows, factor, terms, grad_enabled):
@@ -273,7 +276,7 @@ class _LinearGRPO(torch.autograd.Function):
             head = _Head(weight, bias, compute_dtype(hidden, weight), factor, tile_rows, *wants[1:])
             run = _GRPORun(head, hidden.detach(), ids, inv_temp, tile_rows, terms, wants)
             run.all()
-        # Rounded once: to the inputs' dtypes, after the backward pass has scaled them.
+        # Rounded only once, to the inputs' dtypes, after the backward pass has scaled them.
         ctx.save_for_backward(run.grad_hidden, head.grad_weight, head.grad_bias)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         rest = (run.logps, run.entropy, run.kl, run.clipped)
@@ -283,7 +286,7 @@ class _LinearGRPO(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, *_):
-        # Out of place, so that retain_graph works; a comparison with 1 would synchronize.
+        # Out of place, so that retain_graph works. Checking for a scale of 1 would synchronize.
         scaled = lambda grad, dtype: (  # noqa: E731
             torch.mul(grad, grad_loss, out=grad.new_empty(grad.shape, dtype=dtype))
         )
@@ -293,7 +296,7 @@ class _LinearGRPO(torch.autograd.Function):
 
 
 class _GRPORun:
-    """One call of `linear_grpo_loss`: the tokens that count, tile by tile."""
+    """One call of `linear_grpo_loss`; processes the tokens that count, tile by tile."""
 
     def __init__(self, head, hidden, ids, inv_temp, tile_rows, terms, wants):
         self.head, self.hidden, self.ids, self.inv_temp = head, hidden, ids, inv_temp
@@ -306,7 +309,8 @@ class _GRPORun:
         self.loss = torch.zeros((), dtype=self.head.dtype, device=ids.device)
 
     def all(self) -> None:
-        """Masked tokens are skipped; tokens without a gradient only go forward."""
+        """Process all tokens but masked ones; tokens without a gradient only take the forward
+        pass."""
         mask = self.terms.layout.mask
         silent = torch.zeros_like(mask)
         if self.terms.beta == 0 and self.with_gradient:
@@ -317,7 +321,7 @@ class _GRPORun:
                 self._some(rows, self.terms.take(rows), with_gradient)
 
     def _some(self, rows: Tensor, terms: LossTerms, with_gradient: bool) -> None:
-        """The tokens `rows`, (n,) ascending, with their own terms."""
+        """Process the tokens `rows`, (n,) ascending, with their own terms."""
         if not terms.by_sequence:
             for chunk in _tiles(len(rows), self.tile_rows):
                 self._tile(rows[chunk], terms.tile(chunk), with_gradient)
@@ -336,7 +340,7 @@ class _GRPORun:
             self._backward(tile, hidden, rows, ids, norms, evaluated.d_logps)
 
     def _long_sequence(self, rows: Tensor, terms: LossTerms, with_gradient: bool) -> None:
-        """One that is longer than a tile: all its log-probs first, then its logits once more."""
+        """Process a sequence longer than a tile: first all its log-probs, then its logits again."""
         ids = self.ids[rows]
         logps, norms, entropy = _all_logps(self.head, self.hidden[rows], ids, self.inv_temp)
         evaluated = terms.evaluate(logps)
@@ -357,7 +361,7 @@ class _GRPORun:
         self.clipped[rows] = evaluated.clipped
 
     def _backward(self, tile, hidden, rows, ids, norms, d_logps) -> None:
-        """The gradients of a tile, without the tokens that have none because they are clipped."""
+        """Compute a tile's gradients, skipping clipped tokens, which have none."""
         if self.terms.may_clip and self.terms.beta == 0:
             keep = d_logps.nonzero()[:, 0]
             if not len(keep):
@@ -372,8 +376,8 @@ class _GRPORun:
 
 
 def _compacted(tile: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Moves the rows `keep`, ascending, to the top of the tile; returns the top and their order
-    there. Only rows below it move, into the places of dropped rows."""
+    """Move the rows `keep`, ascending, to the top of the tile; returns the top and the order of the
+    rows in it. Only rows below the top move, into the slots of dropped rows."""
     top = torch.zeros(len(tile), dtype=torch.bool, device=keep.device)
     top[keep] = True
     moved = keep[keep >= len(keep)]
@@ -387,7 +391,8 @@ def _compacted(tile: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _whole_sequences(layout: Layout, tile_rows: int) -> Iterator[tuple[int, int, slice]]:
-    """(first, last, positions) of runs of sequences that fit a tile; a longer sequence is alone."""
+    """(first, last, positions) of runs of sequences that fit in a tile; a longer sequence is
+    alone."""
     offsets = layout.offsets.tolist()
     first = 0
     for last in range(1, len(offsets)):
@@ -401,7 +406,7 @@ def _whole_sequences(layout: Layout, tile_rows: int) -> Iterator[tuple[int, int,
 def _all_logps(
     head: _Head, hidden: Tensor, ids: Tensor, inv_temp: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `rows_forward`, for the logits of (R, D) hidden states."""
+    """Like `rows_forward`, for the logits of (R, D) hidden states."""
     shapes = (len(ids), (len(ids), 2), len(ids))
     logps, norms, entropy = (torch.empty(s, dtype=head.dtype, device=ids.device) for s in shapes)
     for rows in _tiles(len(ids), len(head.buffer)):

@@ -1,7 +1,7 @@
-"""Log-prob of the sampled token and entropy of the distribution, from logits.
+"""The sampled token's log-prob and the distribution's entropy, computed from logits.
 
-On the GPU one pass over a row gives both, and another one the gradient (`triton_rows`). The torch
-reference below works on a few rows at a time, so that it needs little memory of its own.
+On the GPU, one pass over a row computes both and a second pass the gradient (`triton_rows`). The
+torch reference below works on a few rows at a time to save memory.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch.autograd.function import once_differentiable
 
 from virft_fast.kernels.backend import triton_for
 
-# Elements that the reference works on at a time: they fit a core's cache. Measured on 2 cores.
+# Elements that the reference processes at a time; they fit in a core's cache. Measured on 2 cores.
 BLOCK_ELEMENTS = 2**18
 
 
 def selective_log_softmax(
     logits: Tensor, index: Tensor, *, temperature: float = 1.0, inplace: bool = False
 ) -> Tensor:
-    """Log-probability of one token a row.
+    """Log-probability of one token per row.
 
     Args:
         logits: (..., V) floating point, any strides; -inf bans a token.
@@ -32,9 +32,9 @@ def selective_log_softmax(
     Returns:
         (...) float32 (float64 for float64 logits), <= 0. Differentiable once, in `logits`.
     Raises:
-        ValueError: shapes, index dtype or temperature; says what was expected and what came. An id
-            outside V as well on the CPU; on the GPU, where a check would synchronize, its log-prob
-            is NaN.
+        ValueError: wrong shapes, index dtype or temperature; says what was expected and what was
+            given. On the CPU, also for an id outside V. On the GPU, where a check would
+            synchronize, such an id's log-prob is NaN.
     """
     return logps_and_entropy(logits, index, temperature=temperature, inplace=inplace)[0]
 
@@ -42,14 +42,14 @@ def selective_log_softmax(
 def logps_and_entropy(
     logits: Tensor, index: Tensor, *, temperature: float = 1.0, inplace: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of one token a row, and the entropy of the row's distribution in nats.
+    """Log-probability of one token per row, and the entropy of the row's distribution in nats.
 
     Args:
         logits: (..., V) floating point, any strides; -inf bans a token.
         index: (...) int64, in [0, V).
         temperature: > 0, divides the logits.
         inplace: the backward pass writes the gradient over `logits`; nothing may need them after.
-            Autograd raises an error if it knows of something that does.
+            Autograd raises an error if it detects such a use.
     Returns:
         logps: (...) float32 (float64 for float64 logits), <= 0.
         entropy: (...), same dtype, in [0, log V]. Both differentiable once, in `logits`.
@@ -63,7 +63,7 @@ def logps_and_entropy(
 
 
 def check_rows(logits: Tensor, index: Tensor, temperature: float) -> None:
-    """The checks of both functions above that need no values, only shapes and dtypes."""
+    """The checks of both functions above that need only shapes and dtypes, not values."""
     if logits.ndim < 1 or logits.shape[-1] < 1 or not logits.is_floating_point():
         raise ValueError(
             f"logits: expected (..., V) floating point with V >= 1, got {tuple(logits.shape)} "
@@ -80,7 +80,7 @@ def check_rows(logits: Tensor, index: Tensor, temperature: float) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    """Raises ValueError unless 0 < temperature < inf."""
+    """Raise ValueError unless 0 < temperature < inf."""
     if not 0.0 < temperature < math.inf:
         raise ValueError(
             f"temperature: expected a finite number > 0, got {temperature}; greedy decoding has no "
@@ -89,7 +89,7 @@ def check_temperature(temperature: float) -> None:
 
 
 def check_ids(name: str, ids: Tensor, vocab: int) -> None:
-    """Raises ValueError for an id outside the vocabulary; on the CPU only: a GPU would wait."""
+    """Raise ValueError for an id outside the vocabulary. CPU only: the check would stall a GPU."""
     if ids.device.type != "cpu" or not ids.numel():
         return
     low, high = (int(bound) for bound in ids.aminmax())
@@ -107,11 +107,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def rows_forward(logits: Tensor, ids: Tensor, inv_temp: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob of `ids`, norms and entropy of each row, of the logits z * inv_temp.
+    """Log-prob of `ids`, norms and entropy of each row of the logits z * inv_temp.
 
-    (..., V) logits with R rows and (R,) ids give (R,), (R, 2) and (R,) float32, or float64 for
-    float64. The norms are the maximum and the log of the sum of exp(z - maximum): their sum would
-    round away what the gradient needs.
+    (..., V) logits with R rows and (R,) ids give (R,), (R, 2) and (R,) float32 (float64 for
+    float64). The norms are the maximum and the log of the sum of exp(z - maximum). They stay
+    separate, because adding them would round away digits that the gradient needs.
     """
     triton_rows = triton_for(logits)
     if triton_rows is not None:
@@ -138,7 +138,7 @@ def rows_forward_reference(
         logps[rows] = (picked - log_total)[:, 0]
         norms[rows, :1], norms[rows, 1:] = highest, log_total
         entropy[rows] = (log_total - (e * z).sum(-1, keepdim=True) / total)[:, 0]
-    # Rounding can leave the range by an ulp; NaN stays NaN.
+    # Rounding can leave the range by one ulp; NaN stays NaN.
     return logps, norms, entropy.clamp_(0.0, math.log(logits.shape[-1]))
 
 
@@ -156,8 +156,8 @@ def rows_backward(
     """Gradient of sum(grad_logps * logps) + sum(grad_entropy * entropy) in the logits, into `out`.
 
     d logps / d z_j = 1[j = index] - p_j and d entropy / d z_j = -p_j (log p_j + entropy), times
-    inv_temp and the 0-d `scale`. `out` may be `logits`. Rows whose gradients are 0 get zeros,
-    whatever they hold.
+    inv_temp and the 0-d `scale`. `out` may be `logits`. Rows whose gradients are 0 get zeros, even
+    if their logits are NaN.
     """
     triton_rows = triton_for(logits)
     if triton_rows is not None:
@@ -185,7 +185,7 @@ def rows_backward_reference(
         return
     if logits.ndim == 1:
         logits, out = logits[None], out[None]
-    if logits.ndim > 2:  # one leading index at a time: a reshape might copy, `out` must not
+    if logits.ndim > 2:  # one leading index at a time: reshape might copy `out`
         count = len(ids) // len(logits)
         for i in range(len(logits)):
             rows = slice(i * count, (i + 1) * count)
@@ -219,7 +219,7 @@ def pick(vector: Tensor | None, rows: Tensor | slice = slice(None)) -> Tensor | 
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
-    """Slices of a few rows; of many on a GPU, where a launch costs more than the memory."""
+    """Slices of a few rows; of many rows on a GPU, where launches cost more than memory."""
     count, vocab = logits.shape
     elements = BLOCK_ELEMENTS if logits.device.type == "cpu" else 2**28
     size = max(1, elements // vocab)
@@ -251,7 +251,7 @@ class _LogpsAndEntropy(torch.autograd.Function):
 
 
 def gradient_buffer(logits: Tensor, inplace: bool) -> Tensor:
-    """Where the gradient goes. If that is `logits`, autograd detects whoever else saved them."""
+    """The gradient's buffer. If it is `logits`, autograd detects other nodes that saved them."""
     overlaps = any(step == 0 and size > 1 for step, size in zip(logits.stride(), logits.shape))  # noqa: B905
     if not inplace or overlaps:
         return torch.empty_like(logits)

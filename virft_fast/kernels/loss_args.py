@@ -1,4 +1,4 @@
-"""The arguments of the GRPO loss besides log-probs, in the one place that names them."""
+"""The arguments of the GRPO loss besides log-probs, defined in one place."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class LossArgs:
-    """Arguments of `grpo_loss`, which explains each of them. Checked as far as possible without the
-    tensors they belong to.
+    """The arguments of `grpo_loss`, documented there. Checked as far as possible without the
+    tokens.
 
     Raises:
-        ValueError: a name or a number; says what was expected and what came.
+        ValueError: a wrong name or number; says what was expected and what was given.
     """
 
     rewards: Tensor | None = None

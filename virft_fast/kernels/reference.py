@@ -1,6 +1,6 @@
-"""What the fused functions replace: all logits in memory, and autograd's log-softmax over them.
+"""References for the fused functions, with all logits in memory and autograd's log-softmax.
 
-For `--loss_impl reference`. The loss of a token from its log-prob is `token_loss` in both.
+`--loss_impl reference` uses them. Both implementations compute a token's loss with `token_loss`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from virft_fast.kernels.loss_args import LossArgs, takes_loss_args
 def logps_reference(
     hidden: Tensor, weight: Tensor, index: Tensor, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """`linear_logps` that holds (..., V) logits and their log-softmax in memory."""
+    """`linear_logps`, with the (..., V) logits and their log-softmax held in memory."""
     dtype = compute_dtype(hidden, weight)
     log_p = ((hidden @ weight.T).to(dtype) / temperature).log_softmax(-1)
     logps = log_p.gather(-1, index[..., None])[..., 0]
@@ -37,7 +37,7 @@ def grpo_loss_reference(
     cu_seqlens: Tensor | None = None,
     **loss: Any,
 ) -> GRPOLoss:
-    """`linear_grpo_loss` by the same mathematics on autograd's log-probs."""
+    """`linear_grpo_loss`, with the same formulas applied to autograd's log-probs."""
     layout = make_layout(completion_ids, completion_mask, cu_seqlens)
     terms = make_terms(layout, compute_dtype(hidden, weight), LossArgs(**loss))
     # Masked hidden states and ids may hold anything.

@@ -1,6 +1,6 @@
-"""The loss of one token and its derivatives: the one place in torch for the mathematics of GRPO.
+"""The loss of one token and its derivatives; the only torch code for GRPO's formulas.
 
-`triton_rows.token_loss` is its twin on the GPU; tests/test_triton.py holds the pair together.
+`triton_rows.token_loss` is the GPU version; tests/test_triton.py checks that both agree.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Beyond it exp continues as its tangent: finite, and the gradient keeps its size and sign.
+# Above it, exp continues as its tangent: finite, and the gradient keeps its size and sign.
 MAX_EXPONENT = 20.0
 
 
 class TokenLoss(NamedTuple):
-    """Per token, before the reduction's weight.
+    """Results per token, before the reduction's weight.
 
     Attributes:
         loss: policy term + beta * KL term.
-        d_log_ratio, d_logp: its derivatives in the log-ratio and in the log-prob itself.
-        kl: estimate against the reference, 0 without one.
-        clipped_low, clipped_high: bool; the ratio is clipped below with a negative, above with a
-            positive advantage.
+        d_log_ratio, d_logp: derivatives of the loss in the log-ratio and in the log-prob itself.
+        kl: KL estimate against the reference, 0 without one.
+        clipped_low, clipped_high: bool; the ratio is clipped below with a negative advantage, or
+            above with a positive one.
     """
 
     loss: Tensor
@@ -46,7 +46,8 @@ def token_loss(
     capped: bool,
     kl: str,
 ) -> TokenLoss:
-    """Of flat tensors of one dtype. Symbols as in `grpo_loss`; `capped` means cispo."""
+    """The loss of each token, for flat tensors of one dtype. Arguments as in `grpo_loss`; `capped`
+    means cispo."""
     ratio, d_ratio = _exp(log_ratio)
     if capped:
         bounded = ratio.clamp(max=epsilon_high)
@@ -65,7 +66,7 @@ def token_loss(
             ratio = ratio.clamp(max=delta)
         free, bound = ratio * advantage, clipped * advantage
         loss = -torch.minimum(free, bound)
-        # The smaller branch has the gradient; equal ones share it, as in autograd's minimum.
+        # The smaller branch gets the gradient; equal ones share it, as in autograd's minimum.
         share = 0.5 * ((free <= bound).to(loss) + (free < bound).to(loss))
         slope = share * below_delta + (1 - share) * inside
         d_log_ratio = -advantage * d_ratio * slope
@@ -82,7 +83,7 @@ def token_loss(
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, kl: str) -> tuple[Tensor, Tensor]:
-    """Estimate of the KL to the reference and its derivative in `logp`, with d = ref - logp."""
+    """The KL estimate against the reference and its derivative in `logp`, with d = ref - logp."""
     d = ref_logp - logp
     if kl == "k1":
         return -d, torch.ones_like(d)
@@ -93,7 +94,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kl: str) -> tuple[Tensor, Tensor
 
 
 def _exp(x: Tensor) -> tuple[Tensor, Tensor]:
-    """exp, continued by its tangent beyond MAX_EXPONENT, and its derivative."""
+    """exp, continued by its tangent above MAX_EXPONENT, and its derivative."""
     bounded = x.clamp(max=MAX_EXPONENT)
     slope = bounded.exp()
     return slope * (1 + (x - bounded)), slope

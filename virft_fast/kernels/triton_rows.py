@@ -1,12 +1,12 @@
-"""Triton kernels over rows of logits, and their launches. Only `backend` imports this module.
+"""Triton kernels over rows of logits, and their launchers. Only `backend` imports this module.
 
 A program handles one row (forward) or a block of a row (backward) in a 1-D grid, with 64-bit
-addresses. Lengths, strides and the temperature are runtime arguments without specialization: a new
-completion length compiles nothing. UNIT is 16 where all strides and V are multiples of 16, which
-the compiler must know to load 128 bits at a time.
+addresses. Lengths, strides and the temperature are runtime arguments without specialization, so a
+new completion length doesn't recompile. UNIT is 16 if all strides and V are multiples of 16; the
+compiler must know that to load 128 bits at a time.
 
-One file of more than 500 lines, because a kernel, the device functions it calls and the launch that
-passes its arguments by position are read and changed together.
+The file exceeds 500 lines because a kernel, its device functions and the launcher that passes its
+arguments by position are read and changed together.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _RUNTIME = (
     "inner", "stride_outer", "stride_inner", "stride_v", "out_outer", "out_inner", "out_v",
     "vocab", "inv_temp", "blocks", "num_generations", "beta", "low", "high", "delta",
 )  # fmt: skip
-# Read or written one number at a time: alignment doesn't help, and it changes with a slice.
+# Accessed one number at a time: alignment doesn't help, and it changes with slicing.
 _VECTORS = (
     "IDS", "LOGPS", "NORMS", "ENTROPY", "MASK", "SEQUENCE", "ADVANTAGES", "WEIGHTS", "OLD", "REF",
     "KL_OUT", "LOSS", "D_LOGPS", "CLIPPED", "GRAD_LOGPS", "GRAD_ENTROPY", "SCALE",
@@ -68,12 +68,13 @@ def _row_statistics(
         m_new = tl.maximum(m, tl.max(z, 0))
         d = z - m_new
         e = tl.exp(d)
-        # Recentered on each new maximum: z itself would cancel. Before the first number m is -inf.
+        # Recentered on each new maximum, because z itself would cancel. Before the first number, m
+        # is -inf.
         shift = tl.where(s > 0.0, m - m_new, 0.0)
         alpha = tl.exp(shift)
         t = alpha * (t + s * shift) + tl.sum(tl.where(e == 0.0, 0.0, e * d), 0)
         s = s * alpha + tl.sum(e, 0)
-        # A block of only banned tokens leaves the maximum at -inf, and d at nan.
+        # If a block has only banned tokens, the maximum stays -inf and d is nan.
         empty = m_new == -float("inf")
         s = tl.where(empty, 0.0, s)
         t = tl.where(empty, 0.0, t)
@@ -103,7 +104,7 @@ def _logp_and_entropy(
 
 @triton.jit
 def _grad_logits(z, cols, index, m, log_s, ENTROPY, g, h, inv_temp, HAS_ENTROPY: tl.constexpr):
-    """Gradient of a block of logits; g and h: those of log-prob and entropy, times inv_temp."""
+    """Gradient of a block of logits; g and h are those of log-prob and entropy, times inv_temp."""
     log_p = (z * inv_temp - m) - log_s
     p = tl.exp(log_p)
     grad = g * (tl.where(cols == index, 1.0, 0.0) - p)
@@ -114,7 +115,7 @@ def _grad_logits(z, cols, index, m, log_s, ENTROPY, g, h, inv_temp, HAS_ENTROPY:
 
 @triton.jit
 def _exp(x):
-    """exp, continued by its tangent beyond the largest exponent, and its derivative."""
+    """exp, continued by its tangent above the largest exponent, and its derivative."""
     bounded = tl.where(x > _MAX_EXPONENT, _MAX_EXPONENT, x)
     slope = tl.exp(bounded)
     return slope * (1.0 + (x - bounded)), slope
@@ -125,7 +126,7 @@ def token_loss(
     logp, log_ratio, ref_logp, advantage, beta, low, high, delta,
     HAS_REF: tl.constexpr, HAS_DELTA: tl.constexpr, CAPPED: tl.constexpr, KL: tl.constexpr,
 ):  # fmt: skip
-    """The twin of `virft_fast.kernels.token_loss.token_loss`; low and high bound the ratio itself.
+    """The GPU version of `kernels.token_loss.token_loss`; low and high bound the ratio itself.
 
     Returns the loss, its derivatives in the log-ratio and in the log-prob, the KL estimate, and -1
     or 1 where the ratio is clipped below or above, else 0.
@@ -271,7 +272,7 @@ def rows_backward_kernel(
     UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, OUT_CONTIGUOUS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of d loss / d logits. OUT may be Z: an element is read before it is written."""
+    """One block of d loss / d logits. OUT may be Z: each element is read before it is written."""
     program = tl.program_id(0)
     row = program // blocks
     g = 0.0
@@ -308,8 +309,8 @@ def tile_backward_kernel(
 ):  # fmt: skip
     """d loss / d logits of a contiguous float32 tile, written as 16 bits over the tile itself.
 
-    Element c of a row is read at byte 4c and written at 2c, so a program never overwrites what it
-    still has to read; the barriers separate the reads and the writes of each block.
+    Element c of a row is read at byte 4c and written at byte 2c, so a program never overwrites
+    unread elements. The barriers separate each block's reads from its writes.
     """
     row = tl.program_id(0)
     columns = vocab * UNIT
@@ -341,7 +342,7 @@ def token_loss_kernel(
     HAS_REF: tl.constexpr, HAS_DELTA: tl.constexpr, CAPPED: tl.constexpr, KL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`token_loss` alone, (5, size) out, for the test that compares it with its twin."""
+    """`token_loss` alone, with (5, size) output, for the test against the torch version."""
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = cols < size
     values = token_loss(
@@ -358,7 +359,7 @@ def token_loss_kernel(
 
 @dataclass(frozen=True)
 class _Rows:
-    """How to address the rows of a (..., V) tensor: (outer, inner, V).
+    """How to address the rows of a (..., V) tensor, viewed as (outer, inner, V).
 
     The row strides and `vocab` count units of `unit` elements, `column_stride` counts elements.
     """
@@ -373,7 +374,7 @@ class _Rows:
 
 
 def rows_of(logits: Tensor, unit: int = 16) -> tuple[Tensor, _Rows]:
-    """The tensor and its addresses. Copied only if its leading dimensions can't fold into two."""
+    """The tensor and its addresses. Copies only if the leading dimensions can't fold into two."""
     vocab = logits.shape[-1]
     if logits.ndim == 1:
         logits = logits[None]
@@ -463,7 +464,7 @@ def tile_backward(
     inv_temp: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(R, V) gradient of 16 bits, in the memory of the contiguous (R, V) float32 tile."""
+    """(R, V) 16-bit gradient, stored in the memory of the contiguous (R, V) float32 tile."""
     count, vocab = tile.shape
     out = tile.view(dtype)[:, :vocab]  # the front half of each row's bytes
     unit = 16 if vocab % 16 == 0 else 1
@@ -521,7 +522,7 @@ def grpo_forward(
 
     Args:
         logits: (..., V), R rows; ids, mask, sequence, weights, old_logps, ref_logps: (R,).
-        advantages: (N,), or with `num_generations` the rewards, normalized here.
+        advantages: (N,); with `num_generations`, rewards to normalize here.
     """
     logits, rows = rows_of(logits)
     (norms,) = _empty((rows.count, 2), logits.device, 1)
@@ -561,5 +562,5 @@ def _empty(shape: int | tuple[int, ...], device: torch.device, number: int) -> l
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Makes the tensors' device the current one, on which Triton launches."""
+    """Make the tensors' device current, because Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

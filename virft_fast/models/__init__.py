@@ -1,1 +1,1 @@
-"""Models: the Qwen-VL adapter, processors, and the embedded tiny model."""
+"""Loading and saving Qwen-VL models, their processors, and the embedded tiny model."""

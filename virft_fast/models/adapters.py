@@ -1,11 +1,11 @@
-"""LoRA adapters: starting a stage of training with one, and merging.
+"""LoRA adapters: starting a training stage with one, and merging.
 
 A run with `--use_peft` starts in one of three ways (`LoraPlan.kind`):
-    new        the model is whole: a new adapter is trained on it;
-    continued  the model is a folder with an adapter: its training continues on the same base;
-    stacked    the flags name another rank, alpha or other layers, or the adapter can't be trained
-               here: it is merged, the merged model saved, and a new adapter trained on that.
-Plain peft loads the result of each: adapter_config.json names the base it was trained on.
+    new        the model has no adapter: a new one is trained on it;
+    continued  the model is an adapter's folder: its training continues on the same base;
+    stacked    the flags change rank, alpha or layers, or the adapter can't be trained here: it is
+               merged, the merged model is saved, and a new adapter is trained on it.
+Plain peft loads each result: its adapter_config.json names the base it was trained on.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TRAINED, REFERENCE = "default", "reference"  # names of the adapters in a model
 _LAYERS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 LORA_DEFAULTS: Row = {"r": 16, "alpha": 32, "target_modules": _LAYERS}
 
-# Settings that a continued adapter may have: peft applies them in the layers, and saves them again.
+# Settings that a continued adapter may have: peft applies them in the layers and saves them again.
 _KEPT = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules",
     "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
@@ -46,7 +46,7 @@ _KEPT = {
     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
     "target_modules", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
-# With any other initialization peft changes the base model's weights.
+# With any other initialization, peft changes the base model's weights.
 _BASE_KEEPING_STARTS = (None, True, False, "gaussian", "orthogonal")
 
 
@@ -57,8 +57,8 @@ class LoraPlan:
     Attributes:
         kind: "new", "continued" or "stacked", as above.
         name: the folder or hub id that the user named.
-        base: the base model; for "stacked" the adapter to merge.
-        r, alpha, target_modules: the trained adapter's.
+        base: the base model; for "stacked", the adapter to merge.
+        r, alpha, target_modules: settings of the adapter to train.
     """
 
     kind: str
@@ -82,11 +82,11 @@ class LoraPlan:
 
 
 def plan_lora(model: ModelConfig, source: ModelSource) -> tuple[ModelConfig, LoraPlan | None]:
-    """How a run with an adapter starts, None without --use_peft, and the flags with the values that
-    they leave open: the adapter's that they name, or the defaults. Reads no weights.
+    """The flags, and how the run's adapter starts (None without --use_peft). In the returned flags,
+    unset values come from the named adapter or the defaults. Reads no weights.
 
     Raises:
-        ValueError: the flags agree with the adapter, but it can't be trained further.
+        ValueError: the flags match the adapter, but it can't be trained further.
     """
     r, alpha, targets = model.lora_r, model.lora_alpha, model.lora_target_modules
     plan = LoraPlan("new", source.name, source, **LORA_DEFAULTS)
@@ -108,13 +108,13 @@ def _plan(source: ModelSource, given: Row) -> LoraPlan:
         _check_continues(name, own)
         base = ModelSource(source.chain[1][0], source.chain[1:])
         return LoraPlan("continued", name, base, **settings)
-    if isinstance(own.get("target_modules"), str):  # a pattern, which may not fit this model
+    if isinstance(own.get("target_modules"), str):  # a pattern, which may not match this model
         settings.pop("target_modules")
     return LoraPlan("stacked", name, source, **{**LORA_DEFAULTS, **settings, **requested})
 
 
 def _settings(config: Row) -> Row:
-    """The values that an adapter_config.json gives for our flags."""
+    """The values of our flags in an adapter_config.json."""
     targets = config.get("target_modules") or ()
     targets = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
     flags = {"r": config.get("r"), "alpha": config.get("lora_alpha"), "target_modules": targets}
@@ -122,7 +122,7 @@ def _settings(config: Row) -> Row:
 
 
 def _check_continues(name: str, config: Row) -> None:
-    """Raise ValueError unless it is plain LoRA on linear layers of an unchanged base model."""
+    """Raise ValueError unless it is a plain LoRA adapter of an unchanged base's linear layers."""
     odd = {k: v for k, v in config.items() if k not in _KEPT and v and v != "none"}
     if config.get("peft_type") != "LORA":
         odd["peft_type"] = config.get("peft_type")
@@ -163,13 +163,13 @@ def add_lora(
         revision=revision,
     )
     adapted = peft.get_peft_model(model, config)
-    # peft has set it to the name as it was loaded, which may be a relative path.
+    # peft has set it to the name used for loading, which may be a relative path.
     config.base_model_name_or_path = _absolute(base(model).name_or_path)
     return adapted
 
 
 def _check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
-    """Raise ValueError for a name that matches no layer: peft raises only if none of them does."""
+    """Raise ValueError if any name matches no layer; peft raises only if no name matches."""
     linear = [f".{name}" for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     layers = [name for name in linear if "visual" not in name.split(".")]
     for target in target_modules:
@@ -182,10 +182,10 @@ def _check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
 
 
 def attach(model: nn.Module, plan: LoraPlan, *, reference: bool = False) -> PeftModel:
-    """The base model with the adapter to train, whose weights are float32.
+    """The base model with the adapter to train; the adapter's weights are float32.
 
     Args:
-        model: `plan.base`, loaded; on the meta device the adapter has no weights either.
+        model: `plan.base`, loaded; if it is on the meta device, so is the adapter.
         reference: also add a frozen copy of a continued adapter, for `as_reference`.
     Raises:
         ValueError: the adapter's weights can't be read or don't fit the base model.
@@ -219,7 +219,7 @@ def attach(model: nn.Module, plan: LoraPlan, *, reference: bool = False) -> Peft
 
 
 def peft_config(folder: str) -> PeftConfig:
-    """peft's configuration of the adapter in a folder.
+    """The peft configuration of the adapter in a folder.
 
     Raises:
         ValueError: peft is not installed, or can't read it.
@@ -227,7 +227,7 @@ def peft_config(folder: str) -> PeftConfig:
     peft = _import_peft(f"--model_name_or_path {folder!r} is an adapter")
     try:
         return peft.PeftConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # unexpected content can raise anything
+    except Exception as error:  # unexpected file content can raise anything
         raise ValueError(
             f"--model_name_or_path {folder!r}: expected {CONFIG_FILE} as peft writes it, got "
             f"{type(error).__name__}: {str(error)[:300]}"
@@ -238,7 +238,7 @@ def merge_adapter(model: nn.Module, folder: str) -> nn.Module:
     """The base model with an adapter merged into its weights, all of which are trainable.
 
     Args:
-        model: float32, on the CPU, not partitioned. It is changed in place.
+        model: float32, on the CPU, not partitioned. Changed in place.
     Raises:
         ValueError: the adapter can't be merged, or its weights don't fit.
     """
@@ -258,7 +258,7 @@ def merge_adapter(model: nn.Module, folder: str) -> nn.Module:
     _load_weights(adapted, folder)
     try:
         merged = adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
-    # peft raises any of these for an adapter that it can't merge.
+    # peft raises any of these if it can't merge an adapter.
     except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
         raise ValueError(
             f"--model_name_or_path {folder!r}: expected an adapter that can be merged into its "
@@ -280,11 +280,11 @@ def _load_weights(model: PeftModel, folder: str) -> None:
     from peft import load_peft_weights, set_peft_model_state_dict
 
     try:
-        if not (Path(folder) / "adapter_model.safetensors").is_file():  # peft would unpickle .bin
+        if not (Path(folder) / "adapter_model.safetensors").is_file():  # peft would unpickle a .bin
             raise FileNotFoundError("no adapter_model.safetensors")
         loaded = load_peft_weights(folder, device="cpu")
         result: Json = set_peft_model_state_dict(model, loaded, TRAINED)
-    # Safetensors, torch and peft have errors of their own for foreign or damaged files.
+    # Safetensors, torch and peft each raise their own errors for unrelated or damaged files.
     except Exception as error:
         raise ValueError(
             f"--model_name_or_path {folder!r}: expected the adapter's weights, got "
@@ -304,18 +304,18 @@ def has_adapter(model: nn.Module) -> TypeGuard[PeftModel]:
 
 
 def is_trained_adapter(name: str) -> bool:
-    """Whether a parameter, by its name, is of the adapter that is trained and saved."""
+    """Whether a parameter with this name belongs to the adapter that is trained and saved."""
     return TRAINED in name.split(".")
 
 
 def is_reference(name: str) -> bool:
-    """Whether a parameter, by its name, is of the frozen copy that `attach` made."""
+    """Whether a parameter with this name belongs to the frozen copy that `attach` made."""
     return REFERENCE in name.split(".")
 
 
 @contextlib.contextmanager
 def as_reference(model: nn.Module) -> Iterator[None]:
-    """Context in which a model with an adapter computes as it did when its training started."""
+    """Context in which a model with an adapter computes as it did when training started."""
     if not has_adapter(model):
         yield
     elif REFERENCE not in model.peft_config:
@@ -325,7 +325,7 @@ def as_reference(model: nn.Module) -> Iterator[None]:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        # Not peft's `set_adapter`, which changes which parameters are trained.
+        # Don't use peft's `set_adapter`: it changes which parameters are trained.
         try:
             for layer in layers:
                 layer._active_adapter = REFERENCE
@@ -337,8 +337,8 @@ def as_reference(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undivided() -> Iterator[None]:
-    """Context in which weights are loaded whole, so that they can be merged. Outside it ZeRO-3
-    partitions them as they are read; these are partitioned when the engine is made."""
+    """Context in which weights are loaded whole, so that they can be merged. ZeRO-3 partitions them
+    when the engine is created, instead of while they are read."""
     from transformers.integrations import deepspeed
 
     weak_ref = deepspeed._hf_deepspeed_config_weak_ref
@@ -354,7 +354,7 @@ def undivided() -> Iterator[None]:
 
 
 def _absolute(name: str) -> str:
-    """A folder's absolute path, so that an adapter can name it; a hub id as it is."""
+    """A folder's absolute path, so that an adapter can name it; a hub id is returned unchanged."""
     path = Path(resolve_model_path(name))
     return str(path.resolve()) if name and path.is_dir() else name
 

@@ -1,7 +1,7 @@
-"""Rendering chat templates, which are programs that come with a model's folder.
+"""Renders chat templates, which are programs in a model's folder.
 
-transformers runs them in Jinja's sandbox, without files and imports. Here time and memory are
-limited as well.
+transformers runs them in Jinja's sandbox, without access to files or imports. This module also
+limits their time and memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from virft_fast.models.families import Processor
 if TYPE_CHECKING:
     from _typeshed import TraceFunction
 
-LIMIT_S = 5.0  # of CPU time; an honest template takes milliseconds
+LIMIT_S = 5.0  # CPU time; a normal template takes milliseconds
 LIMIT_BYTES = 512 * 2**20
 LIMIT_CHARACTERS = 100_000
 _PROBE: list[Row] = [
@@ -35,16 +35,16 @@ _PROBE: list[Row] = [
 
 
 class _TooLong(BaseException):
-    """Not an Exception, so that nothing that a template calls catches it."""
+    """Not an Exception, so that no code that a template calls catches it."""
 
 
 def check_chat_template(processor: Processor, name: str) -> None:
-    """Render a short question in a child process, before anything else is rendered.
+    """Check a chat template before its first use: render a short question in a child process.
 
     Args:
-        name: the model's, for the message.
+        name: the model's name, for the error message.
     Raises:
-        ValueError: the template fails, does not end, or needs too much memory.
+        ValueError: the template fails, doesn't finish, or needs too much memory.
     """
 
     def probe() -> str:
@@ -62,7 +62,7 @@ def check_chat_template(processor: Processor, name: str) -> None:
 
 
 def render(processor: Processor, messages: Sequence[Row]) -> str:
-    """The prompt as the model reads it, up to where its answer begins.
+    """The prompt as the model reads it, up to the start of its answer.
 
     Raises:
         ValueError: the template fails, or takes longer than `LIMIT_S` between two operations.
@@ -72,8 +72,8 @@ def render(processor: Processor, messages: Sequence[Row]) -> str:
     def trace(frame: FrameType, event: str, arg: object) -> TraceFunction | None:
         if time.thread_time() > ends:
             raise _TooLong
-        # "<template>" is Jinja's name for a compiled template. There each line is traced, because
-        # a loop need not call anything; elsewhere only calls are.
+        # "<template>" is Jinja's name for a compiled template. Trace each of its lines, because a
+        # loop might call nothing; elsewhere, trace only calls.
         return trace if frame.f_code.co_filename == "<template>" else None
 
     before = sys.gettrace()
@@ -92,10 +92,9 @@ def render(processor: Processor, messages: Sequence[Row]) -> str:
 
 
 def _in_child(function: Callable[[], str]) -> str:
-    """Run a function with limited time and memory: what it returns, or a description of how it
-    fails."""
+    """Run a function with limited time and memory; returns its result or how it failed."""
     read, write = os.pipe()
-    with warnings.catch_warnings():  # about threads; the child needs no lock that one could hold
+    with warnings.catch_warnings():  # about threads; the child needs none of their locks
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid == 0:
@@ -107,7 +106,7 @@ def _in_child(function: Callable[[], str]) -> str:
                 text = _describe(error)
             os.write(write, text.encode("utf-8", "replace")[:2000])
         finally:
-            os.kill(os.getpid(), signal.SIGKILL)  # no shutdown of Python, which is the parent's
+            os.kill(os.getpid(), signal.SIGKILL)  # skip Python's shutdown: it is the parent's
     try:
         os.close(write)
         poll = select.poll()
@@ -127,7 +126,7 @@ def _limit() -> None:
     seconds = math.ceil(LIMIT_S)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError, ValueError):  # without Linux's /proc only the time is limited
+    with contextlib.suppress(OSError, ValueError):  # without Linux's /proc, only time is limited
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + LIMIT_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))

@@ -1,8 +1,8 @@
 """A lean forward pass of transformers' Qwen text layers, for one token per row.
 
-It calls transformers' own modules, LoRA and liger patches included, but skips the general code
-around them, which takes longer than the arithmetic of a small batch. For models that are built
-differently, `DecodeStep` calls their own forward instead.
+It calls transformers' own modules, including LoRA and liger patches, but skips the generic code
+around them, which takes longer than the arithmetic of a small batch. For models with another
+structure, `DecodeStep` calls their own forward instead.
 
 Shapes: R rows, D hidden, H query heads, K key/value heads, E numbers per head.
 """
@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from virft_fast.models.shared_prefix import read
 
-if TYPE_CHECKING:  # the other families' classes have the same attributes, without the two norms
+if TYPE_CHECKING:  # other families' classes match, but lack the two norms
     from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen
 
-# transformers' classes that `_layer` and `_norm` can stand in for.
+# transformers' classes that `_layer` and `_norm` can replace.
 SUPPORTED_LAYERS = ("Qwen2VLDecoderLayer", "Qwen2_5_VLDecoderLayer", "Qwen3VLTextDecoderLayer")
 SUPPORTED_NORMS = ("Qwen2VLRMSNorm", "Qwen2_5_VLRMSNorm", "Qwen3VLTextRMSNorm")
 
@@ -32,10 +32,10 @@ Take = Callable[[str, Sequence[int], torch.dtype], Tensor]
 
 
 class DecodeStep:
-    """A step of transformers' language model.
+    """One decoding step of transformers' language model.
 
     Args:
-        text: the language model, routed by `shared_prefix.install`.
+        text: the language model, after `shared_prefix.install`.
     """
 
     def __init__(self, text: qwen.Qwen3VLTextModel) -> None:
@@ -97,7 +97,7 @@ def _layer(
 
 
 def _norm(norm: qwen.Qwen3VLTextRMSNorm, hidden: Tensor) -> Tensor:
-    """transformers' RMSNorm as one fused call; any other norm by its own forward."""
+    """Apply transformers' RMSNorm as one fused call; any other norm through its own forward."""
     if type(norm).__name__ not in SUPPORTED_NORMS:
         return norm(hidden)
     return F.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)

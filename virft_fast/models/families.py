@@ -1,6 +1,6 @@
-"""Qwen's vision-language families: a table of their differences, and types for what they share.
+"""Qwen's vision-language families: a table of their differences, and types for their common parts.
 
-The types are transformers' classes, reduced to what this package uses of them.
+The types are transformers' classes, reduced to the attributes that this package uses.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """What is special about a family.
+    """The properties that distinguish a family.
 
     Attributes:
         processor, video_processor: names of transformers' classes.
@@ -88,7 +88,7 @@ class QwenVL(Protocol):
 def base(model: nn.Module) -> QwenVL:
     """The transformers model inside a peft wrapper, or the model itself."""
     unwrap = getattr(model, "get_base_model", lambda: model)
-    return cast(QwenVL, unwrap())  # nn.Module itself knows none of the attributes
+    return cast(QwenVL, unwrap())  # nn.Module declares none of these attributes
 
 
 def core(model: nn.Module) -> QwenCore:
@@ -102,7 +102,7 @@ def freeze_vision_tower(model: nn.Module) -> None:
 
 
 class Processor(Protocol):
-    """`ImageOnlyQwen2VLProcessor`, which says what they are."""
+    """The interface of `ImageOnlyQwen2VLProcessor`, which documents it."""
 
     tokenizer: Tokenizer
     image_processor: Any

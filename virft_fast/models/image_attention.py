@@ -1,9 +1,9 @@
-"""How much a completion attends to each token of its prompt, at one layer.
+"""Measures how much a completion attends to each token of its prompt, at one layer.
 
-The packed row of prompts and completions goes through the layers only up to that one. There the
-completion's queries are multiplied with the keys; a whole map, tokens by tokens, never exists. The
-queries are those that predict the tokens after the first, as in step-by-step generation; if the
-completion is one token, the query that predicts it.
+The packed row of prompts and completions runs only up to that layer. There, the completion's
+queries are multiplied with the keys; the full attention map is never formed. As in step-by-step
+generation, the queries are those that predict the tokens after the first. For a one-token
+completion, it is the query that predicts that token.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from virft_fast.models.shared_prefix import Group, PackedAttention
 
 
 class _Enough(Exception):
-    """The layer has been reached."""
+    """Raised when the layer has been reached."""
 
 
 class _Watched:
-    """A core of packed attention that measures the attention at `layer`, then stops the pass."""
+    """A packed-attention core that measures attention at `layer`, then stops the pass."""
 
     def __init__(self, groups: Sequence[Group], device: torch.device, layer: int) -> None:
         self.groups, self.layer = groups, layer
@@ -44,7 +44,7 @@ class _Watched:
 
 def attention_to_prompt(query: Tensor, key: Tensor, group: Group, scaling: float) -> Tensor:
     """(P,) float32 attention to the prompt, averaged over the heads and the completion's queries;
-    without a completion, that of the prompt's last token.
+    for an empty completion, the attention of the prompt's last token.
 
     Args:
         query: (H, S, E). key: (K, S, E).
@@ -54,7 +54,7 @@ def attention_to_prompt(query: Tensor, key: Tensor, group: Group, scaling: float
     queries = query[:, first : group.end].float()  # (H, n, E)
     keys = key[:, group.start : group.end].float()  # (K, P + n, E)
     count = queries.shape[1]
-    # Every query sees the prompt, and its completion up to itself.
+    # Every query sees the prompt, and the completion up to its own position.
     places = torch.arange(keys.shape[1], device=key.device)
     last = first - group.start + torch.arange(count, device=key.device)
     hidden = places > last[:, None]
@@ -69,17 +69,17 @@ def attention_to_prompt(query: Tensor, key: Tensor, group: Group, scaling: float
 
 @torch.no_grad()
 def attention_to_prompts(policy: Policy, inputs: ModelInputs, layer: int) -> list[Tensor]:
-    """Attention of each completion to its prompt's tokens.
+    """The attention of each completion to its prompt's tokens.
 
     Args:
         inputs: packed, one completion per prompt.
-        layer: number of the layer, from 0.
+        layer: index of the layer, from 0.
     Returns:
-        (P,) float32 for each prompt, on the model's device. The sum is less than 1, because a
+        (P,) float32 for each prompt, on the model's device. It sums to less than 1, because a
         completion also attends to its own tokens.
     Raises:
-        ValueError: the model's attention can't be reached, there is no such layer, or `inputs` are
-            not packed.
+        ValueError: the model's attention can't be replaced, the layer doesn't exist, or `inputs`
+            are not packed.
     """
     count = policy.config.text_config.num_hidden_layers
     if not 0 <= layer < count:
@@ -98,10 +98,10 @@ def attention_to_prompts(policy: Policy, inputs: ModelInputs, layer: int) -> lis
 
 
 def image_tokens(prompt: Prompt, merge: int) -> list[tuple[Tensor, tuple[int, int]]]:
-    """For each image of a prompt, the positions of its tokens and the (rows, columns) they form.
+    """For each image of a prompt, its tokens' positions and the (rows, columns) of their grid.
 
     Args:
-        merge: one token stands for merge * merge patches.
+        merge: one token represents merge * merge patches.
     """
     if prompt.image_grid_thw is None:
         return []
@@ -113,11 +113,11 @@ def image_tokens(prompt: Prompt, merge: int) -> list[tuple[Tensor, tuple[int, in
 
 
 def coverage(box: Sequence[float], size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """(rows * columns,) float32, the share of each token's area that is inside the box.
+    """(rows * columns,) float32, the share of each token's area inside the box.
 
     Args:
         box: left, top, right, bottom in pixels. size: width and height of the image in pixels.
-        grid: rows and columns of its tokens.
+        grid: rows and columns of the image's tokens.
     """
     (left, top, right, bottom), (width, height), (rows, columns) = box, size, grid
     across = _overlap(left / width * columns, right / width * columns, columns)

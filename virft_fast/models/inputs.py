@@ -1,4 +1,4 @@
-"""Prompts and completions as the model reads them: text to tokens, and rows of tokens.
+"""Turns prompts and completions into the rows of tokens that the model reads.
 
 Shapes: B prompts, N completions of any lengths, S completion tokens in all, R rows of L tokens
 (packed: R = 1).
@@ -29,13 +29,12 @@ class ModelInputs:
         position_ids: (3, R, L) int64, multimodal rotary positions.
         image_mask: (R, L) bool, true at image tokens; never true in a completion.
         pixel_values, image_grid_thw: the images of the B prompts, each once; None without images.
-            Never change them in place: they may belong to a Prompt.
+            Never change them in place, because they may belong to a Prompt.
         image_copies: for each prompt, its number of image tokens and how many times it is read.
-        predictors: (S,) int64, positions in the R * L tokens whose hidden states predict the
-            completion tokens.
+        predictors: (S,) int64, which of the R * L hidden states predict the completion tokens.
         completion_ids: (S,) int64, one completion after another.
-        cu_seqlens: (N + 1,) int32, where each completion begins, and S.
-        groups: where everything is in a packed row; empty if each completion has its own row.
+        cu_seqlens: (N + 1,) int32, the start of each completion, followed by S.
+        groups: the groups' positions in a packed row; empty if each completion has its own row.
     """
 
     input_ids: Tensor
@@ -51,7 +50,7 @@ class ModelInputs:
     groups: tuple[Group, ...] = ()
 
     def per_prompt(self, image_features: Tensor) -> tuple[Tensor, ...]:
-        """Split `Policy.image_features` by prompt. Those of a blank image belong to none."""
+        """Split `Policy.image_features` by prompt. A blank image's features belong to no prompt."""
         if self.pixel_values is None:
             image_features = image_features[:0]
         return image_features.split([tokens for tokens, _ in self.image_copies])
@@ -63,7 +62,7 @@ class ModelInputs:
 
 
 def encode_prompt(processor: Processor, sample: Sample) -> Prompt:
-    """Render and tokenize a sample; each image placeholder becomes as many tokens as its image has.
+    """Render and tokenize a sample. Each image placeholder is repeated once per token of its image.
 
     Raises:
         ValueError: the chat template fails, the text itself contains image tokens, or the images
@@ -90,7 +89,7 @@ def encode_prompt(processor: Processor, sample: Sample) -> Prompt:
     )
 
 
-# Special tokens that are never text: the chat format's, and placeholders of images and videos.
+# Special tokens that are never text: those of the chat format, and image and video placeholders.
 _CONTROL_TOKENS = {
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
@@ -98,9 +97,9 @@ _CONTROL_TOKENS = {
 
 
 def control_token_ids(tokenizer: Tokenizer) -> set[int]:
-    """Tokens that no answer contains: the chat format's, placeholders of images and videos, BOS,
-    EOS and padding. The family's text markers, such as <|box_start|>, and special tokens that a
-    user added are text."""
+    """Tokens that no answer may contain: chat-format tokens, image and video placeholders, BOS, EOS
+    and padding. The family's text markers, such as <|box_start|>, and special tokens that a user
+    added count as text."""
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     added = tokenizer.added_tokens_decoder.items()
     control = {i for i, token in added if token.content in _CONTROL_TOKENS}
@@ -108,7 +107,7 @@ def control_token_ids(tokenizer: Tokenizer) -> set[int]:
 
 
 def control_tokens_in(tokenizer: Tokenizer, text: str) -> list[str]:
-    """The control tokens in a text once it is tokenized, each named once."""
+    """The control tokens in a text after tokenization, each listed once."""
     control = control_token_ids(tokenizer)
     ids = tokenizer(text, add_special_tokens=False).input_ids
     return tokenizer.convert_ids_to_tokens(list(dict.fromkeys(i for i in ids if i in control)))
@@ -117,7 +116,7 @@ def control_tokens_in(tokenizer: Tokenizer, text: str) -> list[str]:
 def banned_token_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     """Tokens that must never be sampled: control tokens except EOS, and ids without a token.
 
-    The next forward pass would count a sampled image placeholder as an image.
+    The next forward pass would treat a sampled image placeholder as an image.
     """
     control = control_token_ids(tokenizer) - {tokenizer.eos_token_id}
     unused = range(len(tokenizer), vocab_size)
@@ -132,7 +131,7 @@ def collate(
     pad_token_id: int,
     packed: bool,
 ) -> ModelInputs:
-    """As `Policy.collate`, on the CPU.
+    """Like `Policy.collate`, on the CPU.
 
     Args:
         positions: (3, P) rotary positions of each prompt.
@@ -156,7 +155,7 @@ def collate(
 def _images(prompts: Sequence[Prompt]) -> tuple[Tensor | None, Tensor | None]:
     pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
     grids = [p.image_grid_thw for p in prompts if p.image_grid_thw is not None]
-    if len(pixels) == 1:  # not copied: it is the largest tensor of all
+    if len(pixels) == 1:  # not copied: it is the largest tensor
         return pixels[0], grids[0]
     return (torch.cat(pixels), torch.cat(grids)) if pixels else (None, None)
 
@@ -169,7 +168,7 @@ def _following(positions: Tensor, length: int) -> Tensor:
 def _pack(
     prompts: Sequence[Prompt], positions: Sequence[Tensor], completions: Sequence[Sequence[Tensor]]
 ) -> Row:
-    """The fields of one packed row, without the completions' last tokens: they predict nothing."""
+    """The fields of one packed row. Omits the completions' last tokens, which predict nothing."""
     ids, position_ids, images, predictors, groups = [], [], [], [], []
     start = 0
     for prompt, own_positions, group in zip(prompts, positions, completions, strict=True):
@@ -202,7 +201,7 @@ def _pad(
     completions: Sequence[Sequence[Tensor]],
     pad_token_id: int,
 ) -> Row:
-    """The fields of a row per completion: prompts padded on the left, completions on the right."""
+    """The fields of one row per completion: prompts are left-padded, completions right-padded."""
     before = max(len(prompt.input_ids) for prompt in prompts)
     after = max((len(ids) for group in completions for ids in group), default=0)
     rows: list[tuple[Tensor, ...]] = []

@@ -1,9 +1,9 @@
-"""`Policy`: a Qwen-VL model with the calls that training makes.
+"""`Policy`: a Qwen-VL model with the calls that training needs.
 
-One module call yields the hidden states of the completion tokens, and what the kernels compute from
+One module call computes the hidden states of the completion tokens and the kernels' results from
 them. The vision tower runs once per prompt image. The language model also reads each prompt once,
-packed with its completions (`shared_prefix`); where its attention can't be replaced it reads the
-prompt again for every completion.
+packed with its completions (`shared_prefix`). If its attention can't be replaced, it rereads the
+prompt for every completion.
 
 Shapes: B prompts, N completions of any lengths, S completion tokens in all, R rows of L tokens
 (packed: R = 1), D hidden size, V vocabulary.
@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 
 
 class _PatchProjection(nn.Conv3d):
-    """A patch embedding as one matrix product, because each patch is as large as the kernel.
+    """A patch embedding as one matrix product: each patch is exactly as large as the kernel.
 
-    A convolution, above all its backward pass, takes several times as long.
+    A convolution takes several times as long, especially its backward pass.
     """
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -45,21 +45,21 @@ class _PatchProjection(nn.Conv3d):
 
 
 def _project_patches(visual: nn.Module) -> None:
-    # By another class, not another module: parameters, hooks and names in checkpoints stay.
+    # Replace the class, not the module, to keep its parameters, hooks and checkpoint names.
     proj = getattr(getattr(visual, "patch_embed", None), "proj", None)
     if type(proj) is nn.Conv3d and proj.kernel_size == proj.stride:
         proj.__class__ = _PatchProjection
 
 
 class Policy(nn.Module):
-    """A Qwen-VL model with the calls that training makes, each of them one module call.
+    """A Qwen-VL model with the calls that training needs, each of them one module call.
 
     DeepSpeed wraps this module. The head owns the lm_head weight, which may be tied, so that ZeRO-3
-    gathers it for the fused loss as it does for any layer.
+    gathers it for the fused loss like any layer's weight.
 
     Attributes:
-        unreachable: why neither training nor rollout can share prompts; None where they can.
-        vision_frozen: whether no parameter of the vision tower is trained.
+        unreachable: the reason why training and rollout can't share prompts; None if they can.
+        vision_frozen: whether the whole vision tower is frozen.
     """
 
     def __init__(
@@ -70,17 +70,16 @@ class Policy(nn.Module):
         prefix_sharing: str = "auto",
         prefix_attention: str = "two_part",
     ) -> None:
-        """Wrap `model`, and change it in place: its attention is routed through
-        `shared_prefix.attend`, which computes the same, and its patch embedding becomes one matrix
-        product.
+        """Wrap `model` and change it in place: route its attention through `shared_prefix.attend`,
+        which gives the same results, and turn its patch embedding into one matrix product.
 
         Args:
-            loss_impl: "fused" or "reference", which forms the logits as a whole.
+            loss_impl: "fused", or "reference", which forms the full logits.
             prefix_sharing: whether the language model reads a prompt once for all its completions:
-                "on", "off", or "auto": where the model's attention can be reached.
-            prefix_attention: "two_part", "flex" or "dense", see `shared_prefix`.
+                "on", "off", or "auto" (on if the model's attention can be replaced).
+            prefix_attention: "two_part", "flex" or "dense"; see `shared_prefix`.
         Raises:
-            ValueError: "on", and the attention can't be reached.
+            ValueError: prefix_sharing is "on", but the attention can't be replaced.
         """
         super().__init__()
         self.model = model
@@ -88,7 +87,7 @@ class Policy(nn.Module):
         visual = core(model).visual
         _project_patches(visual)
         self.vision_frozen = not any(p.requires_grad for p in visual.parameters())
-        # Even with prefix_sharing "off", because the rollout shares prompts, too.
+        # Install even with prefix_sharing "off", because the rollout also shares prompts.
         self.unreachable = reason = shared_prefix.install(core(model).language_model)
         if reason is not None and prefix_sharing == "on":
             raise ValueError(
@@ -116,10 +115,10 @@ class Policy(nn.Module):
         """One pass over the completion tokens.
 
         Args:
-            image_features: the result of the method of this name, to skip the vision tower.
+            image_features: the result of the method `image_features`, to skip the vision tower.
             loss: compute this loss over the tokens in `loss_mask`, (S,) bool.
         Returns:
-            Log-probs and entropy, (S,) float32 each; with `loss` the fields of a GRPOLoss.
+            Log-probs and entropy, (S,) float32 each; with `loss`, the fields of a GRPOLoss.
         """
         if image_features is None:
             image_features = self.image_features(inputs)
@@ -148,16 +147,17 @@ class Policy(nn.Module):
     def embed(
         self, inputs: ModelInputs, image_features: Tensor
     ) -> tuple[Tensor, list[Tensor] | None]:
-        """(R, L, D) token embeddings, those of image tokens replaced by the images' features.
+        """(R, L, D) token embeddings, in which the images' features replace the image tokens.
 
-        Also, for a family with DeepStack, what to add after each of the first layers, (image
+        For a family with DeepStack, also the features to add after each of the first layers, (image
         tokens, D) each.
         """
         embeds = core(self.model).get_input_embeddings()(inputs.input_ids)
         image_features = image_features.to(embeds.dtype)
         if inputs.pixel_values is None:
             # The tower ran on a blank image, so that all ranks make the same module calls. Adding
-            # its features with weight 0 gives its parameters gradients of 0 instead of none.
+            # the features with weight 0 gives the tower's parameters zero gradients instead of
+            # none.
             return embeds + 0.0 * image_features.sum(), None
         copies = (copies for _, copies in inputs.image_copies)
         per_prompt = zip(inputs.per_prompt(image_features), copies, strict=True)
@@ -167,9 +167,10 @@ class Policy(nn.Module):
         return embeds, [features.contiguous() for features in deepstack] or None
 
     def image_features(self, inputs: ModelInputs) -> Tensor:
-        """(image tokens of the B prompts, D), or of one blank image if the prompts have none.
+        """(image tokens of the B prompts, D), or a blank image's features if the prompts have no
+        images.
 
-        For a family with DeepStack each row continues with the features for the first layers.
+        For a family with DeepStack, each row continues with the features for the first layers.
         """
         pixel_values, grid = inputs.pixel_values, inputs.image_grid_thw
         if pixel_values is None:
@@ -202,11 +203,11 @@ class Policy(nn.Module):
         """B prompts with their completions, ready for `forward`.
 
         Args:
-            completions: for each prompt its completions, (length,) int64 each, on the CPU; any
-                number of them, of any lengths.
+            completions: for each prompt, any number of completions, (length,) int64 each, any
+                length, on the CPU.
             pad_token_id: pads rows that are not packed.
-            packed: put everything into one row, each prompt once; None: if the policy shares
-                prompts.
+            packed: whether to put everything into one row, each prompt once; None: only if the
+                policy shares prompts.
         """
         packed = self.shares_prefix if packed is None else packed
         positions = [self.prompt_positions(prompt) for prompt in prompts]
@@ -224,7 +225,7 @@ class Policy(nn.Module):
 
 
 class Head(nn.Module):
-    """The lm_head's weight, and everything computed with it; fused, without whole logits."""
+    """The lm_head's weight, and everything computed with it. "fused" never forms full logits."""
 
     def __init__(self, lm_head: nn.Linear, loss_impl: str) -> None:
         super().__init__()
@@ -250,6 +251,6 @@ class Head(nn.Module):
         return tuple(getattr(out, field.name) for field in fields(GRPOLoss))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(n, D) -> (n, V) float32, to sample a few tokens."""
+        """(n, D) -> (n, V) float32, for sampling a few tokens."""
         with torch.autocast(hidden.device.type, enabled=False):
             return linear_logits(hidden.to(self.weight.dtype), self.weight)

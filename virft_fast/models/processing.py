@@ -1,8 +1,8 @@
 """The processor of a Qwen-VL checkpoint: text and images in, tensors out.
 
 transformers needs torchvision for the video part of its processors. This package uses no video, so
-its processor is made without that part. Images are resized by Pillow even where torchvision is
-installed, so that a run's numbers are the same on every machine.
+it builds its processor without that part. Pillow resizes the images even if torchvision is
+installed, so that a run gives the same numbers on every machine.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
     """`Qwen2VLProcessor` for images and text.
 
     Attributes:
-        base_files: name -> content of the files it was loaded from, which it saves again.
-        model_type: the family; it decides which class other programs load from a saved folder.
+        base_files: name -> content of the files it was loaded from, which are saved again.
+        model_type: the family; determines which class other programs load from a saved folder.
     """
 
     base_files: dict[str, bytes] = {}
     model_type = "qwen2_vl"
 
-    # ProcessorMixin takes the names of the processor's components from this signature.
+    # ProcessorMixin reads the names of the processor's components from this signature.
     def __init__(
         self,
         image_processor: Qwen2VLImageProcessorPil,
@@ -70,16 +70,16 @@ def load_processor(
     """The processor of a Qwen-VL checkpoint, whose tokenizer pads on the left.
 
     Args:
-        name_or_path: a checkpoint folder, a hub id or `tiny`; for an adapter's folder without a
-            processor, its base model's is loaded.
-        revision: of a hub id.
+        name_or_path: a checkpoint folder, a hub id or `tiny`. If an adapter's folder has no
+            processor, the base model's is loaded.
+        revision: revision of a hub id.
         min_pixels, max_pixels: bounds of an image's area after resizing, in pixels; None keeps the
             checkpoint's.
-        renders: check the chat template, because it is going to be used.
+        renders: check the chat template, because the caller is going to use it.
     Raises:
-        FileNotFoundError: there is no tokenizer or no image processor.
-        ValueError: the bounds leave no size, the tokenizer has no image token, an adapter's base
-            model can't be found, or the chat template fails or does not end.
+        FileNotFoundError: the tokenizer or image processor is missing.
+        ValueError: no size fits the bounds, the tokenizer has no image token, an adapter's base
+            model can't be found, or the chat template fails or doesn't finish.
     """
     source = find_model(name_or_path, revision)
     return read_processor(source, min_pixels=min_pixels, max_pixels=max_pixels, renders=renders)
@@ -92,7 +92,7 @@ def read_processor(
     max_pixels: int | None = None,
     renders: bool = True,
 ) -> ImageOnlyQwen2VLProcessor:
-    """`load_processor` of a model that has been found."""
+    """`load_processor` for a model that `find_model` has found."""
     name = source.name
     try:
         processor = _load(source)
@@ -136,10 +136,10 @@ def read_processor(
 def resized(
     width: int, height: int, *, min_pixels: int, max_pixels: int, factor: int = 28
 ) -> tuple[int, int]:
-    """(width, height) of an image as Qwen-VL's processors resize it.
+    """The (width, height) to which Qwen-VL's processors resize an image.
 
     Args:
-        factor: both sides become multiples of it; patch size times merge size.
+        factor: both sides become multiples of it; it is patch size times merge size.
     Raises:
         ValueError: one side is more than 200 times the other.
     """
@@ -148,13 +148,13 @@ def resized(
 
 
 def build_tiny_processor(tokenizer: Tokenizer) -> ImageOnlyQwen2VLProcessor:
-    """The embedded model's processor; its images have the area of 56x56 to 168x168 pixels."""
+    """The embedded model's processor; it resizes images to an area of 56x56 to 168x168 pixels."""
     images = Qwen2VLImageProcessorPil(size={"shortest_edge": 56**2, "longest_edge": 168**2})
     return ImageOnlyQwen2VLProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
 def _holder(source: ModelSource) -> Path:
-    """Where the processor is: the first adapter's folder that has one, else the whole model."""
+    """The processor's folder: the first adapter's that has one, otherwise the whole model's."""
     files = ("tokenizer_config.json", "preprocessor_config.json"), ("processor_config.json",)
     for adapter in (Path(name) for name, _ in source.chain[:-1]):
         if any(all((adapter / file).is_file() for file in group) for group in files):
@@ -166,7 +166,7 @@ def _load(source: ModelSource) -> ImageOnlyQwen2VLProcessor:
     folder = _holder(source)
     tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(folder), trust_remote_code=False)
-    # Looked up in the same order as by transformers' own processors.
+    # Use the same lookup order as transformers' own processors.
     settings, _ = ProcessorMixin.get_processor_dict(str(folder))
     template = settings.get("chat_template") or tokenizer.chat_template
     processor = ImageOnlyQwen2VLProcessor(image_processor, tokenizer, chat_template=template)

@@ -1,6 +1,6 @@
-"""Loading Qwen's vision-language models, and what is done to one before it is trained.
+"""Loads Qwen's vision-language models and prepares them for training.
 
-Some names of other modules (the imports with noqa) can be imported from here, too.
+Some names from other modules (the imports with noqa) can also be imported from here.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ def load_model(
     attn_implementation: str = "sdpa",
     empty: bool = False,
 ) -> nn.Module:
-    """A Qwen-VL model from a folder, a hub id or `tiny`, in `dtype`, on the CPU; partitioned while
-    a ZeRO-3 configuration of DeepSpeed is active.
+    """A Qwen-VL model from a folder, a hub id or `tiny`, in `dtype`, on the CPU. It is partitioned
+    if a DeepSpeed ZeRO-3 configuration is active.
 
     Args:
-        name_or_path: for an adapter's folder its base model is loaded, and the adapter merged into
+        name_or_path: for an adapter's folder, the base model is loaded and the adapter merged into
             it in float32.
-        empty: without weights, on the meta device.
+        empty: create the model without weights, on the meta device.
     Raises:
-        FileNotFoundError: there is no such folder or hub id.
-        ValueError: it is no Qwen-VL model, or can't be read.
+        FileNotFoundError: the folder or hub id doesn't exist.
+        ValueError: it isn't a Qwen-VL model, or can't be read.
     """
     from transformers import AutoModelForImageTextToText as AutoModel
     from transformers import GenerationConfig
 
     source = find_model(name_or_path, revision)
-    config = copy.deepcopy(source.config)  # which transformers changes
+    config = copy.deepcopy(source.config)  # because transformers changes it
     source.check_weights()
     if not empty:
         source.refuse_code()
@@ -63,7 +63,8 @@ def load_model(
         options["dtype"] = torch.float32 if adapters else dtype
         with lora.undivided() if adapters else contextlib.nullcontext():
             loaded: Any = AutoModel.from_pretrained(path, trust_remote_code=False, **options)
-    # Safetensors, torch and transformers have errors of their own for foreign or damaged files.
+    # Safetensors, torch and transformers each raise their own errors for unrelated or damaged
+    # files.
     except Exception as error:
         file, hint = ("config.json", "") if empty else ("weights", "; is the folder complete?")
         raise ValueError(
@@ -80,11 +81,11 @@ def load_model(
         model = lora.merge_adapter(model, folder)
     if adapters:
         cast_parameters(model, dtype)
-    # Loaded under ZeRO-3, a model remembers all renamings that its checkpoint could have needed,
-    # and its weights would be saved with one prefix too many instead of under Qwen's names.
+    # A model loaded under ZeRO-3 remembers all renamings that its checkpoint could have needed. Its
+    # weights would then be saved with an extra prefix instead of under Qwen's names.
     vars(model).pop("_weight_conversions", None)
     # A checkpoint's sampling defaults (Qwen ships a near-greedy temperature) must never affect a
-    # rollout, so they are set aside; `save_model` writes them back.
+    # rollout. Keep them separately, so that `save_model` can write them back.
     vars(model)["shipped_generation_config"] = base(model).generation_config
     base(model).generation_config = GenerationConfig()
     return model
@@ -98,7 +99,7 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def usable_attention(name: str) -> str:
-    """`name`, or, with a warning, sdpa in place of a flash_attention_2 that can't run."""
+    """`name`, or sdpa, with a warning, if `name` is flash_attention_2 and can't run."""
     if name != "flash_attention_2":
         return name
     from transformers.utils import is_flash_attn_2_available
@@ -113,7 +114,7 @@ def usable_attention(name: str) -> str:
 
 
 def apply_liger(model: nn.Module, device: torch.device) -> None:
-    """Replace RMSNorm, SwiGLU and rotary embedding by liger-kernel's; only a warning off CUDA."""
+    """Replace RMSNorm, SwiGLU and rotary embedding with liger-kernel's. Without CUDA, only warn."""
     if device.type != "cuda":
         warnings.warn("--use_liger_kernel has no effect without CUDA", stacklevel=2)
         return
@@ -125,5 +126,5 @@ def apply_liger(model: nn.Module, device: torch.device) -> None:
             "'.[gpu]' in a checkout"
         ) from error
     patch = getattr(liger, f"apply_liger_kernel_to_{base(model).config.model_type}")
-    # Without liger's fused cross entropy, because the loss is ours.
+    # Skip liger's fused cross entropy, because this package computes its own loss.
     patch(model=model, cross_entropy=False, fused_linear_cross_entropy=False)

@@ -1,9 +1,9 @@
-"""Writing a model's folder so that other programs can load it.
+"""Writes a model's folder so that other programs can load it.
 
-Training changes neither the tokenizer nor the processor, except for its bounds on image sizes. So
-the base model's files are written again byte for byte, and completed for other readers:
-transformers 5 has some settings in other files and under other keys than transformers 4, whose
-files vLLM, SGLang and llama.cpp expect. docs/checkpoints.md lists which program reads what.
+Training doesn't change the tokenizer, and changes only the image-size bounds of the processor. So
+the base model's files are copied byte for byte, then completed for other readers: transformers 5
+stores some settings in other files and under other keys than transformers 4, whose files vLLM,
+SGLang and llama.cpp expect. docs/checkpoints.md lists which files each program reads.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from virft_fast.models.source import BOTH, IMAGE, PROCESSOR_FILES, VIDEO, find_b
 
 logger = logging.getLogger(__name__)
 
-MAX_FILE_BYTES = 64 * 2**20  # a tokenizer has 11 MB
-# Not copied from the base model's folder: weights in any format, files that describe them or an
-# adapter, code that a loader could run, and the other files of a training run.
+MAX_FILE_BYTES = 64 * 2**20  # a tokenizer takes 11 MB
+# Not copied from the base model's folder: weights in any format, files that describe weights or an
+# adapter, code that a loader could run, and other files of a training run.
 NOT_KEPT = (
     ".*", "config.json", "*.index.json", "adapter_*",
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx",
@@ -36,16 +36,16 @@ NOT_KEPT = (
     "*.jsonl", "*.log", "*.lock", "*.parquet", "events.out.*",
     "trainer_state.json", "*_results.json", "summary.json", "report.png", "reference_logps.json",
     "checksums.json", "stalled-rank-*.txt",
-    # of an evaluation that was written into the model's folder
+    # from an evaluation written into the model's folder
     "eval_*", "*.html", "*.journal", "*.summary.json", "*.predictions.json", "*.truth.json",
     "*.exists_map.json",
 )  # fmt: skip
 
 
 def read_base_files(folder: Path, base: Path | None = None) -> dict[str, bytes]:
-    """Name -> content of the files that models trained from this folder get as well.
+    """Name -> content of the files to copy into the folders of models trained from this one.
 
-    They stay in memory, 20 MB for a Qwen-VL, because the folder may be gone when a run ends.
+    They stay in memory (20 MB for a Qwen-VL), because the folder may be gone when a run ends.
 
     Args:
         base: the base model's folder, if `folder` is an adapter's. Then only the processor's files
@@ -72,8 +72,8 @@ def save_model(
 ) -> None:
     """Write a folder that plain `from_pretrained` loads: weights, config, processor.
 
-    A LoRA adapter's folder gets the tokenizer and the processor, but no other file of the base
-    model, so that no program takes it for a whole model.
+    A LoRA adapter's folder gets the tokenizer and processor but no other file of the base model, so
+    that no program mistakes it for a whole model.
 
     Args:
         state_dict: the gathered weights under the names of `model`, already in the dtype to store.
@@ -82,7 +82,8 @@ def save_model(
     inner = base(model)
     current = inner.generation_config
     inner.generation_config = getattr(inner, "shipped_generation_config", current)
-    # Before save_pretrained, which may remove the tensors from `state_dict` as it writes them.
+    # Read the dtype before save_pretrained, which may remove tensors from `state_dict` as it
+    # writes.
     dtype = next(t.dtype for t in state_dict.values() if t.is_floating_point())
     try:
         if has_adapter(model):
@@ -96,32 +97,32 @@ def save_model(
         for name, content in processor.base_files.items():
             if name not in PROCESSOR_FILES:
                 (folder / name).write_bytes(content)
-    own = copy.copy(processor)  # the family is the model's, whatever the caller's processor says
+    own = copy.copy(processor)  # use the model's family, not the processor's
     own.model_type = inner.config.model_type
     own.save_pretrained(folder)
-    for path in folder.glob("*.safetensors"):  # they are written readable by their owner only
+    for path in folder.glob("*.safetensors"):  # by default, only their owner can read them
         path.chmod(next(folder.glob("*config.json")).stat().st_mode)
 
 
 def released_config(config: Row, dtype: torch.dtype) -> Row:
-    """transformers 5's config.json -> the form of the released one, plus transformers 5's keys.
+    """Convert transformers 5's config.json to the released form, keeping transformers 5's keys.
 
     Args:
-        dtype: the weights'.
+        dtype: the weights' dtype.
     """
     flat = FAMILIES[config["model_type"]].flat
     text, vision = dict(config["text_config"]), dict(config["vision_config"])
     rope = {k: v for k, v in text["rope_parameters"].items() if k != "type"}
     sections = {k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type")}
     kind = rope["rope_type"]
-    # "mrope" is Qwen2-VL's own name of the default; other scalings have one name in all versions.
+    # "mrope" is Qwen2-VL's name for the default; other scalings have the same name in all versions.
     legacy = {"type": "mrope" if kind == "default" else kind} if flat else {"rope_type": kind}
     text |= {"rope_parameters": rope, "rope_scaling": legacy | sections}
     text["rope_theta"] = rope["rope_theta"]
     for section in (text, vision):
-        section.pop("dtype", None)  # the whole model's is below
+        section.pop("dtype", None)  # the whole model's dtype is set below
     if vision.get("rope_parameters") == {"rope_theta": 10000.0, "rope_type": "axial"}:
-        del vision["rope_parameters"]  # the default of every version; only the newest has the key
+        del vision["rope_parameters"]  # every version's default; only the newest has the key
     out = config | {"vision_config": vision, "text_config": text}
     if flat:
         # transformers below 4.52 keeps `text_config` as a plain dict and fails on it.
@@ -132,12 +133,12 @@ def released_config(config: Row, dtype: torch.dtype) -> Row:
 
 
 def save_processor(processor: Processor, folder: Path) -> None:
-    """Complete the tokenizer's and the processor's files, which transformers 5 has written, for
-    transformers 4 and 5.
+    """Complete the tokenizer and processor files that transformers 5 wrote, so that transformers 4
+    and 5 read them.
 
     Args:
-        processor: its `base_files` are written again unchanged, except for the bounds on image
-            sizes; files that it doesn't have are made from memory.
+        processor: its `base_files` are written unchanged, except for the image-size bounds; missing
+            files are created from the processor in memory.
     """
     family = FAMILIES[processor.model_type]
     made = json.loads((folder / BOTH).read_text(encoding="utf-8"))
@@ -156,10 +157,10 @@ def save_processor(processor: Processor, folder: Path) -> None:
 def _write_processor_configs(
     folder: Path, made: Row, kept: dict[str, bytes], family: Family
 ) -> None:
-    """The three files of transformers 4 and 5 that say how to turn images and videos into pixels.
+    """Write the three files in which transformers 4 and 5 configure image and video processing.
 
     Args:
-        made: the processor_config.json that transformers 5 has written. kept: of the base model.
+        made: the processor_config.json that transformers 5 wrote. kept: the base model's files.
     """
     files = {name: json.loads(kept[name]) if name in kept else {} for name in (IMAGE, VIDEO, BOTH)}
     size = made["image_processor"]["size"]
@@ -168,26 +169,27 @@ def _write_processor_configs(
     bounds = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
     image = before | stock | bounds
     image |= {"image_processor_type": "Qwen2VLImageProcessor", "size": size}
-    # In every version, a model without a video file processes videos like images.
+    # In every version, a model without a video file uses the image settings for videos.
     video = files[BOTH].get("video_processor") or files[VIDEO] or before
     video = video | stock | {"video_processor_type": family.video_processor}
     video.pop("image_processor_type", None)
     _write(folder / IMAGE, image)
     _write(folder / VIDEO, video)
-    # transformers below 4.52 fails on an `image_processor` here; 5 reads preprocessor_config.json.
+    # transformers below 4.52 fails if this has an `image_processor`; 5 reads
+    # preprocessor_config.json.
     files[BOTH].pop("image_processor", None)
     _write(folder / BOTH, files[BOTH] | stock | {"video_processor": video})
 
 
 def _tokenizer_config(config: Row, folder: Path, family: Family, template: object) -> Row:
-    """transformers 5's tokenizer_config.json -> one that 4 reads as well; a released one stays."""
+    """Convert transformers 5's tokenizer_config.json for transformers 4; keep a released one."""
     out = dict(config)
     if isinstance(out.get("extra_special_tokens"), list):
         out["additional_special_tokens"] = out.pop("extra_special_tokens")
     if out.get("tokenizer_class") == "TokenizersBackend":
         out["tokenizer_class"] = "PreTrainedTokenizerFast"
     if out.get("tokenizer_class") == "PreTrainedTokenizerFast":
-        # Otherwise 4 makes token_type_ids with it, which Qwen's models refuse.
+        # Otherwise, transformers 4 returns token_type_ids, which Qwen's models reject.
         out.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if "added_tokens_decoder" not in out:
         tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -202,7 +204,7 @@ def _tokenizer_config(config: Row, folder: Path, family: Family, template: objec
 
 
 def _rewrite(path: Path, change: Callable[[Row], Row]) -> None:
-    """Change a JSON file's content; if nothing changes, its bytes stay as they are."""
+    """Change a JSON file's content. If nothing changes, the file keeps its exact bytes."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if (changed := change(content)) != content:
         _write(path, changed)

@@ -1,13 +1,13 @@
-"""Reading a prompt once for all its completions: packed rows, and attention among their tokens.
+"""Reads a prompt once for all its completions, with packed rows and attention within them.
 
 A packed row holds whole groups, [prompt | completion 1 | ... | completion G | next prompt | ...].
 Every completion attends to its prompt and to itself, and its rotary positions continue from the
-prompt's. The transformers model's code stays as it is: transformers' attention interface calls
-`attend`, which passes the row to the core that was given with the call.
+prompt's. The transformers model's code is unchanged: its attention interface calls `attend`, which
+passes the row to the core given with the call.
 
 Shapes: S tokens of the row, H query heads, K key/value heads, E numbers per head, G completions of
-a group, P prompt tokens, C tokens of a completion that the model reads: all but the last, which
-predicts nothing.
+a group, P prompt tokens, C completion tokens that the model reads: all but the last, which predicts
+nothing.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ Padding = tuple[Tensor, Tensor] | None  # see `_padding`
 
 @dataclass(frozen=True)
 class Group:
-    """Where a prompt and its completions are in the packed row.
+    """The position of a prompt and its completions in the packed row.
 
     Attributes:
         start: position of the prompt's first token.
         prompt_length: P.
-        lengths: C of each completion, in their order behind the prompt; 0 is allowed.
+        lengths: C of each completion, in order after the prompt; 0 is allowed.
     """
 
     start: int
@@ -58,10 +58,10 @@ class Group:
 def install(language_model: TextModel) -> str | None:
     """Route the attention of transformers' language model through `attend`, in place.
 
-    Calls without a core compute the same as before.
+    Calls without a core give the same results as before.
 
     Returns:
-        None, or the reason why its attention can't be reached.
+        None, or the reason why its attention can't be replaced.
     """
     reason, config = unreachable(language_model), language_model.config
     if reason is None and not config._attn_implementation.startswith(_PREFIX):
@@ -70,7 +70,7 @@ def install(language_model: TextModel) -> str | None:
 
 
 def unreachable(language_model: TextModel) -> str | None:
-    """Why prompts can't be shared in this model; None if they can."""
+    """The reason why prompts can't be shared in this model; None if they can."""
     config = language_model.config
     if not getattr(language_model, "_supports_attention_backend", False):
         return f"{type(language_model).__name__} has its attention built in"
@@ -84,7 +84,7 @@ def unreachable(language_model: TextModel) -> str | None:
 
 @functools.cache
 def _register(inner: str) -> str:
-    """Register `attend` with transformers; the name it returns contains the fallback's, `inner`."""
+    """Register `attend` with transformers; returns a name that contains the fallback's, `inner`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -106,20 +106,20 @@ def attend(
     attention_core: Callable[..., Tensor] | None = None,
     **options: object,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention interface: calls the core, or `inner` if there is none."""
+    """transformers' attention interface. Calls the core, or `inner` if there is no core."""
     if attention_core is not None:
         return attention_core(module.layer_idx, query, key, value, scaling), None
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
-    # The flash functions choose their kernel by the name in the configuration.
+    # The flash functions choose their kernel by the attention name in the configuration.
     named = _View(module, config=_View(module.config, _attn_implementation=inner))
     return function(named, query, key, value, attention_mask, scaling=scaling, **options)
 
 
 class _View:
-    """An object with some attributes replaced."""
+    """A view of an object with some attributes replaced."""
 
     def __init__(self, whole: object, **attributes: object) -> None:
         self._whole = whole
@@ -133,10 +133,11 @@ def read(model: TextModel, embeds: Tensor, positions: Tensor, **options: object)
     """(R, L, D) last hidden states for embeddings (R, L, D) at rotary positions (3, R, L).
 
     Args:
-        options: of transformers' model; without an `attention_mask`, `attention_core` is needed.
+        options: passed to transformers' model. Without an `attention_mask`, `attention_core` is
+            required.
     """
     if options.get("attention_mask") is None:
-        # Four dimensions, so that transformers builds none of its own.
+        # Four dimensions, so that transformers doesn't build its own mask.
         options["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
     options |= {"inputs_embeds": embeds, "position_ids": positions, "use_cache": False}
     return model(**options).last_hidden_state
@@ -146,7 +147,7 @@ class PackedAttention:
     """The core of one packed row.
 
     Args:
-        groups: in their order in the row, which they cover without gaps.
+        groups: the row's groups, in order and without gaps.
         kind: "two_part", "flex" or "dense".
     """
 
@@ -163,12 +164,12 @@ class PackedAttention:
     ) -> Tensor:
         """(1, H, S, E), (1, K, S, E), (1, K, S, E) -> (1, S, H, E)."""
         self.layers.add(layer)
-        # Under autocast the rotation returns float32, and CausalBias requires equal dtypes.
+        # Under autocast, the rotation returns float32, but CausalBias requires equal dtypes.
         query, key = query.to(value.dtype), key.to(value.dtype)
         return self._core(query[0], key[0], value[0], scaling)[None]
 
     def check(self, num_layers: int) -> None:
-        """Raise RuntimeError if a layer has bypassed this core."""
+        """Raise RuntimeError if a layer bypassed this core."""
         if len(self.layers) < num_layers:
             raise RuntimeError(
                 f"expected {num_layers} layers to share the prompt, {len(self.layers)} did; pass "
@@ -177,9 +178,10 @@ class PackedAttention:
 
 
 class _TwoPart:
-    """Two dense calls per group: the prompt to itself, the completions to prompt and themselves.
+    """Two dense calls per group: the prompt over itself, the completions over prompt and
+    themselves.
 
-    Completions are padded to the longest. As the padding comes last, the causal mask hides it.
+    Completions are padded to the longest. The padding comes last, so the causal mask hides it.
     """
 
     def __init__(self, groups: tuple[Group, ...], device: torch.device) -> None:
@@ -188,7 +190,7 @@ class _TwoPart:
         self.masks = [_suffix_mask(group, device) for group in groups]
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        if query.is_cuda:  # on a CPU the kernel shares a key among its query heads
+        if query.is_cuda:  # on a CPU, the kernel shares keys among query heads
             repeats = query.shape[0] // key.shape[0]
             key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
         outputs = []
@@ -227,7 +229,7 @@ class _TwoPart:
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """(H, n, E) queries, (H or K, n, E) keys and values -> (n, H, E), each causal to the others."""
+    """Causal attention: (H, n, E) queries, (H or K, n, E) keys and values -> (n, H, E)."""
     gqa = len(query) != len(key)
     out = F.scaled_dot_product_attention(
         query[None], key[None], value[None], is_causal=True, scale=scaling, enable_gqa=gqa
@@ -236,8 +238,8 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor
 
 
 def _padding(group: Group, device: torch.device) -> Padding:
-    """Indices that pad a group's completions to the longest, and those that undo it; None if all
-    are equally long."""
+    """Indices that pad a group's completions to the longest, and indices that undo it; None if all
+    have the same length."""
     lengths = torch.tensor(group.lengths)
     if not len(lengths) or bool((lengths == lengths[0]).all()):
         return None
@@ -249,7 +251,7 @@ def _padding(group: Group, device: torch.device) -> Padding:
 
 
 def _suffix_mask(group: Group, device: torch.device) -> Tensor:
-    """(longest C, P + longest C): the whole prompt, and causal in the completion."""
+    """(longest C, P + longest C) mask: all of the prompt, and the completion causally."""
     longest = max(group.lengths, default=0)
     if device.type == "cuda":
         from torch.nn.attention.bias import causal_lower_right
@@ -261,8 +263,8 @@ def _suffix_mask(group: Group, device: torch.device) -> Tensor:
 
 
 def _segments(groups: tuple[Group, ...], length: int, device: torch.device) -> tuple[Tensor, ...]:
-    """(length,) int32 each: the number of each position's group, -1 behind the last group, and of
-    its completion, from 1; 0 in a prompt."""
+    """Two (length,) int32 tensors for each position: the index of its group, -1 after the last
+    group; and the number of its completion, from 1, or 0 in a prompt."""
     group_of = torch.full((length,), -1, dtype=torch.int32)
     sequence = torch.zeros(length, dtype=torch.int32)
     for number, group in enumerate(groups):
@@ -274,7 +276,7 @@ def _segments(groups: tuple[Group, ...], length: int, device: torch.device) -> t
 
 
 class _Dense:
-    """One call with the (S, S) mask: the simplest core, which the others are tested against."""
+    """One call with the (S, S) mask: the simplest core, against which the others are tested."""
 
     def __init__(self, groups: tuple[Group, ...], device: torch.device) -> None:
         length = groups[-1].end if groups else 0

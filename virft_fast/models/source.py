@@ -1,5 +1,5 @@
-"""Where a model is: its folder or hub id, the base models under its adapters, its configuration and
-its weight files. Nothing of it is loaded here.
+"""Locates a model: its folder or hub id, the base models under its adapters, its configuration and
+its weight files. This module loads no weights.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ PROCESSOR_FILES = {
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model is. What is read of it is read once, when it is first needed.
+    """A model's location. Its files are read lazily, and only once.
 
     Attributes:
-        name: the folder, hub id or `tiny`, as it was given.
-        chain: its folder or hub id, with its revision; for an adapter's folder followed by its
-            base model, and so on down to a whole model.
+        name: the folder, hub id or `tiny`, as the user gave it.
+        chain: its folder or hub id, with its revision. An adapter's folder is followed by its base
+            model, and so on down to a whole model.
         adapter: its adapter_config.json; None for a whole model.
     """
 
@@ -76,8 +76,8 @@ class ModelSource:
         return config
 
     def check_weights(self) -> None:
-        """Check that the weight files in its folders are complete. Reads only their headers, and
-        skips hub ids.
+        """Check that the weight files in its folders are complete. Reads only headers; skips hub
+        ids.
 
         Raises:
             ValueError: a file is missing or damaged.
@@ -104,14 +104,14 @@ class ModelSource:
                 ) from error
 
     def refuse_code(self) -> None:
-        """Raise AsksForCode if one of its folders asks for code by now: files may have changed."""
+        """Raise AsksForCode if a folder asks for code by now: its files may have changed."""
         for folder, _ in self.chain:
             refuse_code(folder)
         find_base_folder(*self.chain[-1])
 
     @property
     def stamp(self) -> list[list[str | int]]:
-        """See `weights_stamp`. Read anew each time, because files may change during a run."""
+        """See `weights_stamp`. Reads the files each time, because they may change during a run."""
         stamp: list[list[str | int]] = []
         for folder in (Path(name) for name, _ in self.chain if Path(name).is_dir()):
             files = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")]
@@ -120,11 +120,11 @@ class ModelSource:
 
 
 def find_model(name: str | ModelSource, revision: str | None = None) -> ModelSource:
-    """Where the model `name` is; what has been found is returned as it is.
+    """Locate the model `name`. A `ModelSource` is returned unchanged.
 
     Raises:
-        ValueError: an adapter_config.json names no base model, or adapters name each other; the
-            hub id of an adapter; or a folder that asks for code.
+        ValueError: an adapter_config.json names no base model, adapters name each other, the name
+            is an adapter's hub id, or a folder asks for code.
     """
     if isinstance(name, ModelSource):
         return name
@@ -156,12 +156,12 @@ def find_model(name: str | ModelSource, revision: str | None = None) -> ModelSou
 def _is_hub_adapter(hub_id: str, revision: str | None) -> bool:
     try:
         return bool(hub_file(hub_id, CONFIG_FILE, revision))
-    except OSError:  # no such id; the loader reports it
+    except OSError:  # the id doesn't exist; the loader reports that
         return False
 
 
 def hub_file(hub_id: str, name: str, revision: str | None) -> str | None:
-    """A file of the hub in the local cache; None if there is no such file or no connection."""
+    """A hub file's path in the local cache; None if it doesn't exist or can't be downloaded."""
     from transformers.utils import cached_file
 
     raises = ("missing_entries", "connection_errors")
@@ -195,8 +195,8 @@ def _read_adapter(folder: str) -> Row | None:
 def _base_folder(folder: Path, named: str) -> str:
     """The folder or hub id of the base model that the adapter in `folder` names.
 
-    As a run may have been moved, a missing folder is also looked up by its name in the adapter's
-    folder and in that folder's parent.
+    A run may have been moved, so a missing folder is also looked up by name in the adapter's folder
+    and its parent.
     """
     if not Path(named).is_absolute():
         return named
@@ -204,17 +204,17 @@ def _base_folder(folder: Path, named: str) -> str:
     candidates.insert(0, Path(named))
     models = (path for path in candidates if (path / "config.json").is_file())
     path = str(next(models, named))
-    if path != named and Path(named).name != BASE_FOLDER:  # a name for nothing else
+    if path != named and Path(named).name != BASE_FOLDER:  # BASE_FOLDER means nothing else
         logger.warning("%s names the base model %s, which is gone; %s is used", folder, named, path)
     return path
 
 
 def find_base_folder(name_or_path: str, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint. For a hub id it is the snapshot in the cache, into which
-    the small files of the processor are downloaded.
+    """The local folder of a checkpoint. For a hub id, it is the snapshot in the cache, after the
+    processor's small files have been downloaded.
 
     Raises:
-        OSError: neither a folder nor a reachable hub id.
+        OSError: the name is neither a folder nor a reachable hub id.
         ValueError: the hub's files ask for code.
     """
     from transformers.utils import cached_file
@@ -222,7 +222,7 @@ def find_base_folder(name_or_path: str, revision: str | None = None) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     config = cached_file(name_or_path, "config.json", revision=revision)
-    if config is None:  # transformers raises an OSError of its own in most cases
+    if config is None:  # transformers itself raises an OSError in most cases
         raise FileNotFoundError(f"{name_or_path}: expected a config.json, got none")
     for name in sorted({*PROCESSOR_FILES, "adapter_config.json", "generation_config.json"}):
         hub_file(name_or_path, name, revision)
@@ -235,13 +235,13 @@ def read_config(name_or_path: str, revision: str | None = None) -> QwenConfig:
     """The configuration of a Qwen-VL model; for a LoRA adapter, its base model's.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_model`.
+        FileNotFoundError, ValueError: as for `load_model`.
     """
     return find_model(name_or_path, revision).config
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that are going to be loaded, whether they exist or not."""
+    """The weight files to load, whether or not they exist."""
     index = folder / "model.safetensors.index.json"
     if (folder / CONFIG_FILE).is_file():
         return [folder / "adapter_model.safetensors"]
@@ -252,11 +252,11 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def weights_stamp(path: str) -> list[list[str | int]]:
-    """Name, size and checksum of each weight file of a model's folder, and of its base model's for
-    an adapter; empty for a hub id.
+    """Name, size and checksum of each weight file in a model's folder and, for an adapter, in its
+    base model's. Empty for a hub id.
 
-    A copy of the files has the same stamp. The checksum is over up to 64 MiB of a file, in blocks
-    spread over it, so a change that is smaller than the gap between two blocks may go unnoticed.
+    A copy of the files has the same stamp. The checksum covers up to 64 MiB of a file in evenly
+    spread blocks, so it may miss a change smaller than the gap between two blocks.
     """
     return find_model(path).stamp
 

@@ -1,8 +1,8 @@
 """The embedded model `tiny`, a real Qwen2-VL of 1.5 M parameters: its folder and its builders.
 
-`scripts/make_tiny_model.py` makes the checkpoint with these builders. Sizes and rotary base are
-chosen for 112x112 images: Qwen gives time, height and width rotary angles of decreasing frequency,
-and with the usual base of 10,000 a head of 32 numbers could hardly tell columns apart.
+`scripts/make_tiny_model.py` creates the checkpoint with these builders. Sizes and rotary base are
+chosen for 112x112 images: Qwen gives time, height and width rotary angles of decreasing frequency.
+With the usual base of 10,000, a head of 32 numbers could hardly tell columns apart.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ SPECIAL_TOKENS = (
     "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
     "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
-# Not special tokens, which are dropped when a completion is decoded.
+# These aren't special tokens, because decoding a completion drops special tokens.
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-# Qwen2's split of text, except that numbers of up to four digits stay whole, so that a coordinate
-# in 0..1000 is one token.
+# Qwen2's text split, except that numbers of up to four digits stay whole, so that a coordinate in
+# 0..1000 is one token.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}{1,4}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -45,7 +45,7 @@ CHAT_TEMPLATE = (
 
 
 def resolve_model_path(name_or_path: str) -> str:
-    """The embedded checkpoint's folder for `tiny`, any other name as it is."""
+    """The embedded checkpoint's folder for `tiny`; any other name is returned unchanged."""
     return str(TINY_PATH) if name_or_path == "tiny" else name_or_path
 
 
@@ -85,14 +85,14 @@ def build_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
 
 
 def _without_tags(text: str) -> str:
-    """Newlines in place of tags, so that no BPE merge crosses a tag."""
+    """Replace tags with newlines, so that no BPE merge crosses a tag."""
     for tag in TAGS:
         text = text.replace(tag, "\n")
     return text
 
 
 def build_config(tokenizer: Tokenizer, *, initializer_range: float = 0.02) -> Qwen2VLConfig:
-    """The tiny model's: 3 text and 3 vision layers, hidden size 128."""
+    """The tiny model's configuration: 3 text and 3 vision layers, hidden size 128."""
     from transformers import Qwen2VLConfig
 
     token_id = tokenizer.convert_tokens_to_ids

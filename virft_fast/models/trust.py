@@ -1,8 +1,8 @@
-"""A check that a model's folder needs no code of its own.
+"""Checks that loading a model's folder doesn't run code from it or from elsewhere.
 
 transformers and peft can run code that a folder contains or names: classes (`auto_map`), attention
-kernels from the hub, packages for quantized weights. Every loader in this package is called with
-`trust_remote_code=False`. This check runs before them, and names the file and the setting.
+kernels from the hub, packages for quantized weights. This package calls every loader with
+`trust_remote_code=False`. This check runs first, and its error names the file and the setting.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ _CODE = {
     "auto_map", "custom_generate", "custom_pipelines", "kernel_config", "megatron_config",
     "use_kernels",
 }  # fmt: skip
-# The libraries whose classes an adapter may name.
+# An adapter may name classes only from these libraries.
 _LIBRARIES = ("transformers", "peft")
 
 
 class AsksForCode(ValueError):
-    """The model's folder asks for code, so it is never loaded."""
+    """The model's folder asks for code, so it isn't loaded."""
 
 
 def refuse_code(folder: str | Path, flag: str = "--model_name_or_path") -> None:
-    """Check the folder of a model or an adapter; a hub id passes unchecked.
+    """Check the folder of a model or adapter; hub ids are not checked.
 
     Raises:
         AsksForCode: a file asks for code or for quantized weights, or the weights are pickled.
@@ -35,13 +35,13 @@ def refuse_code(folder: str | Path, flag: str = "--model_name_or_path") -> None:
     if not folder.is_dir():
         return
     named = f"{flag} {str(folder)!r}"
-    # Also config.5.0.0.json, which transformers reads where config.json lists it.
+    # Includes config.5.0.0.json, which transformers reads if config.json lists it.
     for file in sorted(folder.glob("*config*.json")):
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except RecursionError:
             raise AsksForCode(f"{named}: {file.name}: got JSON nested too deep") from None
-        except (OSError, ValueError):  # the loader of this file reports it
+        except (OSError, ValueError):  # this file's loader reports it
             continue
         for key, value in _entries(content):
             if key == "quantization_config" and value:

@@ -1,4 +1,4 @@
-"""Drawing groups of completions for prompts; `Rollout` is the interface of the backends."""
+"""Sampling groups of completions for prompts. `Rollout` is the interface of the backends."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ Weights = Callable[[], AbstractContextManager[Policy]]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn.
+    """How to sample completions.
 
     Attributes:
-        max_completion_length: limit of a completion, in tokens.
-        temperature, top_p, top_k, min_p: as usual; top_k 0, top_p 1 and min_p 0 are off.
-        repetition_penalty: divides the positive and multiplies the negative logits of tokens that
-            are already in the prompt or the completion; 1 is off.
-        greedy: take the likeliest token instead of drawing one.
+        max_completion_length: maximum length of a completion, in tokens.
+        temperature, top_p, top_k, min_p: the usual parameters; top_k 0, top_p 1 and min_p 0 are
+            off.
+        repetition_penalty: applies to tokens already in the prompt or the completion: divides their
+            positive logits and multiplies their negative ones; 1 is off.
+        greedy: take the most likely token instead of sampling.
         stop_token_ids: tokens that end a completion, in addition to the tokenizer's EOS.
-        seed: together with a row's number in the global batch it determines every draw, however the
-            batch is split and wherever a run was resumed.
+        seed: together with a row's index in the global batch, determines every draw, no matter how
+            the batch is split or where a run resumes.
     """
 
     max_completion_length: int
@@ -52,7 +53,7 @@ class Sampling:
 
 
 def check_request(prompts: Sequence[Prompt], num_generations: int) -> None:
-    """Raise ValueError if there is nothing to draw."""
+    """Raise ValueError if there is nothing to sample."""
     if not len(prompts) or num_generations < 1:
         raise ValueError(
             f"expected prompts and at least one completion of each, got {len(prompts)} prompts and "
@@ -62,7 +63,7 @@ def check_request(prompts: Sequence[Prompt], num_generations: int) -> None:
 
 @contextmanager
 def evaluating(weights: Weights) -> Iterator[Policy]:
-    """The policy with whole weights, in evaluation mode; afterwards its mode is as before."""
+    """The policy with whole weights, in evaluation mode; restores its mode afterwards."""
     with weights() as policy:
         training = policy.training
         policy.eval()
@@ -73,7 +74,7 @@ def evaluating(weights: Weights) -> Iterator[Policy]:
 
 
 class Rollout(Protocol):
-    """A backend, as the algorithms see it."""
+    """The interface through which algorithms use a backend."""
 
     def generate(
         self,
@@ -83,12 +84,12 @@ class Rollout(Protocol):
         *,
         first_row: int = 0,
     ) -> Rollouts:
-        """Draw `num_generations` completions for each prompt, prompt-major.
+        """Sample `num_generations` completions for each prompt, prompt-major.
 
         Args:
-            first_row: number of this rank's first row in the global batch.
+            first_row: index of this rank's first row in the global batch.
         Raises:
             ValueError: a prompt and its completions don't fit into the cache, or there is nothing
-                to draw. Raised before anything is generated.
+                to sample. Raised before generation starts.
         """
         ...

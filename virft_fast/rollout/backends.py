@@ -1,4 +1,4 @@
-"""A rollout backend by its name, and checks that can be made before it is used."""
+"""Creates rollout backends by name, and checks whether they can run before they are used."""
 
 from __future__ import annotations
 
@@ -44,13 +44,14 @@ def load_policy(
     device: torch.device,
     empty: bool = False,
 ) -> Policy:
-    """A policy that only answers, on `device`.
+    """A policy on `device` for inference only.
 
     Args:
-        dtype: torch's name of the weights' dtype; auto: bfloat16 on a GPU, else float32.
-        empty: the model's shape alone, on the meta device.
+        dtype: the weights' dtype by its torch name; "auto": bfloat16 on a GPU, float32 elsewhere.
+        empty: create the model without weights, on the meta device.
     Raises:
-        ValueError, FileNotFoundError: see `load_model`; or the backend can't run the model.
+        ValueError, FileNotFoundError: as `load_model`. ValueError also if the backend can't run the
+            model.
     """
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
@@ -80,8 +81,8 @@ def check_cache_limit(
     max_completion_length: int,
     device: torch.device,
 ) -> None:
-    """Raise ValueError if the longest prompt that the flags allow doesn't fit with its completions
-    into `limit` tokens (--rollout_cache_tokens)."""
+    """Raise ValueError if the longest prompt that the flags allow and its completions exceed
+    `limit` tokens (--rollout_cache_tokens)."""
     if limit is None:
         return
     if backend != "native":

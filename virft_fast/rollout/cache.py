@@ -16,14 +16,14 @@ from torch import Tensor
 from virft_fast.models.decode_step import Take
 from virft_fast.models.families import TextConfig
 
-# The cache of completions is allocated and read in multiples of this many tokens: large enough for
+# The completion cache is allocated and read in multiples of this many tokens: large enough to need
 # few CUDA graphs, small enough to read little padding.
 WIDTH_STEP = {"cpu": 32, "cuda": 128}
-# The share of a GPU's free memory that keys and values may take.
+# The share of a GPU's free memory that keys and values may use.
 CACHE_SHARE = 0.8
-# Buffers up to this share of a GPU's whole memory are kept for the next rollout, and so are the
-# graphs that use them. Larger buffers are freed for training; then the graphs have to be captured
-# again (a choice, not measured yet).
+# Buffers up to this share of a GPU's total memory, and the graphs that use them, are kept for the
+# next rollout. Larger buffers are freed for training, and the graphs must then be captured again.
+# The value is a choice, not measured yet.
 KEPT_SHARE = 0.1
 # On CUDA a prompt's length is rounded up to a multiple of this, or of an eighth of the next power
 # of two if that is more: about 20 lengths up to 4,096, so that later rollouts can reuse the graphs.
@@ -31,13 +31,13 @@ PROMPT_STEP = 64
 
 
 def for_device(settings: dict[str, int], device_type: str) -> int:
-    """The setting for a type of device; the CPU's for types that have none."""
+    """The setting for a device type; types without one use the CPU's."""
     return settings.get(device_type, settings["cpu"])
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """The allocated size of the keys and values of groups that are decoded together.
+    """The allocated size of the keys and values for groups that are decoded together.
 
     Attributes:
         groups: B. num_generations: G.
@@ -71,7 +71,7 @@ class CachePlan:
         return self.groups * (self.prompt_length + self.num_generations * self.completion_length)
 
     def check(self, limit: float, what: str) -> None:
-        """Raise ValueError, with a text that starts with `what`, if this exceeds `limit` tokens."""
+        """Raise ValueError, its message starting with `what`, if this exceeds `limit` tokens."""
         if self.num_tokens > limit:
             raise ValueError(
                 f"{what}: with {self.num_generations} completions it needs a cache of "
@@ -83,15 +83,15 @@ class CachePlan:
 
 
 def cache_numbers(text_config: TextConfig) -> int:
-    """How many numbers the keys and values of one token have, over all layers."""
+    """How many numbers one token's keys and values hold, over all layers."""
     heads = text_config.num_attention_heads
     size = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     return 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * size
 
 
 class Buffers:
-    """Named memory that keeps its address from rollout to rollout, and the CUDA graphs captured
-    with it, which are valid only as long as the addresses are."""
+    """Named memory that keeps its address between rollouts, and the CUDA graphs captured with it,
+    which are valid only while the addresses are."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -103,16 +103,16 @@ class Buffers:
         return sum(flat.numel() * flat.element_size() for flat in self._flat.values())
 
     def capacity(self, token_bytes: int) -> float:
-        """How many tokens of `token_bytes` each a cache may hold; infinity on a CPU."""
+        """How many tokens a cache may hold if each takes `token_bytes`; infinity on a CPU."""
         if self.device.type != "cuda":
             return math.inf
         free, _ = torch.cuda.mem_get_info(self.device)
-        # Memory that torch has reserved but doesn't use is free too, and so are these buffers.
+        # Memory that torch reserved but doesn't use is free, too, and so are these buffers.
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return int(CACHE_SHARE * (free + self.num_bytes()) / token_bytes)
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialized tensor at the front of the memory called `name`."""
+        """An uninitialized tensor at the start of the memory called `name`."""
         count = math.prod(shape)
         flat = self._flat.get(name)
         if flat is None or flat.numel() < count or flat.dtype != dtype:
@@ -129,7 +129,7 @@ class Buffers:
         self.pool = None  # a pool without graphs can't be captured into again
 
     def release(self, *, keep_small: bool = False) -> None:
-        """Free all memory and the graphs; with `keep_small` only if they exceed `KEPT_SHARE`."""
+        """Free all memory and graphs; with `keep_small`, only if they exceed `KEPT_SHARE`."""
         limit = math.inf if keep_small else -1
         if keep_small and self.device.type == "cuda":
             limit = KEPT_SHARE * torch.cuda.get_device_properties(self.device).total_memory
@@ -143,8 +143,8 @@ class LayerCache:
     """Keys and values of one layer.
 
     Attributes:
-        prompt_keys, prompt_values: (B, K, P, E), the prompts', once each.
-        keys, values: (B, K, G, T, E), the completions'.
+        prompt_keys, prompt_values: (B, K, P, E), one entry per prompt.
+        keys, values: (B, K, G, T, E), one entry per completion.
     """
 
     prompt_keys: Tensor
@@ -154,7 +154,7 @@ class LayerCache:
 
     @classmethod
     def allocate(cls, plan: CachePlan, layer: int, value: Tensor, take: Take) -> LayerCache:
-        """The cache of `layer`, in the dtype of `value`, which is (1, K, S, E) of a packed row."""
+        """The cache of `layer`, in the dtype of `value`, a packed row's (1, K, S, E) values."""
         (_, heads, _, size), dtype = value.shape, value.dtype
         prompt = (plan.groups, heads, plan.prompt_length, size)
         own = (plan.groups, heads, plan.num_generations, plan.completion_length, size)
@@ -173,11 +173,11 @@ class LayerCache:
 
 
 def select(whole: Tensor, index: Tensor) -> Tensor:
-    """`whole[index]`, moved to the front of the memory of `whole`."""
+    """`whole[index]`, moved to the start of the memory of `whole`."""
     return to_front(whole, whole[index])
 
 
 def to_front(whole: Tensor, kept: Tensor) -> Tensor:
-    """A copy of `kept` at the front of the memory of `whole`, which must be contiguous in it."""
+    """A copy of `kept` at the start of the memory of `whole`, where it must be contiguous."""
     memory = whole if whole._base is None else whole._base
     return memory.view(-1)[: kept.numel()].view(kept.shape).copy_(kept)

@@ -1,8 +1,8 @@
-"""One batch of the native rollout, from its prompts to the last token of its completions.
+"""Decodes one batch of the native rollout, from its prompts to the last token of its completions.
 
 Shapes: B prompts (groups), G completions each, R = B*G rows. B, G and R shrink as completions end;
-N is R at the start. P prompt tokens, T completion tokens, both padded as in `CachePlan`; a step
-sees W of the T. H query heads, K key/value heads, E numbers per head, D hidden size, V vocabulary.
+N is the initial R. P prompt tokens, T completion tokens, both padded as in `CachePlan`; a step sees
+W of the T. H query heads, K key/value heads, E numbers per head, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,29 +25,30 @@ from virft_fast.rollout.cache import WIDTH_STEP, Buffers, CachePlan, LayerCache,
 from virft_fast.rollout.observers import Observer
 from virft_fast.rollout.sampling import Sampler
 
-# Prompt tokens per call of the model. On two CPU cores 2,048 took 0 to 14 % less time than 8,192
-# and 0.4 of the memory (64 prompts of 130 tokens, 16 of 500, 16 of 650; a small model, one run).
-# The GPU's number is a choice, not measured yet.
+# Prompt tokens per call of the model. On two CPU cores, 2,048 took 0 to 14 % less time and 60 %
+# less memory than 8,192 (64 prompts of 130 tokens, 16 of 500, 16 of 650; a small model, one run).
+# The GPU value is a choice, not measured yet.
 PREFILL_TOKENS = {"cpu": 2_048, "cuda": 16_384}
-# Tokens between checks for ended completions; on CUDA a check waits for the device.
+# Tokens between checks for finished completions; on CUDA, a check waits for the device.
 CHECK_EVERY = {"cpu": 4, "cuda": 16}
-# The batch shrinks if it needs at most this share of its rows.
+# The batch shrinks once at most this share of its rows is still needed.
 SHRINK_AT = 0.75
-# At this number all graphs are dropped, which limits their memory (not measured yet).
+# When this many graphs exist, all are dropped, to limit their memory. Not measured yet.
 MAX_GRAPHS = 128
 
 
 @dataclass(frozen=True)
 class DecodeState:
-    """The tensors of a step. A smaller batch gets a new state, at the front of the same memory.
+    """The tensors of a step. A smaller batch gets a new state at the start of the same memory.
 
     Attributes:
         tokens: (R,) int64, each row's last token. positions: (R,) int64, its rotary position.
         done: (R,) bool, true where the row's completion has ended.
         slots: (R,) int64, the row of `drawn` and `logps` that each row writes to.
-        prompt_bias: (B, P) float32, 0 at a prompt's tokens and -inf behind them.
-        step: (1,) int64, index of the last token in its completion.
-        drawn: (N, max_completion_length + 1) int64, the completions. logps: the same in float32.
+        prompt_bias: (B, P) float32, 0 at a prompt's tokens and -inf after them.
+        step: (1,) int64, index of each row's last token in its completion.
+        drawn: (N, max_completion_length + 1) int64, the sampled tokens. logps: the same shape,
+            float32.
         caches: one per layer; the prefill of the prompts allocates them.
     """
 
@@ -77,8 +78,8 @@ class DecodeState:
         )
 
     def select(self, groups: Tensor, order: Tensor) -> tuple[DecodeState, Tensor]:
-        """The state of some groups (B',) and of some rows in each (B', G'); and the numbers that
-        these rows have in the present state, (R',)."""
+        """The state of some groups (B',) and of some rows in each (B', G'), and these rows' indices
+        in the current state, (R',)."""
         num_generations = len(self.tokens) // len(self.prompt_bias)
         rows = (groups[:, None] * num_generations + order).flatten()
         state = replace(
@@ -95,16 +96,16 @@ class DecodeState:
 
 @dataclass(eq=False)
 class Decoding:
-    """One batch of groups; `prefill` it, then `run`.
+    """One batch of groups. Call `prefill`, then `run`.
 
     Args:
         policy: with whole weights, in evaluation mode.
         buffers: memory for all tensors and graphs of the batch.
-        sampler: of the batch's rows.
+        sampler: samples for the batch's rows.
         plan: at least as large as the batch.
-        tokenizer: for its padding and EOS.
+        tokenizer: supplies the padding and EOS tokens.
         graphs: whether steps run as CUDA graphs.
-        observer: gets what the rows attend to.
+        observer: receives the attention of the rows.
     """
 
     policy: Policy
@@ -129,13 +130,13 @@ class Decoding:
     # Prefill
 
     def prefill(self, prompts: Sequence[Prompt]) -> list[Tensor]:
-        """Read all prompts and draw the first token of every row.
+        """Prefill all prompts and sample the first token of every row.
 
         Returns:
-            Each prompt's image features if the vision tower is frozen, otherwise none.
+            Each prompt's image features if the vision tower is frozen, otherwise an empty list.
         """
         plan, state, take, observer = self.plan, self.state, self.buffers.take, self.observer
-        # The tensors of the observer that a step changes.
+        # The observer's tensors that a step changes.
         self.observed = () if observer is None else observer.start(prompts, plan, take)
         features: list[Tensor] = []
         last_states, starts = [], []
@@ -154,7 +155,7 @@ class Decoding:
         ends = torch.tensor(lengths, device=self.device)
         outside = torch.arange(plan.prompt_length, device=self.device) >= ends[:, None]
         state.prompt_bias.zero_().masked_fill_(outside, -torch.inf)
-        # No position exceeds the number of tokens, and graphs differ by P and T.
+        # No position exceeds the number of tokens, and the graphs' key includes P and T.
         self.read_token.prepare(plan.prompt_length + plan.completion_length, take)
         state.positions.copy_(torch.stack(starts).repeat_interleave(plan.num_generations))
         logits = self.policy.head.logits(torch.cat(last_states))  # (B, V)
@@ -175,7 +176,7 @@ class Decoding:
 
         def store(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
             if layer == len(caches):
-                # With the dtype of the values, because under autocast rotated keys are float32.
+                # Use the values' dtype, because rotated keys are float32 under autocast.
                 caches.append(LayerCache.allocate(self.plan, layer, value, self.buffers.take))
             for number, group in enumerate(inputs.groups, first):
                 place = slice(group.start, group.first)
@@ -193,10 +194,10 @@ class Decoding:
     # Decoding
 
     def run(self) -> tuple[Tensor, Tensor]:
-        """(N, T) tokens and log-probs; after a completion's end padding and 0."""
+        """(N, T) tokens and log-probs; padding and 0 after a completion's end."""
         every = for_device(CHECK_EVERY, self.device.type)
         width_step = for_device(WIDTH_STEP, self.device.type)
-        with torch.inference_mode():  # it costs each operation a little less than no_grad
+        with torch.inference_mode():  # a little cheaper per operation than no_grad
             for index in range(self.length - 1):  # of the token that is read
                 if index % every == 0 and not self._shrink():
                     break
@@ -228,7 +229,7 @@ class Decoding:
         graphs[key].replay()
 
     def _capture(self, width: int) -> torch.cuda.CUDAGraph:
-        """The step as a CUDA graph; afterwards the state is as before."""
+        """The step as a CUDA graph; capturing leaves the state unchanged."""
         state = self.state
         changed = [state.tokens, state.positions, state.done, state.step, state.drawn, state.logps]
         changed += self.observed
@@ -244,8 +245,9 @@ class Decoding:
         return graph
 
     def _decode(self, width: int) -> None:
-        """Read the last token of each row and draw the next. On CUDA nothing here waits for the
-        device, and the only Python number that changes is `width`, which is in the graphs' key."""
+        """Read the last token of each row and sample the next. On CUDA, nothing here waits for the
+        device, and the only Python number that changes is `width`, which is part of the graphs'
+        key."""
         state = self.state
         attention = DecodeAttention(state, width, self.observer)
         states = self.read_token(state.tokens, state.positions, attention)
@@ -255,7 +257,7 @@ class Decoding:
         self._store(*self.sampler(logits, state.step[0]))
 
     def _store(self, tokens: Tensor, logps: Tensor) -> None:
-        """Store the drawn tokens at index `step`."""
+        """Store the sampled tokens at index `step`."""
         state = self.state
         tokens = tokens.masked_fill(state.done, self.pad)
         place = (state.slots, state.step.expand(len(state.slots)))
@@ -267,8 +269,8 @@ class Decoding:
     # Shrinking
 
     def _shrink(self) -> bool:
-        """Drop completions that have ended, if that makes the batch much smaller. False if all have
-        ended."""
+        """Drop finished completions if that makes the batch much smaller. Returns False if all have
+        finished."""
         active = ~self.state.done.view(len(self.state.prompt_bias), -1)  # (B, G)
         counts = active.sum(1).tolist()
         if not any(counts):
@@ -280,7 +282,8 @@ class Decoding:
         return True
 
     def _keep(self, active: Tensor, groups: int, rows: int) -> None:
-        """Keep the active groups and rows, and as many ended ones as these numbers need."""
+        """Keep the active groups and rows, and add finished ones to reach the numbers `groups` and
+        `rows`."""
         kept = active.any(1).int().argsort(descending=True, stable=True)[:groups]  # (B',)
         if groups == len(active):
             kept = torch.arange(groups, device=self.device)  # the prompts stay in place
@@ -292,7 +295,7 @@ class Decoding:
 def capture_graph(
     run: Callable[[], None], pool: torch.cuda._POOL_HANDLE, device: torch.device
 ) -> torch.cuda.CUDAGraph:
-    """`run` as a CUDA graph. A warm-up before the capture executes it once, the capture doesn't."""
+    """`run` as a CUDA graph. A warm-up executes `run` once; the capture itself doesn't."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -305,7 +308,7 @@ def capture_graph(
 
 
 class DecodeAttention:
-    """The core of one decoding step: each row has one query, over its prompt and its own tokens."""
+    """Attention of one decoding step. Each row's query attends to its prompt and own tokens."""
 
     def __init__(self, state: DecodeState, width: int, observer: Observer | None) -> None:
         self.state, self.width, self.observer = state, width, observer
@@ -319,7 +322,7 @@ class DecodeAttention:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
         """(R, H, E), (R, K, E), (R, K, E) -> (R, H * E)."""
-        # Under autocast the rotation returns float32, and products would be in bfloat16.
+        # Under autocast, the rotation returns float32, but products would be in bfloat16.
         query, key = query.to(value.dtype), key.to(value.dtype)
         with torch.autocast(query.device.type, enabled=False):
             cache = self.state.caches[layer]
@@ -334,7 +337,7 @@ class DecodeAttention:
             values.index_copy_(1, self.state.step, by_row(value))
             keys, values = keys[:, : self.width], values[:, : self.width]
             own = by_row(query)  # (B * K * G, H / K, E)
-            grouped = own.view(groups * heads, -1, size)  # the same, with a group's rows in one
+            grouped = own.view(groups * heads, -1, size)  # the same, a group's rows merged
             prompt_keys = cache.prompt_keys.flatten(0, 1).transpose(1, 2)
             to_prompt = _scores(grouped, prompt_keys, self.prompt_bias, scaling)
             to_own = _scores(own, keys.transpose(1, 2), self.own_bias, scaling)
@@ -363,13 +366,13 @@ def _scores(query: Tensor, keys: Tensor, bias: Tensor, scaling: float) -> Tensor
 
 
 def _bucket(count: int) -> int:
-    """`count` rounded up to one of 1, 2, 3, 4, 6, 8, 12, 16, ...: few sizes need few graphs."""
+    """`count` rounded up to 1, 2, 3, 4, 6, 8, 12, 16, ...: fewer sizes need fewer graphs."""
     power = 1 << (count - 1).bit_length()
     return 3 * power // 4 if count <= 3 * power // 4 else power
 
 
 def token_chunks(lengths: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
-    """(first, last) of consecutive prompts with at most `limit` tokens; a longer one is alone."""
+    """(first, last) of runs of prompts with at most `limit` tokens; a longer prompt is alone."""
     first, total = 0, 0
     for last, length in enumerate(lengths):
         if last > first and total + length > limit:

@@ -1,4 +1,4 @@
-"""Rollout with transformers' `generate`: slow, obvious, and the oracle for the native one."""
+"""Rollout with transformers' `generate`: slow, simple, and the test oracle for the native one."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from virft_fast.rollout.sampling import Sampler, make_rollouts
 
 @dataclass(eq=False)
 class HFRollout:
-    """Completions by transformers' `generate`; every row has a copy of its prompt.
+    """Samples with transformers' `generate`; every row holds its own copy of the prompt.
 
     Args:
         weights: context in which the policy has whole weights and may be called freely.
-        tokenizer: the policy's; EOS ends a completion, no other control token is ever drawn.
-        device: where the policy computes.
+        tokenizer: the policy's. EOS ends a completion; no other control token is ever sampled.
+        device: the policy's device.
     """
 
     weights: Weights
@@ -50,7 +50,7 @@ class HFRollout:
             inputs = policy.collate(
                 prompts, empty, pad_token_id=pad, device=self.device, packed=False
             )
-            # The images are encoded here, once a prompt; `generate` gets embeddings instead.
+            # Encode the images here, once per prompt; `generate` gets embeddings instead.
             features = policy.image_features(inputs)
             vocab_size = policy.config.text_config.vocab_size
             sampler = Sampler(
@@ -87,7 +87,7 @@ class HFRollout:
 
 @dataclass
 class _Draws:
-    """Replaces (N, V) scores so that their argmax, which `generate` takes, is the drawn token."""
+    """Replaces (N, V) scores so that the argmax that `generate` takes is the sampled token."""
 
     sampler: Sampler
     logps: list[Tensor] = field(default_factory=list)

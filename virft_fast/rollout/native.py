@@ -1,12 +1,13 @@
-"""The rollout engine: prompts are computed and stored once, completions decoded all together.
+"""The native rollout engine: prefills each prompt once and decodes all completions together.
 
 Every prompt of the rank goes through the vision tower and the language model once, in packed rows.
 Its keys and values are stored once, and all its completions read them. One step decodes one token
-of every completion: attention to the prompt for a whole group at once, attention to the completion
-itself, one softmax over both. When enough completions have ended, the batch shrinks to the others.
-On CUDA a step is a captured graph, one for each size of batch, prompts and completions (the key in
-`Decoding._run_step`), at most `MAX_GRAPHS` of them. The host checks only every `CHECK_EVERY` tokens
-which completions have ended. decoding.py has the steps, cache.py the memory.
+of every completion. Attention to the prompt is computed for a whole group at once, then attention
+to the completion itself, with one softmax over both. When enough completions have finished, the
+batch shrinks to the others. On CUDA, a step is a captured graph. There is one graph for each size
+of batch, prompts and completions (the key in `Decoding._run_step`), up to `MAX_GRAPHS`. The host
+checks for finished completions only every `CHECK_EVERY` tokens. decoding.py contains the steps,
+cache.py the memory.
 
 Shapes: B prompts, G completions each, N = B*G; T completion tokens.
 """
@@ -32,19 +33,19 @@ from virft_fast.rollout.sampling import Sampler, make_rollouts
 
 @dataclass(eq=False)
 class NativeRollout:
-    """Completions by the engine described above.
+    """Samples with the engine described above.
 
     Args:
-        weights: context in which the policy has whole weights and may be called freely. If `graphs`
-            is not false, the weights must keep their addresses from call to call.
-        tokenizer: the policy's; EOS ends a completion, no other control token is ever drawn.
-        device: where the policy computes.
-        max_cache_tokens: limit of the prompt and completion tokens whose keys and values are in
-            memory at once; None: what fits into the GPU's free memory, or no limit on a CPU. More
-            prompts than fit are decoded one batch after another, with the same result.
-        graphs: capture steps as CUDA graphs; None: on CUDA outside autocast. With graphs a
-            rollout's memory stays for the next one, up to `KEPT_SHARE` of the GPU's; without, it is
-            freed.
+        weights: context in which the policy has whole weights and may be called freely. The weights
+            must keep their addresses between calls unless `graphs` is false.
+        tokenizer: the policy's. EOS ends a completion; no other control token is ever sampled.
+        device: the policy's device.
+        max_cache_tokens: how many prompt and completion tokens may have keys and values in memory
+            at once; None: as many as fit into the GPU's free memory; no limit on a CPU. If not all
+            prompts fit, they are decoded in several batches, with the same result.
+        graphs: whether to capture steps as CUDA graphs; None: only on CUDA outside autocast. With
+            graphs, a rollout's memory is kept for the next one if it is at most `KEPT_SHARE` of the
+            GPU's; otherwise it is freed.
     """
 
     weights: Weights
@@ -70,7 +71,7 @@ class NativeRollout:
         """See `virft_fast.rollout.Rollout.generate`.
 
         Args:
-            observer: gets what the completions attend to.
+            observer: receives the attention of the completions.
         """
         check_request(prompts, num_generations)
         features: list[Tensor] = []
@@ -109,7 +110,7 @@ class NativeRollout:
         return make_rollouts(prompts, num_generations, tokens, logps, stops, self.tokenizer, kept)
 
     def fits(self, prompt: Prompt, num_generations: int, sampling: Sampling) -> bool:
-        """Whether the prompt and its completions fit into the cache; else `generate` raises."""
+        """Whether the prompt and its completions fit into the cache; if not, `generate` raises."""
         with self.weights() as policy:
             limit = self._cache_limit(policy)
         return self._plan([prompt], num_generations, sampling).num_tokens <= limit
@@ -151,7 +152,7 @@ class NativeRollout:
         return default if self.graphs is None else self.graphs
 
     def banned(self, policy: Policy) -> list[int]:
-        """Token ids that are never drawn."""
+        """Token ids that are never sampled."""
         return banned_token_ids(self.tokenizer, policy.config.text_config.vocab_size)
 
 

@@ -1,7 +1,7 @@
-"""Observers of the native rollout: their interface, and one that measures attention.
+"""Observers of the native rollout: the interface, and an observer that measures attention.
 
-Shapes: B prompts, G completions each, N = B*G. R of these N rows are still being decoded, equally
-many in each remaining group. P prompt tokens, padded; H query heads, K key/value heads, E numbers
+Shapes: B prompts, G completions each, N = B*G. R of these N rows are still being decoded, the same
+number in each remaining group. P prompt tokens, padded; H query heads, K key/value heads, E numbers
 per head, S tokens of a packed row.
 """
 
@@ -21,7 +21,7 @@ from virft_fast.rollout.cache import CachePlan
 
 
 class Observer(Protocol):
-    """Decoding calls these methods in this order, for each batch of prompts."""
+    """Decoding calls these methods in order, for each batch of prompts."""
 
     @property
     def key(self) -> Hashable:
@@ -31,7 +31,7 @@ class Observer(Protocol):
         """Prepare for a batch.
 
         Args:
-            take: makes the tensors of the observer, at addresses that captured graphs can use.
+            take: allocates the observer's tensors at addresses that captured graphs can use.
         Returns:
             The tensors that `step_attention` changes.
         """
@@ -39,16 +39,17 @@ class Observer(Protocol):
     def prompt_attention(
         self, layer: int, number: int, query: Tensor, key: Tensor, group: Group, scaling: float
     ) -> None:
-        """Prompt `number` of the batch has been read. It is `group` in a packed row, whose queries
-        are (H, S, E) and keys (K, S, E)."""
+        """Called after prompt `number` of the batch has been read. It is `group` in a packed row
+        with (H, S, E) queries and (K, S, E) keys."""
 
     def step_attention(self, layer: int, shares: Tensor, rows: Tensor, done: Tensor) -> None:
-        """A token of each row has been read. Part of a CUDA graph: it must not wait for the device.
+        """Called after a token of each row has been read. It is part of a CUDA graph, so it must
+        not wait for the device.
 
         Args:
             shares: (B', K, G', H / K, P) float32, attention of the R = B'*G' rows to their prompts.
-            rows: (R,) int64, their numbers among the batch's N.
-            done: (R,) bool, true where the completion had ended before.
+            rows: (R,) int64, their indices among the batch's N rows.
+            done: (R,) bool, true where the completion had already ended.
         """
 
     def finish(self) -> None:
@@ -56,13 +57,14 @@ class Observer(Protocol):
 
 
 class AttentionObserver:
-    """Measures the attention of each completion to its prompt's tokens, at one layer.
+    """Measures how much each completion attends to its prompt's tokens at one layer.
 
     Attributes:
         layer: counted from 0.
-        attention: for each of the N completions (P,) float32, without padding, averaged over the
-            heads and the queries that predict its tokens after the first; the only one's, if it has
-            one token. Batches and rollouts append to this list.
+        attention: for each of the N completions, (P,) float32 without padding. It is averaged over
+            the heads and the queries that predict the tokens after the first; for a one-token
+            completion, it is from the query that predicts that token. Batches and rollouts append
+            to this list.
     """
 
     def __init__(self, layer: int) -> None:
@@ -71,7 +73,7 @@ class AttentionObserver:
 
     def start(self, prompts: Sequence[Prompt], plan: CachePlan, take: Take) -> Sequence[Tensor]:
         self.lengths = [len(p.input_ids) for p in prompts for _ in range(plan.num_generations)]
-        # For each row the sum over its queries, and their number.
+        # Each row's sum over its queries, and their number.
         self.sums = take("observed", (len(self.lengths), plan.prompt_length), torch.float32).zero_()
         self.counts = take("num_observed", (len(self.lengths),), torch.float32).zero_()
         self.last_of_prompt = take("last", (plan.groups, plan.prompt_length), torch.float32)

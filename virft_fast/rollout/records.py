@@ -1,4 +1,4 @@
-"""Completions in the form that rewards, evaluation and completions.jsonl need."""
+"""Converts completions to the form that rewards, evaluation and completions.jsonl need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from virft_fast.metrics import null_for_nan
 
 
 def reward_arguments(rollouts: Rollouts) -> tuple[list[Json], list[Json], dict[str, list[Json]]]:
-    """Prompts, completions and columns as TRL passes them to a reward function, N long each."""
+    """Prompts, completions and columns, each of length N, as TRL passes them to reward
+    functions."""
     repeated = [p.sample for p in rollouts.prompts for _ in range(rollouts.num_generations)]
     names = {name for sample in repeated for name in sample.columns}
     columns = {name: [sample.columns.get(name) for sample in repeated] for name in sorted(names)}
@@ -24,7 +25,7 @@ def reward_arguments(rollouts: Rollouts) -> tuple[list[Json], list[Json], dict[s
 
 
 def completion_records(rollouts: Rollouts, names: Sequence[str], rewards: Tensor) -> list[Row]:
-    """A record of each of the N completions; `rewards` is (N, len(names)), NaN becomes None."""
+    """One record per completion. `rewards` is (N, len(names)); NaN becomes None."""
     records = []
     for row, (text, values) in enumerate(zip(rollouts.texts, rewards.tolist(), strict=True)):
         prompt = rollouts.prompts[row // rollouts.num_generations]

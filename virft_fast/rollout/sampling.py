@@ -1,8 +1,8 @@
-"""From logits to tokens, on the device, without waiting for it.
+"""Samples tokens from logits on the device, without waiting for it.
 
-A token is drawn by one number in [0, 1), which depends only on (seed, row in the global batch,
-position): it is looked up in the cumulated probabilities. So a completion depends neither on the
-other rows nor on how the batch is divided among ranks, and all backends draw the same tokens.
+Each token is chosen by looking up a number in [0, 1) in the cumulative probabilities. The number
+depends only on (seed, row in the global batch, position). So a completion depends neither on the
+other rows nor on how the batch is divided among ranks, and all backends sample the same tokens.
 
 Shapes: N rows, V vocabulary.
 """
@@ -23,13 +23,13 @@ from virft_fast.rollout.cache import select
 
 
 class Sampler:
-    """Draws the tokens of N rows.
+    """Samples the tokens of N rows.
 
     Args:
-        banned: token ids that are never drawn.
-        first_row: number of the first row in the global batch.
+        banned: token ids that are never sampled.
+        first_row: index of the first row in the global batch.
         prompts: one per row; only a repetition penalty reads them.
-        take: makes the tensors of the state; None: they are newly allocated.
+        take: allocates the state's tensors; None: allocate new ones.
     """
 
     def __init__(
@@ -57,20 +57,20 @@ class Sampler:
                 row[prompt.input_ids.to(device)] = True
 
     def keep(self, rows: Tensor) -> None:
-        """Continue with some of the rows, in this order."""
+        """Continue with only the given rows, in the given order."""
         self.seeds = select(self.seeds, rows)
         if self.seen is not None:
             self.seen = select(self.seen, rows)
 
     def __call__(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw the next token of each row.
+        """Sample the next token of each row.
 
         Args:
             logits: (N, V) float32.
             position: () int64, index of the token in its completion.
         Returns:
-            Tokens, (N,) int64, and their log-probs, (N,) float32, in the distribution that they
-            were drawn from.
+            Tokens, (N,) int64, and their log-probs, (N,) float32, under the distribution they were
+            sampled from.
         """
         scores = self._scores(logits)
         if self.sampling.greedy:
@@ -108,23 +108,23 @@ class Sampler:
 
 
 def _outside_nucleus(scores: Tensor, top_p: float) -> Tensor:
-    """(N, V) bool: tokens beyond the likeliest ones whose probabilities add up to top_p."""
+    """(N, V) bool, true outside the most likely tokens whose probabilities add up to top_p."""
     ordered, order = scores.sort(-1, descending=False)
     below = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
-    below[:, -1] = False  # the likeliest token stays
+    below[:, -1] = False  # the most likely token stays
     return torch.zeros_like(below).scatter_(1, order, below)
 
 
 def _draw(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, V) scores and (N,) float64 numbers in [0, 1) -> (N,) tokens, by the inverse of the
-    cumulated softmax, and its log-norm, (N,).
+    """Map (N,) float64 numbers in [0, 1) to (N,) tokens through the inverse cumulative softmax of
+    the (N, V) scores. Also returns the softmax's log-norm, (N,).
 
-    The sum is float64, in which none of 150,000 small probabilities is lost.
+    The sum is in float64, so that none of 150,000 small probabilities is lost.
     """
     largest = scores.amax(-1, keepdim=True)
     cumulated = (scores - largest).exp_().double().cumsum_(-1)
     total = cumulated[:, -1:]
-    # right=True, so that it is never a token of probability 0.
+    # right=True never selects a token with probability 0.
     tokens = torch.searchsorted(cumulated, uniform[:, None] * total, right=True)[:, 0]
     log_norm = largest[:, 0] + total[:, 0].log().float()
     return tokens.clamp_(max=scores.shape[-1] - 1), log_norm
@@ -149,7 +149,7 @@ def _signed(value: int) -> int:
 
 
 def _mix(seed: int, row: int) -> int:
-    """A 63-bit seed from two numbers (splitmix64), so that neighbours share no stream."""
+    """A 63-bit seed from two numbers (splitmix64), so that neighboring rows share no stream."""
     mask = (1 << 64) - 1
     z = (seed * 0x9E3779B97F4A7C15 + row * 0xD1B54A32D192ED03 + 0x9E3779B97F4A7C15) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
@@ -166,7 +166,7 @@ def make_rollouts(
     tokenizer: Tokenizer,
     image_features: Sequence[Tensor] | None,
 ) -> Rollouts:
-    """Cut (N, T) drawn tokens and their log-probs after the first token that ends a completion."""
+    """Cut the (N, T) sampled tokens and log-probs after the first token that ends a completion."""
     ends = torch.isin(tokens, torch.tensor(list(stop_ids), device=tokens.device))  # (N, T)
     ended = ends.any(1)
     length = torch.where(ended, ends.int().argmax(1) + 1, tokens.shape[1])
