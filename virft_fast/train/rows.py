@@ -54,11 +54,7 @@ def prepare_data(config: RunConfig, processor: Processor) -> Data:
     samples, boxes = samples_of(rows, check_solution=check), open_space(task, space)
     seen = survey(samples, boxes=boxes, check=fits)
     warning = seen.settle_boxes()
-    train = config.train
-    num_prompts = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    num_prompts *= dist.world_size()
-    drawn = len(samples) * train.num_train_epochs
-    steps = train.max_steps if train.max_steps > 0 else max(1, math.ceil(drawn / num_prompts))
+    num_prompts, steps = _schedule(config, len(samples))
     if steps * num_prompts >= len(samples):
         seen.check_left_out(flags.max_bad_rows)
     names = [] if preferences else config.grpo.reward_funcs
@@ -87,6 +83,16 @@ def prepare_data(config: RunConfig, processor: Processor) -> Data:
         permutation=rows.permutation if isinstance(rows, ParquetRows) else None,
         table=[*table, *([f"  warning: {warning}"] if warning else [])],
     )
+
+
+def _schedule(config: RunConfig, num_rows: int) -> tuple[int, int]:
+    """The prompts of one step, on all ranks, and the number of steps."""
+    train = config.train
+    num_prompts = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    num_prompts *= dist.world_size()
+    if train.max_steps > 0:
+        return num_prompts, train.max_steps
+    return num_prompts, max(1, math.ceil(num_rows * train.num_train_epochs / num_prompts))
 
 
 def warn_of_unearned(data: Data) -> None:
