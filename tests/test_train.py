@@ -380,9 +380,11 @@ def test_numbers_out_of_range_are_named(capsys, flag):
     assert f"{flag[0]}: expected" in fails(capsys, *flag)
 
 
-@pytest.mark.parametrize("name", ["demo", "visual_rft_2b", "visual_rft_7b"])
+@pytest.mark.parametrize(
+    "name", ["virft_fast/demo", "configs/visual_rft_2b", "configs/visual_rft_7b"]
+)
 def test_shipped_configs_parse(name):
-    config = parse_args(["--config", str(ROOT / f"configs/{name}.yaml")])
+    config = parse_args(["--config", str(ROOT / f"{name}.yaml")])
     assert config.grpo.beta == 0.04
 
 

@@ -269,9 +269,9 @@ def test_a_comparison_of_formulas_is_bounded_on_any_thread(monkeypatch):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(ValueError, match=r"virft_fast\[math\]"):
+    with pytest.raises(ValueError, match=r"'\.\[math\]' in a checkout"):
         MATH(None, ["5"], ["5"])
-    with pytest.raises(ValueError, match=r"virft_fast\[math\]"):
+    with pytest.raises(ValueError, match=r"'\.\[math\]' in a checkout"):
         load_reward_funcs(["accuracy_math"])
 
 

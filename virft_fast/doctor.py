@@ -53,10 +53,8 @@ class Finding(NamedTuple):
 @unbreakable()
 def main(argv: list[str] | None = None) -> int:
     """Print all findings; returns 1 if one of them is a problem, 2 for unusable flags."""
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & {*argv}:
-        argparse.ArgumentParser(prog="virft-fast doctor", description=__doc__).print_help()
-        return 0
+    parser = argparse.ArgumentParser(prog="virft-fast doctor", description=__doc__)
+    _, argv = parser.parse_known_args(argv)  # all of it is the run's, but for --help
     worst = 0
     for finding in findings():
         print(f"{finding.level:8}{finding.what}")
