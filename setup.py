@@ -18,7 +18,10 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 # The PTX of the last one lets newer devices compile the kernels for themselves.
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
-CXX_FLAGS = ["-std=c++20", "-O3", "-fopenmp-simd", "-ffp-contract=off",
+# Without -fopenmp, at::parallel_for in our file is a plain loop. Nothing is linked for it: the
+# symbols come from the OpenMP library that torch has loaded, so there is one pool of threads.
+OPENMP = "-fopenmp" if sys.platform == "linux" else "-fopenmp-simd"
+CXX_FLAGS = ["-std=c++20", "-O3", OPENMP, "-ffp-contract=off",
              "-fvisibility=hidden", "-g0"]  # fmt: skip
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import time
 import warnings
 
 import numpy as np
@@ -155,6 +158,36 @@ def test_threads_change_nothing():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
+
+
+def test_a_large_batch_is_spread_over_threads():
+    """The calling thread does about half of the work of two, however busy the machine is."""
+    problem = problems(8, 4096, 32, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        match_boxes(*problem, min_iou=0.0)  # starts the threads
+        own, whole = time.thread_time(), time.process_time()
+        for _ in range(5):
+            match_boxes(*problem, min_iou=0.0)
+        own, whole = time.thread_time() - own, time.process_time() - whole
+    finally:
+        torch.set_num_threads(threads)
+    assert own < 0.75 * whole
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_threads_are_those_of_torch():
+    """One OpenMP library in a process that imports only torch and the matcher."""
+    program = (
+        "import torch, virft_fast.matching as m\n"
+        "from pathlib import Path\n"
+        "assert m.is_native()\n"
+        "paths = {line.split()[-1] for line in open('/proc/self/maps')}\n"
+        "print(sum('omp' in Path(path).name.partition('.')[0] for path in paths))"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert answer.stdout.strip() == "1", answer
 
 
 def operator_arguments():
