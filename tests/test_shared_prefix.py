@@ -402,6 +402,88 @@ def test_core_against_a_loop_over_sequences(kind, lengths):
             position += length
 
 
+# Attention on CUDA
+
+
+class OnCuda(torch.Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+def on_cuda(*shape, dtype):
+    """(heads, S, E), laid out as a projection of the row's tokens gives it."""
+    heads, length, size = shape
+    return torch.zeros(length, heads, size, dtype=dtype).as_subclass(OnCuda).transpose(0, 1)
+
+
+@pytest.fixture
+def handed_over(monkeypatch):
+    """Sizes, strides and whether keys are shared, of each call of torch's attention. Flash
+    attention accepts what it accepts on a GPU since sm_80."""
+    calls = []
+
+    def attention(query, key, value, attn_mask=None, is_causal=False, scale=None, **options):
+        parts = [(part.shape, part.stride()) for part in (query, key, value)]
+        calls.append((*parts, is_causal, options.get("enable_gqa", False)))
+        return torch.zeros(query.shape, dtype=query.dtype)
+
+    def flash(params):
+        assert params.enable_gqa and params.attn_mask is None and not params.is_causal
+        return params.query.dtype == params.key.dtype == params.value.dtype == torch.bfloat16
+
+    monkeypatch.setattr(shared_prefix.F, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(shared_prefix, "can_use_flash_attention", flash)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shared"), [(torch.bfloat16, True), (torch.float32, False)], ids=str
+)
+def test_keys_are_copied_for_query_heads_only_where_cuda_can_not_share_them(
+    handed_over, dtype, shared
+):
+    for length in (100, 101, 150, 199):  # other completions, the same prompt
+        group = Group(0, 65, (length,) * 3)
+        query = on_cuda(12, group.end, 16, dtype=dtype)
+        key, value = (on_cuda(2, group.end, 16, dtype=dtype) for _ in range(2))
+        shared_prefix._TwoPart((group,), CPU)(query, key, value, 0.1)
+    assert len(handed_over) == 8
+    for _, (key_size, _), (value_size, _), _, gqa in handed_over:
+        assert key_size[1] == value_size[1] == (2 if shared else 12) and gqa is shared
+    if shared:  # the row's length is in no stride of the prompt's part
+        assert len({call for call in handed_over if call[3]}) == 1
+
+
+@pytest.mark.parametrize(("dtype", "heads"), [(torch.bfloat16, 2), (torch.float32, 4)], ids=str)
+def test_other_passes_copy_keys_where_cuda_can_not_share_them(
+    monkeypatch, policy, handed_over, dtype, heads
+):
+    """transformers' own attention would share them, and torch would take its unfused kernel."""
+    layer = core(policy.model).language_model.layers[0].self_attn
+    query = on_cuda(4, 9, 16, dtype=dtype)[None]
+    key, value = (on_cuda(2, 9, 16, dtype=dtype)[None] for _ in range(2))
+    shared_prefix.attend("sdpa", layer, query, key, value, None, 0.1)
+    (call,) = handed_over
+    assert call[1][0][1] == call[2][0][1] == heads and call[4] is (heads == 2)
+
+
+@pytest.mark.parametrize("backend", ["native", "hf"])
+def test_no_pass_can_use_cudnn_attention(monkeypatch, processor, prompts, backend):
+    """Neither the tower nor rollouts, training or the reference."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    state = make_state(processor, config={"beta": 0.1}, backend=backend)
+    calls, attention = [], shared_prefix.F.scaled_dot_product_attention
+
+    def spy(*args, **options):
+        calls.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    train_step(state, prompts)
+    assert len(calls) > 20 and not any(calls)
+
+
 # The step
 
 

@@ -73,6 +73,9 @@ class Policy(nn.Module):
         """Wrap `model` and change it in place: route its attention through `shared_prefix.attend`,
         which gives the same results, and turn its patch embedding into one matrix product.
 
+        Also turns off cuDNN's attention in this process. It builds a plan, which takes up to half a
+        second, for every new combination of sizes and strides; packed rows rarely repeat one.
+
         Args:
             loss_impl: "fused", or "reference", which forms the full logits.
             prefix_sharing: whether the language model reads a prompt once for all its completions:
@@ -82,6 +85,7 @@ class Policy(nn.Module):
             ValueError: prefix_sharing is "on", but the attention can't be replaced.
         """
         super().__init__()
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.model = model
         self.head = Head(base(model).lm_head, loss_impl)
         visual = core(model).visual

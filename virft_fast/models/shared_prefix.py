@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
@@ -113,9 +114,12 @@ def attend(
 
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
+    if query.dtype == value.dtype:  # else autocast will narrow them to 16 bits
+        key, value = _for_query_heads(query, key, value)
     # The flash functions choose their kernel by the attention name in the configuration.
-    named = _View(module, config=_View(module.config, _attn_implementation=inner))
-    return function(named, query, key, value, attention_mask, scaling=scaling, **options)
+    config = _View(module.config, _attn_implementation=inner)
+    view = _View(module, config=config, num_key_value_groups=query.shape[1] // key.shape[1])
+    return function(view, query, key, value, attention_mask, scaling=scaling, **options)
 
 
 class _View:
@@ -190,9 +194,8 @@ class _TwoPart:
         self.masks = [_suffix_mask(group, device) for group in groups]
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        if query.is_cuda:  # on a CPU, the kernel shares keys among query heads
-            repeats = query.shape[0] // key.shape[0]
-            key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
+        both = _for_query_heads(query[None], key[None], value[None])
+        key, value = (states[0] for states in both)
         outputs = []
         for group, padding, mask in zip(self.groups, self.padding, self.masks, strict=True):
             prompt = slice(group.start, group.first)
@@ -226,6 +229,19 @@ class _TwoPart:
         )
         out = out.transpose(1, 2).flatten(0, 1)  # (G * longest C, H, E)
         return out if padding is None else out.index_select(0, padding[1])
+
+
+def _for_query_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, K, S, E) keys and values as they are, or copied for each of the H query heads.
+
+    Of torch's fused kernels on CUDA, only flash attention shares keys among query heads, and it
+    takes 16-bit numbers only. With shared keys, other numbers would go to the unfused kernel.
+    """
+    options = (None, 0.0, False, True)  # no mask or dropout; not causal; with shared keys
+    if query.is_cuda and not can_use_flash_attention(SDPAParams(query, key, value, *options)):
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    return key, value
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
