@@ -8,8 +8,6 @@ torchrun divides the samples among the ranks. A killed evaluation resumes where 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import re
 import sys
@@ -28,6 +26,7 @@ from virft_fast.console import unbreakable
 from virft_fast.data import NoUsableRows, TooManyBadRows
 from virft_fast.data.accounts import listing
 from virft_fast.data.inspection import subject
+from virft_fast.digests import json_digest
 from virft_fast.evaluation import files
 from virft_fast.evaluation.journal import companion
 from virft_fast.evaluation.pages import Table
@@ -170,8 +169,7 @@ def output_path(config: EvalConfig) -> Path:
     name = "_".join(re.sub(r"[^\w-]+", "-", word)[:40].strip("-") for word in words if word)
     # The digest distinguishes names that are shortened alike, and sources with the same stem.
     exact = [words, _resolved(source), given and _resolved(given), config.dataset_config]
-    digest = hashlib.sha256(json.dumps(exact).encode()).hexdigest()
-    return (folder if in_folder else Path("runs/eval")) / f"{name}_{digest[:6]}.jsonl"
+    return (folder if in_folder else Path("runs/eval")) / f"{name}_{json_digest(exact)[:6]}.jsonl"
 
 
 def _resolved(source: str) -> str:

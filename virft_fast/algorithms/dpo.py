@@ -8,7 +8,6 @@ the chosen answer.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -32,6 +31,7 @@ from virft_fast.algorithms.step import Metrics, Microbatch, StepStats, TrainStat
 from virft_fast.batch import Prompt, Rollouts, Row, Sample
 from virft_fast.config import DPOConfig, RunConfig, UsageError
 from virft_fast.data import BadRow, NoUsableRows
+from virft_fast.digests import sample_digest
 from virft_fast.metrics import reduce_metrics
 from virft_fast.models.families import Tokenizer
 from virft_fast.models.inputs import control_tokens_in
@@ -128,10 +128,7 @@ def check_pair(tokenizer: Tokenizer, limit: int, sample: Sample) -> str | None:
 
 def pair_digest(sample: Sample) -> str:
     """A hash of the parts of a row that the model reads: chat, answers, images."""
-    digest = hashlib.sha1(repr((sample.messages, pair_of(sample))).encode("utf-8", "replace"))
-    for image in sample.images:
-        digest.update(repr(image.size).encode() + image.tobytes())
-    return digest.hexdigest()
+    return sample_digest(repr((sample.messages, pair_of(sample))), sample.images)
 
 
 def check_unchanged(digests: Mapping[int, str], sample: Sample) -> str | None:

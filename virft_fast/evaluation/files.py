@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from virft_fast.batch import Json, Row, Sample
 from virft_fast.data.writing import make_folder
+from virft_fast.digests import digest_of
 from virft_fast.evaluation import pages
 from virft_fast.evaluation.journal import Record, RecordStore, companion
 from virft_fast.evaluation.results import Result
@@ -70,7 +70,7 @@ def of_models(output: Path, models: Sequence[str]) -> list[Path]:
     """The path of each model's records."""
     names = [re.sub(r"[^\w-]", "-", model.strip("/")).strip("-") for model in models]
     # A digest distinguishes paths such as a/b and a-b.
-    digests = [f"-{hashlib.sha256(model.encode()).hexdigest()[:6]}" for model in models]
+    digests = [f"-{digest_of([model])[:6]}" for model in models]
     unique = [n + d if names.count(n) > 1 else n for n, d in zip(names, digests, strict=True)]
     return [companion(output, f".{name}.jsonl") for name in unique]
 

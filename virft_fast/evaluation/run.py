@@ -7,7 +7,6 @@ depend on stay the same.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from virft_fast.batch import Rollouts, Row
 from virft_fast.config import EvalConfig, usage
 from virft_fast.data import BadRow, BadRows, SampleDataset
 from virft_fast.data.prompt_source import PromptSource
+from virft_fast.digests import digest_of, json_digest
 from virft_fast.evaluation import grounding, sources
 from virft_fast.evaluation.answering import answer
 from virft_fast.evaluation.detection import need_coco_eval, truth_of_records
@@ -221,7 +221,7 @@ class ModelEvaluation:
         def make_stamp() -> str:
             masks = sources.content_stamp(questions.rows, ["mask"])
             answers = self.config.answers  # parsed differently, they give SAM other boxes
-            return sources.digest_of([sam.path, answers, weights_stamp(sam.path), masks])
+            return json_digest([sam.path, answers, weights_stamp(sam.path), masks])
 
         stamp = _on_main(make_stamp)
         done = _on_main(partial(self._earlier, "mask", questions.digest))
@@ -321,5 +321,5 @@ def _described(rollouts: Rollouts) -> list[Record]:
 def _reward_stamp(names: Sequence[str]) -> str:
     """A stamp that changes with the functions' names and the files that define them."""
     files = [Path(name.rpartition(":")[0]) for name in names]  # a module's name isn't a file
-    contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
-    return sources.digest_of([list(names), contents])
+    contents = [digest_of([file.read_bytes()]) for file in files if file.is_file()]
+    return json_digest([list(names), contents])

@@ -5,12 +5,12 @@ Earlier answers stay valid as long as the questions and their images have the sa
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from virft_fast.data.instances import NO_AREA, NO_BOX, read_annotations
 from virft_fast.data.layouts import IMAGE_COLUMNS, IMAGE_TAG
 from virft_fast.data.samples import plain_rows
 from virft_fast.data.survey import open_space, survey
+from virft_fast.digests import digest_of, file_stamp, image_stamp, json_digest
 from virft_fast.evaluation import questions
 from virft_fast.evaluation.detection import Truth, make_truth
 from virft_fast.evaluation.questions import ExistsMap, ExtentFor, Images, Rows, find_images
@@ -96,7 +97,7 @@ def images_of(config: EvalConfig) -> Images | None:
     if dist.is_main():
         for line in annotations.account.lines():
             logger.warning("--annotations %s: %s", config.annotations, line)
-    digest = hashlib.sha256(Path(config.annotations).read_bytes()).hexdigest()
+    digest = digest_of([Path(config.annotations).read_bytes()])
     return replace(images, exists=exists, counts=unknown, digest=digest)
 
 
@@ -133,7 +134,7 @@ def of_annotations(
         rows,
         "detection",
         indices,
-        digest_of([*images_stamp(images), listed]),
+        json_digest([*images_stamp(images), listed]),
         check=partial(questions.other_size, annotations),
         truth=make_truth(present, chosen, annotations.records),
         counts={
@@ -168,7 +169,7 @@ def _whole_images(rows: Rows, limit: int) -> int:
 def of_presence(images: Images) -> Questions:
     """One question per image: which of the categories are in it."""
     rows = questions.presence_rows(images)
-    digest = digest_of([*images_stamp(images), images.names])
+    digest = json_digest([*images_stamp(images), images.names])
     check = partial(questions.other_size, images.annotations)
     return Questions(rows, "presence", range(len(rows)), digest, check=check)
 
@@ -187,18 +188,15 @@ def of_dataset(config: EvalConfig) -> Questions:
     samples = SampleDataset(rows, compat_prompt=config.compat_prompt)  # rejects other columns
     if task == "auto":
         task = tasks.detect_task(first_solutions(samples))
-    texts = [name for name in _TEXT_COLUMNS if name in rows.column_names]
-    digest = hashlib.sha256()
-    records: list[Row] = []
-    for chunk in rows.select_columns(texts).with_format("arrow").iter(1000):
-        plain = plain_rows(chunk)
-        records += plain
-        digest.update(json.dumps(plain, default=str).encode())
+    chunks = list(_chunks(rows, _TEXT_COLUMNS, 1000))
+    records = [record for chunk in chunks for record in chunk]
+    texts = (json.dumps(chunk, default=str) for chunk in chunks)
+    others: list[str] = []
     if dist.is_main():
-        tagged = [_file_stamp(path) for record in records for path in _tagged_images(record)]
-        digest.update(json.dumps([tagged, content_stamp(rows, IMAGE_COLUMNS)]).encode())
+        tagged = [file_stamp(path) for record in records for path in _tagged_images(record)]
+        others.append(json.dumps([tagged, content_stamp(rows, IMAGE_COLUMNS)]))
     if config.box_space not in ("auto", "thousandths"):
-        digest.update(config.box_space.encode())
+        others.append(config.box_space)
     labels = samples.classes() if task == "classification" else None
     indices: Sequence[int] = range(len(rows))
     unknown: dict[str, int] = {}
@@ -208,7 +206,7 @@ def of_dataset(config: EvalConfig) -> Questions:
         rows,
         task,
         indices[: config.max_samples or len(indices)],
-        digest.hexdigest()[:16],
+        digest_of(chain(texts, others))[:16],
         labels=labels,
         compat_prompt=config.compat_prompt,
         box_space="thousandths" if config.box_space == "auto" else config.box_space,
@@ -292,43 +290,21 @@ def category_of(record: Row) -> str:
     return str(record.get("category") or category_in(problem) or "object")
 
 
-# --- Digests -----------------------------------------------------------------------------------
-
-
-def digest_of(value: Json) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+def _chunks(rows: datasets.Dataset, names: Iterable[str], size: int) -> Iterator[list[Row]]:
+    """Up to `size` rows at a time, with only those of the columns `names` that are present."""
+    names = [name for name in names if name in rows.column_names]
+    table = rows.select_columns(names).with_format("arrow")
+    return (plain_rows(chunk) for chunk in table.iter(size)) if names else iter(())
 
 
 def content_stamp(rows: datasets.Dataset, names: Iterable[str]) -> str:
     """A stamp that changes with the images in these columns, stored or in files."""
-    names = [name for name in names if name in rows.column_names]
-    digest = hashlib.sha256()
-    # Only a few at a time, because images may be large.
-    for chunk in rows.select_columns(names).with_format("arrow").iter(100) if names else ():
-        for row in plain_rows(chunk):
-            digest.update(json.dumps([_image_stamp(image) for image in row.values()]).encode())
-    return digest.hexdigest()
-
-
-def _image_stamp(image: Json) -> Json:
-    if isinstance(image, Mapping):
-        image = image.get("path") if image.get("bytes") is None else image["bytes"]
-    if isinstance(image, list):
-        return [_image_stamp(one) for one in image]
-    if isinstance(image, bytes):
-        return hashlib.sha256(image).hexdigest()
-    return _file_stamp(image) if isinstance(image, str) else str(image)
-
-
-def _file_stamp(path: str | Path) -> list[str | int]:
-    try:
-        stat = Path(path).stat()
-    except (OSError, ValueError):  # no such file, or not a valid file name
-        return [str(path)]
-    return [str(path), stat.st_size, stat.st_mtime_ns]
+    # Only a few rows at a time, because images may be large.
+    few = (row for chunk in _chunks(rows, names, 100) for row in chunk)
+    return digest_of(json.dumps([image_stamp(image) for image in row.values()]) for row in few)
 
 
 def images_stamp(images: Images) -> list[Json]:
     """A stamp that changes with the annotation file, and the images and categories to ask about."""
-    stamps = [[number, *_file_stamp(path)] for number, path in images.paths.items()]
+    stamps = [[number, *file_stamp(path)] for number, path in images.paths.items()]
     return [images.digest, stamps, list(images.categories)]

@@ -14,7 +14,6 @@ scene depends only on the seed, the row number and the rows that may be its comp
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import math
 import re
@@ -28,6 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from virft_fast.batch import Row, Sample
 from virft_fast.data import BadRow, SampleDataset
+from virft_fast.digests import image_digest, sample_digest
 from virft_fast.models.processing import resized
 
 if TYPE_CHECKING:
@@ -282,11 +282,6 @@ def clean_question(problem: str) -> str:
     return _IMAGE_MARKS.sub("", problem).strip()
 
 
-def image_digest(image: Image.Image) -> str:
-    """A hash of the pixels. Equal images have equal digests, whatever their file names."""
-    return hashlib.sha1(f"{image.size}".encode() + image.tobytes()).hexdigest()
-
-
 def _fitted(image: Image.Image, width: int, height: int) -> Image.Image:
     """Resize the image to fit into width and height, keeping its aspect ratio."""
     scale = min(width / image.width, height / image.height)
@@ -350,8 +345,8 @@ class Scenes:
 
     def held_out(self, index: int) -> bool:
         """Whether the row is in the test split. Depends only on the seed and the row's image."""
-        drawn = hashlib.sha1(f"{self.seed} {self._row(index).digest}".encode()).digest()[:4]
-        return int.from_bytes(drawn, "big") < self.test_share * 2**32
+        drawn = int(sample_digest(f"{self.seed} {self._row(index).digest}")[:8], 16)
+        return drawn < self.test_share * 2**32
 
     def plan(self, index: int) -> ScenePlan | str:
         """The plan of a row, or the reason why it can't be the target of a scene."""
@@ -364,7 +359,7 @@ class Scenes:
         images = [self._row(row).digest for row in plan.order]
         described = repr((plan, target.question, target.truth, images))
         described = described.replace("ScenePlan(", "Plan(", 1)  # so that older journals stay valid
-        return hashlib.sha1(described.encode()).hexdigest()[:16]
+        return sample_digest(described)[:16]
 
     def scene(self, plan: ScenePlan, *, clean: bool = False) -> Scene | str:
         """The scene of a plan, or the reason why one of its images can no longer be loaded.

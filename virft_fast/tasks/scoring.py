@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import difflib
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from virft_fast.batch import Json, Row
+from virft_fast.digests import digest_of
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def load_function(name: str) -> tuple[str, RewardFunction]:
 
 
 def _module_of(path: str) -> ModuleType:
-    unique = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:12]
+    unique = digest_of([str(Path(path).resolve())])[:12]
     spec = importlib.util.spec_from_file_location(f"virft_fast_rewards_{unique}", path)
     if spec is None or spec.loader is None:
         raise ImportError("expected a Python file")
