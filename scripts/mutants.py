@@ -37,7 +37,8 @@ class Mutant(NamedTuple):
 
 
 GRPO, STEP = "algorithms/grpo.py", "algorithms/step.py"
-ENGINE, SAMPLING = "engine.py", "rollout/sampling.py"
+ENGINE, SAMPLER = "engine.py", "rollout/sampling.py"
+SAMPLING = "kernels/sampling.py"
 DECODING, PREFIX = "rollout/decoding.py", "models/shared_prefix.py"
 TOKEN, LOSS, LINEAR = "kernels/token_loss.py", "kernels/grpo_loss.py", "kernels/linear.py"
 ADVANTAGES, ROWS = "kernels/advantages.py", "kernels/logprobs.py"
@@ -172,19 +173,19 @@ MUTANTS = [
     Mutant("a layer that bypasses the routing is not noticed", PREFIX,
            "if len(self.layers) < num_layers:", "if False:",
            "tests/test_shared_prefix.py -k bypasses"),
-    Mutant("the nucleus' boundary", SAMPLING, "ordered.softmax(-1).cumsum(-1) <= 1 - top_p",
-           "ordered.softmax(-1).cumsum(-1) < 1 - top_p", "tests/test_rollout.py -k nucleus"),
-    Mutant("top_k keeps one too few", SAMPLING, "scores < smallest", "scores <= smallest",
+    Mutant("the nucleus' boundary", SAMPLING, "searchsorted(mass, top_p * mass[:, -1:])",
+           "searchsorted(mass, top_p * mass[:, -1:], right=True)", "tests/test_rollout.py -k nucleus"),
+    Mutant("top_k keeps one too few", SAMPLING, "scores < low", "scores <= low",
            "tests/test_rollout.py -k exact_probabilities"),
-    Mutant("min_p by the sum", SAMPLING, "probs.amax(-1, keepdim=True)",
-           "probs.sum(-1, keepdim=True)", "tests/test_rollout.py -k exact_probabilities"),
-    Mutant("no temperature", SAMPLING, "scores = scores / sampling.temperature", "pass",
+    Mutant("min_p by the sum", SAMPLING, "highest + math.log(min_p)",
+           "scores.logsumexp(-1, keepdim=True) + math.log(min_p)", "tests/test_rollout.py -k exact_probabilities"),
+    Mutant("no temperature", SAMPLING, "scores = scores / temperature", "pass",
            "tests/test_rollout.py -k exact_probabilities"),
-    Mutant("positions share their draws", SAMPLING, "z = seeds + (position + 1) *",
-           "z = seeds + 0 * position +", "tests/test_rollout.py -k independent"),
-    Mutant("the end of a completion is padding", SAMPLING, "ends.int().argmax(1) + 1",
+    Mutant("positions share their draws", SAMPLING, "z = seeds + (positions + 1) *",
+           "z = seeds + 0 * positions +", "tests/test_rollout.py -k independent"),
+    Mutant("the end of a completion is padding", SAMPLER, "ends.int().argmax(1) + 1",
            "ends.int().argmax(1)", "tests/test_rollout.py -k mask_ends"),
-    Mutant("banned tokens are drawn", SAMPLING, "scores = logits + self.bias", "scores = logits",
+    Mutant("banned tokens are drawn", SAMPLING, "logits if bias is None else logits + bias", "logits",
            "tests/test_rollout.py -k banned"),
     Mutant("positions begin at the prompt's end", DECODING, "places[:, group.start : group.first].max() + 1",
            "places[:, group.start : group.first].max()", "tests/test_rollout.py -k plain_generate"),

@@ -13,17 +13,17 @@ import torch
 from helpers import CPU, make_prompts, make_sample
 from models import FAMILIES, random_model
 
+from virft_fast.kernels.sampling import uniform
 from virft_fast.models.image_attention import attention_to_prompts
 from virft_fast.models.qwen_vl import Policy, core, load_model
 from virft_fast.rollout import Sampling
 from virft_fast.rollout import decoding as decoding_module
-from virft_fast.rollout import sampling as sampling_module
 from virft_fast.rollout.backends import make_rollout
 from virft_fast.rollout.cache import Buffers, CachePlan, cache_numbers
 from virft_fast.rollout.hf import HFRollout
 from virft_fast.rollout.native import NativeRollout
 from virft_fast.rollout.observers import AttentionObserver
-from virft_fast.rollout.sampling import Sampler, _uniform
+from virft_fast.rollout.sampling import Sampler
 
 EVERYTHING = Sampling(
     24, temperature=1.4, top_k=60, top_p=0.95, min_p=0.01, repetition_penalty=1.2, seed=3
@@ -658,7 +658,7 @@ def test_draws_of_neighbouring_rows_and_positions_are_independent():
     seeds = Sampler(
         sampling, vocab_size=2, banned=[], first_row=0, prompts=[None] * 4000, device=CPU
     ).seeds
-    at = [_uniform(seeds, torch.tensor(position)) for position in range(3)]
+    at = [uniform(seeds, torch.tensor(position)) for position in range(3)]
     for values in at:
         assert 0 < values.min() and values.max() < 1
         assert chisquare(torch.histc(values.float(), 20, 0, 1)).pvalue > 1e-3
@@ -749,9 +749,8 @@ def test_nothing_to_draw_is_named(rollout, prompts):
 
 
 def test_the_nucleus_ends_where_the_likeliest_tokens_reach_top_p():
-    """Probabilities 1/2, 1/4, 1/8, 1/8, exact in binary: of the last two neither is needed for 3/4,
-    one is for 7/8, and it is the one that sorts last."""
-    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
-    for top_p, kept in ((0.5, 1), (0.75, 2), (0.8, 3), (0.875, 3), (0.9, 4)):
-        outside = sampling_module._outside_nucleus(logits[None], top_p)
-        assert int((~outside).sum()) == kept, top_p
+    """Probabilities 1/2, 1/4, 1/8, 1/8, exact in binary. The last two are equal: both or none."""
+    logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    for top_p, kept in ((0.5, 1), (0.75, 2), (0.8, 4), (0.875, 4), (0.9, 4)):
+        tokens, _ = draws(logits, Sampling(1, seed=0, top_p=top_p), 200)
+        assert sorted(tokens.unique().tolist()) == list(range(kept)), top_p

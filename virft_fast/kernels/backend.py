@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import warnings
 from types import ModuleType
@@ -11,36 +12,35 @@ import torch
 from torch import Tensor
 
 
-def triton_for(tensor: Tensor) -> ModuleType | None:
-    """`triton_rows` if it supports this tensor; None means to use the torch reference.
+def triton_for(tensor: Tensor, kernels: str = "triton_rows") -> ModuleType | None:
+    """The module with Triton `kernels` if it supports this tensor; None means to use the torch
+    reference.
 
     Triton takes CUDA tensors, and CPU tensors under TRITON_INTERPRET=1. float64 always goes to the
     reference.
     """
-    if tensor.dtype == torch.float64 or not (
-        tensor.is_cuda or (_interpreted() and _on_cpu(tensor))
-    ):
+    if tensor.dtype == torch.float64 or not (tensor.is_cuda or (interpreted() and _on_cpu(tensor))):
         return None
-    return _module()
+    return _module(kernels)
 
 
 def _on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU instead of compiling them."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 @functools.cache
-def _module() -> ModuleType | None:
+def _module(kernels: str) -> ModuleType | None:
     try:
-        import virft_fast.kernels.triton_rows as triton_rows
+        return importlib.import_module(f"virft_fast.kernels.{kernels}")
     except ImportError as error:
         warnings.warn(
-            "virft_fast: no Triton, the torch reference computes the loss instead (same values, "
-            f"more memory and time); `pip install triton` brings it: {error}",
+            "virft_fast: no Triton, the torch reference computes instead (same values, more "
+            f"memory and time); `pip install triton` brings it: {error}",
             stacklevel=2,
         )
         return None
-    return triton_rows

@@ -1,0 +1,293 @@
+"""Cases for the kernels of a decoding step, against float64: test_decode.py runs them on the torch
+references, and in a process with TRITON_INTERPRET=1 on the Triton kernels."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from virft_fast.kernels.backend import triton_for
+from virft_fast.kernels.decode import (
+    DecodeMasks,
+    add_rms_norm,
+    decode_attention,
+    rotate_and_store,
+    silu_mul,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = not INTERPRETED and os.environ.get("VIRFT_DECODE_CASES") == "gpu"
+DEVICE = "cuda" if ON_GPU else "cpu"
+NAN = float("nan")
+# The interpreter cuts bits off where a GPU rounds: up to one unit in the last of 8 places, twice.
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+DTYPES = st.sampled_from(list(LIMITS))
+SIZES = st.sampled_from([16, 24, 32, 64, 80, 128])
+few = settings(
+    max_examples=25, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+
+
+def normal(seed, *shape, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=g).to(dtype).to(DEVICE)
+
+
+def close(got, exact, dtype):
+    """The error of numbers around 1, in the largest of a tensor."""
+    limit = LIMITS[dtype]
+    torch.testing.assert_close(got.double(), exact, atol=limit, rtol=limit)
+
+
+def test_cases_run_the_implementation_that_they_mean_to():
+    module = triton_for(torch.zeros(1, device=DEVICE), "triton_decode")
+    assert (module is not None) == (INTERPRETED or ON_GPU)
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+@st.composite
+def attention_shapes(draw):
+    kv_heads = draw(st.integers(1, 3))
+    counts = draw(st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any))
+    return dict(
+        counts=counts if draw(st.booleans()) else [max(counts)] * len(counts),
+        kv_heads=kv_heads,
+        heads=kv_heads * draw(st.integers(1, 8)),
+        size=draw(SIZES),
+        tokens=draw(st.integers(1, 8)),
+        prompt=draw(st.integers(1, 150)),
+        own=draw(st.integers(8, 90)),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+def make_attention(counts, kv_heads, heads, size, tokens, prompt, own, seed, dtype=torch.float32):
+    """The arguments, with lengths that include the extremes."""
+    g = torch.Generator().manual_seed(seed)
+    groups, rows = len(counts), sum(counts)
+    prompt_lengths = torch.randint(1, prompt + 1, (groups,), generator=g)
+    prompt_lengths[0] = prompt
+    lengths = torch.randint(0, own - tokens + 1, (rows,), generator=g)
+    lengths[0], lengths[-1] = 0, own - tokens
+    first = torch.tensor([0, *counts]).cumsum(0)
+    return dict(
+        query=normal(seed, rows, tokens, heads, size, dtype=dtype),
+        prompt_keys=normal(seed + 1, groups, kv_heads, prompt, size, dtype=dtype),
+        prompt_values=normal(seed + 2, groups, kv_heads, prompt, size, dtype=dtype),
+        prompt_lengths=prompt_lengths.to(DEVICE),
+        first_rows=first.to(DEVICE),
+        keys=normal(seed + 3, rows, kv_heads, own, size, dtype=dtype),
+        values=normal(seed + 4, rows, kv_heads, own, size, dtype=dtype),
+        lengths=lengths.to(DEVICE),
+    )
+
+
+def attend(arguments, **more):
+    counts = arguments["first_rows"].diff()
+    size = arguments["query"].shape[-1]
+    return decode_attention(**arguments, scaling=size**-0.5, max_rows=int(counts.max()), **more)
+
+
+def dense(query, prompt_keys, prompt_values, prompt_lengths, first_rows, keys, values, lengths):
+    """The same in float64, one row and token at a time."""
+    rows, tokens, heads, size = query.shape
+    kv_heads = keys.shape[1]
+    out = torch.zeros(rows, tokens, heads, size, dtype=torch.float64, device=query.device)
+    for row in range(rows):
+        group = int((first_rows <= row).sum()) - 1
+        for t in range(tokens):
+            seen = int(lengths[row]) + t + 1
+            known = slice(int(prompt_lengths[group]))
+            k = torch.cat([prompt_keys[group][:, known], keys[row][:, :seen]], 1).double()
+            v = torch.cat([prompt_values[group][:, known], values[row][:, :seen]], 1).double()
+            q = query[row, t].view(kv_heads, -1, size).double()
+            shares = (q @ k.mT * size**-0.5).softmax(-1)
+            out[row, t] = (shares @ v).flatten(0, 1)
+    return out.flatten(2)
+
+
+@few
+@given(shapes=attention_shapes(), dtype=DTYPES)
+def test_attention_against_float64(shapes, dtype):
+    arguments = make_attention(**shapes, dtype=dtype)
+    got = attend(arguments)
+    assert got.dtype == dtype
+    close(got, dense(**arguments), dtype)
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS))
+def test_attention_reads_nothing_beyond_the_lengths(dtype):
+    """Up to whole blocks of NaN. The torch reference masks, so it needs finite numbers."""
+    shapes = dict(kv_heads=2, heads=6, size=32, tokens=3, prompt=300, own=200, seed=5)
+    arguments = make_attention(counts=[2, 0, 5, 1], **shapes, dtype=dtype)
+    before = attend(arguments)
+    poison = NAN if INTERPRETED or ON_GPU else 3.0
+    for group, length in enumerate(arguments["prompt_lengths"].tolist()):
+        for name in ("prompt_keys", "prompt_values"):
+            arguments[name][group, :, length:] = poison
+    for row, length in enumerate(arguments["lengths"].tolist()):
+        for name in ("keys", "values"):
+            arguments[name][row, :, length + 3 :] = poison
+    assert torch.equal(before, attend(arguments))
+    assert before.isfinite().all()
+
+
+def test_a_row_depends_on_no_other_row():
+    shapes = dict(kv_heads=2, heads=4, size=16, tokens=2, prompt=70, own=40, seed=1)
+    arguments = make_attention(counts=[3, 4], **shapes)
+    before = attend(arguments)
+    for name in ("query", "keys", "values"):
+        arguments[name][2] = 7.0
+    after = attend(arguments)
+    others = [row for row in range(7) if row != 2]
+    assert torch.equal(before[others], after[others]) and not torch.equal(before[2], after[2])
+
+
+def test_attention_repeats_bit_for_bit():
+    shapes = dict(kv_heads=2, heads=12, size=64, tokens=1, prompt=700, own=130, seed=3)
+    arguments = make_attention(counts=[8, 8], **shapes, dtype=torch.bfloat16)
+    assert torch.equal(attend(arguments), attend(arguments))
+
+
+def test_autocast_does_not_round_float32_caches():
+    shapes = dict(kv_heads=2, heads=4, size=16, tokens=1, prompt=33, own=20, seed=2)
+    arguments = make_attention(counts=[2, 2], **shapes)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = attend(arguments)
+    close(got, dense(**arguments), torch.float32)
+
+
+def test_rows_without_a_prompt_change_nothing():
+    shapes = dict(kv_heads=1, heads=4, size=16, tokens=1, prompt=33, own=20, seed=2)
+    arguments = make_attention(counts=[2, 3, 2], **shapes)
+    fewer = arguments | {"first_rows": torch.tensor([0, 2, 5, 5], device=DEVICE)}
+    assert torch.equal(attend(arguments)[:5], attend(fewer)[:5])
+    assert attend(fewer).isfinite().all()
+
+
+def test_masks_of_a_step_serve_all_its_layers():
+    shapes = dict(kv_heads=2, heads=6, size=16, tokens=2, prompt=33, own=60, seed=4)
+    for counts in ([3, 3], [1, 4]):
+        arguments = make_attention(counts=counts, **shapes)
+        arguments["lengths"].clamp_(max=20)
+        names = ("prompt_keys", "prompt_lengths", "first_rows", "keys", "lengths")
+        masks = DecodeMasks.make(
+            *(arguments[name] for name in names), num_tokens=2, num_heads=6,
+            max_rows=max(counts), width=22,
+        )  # fmt: skip
+        assert masks.own_bias.shape[-1] == 22
+        torch.testing.assert_close(attend(arguments, masks=masks), attend(arguments))
+
+
+@pytest.mark.parametrize("name", ["prompt_values", "keys", "first_rows", "lengths", "values"])
+def test_shapes_that_disagree_are_named(name):
+    shapes = dict(kv_heads=2, heads=4, size=16, tokens=1, prompt=9, own=20, seed=2)
+    arguments = make_attention(counts=[2, 3], **shapes)
+    wrong = arguments | {name: arguments[name][:-1]}
+    with pytest.raises(ValueError, match=f"{name}: expected shape"):
+        decode_attention(**wrong, scaling=1.0, max_rows=3)
+    with pytest.raises(ValueError, match="query: expected torch.float32"):
+        attend(arguments | {"query": arguments["query"].bfloat16()})
+
+
+# ---- rotation ------------------------------------------------------------------------------------
+
+
+@few
+@given(
+    rows=st.integers(1, 5), tokens=st.integers(1, 8), kv_heads=st.integers(1, 3),
+    repeats=st.integers(1, 8), size=SIZES, normed=st.booleans(), seed=st.integers(0, 99),
+    dtype=DTYPES,
+)  # fmt: skip
+def test_rotation_against_float64(rows, tokens, kv_heads, repeats, size, normed, seed, dtype):
+    heads = kv_heads * repeats
+    qkv = normal(seed, rows, tokens, (heads + 2 * kv_heads) * size, dtype=dtype)
+    angle = normal(seed + 1, 50, size // 2).double()
+    cos, sin = angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], 1)
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    g = torch.Generator().manual_seed(seed)
+    positions = torch.randint(0, 50 - tokens + 1, (rows,), generator=g).to(DEVICE)
+    lengths = torch.randint(0, 20 - tokens + 1, (rows,), generator=g).to(DEVICE)
+    keys, values = (normal(seed + n, rows, kv_heads, 20, size, dtype=dtype) for n in (2, 3))
+    old_keys, old_values = keys.clone(), values.clone()
+    norms = [normal(seed + n, size, dtype=dtype) if normed else None for n in (4, 5)]
+    query = rotate_and_store(
+        qkv, cos, sin, positions, keys, values, lengths,
+        num_heads=heads, q_norm=norms[0], k_norm=norms[1],
+    )  # fmt: skip
+    assert query.shape == (rows, tokens, heads, size) and query.dtype == dtype
+
+    exact = qkv.double().unflatten(2, (-1, size))
+    q, k, v = exact.split([heads, kv_heads, kv_heads], 2)
+    if normed:
+        q, k = (
+            x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w.double()
+            for x, w in zip((q, k), norms, strict=True)
+        )
+    places = positions[:, None] + torch.arange(tokens, device=DEVICE)
+    c, s = (table[places][:, :, None].double() for table in (cos, sin))
+    rotated = [
+        x * c + torch.cat([x[..., size // 2 :], x[..., : size // 2]], -1) * s for x in (q, k)
+    ]
+    close(query, rotated[0], dtype)
+    wanted_keys, wanted_values = old_keys.double(), old_values.double()
+    for row in range(rows):
+        for t in range(tokens):
+            wanted_keys[row, :, lengths[row] + t] = rotated[1][row, t]
+            wanted_values[row, :, lengths[row] + t] = v[row, t]
+    close(keys, wanted_keys, dtype)
+    assert torch.equal(values.double(), wanted_values)
+    untouched = old_keys.double() == wanted_keys
+    assert torch.equal(keys[untouched], old_keys[untouched])
+
+
+# ---- norm and activation -------------------------------------------------------------------------
+
+
+@few
+@given(
+    rows=st.integers(1, 4), size=st.sampled_from([1, 7, 64, 100, 1536]), add=st.booleans(),
+    scale=st.sampled_from([1e-3, 1.0, 30.0]), seed=st.integers(0, 99), dtype=DTYPES,
+)  # fmt: skip
+def test_norm_against_float64(rows, size, add, scale, seed, dtype):
+    hidden, delta = (scale * normal(seed + n, rows, size, dtype=dtype) for n in (0, 1))
+    weight = normal(seed + 2, size, dtype=dtype)
+    before = hidden.clone()
+    total, normed = add_rms_norm(hidden, delta if add else None, weight, 1e-6)
+    assert torch.equal(hidden, before)
+    if not add:
+        assert torch.equal(total, hidden)
+    exact = hidden.double() + delta.double() if add else hidden.double()
+    torch.testing.assert_close(total.double(), exact, atol=0, rtol=LIMITS[dtype])
+    exact = total.double()
+    exact = exact / (exact.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    close(normed, exact, dtype)
+
+
+@few
+@given(
+    rows=st.integers(1, 4), size=st.sampled_from([1, 24, 130, 2048]), seed=st.integers(0, 99),
+    dtype=DTYPES,
+)  # fmt: skip
+def test_silu_mul_against_float64(rows, size, seed, dtype):
+    gate_up = 4 * normal(seed, rows, 2 * size, dtype=dtype)
+    gate, up = gate_up.double().chunk(2, -1)
+    got = silu_mul(gate_up)
+    assert got.shape == (rows, size) and got.dtype == dtype
+    close(got, gate * gate.sigmoid() * up, dtype)
+
+
+def test_leading_dimensions_stay():
+    hidden, weight = normal(0, 2, 3, 8), normal(1, 8)
+    for got in add_rms_norm(hidden, hidden, weight, 1e-6):
+        assert got.shape == (2, 3, 8)
+    assert silu_mul(hidden).shape == (2, 3, 4)
+    with pytest.raises(ValueError, match="gate_up: expected an even"):
+        silu_mul(hidden[..., :5])
+    with pytest.raises(ValueError, match="weight: expected shape"):
+        add_rms_norm(hidden, None, weight[:4], 1e-6)

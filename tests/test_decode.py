@@ -1,0 +1,3 @@
+"""The kernels of a decoding step: the torch references here, the Triton kernels in a process."""
+
+from decode_cases import *  # noqa: F403
