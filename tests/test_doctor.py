@@ -10,7 +10,7 @@ import torch
 
 from virft_fast import doctor
 from virft_fast.doctor import Finding
-from virft_fast.train import dry_run
+from virft_fast.train import dry_run, memory
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,7 +64,7 @@ def test_a_run_is_checked_with_its_flags(capsys):
     assert doctor.main(["--model_name_or_path", "tiny", "--no_such_flag", "1"]) == 2
 
 
-@pytest.mark.parametrize("gib, verdict", [(80, "left for activations"), (0.01, "TOO LITTLE")])
+@pytest.mark.parametrize("gib, verdict", [(80, "left for keys"), (0.01, "TOO LITTLE")])
 def test_a_run_on_a_gpu_is_told_what_is_left(monkeypatch, gib, verdict):
     sizes = {"weights": 30 * 2**20, "keys and values of a rollout, 9 tokens": 2**40}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, int(gib * 2**30)))
@@ -73,8 +73,8 @@ def test_a_run_on_a_gpu_is_told_what_is_left(monkeypatch, gib, verdict):
 
 
 def test_what_deepspeed_offloads_needs_no_gpu_memory():
-    assert dry_run._offloads({"device": "cpu", "pin_memory": True})
-    assert not dry_run._offloads({"device": "none"}) and not dry_run._offloads(None)
+    assert memory._offloads({"device": "cpu", "pin_memory": True})
+    assert not memory._offloads({"device": "none"}) and not memory._offloads(None)
 
 
 def test_a_check_that_fails_is_a_problem_and_the_others_go_on(monkeypatch, capsys):

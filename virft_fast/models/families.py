@@ -48,6 +48,7 @@ FAMILIES = {
 class TextConfig(Protocol):
     vocab_size: int
     hidden_size: int
+    intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int

@@ -1,0 +1,276 @@
+"""Estimates how much memory a run needs, by formula, and how large a microbatch may be.
+
+Activations are what a pass keeps for its backward pass, plus the gradients that exist at one time.
+`tests/test_memory.py` compares the formula with counted bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from virft_fast import dist
+from virft_fast.algorithms import algorithm_of
+from virft_fast.algorithms.base import Data
+from virft_fast.batch import Json, Prompt, Row
+from virft_fast.config import RunConfig
+from virft_fast.engine import zero_stage
+from virft_fast.kernels.linear import MAX_TILE_ROWS, TILE_ELEMENTS
+from virft_fast.models.qwen_vl import Policy
+from virft_fast.rollout.cache import KEPT_SHARE, CachePlan, cache_numbers
+from virft_fast.train.model import Blueprint, training_dtype
+
+_CACHE = "keys and values of a rollout"
+MARGIN = 0.1  # of a GPU, for CUDA itself and fragmentation: a rule of thumb, not measured
+MOST_TOKENS, TOKEN_STEP = 16_384, 1024  # of a microbatch that `fitting_tokens` chooses
+PROMPT_LENGTH = 1024  # where no flag limits it
+# Tensors of the MLP's width that a block of the vision tower keeps.
+_TOWER_MLP = {"qwen2_vl": 3, "qwen2_5_vl": 4, "qwen3_vl": 2}
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one training pass reads.
+
+    Attributes:
+        tokens: of the packed row, or of all rows.
+        joined: tokens whose keys are copied, so that each completion's lie behind its prompt's.
+        completions: tokens of the completions.
+        patches: of the images.
+    """
+
+    tokens: float
+    joined: float
+    completions: float
+    patches: float
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The bytes of a pass's numbers.
+
+    Attributes:
+        width: of an activation. residual: of a number between two layers.
+    """
+
+    width: int
+    residual: int
+
+    @property
+    def autocast(self) -> bool:
+        return self.width < self.residual
+
+    def rms_norms(self, readers: int) -> int:
+        """Bytes that a layer's two RMSNorms keep per number. Under autocast, each of the linear
+        layers that read their outputs keeps a cast of its own."""
+        return 2 * 8 + readers * self.width if self.autocast else 2 * (4 + 2 * self.width)
+
+
+def precision_of(config: RunConfig) -> Precision:
+    weights = training_dtype(config).itemsize
+    return Precision(2 if config.train.bf16 and not config.train.deepspeed else weights, weights)
+
+
+def load_of(config: RunConfig, policy: Policy, tokens: float | None, patches: int) -> Load:
+    """A microbatch of prompts and completions of the largest lengths.
+
+    Args:
+        tokens: of the microbatch; None: as many as the flags say.
+        patches: of one prompt's images.
+    """
+    algorithm, length = algorithm_of(config), config.grpo.max_completion_length
+    given = 2 if algorithm.preferences else 1
+    num = config.grpo.num_generations if algorithm.draws else given
+    prompt = config.data.max_prompt_length or PROMPT_LENGTH
+    joined = num * (prompt + length)
+    group = prompt + num * length if policy.shares_prefix else joined
+    limit = config.train.max_tokens_per_microbatch
+    groups = (tokens or limit or config.train.per_device_train_batch_size * group) / group
+    joined = joined if policy.shares_prefix else 0
+    return Load(group * groups, joined * groups, num * length * groups, patches * max(1, groups))
+
+
+def activation_bytes(
+    config: RunConfig, policy: Policy, load: Load, device: torch.device
+) -> dict[str, float]:
+    """Bytes of a training pass that are not the model's, its gradients' or the optimizer's."""
+    precision = precision_of(config)
+    checkpointing = config.model.gradient_checkpointing
+    language = _language_bytes(policy, load, precision, checkpointing, device)
+    tower = 0.0 if policy.vision_frozen else _tower_bytes(policy, load, precision, checkpointing)
+    return {
+        f"activations of the language model, {load.tokens:,.0f} tokens": language,
+        f"activations of the vision tower, {load.patches:,.0f} patches": tower,
+        "logits and the gradient of the head": _head_bytes(config, policy, load, device),
+    }
+
+
+def _language_bytes(
+    policy: Policy, load: Load, precision: Precision, checkpointing: bool, device: torch.device
+) -> float:
+    text: Any = policy.config.get_text_config()
+    depth, dim, inner, width = (
+        text.num_hidden_layers, text.hidden_size, text.intermediate_size, precision.width,
+    )  # fmt: skip
+    keys_values = cache_numbers(text) // depth
+    keys = keys_values // 2
+    heads = keys // text.num_key_value_heads * text.num_attention_heads
+    # Queries; keys and values; attention's output, as its parts and whole; the MLP.
+    token = precision.rms_norms(readers=5) * dim + width * (3 * heads + 4 * inner)
+    token += 4 * text.num_attention_heads  # the log-sum-exp of attention
+    if policy.config.model_type == "qwen3_vl":  # norms of queries and keys
+        token += (heads + keys) * (4 + width)
+    # See `shared_prefix._for_query_heads`.
+    copied = not policy.shares_prefix or (device.type == "cuda" and width == 4)
+    attended = width * (2 * heads if copied else keys_values)
+    layer = load.tokens * token + (load.tokens + load.joined) * attended
+    kept = depth * layer
+    if checkpointing:
+        kept = depth * load.tokens * dim * precision.residual + layer
+    final_norm = 4 + 2 * width
+    gradients = width * (inner + 6 * dim)
+    return kept + load.tokens * (final_norm * dim + gradients)
+
+
+def _tower_bytes(policy: Policy, load: Load, precision: Precision, checkpointing: bool) -> float:
+    vision: Any = policy.config.vision_config
+    family, width = policy.config.model_type, precision.width
+    if family == "qwen2_vl":  # where hidden_size is the language model's
+        dim, inner = vision.embed_dim, vision.embed_dim * vision.mlp_ratio
+    else:
+        dim, inner = vision.hidden_size, vision.intermediate_size
+    norms = 2 * (precision.residual + width)
+    if family == "qwen2_5_vl":
+        norms = precision.rms_norms(readers=3)
+    # Queries, keys and values before their rotation, queries and keys after it, and two outputs.
+    block = load.patches * (dim * (norms + 7 * width) + _TOWER_MLP[family] * inner * width)
+    kept = vision.depth * block + load.patches * 8 * dim * width  # with the merger
+    if checkpointing:
+        kept = vision.depth * load.patches * dim * precision.residual + block
+    return kept + load.patches * width * (inner + 6 * dim)
+
+
+def _head_bytes(config: RunConfig, policy: Policy, load: Load, device: torch.device) -> float:
+    """Of `kernels.linear`: hidden states and their gradient, a tile of logits and its gradient in
+    16 bits, and the gradient of the weight in float32 and as it is stored."""
+    text, precision = policy.config.get_text_config(), precision_of(config)
+    numbers = 0 if config.model.use_peft else text.vocab_size * text.hidden_size
+    rows = load.completions
+    if config.grpo.loss_impl == "fused":
+        tile = TILE_ELEMENTS.get(device.type, TILE_ELEMENTS["cpu"])
+        rows = min(rows, MAX_TILE_ROWS, tile // text.vocab_size)
+    gradient = 2 if precision.width == 2 else 0  # in float32, it overwrites the logits
+    logits = rows * text.vocab_size * (4 + gradient)
+    hidden = load.completions * text.hidden_size * (4 + 2 * precision.residual)
+    return hidden + numbers * 4 + max(logits, numbers * precision.residual)
+
+
+def fitting_tokens(
+    blueprint: Blueprint, data: Data, policy: Policy, patches: int, free: float
+) -> int:
+    """The most tokens of a microbatch whose activations fit, at most `MOST_TOKENS`.
+
+    A multiple of `TOKEN_STEP`, so that small differences in free memory change nothing; at least
+    one `TOKEN_STEP`, even if that doesn't fit.
+
+    Args:
+        policy: with or without weights, but not divided by ZeRO-3.
+        patches: of one prompt's images.
+        free: bytes of the GPU that are free before the model is loaded.
+    """
+    total = sum(p.numel() for p in policy.parameters())
+    trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    sizes = memory_estimate(blueprint, data, policy, total, trainable)
+    room, config = (1 - MARGIN) * free - needed_beside_cache(sizes), blueprint.config
+    prompts = data.prompts_per_step // dist.world_size()
+    shortest = (config.data.max_prompt_length or PROMPT_LENGTH) + config.grpo.num_generations
+
+    def fits(tokens: int) -> bool:
+        # Short completions leave room for more prompts, and so for more images.
+        images = min(prompts, max(1.0, tokens / shortest))
+        load = replace(load_of(config, policy, tokens, 0), patches=patches * images)
+        return sum(activation_bytes(config, policy, load, dist.local_device()).values()) <= room
+
+    choices = range(MOST_TOKENS, TOKEN_STEP, -TOKEN_STEP)
+    return next((tokens for tokens in choices if fits(tokens)), TOKEN_STEP)
+
+
+def image_patches(prompt: Prompt) -> int:
+    """How many patches the images of a prompt have."""
+    return 0 if prompt.image_grid_thw is None else int(prompt.image_grid_thw.prod(1).sum())
+
+
+def needed_beside_cache(sizes: dict[str, float]) -> float:
+    """The sum of `memory_estimate` without a rollout's keys and values."""
+    return sum(size for name, size in sizes.items() if not name.startswith(_CACHE))
+
+
+def memory_estimate(
+    blueprint: Blueprint, data: Data, policy: Policy, total: int, trainable: int
+) -> dict[str, float]:
+    """Estimated bytes per process, by purpose: weights, gradients and optimizer state as the ZeRO
+    stage partitions them, and the keys and values of the largest rollout. Excludes the memory of
+    CUDA and its graphs, and activations, which `activation_bytes` estimates.
+
+    Args:
+        total, trainable: numbers of parameters.
+    """
+    config, world, stage = blueprint.config, dist.world_size(), zero_stage(blueprint.ds_config)
+    low = training_dtype(config).itemsize
+    masters = 4 if config.train.bf16 and config.train.deepspeed else 0
+    copies = 2 if blueprint.keeps_reference else 1
+    weights = copies * total * low / (world if stage == 3 else 1)
+    gradients = trainable * low / (world if stage >= 2 else 1)
+    optimizer = trainable * (8 + masters) / (world if stage >= 1 else 1)
+    zero: Row = (blueprint.ds_config or {}).get("zero_optimization", {})
+    if _offloads(zero.get("offload_optimizer")):
+        optimizer = 0
+    if _offloads(zero.get("offload_param")):
+        weights = 0
+    copied = total * low if stage == 3 and algorithm_of(config).rolls_out(config) else 0
+    tokens, how = rollout_tokens(config, data, dist.local_device())
+    narrow = config.train.bf16 or config.model.dtype == "bfloat16"
+    cache = tokens * cache_numbers(policy.config.get_text_config()) * (2 if narrow else 4)
+    casts = 2 * total if precision_of(config).autocast else 0
+    sizes = {
+        "weights" + (" (with the reference)" if copies == 2 else ""): weights,
+        "gradients": gradients,
+        "optimizer state": optimizer,
+        "copy of the whole weights for rollouts": copied,
+        "copies of the weights in bfloat16 while training": casts,
+        f"{_CACHE}, {tokens:,} tokens ({how})": cache,
+    }
+    return {name: size for name, size in sizes.items() if size}
+
+
+def _offloads(block: Json) -> bool:
+    """Whether a block of DeepSpeed's file offloads anything from the GPU."""
+    return isinstance(block, dict) and block.get("device", "none") != "none"
+
+
+def rollout_tokens(config: RunConfig, data: Data, device: torch.device) -> tuple[int, str]:
+    """The most tokens whose keys and values a process holds at once, in a step or in the
+    evaluation, and a note that explains the number."""
+    grpo, world = config.grpo, dist.world_size()
+    prompt = config.data.max_prompt_length or PROMPT_LENGTH
+    batch = min(config.train.eval_batch_size, math.ceil(config.train.eval_samples / world))
+    batches = [(data.prompts_per_step // world, grpo.num_generations), (batch, 1)]
+    if not algorithm_of(config).rolls_out(config):
+        return 0, "none"
+    batches = batches if algorithm_of(config).draws else batches[1:]
+    how = f"prompts of {prompt:,}"
+    if grpo.rollout_backend == "hf":
+        return max(b * g * (prompt + grpo.max_completion_length) for b, g in batches), how
+    tokens = max(
+        CachePlan.rounded(b, g, prompt, grpo.max_completion_length, device.type).num_tokens
+        for b, g in batches
+    )
+    # The flag caps the cache. Without it, a GPU decodes in batches what doesn't fit.
+    tokens = min(tokens, grpo.rollout_cache_tokens or tokens)
+    graphs = device.type == "cuda" and (config.train.deepspeed or not config.train.bf16)
+    if not graphs:
+        return tokens, f"{how}; free while training"
+    return tokens, f"{how}; kept while training, if below {KEPT_SHARE:.0%} of the GPU's memory"
