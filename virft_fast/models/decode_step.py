@@ -1,48 +1,73 @@
-"""A lean forward pass of transformers' Qwen text layers, for one token per row.
+"""One decoding pass through transformers' Qwen text layers, on the kernels of `kernels/decode.py`.
 
-It calls transformers' own modules, including LoRA and liger patches, but skips the generic code
-around them, which takes longer than the arithmetic of a small batch. For models with another
-structure, `DecodeStep` calls their own forward instead.
+It uses the weights of transformers' own modules, but skips their code. The query, key and value
+projections are one matrix product if their weights are neighbors in memory, and so are the gate and
+up projections; `lay_out` makes them neighbors. For models with another structure, `DecodeStep`
+calls their own forward instead.
 
-Shapes: R rows, D hidden, H query heads, K key/value heads, E numbers per head.
+Shapes: R rows, Q tokens of each row in this pass, B prompts, P prompt and T completion tokens, D
+hidden, H query heads, K key/value heads, E numbers per head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from virft_fast.kernels.decode import add_rms_norm, rotate_and_store, silu_mul
 from virft_fast.models.shared_prefix import read
 
 if TYPE_CHECKING:  # other families' classes match, but lack the two norms
     from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen
 
-# transformers' classes that `_layer` and `_norm` can replace.
+# transformers' classes that `DecodeStep` can replace.
 SUPPORTED_LAYERS = ("Qwen2VLDecoderLayer", "Qwen2_5_VLDecoderLayer", "Qwen3VLTextDecoderLayer")
 SUPPORTED_NORMS = ("Qwen2VLRMSNorm", "Qwen2_5_VLRMSNorm", "Qwen3VLTextRMSNorm")
 
-# (layer, query (R, H, E), key (R, K, E), value (R, K, E), scaling) -> (R, H * E)
-Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+# (layer, query (R, Q, H, E), scaling) -> (R, Q, H * E); this pass's keys are in the cache already
+Attend = Callable[[int, Tensor, float], Tensor]
 # (name, shape, dtype) -> a tensor at the same address in every rollout
 Take = Callable[[str, Sequence[int], torch.dtype], Tensor]
 
 
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer.
+
+    Attributes:
+        prompt_keys, prompt_values: (B, K, P, E), one entry per prompt.
+        keys, values: (R, K, T, E), one entry per completion.
+    """
+
+    prompt_keys: Tensor
+    prompt_values: Tensor
+    keys: Tensor
+    values: Tensor
+
+
 class DecodeStep:
-    """One decoding step of transformers' language model.
+    """One decoding pass of transformers' language model.
 
     Args:
         text: the language model, after `shared_prefix.install`.
+    Attributes:
+        supported: whether the pass runs on the kernels. If not, it may also wait for the device.
     """
 
     def __init__(self, text: qwen.Qwen3VLTextModel) -> None:
         self.text = text
-        self.supported = all(type(layer).__name__ in SUPPORTED_LAYERS for layer in text.layers)
-        self.supported &= getattr(text.rotary_emb, "rope_type", None) == "default"
+        self.supported = _supported(text)
         self.rotation: tuple[Tensor, Tensor] | None = None  # cosine and sine, (length, E) each
+        layers = cast("list[qwen.Qwen3VLTextDecoderLayer]", text.layers)
+        self.products = [
+            tuple(map(_side_by_side, merged_linears(layer))) for layer in layers if self.supported
+        ]
 
     def prepare(self, length: int, take: Take) -> None:
         """Tabulate the rotation for positions below `length`."""
@@ -59,45 +84,141 @@ class DecodeStep:
             take("sin", sin.shape[1:], sin.dtype).copy_(sin[0]),
         )
 
-    def __call__(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """(R,) token ids at (R,) positions, the same on all axes -> (R, D) last hidden states."""
-        hidden = self.text.get_input_embeddings()(tokens)
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        caches: Sequence[LayerCache],
+        attend: Attend,
+    ) -> Tensor:
+        """Read some tokens of each row, and store their keys and values.
+
+        Args:
+            tokens: (R, Q) int64.
+            positions: (R,) int64, the rotary position of each row's first token, the same on all
+                axes; the next tokens continue from it.
+            lengths: (R,) int64, each row's tokens in the cache; the new ones go after them.
+        Returns:
+            (R, Q, D) last hidden states.
+        """
         if self.rotation is None:
-            return self._own_forward(hidden, positions[None, :, None].expand(3, -1, -1), attend)
-        cos, sin = (table[positions][:, None] for table in self.rotation)  # (R, 1, E)
+            return self._own_forward(tokens, positions, lengths, caches, attend)
+        cos, sin = self.rotation
+        rows, count = tokens.shape
         layers = cast("list[qwen.Qwen3VLTextDecoderLayer]", self.text.layers)
-        for layer in layers:
-            hidden = _layer(layer, hidden, cos, sin, attend)
-        return _norm(self.text.norm, hidden)
+        following = [*(layer.input_layernorm for layer in layers), self.text.norm]
+        hidden = F.embedding(tokens.flatten(), self.text.embed_tokens.weight)  # (R * Q, D)
+        hidden, normed = _add_norm(hidden, None, following[0])
+        for number, (layer, (qkv, gate_up)) in enumerate(zip(layers, self.products, strict=True)):
+            attention, cache = layer.self_attn, caches[number]
+            query = rotate_and_store(
+                qkv(normed).view(rows, count, -1), cos, sin, positions, cache.keys, cache.values,
+                lengths, num_heads=attention.config.num_attention_heads, **_head_norms(attention),
+            )  # fmt: skip
+            out = attend(number, query, attention.scaling).flatten(0, 1)
+            delta = attention.o_proj(out)
+            hidden, normed = _add_norm(hidden, delta, layer.post_attention_layernorm)
+            delta = layer.mlp.down_proj(silu_mul(gate_up(normed)))
+            hidden, normed = _add_norm(hidden, delta, following[number + 1])
+        return normed.view(rows, count, -1)
 
-    def _own_forward(self, embeds: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def _own_forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        caches: Sequence[LayerCache],
+        attend: Attend,
+    ) -> Tensor:
+        rows, steps = (torch.arange(n, device=tokens.device) for n in tokens.shape)
+        places = (rows[:, None], slice(None), lengths[:, None] + steps)
+
         def core(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-            out = attend(layer, query[:, :, 0], key[:, :, 0], value[:, :, 0], scaling)
-            return out.view(len(out), 1, -1, query.shape[-1])
+            cache = caches[layer]
+            for stored, new in ((cache.keys, key), (cache.values, value)):
+                stored[places] = new.transpose(1, 2).to(stored.dtype)  # (R, Q, K, E)
+            query = query.transpose(1, 2).to(cache.keys.dtype).contiguous()
+            return attend(layer, query, scaling).view(query.shape)
 
-        return read(self.text, embeds[:, None], positions, attention_core=core)[:, 0]
-
-
-def _layer(
-    layer: qwen.Qwen3VLTextDecoderLayer, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend
-) -> Tensor:
-    attention = layer.self_attn
-    normed = _norm(layer.input_layernorm, hidden)
-    query = attention.q_proj(normed).unflatten(1, (-1, attention.head_dim))
-    key = attention.k_proj(normed).unflatten(1, (-1, attention.head_dim))
-    value = attention.v_proj(normed).unflatten(1, (-1, attention.head_dim))
-    if hasattr(attention, "q_norm"):
-        query, key = _norm(attention.q_norm, query), _norm(attention.k_norm, key)
-    both = torch.cat([query, key], 1)  # (R, H + K, E)
-    both = torch.addcmul(both * cos, both.roll(both.shape[-1] // 2, -1), sin)
-    query, key = both.split([query.shape[1], key.shape[1]], 1)
-    out = attend(attention.layer_idx, query, key, value, attention.scaling)
-    hidden = hidden + attention.o_proj(out)
-    return hidden + layer.mlp(_norm(layer.post_attention_layernorm, hidden))
+        embeds = self.text.get_input_embeddings()(tokens)
+        axes = (positions[:, None] + steps).expand(3, -1, -1)
+        return read(self.text, embeds, axes, attention_core=core)
 
 
-def _norm(norm: qwen.Qwen3VLTextRMSNorm, hidden: Tensor) -> Tensor:
-    """Apply transformers' RMSNorm as one fused call; any other norm through its own forward."""
-    if type(norm).__name__ not in SUPPORTED_NORMS:
-        return norm(hidden)
-    return F.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
+def _supported(text: qwen.Qwen3VLTextModel) -> bool:
+    norms = [m for name, m in text.named_modules() if name.endswith("norm")]
+    return (
+        all(type(layer).__name__ in SUPPORTED_LAYERS for layer in text.layers)
+        and all(type(norm).__name__ in SUPPORTED_NORMS for norm in norms)
+        and getattr(text.rotary_emb, "rope_type", None) == "default"
+        and text.config.hidden_act == "silu"
+    )
+
+
+def _add_norm(
+    hidden: Tensor, delta: Tensor | None, norm: qwen.Qwen3VLTextRMSNorm
+) -> tuple[Tensor, Tensor]:
+    return add_rms_norm(hidden, delta, norm.weight, norm.variance_epsilon)
+
+
+def _head_norms(attention: qwen.Qwen3VLTextAttention) -> dict[str, object]:
+    if not hasattr(attention, "q_norm"):
+        return {}
+    q_norm, k_norm = attention.q_norm, attention.k_norm
+    return {"q_norm": q_norm.weight, "k_norm": k_norm.weight, "eps": q_norm.variance_epsilon}
+
+
+def merged_linears(layer: qwen.Qwen3VLTextDecoderLayer) -> Iterator[tuple[nn.Module, ...]]:
+    """The layer's projections that read the same states: of the attention, then of the MLP."""
+    attention, mlp = layer.self_attn, layer.mlp
+    yield attention.q_proj, attention.k_proj, attention.v_proj
+    yield mlp.gate_proj, mlp.up_proj
+
+
+def lay_out(text: qwen.Qwen3VLTextModel) -> None:
+    """Make the weights of projections that read the same states neighbors in memory, in place.
+
+    Neither values nor parameters change. Projections with an adapter stay as they are, and so do
+    weights that are parts of other memory, such as DeepSpeed's buffers.
+    """
+    for layer in text.layers:
+        for linears in merged_linears(cast("qwen.Qwen3VLTextDecoderLayer", layer)):
+            if not all(type(linear) is nn.Linear for linear in linears):
+                continue
+            for parameters in zip(*(linear.parameters() for linear in linears), strict=False):
+                alike = len({(parameter.dtype, parameter.device) for parameter in parameters}) == 1
+                if alike and all(map(_owns_memory, parameters)):
+                    whole = torch.cat([parameter.data for parameter in parameters])
+                    parts = whole.split([len(parameter) for parameter in parameters])
+                    for parameter, part in zip(parameters, parts, strict=True):
+                        parameter.data = part
+
+
+def _owns_memory(parameter: Tensor) -> bool:
+    """Whether the parameter has memory that holds nothing else."""
+    size = parameter.numel() * parameter.element_size()
+    return not parameter.is_meta and parameter.untyped_storage().nbytes() == size > 0
+
+
+def _side_by_side(linears: tuple[nn.Module, ...]) -> Callable[[Tensor], Tensor]:
+    """A function that computes the projections' outputs side by side."""
+    if all(type(linear) is nn.Linear for linear in linears):
+        names = [name for name, _ in linears[0].named_parameters()]
+        merged = {name: _joined([getattr(linear, name) for linear in linears]) for name in names}
+        if all(whole is not None for whole in merged.values()):
+            return partial(F.linear, **merged)
+    return lambda states: torch.cat([linear(states) for linear in linears], -1)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor | None:
+    """The tensor that consists of these neighbors in memory; None if they aren't."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or part.dtype != first.dtype or not part.is_contiguous():
+            return None
+        end += part.numel() * part.element_size()
+    if first.untyped_storage().data_ptr() + first.untyped_storage().nbytes() < end:
+        return None  # neighbors by chance
+    shape = (sum(len(part) for part in parts), *first.shape[1:])
+    return first.detach().as_strided(shape, first.stride())

@@ -89,7 +89,7 @@ def check_cache_limit(
         logger.warning("--rollout_cache_tokens has no effect with --rollout_backend %s", backend)
         return
     plan = CachePlan.rounded(
-        1, num_generations, max_prompt_length or 1, max_completion_length, device.type
+        1, num_generations, max_prompt_length or 1, max_completion_length, device.type, limit
     )
     length = max_prompt_length
     what = "any prompt" if length is None else f"a prompt of --max_prompt_length {length} tokens"

@@ -7,17 +7,17 @@ Shapes: B prompts, G completions each, P prompt and T completion tokens, both ro
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from virft_fast.models.decode_step import Take
+from virft_fast.models.decode_step import LayerCache, Take
 from virft_fast.models.families import TextConfig
+from virft_fast.rollout.graphs import Graphs
 
-# The completion cache is allocated and read in multiples of this many tokens: large enough to need
-# few CUDA graphs, small enough to read little padding.
+# The completion cache is allocated in multiples of this many tokens.
 WIDTH_STEP = {"cpu": 32, "cuda": 128}
 # The share of a GPU's free memory that keys and values may use.
 CACHE_SHARE = 0.8
@@ -25,8 +25,10 @@ CACHE_SHARE = 0.8
 # next rollout. Larger buffers are freed for training, and the graphs must then be captured again.
 # The value is a choice, not measured yet.
 KEPT_SHARE = 0.1
-# On CUDA a prompt's length is rounded up to a multiple of this, or of an eighth of the next power
-# of two if that is more: about 20 lengths up to 4,096, so that later rollouts can reuse the graphs.
+# On CUDA a prompt's length is rounded up to this, or to the next of 1,536, 2,048, 3,072, 4,096, ...
+# So few graphs serve all prompts, and memory seldom has to move. The value is a choice, not measured.
+PROMPT_LENGTH = 1_024
+# If that exceeds the limit on the cache, it is rounded up to a multiple of this.
 PROMPT_STEP = 64
 
 
@@ -57,14 +59,22 @@ class CachePlan:
         prompt_length: int,
         completion_length: int,
         device_type: str,
+        limit: float = math.inf,
     ) -> CachePlan:
-        """The plan for prompts and completions of at most these lengths, in tokens."""
+        """The plan for prompts and completions of at most these lengths, in tokens.
+
+        Args:
+            limit: on the plan's tokens; if they exceed it, the prompts are rounded up less.
+        """
         width = for_device(WIDTH_STEP, device_type)
-        step = 1
-        if device_type == "cuda":
-            step = max(PROMPT_STEP, (1 << (prompt_length - 1).bit_length()) // 8)
-        prompt_length = -(-prompt_length // step) * step
-        return cls(groups, num_generations, prompt_length, -(-completion_length // width) * width)
+        completion_length = -(-completion_length // width) * width
+        if device_type != "cuda":
+            return cls(groups, num_generations, prompt_length, completion_length)
+        size = max(PROMPT_LENGTH, bucket(prompt_length))
+        plan = cls(groups, num_generations, size, completion_length)
+        if plan.num_tokens <= limit:
+            return plan
+        return replace(plan, prompt_length=-(-prompt_length // PROMPT_STEP) * PROMPT_STEP)
 
     @property
     def num_tokens(self) -> int:
@@ -90,14 +100,12 @@ def cache_numbers(text_config: TextConfig) -> int:
 
 
 class Buffers:
-    """Named memory that keeps its address between rollouts, and the CUDA graphs captured with it,
-    which are valid only while the addresses are."""
+    """Named memory that keeps its address between rollouts, and the CUDA graphs that use it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._flat: dict[str, Tensor] = {}
-        self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self.pool: torch.cuda._POOL_HANDLE | None = None
+        self.graphs = Graphs(device)
 
     def num_bytes(self) -> int:
         return sum(flat.numel() * flat.element_size() for flat in self._flat.values())
@@ -116,17 +124,11 @@ class Buffers:
         count = math.prod(shape)
         flat = self._flat.get(name)
         if flat is None or flat.numel() < count or flat.dtype != dtype:
-            self.forget_graphs()  # they use the old addresses
+            self.graphs.clear()  # they use the old addresses
             self._flat.pop(name, None)
             # Zeros, because even a masked key must not be NaN.
             flat = self._flat[name] = torch.zeros(count, dtype=dtype, device=self.device)
         return flat[:count].view(*shape)
-
-    def forget_graphs(self) -> None:
-        if self.graphs and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # the last one may still be running
-        self.graphs.clear()
-        self.pool = None  # a pool without graphs can't be captured into again
 
     def release(self, *, keep_small: bool = False) -> None:
         """Free all memory and graphs; with `keep_small`, only if they exceed `KEPT_SHARE`."""
@@ -134,50 +136,41 @@ class Buffers:
         if keep_small and self.device.type == "cuda":
             limit = KEPT_SHARE * torch.cuda.get_device_properties(self.device).total_memory
         if self.num_bytes() > limit:
-            self.forget_graphs()
+            self.graphs.clear()
             self._flat.clear()
 
 
-@dataclass(frozen=True)
-class LayerCache:
-    """Keys and values of one layer.
+def allocate_layer(plan: CachePlan, layer: int, value: Tensor, take: Take) -> LayerCache:
+    """The cache of `layer`, in the dtype of `value`, a packed row's (1, K, S, E) values."""
+    (_, heads, _, size), dtype = value.shape, value.dtype
+    prompt = (plan.groups, heads, plan.prompt_length, size)
+    own = (plan.groups * plan.num_generations, heads, plan.completion_length, size)
+    names = {"prompt_keys": prompt, "prompt_values": prompt, "keys": own, "values": own}
+    return LayerCache(*(take(f"{name}{layer}", shape, dtype) for name, shape in names.items()))
 
-    Attributes:
-        prompt_keys, prompt_values: (B, K, P, E), one entry per prompt.
-        keys, values: (B, K, G, T, E), one entry per completion.
+
+def select_rows(cache: LayerCache, rows: Tensor, prompts: Tensor | None, used: int) -> LayerCache:
+    """The cache of some rows, at the start of the same memory.
+
+    Args:
+        rows: (R',) int64. prompts: (B',) int64, or None to leave all prompts in place.
+        used: how many of a row's tokens are copied at most.
     """
-
-    prompt_keys: Tensor
-    prompt_values: Tensor
-    keys: Tensor
-    values: Tensor
-
-    @classmethod
-    def allocate(cls, plan: CachePlan, layer: int, value: Tensor, take: Take) -> LayerCache:
-        """The cache of `layer`, in the dtype of `value`, a packed row's (1, K, S, E) values."""
-        (_, heads, _, size), dtype = value.shape, value.dtype
-        prompt = (plan.groups, heads, plan.prompt_length, size)
-        own = (plan.groups, heads, plan.num_generations, plan.completion_length, size)
-        names = {"prompt_keys": prompt, "prompt_values": prompt, "keys": own, "values": own}
-        return cls(*(take(f"{name}{layer}", shape, dtype) for name, shape in names.items()))
-
-    def select(self, groups: Tensor, rows: Tensor) -> LayerCache:
-        """The cache of some groups (B',), and of some rows in each (B', G')."""
-        prompts = (self.prompt_keys, self.prompt_values)
-        if len(groups) < len(self.keys):  # else the prompts stay in place
-            prompts = (select(self.prompt_keys, groups), select(self.prompt_values, groups))
-        heads, _, length, size = self.keys.shape[1:]
-        index = rows[:, None, :, None, None].expand(-1, heads, -1, length, size)
-        own = (to_front(kv, kv[groups].gather(2, index)) for kv in (self.keys, self.values))
-        return LayerCache(*prompts, *own)
+    kept = [cache.prompt_keys, cache.prompt_values]
+    if prompts is not None:
+        kept = [select(whole, prompts) for whole in kept]
+    for whole in (cache.keys, cache.values):
+        kept.append(whole[: len(rows)])
+        kept[-1][:, :, :used] = whole[rows, :, :used]
+    return LayerCache(*kept)
 
 
 def select(whole: Tensor, index: Tensor) -> Tensor:
     """`whole[index]`, moved to the start of the memory of `whole`."""
-    return to_front(whole, whole[index])
+    return whole[: len(index)].copy_(whole[index])
 
 
-def to_front(whole: Tensor, kept: Tensor) -> Tensor:
-    """A copy of `kept` at the start of the memory of `whole`, where it must be contiguous."""
-    memory = whole if whole._base is None else whole._base
-    return memory.view(-1)[: kept.numel()].view(kept.shape).copy_(kept)
+def bucket(count: int) -> int:
+    """`count` rounded up to 1, 2, 3, 4, 6, 8, 12, 16, ...: fewer sizes need fewer graphs."""
+    power = 1 << (count - 1).bit_length()
+    return 3 * power // 4 if count <= 3 * power // 4 else power

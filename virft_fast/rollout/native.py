@@ -4,16 +4,18 @@ Every prompt of the rank goes through the vision tower and the language model on
 Its keys and values are stored once, and all its completions read them. One step decodes one token
 of every completion. Attention to the prompt is computed for a whole group at once, then attention
 to the completion itself, with one softmax over both. When enough completions have finished, the
-batch shrinks to the others. On CUDA, a step is a captured graph. There is one graph for each size
-of batch, prompts and completions (the key in `Decoding._run_step`), up to `MAX_GRAPHS`. The host
-checks for finished completions only every `CHECK_EVERY` tokens. decoding.py contains the steps,
-cache.py the memory.
+batch shrinks to the others. On CUDA, a step is a captured graph. Lengths are in memory, so there is
+one graph for each number of rows and padded length of the prompts (the key in
+`Decoding._run_step`). The host checks for finished completions only every `CHECK_EVERY` tokens.
+decoding.py contains the steps, shrinking.py chooses the rows that stay, cache.py holds the memory,
+graphs.py the graphs.
 
 Shapes: B prompts, G completions each, N = B*G; T completion tokens.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 
@@ -21,7 +23,8 @@ import torch
 from torch import Tensor
 
 from virft_fast.batch import Prompt, Rollouts
-from virft_fast.models.families import Tokenizer
+from virft_fast.models.decode_step import lay_out
+from virft_fast.models.families import Tokenizer, core
 from virft_fast.models.inputs import banned_token_ids
 from virft_fast.models.policy import Policy
 from virft_fast.rollout import Sampling, Weights, check_request, evaluating
@@ -36,8 +39,8 @@ class NativeRollout:
     """Samples with the engine described above.
 
     Args:
-        weights: context in which the policy has whole weights and may be called freely. The weights
-            must keep their addresses between calls unless `graphs` is false.
+        weights: context in which the policy has whole weights and may be called freely. If they
+            have moved since the last call, graphs are captured again.
         tokenizer: the policy's. EOS ends a completion; no other control token is ever sampled.
         device: the policy's device.
         max_cache_tokens: how many prompt and completion tokens may have keys and values in memory
@@ -45,7 +48,7 @@ class NativeRollout:
             prompts fit, they are decoded in several batches, with the same result.
         graphs: whether to capture steps as CUDA graphs; None: only on CUDA outside autocast. With
             graphs, a rollout's memory is kept for the next one if it is at most `KEPT_SHARE` of the
-            GPU's; otherwise it is freed.
+            GPU's; otherwise it is freed. A model that `DecodeStep` doesn't support never has any.
     """
 
     weights: Weights
@@ -78,7 +81,11 @@ class NativeRollout:
         outputs = []
         with evaluating(self.weights) as policy:
             check_reachable(policy)
-            batches = list(self._batches(policy, prompts, num_generations, sampling))
+            if not torch.is_autocast_enabled(self.device.type):  # it would cast them at every step
+                lay_out(core(policy.model).language_model)
+            self._buffers.graphs.use_weights(list(policy.parameters()))
+            limit = self._cache_limit(policy)
+            batches = list(self._batches(limit, prompts, num_generations, sampling))
             try:
                 for first, last in batches:
                     batch = prompts[first:last]
@@ -95,7 +102,7 @@ class NativeRollout:
                         policy,
                         self._buffers,
                         sampler,
-                        plan=self._plan(batch, num_generations, sampling),
+                        plan=self._plan(batch, num_generations, sampling, limit),
                         tokenizer=self.tokenizer,
                         graphs=self._with_graphs(),
                         observer=observer,
@@ -113,33 +120,36 @@ class NativeRollout:
         """Whether the prompt and its completions fit into the cache; if not, `generate` raises."""
         with self.weights() as policy:
             limit = self._cache_limit(policy)
-        return self._plan([prompt], num_generations, sampling).num_tokens <= limit
+        return self._plan([prompt], num_generations, sampling, limit).num_tokens <= limit
 
     def _batches(
-        self, policy: Policy, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling
+        self, limit: float, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling
     ) -> Iterator[tuple[int, int]]:
         """(first, last) of each batch of prompts that are decoded together.
 
         Raises:
             ValueError: not even one prompt and its completions fit.
         """
-        limit = self._cache_limit(policy)
         first = 0
         for last, prompt in enumerate(prompts):
             what = f"rollout: row {prompt.sample.index} has a prompt of {len(prompt.input_ids)}"
-            self._plan([prompt], num_generations, sampling).check(limit, f"{what} tokens")
-            together = self._plan(prompts[first : last + 1], num_generations, sampling)
+            self._plan([prompt], num_generations, sampling, limit).check(limit, f"{what} tokens")
+            together = self._plan(prompts[first : last + 1], num_generations, sampling, limit)
             if together.num_tokens > limit:
                 yield first, last
                 first = last
         yield first, len(prompts)
 
     def _plan(
-        self, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling
+        self,
+        prompts: Sequence[Prompt],
+        num_generations: int,
+        sampling: Sampling,
+        limit: float = math.inf,
     ) -> CachePlan:
         longest = max(len(prompt.input_ids) for prompt in prompts)
-        length = sampling.max_completion_length
-        return CachePlan.rounded(len(prompts), num_generations, longest, length, self.device.type)
+        length, device = sampling.max_completion_length, self.device.type
+        return CachePlan.rounded(len(prompts), num_generations, longest, length, device, limit)
 
     def _cache_limit(self, policy: Policy) -> float:
         if self.max_cache_tokens is not None:

@@ -1,13 +1,12 @@
 """Observers of the native rollout: the interface, and an observer that measures attention.
 
-Shapes: B prompts, G completions each, N = B*G. R of these N rows are still being decoded, the same
-number in each remaining group. P prompt tokens, padded; H query heads, K key/value heads, E numbers
-per head, S tokens of a packed row.
+Shapes: B prompts, G completions each, N = B*G. R of these N rows are still being decoded. P prompt
+tokens, padded; H query heads, K key/value heads, E numbers per head, S tokens of a packed row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Sequence
 from typing import Protocol
 
 import torch
@@ -22,6 +21,10 @@ from virft_fast.rollout.cache import CachePlan
 
 class Observer(Protocol):
     """Decoding calls these methods in order, for each batch of prompts."""
+
+    @property
+    def layers(self) -> Container[int]:
+        """The layers whose steps are observed; in these, attention is computed twice."""
 
     @property
     def key(self) -> Hashable:
@@ -43,11 +46,11 @@ class Observer(Protocol):
         with (H, S, E) queries and (K, S, E) keys."""
 
     def step_attention(self, layer: int, shares: Tensor, rows: Tensor, done: Tensor) -> None:
-        """Called after a token of each row has been read. It is part of a CUDA graph, so it must
-        not wait for the device.
+        """Called in each of `layers` when a token of each row is read. It is part of a CUDA graph,
+        so it must not wait for the device.
 
         Args:
-            shares: (B', K, G', H / K, P) float32, attention of the R = B'*G' rows to their prompts.
+            shares: (R, K, H / K, P) float32, attention of the rows to their prompts.
             rows: (R,) int64, their indices among the batch's N rows.
             done: (R,) bool, true where the completion had already ended.
         """
@@ -68,7 +71,7 @@ class AttentionObserver:
     """
 
     def __init__(self, layer: int) -> None:
-        self.layer, self.key = layer, (type(self), layer)
+        self.layer, self.layers, self.key = layer, (layer,), (type(self), layer)
         self.attention: list[Tensor] = []
 
     def start(self, prompts: Sequence[Prompt], plan: CachePlan, take: Take) -> Sequence[Tensor]:
@@ -87,11 +90,9 @@ class AttentionObserver:
             self.last_of_prompt[number, : group.prompt_length] = attention
 
     def step_attention(self, layer: int, shares: Tensor, rows: Tensor, done: Tensor) -> None:
-        if layer == self.layer:
-            active = (~done).float()
-            attention = shares.mean((1, 3)).flatten(0, 1)  # (R, P)
-            self.sums.index_add_(0, rows, attention * active[:, None])
-            self.counts.index_add_(0, rows, active)
+        active = (~done).float()
+        self.sums.index_add_(0, rows, shares.mean((1, 2)) * active[:, None])
+        self.counts.index_add_(0, rows, active)
 
     def finish(self) -> None:
         repeats = len(self.sums) // len(self.last_of_prompt)
