@@ -39,7 +39,8 @@ class Mutant(NamedTuple):
 GRPO, STEP = "algorithms/grpo.py", "algorithms/step.py"
 ENGINE, SAMPLER = "engine.py", "rollout/sampling.py"
 SAMPLING = "kernels/sampling.py"
-DECODING, PREFIX = "rollout/decoding.py", "models/shared_prefix.py"
+DECODING, SHRINKING = "rollout/decoding.py", "rollout/shrinking.py"
+PREFIX = "models/shared_prefix.py"
 TOKEN, LOSS, LINEAR = "kernels/token_loss.py", "kernels/grpo_loss.py", "kernels/linear.py"
 ADVANTAGES, ROWS = "kernels/advantages.py", "kernels/logprobs.py"
 REWARDS, ORIGINAL, SCORING = "tasks/rewards.py", "tasks/visual_rft.py", "tasks/scoring.py"
@@ -189,10 +190,10 @@ MUTANTS = [
            "tests/test_rollout.py -k banned"),
     Mutant("positions begin at the prompt's end", DECODING, "places[:, group.start : group.first].max() + 1",
            "places[:, group.start : group.first].max()", "tests/test_rollout.py -k plain_generate"),
-    Mutant("kept rows lose their order", DECODING,
-           "rows = (groups[:, None] * num_generations + order).flatten()",
-           "rows = (groups[:, None] * order.shape[1] + order).flatten()",
+    Mutant("kept rows lose their order", SHRINKING, "prompt * size + row", "prompt * width + row",
            "tests/test_rollout.py -k stay_apart"),
+    Mutant("rows start at the old first rows", DECODING, "first_rows.append(first_rows[-1] + size)",
+           "first_rows.append(first_rows[-1] + 1)", "tests/test_rollout.py -k graph"),
     # Rewards, matching, data
     Mutant("accuracy_confidence at 0.4", REWARDS,
            "matched = _match(pairs, min_iou=0.5)[0] >= 0", "matched = _match(pairs, min_iou=0.4)[0] >= 0",

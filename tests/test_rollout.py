@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from helpers import CPU, make_prompts, make_sample
 from models import FAMILIES, random_model
 
 from virft_fast.kernels.sampling import uniform
+from virft_fast.models.decode_step import DecodeStep
 from virft_fast.models.image_attention import attention_to_prompts
 from virft_fast.models.qwen_vl import Policy, core, load_model
 from virft_fast.rollout import Sampling
 from virft_fast.rollout import decoding as decoding_module
+from virft_fast.rollout import graphs as graphs_module
 from virft_fast.rollout.backends import make_rollout
 from virft_fast.rollout.cache import Buffers, CachePlan, cache_numbers
 from virft_fast.rollout.hf import HFRollout
 from virft_fast.rollout.native import NativeRollout
 from virft_fast.rollout.observers import AttentionObserver
 from virft_fast.rollout.sampling import Sampler
+from virft_fast.rollout.shrinking import kept_rectangle, kept_rows
 
 EVERYTHING = Sampling(
     24, temperature=1.4, top_k=60, top_p=0.95, min_p=0.01, repetition_penalty=1.2, seed=3
@@ -164,15 +169,15 @@ def test_same_seed_same_rows_and_batches_can_be_split(rollout, prompts):
 def test_rows_of_several_groups_that_shrink_stay_apart(monkeypatch, native, policy, prompts):
     """About one token in 16 ends a completion: most rows end early, in every group."""
     sampling = Sampling(40, temperature=8.0, seed=2, stop_token_ids=tuple(range(0, 1024, 16)))
-    sizes, keep = [], decoding_module.Decoding._keep
+    sizes, select = [], decoding_module.DecodeState.select
 
-    def noted(self, active, groups, rows):
-        sizes.append((groups, rows))
-        keep(self, active, groups, rows)
+    def noted(self, kept, used):
+        sizes.append(kept.sizes)
+        return select(self, kept, used)
 
-    monkeypatch.setattr(decoding_module.Decoding, "_keep", noted)
+    monkeypatch.setattr(decoding_module.DecodeState, "select", noted)
     together = native.generate(prompts, 8, sampling)
-    assert any(groups > 1 and rows < 8 for groups, rows in sizes), sizes
+    assert any(len(rows) > 1 and rows[0] < 8 for rows in sizes), sizes
     alone = [native.generate([p], 8, sampling, first_row=8 * i) for i, p in enumerate(prompts)]
     completions = [
         [ids[mask].tolist() for ids, mask in zip(r.completion_ids, r.completion_mask, strict=True)]
@@ -187,7 +192,8 @@ def test_prompts_that_fill_the_cache_are_decoded_in_turn(policy, processor, prom
     # A place of 32 tokens for a completion of 20.
     small = rollout_of("native", policy, processor.tokenizer, max_cache_tokens=longest + 3 * 32)
     sampling = Sampling(20, seed=5)
-    assert list(small._batches(policy, prompts, 3, sampling)) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    batches = small._batches(small.max_cache_tokens, prompts, 3, sampling)
+    assert list(batches) == [(0, 1), (1, 2), (2, 3), (3, 4)]
     observers = AttentionObserver(1), AttentionObserver(1)
     expected, out = (
         r.generate(prompts, 3, sampling, observer=observer)
@@ -248,16 +254,16 @@ class Recorded:
 
     made: ClassVar[list[Recorded]] = []
 
-    def __init__(self, run, pool, device):
+    def __init__(self, run, pool, stream):
         run()  # the warm-up
-        decoding = copy.copy(run.func.__self__)
+        decoding = copy.copy(run.__self__)
         decoding.observer = copy.copy(decoding.observer)
         decoding.sampler = copy.copy(decoding.sampler)
-        decoding.read_token = copy.copy(decoding.read_token)
-        self.run = lambda: decoding._decode(*run.args)
+        decoding.read_tokens = copy.copy(decoding.read_tokens)
+        self.run = decoding._decode
         self.pool, self.replays = pool, 0
         state = decoding.state
-        tensors = [state.tokens, state.drawn, state.prompt_bias, decoding.read_token.rotation[0]]
+        tensors = [state.tokens, state.drawn, state.first_rows, decoding.read_tokens.rotation[0]]
         tensors += [state.caches[0].prompt_keys, state.caches[0].keys]
         self.addresses = [(tuple(t.shape), t.data_ptr()) for t in tensors]
         self.made.append(self)
@@ -272,7 +278,7 @@ def graphs(monkeypatch):
     """Graphs that were recorded, on the CPU."""
     pools = itertools.count()
     monkeypatch.setattr(Recorded, "made", [])
-    monkeypatch.setattr(decoding_module, "capture_graph", Recorded)
+    monkeypatch.setattr(graphs_module, "capture_graph", Recorded)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
     return Recorded.made
 
@@ -356,21 +362,117 @@ def test_graphs_are_found_again_and_forgotten_when_memory_moves(graphs, policy, 
     # More rows need other memory: all begins anew, with a pool of its own.
     rollout.generate(prompts, 6, sampling)
     assert len(graphs) > fewer and {graph.pool for graph in graphs[fewer:]} == {1}
-    assert set(rollout._buffers.graphs.values()) == set(graphs[fewer:])
+    assert set(rollout._buffers.graphs._graphs.values()) == set(graphs[fewer:])
     memory = {flat.data_ptr() for flat in rollout._buffers._flat.values()}
     assert all(g.addresses[-1][1] not in memory for g in graphs[:fewer])
     assert all(address in memory for g in graphs[fewer:] for _, address in g.addresses)
 
 
-def test_graphs_do_not_pile_up(graphs, monkeypatch, native, policy, processor, prompts):
-    monkeypatch.setattr(decoding_module, "MAX_GRAPHS", 2)
+def test_the_least_recently_used_graph_is_evicted(
+    graphs, monkeypatch, native, policy, processor, prompts
+):
+    monkeypatch.setattr(graphs_module, "MAX_GRAPHS", 2)
     rollout = NativeRollout(
         lambda: nullcontext(policy), processor.tokenizer, device=CPU, graphs=True
     )
     sampling = Sampling(70, seed=1)
     out, expected = (r.generate(prompts, 6, sampling) for r in (rollout, native))
     assert out.texts == expected.texts
-    assert len(graphs) > 2 >= len(rollout._buffers.graphs)
+    assert len(graphs) > 2 == len(rollout._buffers.graphs)
+    assert list(rollout._buffers.graphs._graphs.values()) == graphs[-2:]
+    assert {graph.pool for graph in graphs} == {0}
+
+
+def test_a_capture_that_fails_is_told_once_and_changes_nothing(
+    monkeypatch, caplog, native, policy, processor, prompts
+):
+    calls = []
+
+    def refuse(run, pool, stream):
+        run()  # the warm-up changes the state before the failure
+        calls.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs_module, "capture_graph", refuse)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+    rollout = NativeRollout(
+        lambda: nullcontext(policy), processor.tokenizer, device=CPU, graphs=True
+    )
+    for seed in (1, 2):
+        sampling = Sampling(40, seed=seed, repetition_penalty=1.2)
+        out, expected = (r.generate(prompts, 3, sampling) for r in (rollout, native))
+        assert torch.equal(out.completion_ids, expected.completion_ids)
+        assert torch.equal(out.sampling_logps, expected.sampling_logps)
+    assert calls == [1]
+    assert [r.getMessage() for r in caplog.records if "not permitted" in r.getMessage()] != []
+    assert len(caplog.records) == 1
+
+
+def test_graphs_are_captured_again_for_weights_that_moved(graphs, policy, processor, prompts):
+    moved = copy.deepcopy(policy)
+    current = [policy]
+    rollout = NativeRollout(
+        lambda: nullcontext(current[0]), processor.tokenizer, device=CPU, graphs=True
+    )
+    sampling = Sampling(20, seed=1)
+    expected = rollout.generate(prompts, 2, sampling)
+    before = len(graphs)
+    current[0] = moved
+    out = rollout.generate(prompts, 2, sampling)
+    assert torch.equal(out.completion_ids, expected.completion_ids)
+    assert len(graphs) == 2 * before
+    rollout.generate(prompts, 2, sampling)
+    assert len(graphs) == 2 * before
+
+
+def test_a_model_on_its_own_forward_pass_has_no_graphs(graphs, processor, prompts):
+    """A rotation that the kernels don't know: transformers' layers read the tokens."""
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+    model = random_model("qwen2_vl", processor.tokenizer, rope_parameters=rope)
+    policy = Policy(model).eval()
+    rollout = NativeRollout(
+        lambda: nullcontext(policy), processor.tokenizer, device=CPU, graphs=True
+    )
+    assert not DecodeStep(core(model).language_model).supported
+    out = rollout.generate(prompts, 2, Sampling(16, greedy=True))
+    assert not graphs
+    banned = banned_ids(model, processor.tokenizer)
+    for row, (ids, mask) in enumerate(zip(out.completion_ids, out.completion_mask, strict=True)):
+        expected = plain_generate(model, prompts[row // 2], 16, banned, processor.tokenizer)
+        assert ids[mask].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("prompts_a_rollout", "count", "length", "mean"), [(2, 8, 1024, 300), (8, 8, 256, 120)]
+)
+def test_a_run_captures_few_graphs(prompts_a_rollout, count, length, mean):
+    """200 rollouts with log-normal lengths of completions, and prompts of 300 to 900 tokens."""
+    rng = np.random.default_rng(0)
+    graphs, memory, moves, captures = OrderedDict(), 0, 0, 0
+    for _ in range(200):
+        longest = int(rng.integers(300, 900, size=prompts_a_rollout).max())
+        plan = CachePlan.rounded(prompts_a_rollout, count, longest, length, "cuda")
+        if plan.groups * plan.prompt_length > memory:
+            memory = plan.groups * plan.prompt_length
+            moves += bool(graphs)
+            graphs.clear()
+        drawn = np.exp(rng.normal(np.log(mean) - 0.125, 0.5, size=prompts_a_rollout * count))
+        rows, sizes = drawn.astype(int).clip(4, length), [count] * prompts_a_rollout
+        for used in range(length - 1):
+            if used % decoding_module.CHECK_EVERY["cuda"] == 0:
+                active = (rows > used + 1).tolist()
+                if not any(active):
+                    break
+                if kept := kept_rows(active, sizes):
+                    rows, sizes = rows[kept.rows], kept.sizes
+            key = (len(rows), plan.prompt_length)
+            if key not in graphs:
+                captures += 1
+                if len(graphs) >= graphs_module.MAX_GRAPHS:
+                    graphs.popitem(last=False)
+            graphs[key] = None
+            graphs.move_to_end(key)
+    assert 0 < captures < 60 and not moves
 
 
 def test_memory_of_a_rollout_is_free_for_training(native, prompts):
@@ -400,9 +502,9 @@ def test_plan_is_what_is_allocated(monkeypatch, policy, processor, prompts):
 @pytest.mark.parametrize(
     ("device", "prompt", "completion", "expected"),
     [
-        ("cpu", 501, 64, (501, 64)), ("cpu", 501, 65, (501, 96)), ("cuda", 1, 1, (64, 128)),
-        ("cuda", 501, 64, (512, 128)), ("cuda", 513, 129, (640, 256)),
-        ("cuda", 1024, 256, (1024, 256)), ("cuda", 1025, 256, (1280, 256)),
+        ("cpu", 501, 64, (501, 64)), ("cpu", 501, 65, (501, 96)), ("cuda", 1, 1, (1024, 128)),
+        ("cuda", 513, 129, (1024, 256)), ("cuda", 1024, 256, (1024, 256)),
+        ("cuda", 1025, 256, (1536, 256)), ("cuda", 1537, 256, (2048, 256)),
     ],
 )  # fmt: skip
 def test_plan_rounds_up(device, prompt, completion, expected):
@@ -413,8 +515,29 @@ def test_plan_rounds_up(device, prompt, completion, expected):
 
 def test_prompts_have_few_lengths_on_cuda():
     lengths = [CachePlan.rounded(1, 1, n, 1, "cuda").prompt_length for n in range(1, 4097)]
-    assert len(set(lengths)) == 20
-    assert all(0 <= p - n < max(64, n / 4) for n, p in enumerate(lengths, 1))
+    assert set(lengths) == {1024, 1536, 2048, 3072, 4096}
+    assert all(0 <= p - n < max(1024, n / 2) for n, p in enumerate(lengths, 1))
+
+
+def test_prompts_are_padded_less_if_the_cache_would_overflow():
+    needed = 640 + 8 * 256
+    plans = [CachePlan.rounded(1, 8, 600, 256, "cuda", n) for n in (needed, needed + 384)]
+    assert [plan.prompt_length for plan in plans] == [640, 1024]
+    assert all(plan.num_tokens <= needed + 384 for plan in plans)
+
+
+def test_rows_that_stay():
+    """Of 3 prompts with 4, 1 and 3 rows, 5 of 8 rows are active: 6 stay, sorted by prompt."""
+    yes, no = True, False
+    active = [no, yes, no, yes, no, yes, yes, yes]
+    kept = kept_rows(active, [4, 1, 3])
+    assert (kept.rows, kept.sizes, kept.prompts) == ([0, 1, 3, 5, 6, 7], [3, 0, 3], None)
+    assert kept_rows([yes] * 7 + [no], [4, 1, 3]) is None
+    # As a rectangle of 4 prompts with 2 rows: prompts 1 and 3 have one active row each.
+    active = [no, no, no, yes, no, no, yes, no]
+    kept = kept_rectangle(active, 4)
+    assert (kept.rows, kept.sizes, kept.prompts) == ([3, 6], [1, 1], [1, 3])
+    assert kept_rectangle([yes, no] * 3 + [yes, yes], 4) is None
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.3])  # below 1 the noise of fp32 logits grows
@@ -532,6 +655,7 @@ def test_any_observer_is_told_what_happens_in_order(native, policy, prompts):
 
     class Recorder:
         key = "recorder"
+        layers = range(policy.config.text_config.num_hidden_layers)
 
         def __init__(self):
             self.events = []
@@ -547,7 +671,7 @@ def test_any_observer_is_told_what_happens_in_order(native, policy, prompts):
 
         def step_attention(self, layer, shares, rows, done):
             heads, groups = policy.config.text_config.num_attention_heads, len(prompts)
-            assert shares.shape[0] == groups and shares.shape[1] * shares.shape[3] == heads
+            assert shares.shape[0] == 2 * groups and shares.shape[1] * shares.shape[2] == heads
             assert (shares.sum(-1) < 1).all()
             assert rows.tolist() == list(range(2 * groups)) and not done.any()
             self.events.append(("step", layer))

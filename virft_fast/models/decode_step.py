@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from virft_fast.kernels.decode import add_rms_norm, rotate_and_store, silu_mul
+from virft_fast.kernels.backend import triton_for
+from virft_fast.kernels.decode import add_rms_norm, find_places, rotate_and_store, silu_mul
 from virft_fast.models.shared_prefix import read
 
 if TYPE_CHECKING:  # other families' classes match, but lack the two norms
@@ -110,11 +111,18 @@ class DecodeStep:
         following = [*(layer.input_layernorm for layer in layers), self.text.norm]
         hidden = F.embedding(tokens.flatten(), self.text.embed_tokens.weight)  # (R * Q, D)
         hidden, normed = _add_norm(hidden, None, following[0])
+        places = None
+        if triton_for(hidden, "triton_decode") is None:
+            keys = caches[0].keys
+            places = find_places(cos, sin, positions, keys, lengths, num_tokens=count)
         for number, (layer, (qkv, gate_up)) in enumerate(zip(layers, self.products, strict=True)):
             attention, cache = layer.self_attn, caches[number]
+            q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
             query = rotate_and_store(
                 qkv(normed).view(rows, count, -1), cos, sin, positions, cache.keys, cache.values,
-                lengths, num_heads=attention.config.num_attention_heads, **_head_norms(attention),
+                lengths, num_heads=attention.config.num_attention_heads,
+                q_norm=q_norm and q_norm.weight, k_norm=k_norm and k_norm.weight,
+                eps=following[0].variance_epsilon, places=places,
             )  # fmt: skip
             out = attend(number, query, attention.scaling).flatten(0, 1)
             delta = attention.o_proj(out)
@@ -162,14 +170,7 @@ def _add_norm(
     return add_rms_norm(hidden, delta, norm.weight, norm.variance_epsilon)
 
 
-def _head_norms(attention: qwen.Qwen3VLTextAttention) -> dict[str, object]:
-    if not hasattr(attention, "q_norm"):
-        return {}
-    q_norm, k_norm = attention.q_norm, attention.k_norm
-    return {"q_norm": q_norm.weight, "k_norm": k_norm.weight, "eps": q_norm.variance_epsilon}
-
-
-def merged_linears(layer: qwen.Qwen3VLTextDecoderLayer) -> Iterator[tuple[nn.Module, ...]]:
+def merged_linears(layer: qwen.Qwen3VLTextDecoderLayer) -> Iterator[tuple[nn.Linear, ...]]:
     """The layer's projections that read the same states: of the attention, then of the MLP."""
     attention, mlp = layer.self_attn, layer.mlp
     yield attention.q_proj, attention.k_proj, attention.v_proj
@@ -201,13 +202,14 @@ def _owns_memory(parameter: Tensor) -> bool:
     return not parameter.is_meta and parameter.untyped_storage().nbytes() == size > 0
 
 
-def _side_by_side(linears: tuple[nn.Module, ...]) -> Callable[[Tensor], Tensor]:
+def _side_by_side(linears: tuple[nn.Linear, ...]) -> Callable[[Tensor], Tensor]:
     """A function that computes the projections' outputs side by side."""
     if all(type(linear) is nn.Linear for linear in linears):
-        names = [name for name, _ in linears[0].named_parameters()]
-        merged = {name: _joined([getattr(linear, name) for linear in linears]) for name in names}
-        if all(whole is not None for whole in merged.values()):
-            return partial(F.linear, **merged)
+        weight = _joined([linear.weight for linear in linears])
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        bias = _joined(biases) if biases else None
+        if weight is not None and (bias is None) == (not biases):
+            return partial(F.linear, weight=weight, bias=bias)
     return lambda states: torch.cat([linear(states) for linear in linears], -1)
 
 

@@ -26,7 +26,7 @@ CACHE_SHARE = 0.8
 # The value is a choice, not measured yet.
 KEPT_SHARE = 0.1
 # On CUDA a prompt's length is rounded up to this, or to the next of 1,536, 2,048, 3,072, 4,096, ...
-# So few graphs serve all prompts, and memory seldom has to move. The value is a choice, not measured.
+# So few graphs serve all prompts, and memory seldom has to move. The value is not measured yet.
 PROMPT_LENGTH = 1_024
 # If that exceeds the limit on the cache, it is rounded up to a multiple of this.
 PROMPT_STEP = 64

@@ -97,7 +97,8 @@ def make_rollouts(
     image_features: Sequence[Tensor] | None,
 ) -> Rollouts:
     """Cut the (N, T) sampled tokens and log-probs after the first token that ends a completion."""
-    ends = torch.isin(tokens, torch.tensor(list(stop_ids), device=tokens.device))  # (N, T)
+    # torch.isin would sort many ids, and wait for the device.
+    ends = (tokens[..., None] == torch.tensor(list(stop_ids), device=tokens.device)).any(-1)
     ended = ends.any(1)
     length = torch.where(ended, ends.int().argmax(1) + 1, tokens.shape[1])
     longest = int(length.max())
