@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -12,7 +14,9 @@ import pytest
 import torch
 from helpers import CPU, make_prompts, make_sample
 from models import FAMILIES, random_model
+from torch.nn import functional as F
 
+from virft_fast.models.decode_step import SUPPORTED_NORMS
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import (
     Policy,
@@ -233,6 +237,68 @@ def test_flash_attention_falls_back_with_a_warning():
 def test_liger_off_cuda_warns_and_changes_nothing():
     with pytest.warns(UserWarning, match="no effect"):
         apply_liger(load_model("tiny"), CPU)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_liger_computes_norms_and_mlps(monkeypatch, processor, family):
+    """Through liger-kernel's own modules. Its Triton functions are replaced by torch's, because they
+    run on a GPU only."""
+    rms_norm = pytest.importorskip("liger_kernel.transformers.rms_norm")
+    swiglu = pytest.importorskip("liger_kernel.transformers.swiglu")
+    calls = Counter()
+
+    class Norm:
+        @staticmethod
+        def apply(hidden, weight, epsilon, offset, casting_mode, in_place, row_mode):
+            assert (offset, casting_mode, in_place, row_mode) == (0.0, "llama", True, None)
+            calls["norm"] += 1
+            return F.rms_norm(hidden, hidden.shape[-1:], weight, epsilon)
+
+    class SiLUMul:
+        @staticmethod
+        def apply(gate, up, *multipliers):
+            assert set(multipliers) <= {1.0}
+            calls["mlp"] += 1
+            return F.silu(gate) * up
+
+    monkeypatch.setattr(rms_norm, "LigerRMSNormFunction", Norm)
+    monkeypatch.setattr(swiglu, "LigerSiLUMulFunction", SiLUMul)
+    model = random_model(family, processor.tokenizer)
+    images = {
+        "pixel_values": torch.randn(16, 3 * 2 * 14 * 14),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+    }
+
+    def outputs():
+        features = core(model).get_image_features(**images, return_dict=True).pooler_output
+        return torch.cat(list(features)), model(input_ids=torch.arange(9)[None]).logits
+
+    expected = outputs()
+    assert not calls
+    apply_liger(model, torch.device("cuda"))
+    for ours, theirs in zip(outputs(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    text, vision = model.config.text_config, model.config.vision_config
+    num_norms = 2 * text.num_hidden_layers + 1
+    num_mlps = text.num_hidden_layers
+    if family == "qwen3_vl":  # with norms of queries and keys
+        num_norms += 2 * text.num_hidden_layers
+    if family == "qwen2_5_vl":  # the same in its vision tower
+        num_norms, num_mlps = num_norms + 2 * vision.depth + 1, num_mlps + vision.depth
+    assert calls == {"norm": num_norms, "mlp": num_mlps}
+    norms = [module for module in model.modules() if "variance_epsilon" in vars(module)]
+    assert len(norms) == num_norms
+    text_norms = core(model).language_model.modules()
+    named = {type(m).__name__ for m in text_norms if "variance_epsilon" in vars(m)}
+    assert named <= set(SUPPORTED_NORMS)  # so decoding knows them
+
+
+def test_without_liger_the_flag_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    for name in [name for name in sys.modules if name.startswith("liger_kernel.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ValueError, match="expected the package liger-kernel; pip install"):
+        apply_liger(load_model("tiny"), torch.device("cuda"))
 
 
 def test_missing_model_says_what_was_expected(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
+from types import MethodType
 from typing import Any
 
 import torch
@@ -114,17 +115,26 @@ def usable_attention(name: str) -> str:
 
 
 def apply_liger(model: nn.Module, device: torch.device) -> None:
-    """Replace RMSNorm, SwiGLU and rotary embedding with liger-kernel's. Without CUDA, only warn."""
+    """Compute RMSNorm and SwiGLU with liger-kernel's functions, module by module. Without CUDA, only
+    warn.
+
+    liger-kernel's own patches import names that new releases of transformers don't have.
+    """
     if device.type != "cuda":
         warnings.warn("--use_liger_kernel has no effect without CUDA", stacklevel=2)
         return
     try:
-        import liger_kernel.transformers as liger
+        from liger_kernel.transformers.rms_norm import LigerRMSNorm
+        from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
     except ImportError as error:
         raise ValueError(
             "--use_liger_kernel: expected the package liger-kernel; pip install liger-kernel, or "
             "'.[gpu]' in a checkout"
         ) from error
-    patch = getattr(liger, f"apply_liger_kernel_to_{base(model).config.model_type}")
-    # Skip liger's fused cross entropy, because this package computes its own loss.
-    patch(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    # What LigerRMSNorm's forward reads beside the weight and epsilon that transformers' has.
+    settings = {"offset": 0.0, "casting_mode": "llama", "in_place": True, "row_mode": None}
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            vars(module).update(settings, forward=MethodType(LigerRMSNorm.forward, module))
+        elif hasattr(module, "gate_proj") and "SiLU" in type(module.act_fn).__name__:
+            vars(module)["forward"] = MethodType(LigerSwiGLUMLP.forward, module)
