@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from virft_fast import doctor
+from virft_fast.deepspeed_config import offloads
 from virft_fast.doctor import Finding
-from virft_fast.train import dry_run, memory
+from virft_fast.train import dry_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,8 +74,11 @@ def test_a_run_on_a_gpu_is_told_what_is_left(monkeypatch, gib, verdict):
 
 
 def test_what_deepspeed_offloads_needs_no_gpu_memory():
-    assert memory._offloads({"device": "cpu", "pin_memory": True})
-    assert not memory._offloads({"device": "none"}) and not memory._offloads(None)
+    blocks = {"offload_optimizer": {"device": "cpu", "pin_memory": True}, "offload_param": None}
+    config = {"zero_optimization": blocks}
+    assert offloads(config, "offload_optimizer") and not offloads(config, "offload_param")
+    blocks["offload_optimizer"] = {"device": "none"}
+    assert not offloads(config, "offload_optimizer") and not offloads(None, "offload_param")
 
 
 def test_a_check_that_fails_is_a_problem_and_the_others_go_on(monkeypatch, capsys):

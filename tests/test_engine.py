@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from virft_fast import engine
 from virft_fast.engine import (
     OptimizerSettings,
     engine_dtype,
@@ -15,7 +17,7 @@ from virft_fast.engine import (
     resolve_deepspeed_config,
     zero_stage,
 )
-from virft_fast.optimizer import decay_groups
+from virft_fast.optimizer import decay_groups, make_optimizer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -91,3 +93,60 @@ def test_biases_and_frozen_parameters_do_not_decay():
     first, second = decay_groups(module, 0.1)
     assert [p.shape for p in first["params"]] == [(3, 2)] and first["weight_decay"] == 0.1
     assert [p.shape for p in second["params"]] == [(3,), (1,)] and second["weight_decay"] == 0
+
+
+# The optimizer's kernel
+
+
+def stepped(fused, steps, state=None):
+    """Weights and state of a small layer after some steps of AdamW."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(5, 3)
+    optimizer = make_optimizer(layer, OptimizerSettings(0.1, weight_decay=0.1), fused)
+    if state is not None:
+        layer.load_state_dict(state[0])
+        optimizer.load_state_dict(copy.deepcopy(state[1]))
+    for step in range(steps):
+        for number, parameter in enumerate(layer.parameters()):
+            parameter.grad = torch.full_like(parameter, 0.1 * (step + number + 1))
+        optimizer.step()
+    return layer.state_dict(), optimizer.state_dict()
+
+
+@pytest.mark.parametrize(("saved", "here"), [(None, True), (True, None), (None, None)])
+def test_a_state_continues_under_another_kernel_which_stays(saved, here):
+    weights, state = stepped(here, 2, stepped(saved, 2))
+    expected, _ = stepped(here, 2, stepped(here, 2))
+    for name, value in weights.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
+    assert {group["fused"] for group in state["param_groups"]} == {here}
+    assert {float(entry["step"]) for entry in state["state"].values()} == {4.0}
+
+
+def test_a_state_of_other_groups_is_refused():
+    weights, state = stepped(True, 1)
+    state["param_groups"] = state["param_groups"][:1]
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        stepped(True, 1, (weights, state))
+
+
+@pytest.mark.parametrize(
+    ("device", "offloaded", "fused"), [("cuda", "none", True), ("cuda", "cpu", None),
+                                       ("cpu", "none", None)],
+)  # fmt: skip
+def test_deepspeed_steps_in_one_kernel_on_a_gpu(monkeypatch, device, offloaded, fused):
+    """Not where its state is in CPU memory."""
+
+    class Made(Exception):
+        pass
+
+    def make(policy, settings, fused=None):
+        raise Made(fused)
+
+    monkeypatch.setattr(engine, "make_optimizer", make)
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": offloaded}}}
+    with pytest.raises(Made) as made:
+        engine.DeepSpeedEngine(
+            None, OptimizerSettings(1e-3), config=config, device=torch.device(device)
+        )
+    assert made.value.args == (fused,)

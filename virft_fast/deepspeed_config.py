@@ -162,6 +162,12 @@ def zero_stage(config: Row | None) -> int:
     return int((config or {}).get("zero_optimization", {}).get("stage", 0))
 
 
+def offloads(config: Row | None, block: str) -> bool:
+    """Whether `offload_optimizer` or `offload_param` moves something away from the GPU."""
+    place = (config or {}).get("zero_optimization", {}).get(block)
+    return isinstance(place, dict) and place.get("device", "none") != "none"
+
+
 def engine_dtype(config: Row) -> torch.dtype:
     """The dtype in which DeepSpeed keeps the module."""
     return torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from virft_fast import dist, progress
 from virft_fast.batch import Row
-from virft_fast.deepspeed_config import engine_dtype, zero_stage
+from virft_fast.deepspeed_config import engine_dtype, offloads, zero_stage
 from virft_fast.deepspeed_config import load_deepspeed_config as load_deepspeed_config
 from virft_fast.deepspeed_config import resolve_deepspeed_config as resolve_deepspeed_config
 from virft_fast.models.adapters import has_adapter, is_trained_adapter
@@ -199,7 +199,8 @@ class DeepSpeedEngine:
         self._stale = True
         self.settings = settings
         self.zero_stage = zero_stage(config)
-        optimizer = self.optimizer = make_optimizer(policy, settings)
+        fused = device.type == "cuda" and not offloads(config, "offload_optimizer")
+        optimizer = self.optimizer = make_optimizer(policy, settings, fused or None)
         config = json.loads(json.dumps(config))
         # Without ZeRO and bf16, DeepSpeed clips but doesn't expose the norm, so the guard clips.
         self._clips_here = self.zero_stage == 0 and not config.get("bf16", {}).get("enabled")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.optim.optimizer import StateDict
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ class GuardedAdamW(torch.optim.AdamW):
         if self.guard():
             super().step(closure)
 
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """As torch's, but which kernel computes a step remains as it is here: a state may have been
+        saved by another one."""
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        for saved, own in zip(groups, self.param_groups, strict=False):
+            saved.update(fused=own["fused"], foreach=own["foreach"])
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """The trainable parameters in two groups: matrices, which decay, and biases and norm weights,
@@ -59,5 +68,11 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, objec
 def make_optimizer(
     policy: nn.Module, settings: OptimizerSettings, fused: bool | None = None
 ) -> GuardedAdamW:
+    """AdamW over the trainable parameters.
+
+    Args:
+        fused: compute a step in one kernel, without temporary copies of the parameters; None: as
+            torch chooses, which is never fused.
+    """
     groups, lr = decay_groups(policy, settings.weight_decay), settings.learning_rate
     return GuardedAdamW(groups, lr=lr, betas=settings.betas, eps=settings.epsilon, fused=fused)

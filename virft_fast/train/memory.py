@@ -15,9 +15,9 @@ import torch
 from virft_fast import dist
 from virft_fast.algorithms import algorithm_of
 from virft_fast.algorithms.base import Data
-from virft_fast.batch import Json, Prompt, Row
+from virft_fast.batch import Prompt
 from virft_fast.config import RunConfig
-from virft_fast.engine import zero_stage
+from virft_fast.deepspeed_config import offloads, zero_stage
 from virft_fast.kernels.linear import MAX_TILE_ROWS, TILE_ELEMENTS
 from virft_fast.models.qwen_vl import Policy
 from virft_fast.rollout.cache import KEPT_SHARE, CachePlan, cache_numbers
@@ -225,10 +225,9 @@ def memory_estimate(
     weights = copies * total * low / (world if stage == 3 else 1)
     gradients = trainable * low / (world if stage >= 2 else 1)
     optimizer = trainable * (8 + masters) / (world if stage >= 1 else 1)
-    zero: Row = (blueprint.ds_config or {}).get("zero_optimization", {})
-    if _offloads(zero.get("offload_optimizer")):
+    if offloads(blueprint.ds_config, "offload_optimizer"):
         optimizer = 0
-    if _offloads(zero.get("offload_param")):
+    if offloads(blueprint.ds_config, "offload_param"):
         weights = 0
     copied = total * low if stage == 3 and algorithm_of(config).rolls_out(config) else 0
     tokens, how = rollout_tokens(config, data, dist.local_device())
@@ -244,11 +243,6 @@ def memory_estimate(
         f"{_CACHE}, {tokens:,} tokens ({how})": cache,
     }
     return {name: size for name, size in sizes.items() if size}
-
-
-def _offloads(block: Json) -> bool:
-    """Whether a block of DeepSpeed's file offloads anything from the GPU."""
-    return isinstance(block, dict) and block.get("device", "none") != "none"
 
 
 def rollout_tokens(config: RunConfig, data: Data, device: torch.device) -> tuple[int, str]:
