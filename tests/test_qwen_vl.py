@@ -241,8 +241,8 @@ def test_liger_off_cuda_warns_and_changes_nothing():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_liger_computes_norms_and_mlps(monkeypatch, processor, family):
-    """Through its own modules. Their Triton functions are replaced by torch's, because they run on a
-    GPU only."""
+    """Through its own modules. Torch's functions replace their Triton functions, which run on a GPU
+    only."""
     rms_norm = pytest.importorskip("liger_kernel.transformers.rms_norm")
     swiglu = pytest.importorskip("liger_kernel.transformers.swiglu")
     calls = Counter()

@@ -115,8 +115,8 @@ def usable_attention(name: str) -> str:
 
 
 def apply_liger(model: nn.Module, device: torch.device) -> None:
-    """Compute RMSNorm and SwiGLU with liger-kernel's functions, module by module; without CUDA, only
-    warn.
+    """Compute RMSNorm and SwiGLU with liger-kernel's functions, module by module. Without CUDA,
+    only warn.
 
     liger-kernel's own patches import names that new releases of transformers don't have.
     """
