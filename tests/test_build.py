@@ -160,7 +160,7 @@ def test_what_is_replaced_is_a_data_set_and_holds_no_source(coco, tmp_path, caps
     folder = coco.parent / "images"
     assert run("build", "coco", "--annotations", coco, "--images", folder, "--output", folder,
                "--overwrite") == 2  # fmt: skip
-    assert "expected a data set that was built here" in capsys.readouterr().err
+    assert "expected a data set built by this program" in capsys.readouterr().err
     assert build_coco(coco, tmp_path / "out") == 0
     inside = coco.rename(tmp_path / "out/instances.json")
     assert run("build", "coco", "--annotations", inside, "--images", folder, "--output",
@@ -282,7 +282,7 @@ def test_lvis_finds_images_by_url_and_heeds_what_it_left_open(tmp_path):
     "change, said",
     [
         ({"--categories": "catt"}, "no 'catt' (did you mean 'cat'?)"),
-        ({"--categories": "horse"}, "not a single box of horse"),
+        ({"--categories": "horse"}, "no boxes of horse"),
         ({"--annotations": "captions"}, "these are captions"),
         ({"--annotations": "keypoints"}, "annotation of an image that isn't listed or used: 1"),
         ({"--annotations": "list"}, "expected COCO's instances file"),
@@ -296,12 +296,12 @@ def test_lvis_finds_images_by_url_and_heeds_what_it_left_open(tmp_path):
         ({"--annotations": "no name"}, "category without an id or name: 1 ({'id': 1})"),
         ({"--annotations": "same name"}, "annotation of a category that isn't listed or used: 10"),
         ({"--annotations": "list as id"}, "annotation None (image [1], category None)"),
-        ({"--annotations": "nothing"}, "there is not a single box"),
+        ({"--annotations": "nothing"}, "expected boxes in the annotations"),
         (
             {"--annotations": "lvis"},
             "this is LVIS's (its images have neg_category_ids); use `build lvis`",
         ),
-        ({"--test_annotations": "nothing"}, "not a single box of the chosen categories"),
+        ({"--test_annotations": "nothing"}, "no boxes of the chosen categories"),
         ({"--annotations": "none"}, "no such file"),
         ({"--images": "elsewhere"}, "6 of 6 images are missing"),
     ],
@@ -674,12 +674,12 @@ def test_folders_of_a_split_of_their_own(tmp_path, capsys, name):
 def test_flags_that_would_not_be_heeded(coco, tmp_path, capsys):
     more = ("--test_share", 0.5, "--test_annotations", coco)
     assert build_coco(coco, tmp_path / "out", *more) == 2
-    assert "--test_share: expected no --test_annotations beside it" in capsys.readouterr().err
+    assert "--test_share: expected no --test_annotations with it" in capsys.readouterr().err
     assert build_coco(coco, tmp_path / "out", "--test_images", tmp_path) == 2
-    assert "--test_images: expected --test_annotations with it" in capsys.readouterr().err
+    assert "--test_images: expected only with --test_annotations" in capsys.readouterr().err
     argv = ("build", "classification", "--source", tmp_path / "images", "--images", tmp_path)
     assert run(*argv, "--output", tmp_path / "out") == 2
-    assert "--images: expected --reader csv with it, got folder" in capsys.readouterr().err
+    assert "--images: expected only with --reader csv, got folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [(), ("--test_share", 0.5)])
@@ -734,7 +734,7 @@ def test_an_output_below_a_file(tmp_path, capsys, command):
     }
     assert run(*argv[command], *output) == 2
     error = capsys.readouterr().err
-    assert "--output: expected a folder" in error and "Errno" not in error
+    assert "--output: the folder" in error and "Errno" not in error
 
 
 # --- Grounding -------------------------------------------------------------------------------
@@ -837,7 +837,7 @@ def test_lisas_files_in_cp1252(tmp_path):
         ([{"label": "target", "points": [[1, None]] * 3}], "expected pairs of numbers"),
         ([box(1, 1, float("nan"), 9)], "expected pairs of numbers"),
         ([box(1, 1, 10**400, 9)], "expected pairs of numbers"),
-        ([box(1, 1, 9, 9, "ignore")], "no polygon labelled target"),
+        ([box(1, 1, 9, 9, "ignore")], "no polygon labeled target"),
     ],
 )
 def test_a_lisa_annotation_that_cant_be_used(tmp_path, capsys, shapes, said):
@@ -857,7 +857,7 @@ def test_inspect_counts_and_draws(coco, tmp_path, capsys):
     argv = ("inspect", "--dataset_name", tmp_path / "out", "--output", sheet)
     assert run(*argv, "--pictures", 4) == 0
     shown = capsys.readouterr().out
-    assert "task detection, 10 usable of 10 rows" in shown
+    assert "task detection, 10 usable of 10 rows" in shown and f"written: {sheet}" in shown
     assert "width 200 to 200 (median 200), height 100 to 100" in shown
     assert "true boxes a row: 0: 2, 1: 8" in shown
     assert re.search(r"2 categories: cat 6, dog 4", shown)
@@ -865,6 +865,7 @@ def test_inspect_counts_and_draws(coco, tmp_path, capsys):
         colours = np.asarray(image.convert("RGB")).reshape(-1, 3)
     red = (abs(colours.astype(int) - (200, 30, 30)) < 20).all(1)
     assert red.mean() > 0.1  # the pictures are in it
+    assert run(*argv) == 0 and f"replaced: {sheet}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["sheet.pngg", "sheet", "sheet.pdf", "folder.png"])

@@ -300,7 +300,7 @@ def test_a_file_with_nothing_usable_says_why(instances, capsys):
     instances.write([picture(1, "a.png")], [mark(2), mark(1, [NAN] * 4)])
     assert instances.build() == 2
     error = capsys.readouterr().err
-    assert "not a single box is usable; left out, annotation of an image" in error
+    assert "but no box is usable; left out, annotation of an image" in error
     assert "annotation 1 (image 2, category 1)" in error
 
 

@@ -80,7 +80,7 @@ def test_help_shows_choices_defaults_and_one_spelling(capsys, monkeypatch):
     text = help_of("train", capsys=capsys, monkeypatch=monkeypatch)
     assert "--algorithm {grpo,sft,dpo}" in text and "--output-dir" not in text
     assert "(default: 1e-06)" in text and "--bf16 [true|false]" in text and "--max_steps N" in text
-    assert "95 % intervals" in help_of("evaluate", capsys=capsys, monkeypatch=monkeypatch)
+    assert "95% intervals" in help_of("evaluate", capsys=capsys, monkeypatch=monkeypatch)
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"]])
@@ -334,7 +334,7 @@ def test_rewards_of_files_and_modules(tmp_path, monkeypatch, kind):
     assert [name for name, _ in found] == ["plain", "Scorer", "method"]
     assert [function(completions=["a"]) for _, function in found] == [[1.0], [2.0], [3.0]]
     for name, said in (
-        ("plan", "did you mean plain?"), ("Needy", "made without arguments"),
+        ("plan", "did you mean plain?"), ("Needy", "created without arguments"),
         ("number", "no function 'number'"), ("scorer.metod", "did you mean method?"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"--reward_funcs") as caught:

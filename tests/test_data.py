@@ -241,7 +241,7 @@ def test_a_split_whose_files_are_there_is_read_without_the_others(tmp_path, stre
     shard = folder / "hard/train-00000-of-00001.parquet"
     shard.rename(shard.with_name("train-00000-of-00002.parquet"))
     (folder / "easy/second.parquet").symlink_to(folder / "easy/first.parquet")
-    with pytest.raises(ValueError, match="expected 2 files of the split, number 1 is not there"):
+    with pytest.raises(ValueError, match="expected 2 files of the split, but number 1 is missing"):
         load_rows(str(folder), "train", dataset_config="hard", streaming=streaming)
 
 
@@ -566,7 +566,7 @@ def test_nothing_there(tmp_path):
     for name, match in [
         ("missing.json", "no such file, folder or demo; expected a demo .shapes_detection, "),
         ("missing/folder/deep", "no such file, folder or demo"),
-        ("empty", "holds neither dataset_dict.json"),
+        ("empty", "contains neither dataset_dict.json"),
     ]:
         with pytest.raises(FileNotFoundError, match=match):
             load_rows(str(tmp_path / name), "train")
@@ -675,7 +675,9 @@ def test_a_shard_that_is_not_there_is_named(tmp_path):
         rows = datasets.Dataset.from_dict({"problem": ["a"], "solution": ["b"]})
         rows.to_parquet(tmp_path / f"train-{number:05d}-of-00003.parquet")
     for streaming in (False, True):
-        with pytest.raises(ValueError, match="expected 3 files of the split, number 1 is not"):
+        with pytest.raises(
+            ValueError, match="expected 3 files of the split, but number 1 is missing"
+        ):
             load_rows(str(tmp_path), "train", streaming=streaming)
 
 
@@ -788,7 +790,7 @@ def test_bad_rows_are_counted_and_named_once(caplog):
     again.load_state_dict(json.loads(json.dumps(bad_rows.state_dict())))
     again.add(3, "known")
     assert len(again) == 2
-    with pytest.raises(TooManyBadRows, match=r"3 rows .*are 2 .*--max_bad_rows") as caught:
+    with pytest.raises(TooManyBadRows, match=r"3 rows .*--max_bad_rows 2") as caught:
         again.add(5, "reason 5")
     assert "row 7: reason 7\n  row 3: reason 3\n  row 5: reason 5" in str(caught.value)
 

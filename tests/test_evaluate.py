@@ -496,7 +496,7 @@ def test_answers_are_about_the_images_that_were_seen(coco, shapes, tmp_path, ans
     draw("blue")
     os.utime(tmp_path / "image.png", ns=(0, 0))
     assert main(argv) == 2
-    assert re.search("made under other settings: questions '\\w+' there", capsys.readouterr().err)
+    assert re.search("made with other settings: questions '\\w+' there", capsys.readouterr().err)
 
 
 def test_stale_answers_to_what_exists_are_refused(coco, tmp_path, answers, capsys):
@@ -613,7 +613,7 @@ def test_ctrl_c_leaves_the_journal(shapes, tmp_path, answers, capsys):
     argv = ["--dataset_name", str(shapes), "--output", str(tmp_path / "out.jsonl"), "--batch_size",
             "2"]  # fmt: skip
     assert main(argv) == 130
-    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    assert "interrupted; the same command resumes it" in capsys.readouterr().err
     assert (tmp_path / "out.journal").read_text().count("\n") == 3
 
 
@@ -733,9 +733,9 @@ def test_grounding_with_masks(lisa, sam_path, tmp_path, answers):
     "change, said",
     [
         ({"--categories": "rde"}, "no 'rde' (did you mean 'red'?)"),
-        ({"--categories": "horse"}, "not a single box of horse"),
+        ({"--categories": "horse"}, "no boxes of horse"),
         ({"--annotations": "captions"}, "these are captions"),
-        ({"--annotations": "keypoints"}, "not a single box is usable"),
+        ({"--annotations": "keypoints"}, "no box is usable"),
         ({"--annotations": "list"}, "expected COCO's instances file"),
         ({"--annotations": "none"}, "no such file"),
         ({"--images": "elsewhere"}, "6 of 6 images are missing: "),
@@ -743,7 +743,7 @@ def test_grounding_with_masks(lisa, sam_path, tmp_path, answers):
         ({"--images": ""}, "--images: expected the folder"),
         ({"--exists_map": "none"}, "--exists_map"),
         ({"--sam_path": "x"}, "--sam_path: expected --task grounding"),
-        ({"--dataset_name": "x"}, "--dataset_name: expected none beside --annotations"),
+        ({"--dataset_name": "x"}, "--dataset_name: expected none with --annotations"),
         ({"--compare": "tiny"}, "--compare: expected two models"),
         ({"--output": "out.md"}, "expected a name for the records"),
     ],
@@ -788,7 +788,7 @@ def test_missing_and_odd_images_are_counted(coco, tmp_path, capsys, answers):
     }  # fmt: skip
     (missing,) = summary["images_missing"]
     assert missing.startswith(str(folder / "images"))
-    assert "without 1 images that are missing: " in capsys.readouterr().out
+    assert "left out 1 missing images: " in capsys.readouterr().out
     # An image that is there is to be found in, also where it can't be read.
     assert summary["categories"][0]["objects"] == 5
 

@@ -95,7 +95,7 @@ def test_odd_labels_are_left_out_and_named(yolo, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "settings, said",
-    [({"names": None}, "expected names of"), ({"train": "no"}, "expected images where")],
+    [({"names": None}, "expected names of"), ({"train": "no"}, "train: expected a folder")],
 )
 def test_a_yolo_folder_that_cant_be_used(yolo, tmp_path, capsys, settings, said):
     change(yolo, **settings)

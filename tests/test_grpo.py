@@ -366,7 +366,7 @@ def test_a_good_step_ends_a_row_of_bad_ones(processor, prompts):
     ("metric", "value", "text"),
     [
         ("frac_reward_zero_std", 1.0, "equal rewards in the last 20 steps"),
-        ("truncated_fraction", 0.95, "more than 90 % of the completions"),
+        ("truncated_fraction", 0.95, "more than 90% of the completions"),
     ],
 )
 def test_steps_that_teach_nothing_are_warned_about(processor, caplog, metric, value, text):

@@ -283,7 +283,7 @@ def test_a_set_that_collides_is_refused(names):
         with pytest.raises(ValueError) as caught:
             make([*names, "other"])
         assert all(repr(name) in str(caught.value) for name in names), message
-    with pytest.raises(ValueError, match="spell one class one way"):
+    with pytest.raises(ValueError, match="use one spelling per class"):
         REWARDS["accuracy"](None, ["x"], [names[0]], classes=names)
 
 

@@ -177,7 +177,7 @@ def test_an_answer_labelled_bad_is_not_learned(label, learned):
     sample = read({"prompt": "?", "completion": "cat", "label": label})
     assert isinstance(sample, Sample) == learned
     if not learned:
-        assert "expected a good one, got the label" in sample.reason
+        assert "expected the label true, got" in sample.reason
 
 
 @pytest.mark.parametrize("given", [{"A": "Yes", "B": "No", "C": None}, '{"A": "Yes", "B": "No"}'])
@@ -218,7 +218,7 @@ def test_relative_paths_start_at_the_file(tmp_path, monkeypatch, kind):
     assert not isinstance(sample, BadRow), sample.reason
     (folder / "images").rename(tmp_path / "images")
     bad = SampleDataset(load_rows(str(path), "train")).get(0)
-    assert isinstance(bad, BadRow) and f"put it at {folder}/images/a.png" in bad.reason
+    assert isinstance(bad, BadRow) and f"move it to {folder}/images/a.png" in bad.reason
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if "image" not in name])

@@ -718,7 +718,7 @@ def interrupted(asked, capsys, arguments):
     """Rows that a run was asked to answer before Ctrl-C in its second batch."""
     asked.stop = 5
     assert main(arguments) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes it" in capsys.readouterr().err
     asked.stop, rows = None, asked[:5]
     asked.clear()
     return rows
@@ -874,7 +874,7 @@ def test_special_tokens_and_what_the_processor_refuses(llava, tmp_path, asked, c
     assert main(arguments(copy, out, *more)) == 0
     problems = {n: r["problem"] for n, r in selected(out).items() if r["problem"]}
     assert problems == {
-        2: "conversations: expected texts and <image> places",
+        2: "conversations: expected text and <image> tags only",
         3: "special tokens in the row's own answer",
         4: "image too narrow for the processor",
         5: "image can't be read",

@@ -410,7 +410,7 @@ def test_score_weighs_and_leaves_out_none_as_trl_does():
 def test_infinite_reward_is_left_out_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         _, total = run_score(fixed(math.inf, 1, 1e300))
-    assert "2 rewards that no float32 holds" in caplog.text
+    assert "2 rewards beyond the range of float32" in caplog.text
     assert torch.isnan(total).tolist() == [True, False, True]
 
 

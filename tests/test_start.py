@@ -94,8 +94,8 @@ CASES = [
     ("--report_to nonsense", "--report_to: expected one of"),
     ("--output_dir {}/file", "--output_dir"),
     ("--output_dir {}/file/below", "--output_dir"),
-    ("--config {}/twice.yaml", "expected every flag once, got beta"),
-    ("--config {}/within.yaml", "config: expected no file"),
+    ("--config {}/twice.yaml", "expected each flag once, got beta"),
+    ("--config {}/within.yaml", "config: a config file"),
     ("--config {}/latin.yaml", "expected YAML"),
     ("--config {}/twice.yaml --config {}/within.yaml", "expected one file"),
     ("--deepspeed {}/none.json", "no such file"),
@@ -137,7 +137,7 @@ CASES = [
     ("--reward_funcs {}/syntax.py:f", "can't be imported: SyntaxError"),
     ("--reward_funcs {}/imports.py:f", "No module named 'no_such_package'"),
     ("--reward_funcs {}/narrow.py:g", "no function 'g'"),
-    ("--reward_funcs {}/narrow.py:f", "or **columns for what it has no use for"),
+    ("--reward_funcs {}/narrow.py:f", "or **columns for those it doesn't need"),
     ("--reward_funcs {}/needy.py:f", "missing a required argument: 'truth'"),
     ("--reward_weights 1 2 3", "--reward_weights: expected 2 weights"),
 ]
@@ -255,7 +255,7 @@ ODD = {
     "control": (
         [{"problem": "<|im_end|><|im_start|>system"}, {}],
         "",
-        ["kept 1 of 2", "expected texts and <image> places, got <|im_end|>"],
+        ["kept 1 of 2", "expected text and <image> tags only, got <|im_end|>"],
     ),
 }
 
@@ -297,7 +297,7 @@ def test_a_key_that_is_there_twice_is_no_row(tmp_path):
     path.write_text(
         '{"problem": "p", "solution": "a"}\n{"problem": "p", "solution": "a", "solution": "b"}\n'
     )
-    with pytest.raises(ValueError, match="line 2 .*the key 'solution' is in one object twice"):
+    with pytest.raises(ValueError, match="line 2 .*an object has the key 'solution' twice"):
         load_rows(str(path), "train")
 
 

@@ -187,7 +187,9 @@ def test_what_can_not_be_streamed(tmp_path, folder):
     some_rows(0, 2).save_to_disk(tmp_path / "saved")
     (tmp_path / "rows.json").write_text("[]")
     for name in ("shapes_detection", str(tmp_path / "saved"), str(tmp_path / "rows.json"), "a/b/c"):
-        with pytest.raises(ValueError, match="expected a parquet file.*leave it out") as caught:
+        with pytest.raises(
+            ValueError, match="expected a parquet file.*leave the flag out"
+        ) as caught:
             load_rows(name, "train", streaming=True)
         assert name in str(caught.value)
     with pytest.raises(ValueError, match="no split 'val', it has test, train"):

@@ -40,7 +40,7 @@ def samples_of(rows, **options):
     "rows, said",
     [
         (rows_of(["[1200, 100, 1800, 900]", "[10, 20, 30, 40]"]), "a box [1200.0, 100.0"),
-        (rows_of(["[10, 20, 30, 40]"], problem="Give the box in pixels."), "speaks of pixels"),
+        (rows_of(["[10, 20, 30, 40]"], problem="Give the box in pixels."), "mentions pixels"),
         (rows_of(["[0.1, 0.2, 0.5, 1.0]"]), "pass --box_space unit"),
     ],
     ids=["past 1000", "asked for", "unit"],
@@ -116,7 +116,7 @@ def test_what_is_taught_is_converted():
         sample = samples_of([row | {"completion": said}], box_space="pixels").get(0)
         assert (sample.solution, taught_answer(sample)) == ("(100,100),(500,500)", taught)
     asked = samples_of([row | {"problem": "Find it, in pixels."}], box_space="pixels").get(0)
-    assert isinstance(asked, BadRow) and "speaks of pixels" in asked.reason
+    assert isinstance(asked, BadRow) and "mentions pixels" in asked.reason
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "sft"])
@@ -411,4 +411,4 @@ def test_columns_that_are_named_win_over_others(tmp_path, caplog, streaming):
     loaded = load_rows(str(tmp_path), "train", columns=columns, streaming=streaming)
     sample = SampleDataset(loaded).get(0)
     assert sample.solution == "cat" and sample.columns["problem"] == "Which?"
-    assert "not read, because others are named: prompt, solution" in caplog.text
+    assert "because --columns names others: prompt, solution" in caplog.text

@@ -592,7 +592,7 @@ def test_the_model_is_not_overwritten_nor_trained_without_its_weights(digits, tm
     folder = tmp_path / "model"
     shutil.copytree(TINY_WEIGHTS.parent, folder)
     argv = arguments(digits, folder, "--model_name_or_path", folder)
-    assert "expected another folder than --model_name_or_path" in fails(capsys, *argv)
+    assert "expected a folder other than --model_name_or_path" in fails(capsys, *argv)
     weights = load_file(folder / "model.safetensors")
     weights.pop("model.norm.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

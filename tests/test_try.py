@@ -18,6 +18,10 @@ def test_the_answer_is_printed_and_its_boxes_are_drawn(tmp_path, capsys, monkeyp
     answer, written = capsys.readouterr().out.rstrip().rsplit("\n\n", 1)
     assert "'Position'" in answer and "'Confidence'" in answer
     assert written.startswith("written: shape-answer.png; boxes: 1")
+    assert try_model.main(["tiny", "shape.png", question]) == 0
+    assert "\nreplaced: shape-answer.png" in capsys.readouterr().out
+    assert try_model.main(["tiny", "shape.png", question, "--output", "shape.png"]) == 2
+    assert "expected another file than the image" in capsys.readouterr().err
     drawn, image = Image.open("shape-answer.png"), Image.open("shape.png")
     assert drawn.size == image.size and drawn.tobytes() != image.convert("RGB").tobytes()
 
@@ -38,7 +42,7 @@ def test_boxes_need_no_confidences_and_an_answer_needs_no_boxes(tmp_path, capsys
     assert try_model.main([*asked, "--output", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "(100,200),(500,900)" in shown and "boxes: 1" in shown
-    assert "ended at --max_completion_length 2" in shown
+    assert "cut off at --max_completion_length 2" in shown
     pink = Image.open(out).getpixel((11, 30))  # the left edge, at 100 of 1000
     assert pink[0] > 200 and pink[1] < 120
     out.unlink()

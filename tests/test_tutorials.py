@@ -105,6 +105,19 @@ def test_tutorial_runs_as_written(page, tmp_path, monkeypatch, capsys, caplog):
         LEARNING[page.stem](printed)
 
 
+def test_pages_can_be_run_one_after_the_other():
+    """No page writes a file or folder of another, which would then be refused or mixed up."""
+    owner: dict[str, str] = {}
+    for page in PAGES:
+        text = "".join(block.text for block in blocks(page) if not block.full)
+        written = re.findall(r"--output(?:_dir)? (\S+)", text)
+        written += re.findall(r"Path\(\"([\w.]+)\"", text) + re.findall(
+            r"open\(f?\"(\w+.*?)\"", text
+        )
+        for name in written:
+            assert owner.setdefault(name, page.stem) == page.stem, name
+
+
 def numbers(pattern: str, printed: str) -> list[float]:
     return [float(value) for value in re.findall(pattern, printed)]
 

@@ -186,7 +186,7 @@ def find_checkpoint(output_dir: Path, name: str, *, dry_run: bool = False) -> Pa
     if problem:
         raise ValueError(
             f"--resume_from_checkpoint {name}: expected its files as they were written, got "
-            f"{problem}; resume an earlier one, or with `latest` the newest that is whole; if you "
+            f"{problem}; resume an earlier one, or pass `latest` for the newest intact one; if you "
             f"changed it on purpose, delete {path / CHECKSUMS_FILE}"
         )
     if not (path / "engine").is_dir() or not (path / STATE_FILE).is_file():
@@ -256,8 +256,8 @@ def _damage_of_share(checkpoint: Path) -> str | None:
         listed = read_checksums(checkpoint)
         if listed is None:
             logger.warning(
-                "%s has no %s, an older version wrote it or somebody deleted it: its files are "
-                "taken as they are", checkpoint, CHECKSUMS_FILE,
+                "%s has no %s (written by an older version, or deleted), so its files are not "
+                "checked", checkpoint, CHECKSUMS_FILE,
             )  # fmt: skip
             return None
         for name, (size, _) in listed.items():

@@ -111,8 +111,8 @@ def exit_status(command: str, action: Callable[[], None], interrupted: str = "")
 def output_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a command that writes a data set."""
     add = parser.add_argument
-    add("--output", type=Path, required=True, help="folder to write; new, or empty")
-    add("--overwrite", action="store_true", help="replace a data set once the new one is whole")
+    add("--output", type=Path, required=True, help="new or empty folder for the result")
+    add("--overwrite", action="store_true", help="replace a data set, once the new one is complete")
 
 
 def share(text: str) -> float:
@@ -160,9 +160,11 @@ def _read_yaml(path: str, names: list[str]) -> list[str]:
     written = [str(k.value) for k, _ in tree.value] if isinstance(tree, yaml.MappingNode) else []
     double = ", ".join(sorted({key for key in written if written.count(key) > 1}))
     if double:  # YAML would silently use the last
-        raise UsageError(f"--config {path}: expected every flag once, got {double} again")
+        raise UsageError(f"--config {path}: expected each flag once, got {double} twice")
     if values.get("config") is not None:
-        raise UsageError(f"--config {path}: config: expected no file in the file; join them")
+        raise UsageError(
+            f"--config {path}: config: a config file can't name another one; join them"
+        )
     foreign = [key for key in values if key not in names and find(str(key))]
     unknown = [str(key) for key in values if key not in names and key not in foreign]
     if unknown:

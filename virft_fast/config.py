@@ -50,32 +50,32 @@ class ModelConfig:
     model_name_or_path: str = arg(
         "tiny", "A checkpoint folder, a hub id, or `tiny` for the embedded model."
     )
-    model_revision: str | None = arg(None, "Revision of a hub id.")
+    model_revision: str | None = arg(None, "Branch, tag or commit of a hub id.")
     dtype: str = arg(
-        "auto", "auto: bfloat16 with --bf16, else float32.", "torch_dtype", choices=DTYPES
+        "auto", "Weights; auto: bfloat16 with --bf16, else float32.", "torch_dtype", choices=DTYPES
     )
     attn_implementation: str = arg(
-        "sdpa", "flash_attention_2 needs flash-attn.", choices=ATTENTIONS
+        "sdpa", "How attention is computed; flash_attention_2 needs flash-attn.", choices=ATTENTIONS
     )
     freeze_vision_tower: bool = arg(
         False, "Train the language model only.", "freeze_vision_modules"
     )
-    gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass.")
+    gradient_checkpointing: bool = arg(False, "Recompute activations, which saves memory.")
     use_liger_kernel: bool = arg(False, "Patch the model with liger-kernel (CUDA).", "use_liger")
-    min_pixels: int | None = arg(None, "Images are scaled up to at least this many pixels.")
-    max_pixels: int | None = arg(None, "Images are scaled down to at most this many pixels.")
+    min_pixels: int | None = arg(None, "Scale smaller images up to at least this many pixels.")
+    max_pixels: int | None = arg(None, "Scale larger images down to at most this many pixels.")
     use_peft: bool = arg(
-        False, "Train a LoRA adapter: a new one, or the one of the folder that the model names."
+        False, "Train a LoRA adapter: the one in --model_name_or_path, or else a new one."
     )
-    lora_r: int | None = arg(None, "Rank of the adapter; default: the folder's adapter's, or 16.")
+    lora_r: int | None = arg(None, "Rank; default: as in the model folder, or 16.")
     lora_alpha: float | None = arg(
-        None, "The adapter is scaled by alpha / r; default: the folder's adapter's, or 32."
+        None, "The adapter is scaled by alpha / r; default: as in the model folder, or 32."
     )
-    lora_dropout: float = arg(0.0, "Set to 0 with a warning: two passes must agree.")
+    lora_dropout: float = arg(0.0, "Accepted but set to 0: the loss compares two forward passes.")
     lora_target_modules: list[str] = arg(
         [],
-        "Names of the linear layers that get an adapter; empty: the folder's adapter's, or all of "
-        "the language model's layers.",
+        "Linear layers that get an adapter; default: as in the model folder, or all of the "
+        "language model.",
     )
 
     def __post_init__(self) -> None:
@@ -102,32 +102,32 @@ class DataConfig:
     _argument_group_name = "Data"
     dataset_name: str = arg(
         "shapes_detection",
-        "A save_to_disk folder, JSON, JSONL, CSV or parquet file, hub id, or a demo data set: "
-        "shapes_detection, digits_classification.",
+        "Demo data set (shapes_detection, digits_classification), file (JSON, JSONL, CSV, "
+        "parquet), folder (parquet, save_to_disk) or hub id.",
     )
     dataset_config: str | None = arg(
-        None, "Configuration name of a hub data set, or of a folder with a README.md like one."
+        None, "Configuration of a hub data set, or of a folder whose README.md lists some."
     )
     dataset_train_split: str = arg("train", "Split to train on.")
     dataset_test_split: str = arg("test", "Split for --eval_samples.")
     dataset_streaming: bool = arg(
-        False, "Read local or hub parquet files piece by piece while training."
+        False, "Read parquet files, local or on the hub, in parts while training."
     )
     task: str = arg("auto", "Kind of task; auto: inferred from the data.", choices=TASKS)
     columns: list[str] = arg(
-        [], "Columns with other names: ours=theirs, such as problem=question solution=answer."
+        [], "Your names of columns, as ours=yours: problem=question solution=answer."
     )
     box_space: str = arg(
         "auto",
-        "Unit of boxes in rows without a column extent: thousandths of the image's sides, its "
-        "pixels, unit (0..1); auto: thousandths, or an error on signs of another unit.",
+        "Unit of boxes: thousandths of the image's sides, pixels, or unit (0 to 1); auto: "
+        "thousandths, or an error on signs of another unit. A column extent overrides it.",
         choices=BOX_SPACES,
     )
     compat_prompt: bool = arg(
-        False, "LISA's conversations: ask for the box in exactly the original's words."
+        False, "LISA's conversations: ask for the box in exactly Visual-RFT's words."
     )
     max_prompt_length: int | None = arg(
-        None, "Longer prompts, in tokens with their images, are skipped and counted, never cut."
+        None, "Skip rows whose prompt, images included, has more tokens; nothing is truncated."
     )
     max_bad_rows: int = arg(100, "Stop when more rows than this can't be used.")
 
@@ -144,57 +144,56 @@ class GRPOConfig:
     _argument_group_name = "GRPO"
     reward_funcs: list[str] = arg(
         [],
-        "Names, path/to/file.py:function or package.module:function; empty: the task's default "
-        "rewards.",
+        "Names, path/to/file.py:function or package.module:function; default: the task's rewards.",
     )
-    reward_weights: list[float] = arg([], "One weight a reward function; empty: all 1.")
-    num_generations: int = arg(8, "Completions a prompt (G).")
-    max_completion_length: int = arg(256, "Longest completion in tokens.")
-    temperature: float = arg(1.0, "Sampling temperature; the loss uses the same.")
-    top_p: float = arg(1.0, "Nucleus sampling; 1 is off. Not replayed in the loss.")
-    top_k: int = arg(0, "Sample among the k likeliest tokens; 0 is off. Not replayed in the loss.")
+    reward_weights: list[float] = arg([], "One weight for each reward function; default: all 1.")
+    num_generations: int = arg(8, "Completions per prompt (G).")
+    max_completion_length: int = arg(256, "Maximum tokens in a completion.")
+    temperature: float = arg(1.0, "Sampling temperature; the loss uses it too.")
+    top_p: float = arg(1.0, "Nucleus sampling; 1: off. The loss ignores it.")
+    top_k: int = arg(0, "Sample among the k most likely tokens; 0: off. The loss ignores it.")
     min_p: float = arg(
-        0.0,
-        "Drop tokens less likely than this share of the best one's probability; 0 is off. "
-        "Not replayed in the loss.",
+        0.0, "Drop tokens below this fraction of the top probability; 0: off. The loss ignores it."
     )
     repetition_penalty: float = arg(
-        1.0,
-        "Above 1 makes tokens that occurred before less likely; 1 is off. "
-        "Not replayed in the loss.",
+        1.0, "Above 1, repeated tokens become less likely; 1: off. The loss ignores it."
     )
     rollout_backend: str = arg(
-        "native", "hf: transformers' generate, to compare with.", choices=ROLLOUT_BACKENDS
+        "native",
+        "native: decode a group together; hf: transformers' generate, for comparison.",
+        choices=ROLLOUT_BACKENDS,
     )
     rollout_cache_tokens: int | None = arg(
-        None, "Tokens whose keys and values a rollout holds at once; None: as many as fit."
+        None, "Maximum tokens whose keys and values a rollout keeps; default: what fits."
     )
     prefix_sharing: str = arg(
         "auto",
-        "Read a prompt once for all its completions; auto: where possible.",
+        "Compute a prompt once for all its completions; auto: if the model allows it.",
         choices=("auto", "on", "off"),
     )
     prefix_attention: str = arg(
         "two_part", "Attention over a shared prompt; flex needs CUDA.", choices=PREFIX_ATTENTIONS
     )
-    beta: float = arg(0.04, "Weight of the KL to the reference model; 0 loads none.")
-    epsilon_low: float = arg(0.2, "The ratio is kept above 1 - epsilon_low.", "epsilon")
-    epsilon_high: float | None = arg(None, "... and below 1 + epsilon_high; None: epsilon_low.")
+    beta: float = arg(0.04, "Weight of the KL term; 0: no term and no reference model.")
+    epsilon_low: float = arg(0.2, "Clip ratios below 1 - epsilon_low.", "epsilon")
+    epsilon_high: float | None = arg(
+        None, "Clip ratios above 1 + epsilon_high; default: epsilon_low."
+    )
     delta: float | None = arg(None, "Upper bound of the unclipped ratio (two-sided clipping).")
-    num_iterations: int = arg(1, "Optimizer passes over one batch of rollouts (mu).")
+    num_iterations: int = arg(1, "Updates from one batch of rollouts (mu).")
     loss_type: str = arg("grpo", "A token's loss, and how it is averaged.", choices=LOSS_TYPES)
     loss_impl: str = arg(
         "fused",
-        "reference: whole logits and their log-softmax, to compare with.",
+        "fused: logits in tiles; reference: full logits, for comparison.",
         choices=LOSS_IMPLS,
     )
     scale_rewards: str = arg(
         "group",
-        "What divides the centered rewards; true is group, false is none.",
+        "Divide centered rewards by the std of their group or batch; true: group, false: none.",
         choices=("group", "batch", "none"),
     )
     importance_sampling_level: str = arg(
-        "token", "Whose probability ratio is clipped.", choices=LEVELS
+        "token", "Clip the ratio of each token, or of the whole sequence.", choices=LEVELS
     )
     mask_truncated_completions: bool = arg(False, "Leave completions without EOS out of the loss.")
 
@@ -234,15 +233,11 @@ class DPOConfig:
     """Direct preference optimization, with --algorithm dpo."""
 
     _argument_group_name = "DPO"
-    dpo_beta: float = arg(0.1, "Weight of staying close to the reference.")
-    label_smoothing: float = arg(
-        0.0,
-        "Share of preferences assumed to be swapped (conservative DPO; TRL's sigmoid assumes "
-        "none).",
-    )
+    dpo_beta: float = arg(0.1, "Higher keeps the model closer to the reference.")
+    label_smoothing: float = arg(0.0, "Fraction of pairs assumed to be swapped (conservative DPO).")
     dpo_gamma: float = arg(0.0, "Weight of the chosen answers' mean cross entropy in the loss.")
     precompute_ref_log_probs: bool = arg(
-        False, "Compute the reference's log-probs once, before training, and keep no reference."
+        False, "Compute the reference's log-probs before training, so that no reference is kept."
     )
 
     def __post_init__(self) -> None:
@@ -258,56 +253,56 @@ class TrainConfig:
     _argument_group_name = "Run"
     algorithm: str = arg(
         "grpo",
-        "sft: fine-tuning on the solutions (or a column completion); dpo: on pairs of a chosen and "
-        "a rejected answer.",
+        "sft trains on the solutions (or a column completion), dpo on pairs of a chosen and a "
+        "rejected answer.",
         choices=ALGORITHMS,
     )
     output_dir: str = arg("runs/grpo", "Folder for everything that this run writes.")
     overwrite_output_dir: bool = arg(False, "Delete what an earlier run left in --output_dir.")
-    run_name: str | None = arg(None, "Name of the run in the trackers; default: output_dir's.")
-    config: str | None = arg(None, "A YAML file of flags; flags on the command line win.")
-    dry_run: bool = arg(False, "Print and check what would run, then stop.")
-    seed: int = arg(42, "Seed of the data order and of the sampling.")
+    run_name: str | None = arg(None, "Name in the trackers; default: --output_dir's.")
+    config: str | None = arg(None, "YAML file of flags; the command line overrides it.")
+    dry_run: bool = arg(False, "Check flags, data and rewards, estimate memory, and stop.")
+    seed: int = arg(42, "Seed of the data order and of sampling.")
     per_device_train_batch_size: int = arg(
-        1, "Prompts in one microbatch; each gets num_generations completions."
+        1, "Prompts per microbatch; each gets --num_generations completions."
     )
-    gradient_accumulation_steps: int = arg(1, "Microbatches a step on each process.")
+    gradient_accumulation_steps: int = arg(1, "Microbatches per step on each process.")
     max_tokens_per_microbatch: int | None = arg(
         None, "Fill microbatches with whole groups up to this many tokens instead."
     )
     num_train_epochs: float = arg(1.0, "Passes over the data.")
-    max_steps: int = arg(-1, "Number of steps; wins over num_train_epochs when positive.")
+    max_steps: int = arg(-1, "Number of steps; if positive, overrides --num_train_epochs.")
     learning_rate: float = arg(1e-6, "Peak learning rate of AdamW.")
     weight_decay: float = arg(0.0, "AdamW's decoupled weight decay.")
-    adam_beta1: float = arg(0.9, "AdamW's first beta.")
-    adam_beta2: float = arg(0.999, "AdamW's second beta.")
+    adam_beta1: float = arg(0.9, "AdamW's beta 1.")
+    adam_beta2: float = arg(0.999, "AdamW's beta 2.")
     adam_epsilon: float = arg(1e-8, "AdamW's epsilon.")
-    lr_scheduler_type: str = arg("linear", "Any schedule name of transformers.")
-    warmup_steps: float = arg(0.0, "Steps of linear warm-up; below 1 a share of all steps.")
-    warmup_ratio: float = arg(0.0, "Share of all steps for warm-up, if warmup_steps is 0.")
-    max_grad_norm: float = arg(1.0, "Gradients are scaled down to this norm; 0 is off.")
+    lr_scheduler_type: str = arg("linear", "Name of a schedule in transformers.")
+    warmup_steps: float = arg(0.0, "Steps of linear warm-up; below 1: a fraction of all steps.")
+    warmup_ratio: float = arg(0.0, "Fraction of all steps for warm-up, if --warmup_steps is 0.")
+    max_grad_norm: float = arg(1.0, "Clip the gradient to this norm; 0: off.")
     bf16: bool = arg(False, "Compute in bfloat16; optimizer state stays float32.")
-    deepspeed: str | None = arg(None, "DeepSpeed JSON; 'auto' values are filled in.")
-    logging_steps: int = arg(1, "Steps between two records of metrics.jsonl.")
-    report_to: list[str] = arg(["none"], "tensorboard, wandb, trackio, ..., all or none.")
-    log_completions_steps: int = arg(0, "Steps between two tables of samples; 0: never.")
+    deepspeed: str | None = arg(None, "DeepSpeed's JSON file; its 'auto' values are filled in.")
+    logging_steps: int = arg(1, "Steps between two records in metrics.jsonl.")
+    report_to: list[str] = arg(["none"], "Trackers: tensorboard, wandb, trackio, ..., all or none.")
+    log_completions_steps: int = arg(0, "Steps between two printed tables of completions; 0: none.")
     save_steps: int = arg(100, "Steps between two checkpoints; 0: only at the end.")
     save_dtype: str = arg(
         "auto",
-        "Dtype of saved weights: float32, bfloat16, float16, or auto: as trained, except that a "
-        "whole model trained with --bf16 is stored in the dtype of the model it began with.",
+        "Dtype of saved weights: float32, bfloat16, float16, or auto: as trained, but a whole "
+        "model trained with --bf16 in the dtype of the model that the run started from.",
     )
-    save_only_model: bool = arg(False, "Checkpoints without engine state can't be resumed.")
-    save_total_limit: int | None = arg(None, "Keep only this many latest checkpoints.")
+    save_only_model: bool = arg(False, "Save no engine state; such checkpoints can't be resumed.")
+    save_total_limit: int | None = arg(None, "Keep only this many of the newest checkpoints.")
     resume_from_checkpoint: str | None = arg(
-        None, "A checkpoint folder, or latest; true: the latest, if there is one."
+        None, "Folder of a checkpoint, or latest; true: the latest, or a new run if there is none."
     )
     max_bad_steps: int = arg(10, "Stop after this many non-finite steps in a row.")
-    eval_samples: int = arg(0, "Held-out samples scored greedily before and after training.")
-    eval_batch_size: int = arg(32, "Prompts in one batch of that evaluation.")
+    eval_samples: int = arg(0, "Held-out rows scored greedily before and after training.")
+    eval_batch_size: int = arg(32, "Prompts per batch of that evaluation.")
     ddp_timeout: float = arg(1800.0, "Seconds without progress until waiting processes exit.")
-    reward_timeout: float = arg(300.0, "Seconds one call of a reward function may take.")
-    local_rank: int = arg(-1, "Set by the deepspeed launcher; only the environment counts.")
+    reward_timeout: float = arg(300.0, "Maximum seconds for one call of a reward function.")
+    local_rank: int = arg(-1, "Set by the deepspeed launcher and ignored.")
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -354,10 +349,10 @@ class EvalConfig:
 
     _argument_group_name = "Evaluation"
     model_name_or_path: str = arg("tiny", "A checkpoint folder, a hub id, or `tiny`.")
-    model_revision: str | None = arg(None, "Revision of a hub id.")
-    compare: list[str] = arg([], "Several models instead of one, side by side in one table.")
+    model_revision: str | None = arg(None, "Branch, tag or commit of a hub id.")
+    compare: list[str] = arg([], "Evaluate several models, side by side in one table.")
     dataset_name: str | None = arg(None, "As in training; default: shapes_detection.")
-    dataset_config: str | None = arg(None, "Configuration name of a hub data set.")
+    dataset_config: str | None = arg(None, "As in training.")
     split: str = arg("test", "Split to evaluate.", "dataset_test_split")
     task: str = arg(
         "auto",
@@ -366,11 +361,11 @@ class EvalConfig:
     )
     answers: str = arg(
         "lenient",
-        "How answers are read: as the rewards do, or as the original's evaluation does.",
+        "How answers are read: as the rewards do, or as Visual-RFT's evaluation does.",
         choices=ANSWERS,
     )
-    annotations: str | None = arg(None, "An instances file of COCO or LVIS instead of a data set.")
-    images: str | None = arg(None, "Folder of its images.")
+    annotations: str | None = arg(None, "Instances file of COCO or LVIS, instead of a data set.")
+    images: str | None = arg(None, "Folder of the images in --annotations.")
     categories: str = arg(
         "all",
         "coco and lvis: all, names separated by commas, or base65, novel15, few8, lvis13, lvis6.",
@@ -379,33 +374,33 @@ class EvalConfig:
     columns: list[str] = arg([], "As in training.")
     box_space: str = arg("auto", "As in training.", choices=BOX_SPACES)
     exists_map: str | None = arg(
-        None, "JSON {image: [category, ...]}: ask only about these, as Visual-RFT does."
+        None, "JSON file {image: [category, ...]}: ask only about these, as Visual-RFT does."
     )
     ask_exists: bool = arg(
-        False, "First ask the model which categories an image has, then only about these."
+        False, "Ask the model first which categories an image has, then only about these."
     )
-    allow_missing: bool = arg(False, "Evaluate without the images that are missing.")
-    sam_path: str | None = arg(None, "grounding: a SamModel, for gIoU and cIoU of masks.")
+    allow_missing: bool = arg(False, "Leave out missing images instead of stopping.")
+    sam_path: str | None = arg(None, "SamModel that turns boxes into masks, for gIoU and cIoU.")
     reward_funcs: list[str] = arg([], "As in training; empty: the task's default rewards.")
-    max_samples: int = arg(0, "Evaluate only this many rows, the first; 0: all.")
-    batch_size: int = arg(16, "Prompts in one batch.", "per_device_eval_batch_size")
-    max_completion_length: int = arg(1024, "Longest completion in tokens; as the original's.")
-    max_prompt_length: int | None = arg(None, "A longer prompt is skipped and counted.")
+    max_samples: int = arg(0, "Evaluate at most this many rows, from the first; 0: all.")
+    batch_size: int = arg(16, "Prompts per batch.", "per_device_eval_batch_size")
+    max_completion_length: int = arg(1024, "Maximum tokens in an answer, as in Visual-RFT.")
+    max_prompt_length: int | None = arg(None, "As in training.")
     max_bad_rows: int = arg(100, "Stop when more rows than this can't be used.")
-    rollout_backend: str = arg("native", "hf: transformers' generate.", choices=ROLLOUT_BACKENDS)
+    rollout_backend: str = arg("native", "As in training.", choices=ROLLOUT_BACKENDS)
     rollout_cache_tokens: int | None = arg(None, "As in training.")
     dtype: str = arg(
-        "auto", "auto: bfloat16 on a GPU, else float32.", "torch_dtype", choices=DTYPES
+        "auto", "Weights; auto: bfloat16 on a GPU, else float32.", "torch_dtype", choices=DTYPES
     )
     attn_implementation: str = arg("sdpa", "As in training.", choices=ATTENTIONS)
-    min_pixels: int | None = arg(None, "As in training; both budgets should agree.")
-    max_pixels: int | None = arg(None, "As in training; both budgets should agree.")
-    output: str | None = arg(None, "Per-sample JSONL; default: next to the model or in runs/eval.")
-    overwrite: bool = arg(False, "Start again, even if an evaluation was interrupted or is done.")
-    bootstrap: int = arg(1000, "Bootstrap draws for the 95 % intervals; 0: none.")
-    seed: int = arg(0, "Seed of these draws.")
-    pictures: int = arg(24, "Answers drawn on the page.")
-    local_rank: int = arg(-1, "Set by the deepspeed launcher; only the environment counts.")
+    min_pixels: int | None = arg(None, "As in training; use the same value.")
+    max_pixels: int | None = arg(None, "As in training; use the same value.")
+    output: str | None = arg(None, "Answers as JSONL; default: next to the model or in runs/eval.")
+    overwrite: bool = arg(False, "Start over, even if there is an evaluation.")
+    bootstrap: int = arg(1000, "Bootstrap draws for the 95% intervals; 0: no intervals.")
+    seed: int = arg(0, "Seed of the bootstrap.")
+    pictures: int = arg(24, "Number of answers drawn on the page.")
+    local_rank: int = arg(-1, "Set by the deepspeed launcher and ignored.")
 
     @property
     def source(self) -> str:
@@ -430,22 +425,22 @@ class EvalConfig:
         if self.annotations:
             require(by_coco, "task", "coco or lvis with --annotations", self.task)
             require(bool(self.images), "images", "the folder of the images", self.images)
-            name, expected = self.dataset_name, "none beside --annotations"
+            name, expected = self.dataset_name, "none with --annotations"
             require(not name, "dataset_name", expected, name)
-            compat, expected = self.compat_prompt, "--dataset_name with it"
+            compat, expected = self.compat_prompt, "only with --dataset_name"
             require(not compat, "compat_prompt", expected, compat)
         else:
             self.dataset_name = self.source
             for flag in ("images", "allow_missing", "ask_exists"):
                 given = getattr(self, flag)
-                require(not given, flag, "--annotations with it", given)
+                require(not given, flag, "only with --annotations", given)
         for flag, default in (("categories", "all"), ("exists_map", None)):
             given = getattr(self, flag)
-            require(by_coco or given == default, flag, "--task coco or lvis with it", given)
+            require(by_coco or given == default, flag, "only with --task coco or lvis", given)
         both = bool(self.exists_map and self.ask_exists)
-        require(not both, "ask_exists", "no --exists_map beside it", self.ask_exists)
+        require(not both, "ask_exists", "only without --exists_map", self.ask_exists)
         grounded = self.task in ("auto", "grounding")
-        require(not self.sam_path or grounded, "sam_path", "--task grounding with it", self.task)
+        require(not self.sam_path or grounded, "sam_path", "only with --task grounding", self.task)
 
 
 def _check_pixels(low: int | None, high: int | None) -> None:
@@ -468,5 +463,5 @@ def column_names(pairs: list[str]) -> dict[str, str]:
             raise ValueError(f"--columns {pair}: expected ours=theirs, such as problem=question")
     names = {ours: theirs for ours, _, theirs in split}
     if len(names) < len(pairs) or len(set(names.values())) < len(pairs):
-        raise ValueError(f"--columns: expected every name once, got {' '.join(pairs)}")
+        raise ValueError(f"--columns: expected each name once, got {' '.join(pairs)}")
     return names

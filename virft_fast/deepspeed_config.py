@@ -113,7 +113,7 @@ def resolve_deepspeed_config(
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
     if unresolved := _autos(config):
-        raise ValueError(f'--deepspeed: no value is known for "auto" at {", ".join(unresolved)}')
+        raise ValueError(f'--deepspeed: "auto" has no value at {", ".join(unresolved)}; write one')
     return config, settings
 
 

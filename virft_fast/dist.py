@@ -65,7 +65,7 @@ def _check_environment() -> None:
     missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(n)]
     if missing:
         raise ValueError(
-            f"WORLD_SIZE={world}: expected {', '.join(missing)} beside it; start with torchrun, "
+            f"WORLD_SIZE={world}: expected {', '.join(missing)} with it; start with torchrun, "
             "or unset WORLD_SIZE to run one process"
         )
     if int(os.environ["RANK"]) >= world:

@@ -86,7 +86,7 @@ def findings(folder: Path = Path()) -> Iterator[Finding]:
             yield from check()
         except Exception as error:  # a broken package or driver can raise anything
             text = f"{name} can't be checked: {type(error).__name__}: {error}"
-            yield Finding("problem", text, "install the package that is named again")
+            yield Finding("problem", text, "reinstall the package that the message names")
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -155,7 +155,9 @@ def _gpus() -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         why = "this torch was built without CUDA" if not torch.version.cuda else "no driver or GPU"
-        yield Finding("note", f"no GPU: {why}; runs use the CPU", "train large models elsewhere")
+        yield Finding(
+            "note", f"no GPU: {why}; runs use the CPU", "train large models on a machine with a GPU"
+        )
         return
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)

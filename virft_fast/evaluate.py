@@ -1,6 +1,6 @@
 """`python -m virft_fast.evaluate`: score a checkpoint's greedy answers to held-out rows.
 
-Prints the rewards' means and the task's measures with their 95 % intervals. Writes a JSON line per
+Prints the rewards' means and the task's measures with their 95% intervals. Writes a JSON line per
 sample, a summary, a report and a page with pictures. `--compare` puts several models side by side.
 torchrun divides the samples among the ranks. A killed evaluation resumes where it stopped.
 """
@@ -58,9 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"virft_fast.evaluate: stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            "virft_fast.evaluate: interrupted; the same command goes on from here", file=sys.stderr
-        )
+        print("virft_fast.evaluate: interrupted; the same command resumes it", file=sys.stderr)
         return 130
     finally:
         dist.shutdown()
@@ -145,7 +143,7 @@ def _show(config: EvalConfig, results: list[Result], table: Table) -> None:
             print(f"{result.model}: {count} {name}")
     if first.missing:
         named = listing(first.missing).encode("utf-8", "replace").decode()
-        print(f"without {len(first.missing)} images that are missing: {named}")
+        print(f"left out {len(first.missing)} missing images: {named}")
 
 
 def output_path(config: EvalConfig) -> Path:

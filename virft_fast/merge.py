@@ -61,11 +61,11 @@ def merge(adapter: str, out: str, base: str | None = None, dtype: str = "auto") 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m virft_fast.merge", description=__doc__)
-    parser.add_argument("adapter", help="A folder with adapter_config.json.")
-    parser.add_argument("out", help="A new folder for the whole model.")
-    parser.add_argument("--base", help="Base model instead of the one that the adapter names.")
+    parser.add_argument("adapter", help="Folder with adapter_config.json.")
+    parser.add_argument("out", help="New folder for the whole model.")
+    parser.add_argument("--base", help="Base model to use instead of the one named in the adapter.")
     parser.add_argument(
-        "--dtype", choices=SAVE_DTYPES, default="auto", help="Of the weights; auto: the base's."
+        "--dtype", choices=SAVE_DTYPES, default="auto", help="Weights; auto: the base's."
     )
     return parser
 

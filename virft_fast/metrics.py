@@ -185,7 +185,7 @@ class MetricsWriter:
         except Exception as error:
             if what not in self._warned:
                 self._warned.add(what)
-                logger.error("COULD NOT WRITE %s: %s. The run goes on without.", what, error)
+                logger.error("COULD NOT WRITE %s: %s. The run continues without it.", what, error)
 
     def truncate_to(self, step: int) -> None:
         """Drop the records that a killed run wrote after its last checkpoint, at `step`."""
@@ -309,7 +309,7 @@ def _make_trackers(names: list[str], run_name: str, output_dir: Path, config: Ro
             trackers.append(_start_tracker(name, run_name, output_dir, config))
         # Offline, for example; metrics.jsonl holds the same numbers.
         except Exception as error:
-            logger.error("COULD NOT START %s: %s. The run goes on without.", name, error)
+            logger.error("COULD NOT START %s: %s. The run continues without it.", name, error)
     return trackers
 
 

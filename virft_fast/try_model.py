@@ -40,6 +40,8 @@ def ask(arguments: argparse.Namespace) -> None:
     output = arguments.output or Path(f"{Path(arguments.image).stem}-answer.png")
     if output.is_dir() or not os.access(output.parent, os.W_OK):
         raise ValueError(f"--output {output}: expected a file in a folder that can be written")
+    if output.resolve() == Path(arguments.image).resolve():
+        raise ValueError(f"--output {output}: expected another file than the image")
     config = EvalConfig(arguments.model, max_completion_length=length, dtype=arguments.dtype,
                         max_pixels=arguments.max_pixels)  # fmt: skip
     model = EvaluatedModel(config, dist.local_device())
@@ -50,25 +52,26 @@ def ask(arguments: argparse.Namespace) -> None:
     (answer,) = rollouts.texts
     print(answer)
     if rollouts.truncated.any():
-        print(f"\nended at --max_completion_length {length}")
+        print(f"\ncut off at --max_completion_length {length}")
     extent_for = model.extent_for()
     read = parse_detection(answer, extent_for(*image.size) if extent_for else None)
     if read is None or not any(map(valid_box, read.boxes)):
         print("\nno boxes in the answer, so no picture")
         return
     labels = ["" if number is None else f"{number:.2g}" for number in read.confidences]
+    done = "replaced" if output.exists() else "written"
     draw_boxes(image, read.boxes, PREDICTED, labels).save(output, format="PNG")
-    print(f"\nwritten: {output}; boxes: {sum(map(valid_box, read.boxes))}")
+    print(f"\n{done}: {output}; boxes: {sum(map(valid_box, read.boxes))}")
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="virft-fast try", description=__doc__)
     add = parser.add_argument
-    add("model", help="a folder, a hub id, an adapter's folder, or tiny")
+    add("model", help="folder of a model or adapter, hub id, or tiny")
     add("image", help="an image file")
     add("question", help="what to ask, such as 'Detect every cat.'")
-    add("--output", type=Path, help="the picture, a PNG; default: IMAGE-answer.png in this folder")
-    add("--max_completion_length", type=positive, default=512, help="longest answer in tokens")
+    add("--output", type=Path, help="PNG to write; default: IMAGE-answer.png in the working folder")
+    add("--max_completion_length", type=positive, default=512, help="maximum tokens in the answer")
     add("--max_pixels", type=positive, help="scale a larger image down to this many pixels")
     add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, else float32")
     return parser

@@ -400,9 +400,9 @@ def _read_reference(path: Path, counts: Row, limits: Row) -> Tables:
         saved = json.loads(path.read_text())
         had = saved["counts"]
         if had["train"] != counts["train"] or had["test"] < counts["test"]:
-            raise ValueError(f"it is of {had} rows, these are {counts}")
+            raise ValueError(f"it has {had} rows, the data set has {counts}")
         if saved["limits"] != limits:
-            raise ValueError(f"it was made with {saved['limits']}, these are {limits}")
+            raise ValueError(f"it was made with {saved['limits']}, this run has {limits}")
         return {
             name: (
                 {int(row): (float(c), float(r)) for row, (c, r) in saved[name].items()},

@@ -59,7 +59,7 @@ IDLE = {
     ),
     "truncated_fraction": (
         0.9,
-        "more than 90 %% of the completions were cut off at --max_completion_length in the last %d "
+        "more than 90%% of the completions were cut off at --max_completion_length in the last %d "
         "steps. Usual causes: a limit too low for the reasoning that the prompt asks for; a model "
         "that never ends its turn (a base model, or another chat template than it was trained "
         "with); a reward that length earns",
@@ -144,7 +144,8 @@ def _count_silent(state: TrainState, metrics: Metrics, names: Sequence[str]) -> 
             raise TooManyBadSteps(
                 f"reward function {name} gave no finite value for any completion in "
                 f"{state.silent_steps[name]} steps in a row, up to step {state.step}: expected "
-                f"numbers of float32, with None for some completions at most; fix it, or leave it "
+                "finite float32 numbers, and None for some completions at most; fix it, or leave "
+                "it "
                 f"out of --reward_funcs; --max_bad_steps sets the limit"
             )
 

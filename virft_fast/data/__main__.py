@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     import datasets
 
 T = TypeVar("T")
-MAX_ROWS_HELP = "rows of a split, chosen by the seed; default: all"
+MAX_ROWS_HELP = "maximum number of rows per split, chosen at random; default: all"
 
 
 @unbreakable()
@@ -76,11 +76,11 @@ def make_parser() -> argparse.ArgumentParser:
     build.choices["openimages"].add_argument(
         "--images", type=Path, required=True, help="folder of the images; others are not read"
     )
-    _classification_arguments(build.add_parser("classification", help="from labelled images"))
+    _classification_arguments(build.add_parser("classification", help="from labeled images"))
     _grounding_arguments(build.add_parser("grounding", help="from LISA's ReasonSeg folders"))
     _refcoco_arguments(build.add_parser("refcoco", help="from RefCOCO, RefCOCO+ or RefCOCOg"))
-    commands.add_parser("mia", add_help=False, help="another name of python -m virft_fast.mia")
-    _inspect_arguments(commands.add_parser("inspect", help="look at a data set"))
+    commands.add_parser("mia", add_help=False, help="the same as python -m virft_fast.mia")
+    _inspect_arguments(commands.add_parser("inspect", help="count and draw a data set's rows"))
     command = commands.add_parser("export", help="write a data set for another trainer")
     export = command.add_subparsers(required=True, metavar="trainer")
     _export_arguments(export.add_parser("llamafactory", help="sharegpt JSON and dataset_info.json"))
@@ -90,13 +90,13 @@ def make_parser() -> argparse.ArgumentParser:
 def _common(parser: argparse.ArgumentParser, *, boxes: bool = True) -> None:
     output_arguments(parser)
     add = parser.add_argument
-    add("--allow_missing", action="store_true", help="leave out rows whose image is missing")
-    add("--seed", type=int, default=0, help="of every choice")
-    add("--test_share", type=share, default=0.0, help="of the images, held out as split test")
+    add("--allow_missing", action="store_true", help="skip rows whose image is missing")
+    add("--seed", type=int, default=0, help="seed of every random choice")
+    add("--test_share", type=share, default=0.0, help="share of images held out as split test")
     if boxes:
         add("--model_family", choices=sorted(FAMILY_SPACE), default="qwen2_vl",
-            help="whose boxes: 0..1000, or pixels of the resized image (qwen2_5_vl)")  # fmt: skip
-        purpose = "of the processor, for boxes in pixels"
+            help="unit of boxes: 0 to 1000; qwen2_5_vl: pixels of the resized image")  # fmt: skip
+        purpose = "that of the training run; matters for boxes in pixels"
         add("--min_pixels", type=positive, default=3136, help=purpose)
         add("--max_pixels", type=positive, default=401_408, help=purpose)
 
@@ -114,7 +114,7 @@ def _detection_arguments(parser: argparse.ArgumentParser) -> None:
 def _folder_arguments(parser: argparse.ArgumentParser) -> None:
     _common(parser)
     add = parser.add_argument
-    add("--source", type=Path, required=True, help="the folder, or for yolo its data.yaml")
+    add("--source", type=Path, required=True, help="folder to read, or for yolo its data.yaml")
     _choice_arguments(parser)
 
 
@@ -123,29 +123,29 @@ def _choice_arguments(parser: argparse.ArgumentParser) -> None:
     add("--categories", default="all",
         help="all, names separated by commas, or base65, novel15, few8 (COCO), lvis13, lvis6"
     )  # fmt: skip
-    add("--shots", type=positive, help="images of each category in train, at most; default: all")
+    add("--shots", type=positive, help="maximum training images per category; default: all")
     add("--max_rows", type=positive, help=MAX_ROWS_HELP)
-    add("--negatives", type=share, default=0.0, help="rows without objects, a share of the others")
+    add("--negatives", type=share, default=0.0, help="rows about absent categories, as a share")
 
 
 def _classification_arguments(parser: argparse.ArgumentParser) -> None:
     _common(parser, boxes=False)
     add = parser.add_argument
-    add("--source", type=Path, required=True, help="folder or CSV file")
-    add("--reader", choices=sorted(READERS), default="folder", help="layout of the source")
-    add("--images", type=Path, help="where the paths of a CSV file start; default: its folder")
-    add("--shots", type=positive, help="images of each class in train, at most; default: all")
-    add("--thing", help='what the images show, as in "an image containing a plant"')
-    add("--kind", help='what is asked for, as in "the species of the plant"')
+    add("--source", type=Path, required=True, help="folder, or with --reader csv a CSV file")
+    add("--reader", choices=sorted(READERS), default="folder", help="layout of --source")
+    add("--images", type=Path, help="folder where paths in a CSV file start; default: the file's")
+    add("--shots", type=positive, help="maximum training images per class; default: all")
+    add("--thing", help='what the images show: plant in "an image containing a plant"')
+    add("--kind", help='what to answer with: species in "the species of the plant"')
     parser.set_defaults(build=_build_classification)
 
 
 def _grounding_arguments(parser: argparse.ArgumentParser) -> None:
     _common(parser)
     add = parser.add_argument
-    add("--source", type=Path, required=True, help="a ReasonSeg folder, or one with train, val ...")
-    add("--first_only", action="store_true", help="an image's first instruction and polygon only")
-    add("--compat_prompt", action="store_true", help="the original's prompt to the letter")
+    add("--source", type=Path, required=True, help="ReasonSeg folder, or one of train, val, test")
+    add("--first_only", action="store_true", help="first instruction and polygon of each image")
+    add("--compat_prompt", action="store_true", help="use Visual-RFT's exact prompt")
     parser.set_defaults(build=_build_grounding)
 
 
@@ -154,28 +154,28 @@ def _refcoco_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--max_rows", type=positive, help=MAX_ROWS_HELP)
     add("--source", type=Path, required=True,
-        help="folder of instances.json and refs(...).p, or one of several such files")  # fmt: skip
-    add("--images", type=Path, required=True, help="COCO's train2014 or train2017")
-    add("--compat_prompt", action="store_true", help="the original's prompt to the letter")
+        help="folder of instances.json and refs(...).p, or one such file of several")  # fmt: skip
+    add("--images", type=Path, required=True, help="COCO's folder train2014 or train2017")
+    add("--compat_prompt", action="store_true", help="use Visual-RFT's exact prompt")
     parser.set_defaults(build=_build_refcoco)
 
 
 def _dataset_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--dataset_name", required=True, help="as in training")
-    add("--dataset_config", help="configuration of a hub data set, or of a folder like one")
-    add("--dataset_streaming", action="store_true", help="read parquet in parts, as in training")
-    add("--split", default="train")
-    add("--task", choices=TASKS, default="auto")
-    add("--columns", nargs="+", default=[], help="columns of other names, as in training")
+    add("--dataset_config", help="as in training")
+    add("--dataset_streaming", action="store_true", help="as in training")
+    add("--split", default="train", help="split to read")
+    add("--task", choices=TASKS, default="auto", help="as in training")
+    add("--columns", nargs="+", default=[], help="as in training")
     add("--box_space", choices=BOX_SPACES, default="auto", help="as in training")
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     _dataset_arguments(parser)
     add = parser.add_argument
-    add("--output", type=Path, default=Path("inspect.png"), help="sheet of pictures")
-    add("--pictures", type=positive, default=20, help="on the sheet")
+    add("--output", type=Path, default=Path("inspect.png"), help="PNG of images with their boxes")
+    add("--pictures", type=positive, default=20, help="number of images in the PNG")
     parser.set_defaults(run=_inspect)
 
 
@@ -183,7 +183,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     _dataset_arguments(parser)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="LLaMA-Factory's data folder, or a new one")
-    add("--name", help="of the data set there; default: the source's name")
+    add("--name", help="name of the data set there; default: the source's")
     add("--overwrite", action="store_true", help="replace a data set of that name")
     add("--compat_prompt", action="store_true", help="as in training")
     parser.set_defaults(run=_export)
@@ -207,9 +207,9 @@ def _build(arguments: argparse.Namespace) -> None:
 
 def _build_detection(arguments: argparse.Namespace) -> None:
     if arguments.test_share and arguments.test_annotations:
-        raise ValueError("--test_share: expected no --test_annotations beside it; leave one out")
+        raise ValueError("--test_share: expected no --test_annotations with it; leave one out")
     if arguments.test_images and not arguments.test_annotations:
-        raise ValueError("--test_images: expected --test_annotations with it; pass both")
+        raise ValueError("--test_images: expected only with --test_annotations; pass both")
     sources = {"train": read_annotations(arguments.annotations, arguments.kind, arguments.images)}
     if arguments.test_annotations:
         sources["test"] = read_annotations(
@@ -267,7 +267,7 @@ def _build_classification(arguments: argparse.Namespace) -> None:
         expected = "a CSV file" if arguments.reader == "csv" else "a folder"
         raise ValueError(f"--source {arguments.source}: expected {expected}; see --reader")
     if arguments.images and arguments.reader != "csv":
-        raise ValueError(f"--images: expected --reader csv with it, got {arguments.reader}")
+        raise ValueError(f"--images: expected only with --reader csv, got {arguments.reader}")
     if arguments.images:
         reader = partial(read_csv, images=arguments.images)
     built = Built()
@@ -393,8 +393,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     print("\n".join(result.lines()))
     if result.pictures:
+        done = "replaced" if arguments.output.exists() else "written"
         result.sheet().save(arguments.output)
-        print(f"written: {arguments.output}")
+        print(f"{done}: {arguments.output}")
 
 
 def _export(arguments: argparse.Namespace) -> None:

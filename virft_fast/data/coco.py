@@ -43,7 +43,7 @@ def pick_names(labels: Iterable[str], seen: Collection[str], kind: str, wanted: 
     if wanted == "all":
         names = [name for name in labels if name in seen]
         if not names:
-            raise ValueError("--categories all: there is not a single box in these data")
+            raise ValueError("--categories all: expected boxes in the annotations, got none")
     elif wanted == "base65" and kind == "coco":
         names = [name for name in labels if name not in NOVEL_15]
     elif wanted in labels:
@@ -59,13 +59,13 @@ def pick_names(labels: Iterable[str], seen: Collection[str], kind: str, wanted: 
             for close in [get_close_matches(name, [*labels, *sets], n=2, cutoff=0.6)]
         ]
         raise ValueError(
-            f"--categories: the data know no {', '.join(hints)}; expected names of theirs, "
+            f"--categories: the annotations have no {', '.join(hints)}; expected their names, "
             f"separated by commas, or {', '.join(sets)}"
         )
     empty = [name for name in names if name not in seen]
     if empty:
         raise ValueError(
-            f"--categories: not a single box of {listing(empty)} in these data; leave them out"
+            f"--categories: the annotations have no boxes of {listing(empty)}; leave these out"
         )
     return list(dict.fromkeys(names))
 
@@ -87,7 +87,7 @@ def same_categories(
         else:
             built.leave_out(f"category without a box in the {split} annotations", name)
     if not chosen:
-        raise ValueError(f"{split} annotations: not a single box of the chosen categories")
+        raise ValueError(f"{split} annotations: no boxes of the chosen categories")
     return chosen
 
 

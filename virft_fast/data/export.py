@@ -34,8 +34,8 @@ def check_export(out: Path, name: str, *, overwrite: bool) -> None:
     plain = re.fullmatch(r"[\w-][\w.-]*", name) and not name.lower().endswith(".json")
     if not plain or name.lower() == Path(INFO).stem:
         raise ValueError(
-            f"--name: expected letters, digits, _, - and dots, not a dot first, no .json at the "
-            f"end, and not dataset_info, got {name!r}; pass --name"
+            f"--name: expected letters, digits, _, - and dots, without a leading dot or .json at "
+            f"the end, and not dataset_info, got {name!r}; pass --name"
         )
     make_folder(out)
     listed = name in _read_info(out / INFO)

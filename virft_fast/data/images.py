@@ -76,8 +76,8 @@ def locate(name: str, folder: Path | None) -> Path:
     place = folder / path
     if not place.exists() and os.path.exists(os.path.relpath(place, folder)):
         raise ValueError(
-            f"expected it in the data set's folder, which has none; the working folder, which is "
-            f"not read, has one: write whole paths, or put it at {place}"
+            f"expected it in the data set's folder, got none; the working folder has one but is "
+            f"not searched: write absolute paths, or move it to {place}"
         )
     return place
 

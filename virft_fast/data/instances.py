@@ -121,7 +121,7 @@ def annotations_of(
     bad = len(account.left_out.get(NO_BOX, ())) + len(account.left_out.get(NO_AREA, ()))
     if not images or (data["annotations"] and not boxes):
         lost = "; ".join(account.lines())
-        raise ValueError(f"{where}: expected images with boxes, not a single box is usable; {lost}")
+        raise ValueError(f"{where}: expected images with boxes, but no box is usable; {lost}")
     negatives, incomplete, frame = None, {}, shares_of or "unknown"
     if kind == "lvis":
         negatives = _listed(images, "neg_category_ids", category_ids)
@@ -451,8 +451,8 @@ def _check_pixels(boxes: Sequence[Json], images: Mapping[int, Row], where: str) 
     sides = max((max(i["width"], i["height"]) for i in images.values()), default=0)
     if shares and 2 * shares >= len(ends) and sides > 10:
         raise ValueError(
-            f"{where}: expected boxes in pixels, got {shares} of {len(ends)} within 0..1, shares "
-            "of the images' sides; multiply them by the width and height of their image"
+            f"{where}: expected boxes in pixels, got {shares} of {len(ends)} within 0..1, which "
+            "look like fractions; multiply them by the width and height of their image"
         )
 
 

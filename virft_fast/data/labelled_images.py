@@ -158,7 +158,7 @@ def _placed_image(files: ImageFiles, file: str, built: Built, where: str) -> Pat
         return place
     path, rule = files.find(file)
     if path is None:
-        raise ValueError(f"{where}: image {file:.200}: expected one file, several fit")
+        raise ValueError(f"{where}: image {file:.200}: expected one file, several match")
     if not rule:
         return place
     built.convert(rule, file)

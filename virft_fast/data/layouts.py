@@ -92,7 +92,9 @@ def read_row(
         if turns[0]["role"] != "system":
             turns = [{"role": "system", "content": system}, *turns]
         elif (other := turn_text(turns[0])).strip() != system.strip():
-            raise Unusable(f"system: expected that of {column}, {other!r:.40}, got {system!r:.40}")
+            raise Unusable(
+                f"system: expected the same as in {column}, {other!r:.40}, got {system!r:.40}"
+            )
     if turns[-1]["role"] != "user":
         raise Unusable(f"{column}: expected the last turn to be the user's, got {turns[-1]!r:.80}")
     image_column = next((name for name in IMAGE_COLUMNS if _as_list(row.get(name))), None)
@@ -244,7 +246,7 @@ def _completion(row: Row, question: _Question) -> str | None:
     """TRL's completion, unless it is labeled as a bad one."""
     label = row.get("label")
     if row.get("completion") is not None and str(label).strip().lower() == "false":
-        raise Unusable(f"completion: expected a good one, got the label {label}")
+        raise Unusable(f"completion: expected the label true, got {label}")
     return spoken_text(row.get("completion"))
 
 
@@ -252,7 +254,7 @@ def _check_learned(turn: Mapping[str, Json], where: str) -> None:
     """Raise Unusable if an answer is marked as not to be learned, such as by OpenAI's weight 0."""
     marks = {name: turn.get(name) for name in ("weight", "loss", "train")}
     if wrong := {name: mark for name, mark in marks.items() if mark not in (None, 1)}:
-        raise Unusable(f"{where}: expected an answer to learn last, got {wrong}; drop this turn")
+        raise Unusable(f"{where}: expected a last answer to train on, got {wrong}; drop this turn")
 
 
 ANSWERS: dict[str, Callable[[Row, _Question], Json]] = {
@@ -314,7 +316,7 @@ def _joined(prompt: Json, lead: list[Json]) -> list[Json]:
         return said
     if two[0][0] == "system":
         raise Unusable(
-            f"prompt: expected the turns before the answers to go on from it, or to hold it, got "
+            f"prompt: expected the turns before the answers to continue or to contain it, got "
             f"{prompt!r:.80} and then {lead!r:.80}"
         )
     return [*said, *lead]

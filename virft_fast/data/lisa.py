@@ -60,7 +60,7 @@ def read_lisa(folder: Path, built: Built, *, first_only: bool = False) -> list[I
     images = {path.stem: path for path in reversed(paths) if is_image(path)}
     if not files:
         raise FileNotFoundError(
-            f"{folder}: expected images with a .json file beside each, got none"
+            f"{folder}: expected images, each with a .json file of the same name, got none"
         )
     for stem in sorted(set(images) - {file.stem for file in files}):
         built.leave_out("image without a .json file of its name", images[stem].name)
@@ -99,7 +99,7 @@ def _annotation(data: Json) -> tuple[list[str], list[Shape]]:
         raise ValueError(f"shapes: expected a list, got {data['shapes']!r:.60}")
     shapes = [shape for shape in map(_shape, data["shapes"]) if shape is not None]
     if not texts or not any(shape.value == TARGET for shape in shapes):
-        raise ValueError("no polygon labelled target" if texts else "no instruction")
+        raise ValueError("no polygon labeled target" if texts else "no instruction")
     return texts, shapes
 
 

@@ -110,7 +110,9 @@ def _renamed(
     replaced = set(columns).union(*(kind for kind in kinds if kind & set(columns)))
     dropped = sorted(replaced.intersection(rows.column_names) - set(columns.values()))
     if dropped:
-        logger.warning("--columns: not read, because others are named: %s", ", ".join(dropped))
+        logger.warning(
+            "columns that are not read, because --columns names others: %s", ", ".join(dropped)
+        )
     renamed = {source: name for name, source in columns.items() if name != source}
     if isinstance(rows, ParquetRows):
         rows.rename(renamed, without=dropped)
@@ -239,9 +241,9 @@ def _stream_rows(name: str, split: str, config: str | None) -> ParquetRows:
         files = files_in_folder(path, split, config)
     elif path.exists() or _looks_like_path(name):
         raise ValueError(
-            f"--dataset_name {name}: expected a parquet file, a folder of them or a hub id, for "
-            f"those are what --dataset_streaming can read in parts; leave it out (a folder "
-            f"written by save_to_disk is not read whole anyway)"
+            f"--dataset_name {name}: expected a parquet file, a folder of them or a hub id, which "
+            "--dataset_streaming reads in parts; leave the flag out (a folder written by "
+            "save_to_disk is never read as a whole)"
         )
     else:
         files, open_file = _hub_parquet(name, split, config), _open_remote

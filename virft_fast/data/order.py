@@ -53,8 +53,8 @@ class BadRows:
         logger.warning("skipped row %d: %s", index, reason)
         if len(self) > self.max_bad_rows:
             raise TooManyBadRows(
-                f"{len(self)} rows can't be used, allowed are {self.max_bad_rows} "
-                f"(--max_bad_rows); fix the data or raise it:\n{self._listing()}"
+                f"{len(self)} rows can't be used, more than --max_bad_rows {self.max_bad_rows}; "
+                f"fix the data or raise the limit:\n{self._listing()}"
             )
 
     def _listing(self) -> str:
@@ -203,8 +203,8 @@ class PromptSampler:
         for key in ("num_rows", "seed"):
             if state[key] != getattr(self, key):
                 raise ValueError(
-                    f"{key}: expected {state[key]}, as saved, got {getattr(self, key)}; go on "
-                    f"with the same data set and seed"
+                    f"{key}: expected {state[key]}, as saved, got {getattr(self, key)}; resume "
+                    "with the same data set and seed"
                 )
         last = max([state["position"] - 1, *(index for index, _ in state["bad"])])
         if last >= self.num_rows:
@@ -213,7 +213,7 @@ class PromptSampler:
         self._order = self._epoch_order()
         if self._checksum() != state["order"]:
             raise ValueError(
-                "order: expected the rows in the order that was saved; go on with the same files, "
-                "streamed or not as before"
+                "order: expected the rows in the order that was saved; resume with the same "
+                "files, streamed or not as before"
             )
         self._bad = dict(state["bad"])

@@ -77,8 +77,8 @@ def read_refcoco(source: Path, images: Path, built: Built) -> dict[str, list[Ins
     built.add(annotations.account)
     if not rows:
         raise ValueError(
-            f"--source {file}: expected references with ann_id, image_id, split and sentences, not "
-            f"one can be used; {'; '.join(built.lines())}"
+            f"--source {file}: expected references with ann_id, image_id, split and sentences, "
+            f"but none can be used; {'; '.join(built.lines())}"
         )
     train = {row.number for row in rows.get("train", ())}
     for split in rows.keys() - {"train"}:

@@ -100,8 +100,9 @@ class SampleDataset:
         column = question_column({}, self.names)
         if compat_prompt and column != "conversations":
             raise ValueError(
-                f"--compat_prompt: expected LISA's conversations, got the column {column}, which "
-                "is asked as it stands; leave it out (`build grounding` has a flag of that name)"
+                f"--compat_prompt: expected LISA's conversations, got the column {column}, whose "
+                "text is never changed; leave the flag out (`build grounding` has a flag of the "
+                "same name)"
             )
         self._compat_prompt, self._first = compat_prompt, first_exchange
 
@@ -155,11 +156,11 @@ class SampleDataset:
         first = (1, 1)
         if self._box_space == "pixels":
             if not reading.sources:
-                raise Unusable("--box_space pixels: expected an image, whose pixels count")
+                raise Unusable("--box_space pixels: expected an image, got none")
             if PIXELS.search(reading.problem):
                 raise Unusable(
-                    "--box_space pixels: expected a question that names no unit, because answers "
-                    "are in thousandths, got one that speaks of pixels; reword it"
+                    "--box_space pixels: expected a question without a unit, because answers are "
+                    "in thousandths, got one that mentions pixels; reword it"
                 )
             first = sizes[0] if sizes else image_size(reading.sources[0], self.image_folder)
         try:

@@ -89,7 +89,9 @@ def files_in_folder(folder: Path, split: str, config: str | None) -> list[str]:
         ) from error
     files = builder_files(builder, split, str(folder), "README.md to name .parquet files")
     if missing := [file for file in files if not Path(file).is_file()]:  # or an address
-        raise ValueError(f"--dataset_name {folder}: README.md: no file {missing[0]}; fetch it")
+        raise ValueError(
+            f"--dataset_name {folder}: README.md names {missing[0]}, which is missing; download it"
+        )
     return _complete(files, folder)
 
 
@@ -146,7 +148,7 @@ def _parquet_files(folder: Path) -> list[Path]:
     )
     if not files:
         raise FileNotFoundError(
-            f"--dataset_name {folder}: the folder holds neither dataset_dict.json or state.json "
+            f"--dataset_name {folder}: the folder contains neither dataset_dict.json or state.json "
             f"(written by save_to_disk) nor .parquet files; {accepted()}"
         )
     return files
@@ -182,8 +184,8 @@ def _complete(files: list[str], where: Path) -> list[str]:
         numbers = {int(shard["number"]) for shard in shards if shard["total"] == total}
         if missing := sorted(set(range(int(total))) - numbers):
             raise ValueError(
-                f"--dataset_name {where}: expected {int(total)} files of the split, number "
-                f"{', '.join(map(str, missing[:5]))} is not there"
+                f"--dataset_name {where}: expected {int(total)} files of the split, but number "
+                f"{', '.join(map(str, missing[:5]))} is missing"
             )
     return files
 

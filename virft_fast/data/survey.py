@@ -27,7 +27,7 @@ MAX_ROWS = 20_000
 MAX_STREAMED_ROWS = 200
 # The question, the ground truth and the images are each read from one of these columns.
 CHOSEN_AMONG = {*QUESTIONS, *ANSWERS, *IMAGE_COLUMNS} - {"completion", "chosen"}
-SPEAKS_OF_PIXELS = "the question speaks of pixels"
+SPEAKS_OF_PIXELS = "the question mentions pixels"
 
 
 @dataclass
@@ -64,8 +64,9 @@ class Survey:
         if unusable > limit:
             reasons = [f"{reason}: {len(rows)}" for reason, rows in self.account.left_out.items()]
             raise UsageError(
-                f"--max_bad_rows {limit}: expected at most so many rows that can't be used, got "
-                f"{unusable} of {self.read} ({'; '.join(reasons[:5])}); fix the data or raise it"
+                f"--max_bad_rows {limit}: expected at most this many rows that can't be used, got "
+                f"{unusable} of {self.read} ({'; '.join(reasons[:5])}); fix the data or raise the "
+                "limit"
             )
 
     def table(self, split: str, task: str) -> list[str]:
@@ -88,8 +89,8 @@ class Survey:
                 raise ValueError(
                     f"--box_space auto: expected boxes in thousandths of the image's sides, got "
                     f"signs of {space} in {len(signs)} rows: {'; '.join(signs[:3])}; {reword}pass "
-                    f"--box_space {space}; or pass --box_space thousandths if boxes are "
-                    "thousandths all the same"
+                    f"--box_space {space}; or pass --box_space thousandths if they are "
+                    "thousandths anyway"
                 )
         if not self.large:
             return None

@@ -84,7 +84,7 @@ def _unique_keys(pairs: list[tuple[str, Json]]) -> Row:
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} is in one object twice")
+        raise ValueError(f"an object has the key {twice!r} twice")
     return value
 
 

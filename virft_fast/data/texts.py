@@ -164,8 +164,8 @@ def _rows(
             number = reader.line_num + before
             if None in row:  # such as an unquoted label with a comma
                 raise ValueError(
-                    f"{path}: line {number}: expected {len(header)} cells, got more; put a text "
-                    f"that holds a {mark!r} in quotes"
+                    f"{path}: line {number}: expected {len(header)} cells, got more; put text "
+                    f"that contains {mark!r} in quotes"
                 )
             yield number, row
     except csv.Error as error:

@@ -160,9 +160,9 @@ def _check_texts(texts: Sequence[str], num_images: int, where: str) -> None:
     """Raise Unusable if a text has an unsupported tag or refers to an image that doesn't exist."""
     for text in texts:
         if mark := UNREAD_TAG.search(text):
-            raise Unusable(f"{where}: expected texts and {IMAGE_PLACE} places, got {mark[0]}")
+            raise Unusable(f"{where}: expected text and {IMAGE_PLACE} tags only, got {mark[0]}")
         if (named := max(map(int, _NUMBERED.findall(text)), default=0)) > num_images:
-            raise Unusable(f"{where}: expected {named} images, as it names, got {num_images}")
+            raise Unusable(f"{where}: expected the {named} images that it names, got {num_images}")
 
 
 def _split_at_places(content: str | list[Row]) -> str | list[Row]:

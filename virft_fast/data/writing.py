@@ -83,13 +83,15 @@ def check_new_dataset(
             raise ValueError(f"--output {out}: exists already; pass --overwrite or another folder")
         if not (out / "README.md").is_file() or not any(out.glob("data/*.parquet")):
             raise ValueError(
-                f"--output {out}: expected a data set that was built here, for that alone is "
-                "replaced by --overwrite; take another folder, or delete this one yourself"
+                f"--output {out}: expected a data set built by this program, because --overwrite "
+                "replaces nothing else; pass another folder, or delete this one yourself"
             )
         whole = out.resolve()
         for source in sources:
             if source is not None and Path(source).resolve().is_relative_to(whole):
-                raise ValueError(f"--output {out}: holds {source}, which is read; take another")
+                raise ValueError(
+                    f"--output {out}: contains the input {source}; pass another folder"
+                )
     make_folder(out.parent)
 
 
@@ -108,12 +110,11 @@ def make_folder(folder: Path, flag: str = "--output", *, make: bool = True) -> N
     except (OSError, ValueError) as error:  # such as a file where a folder should be
         why = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"{flag}: expected a folder {folder}, it can't be made: {why}; pass another place"
+            f"{flag}: the folder {folder} can't be created: {why}; pass another one"
         ) from error
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ValueError(
-            f"{flag} {folder}: expected a folder that can be written, got {place}; pass another "
-            "place"
+            f"{flag} {folder}: expected a folder that can be written, got {place}; pass another one"
         )
 
 

@@ -1,7 +1,7 @@
 """Confidence intervals of measures, by resampling the images.
 
 A measure is a function of how often each image counts. The bootstrap draws as many images as there
-are, with replacement, and computes the measure on them; the interval holds the middle 95 % of these
+are, with replacement, and computes the measure on them; the interval holds the middle 95% of these
 values. With the same seed two models get the same draws, so their difference has an interval, too.
 """
 

@@ -110,8 +110,8 @@ def check_settings(path: Path, state: str, saved: Json, current: Row) -> None:
             for key in dict.fromkeys(differing)
         )
         raise ValueError(
-            f"{path} holds a run that {state}, made under other settings: {changed}; go on "
-            "under the same ones, pass --overwrite to start again, or another --output"
+            f"{path} holds a run that {state}, made with other settings: {changed}; pass the same "
+            "ones, --overwrite to start over, or another --output"
         )
 
 

@@ -93,7 +93,7 @@ class EvaluatedModel:
         if in_pixels != (FAMILY_SPACE[self.family] == "pixels"):
             own, other = ("0..1000", "pixels") if in_pixels else ("pixels", "0..1000")
             logger.warning(
-                f"{self.family} counts boxes in {own}, but {self.config.dataset_name} asks for "
-                f"{other}; build it with another --model_family, unless the model was trained "
-                "on such rows"
+                f"{self.family} answers with boxes in {own}, but {self.config.dataset_name} has "
+                f"boxes in {other}; build it with another --model_family, unless the model was "
+                "trained on such rows"
             )

@@ -62,7 +62,7 @@ def measure_table(results: Sequence[Result]) -> Table:
         if len(results) > 1:
             row.append(_cell(*change(results[0], results[-1], name), "+"))
         rows.append(row)
-    return Table("Measures, with 95 % intervals over resampled images", header, rows)
+    return Table("Measures, with 95% intervals over resampled images", header, rows)
 
 
 def change(first: Result, last: Result, name: str) -> tuple[float, bootstrap.Interval | None]:

@@ -59,7 +59,7 @@ class Result:
     missing: list[str] = field(default_factory=list)
 
     def interval(self, name: str) -> Interval | None:
-        """The 95 % interval of a measure; None without one."""
+        """The 95% interval of a measure; None without one."""
         return bootstrap.interval(self.draws[name]) if name in self.draws else None
 
 

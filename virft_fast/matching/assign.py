@@ -146,9 +146,9 @@ def _check_all_counts(pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor
 @functools.cache
 def _warn_once() -> None:
     warnings.warn(
-        "virft_fast: the native matcher is not there, the Python reference matches instead (same "
-        "totals, many times slower); `pip install --no-build-isolation` with a C++ compiler and "
-        f"this torch builds it: {_WHY_NOT}",
+        "virft_fast: the native matcher is missing, so the Python reference matches boxes (same "
+        "totals, many times slower); to build it, run `pip install --no-build-isolation .` with "
+        "this torch and a C++ compiler: {_WHY_NOT}",
         stacklevel=3,
     )
 
@@ -165,7 +165,7 @@ def _check_options(pred: Tensor, method: str, scores: Tensor | None, min_iou: fl
     if scores.shape != pred.shape[:2] or not scores.is_floating_point():
         raise ValueError(
             f"scores: expected {tuple(pred.shape[:2])} floating point, got {tuple(scores.shape)} "
-            f"{scores.dtype}; one score a predicted box, padded like pred"
+            f"{scores.dtype}; one score per predicted box, padded like pred"
         )
     if scores.device != pred.device:
         raise ValueError(f"scores: expected on {pred.device} like pred, got {scores.device}")

@@ -176,7 +176,7 @@ def check_counts(name: str, counts: Tensor, limit: int) -> None:
     if bool(((counts < 0) | (counts > limit)).any()):
         raise ValueError(
             f"{name}: expected counts in 0..{limit}, got {counts.tolist()}; "
-            "a count can not exceed the padded number of boxes"
+            "a count can't exceed the padded number of boxes"
         )
 
 
@@ -184,7 +184,7 @@ def _check_shape_of_counts(name: str, counts: Tensor, boxes: Tensor) -> None:
     if counts.shape != boxes.shape[:1] or counts.dtype != torch.int64:
         raise ValueError(
             f"{name}: expected ({boxes.shape[0]},) int64, got {tuple(counts.shape)} "
-            f"{counts.dtype}; one count a problem"
+            f"{counts.dtype}; one count per problem"
         )
     if counts.device != boxes.device:
         raise ValueError(

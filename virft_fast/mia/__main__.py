@@ -41,7 +41,7 @@ _FREE_FLAGS = {
 def main(argv: list[str] | None = None) -> int:
     """Make pairs; returns the exit status: 0, 2 for unusable input, 130 after Ctrl-C."""
     arguments = make_parser().parse_args(argv)
-    again = "; the same command goes on where it was"
+    again = "; the same command resumes it"
     try:
         return exit_status("mia", lambda: run(arguments, dist.init()), again)
     finally:
@@ -59,56 +59,58 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--dataset_name", required=True, help="questions about one image each, as in training; "
-        "also LLaVA's JSON")  # fmt: skip
-    add("--dataset_config", help="configuration of a hub data set, or of a folder with a README.md")
-    add("--split", default="train")
-    add("--images", type=Path, help="where image paths of a JSON file start; default: its folder")
-    add("--model_name_or_path", required=True, help="the model that answers, as in training")
+    add("--dataset_name", required=True, help="data set of questions about one image each, "
+        "as in training; LLaVA's JSON also works")  # fmt: skip
+    add("--dataset_config", help="as in training")
+    add("--split", default="train", help="split to read")
+    add("--images", type=Path, help="folder where paths in a JSON file start; default: the file's")
+    add("--model_name_or_path", required=True, help="model that answers, as in training")
     output_arguments(parser)
-    add("--seed", type=natural, default=0, help="of every choice")
-    add("--max_rows", type=positive, help="take the first so many rows; default: all")
+    add("--seed", type=natural, default=0, help="seed of every random choice")
+    add("--max_rows", type=positive, help="use only this many rows, from the first; default: all")
     add("--test_share", type=share, default=0.0,
-        help="of the images, about, whose scenes are the split test")  # fmt: skip
+        help="approximate share of images whose scenes go into split test")  # fmt: skip
 
 
 def _scene_arguments(add: Callable[..., argparse.Action]) -> None:
     add("--shares", type=_weights, default="sequence=15.1,collage=9.3,pip=4.5",
-        help="weights of the kinds of scenes")  # fmt: skip
+        help="how often each kind of scene is made")  # fmt: skip
     add("--sequence_images", type=_numbers, default="2,3,4,5",
-        help="numbers of images, each as likely; 2,2,3: twice as often 2 as 3")  # fmt: skip
-    add("--collage_images", type=_numbers, default="2,3,4,6,9", help="numbers of cells, likewise")
+        help="images per sequence, drawn from this list; 2,2,3: twice as often 2 as 3")  # fmt: skip
+    add("--collage_images", type=_numbers, default="2,3,4,6,9", help="cells per collage, likewise")
     add("--companions", choices=("source", "all"), default="source",
-        help="other images of a scene: of the row's source (its column source, or the first folder "
-        "in which paths differ), or of any")  # fmt: skip
-    add("--cell", type=positive, default=448, help="side of a collage's cell in pixels")
+        help="where a scene's other images come from: the row's source (its column source, or the "
+        "first folder in which paths differ), or any row")  # fmt: skip
+    add("--cell", type=positive, default=448, help="side of a collage's cell, in pixels")
     add("--gutter", type=natural, default=40,
-        help="between cells, and of the labels' strip, in pixels")  # fmt: skip
-    add("--label_size", type=positive, default=36, help="of the labels, in pixels")
+        help="space between cells, and height of the strip of labels, in pixels")  # fmt: skip
+    add("--label_size", type=positive, default=36, help="font size of the labels, in pixels")
 
 
 def _answer_arguments(add: Callable[..., argparse.Action]) -> None:
-    add("--mode", choices=("corrupted", "clean"), default="corrupted", help="noise on the target "
-        "of collages and pictures in pictures, as MIA-DPO, or none")  # fmt: skip
-    add("--layer", type=int, help="where attention is measured, from 0; default: the middle one")
-    add("--batch_size", type=positive, default=16, help="scenes answered together")
-    add("--max_completion_length", type=positive, default=512, help="longest answer in tokens")
-    add("--max_prompt_length", type=positive, help="a longer scene is left out")
+    add("--mode", choices=("corrupted", "clean"), default="corrupted", help="corrupted: "
+        "noise on the target in collages and pictures in pictures, as in MIA-DPO")  # fmt: skip
+    add("--layer", type=int, help="layer to measure attention at, from 0; default: the middle one")
+    add("--batch_size", type=positive, default=16, help="scenes per batch")
+    add("--max_completion_length", type=positive, default=512, help="maximum tokens in an answer")
+    add("--max_prompt_length", type=positive, help="leave out scenes with more tokens")
     add("--rollout_cache_tokens", type=positive, help="as in training")
     add("--min_pixels", type=int, help="as in training")
-    add("--max_pixels", type=int, help="as in training; of each image")
+    add("--max_pixels", type=int, help="as in training; for each image of a scene")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-        help="auto: bfloat16 on a GPU, else float32")  # fmt: skip
+        help="weights; auto: bfloat16 on a GPU, else float32")  # fmt: skip
 
 
 def _selection_arguments(add: Callable[..., argparse.Action]) -> None:
-    add("--thresholds", type=_weights, default="", help="attention limits that differ from "
-        "MIA-DPO's, such as sequence2=0.7,pip2=0.9")  # fmt: skip
-    add("--min_perplexity", type=float, default=1.1, help="of an answer; it has to be above")
-    add("--max_length_ratio", type=float, default=10.0, help="of the two answers, in characters")
-    add("--min_edit_distance", type=float, default=0.05, help="of the two, share of the longer")
+    add("--thresholds", type=_weights, default="", help="limits on attention, where they should "
+        "differ from MIA-DPO's: sequence2=0.7,pip2=0.9")  # fmt: skip
+    add("--min_perplexity", type=float, default=1.1, help="an answer's perplexity must be higher")
+    add("--max_length_ratio", type=float, default=10.0,
+        help="drop pairs whose lengths in characters differ by more than this factor")  # fmt: skip
+    add("--min_edit_distance", type=float, default=0.05,
+        help="drop pairs whose edit distance is below this share of the longer answer")  # fmt: skip
     add("--pictures", type=natural, default=12,
-        help="kept and dropped scenes on the sheet OUTPUT.png; 0: no sheet")  # fmt: skip
+        help="number of scenes drawn into OUTPUT.png; 0: no picture")  # fmt: skip
 
 
 def _weights(text: str) -> dict[str, float]:

@@ -113,7 +113,7 @@ def _made(name: str, cls: type) -> object:
         return cls()
     except (Exception, SystemExit) as error:
         raise ValueError(
-            f"--reward_funcs {name}: expected a class that is made without arguments, got "
+            f"--reward_funcs {name}: expected a class that can be created without arguments, got "
             f"{type(error).__name__}: {error}"
         ) from error
 
@@ -210,7 +210,7 @@ def check_arguments(reward_funcs: NamedRewards, columns: Iterable[str]) -> None:
         except TypeError as error:
             raise ValueError(
                 f"--reward_funcs {name}: expected a function that takes {', '.join(names)} by "
-                f"name, or **columns for what it has no use for, got {signature}: {error}"
+                f"name, or **columns for those it doesn't need, got {signature}: {error}"
             ) from error
 
 
@@ -226,7 +226,8 @@ def _call(name: str, function: RewardFunction, arguments: _Arguments) -> list[fl
     completions = arguments["completions"]
     if len(values) != len(completions):
         raise ValueError(
-            f"reward function {name}: expected {len(completions)} rewards, one a completion, got "
+            f"reward function {name}: expected {len(completions)} rewards, one for each "
+            "completion, got "
             f"{len(values)}"
         )
     clean = []
@@ -241,7 +242,7 @@ def _call(name: str, function: RewardFunction, arguments: _Arguments) -> list[fl
     infinite = sum(abs(value) > LARGEST for value in clean)
     if infinite:
         logger.warning(
-            "reward function %s gave %d rewards that no float32 holds; they are left out like None",
+            "reward function %s gave %d rewards beyond the range of float32; they count as None",
             name,
             infinite,
         )

@@ -21,6 +21,8 @@ from virft_fast.metrics import COMPLETIONS_FILE, METRICS_FILE
 from virft_fast.report import format_table, write_report, write_summary
 from virft_fast.train.setup import REPORT_FILE, SUMMARY_FILE
 
+FEW_STEPS = 20  # a rule of thumb
+
 
 def conclude(
     config: RunConfig,
@@ -46,7 +48,8 @@ def conclude(
         keys = algorithm.curve([name for name, _ in data.reward_funcs])
         first = {key: _mean(curve[:tenth], key) for key in keys}
         shown = last = {key: _mean(curve[-tenth:], key) for key in keys}
-        title, examples = f"training {keys[0]}, first and last {tenth} records", []
+        records = "record" if tenth == 1 else f"{tenth} records"
+        title, examples = f"training {keys[0]}, first and last {records}", []
     else:
         title, first, shown = algorithm.compare(before, after)
         last = after["means"]
@@ -64,6 +67,8 @@ def conclude(
         seed=config.train.seed,
     )
     print(f"\n{title}\n{format_table(first, shown)}\n")
+    if state.step < FEW_STEPS:
+        print(f"{state.step} steps are too few to tell a change from noise\n")
     write_report(
         output_dir / REPORT_FILE,
         curve=curve,

@@ -113,8 +113,8 @@ def check_base_weights(folder: Path, saved: Row, now: Json, config: RunConfig) -
     if not _same_weights(config, saved.get("weights"), now):
         raise UsageError(
             f"--resume_from_checkpoint {folder}: expected the weights in --model_name_or_path "
-            f"{config.model.model_name_or_path} as they were when the run began, for they are its "
-            "reference or under its adapter; put them back or start again"
+            f"{config.model.model_name_or_path} as they were when the run began, because they are "
+            "its reference model or its adapter's base; restore them, or start a new run"
         )
 
 

@@ -165,8 +165,8 @@ def prepare_output_dir(config: RunConfig, lock: OutputLock, source: ModelSource)
     begins_in = [Path(name).resolve() for name, _ in source.chain]
     if output_dir.is_dir() and output_dir.resolve() in begins_in:
         raise UsageError(
-            f"--output_dir {output_dir}: expected another folder than --model_name_or_path, and "
-            f"than an adapter's base, whose model would be overwritten"
+            f"--output_dir {output_dir}: expected a folder other than --model_name_or_path and "
+            "its adapter's base, which would be overwritten"
         )
     if config.train.dry_run:
         make_folder(output_dir, "--output_dir", make=False)
@@ -191,7 +191,7 @@ def prepare_output_dir(config: RunConfig, lock: OutputLock, source: ModelSource)
     if occupied and not config.train.overwrite_output_dir:
         raise UsageError(
             f"--output_dir {output_dir} already holds a run or a model; pass "
-            "--resume_from_checkpoint latest to go on with it, --overwrite_output_dir to delete "
+            "--resume_from_checkpoint latest to continue it, --overwrite_output_dir to delete "
             "it, or another folder"
         )
     for model in begins_in:
