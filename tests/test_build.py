@@ -111,7 +111,7 @@ def test_a_category_with_fewer_images_gives_them_all_and_says_so(coco, tmp_path,
     assert build_coco(coco, tmp_path / "out", "--categories", "cat,dog", "--shots", 3) == 0
     rows = [row.columns["category"] for row in samples(tmp_path / "out")]
     assert rows.count("cat") == 3 and rows.count("dog") == 2
-    note = "fewer than 3 images, all of them taken: dog 2"
+    note = "fewer than 3 images, all of them used: dog 2"
     assert note in capsys.readouterr().out and note in (tmp_path / "out/README.md").read_text()
 
 
@@ -165,7 +165,7 @@ def test_what_is_replaced_is_a_data_set_and_holds_no_source(coco, tmp_path, caps
     inside = coco.rename(tmp_path / "out/instances.json")
     assert run("build", "coco", "--annotations", inside, "--images", folder, "--output",
                tmp_path / "out", "--overwrite") == 2  # fmt: skip
-    assert "which is read" in capsys.readouterr().err and inside.is_file()
+    assert "contains the input" in capsys.readouterr().err and inside.is_file()
     for place in (inside, inside / "below"):
         assert run("build", "coco", "--annotations", inside, "--images", folder, "--output",
                    place, "--overwrite") == 2  # fmt: skip
@@ -179,7 +179,9 @@ def test_two_images_are_never_one_file_and_none_lies_elsewhere(coco, tmp_path, c
     coco.write_text(json.dumps(data))
     assert build_coco(coco, tmp_path / "out") == 0
     assert {row.columns["image_id"] for row in samples(tmp_path / "out")} == {12, 13, 14, 15}
-    said = "left out, images that lead to one file; give the folder where the annotations' paths"
+    said = (
+        "left out, several images with the same file; give the folder where the annotations' paths"
+    )
     assert f"{said} start: 2 (a/000000000000.jpg, b/000000000000.jpg)" in capsys.readouterr().out
     found = ImageFiles(tmp_path / "images").find("/../etc/passwd")
     assert found == (tmp_path / "images/passwd", "")
@@ -196,7 +198,7 @@ def test_a_polygon_of_an_image_that_is_shown_turned_is_of_no_known_picture(tmp_p
         (tmp_path / f"source/{name}.json").write_text(text)
     argv = ("build", "grounding", "--source", tmp_path / "source", "--output", tmp_path / "out")
     assert run(*argv) == 0
-    assert "turned by its EXIF data, its boxes may not be: 1" in capsys.readouterr().out
+    assert "rotated by EXIF data, its boxes may not be: 1" in capsys.readouterr().out
     assert len(samples(tmp_path / "out")) == 1
 
 
@@ -212,7 +214,7 @@ def test_images_that_are_shown_turned(coco, tmp_path, capsys, orientation, size,
     Image.new("RGB", size).save(path, exif=exif)
     assert build_coco(coco, tmp_path / "out") == 0
     assert len(samples(tmp_path / "out")) == rows
-    assert ("turned by its EXIF data" in capsys.readouterr().out) == (rows < 8)
+    assert ("rotated by EXIF data" in capsys.readouterr().out) == (rows < 8)
 
 
 def test_test_split_shares_no_image_with_train(coco, tmp_path):
@@ -655,9 +657,9 @@ def test_shots_are_drawn_from_the_images_that_are_there(tmp_path, capsys, coco):
     assert {row.columns["image_id"] for row in samples(tmp_path / "coco")} == {14, 15}
     assert "image missing: 4 (" in capsys.readouterr().out
     assert build_coco(coco, tmp_path / "few", "--categories", "cat", "--shots", 3, more[2]) == 0
-    assert "fewer than 3 images, all of them taken: cat 2" in capsys.readouterr().out
+    assert "fewer than 3 images, all of them used: cat 2" in capsys.readouterr().out
     assert run(*argv, "--output", tmp_path / "three", "--shots", 3, "--allow_missing") == 0
-    assert "fewer than 3 images, all of them taken: cat 2" in capsys.readouterr().out
+    assert "fewer than 3 images, all of them used: cat 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])

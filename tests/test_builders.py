@@ -75,7 +75,7 @@ def instances(tmp_path):
         (mark(1, [5, 5, -3, 9]), "box without area inside its image"),
         (mark(1, [99, 5, 3, 9]), "box without area inside its image"),
         (mark(1, iscrowd="maybe"), "annotation whose iscrowd is neither 0 nor 1"),
-        ("text", "annotation that is no object"),
+        ("text", "annotation that is not an object"),
     ],
     ids=str,
 )
@@ -196,7 +196,7 @@ def test_a_picture_shown_turned_needs_a_size_to_place_boxes(instances, capsys):
     Image.new("RGB", (60, 40)).save(instances.folder / "images/b.jpg", exif=exif)
     assert instances.build() == 0
     assert set(instances.rows()) == {(1, "cat")}
-    assert "turned by its EXIF data" in capsys.readouterr().out
+    assert "rotated by EXIF data" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("one", [1, 1.0, "1", " 1 ", "1.0"], ids=repr)
@@ -245,7 +245,7 @@ def test_boxes_beyond_the_image_are_cut_and_counted(instances):
         [picture(1, "a.png")], [mark(1, [-5, -5, 20, 20]), mark(1, [50, 30, 10.01, 10.01])]
     ).read()
     assert found.boxes[1, 1] == [(0, 0, 15, 15), (50, 30, 60, 40)]
-    (cut,) = found.account.converted["box cut at the edge of its image"]  # the other is rounding
+    (cut,) = found.account.converted["box clipped to its image"]  # the other is rounding
     assert cut == "a.png: [-5.0, -5.0, 20.0, 20.0]"
 
 
@@ -279,8 +279,8 @@ def test_categories_of_one_name(instances, capsys):
     assert set(rows) == {(1, name) for name in ("fish", "owl", "Cat", "cat ")}
     assert rows[1, "owl"].count("Position") == 2
     shown = capsys.readouterr().out
-    assert "left out, category without boxes whose name another has: 1 (fish 0)" in shown
-    assert "converted, categories of one name, taken as one: 1 (owl 3)" in shown
+    assert "left out, category without boxes whose name another one has: 1 (fish 0)" in shown
+    assert "converted, categories with one name, merged: 1 (owl 3)" in shown
     assert "differ in case or spaces only, used as they are: 'Cat', 'cat '" in shown
 
 
@@ -291,8 +291,8 @@ def test_an_image_listed_twice_is_one(instances):
     assert list(found.images) == [1] and len(found.boxes[1, 1]) == 2
     assert found.account.left_out["file of several images of different sizes"] == ["b.png"]
     assert found.account.converted == {
-        "image listed twice, taken once": ["a.png"],
-        "image listed under several ids, taken as one": ["a.png"],
+        "image listed twice, used once": ["a.png"],
+        "image listed under several ids, merged": ["a.png"],
     }
 
 
@@ -419,7 +419,7 @@ def test_hidden_files_and_folders_are_no_data(tmp_path, capsys):
         (root / name).rename(root / "train" / name)
     assert build_folder(root, tmp_path / "split") == 0
     assert labels(tmp_path / "split") == ["cat"]
-    assert "left out, folder beside those of the splits: 1 (dog)" in capsys.readouterr().out
+    assert "left out, folder that is not a split: 1 (dog)" in capsys.readouterr().out
 
 
 def test_every_suffix_that_can_be_decoded_is_read_and_the_others_are_named(tmp_path, capsys):
@@ -436,8 +436,8 @@ def test_every_suffix_that_can_be_decoded_is_read_and_the_others_are_named(tmp_p
     assert build_folder(root, tmp_path / "out") == 0
     assert labels(tmp_path / "out") == sorted(suffix[1:] for suffix in formats)
     shown = capsys.readouterr().out
-    for said in ("no image by its suffix '.txt': 1 (", "no image by its suffix '.svg': 1 (",
-                 "no image by its suffix '': 1 (", "class folder without an image: 1 (empty)",
+    for said in ("not an image by its suffix '.txt': 1 (", "not an image by its suffix '.svg': 1 (",
+                 "not an image by its suffix '': 1 (", "class folder without an image: 1 (empty)",
                  ".csv file outside a class folder: 1 ("):  # fmt: skip
         assert f"left out, {said}" in shown
 
@@ -543,7 +543,9 @@ def test_yolos_keypoints_are_no_polygon_and_odd_numbers_no_label(tmp_path, capsy
     assert run("build", "yolo", "--source", tmp_path, "--output", tmp_path / "out") == 0
     (row,) = samples(tmp_path / "out", "train")
     assert "[400, 400, 600, 600]" in row.solution
-    assert "left out, label that is no class with a box or a polygon: 2" in capsys.readouterr().out
+    assert (
+        "left out, label that is not a class with a box or a polygon: 2" in capsys.readouterr().out
+    )
     (tmp_path / "data.yaml").write_text("train: images\nnames: cat\n")
     assert run("build", "yolo", "--source", tmp_path, "--output", tmp_path / "other") == 2
     assert "expected names of the classes, got 'cat'" in capsys.readouterr().err

@@ -194,7 +194,7 @@ def test_sets_of_voc_by_other_names(voc, tmp_path, capsys, name, split):
     (voc / "ImageSets/Main/val.txt").rename(voc / f"ImageSets/Main/{name}.txt")
     assert build("voc", voc, tmp_path / "out") == 0
     assert len(rows(tmp_path / "out", "validation")) == (split is not None)
-    assert ("in no set that is read: 1" in capsys.readouterr().out) == (split is None)
+    assert ("in none of the sets: 1" in capsys.readouterr().out) == (split is None)
 
 
 def test_voc_files_with_entities_are_not_expanded(voc, tmp_path, capsys):
@@ -203,7 +203,7 @@ def test_voc_files_with_entities_are_not_expanded(voc, tmp_path, capsys):
     (voc / "ImageSets/Main/train.txt").write_text("000001\n000002\n000009\n")
     assert build("voc", voc, tmp_path / "out") == 0
     assert len(rows(tmp_path / "out")) == 2
-    assert "missing or no plain XML: 2" in capsys.readouterr().out
+    assert "missing or not plain XML: 2" in capsys.readouterr().out
 
 
 def test_voc_without_sets_is_all_train(voc, tmp_path):

@@ -129,12 +129,12 @@ def test_pictures_of_coco_2017(folder, capsys):
     [
         (reference(9, split="testC"), "reference in none of the splits"),
         (reference(9) | {"split": ["train"]}, "reference in none of the splits"),
-        (reference(9, ann=5), "reference that leads to no box, or to several"),
-        (reference(9) | {"ann_id": None}, "reference that leads to no box, or to several"),
+        (reference(9, ann=5), "reference that matches no box, or several"),
+        (reference(9) | {"ann_id": None}, "reference that matches no box, or several"),
         (reference(9, image=8), "reference to a box in another image"),
         (reference(9, sentences=[" "]), "reference without a sentence"),
         (reference(9) | {"sentences": "left"}, "reference without a sentence"),
-        (["left"], "reference that is no object"),
+        (["left"], "reference that is not an object"),
     ],
 )
 def test_an_odd_reference_is_left_out_and_named(folder, capsys, odd, reason):
@@ -215,7 +215,7 @@ def test_a_pickle_nested_without_end_is_data(folder, capsys):
     deep = b"]" * 200_000 + b"a" * 199_999
     (folder / "refs(unc).p").write_bytes(pickle.dumps(REFERENCES, 0)[:-1] + deep + b"a.")
     assert build(folder) == 0
-    assert "left out, reference that is no object: 1 (refs(unc).p)" in capsys.readouterr().out
+    assert "left out, reference that is not an object: 1 (refs(unc).p)" in capsys.readouterr().out
 
 
 def test_a_pickle_past_the_limit_is_refused(folder, capsys, monkeypatch):

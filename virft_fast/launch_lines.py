@@ -66,9 +66,9 @@ FOREIGN = (
     Foreign("sapo_* vespo_*", "*", "they belong to values that --loss_type doesn't have"),
     Foreign("multi_objective_aggregation", "sum_then_normalize", "rewards are always summed first",
             "drop it: rewards are summed with --reward_weights, then normalized"),
-    Foreign("sync_ref_model", "false", "the reference never moves",
-            "drop it: the reference is the model as the run began"),
-    Foreign("ref_model_mixup_alpha ref_model_sync_steps", "*", "the reference never moves"),
+    Foreign("sync_ref_model", "false", "the reference is never updated",
+            "drop it: the reference is the model at the start of the run"),
+    Foreign("ref_model_mixup_alpha ref_model_sync_steps", "*", "the reference is never updated"),
     Foreign("top_entropy_quantile", "1", "all tokens train", "drop it: all tokens train"),
     Foreign("entropy_coef use_adaptive_entropy", "0 false", "the loss has no entropy term",
             "drop it: the loss has no entropy term"),
@@ -96,7 +96,7 @@ FOREIGN = (
             "split of their own, and pass --dataset_test_split and --eval_samples"),
     Foreign("system_prompt chat_template chat_template_kwargs", "", "",
             "put a system turn into the rows' prompts"),
-    Foreign("data_seed", "*", "--seed orders the data, and seeds the draws"),
+    Foreign("data_seed", "*", "--seed seeds data order and sampling"),
     Foreign("shuffle_dataset", "true", "rows are always shuffled", "drop it: rows are "
             "shuffled by --seed"),
     Foreign("train_sampling_strategy", "random", "rows are always shuffled",
@@ -114,7 +114,7 @@ FOREIGN = (
     Foreign("ignore_data_skip", "false", "a resumed run continues with the next row",
             "drop it: a resumed run continues with the next row"),
     Foreign("max_anyres_num", "*", "it belongs to InternVL"),
-    Foreign("pad_to_multiple_of", "*", "padding changes no result"),
+    Foreign("pad_to_multiple_of", "*", "padding doesn't change results"),
     # Optimizer and precision
     Foreign("optim", "adamw_torch adamw_torch_fused adamw_hf", "the optimizer is AdamW",
             "drop it: the optimizer is AdamW; --deepspeed configs/zero3_offload.json saves memory"),
@@ -131,7 +131,8 @@ FOREIGN = (
     Foreign("disable_dropout", "*", "the models have no dropout"),
     Foreign("torch_compile torch_compile_* torchdynamo torch_empty_cache_steps "
             "gradient_checkpointing_kwargs activation_checkpointing_kwargs liger_kernel_config "
-            "use_liger_loss jit_mode_eval use_ipex", "*", "it changes speed or memory, no result"),
+            "use_liger_loss jit_mode_eval use_ipex", "*",
+            "it changes speed or memory, not results"),
     Foreign("activation_checkpointing", "false", "--gradient_checkpointing does it",
             "pass --gradient_checkpointing"),
     Foreign("auto_find_batch_size", "false", "the batch size is as given",

@@ -54,7 +54,7 @@ class Built:
         """Note the categories or classes with fewer than `shots` images."""
         if few:
             counts = listing([f"{name} {count}" for name, count in few.items()])
-            self.notes.append(f"fewer than {shots} images, all of them taken: {counts}")
+            self.notes.append(f"fewer than {shots} images, all of them used: {counts}")
 
     def lines(self) -> list[str]:
         """The table printed after a build: a line per split, reason, rule and note."""

@@ -106,7 +106,7 @@ def image_paths(annotations: Annotations, images: Iterable[int]) -> dict[int, Pa
         if path is None:
             account.leave_out(rule, file)
         elif owners[path] > 1 and os.path.isfile(path):
-            account.leave_out(f"images that lead to one file; {WHERE_PATHS_START}", file)
+            account.leave_out(f"several images with the same file; {WHERE_PATHS_START}", file)
         else:
             paths[image] = path
             if rule:

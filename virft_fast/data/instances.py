@@ -259,7 +259,7 @@ def _images(
         elif key in listed and listed[key]["file"] != file:
             repeated.setdefault(key, [listed[key]["file"]]).append(file)
         elif key in listed:
-            account.convert("image listed twice, taken once", file)
+            account.convert("image listed twice, used once", file)
         else:
             listed[key] = record | {"file": file}
     for key, files in repeated.items():
@@ -310,7 +310,7 @@ def _same_file(images: dict[Key, Row], account: Built) -> dict[Key, Key]:
             for key in keys:
                 del images[key]
         elif len(keys) > 1:
-            account.convert("image listed under several ids, taken as one", file)
+            account.convert("image listed under several ids, merged", file)
             same |= dict.fromkeys(keys[1:], keys[0])
     return same
 
@@ -354,9 +354,11 @@ def _categories(
     for name, keys in by_name.items():
         for key in keys:
             if key not in used and key != first[name]:
-                account.leave_out("category without boxes whose name another has", f"{name} {key}")
+                account.leave_out(
+                    "category without boxes whose name another one has", f"{name} {{key}}"
+                )
             elif key != first[name]:
-                account.convert("categories of one name, taken as one", f"{name} {key}")
+                account.convert("categories with one name, merged", f"{name} {key}")
     account.note_alike(by_name, "categories")
     numbers = _numbered(first.values(), account, "category")
     ids = {key: numbers[first[name]] for name, keys in by_name.items() for key in keys}
@@ -379,7 +381,7 @@ def _ids_of(
 ) -> tuple[int, int] | None:
     """(image id, category id) of an annotation; None if either is unknown."""
     if not isinstance(record, dict):
-        account.leave_out("annotation that is no object", f"{record!r:.80}")
+        account.leave_out("annotation that is not an object", f"{record!r:.80}")
         return None
     image = _id_in(image_ids, record.get("image_id"))
     category = _id_in(category_ids, record.get("category_id"))
@@ -466,5 +468,5 @@ def _inside(record: Row, image: Row, account: Built) -> Box | None:
         return None
     beyond = max(-x, -y, x + width - right, y + height - lower)
     if beyond > CLIPPED * max(right, lower):
-        account.convert("box cut at the edge of its image", f"{image['file']}: {record['bbox']}")
+        account.convert("box clipped to its image", f"{image['file']}: {record['bbox']}")
     return box

@@ -53,7 +53,7 @@ def read_folder(root: Path, built: Built) -> list[Labelled]:
     if splits:
         for folder in folders:
             if folder not in splits:
-                built.leave_out("folder beside those of the splits", folder.name)
+                built.leave_out("folder that is not a split", folder.name)
         rows = [
             row._replace(split=SPLIT_NAMES[folder.name.lower()])
             for folder in splits
@@ -89,7 +89,7 @@ def _classes(folders: Sequence[Path], built: Built) -> list[Labelled]:
         images = [file for file in files if is_image(file)]
         for file in files:
             if not is_image(file):
-                built.leave_out(f"no image by its suffix {file.suffix!r}", str(file))
+                built.leave_out(f"not an image by its suffix {file.suffix!r}", str(file))
             elif file.parent != folder:
                 built.convert("image in a folder below its class", str(file))
         if not images:

@@ -60,7 +60,7 @@ def read_refcoco(source: Path, images: Path, built: Built) -> dict[str, list[Ins
         if split is None:
             built.leave_out(f"reference in none of the splits {', '.join(REFERENCE_SPLITS)}", where)
         elif len(meant) != 1:
-            built.leave_out("reference that leads to no box, or to several", where)
+            built.leave_out("reference that matches no box, or several", where)
         elif key_of(reference.get("image_id")) != meant[0]["image_id"]:
             built.leave_out("reference to a box in another image", where)
         elif not texts:
@@ -105,7 +105,7 @@ def _references(file: Path, built: Built) -> list[Row]:
         )
     for reference in data:
         if not isinstance(reference, dict):
-            built.leave_out("reference that is no object", file.name)
+            built.leave_out("reference that is not an object", file.name)
     return [reference for reference in data if isinstance(reference, dict)]
 
 

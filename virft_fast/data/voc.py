@@ -44,7 +44,7 @@ def read_voc(source: Path) -> dict[str, Annotations]:
         raise ValueError(f"--source {root}: expected train or trainval in ImageSets/Main")
     read = {s: _annotations(f, images, f"--source {root}, {s}") for s, f in sets.items()}
     for file in sorted(set(annotated).difference(*sets.values())):
-        read["train"].account.leave_out("annotation file in no set that is read", str(file))
+        read["train"].account.leave_out("annotation file in none of the sets", str(file))
     return read
 
 
@@ -98,13 +98,13 @@ def _image_name(tree: ElementTree.Element, file: Path, images: ImageFiles, accou
     given = (tree.findtext(tag, "").strip() for tag in ("filename", "path"))
     named = next(filter(None, given), file.stem)
     if not is_image(Path(named)):
-        account.convert("filename without an image's suffix, completed by what is there", named)
+        account.convert("filename without a suffix, matched to an existing image", named)
         named = _existing(named, IMAGE_SUFFIXES, images) or named + IMAGE_SUFFIXES[0]
     base = Path(re.split(r"[/\\]", named)[-1])
     own = _existing(file.stem, (base.suffix, *IMAGE_SUFFIXES), images)
     if base.stem == file.stem or own is None:
         return named
-    account.convert("filename of another image, taken for the one of the annotation's name", named)
+    account.convert("filename of another image, replaced by that of the annotation", named)
     return own
 
 
@@ -122,7 +122,7 @@ def _tree(file: Path, account: Built) -> ElementTree.Element | None:
             raise ValueError("document type")
         return ElementTree.fromstring(data)
     except (OSError, ValueError, ElementTree.ParseError):
-        account.leave_out("annotation file that is missing or no plain XML", str(file))
+        account.leave_out("annotation file that is missing or not plain XML", str(file))
         return None
 
 

@@ -233,11 +233,11 @@ def _row(plan: Plan, built: Built, check: Callable[[Row], str | None]) -> Row | 
     if frame == "unknown" and turn != 1:
         # The size reveals whether an image was turned sideways, but not upside down or mirrored.
         if not plan.size or shown == stored:
-            built.leave_out("image turned by its EXIF data, its boxes may not be", str(plan.image))
+            built.leave_out("image rotated by EXIF data, its boxes may not be", str(plan.image))
             return None
         frame = "shown" if plan.size == shown else "stored"
     if frame == "stored" and turn != 1:
-        built.convert("boxes turned with their image, as its EXIF data say", str(plan.image))
+        built.convert("boxes rotated with their image, by its EXIF data", str(plan.image))
     try:
         filled = plan.fill(*shown, turn if frame == "stored" else 1)
     except ValueError as error:  # such as an image too narrow for the processor

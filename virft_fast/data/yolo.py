@@ -145,7 +145,7 @@ def _labels(
         usable = len(values) == 4 or (len(values) >= 6 and len(values) % 2 == 0)
         finite = all(map(math.isfinite, (category, *values)))
         if not usable or not finite or category != int(category):
-            account.leave_out("label that is no class with a box or a polygon", where)
+            account.leave_out("label that is not a class with a box or a polygon", where)
         elif len(values) == 4:
             x, y, width, height = values
             yield where, (int(category), [x - width / 2, y - height / 2, width, height])
