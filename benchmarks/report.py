@@ -12,13 +12,22 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-HEAD = """# Measured
+HEAD = """# Benchmarks
 
-Made by `python benchmarks/report.py` from the files in `benchmarks/results/`, which
-`make bench BENCH_ARGS=--save-results` writes. Best time of each contender in milliseconds (of whole
-steps and rollouts the median), taken in turns in one run after its answer was compared; in brackets
-how many times ours is faster (below 1: slower).
+This page has every measured time. All figures are from a CPU; [Performance](performance.md) sums
+them up.
+
+The contenders of a table are timed in turns in one run, after their results were compared. The
+column ms has the best time, or for whole steps and rollouts the median, in milliseconds. In
+parentheses is that time divided by ours: above 1, ours is faster.
+P and C are the tokens of a prompt and of a completion, G is the number of completions per prompt.
+
+`make bench BENCH_ARGS=--save-results` writes the results, `python benchmarks/report.py` this page.
 """
+SUITES = {
+    "dpo": "A DPO step", "evaluate": "Evaluation", "loss": "The loss", "matching": "Matching boxes",
+    "mia": "MIA-DPO's selection", "rollout": "The rollout", "step": "A GRPO step",
+}  # fmt: skip
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
@@ -33,7 +42,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
     parts = [HEAD]
     for result in results:
         machine = ", ".join(f"{k} {v}" for k, v in result["machine"].items() if v is not None)
-        parts.append(f"## {result['suite']}\n\n{machine}\n")
+        parts.append(f"## {SUITES.get(result['suite'], result['suite'])}\n\n{machine}\n")
         for case, entry in result["cases"].items():
             parts.append(table(case, entry))
     return "\n".join(parts)
@@ -42,14 +51,22 @@ def markdown(results: list[dict[str, Any]]) -> str:
 def table(case: str, entry: dict[str, Any]) -> str:
     ours, notes = entry["ms"][entry["ours"]], entry.get("notes", {})
     keys = list(dict.fromkeys(key for note in notes.values() for key in note))
-    rows = [f"| {case} | ms | " + "".join(f"{key} | " for key in keys)]
+    heads = [key.replace("_per_s", "/s").replace("_mib", " MiB").replace("_", " ") for key in keys]
+    rows = [f"| {case} | ms | " + "".join(f"{head} | " for head in heads)]
     rows.append("|---|---|" + "---|" * len(keys))
     for name, ms in entry["ms"].items():
         more = [notes.get(name, {}).get(key) for key in keys]
-        cells = "".join(f"{'' if value is None else f'{value:.3g}'} | " for value in more)
+        cells = "".join(f"{number(value)} | " for value in more)
         label = f"**{name}**" if name == entry["ours"] else name
         rows.append(f"| {label} | {ms:.3f} ({ms / ours:.2f}x) | {cells}")
     return "\n".join(row.rstrip() for row in rows) + "\n"
+
+
+def number(value: float | None) -> str:
+    """Three digits, or whole from 1,000 on."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:

@@ -57,7 +57,7 @@ This page lists every flag of every command, its default and what it does.
 `python scripts/make_flags_page.py` generates it from the program.
 
 Flags of `train` can also be in a YAML file, passed with `--config`. A flag on the command line
-overrides the file. [launch_lines.md](launch_lines.md) lists the flags of other trainers.
+overrides the file. [Launch lines](launch_lines.md) lists the flags of other trainers.
 """
 
 

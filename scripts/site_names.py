@@ -1,4 +1,5 @@
-"""A hook for mkdocstrings: a docstring's entry `a, b: text` becomes one entry per name."""
+"""A hook for mkdocstrings: a docstring's entry `a, b: text` becomes one entry per name, and a
+section such as `Raises:` needs no blank line above it."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 from griffe import Extension
 
+SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):$")
 ENTRY = re.compile(r"^( {4,})(\w+(?:, \w+)+)(: .*)$")
 
 
@@ -17,15 +19,18 @@ class SharedEntries(Extension):
         """Rewrite the docstring of a module, class or function."""
         docstring = None if obj.is_alias else obj.docstring
         if docstring is not None:
-            docstring.value = "\n".join(split_entries(docstring.value.split("\n")))
+            lines = split_entries(docstring.value.split("\n"))
+            docstring.value = "\n".join(separate_sections(lines))
 
 
 def split_entries(lines: list[str]) -> list[str]:
     """The docstring's lines, with an entry and its continuation lines repeated for every name."""
     result: list[str] = []
-    position = 0
+    position, section = 0, ""
     while position < len(lines):
-        entry = ENTRY.match(lines[position])
+        if heading := SECTION.match(lines[position]):
+            section = heading[1]
+        entry = ENTRY.match(lines[position]) if section in ("Args", "Attributes") else None
         end = position + 1
         if entry is None:
             result.append(lines[position])
@@ -36,4 +41,18 @@ def split_entries(lines: list[str]) -> list[str]:
             for name in entry[2].split(", "):
                 result += [f"{entry[1]}{name}{entry[3]}", *lines[position + 1 : end]]
         position = end
+    return result
+
+
+def separate_sections(lines: list[str]) -> list[str]:
+    """The docstring's lines, with a blank line above and below each section."""
+    result: list[str] = []
+    inside = False
+    for line in lines:
+        starts = SECTION.match(line) is not None
+        ends = inside and line.strip() and not line.startswith(" ")
+        if (starts or ends) and result and result[-1].strip():
+            result.append("")
+        inside = starts or (inside and not ends)
+        result.append(line)
     return result

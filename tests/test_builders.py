@@ -279,7 +279,7 @@ def test_categories_of_one_name(instances, capsys):
     assert set(rows) == {(1, name) for name in ("fish", "owl", "Cat", "cat ")}
     assert rows[1, "owl"].count("Position") == 2
     shown = capsys.readouterr().out
-    assert "left out, category without boxes whose name another one has: 1 (fish 0)" in shown
+    assert "left out, category without boxes, named like another: 1 (fish 0)" in shown
     assert "converted, categories with one name, merged: 1 (owl 3)" in shown
     assert "differ in case or spaces only, used as they are: 'Cat', 'cat '" in shown
 

@@ -218,7 +218,7 @@ def test_each_reason_is_given_once(caplog):
         parse_args(
             ["--data_seed", "1", "--data-seed=2", "--vllm_mode", "a", "--vllm_server_port=1"]
         )
-    assert len(caplog.records) == 2 and "--seed orders the data" in caplog.text
+    assert len(caplog.records) == 2 and "--seed seeds data order" in caplog.text
     assert "--vllm_mode, --vllm_server_port" in caplog.text
 
 

@@ -383,7 +383,7 @@ def test_what_is_done_is_not_asked_again_unless_the_model_changes(
         file.write(b"\0\0\0\1")
     before = (tmp_path / "out.jsonl").read_bytes()
     assert main(argv) == 2
-    assert "out.summary.json holds a run that is done, made under" in capsys.readouterr().err
+    assert "out.summary.json holds a run that is done, made with" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_bytes() == before
     assert main([*argv, "--overwrite"]) == 0
     assert len(answers.asked) == 11
@@ -742,7 +742,7 @@ def test_grounding_with_masks(lisa, sam_path, tmp_path, answers):
         ({"--task": "detection"}, "--task: expected coco or lvis with --annotations"),
         ({"--images": ""}, "--images: expected the folder"),
         ({"--exists_map": "none"}, "--exists_map"),
-        ({"--sam_path": "x"}, "--sam_path: expected --task grounding"),
+        ({"--sam_path": "x"}, "--sam_path: expected only with --task grounding"),
         ({"--dataset_name": "x"}, "--dataset_name: expected none with --annotations"),
         ({"--compare": "tiny"}, "--compare: expected two models"),
         ({"--output": "out.md"}, "expected a name for the records"),
@@ -820,7 +820,7 @@ def test_a_true_box_that_cant_be_used_is_not_missed(coco, tmp_path, answers, cap
 def test_annotations_that_ask_nothing(coco, tmp_path, answers, capsys, more):
     argv = changed(coco, tmp_path, lambda data: data["annotations"].clear())
     assert main([*argv, *more]) == 2
-    assert "not a single box" in capsys.readouterr().err and not answers.calls
+    assert "expected boxes in the annotations" in capsys.readouterr().err and not answers.calls
 
 
 def test_a_category_whose_name_is_no_text_is_left_out_and_named(coco, tmp_path, answers, caplog):

@@ -89,7 +89,7 @@ def test_odd_labels_are_left_out_and_named(yolo, tmp_path, capsys):
     assert build("yolo", yolo, tmp_path / "out") == 0
     assert [category for category, _ in rows(tmp_path / "out")] == ["box", "triangle"]
     said = capsys.readouterr().out
-    assert "no class with a box or a polygon: 3" in said and "a.txt, line 1" in said
+    assert "not a class with a box or a polygon: 3" in said and "a.txt, line 1" in said
     assert "a category that isn't listed" in said and "image can't be read: 1" in said
 
 
@@ -110,7 +110,7 @@ def test_yolo_labels_with_a_mark_or_commas(yolo, tmp_path, capsys):
     assert build("yolo", yolo, tmp_path / "out") == 0
     assert [name for name, _ in rows(tmp_path / "out")] == ["box", "box"]
     said = capsys.readouterr().out
-    assert "no class with a box or a polygon: 1" in said and "b.txt, line 1" in said
+    assert "not a class with a box or a polygon: 1" in said and "b.txt, line 1" in said
 
 
 def test_yolo_names_are_texts(yolo, tmp_path):

@@ -34,7 +34,7 @@ class Sample:
         messages: chat turns; content is a string or a list of {"type": "image"} and
             {"type": "text", "text": ...} parts, images in the order of `images`.
         images: decoded RGB images, maybe none.
-        solution: the ground truth as the dataset has it, e.g. "<answer>...</answer>".
+        solution: the ground truth as the dataset has it, e.g. `<answer>...</answer>`.
         columns: every non-image column of the row, `solution` included; reward functions get these.
     """
 
@@ -76,7 +76,7 @@ class Rollouts:
         completion_ids: (N, T) int64, padded after the end.
         completion_mask: (N, T) bool, true up to and including EOS.
         truncated: (N,) bool, true where no EOS came within the length limit.
-        texts: N decoded completions without control tokens, but with markers such as <|box_start|>.
+        texts: N completions without control tokens, but with markers such as `<|box_start|>`.
         sampling_logps: (N, T) float32, log-prob of each token in the distribution it was drawn
             from; 0 where masked.
         image_features: for each prompt, (its image tokens, features); None if the vision tower may

@@ -1,4 +1,4 @@
-"""The arguments of a training run and of an evaluation: small dataclasses, checked when made.
+"""The arguments of a training run and of an evaluation: small dataclasses, checked on creation.
 
 Names are those of TRL and Visual-RFT, so that their launch lines start this program; defaults are
 those of the Visual-RFT paper (lr 1e-6, beta 0.04, 256 tokens, 8 completions). `virft_fast.cli`

@@ -1,5 +1,5 @@
-"""`virft-fast doctor [flags of a run]`: what this machine and environment allow, and what to do
-where something is missing. With flags or --config also whether that run fits."""
+"""`virft-fast doctor [flags of a run]`: checks what this machine and its packages allow, and says
+how to get what is missing. Followed by a run's flags, it also checks whether that run fits."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class MetricsWriter:
 
     Args:
         output_dir: where metrics.jsonl and completions.jsonl go.
-        total_steps: of the whole run.
+        total_steps: number of steps of the whole run.
         report_to: names of accelerate's trackers, or none, or all.
         config: the run's settings, for the trackers.
         logging_steps: steps between two records; a record holds the means since the last one.

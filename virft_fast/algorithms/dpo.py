@@ -83,7 +83,7 @@ def dpo_loss(
     Args:
         logps: (n, 2) summed log-probs of the chosen and the rejected answer.
         ref_logps: (n, 2), the same under the reference.
-        beta: > 0.
+        beta: above 0.
         label_smoothing: share of pairs assumed to be swapped, in [0, 0.5). It comes from
             conservative DPO; TRL 1.16's "sigmoid" has none.
     Returns:

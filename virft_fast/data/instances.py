@@ -354,9 +354,7 @@ def _categories(
     for name, keys in by_name.items():
         for key in keys:
             if key not in used and key != first[name]:
-                account.leave_out(
-                    "category without boxes whose name another one has", f"{name} {{key}}"
-                )
+                account.leave_out("category without boxes, named like another", f"{name} {key}")
             elif key != first[name]:
                 account.convert("categories with one name, merged", f"{name} {key}")
     account.note_alike(by_name, "categories")

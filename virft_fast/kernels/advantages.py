@@ -24,7 +24,7 @@ def group_advantages(
         num_generations: completions per prompt.
         scale_rewards: divide by the std of the "group" or of the whole "batch", or by nothing
             ("none"). The std is unbiased (n - 1), plus `eps`.
-        eps: > 0.
+        eps: above 0.
     Returns:
         (N,) float32 (float64 for float64 rewards), not differentiable. Exactly 0 for excluded rows,
         for a group whose rewards are all equal, and for the only scored row of a group.

@@ -80,7 +80,7 @@ def grpo_loss(
             ratio is 1 but still has a gradient.
         ref_logps: same shape; log-probs under the reference model. Required when beta > 0; with
             beta == 0, the KL is only measured.
-        beta: >= 0, weight of the KL term.
+        beta: at least 0; weight of the KL term.
         epsilon_low, epsilon_high: the ratio is clipped to [1 - low, 1 + high]; if high is None, it
             equals low. For cispo, the ratio's cap is `epsilon_high` itself, as in TRL: usually 5.0.
         delta: upper bound of the unclipped ratio (two-sided clipping), or None.
@@ -92,7 +92,7 @@ def grpo_loss(
             exponential of its mean log-ratio.
         kl: with d = ref_logps - logps: "k1" -d (its expected gradient is 0: for measuring only),
             "k2" d^2/2, "k3" exp(d) - d - 1.
-        temperature: > 0, divides the logits.
+        temperature: above 0; divides the logits.
         max_completion_length: for dr_grpo; None: T. Required when packed.
         num_items: denominator of bnpo, dapo and cispo, >= 0; 0 means there are no tokens. A 0-d
             tensor stays on its device. None: the active tokens of this call. To make accumulation

@@ -56,11 +56,12 @@ def linear_logps(
         weight: (V, D) floating point, same device.
         index: (...) int64, in [0, V).
         bias: (V,), or None.
-        temperature: > 0, divides the logits.
+        temperature: above 0; divides the logits.
         chunk_tokens: rows per tile; None: chosen from V and the device.
     Returns:
-        logps, entropy: (...) float32 (float64 if an input is), both differentiable once, in
-        `hidden`, `weight` and `bias`; the backward pass computes the logits a second time.
+        Log-probs and entropies, (...) each: float32, or float64 if an input is. Both are
+        differentiable once, in `hidden`, `weight` and `bias`; the backward pass computes the logits
+        a second time.
     Raises:
         ValueError: wrong shapes, dtypes or numbers; says what was expected and what was given.
     """

@@ -27,7 +27,7 @@ def selective_log_softmax(
     Args:
         logits: (..., V) floating point, any strides; -inf bans a token.
         index: (...) int64, in [0, V).
-        temperature: > 0, divides the logits.
+        temperature: above 0; divides the logits.
         inplace: the backward pass writes the gradient over `logits`; nothing may need them after.
     Returns:
         (...) float32 (float64 for float64 logits), <= 0. Differentiable once, in `logits`.
@@ -47,12 +47,12 @@ def logps_and_entropy(
     Args:
         logits: (..., V) floating point, any strides; -inf bans a token.
         index: (...) int64, in [0, V).
-        temperature: > 0, divides the logits.
+        temperature: above 0; divides the logits.
         inplace: the backward pass writes the gradient over `logits`; nothing may need them after.
             Autograd raises an error if it detects such a use.
     Returns:
-        logps: (...) float32 (float64 for float64 logits), <= 0.
-        entropy: (...), same dtype, in [0, log V]. Both differentiable once, in `logits`.
+        Log-probs (...) float32 (float64 for float64 logits), at most 0, and entropies (...), same
+        dtype, in [0, log V]. Both differentiable once, in `logits`.
     Raises:
         ValueError: as `selective_log_softmax`.
     """

@@ -104,8 +104,8 @@ def match_boxes(
         scores: (N, K) floating point, used only by "greedy"; NaN sorts last. None: the order given.
         min_iou: in [0, 1].
     Returns:
-        matches: (N, K) int64, index into M, or -1 if unmatched.
-        ious: (N, K), the dtype of `pred`, IoU of the matched pair, 0 if unmatched.
+        Matches (N, K) int64, index into M, or -1 if unmatched; and IoUs of matched pairs (N, K),
+        the dtype of `pred`, 0 if unmatched.
     Raises:
         ValueError: shapes, dtypes, devices, counts, `method` or `min_iou` are wrong; says what was
             expected and what was given.
@@ -148,7 +148,7 @@ def _warn_once() -> None:
     warnings.warn(
         "virft_fast: the native matcher is missing, so the Python reference matches boxes (same "
         "totals, many times slower); to build it, run `pip install --no-build-isolation .` with "
-        "this torch and a C++ compiler: {_WHY_NOT}",
+        f"this torch and a C++ compiler: {_WHY_NOT}",
         stacklevel=3,
     )
 

@@ -32,10 +32,10 @@ _MARK = re.compile(r"<\|\w+\|>")  # the model family's text markers
 
 
 def answer_text(text: str) -> str:
-    """The content of the last <answer>, whose closing tag may be missing.
+    """The content of the last `<answer>`, whose closing tag may be missing.
 
-    Without an <answer>, the text after the thinking, or the whole text. The model family's markers,
-    such as <|box_start|>, are removed.
+    Without an `<answer>`, the text after the thinking, or the whole text. The model family's
+    markers, such as `<|box_start|>`, are removed.
     """
     return _MARK.sub("", marked_answer(text)).strip()
 

@@ -162,7 +162,7 @@ def format_reward(
     completions: Sequence[Conversation] = (),
     **_: object,
 ) -> list[float]:
-    """1 if the whole completion is <think>...</think> <answer>...</answer>, else 0."""
+    """1 if the whole completion is `<think>...</think> <answer>...</answer>`, else 0."""
     return [float(_well_formed(text)) for text in completion_texts(completions)]
 
 

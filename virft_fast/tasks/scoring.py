@@ -123,7 +123,8 @@ class RewardLog:
     """What reward functions report in addition to their rewards, as with TRL's trainer.
 
     Attributes:
-        metrics: name -> values. extra: column -> one value per completion.
+        metrics: name -> values.
+        extra: column -> one value per completion.
     """
 
     metrics: dict[str, list[float]] = field(default_factory=dict)
