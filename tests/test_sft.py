@@ -97,7 +97,7 @@ def test_fine_tuning_then_grpo_from_its_checkpoint(digits, tmp_path, capsys):
     losses = [record["loss"] for record in read_metrics(out)]
     assert len(losses) == 6 and losses[-1] < 0.5 * losses[0]
     shown = capsys.readouterr().out
-    assert "training loss, first and last record\n" in shown
+    assert "training loss, first and last 1 record(s)\n" in shown
     assert "6 steps are too few to tell a change from noise" in shown
     assert (out / "report.png").is_file()
     more = ["--dataset_name", str(digits), "--max_steps", "1", "--num_generations", "2"]

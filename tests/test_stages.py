@@ -294,8 +294,10 @@ def test_the_base_that_an_adapter_names_is_used_where_it_exists(first, tmp_path)
     assert find_model(str(run / "continued")).chain[1][0] == str(other)
 
 
-def test_merge_writes_a_whole_model(data, first, tmp_path, capsys):
+def test_merge_writes_a_whole_model(data, first, tmp_path, capsys, recwarn):
     assert merge.main([str(first), str(tmp_path / "whole"), "--dtype", "float32"]) == 0
+    shown = [w.message for w in recwarn if w.category in (FutureWarning, UserWarning)]
+    assert not shown  # nothing that the user could act on
     check_saved(tmp_path / "whole")
     assert_same(load_model(str(first)), as_peft_loads(tmp_path / "whole"))
     assert merge.main([str(first), str(tmp_path / "whole")]) != 0

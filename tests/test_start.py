@@ -95,7 +95,7 @@ CASES = [
     ("--output_dir {}/file", "--output_dir"),
     ("--output_dir {}/file/below", "--output_dir"),
     ("--config {}/twice.yaml", "expected each flag once, got beta"),
-    ("--config {}/within.yaml", "config: a config file"),
+    ("--config {}/within.yaml", "config: the file can't"),
     ("--config {}/latin.yaml", "expected YAML"),
     ("--config {}/twice.yaml --config {}/within.yaml", "expected one file"),
     ("--deepspeed {}/none.json", "no such file"),

@@ -162,9 +162,7 @@ def _read_yaml(path: str, names: list[str]) -> list[str]:
     if double:  # YAML would silently use the last
         raise UsageError(f"--config {path}: expected each flag once, got {double} twice")
     if values.get("config") is not None:
-        raise UsageError(
-            f"--config {path}: config: a config file can't name another one; join them"
-        )
+        raise UsageError(f"--config {path}: config: the file can't name another; join them")
     foreign = [key for key in values if key not in names and find(str(key))]
     unknown = [str(key) for key in values if key not in names and key not in foreign]
     if unknown:

@@ -131,8 +131,7 @@ FOREIGN = (
     Foreign("disable_dropout", "*", "the models have no dropout"),
     Foreign("torch_compile torch_compile_* torchdynamo torch_empty_cache_steps "
             "gradient_checkpointing_kwargs activation_checkpointing_kwargs liger_kernel_config "
-            "use_liger_loss jit_mode_eval use_ipex", "*",
-            "it changes speed or memory, not results"),
+            "use_liger_loss jit_mode_eval use_ipex", "*", "it changes speed or memory only"),
     Foreign("activation_checkpointing", "false", "--gradient_checkpointing does it",
             "pass --gradient_checkpointing"),
     Foreign("auto_find_batch_size", "false", "the batch size is as given",

@@ -144,8 +144,7 @@ def _count_silent(state: TrainState, metrics: Metrics, names: Sequence[str]) -> 
             raise TooManyBadSteps(
                 f"reward function {name} gave no finite value for any completion in "
                 f"{state.silent_steps[name]} steps in a row, up to step {state.step}: expected "
-                "finite float32 numbers, and None for some completions at most; fix it, or leave "
-                "it "
+                "finite numbers, and None for some completions at most; fix it, or leave it "
                 f"out of --reward_funcs; --max_bad_steps sets the limit"
             )
 

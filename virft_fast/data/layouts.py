@@ -92,9 +92,7 @@ def read_row(
         if turns[0]["role"] != "system":
             turns = [{"role": "system", "content": system}, *turns]
         elif (other := turn_text(turns[0])).strip() != system.strip():
-            raise Unusable(
-                f"system: expected the same as in {column}, {other!r:.40}, got {system!r:.40}"
-            )
+            raise Unusable(f"system: expected that in {column}, {other!r:.40}, got {system!r:.40}")
     if turns[-1]["role"] != "user":
         raise Unusable(f"{column}: expected the last turn to be the user's, got {turns[-1]!r:.80}")
     image_column = next((name for name in IMAGE_COLUMNS if _as_list(row.get(name))), None)

@@ -110,9 +110,7 @@ def _renamed(
     replaced = set(columns).union(*(kind for kind in kinds if kind & set(columns)))
     dropped = sorted(replaced.intersection(rows.column_names) - set(columns.values()))
     if dropped:
-        logger.warning(
-            "columns that are not read, because --columns names others: %s", ", ".join(dropped)
-        )
+        logger.warning("not read, because --columns names others: %s", ", ".join(dropped))
     renamed = {source: name for name, source in columns.items() if name != source}
     if isinstance(rows, ParquetRows):
         rows.rename(renamed, without=dropped)

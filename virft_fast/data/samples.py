@@ -101,8 +101,7 @@ class SampleDataset:
         if compat_prompt and column != "conversations":
             raise ValueError(
                 f"--compat_prompt: expected LISA's conversations, got the column {column}, whose "
-                "text is never changed; leave the flag out (`build grounding` has a flag of the "
-                "same name)"
+                "text is never changed; leave it out (`build grounding` has a flag of that name)"
             )
         self._compat_prompt, self._first = compat_prompt, first_exchange
 

@@ -65,8 +65,7 @@ class Survey:
             reasons = [f"{reason}: {len(rows)}" for reason, rows in self.account.left_out.items()]
             raise UsageError(
                 f"--max_bad_rows {limit}: expected at most this many rows that can't be used, got "
-                f"{unusable} of {self.read} ({'; '.join(reasons[:5])}); fix the data or raise the "
-                "limit"
+                f"{unusable} of {self.read} ({'; '.join(reasons[:5])}); fix them or raise it"
             )
 
     def table(self, split: str, task: str) -> list[str]:

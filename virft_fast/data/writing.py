@@ -89,9 +89,7 @@ def check_new_dataset(
         whole = out.resolve()
         for source in sources:
             if source is not None and Path(source).resolve().is_relative_to(whole):
-                raise ValueError(
-                    f"--output {out}: contains the input {source}; pass another folder"
-                )
+                raise ValueError(f"--output {out}: contains the input {source}; pass another")
     make_folder(out.parent)
 
 

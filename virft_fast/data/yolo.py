@@ -48,8 +48,7 @@ def read_yolo(source: Path) -> dict[str, Annotations]:
             )
     if "train" not in splits:
         raise ValueError(
-            f"--source {file}: train: expected a folder with images, or a list of such folders or "
-            f"of images, got {settings.get('train')!r}"
+            f"--source {file}: train: expected a folder with images, got {settings.get('train')!r}"
         )
     return splits
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -48,6 +49,17 @@ _KEPT = {
 }  # fmt: skip
 # With any other initialization, peft changes the base model's weights.
 _BASE_KEEPING_STARTS = (None, True, False, "gaussian", "orthogonal")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide peft's warnings that ask the user for nothing."""
+    with warnings.catch_warnings():
+        # An attribute that transformers 5 has renamed; peft 0.21 reads the old name.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated")
+        # `merge_adapter` ties the weights again if they are equal.
+        warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+        yield
 
 
 @dataclass(frozen=True)
@@ -141,6 +153,7 @@ def _check_continues(name: str, config: Row) -> None:
         )
 
 
+@_quiet()
 def add_lora(
     model: nn.Module,
     *,
@@ -181,6 +194,7 @@ def _check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
             )
 
 
+@_quiet()
 def attach(model: nn.Module, plan: LoraPlan, *, reference: bool = False) -> PeftModel:
     """The base model with the adapter to train; the adapter's weights are float32.
 
@@ -234,6 +248,7 @@ def peft_config(folder: str) -> PeftConfig:
         ) from error
 
 
+@_quiet()
 def merge_adapter(model: nn.Module, folder: str) -> nn.Module:
     """The base model with an adapter merged into its weights, all of which are trainable.
 

@@ -12,6 +12,7 @@ import copy
 import fnmatch
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,6 +80,8 @@ def save_model(
         state_dict: the gathered weights under the names of `model`, already in the dtype to store.
             It may be empty afterwards.
     """
+    if not torch.cuda.is_available():  # transformers imports DeepSpeed, which would warn about it
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     inner = base(model)
     current = inner.generation_config
     inner.generation_config = getattr(inner, "shipped_generation_config", current)

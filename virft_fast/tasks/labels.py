@@ -281,8 +281,7 @@ class ClosedSet:
             if other != label:
                 raise ValueError(
                     f"expected labels that differ in more than case, spaces, '_' and punctuation, "
-                    f"got {other!r} and {label!r}; use one spelling per class, or rename one of "
-                    "the two"
+                    f"got {other!r} and {label!r}; use one spelling per class, or rename one"
                 )
         self.labels = list(self._by_key.values())
         self._longest = max(map(len, self.labels), default=0)

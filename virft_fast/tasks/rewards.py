@@ -87,9 +87,7 @@ def scored(reward: Callable[..., list[float]]) -> Callable[..., list[float]]:
         if isinstance(solution, str) or len(solution) != len(completions):
             got = repr(solution)[:80] if isinstance(solution, str) else len(solution)
             raise ValueError(
-                f"{reward.__name__}: expected {len(completions)} solutions, one for each "
-                "completion, got "
-                f"{got}"
+                f"{reward.__name__}: expected {len(completions)} solutions, one each, got {got}"
             )
         truths = [None if truth is None else str(truth) for truth in solution]
         if None in truths:

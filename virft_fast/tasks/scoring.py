@@ -227,8 +227,7 @@ def _call(name: str, function: RewardFunction, arguments: _Arguments) -> list[fl
     completions = arguments["completions"]
     if len(values) != len(completions):
         raise ValueError(
-            f"reward function {name}: expected {len(completions)} rewards, one for each "
-            "completion, got "
+            f"reward function {name}: expected {len(completions)} rewards, one per completion, got "
             f"{len(values)}"
         )
     clean = []

@@ -48,8 +48,7 @@ def conclude(
         keys = algorithm.curve([name for name, _ in data.reward_funcs])
         first = {key: _mean(curve[:tenth], key) for key in keys}
         shown = last = {key: _mean(curve[-tenth:], key) for key in keys}
-        records = "record" if tenth == 1 else f"{tenth} records"
-        title, examples = f"training {keys[0]}, first and last {records}", []
+        title, examples = f"training {keys[0]}, first and last {tenth} record(s)", []
     else:
         title, first, shown = algorithm.compare(before, after)
         last = after["means"]

@@ -190,9 +190,6 @@ def _quiet_libraries() -> None:
     """Silence other libraries' progress bars, and warnings that recur at every call."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not torch.cuda.is_available():
-        # transformers imports DeepSpeed when it saves, which would then warn about the missing GPU.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
