@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -49,6 +50,15 @@ def test_a_package_of_another_release_is_named_with_its_remedy(monkeypatch, inst
     (finding,) = [f for f in doctor._packages() if f.what.startswith("torch ")]
     assert (finding.level, finding.what) == (level, text)
     assert bool(finding.remedy) == (level != "ok")
+
+
+def test_an_installed_package_that_cannot_be_imported_is_a_problem(monkeypatch):
+    """As after an update of torch: flash-attn's compiled part misses a symbol."""
+    monkeypatch.setattr(metadata, "version", lambda name: "2.8.0")
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    found = [f for f in doctor._optional_packages() if f.what.startswith("flash-attn")]
+    assert [f.level for f in found] == ["problem"]
+    assert found[0].what.startswith("flash-attn 2.8.0 can't be imported: ModuleNotFoundError")
 
 
 def test_a_problem_is_the_exit_status(monkeypatch, capsys):

@@ -4,6 +4,7 @@ how to get what is missing. Followed by a run's flags, it also checks whether th
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import platform
 import re
@@ -23,20 +24,14 @@ TESTED = {
     "torch": "2.13.0", "triton": "3.9.0", "transformers": "5.23.0", "deepspeed": "0.19.8",
     "datasets": "5.2.0", "accelerate": "1.15.0", "peft": "0.21.2",
 }  # fmt: skip
-# Packages that only some runs need -> (what needs them, how to get them).
+# Packages that only some runs need -> (what needs them, the extra that installs them).
 OPTIONAL = {
-    "peft": ("--use_peft", "pip install --no-build-isolation '.[peft]'"),
-    "flash-attn": (
-        "--attn_implementation flash_attention_2",
-        "on a GPU node: pip install --no-build-isolation '.[gpu]'",
-    ),
-    "liger-kernel": (
-        "--use_liger_kernel",
-        "on a GPU node: pip install --no-build-isolation '.[gpu]'",
-    ),
-    "faster-coco-eval": ("AP of COCO and LVIS", "pip install --no-build-isolation '.[eval]'"),
-    "rapidfuzz": ("virft-fast mia", "pip install --no-build-isolation '.[mia]'"),
-    "math-verify": ("the reward accuracy_math", "pip install --no-build-isolation '.[math]'"),
+    "peft": ("--use_peft", "peft"),
+    "flash-attn": ("--attn_implementation flash_attention_2", "gpu"),
+    "liger-kernel": ("--use_liger_kernel", "gpu"),
+    "faster-coco-eval": ("AP of COCO and LVIS", "eval"),
+    "rapidfuzz": ("virft-fast mia", "mia"),
+    "math-verify": ("the reward accuracy_math", "math"),
 }
 MIN_FREE_BYTES = 20 * 2**30  # a checkpoint of a 2B model with its optimizer state
 MIN_CAPABILITY = (8, 0)  # bfloat16
@@ -124,15 +119,34 @@ def _packages() -> Iterator[Finding]:
         elif name in TESTED:
             newer = _release(version) > _release(TESTED[name])
             note = f"newer than the tested {TESTED[name]}; if it fails, install that one"
-            yield Finding("note" if newer else "ok", f"{name} {version}", note if newer else "")
+            yield _imported(name, version, note if newer else "")
 
 
 def _optional_packages() -> Iterator[Finding]:
-    for name, (needed_for, how) in OPTIONAL.items():
+    for name, (needed_for, extra) in OPTIONAL.items():
         try:
-            yield Finding("ok", f"{name} {metadata.version(name)}")
+            yield _imported(name, metadata.version(name))
         except metadata.PackageNotFoundError:
-            yield Finding("note", f"{name} is not installed; {needed_for} needs it", how)
+            where = "on a GPU node: " if extra == "gpu" else ""
+            yield Finding(
+                "note",
+                f"{name} is not installed; {needed_for} needs it",
+                f"{where}pip install {name}; in a checkout: --no-build-isolation '.[{extra}]'",
+            )
+
+
+def _imported(name: str, version: str, note: str = "") -> Finding:
+    """Import an installed package. One with compiled code may have been built for another torch."""
+    import torch
+
+    if not torch.cuda.is_available():  # else DeepSpeed warns
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        importlib.import_module(name.replace("-", "_"))
+    except Exception as error:  # compiled code can raise anything
+        text = f"{name} {version} can't be imported: {type(error).__name__}: {error!s:.300}"
+        return Finding("problem", text, "reinstall it for this torch, or uninstall it")
+    return Finding("note" if note else "ok", f"{name} {version}", note)
 
 
 def _matcher() -> Iterator[Finding]:
