@@ -268,7 +268,7 @@ class TrainConfig:
     )
     gradient_accumulation_steps: int = arg(1, "Microbatches per step on each process.")
     max_tokens_per_microbatch: int | None = arg(
-        None, "Fill microbatches with whole groups up to this many tokens instead."
+        None, "Limit microbatches by tokens instead of prompts; groups stay whole."
     )
     num_train_epochs: float = arg(1.0, "Passes over the data.")
     max_steps: int = arg(-1, "Number of steps; if positive, overrides --num_train_epochs.")
@@ -299,7 +299,7 @@ class TrainConfig:
     )
     max_bad_steps: int = arg(10, "Stop after this many non-finite steps in a row.")
     eval_samples: int = arg(0, "Held-out rows scored greedily before and after training.")
-    eval_batch_size: int = arg(32, "Prompts per batch of that evaluation.")
+    eval_batch_size: int = arg(32, "Prompts per batch of the held-out evaluation.")
     ddp_timeout: float = arg(1800.0, "Seconds without progress until waiting processes exit.")
     reward_timeout: float = arg(300.0, "Maximum seconds for one call of a reward function.")
     local_rank: int = arg(-1, "Set by the deepspeed launcher and ignored.")

@@ -125,7 +125,7 @@ def _choice_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--shots", type=positive, help="maximum training images per category; default: all")
     add("--max_rows", type=positive, help=MAX_ROWS_HELP)
-    add("--negatives", type=share, default=0.0, help="rows about absent categories, as a share")
+    add("--negatives", type=share, default=0.0, help="rows about absent categories, per other row")
 
 
 def _classification_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,7 +154,7 @@ def _refcoco_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--max_rows", type=positive, help=MAX_ROWS_HELP)
     add("--source", type=Path, required=True,
-        help="folder of instances.json and refs(...).p, or one such file of several")  # fmt: skip
+        help="folder of instances.json and refs(...).p, or one of several refs files")  # fmt: skip
     add("--images", type=Path, required=True, help="COCO's folder train2014 or train2017")
     add("--compat_prompt", action="store_true", help="use Visual-RFT's exact prompt")
     parser.set_defaults(build=_build_refcoco)
