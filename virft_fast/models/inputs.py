@@ -7,13 +7,14 @@ Shapes: B prompts, N completions of any lengths, S completion tokens in all, R r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from virft_fast.batch import Prompt, Row, Sample
+from virft_fast.kernels.backend import to_device
 from virft_fast.models import chat_template
 from virft_fast.models.families import Processor, Tokenizer
 from virft_fast.models.shared_prefix import Group
@@ -27,20 +28,22 @@ class ModelInputs:
         input_ids: (R, L) int64.
         attention_mask: (R, L) int64, 0 at padding; None for a packed row.
         position_ids: (3, R, L) int64, multimodal rotary positions.
-        image_mask: (R, L) bool, true at image tokens; never true in a completion.
+        image_places: (image tokens,) int64, which of the R * L tokens are image tokens.
         pixel_values, image_grid_thw: the images of the B prompts, each once; None without images.
-            Never change them in place, because they may belong to a Prompt.
+            The grid stays on the CPU. Never change them in place, because they may belong to a
+            Prompt.
         image_copies: for each prompt, its number of image tokens and how many times it is read.
         predictors: (S,) int64, which of the R * L hidden states predict the completion tokens.
         completion_ids: (S,) int64, one completion after another.
         cu_seqlens: (N + 1,) int32, the start of each completion, followed by S.
         groups: the groups' positions in a packed row; empty if each completion has its own row.
+        vision: `vision_metadata` of the images, on the model's device; empty without images.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None
     position_ids: Tensor
-    image_mask: Tensor
+    image_places: Tensor
     pixel_values: Tensor | None
     image_grid_thw: Tensor | None
     image_copies: tuple[tuple[int, int], ...]
@@ -48,6 +51,7 @@ class ModelInputs:
     completion_ids: Tensor
     cu_seqlens: Tensor
     groups: tuple[Group, ...] = ()
+    vision: Row = field(default_factory=dict)
 
     def per_prompt(self, image_features: Tensor) -> tuple[Tensor, ...]:
         """Split `Policy.image_features` by prompt. A blank image's features belong to no prompt."""
@@ -56,8 +60,12 @@ class ModelInputs:
         return image_features.split([tokens for tokens, _ in self.image_copies])
 
     def to(self, device: torch.device) -> ModelInputs:
-        tensors = {k: value for k, value in vars(self).items() if isinstance(value, Tensor)}
-        moved: Row = {k: value.to(device, non_blocking=True) for k, value in tensors.items()}
+        """The inputs on the device; `image_grid_thw` and `vision` stay where they are."""
+        moved: Row = {
+            name: to_device(value, device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and name != "image_grid_thw"
+        }
         return replace(self, **moved)
 
 
@@ -138,12 +146,14 @@ def collate(
     """
     given = (prompts, positions, completions)
     rows = _pack(*given) if packed else _pad(*given, pad_token_id)
+    is_image = rows.pop("is_image")
     flat = [ids for group in completions for ids in group]
     copies = [1 if packed else len(group) for group in completions]
     tokens = [int(prompt.mm_token_type_ids.sum()) for prompt in prompts]
     pixels, grid = _images(prompts)
     return ModelInputs(
         **rows,
+        image_places=is_image.flatten().nonzero()[:, 0],
         pixel_values=pixels,
         image_grid_thw=grid,
         image_copies=tuple(zip(tokens, copies, strict=True)),
@@ -168,7 +178,8 @@ def _following(positions: Tensor, length: int) -> Tensor:
 def _pack(
     prompts: Sequence[Prompt], positions: Sequence[Tensor], completions: Sequence[Sequence[Tensor]]
 ) -> Row:
-    """The fields of one packed row. Omits the completions' last tokens, which predict nothing."""
+    """The fields of one packed row, and `is_image`, (R, L) bool. Omits the completions' last tokens,
+    which predict nothing."""
     ids, position_ids, images, predictors, groups = [], [], [], [], []
     start = 0
     for prompt, own_positions, group in zip(prompts, positions, completions, strict=True):
@@ -189,7 +200,7 @@ def _pack(
         input_ids=torch.cat(ids)[None],
         attention_mask=None,
         position_ids=torch.cat(position_ids, 1)[:, None],
-        image_mask=torch.cat(images)[None],
+        is_image=torch.cat(images)[None],
         predictors=torch.cat([*predictors, torch.zeros(0, dtype=torch.long)]),
         groups=tuple(groups),
     )
@@ -201,7 +212,7 @@ def _pad(
     completions: Sequence[Sequence[Tensor]],
     pad_token_id: int,
 ) -> Row:
-    """The fields of one row per completion: prompts are left-padded, completions right-padded."""
+    """As `_pack`, but one row per completion: prompts are left-padded, completions right-padded."""
     before = max(len(prompt.input_ids) for prompt in prompts)
     after = max((len(ids) for group in completions for ids in group), default=0)
     rows: list[tuple[Tensor, ...]] = []
@@ -216,11 +227,11 @@ def _pad(
             places = torch.cat([own_positions, _following(own_positions, len(ids))], 1)
             others = (F.pad(row, pad) for row in (torch.ones_like(whole), places, is_image))
             rows.append((F.pad(whole, pad, value=pad_token_id), *others))
-    input_ids, attention_mask, position_ids, image_mask = map(torch.stack, zip(*rows, strict=True))
+    input_ids, attention_mask, position_ids, images = map(torch.stack, zip(*rows, strict=True))
     return dict(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=position_ids.transpose(0, 1).contiguous(),
-        image_mask=image_mask,
+        is_image=images,
         predictors=torch.cat(predictors),
     )

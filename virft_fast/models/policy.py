@@ -14,13 +14,15 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from virft_fast.batch import Prompt
+from virft_fast.batch import Prompt, Row
 from virft_fast.kernels import GRPOLoss, LossArgs, linear_grpo_loss, linear_logps
 from virft_fast.kernels.linear import linear_logits
 from virft_fast.kernels.reference import grpo_loss_reference, logps_reference
@@ -28,6 +30,7 @@ from virft_fast.models import shared_prefix
 from virft_fast.models.families import FAMILIES, QwenConfig, base, core
 from virft_fast.models.inputs import ModelInputs, collate
 from virft_fast.models.shared_prefix import PackedAttention, read
+from virft_fast.models.vision_metadata import vision_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,18 @@ def _project_patches(visual: nn.Module) -> None:
     proj = getattr(getattr(visual, "patch_embed", None), "proj", None)
     if type(proj) is nn.Conv3d and proj.kernel_size == proj.stride:
         proj.__class__ = _PatchProjection
+
+
+def _add_deepstack(
+    language_model: nn.Module, states: Tensor, places: Tensor, features: Tensor
+) -> Tensor:
+    """Replaces a method of transformers' language model, which selects the image tokens by a mask
+    and so waits for the device in every layer; `places` is `ModelInputs.image_places`."""
+    if places.dtype == torch.bool:  # called by transformers itself
+        return type(language_model)._deepstack_process(language_model, states, places, features)
+    flat = states.flatten(0, 1)
+    added = flat.index_select(0, places) + features.to(states.dtype)
+    return flat.index_copy(0, places, added).view(states.shape)
 
 
 class Policy(nn.Module):
@@ -90,6 +105,9 @@ class Policy(nn.Module):
         self.head = Head(base(model).lm_head, loss_impl)
         visual = core(model).visual
         _project_patches(visual)
+        language_model: Any = core(model).language_model
+        if hasattr(language_model, "_deepstack_process"):
+            language_model._deepstack_process = MethodType(_add_deepstack, language_model)
         self.vision_frozen = not any(p.requires_grad for p in visual.parameters())
         # Install even with prefix_sharing "off", because the rollout also shares prompts.
         self.unreachable = reason = shared_prefix.install(core(model).language_model)
@@ -144,7 +162,8 @@ class Policy(nn.Module):
         """(R, L, D) last hidden states; `options` are passed on to the transformers model."""
         embeds, deepstack = self.embed(inputs, image_features)
         if deepstack is not None:
-            options |= {"visual_pos_masks": inputs.image_mask, "deepstack_visual_embeds": deepstack}
+            options["visual_pos_masks"] = inputs.image_places  # see `_add_deepstack`
+            options["deepstack_visual_embeds"] = deepstack
         language_model = core(self.model).language_model
         return read(language_model, embeds, inputs.position_ids, **options)
 
@@ -167,7 +186,8 @@ class Policy(nn.Module):
         per_prompt = zip(inputs.per_prompt(image_features), copies, strict=True)
         repeated = torch.cat([features for features, n in per_prompt for _ in range(n)])
         features, *deepstack = repeated.split(embeds.shape[-1], -1)
-        embeds = embeds.masked_scatter(inputs.image_mask[..., None], features)
+        flat = embeds.flatten(0, 1).index_copy(0, inputs.image_places, features)
+        embeds = flat.view(embeds.shape)
         return embeds, [features.contiguous() for features in deepstack] or None
 
     def image_features(self, inputs: ModelInputs) -> Tensor:
@@ -176,24 +196,27 @@ class Policy(nn.Module):
 
         For a family with DeepStack, each row continues with the features for the first layers.
         """
-        pixel_values, grid = inputs.pixel_values, inputs.image_grid_thw
+        pixel_values, grid, vision = inputs.pixel_values, inputs.image_grid_thw, inputs.vision
         if pixel_values is None:
-            pixel_values, grid = self._blank_image(inputs.input_ids.device)
+            pixel_values, grid, vision = self._blank_image(inputs.input_ids.device)
         context = torch.no_grad() if self.vision_frozen else contextlib.nullcontext()
         with context:
-            output = core(self.model).get_image_features(pixel_values, grid, return_dict=True)
+            output = core(self.model).get_image_features(
+                pixel_values, grid, return_dict=True, **vision
+            )
         features = [output.pooler_output]
         if FAMILIES[self.config.model_type].deepstack:
             features += output.deepstack_features
         return torch.cat([f if isinstance(f, Tensor) else torch.cat(list(f)) for f in features], -1)
 
-    def _blank_image(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _blank_image(self, device: torch.device) -> tuple[Tensor, Tensor, Row]:
         vision = self.config.vision_config
         merge = vision.spatial_merge_size
         channels = getattr(vision, "in_channels", getattr(vision, "in_chans", 3))
         patch = channels * vision.temporal_patch_size * vision.patch_size**2
         pixels = torch.zeros(merge * merge, patch, device=device)
-        return pixels, torch.tensor([[1, merge, merge]], device=device)
+        grid = torch.tensor([[1, merge, merge]])
+        return pixels, grid, vision_metadata(core(self.model).visual, grid, device)
 
     def collate(
         self,
@@ -216,6 +239,9 @@ class Policy(nn.Module):
         packed = self.shares_prefix if packed is None else packed
         positions = [self.prompt_positions(prompt) for prompt in prompts]
         cpu = collate(prompts, positions, completions, pad_token_id=pad_token_id, packed=packed)
+        if cpu.image_grid_thw is not None:
+            vision = vision_metadata(core(self.model).visual, cpu.image_grid_thw, device)
+            cpu = replace(cpu, vision=vision)
         return cpu.to(device)
 
     def prompt_positions(self, prompt: Prompt) -> Tensor:
