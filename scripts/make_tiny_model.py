@@ -159,7 +159,7 @@ def train(
             weights += shares
 
         def note(stats, out, microbatch, loss, losses=losses):
-            losses.append(round(-float(out.logps.sum() / microbatch.loss_mask.sum()), 3))
+            losses.append(round(-float(out.logps.sum() / microbatch.num_tokens), 3))
 
         update(state, microbatches, weights, rate(step), StepStats(), note)
         report(step, losses, time.time() - start)

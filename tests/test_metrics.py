@@ -36,17 +36,17 @@ def test_the_time_left_is_that_of_steps_alone(tmp_path, monkeypatch):
     assert lines.getvalue().rstrip().endswith("ETA 0:10")
 
 
-def test_means_over_ranks_in_one_reduction():
+def test_means_and_maxima_over_ranks_in_one_collective():
     calls = []
 
-    def two_equal_ranks(flat):
-        calls.append(flat.clone())
-        return flat * 2
+    def two_ranks(numbers):
+        calls.append(numbers)
+        return [[float(number) for number in numbers], [2.0, 0.0, 6.0, 1.0, 9.0]]
 
-    means = reduce_metrics({"b": (6.0, 3.0), "a": (1.0, 0.0)}, two_equal_ranks)
-    assert means["b"] == 2.0 and math.isnan(means["a"])
-    (flat,) = calls
-    assert flat.dtype == torch.float64 and flat.tolist() == [[1.0, 0.0], [6.0, 3.0]]
+    sums = {"b": (6.0, torch.tensor(3.0)), "a": (1.0, 0.0)}
+    means = reduce_metrics(sums, two_ranks, {"top": torch.tensor(7.0)})
+    assert means["b"] == 3.0 and math.isnan(means["a"]) and means["top"] == 9.0
+    assert len(calls) == 1
 
 
 def test_a_record_has_the_means_since_the_last(tmp_path):

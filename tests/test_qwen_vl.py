@@ -30,6 +30,7 @@ from virft_fast.models.qwen_vl import (
     load_model,
 )
 from virft_fast.models.tiny import resolve_model_path
+from virft_fast.models.vision_metadata import vision_metadata
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.backends import make_rollout
 
@@ -118,6 +119,73 @@ def test_text_only_batch_calls_the_tower_and_gives_it_zero_gradients(policy, pro
     grads = [p.grad for p in core(policy.model).visual.parameters()]
     policy.zero_grad()
     assert all(grad is not None and not grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_tower_computes_the_same_from_host_metadata(family, processor):
+    """Images of several sizes, among them one that Qwen2.5-VL's windows don't divide."""
+    sizes = [(112, 112), (56, 84), (140, 196)]
+    prompt = make_prompts(processor, make_sample(0, sizes))[0]
+    policy = Policy(random_model(family, processor.tokenizer))
+    visual = core(policy.model).visual
+    pixels, grid = torch.randn_like(prompt.pixel_values), prompt.image_grid_thw
+    size = visual.config.patch_size**2 * 6
+    pixels = pixels[:, :size]
+    given = vision_metadata(visual, grid, CPU)
+    plain = visual(pixels, grid_thw=grid, return_dict=True)
+    # A grid of other numbers: only what was given can have been used.
+    fast = visual(pixels, grid_thw=torch.full_like(grid, -1), return_dict=True, **given)
+    assert torch.equal(plain.pooler_output, fast.pooler_output)
+    if family == "qwen3_vl":
+        assert all(map(torch.equal, plain.deepstack_features, fast.deepstack_features))
+
+
+@torch.no_grad()
+def test_metadata_names_the_longest_parts_for_flash_attention(processor):
+    visual = core(random_model("qwen2_5_vl", processor.tokenizer)).visual
+    visual.config._attn_implementation = "flash_attention_2"
+    given = vision_metadata(visual, torch.tensor([[1, 8, 12], [1, 4, 4]]), CPU)
+    assert given["max_seqlen"] == 96
+    assert given["max_window_seqlen"] == int(given["cu_window_seqlens"].diff().max()) == 16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_image_features_enter_as_in_the_plain_model(family, packed, processor, prompts):
+    """Embeddings, DeepStack and their gradients against transformers' own masked assignments."""
+    policy = Policy(random_model(family, processor.tokenizer))
+    answers = [[torch.tensor([5, 6, 7])] * 2] * len(prompts)
+    inputs = policy.collate(prompts, answers, pad_token_id=0, device=CPU, packed=packed)
+    width = 64 * (3 if family == "qwen3_vl" else 1)
+    tokens = sum(n for n, _ in inputs.image_copies)
+    features = torch.randn(tokens, width, requires_grad=True)
+    embeds, deepstack = policy.embed(inputs, features)
+    mask = torch.zeros(inputs.input_ids.numel(), dtype=torch.bool)
+    mask[inputs.image_places] = True
+    mask = mask.view(inputs.input_ids.shape)
+    assert torch.equal(mask, inputs.input_ids == policy.config.image_token_id)
+    table = core(policy.model).get_input_embeddings()
+    copies = zip(inputs.per_prompt(features), inputs.image_copies, strict=True)
+    repeated = torch.cat([own for own, (_, n) in copies for _ in range(n)])
+    plain = table(inputs.input_ids).masked_scatter(mask[..., None], repeated[:, :64])
+    assert torch.equal(embeds, plain)
+    pairs = [(embeds, plain)]
+    if deepstack is not None:
+        model = core(policy.model).language_model
+        ours = model._deepstack_process(embeds, inputs.image_places, deepstack[0])
+        theirs = model._deepstack_process(plain, mask, repeated[:, 64:128])
+        assert torch.equal(ours, theirs)
+        pairs.append((ours, theirs))
+    weight = torch.randn(embeds.shape)
+    for ours, theirs in pairs:
+        wanted = [features, table.weight]
+        for got, want in zip(
+            torch.autograd.grad((ours * weight).sum(), wanted, retain_graph=True),
+            torch.autograd.grad((theirs * weight).sum(), wanted, retain_graph=True),
+            strict=True,
+        ):
+            assert torch.equal(got, want)
 
 
 @torch.no_grad()

@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar, overload
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
 from virft_fast import progress
+from virft_fast.devices import to_device
 
 Value = TypeVar("Value")
 
@@ -111,12 +112,49 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
-    """True on every rank if `flag` is true on one of them."""
+@overload
+def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool: ...
+@overload
+def any_rank(flag: Tensor, device: torch.device | str = "cpu") -> Tensor: ...
+def any_rank(flag: bool | Tensor, device: torch.device | str = "cpu") -> bool | Tensor:
+    """True on every rank if `flag` is true on one of them. A 0-d tensor stays on the device."""
     if world_size() == 1:
         return flag
+    if isinstance(flag, Tensor):
+        return all_reduce_sum(flag.float()) > 0
     count = torch.tensor([float(flag)], device=device)
     return bool(all_reduce_sum(count).item() > 0)
+
+
+def sum_numbers(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """Sums over the ranks, in float64."""
+    if world_size() == 1:
+        return list(numbers)
+    flat = to_device(torch.tensor(numbers, dtype=torch.float64), device)
+    return all_reduce_sum(flat).tolist()
+
+
+def gather_numbers(numbers: Sequence[float | Tensor], device: torch.device) -> list[list[float]]:
+    """Each rank's numbers as float64, in rank order. The host waits for the device once.
+
+    Args:
+        numbers: floats, and 0-d tensors on the device; the same count on all ranks.
+        device: where the ranks' collective runs.
+    """
+    places = [i for i, number in enumerate(numbers) if isinstance(number, Tensor)]
+    known = [0.0 if isinstance(number, Tensor) else number for number in numbers]
+    flat = torch.tensor(known, dtype=torch.float64)
+    if places or world_size() > 1:
+        flat = to_device(flat, device)
+    if places:
+        there = torch.stack([torch.as_tensor(numbers[i]).double() for i in places])
+        flat.index_copy_(0, to_device(torch.tensor(places), device), there)
+    ranks = [flat]
+    if world_size() > 1:
+        ranks = [torch.empty_like(flat) for _ in range(world_size())]
+        with progress.waiting("all_gather"):
+            torch_dist.all_gather(ranks, flat)
+    return torch.stack(ranks).tolist()
 
 
 def all_gather_object(value: Value) -> list[Value]:

@@ -61,7 +61,7 @@ class Engine(Protocol):
 
     def forward(self, *args: object, **options: object) -> tuple[Tensor, ...]: ...
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
-    def step(self, learning_rate: float, *, veto: bool = False) -> StepResult: ...
+    def step(self, learning_rate: float, *, veto: bool | Tensor = False) -> StepResult: ...
     def whole_weights(self) -> contextlib.AbstractContextManager[Policy]: ...
     def model_state(self, model: nn.Module, dtype: torch.dtype | None = None) -> Stored | None: ...
     def save_state(self, folder: Path) -> list[Path]: ...
@@ -107,14 +107,19 @@ class PlainEngine:
         """
         loss.backward()
 
-    def step(self, learning_rate: float, *, veto: bool = False) -> StepResult:
-        """Update the weights unless the gradient is not finite or `veto`, the same on all ranks."""
+    def step(self, learning_rate: float, *, veto: bool | Tensor = False) -> StepResult:
+        """Update the weights unless the gradient is not finite or `veto`, the same on all ranks.
+
+        Args:
+            veto: a 0-d tensor is read together with the gradient's norm.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._average_gradients(parameters)
         max_norm = self.settings.max_grad_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
+        total = nn.utils.clip_grad_norm_(parameters, max_norm).double()
+        norm, veto = torch.stack([total, torch.zeros_like(total) + veto]).tolist()
         applied = math.isfinite(norm) and not veto
         if applied:
             self.updates += 1
@@ -239,16 +244,16 @@ class DeepSpeedEngine:
         # The loss is already normalized over all microbatches.
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float, *, veto: bool = False) -> StepResult:
+    def step(self, learning_rate: float, *, veto: bool | Tensor = False) -> StepResult:
         """As `PlainEngine.step`; call it after `backward` of the last microbatch."""
-        self._veto = veto
+        self._veto = bool(veto)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
         self._stale = True
         overflow = bool(getattr(self.engine.optimizer, "overflow", False))
         norm = math.inf if overflow else self._norm
-        return StepResult(norm, not overflow and math.isfinite(norm) and not veto)
+        return StepResult(norm, not overflow and math.isfinite(norm) and not self._veto)
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[Policy]:

@@ -13,12 +13,12 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-import torch
 from torch import Tensor
 
 from virft_fast.batch import Json, Row
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Number = float | Tensor  # a tensor is 0-d
 METRICS_FILE, COMPLETIONS_FILE = "metrics.jsonl", "completions.jsonl"
 SHOWN_SAMPLES = 4
 
@@ -44,20 +45,25 @@ class Tracker(Protocol):
 
 
 def reduce_metrics(
-    values: dict[str, tuple[float, float]], all_reduce_sum: Callable[[Tensor], Tensor]
+    sums: Mapping[str, tuple[Number, Number]],
+    gather: Callable[[list[Number]], list[list[float]]],
+    largest: Mapping[str, Number] = MappingProxyType({}),
 ) -> dict[str, float]:
-    """Means over all ranks in one reduction.
+    """Means and maxima over all ranks, with one collective.
 
     Args:
-        values: name -> (sum, count) on this rank; the same names on all ranks.
-        all_reduce_sum: sums a float64 tensor over the ranks.
+        sums: name -> (sum, count) on this rank; the same names on all ranks.
+        gather: numbers -> each rank's, in rank order; see `dist.gather_numbers`.
+        largest: name -> value on this rank; the same names on all ranks.
     Returns:
-        name -> sum / count, NaN where nothing was counted.
+        name -> sum / count, NaN where nothing was counted, and name -> maximum.
     """
-    names = sorted(values)
-    flat = torch.tensor([values[name] for name in names], dtype=torch.float64)  # (names, 2)
-    flat = all_reduce_sum(flat)
-    return _means(zip(names, flat.tolist(), strict=True))
+    names = sorted(sums)
+    ranks = gather([number for name in names for number in sums[name]] + list(largest.values()))
+    columns = list(zip(*ranks, strict=True))
+    added = [sum(column) for column in columns[: 2 * len(names)]]
+    means = _means(zip(names, zip(added[::2], added[1::2], strict=True), strict=True))
+    return means | dict(zip(largest, map(max, columns[2 * len(names) :]), strict=True))
 
 
 def _means(sums: Iterable[tuple[str, tuple[float, float]]]) -> dict[str, float]:

@@ -31,8 +31,8 @@ from virft_fast.algorithms.step import Metrics, Microbatch, StepStats, TrainStat
 from virft_fast.batch import Prompt, Rollouts, Row, Sample
 from virft_fast.config import DPOConfig, RunConfig, UsageError
 from virft_fast.data import BadRow, NoUsableRows
+from virft_fast.devices import to_device
 from virft_fast.digests import sample_digest
-from virft_fast.metrics import reduce_metrics
 from virft_fast.models.families import Tokenizer
 from virft_fast.models.inputs import control_tokens_in
 
@@ -156,14 +156,15 @@ def train_step(state: DPOState, prompts: Sequence[Prompt]) -> tuple[Metrics, lis
     with stats.timed("train"):
         batches = _batches(state, answers)
         _add_reference(state, batches, state.ref_logps)
-        counts = torch.tensor([len(chosen), int(chosen.sum())], dtype=torch.float64)
-        totals = dist.all_reduce_sum(counts.to(state.engine.device)).tolist()
-        learning_rate, finite = state.learning_rate(state.step), True
+        counts = [float(len(chosen)), float(chosen.sum())]
+        totals = dist.sum_numbers(counts, state.engine.device)
+        learning_rate = state.learning_rate(state.step)
+        finite = torch.ones((), dtype=torch.bool, device=state.engine.device)
         for number, pairs in enumerate(batches, 1):
             # Times the number of ranks, because engines average gradients over them.
             loss = _loss(state, pairs, stats, *totals) * dist.world_size()
-            finite &= step.backward(state, loss, last=number == len(batches))
-            stats.add_total("loss", float(loss.detach()))
+            finite = finite & step.backward(state, loss, last=number == len(batches))
+            stats.add_total("loss", loss)
         applied = step.step_optimizer(state, finite, learning_rate, stats)
     lengths = answers.completion_mask.sum(1)
     stats.add("completion_length", float(lengths.sum()), len(lengths))
@@ -199,9 +200,8 @@ def evaluate(state: DPOState, load: Load, count: int, batch_size: int) -> Metric
         )
     # All ranks reduce the same metrics, even one without a usable row.
     names = {name for of_rank in dist.all_gather_object(list(sums.sums)) for name in of_rank}
-    counted = {name: sums.sums.get(name, (0.0, 0.0)) for name in sorted(names)}
-    means = reduce_metrics(counted, lambda t: dist.all_reduce_sum(t.to(device)).to(t.device))
-    means = {name: value for name, value in means.items() if not math.isnan(value)}
+    sums.sums = {name: sums.sums.get(name, (0.0, 0.0)) for name in sorted(names)}
+    means = {name: value for name, value in sums.reduce(device).items() if not math.isnan(value)}
     return means | {"num_pairs": float(num_pairs)}
 
 
@@ -278,7 +278,7 @@ def _add_reference(state: DPOState, batches: list[Pairs], computed: RefLogps | N
         batch = pairs.batch
         if computed is not None:
             values = [computed[row] for row in pairs.rows]
-            pairs.ref_logps = torch.tensor(values, device=state.engine.device).view(-1, 2)
+            pairs.ref_logps = to_device(torch.tensor(values).view(-1, 2), state.engine.device)
         elif state.reference is not None:
             # Reuse image features: the reference has the same frozen tower. Only ZeRO-3 makes whole
             # weights expensive.
@@ -319,15 +319,16 @@ def _add_stats(
     entropy: Tensor,
     loss: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Add the sums behind the step's means over pairs or tokens, waiting for the device only once.
+    """Add the sums behind the step's means over pairs or tokens.
 
     Args:
         loss: from `dpo_loss`.
     """
-    lengths = pairs.batch.inputs.cu_seqlens.diff().view(-1, 2)
+    lengths = pairs.batch.inputs.cu_seqlens.diff().view(-1, 2)  # on the host
+    stats.add("nll", -sums[:, 0].sum(), int(lengths[:, 0].sum()))
+    stats.add("entropy", entropy.sum(), int(lengths.sum()))
     # Log-prob accuracy is meaningful even before training; reward accuracy isn't.
-    columns = {"num_chosen": lengths[:, 0], "num_tokens": lengths, "entropy": entropy,
-               "logps/chosen": sums[:, 0], "logps/rejected": sums[:, 1],
+    columns = {"logps/chosen": sums[:, 0], "logps/rejected": sums[:, 1],
                "logps/accuracies": sums[:, 0] > sums[:, 1]}  # fmt: skip
     if loss is not None:
         losses, rewards = loss
@@ -335,20 +336,15 @@ def _add_stats(
         columns |= {"dpo_loss": losses.detach(), "rewards/chosen": rewards[:, 0],
                     "rewards/rejected": rewards[:, 1], "rewards/margins": margins,
                     "rewards/accuracies": margins > 0}  # fmt: skip
-    stacked = torch.stack([column.sum().double() for column in columns.values()])
-    totals = dict(zip(columns, stacked.tolist(), strict=True))
-    num_chosen, num_tokens = totals.pop("num_chosen"), totals.pop("num_tokens")
-    stats.add("nll", -totals["logps/chosen"], num_chosen)
-    stats.add("entropy", totals.pop("entropy"), num_tokens)
-    for name, total in totals.items():
-        stats.add(name, total, len(sums))
+    for name, column in columns.items():
+        stats.add(name, column.sum(), len(sums))
 
 
 def _sums(pairs: Pairs, logps: Tensor) -> Tensor:
     """(S,) log-probs -> (n, 2) sums over the tokens of each answer."""
     if not pairs.rows:
         return logps.new_zeros(0, 2)
-    lengths = pairs.batch.inputs.cu_seqlens.diff().long()
+    lengths = to_device(pairs.batch.inputs.cu_seqlens.diff().long(), logps.device)
     # unsafe skips checks that would wait for the device; the lengths are right by construction.
     sums = torch.segment_reduce(logps, "sum", lengths=lengths, initial=0.0, unsafe=True)
     return sums.view(-1, 2)

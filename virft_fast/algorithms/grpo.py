@@ -101,9 +101,9 @@ def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[Metrics, l
         for iteration in range(cfg.num_iterations):
 
             def note(
-                stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: float, first=iteration == 0
+                stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: Tensor, first=iteration == 0
             ) -> None:
-                _loss_stats(stats, out, mb, loss / cfg.num_iterations)
+                _loss_stats(stats, out, mb, loss.double() / cfg.num_iterations)
                 if first:  # later, the weights differ from the rollout's
                     _mismatch_stats(stats, out, mb)
 
@@ -274,22 +274,26 @@ def _frozen_passes(state: TrainState, microbatches: list[Microbatch]) -> None:
             mb.old_logps, _ = state.engine.forward(mb.inputs, **shared)
 
 
-def _loss_stats(stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: float) -> None:
-    tokens = float(mb.loss_mask.sum())
+def _loss_stats(stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: Tensor) -> None:
+    tokens = mb.num_tokens
     stats.add_total("loss", loss)
-    stats.add("entropy", float(out.entropy.sum()), tokens)
+    stats.add("entropy", out.entropy.sum(), tokens)
     if mb.ref_logps is not None:
-        stats.add("kl", float(out.kl.sum()), tokens)
-    stats.add("clip_fraction_low", float(out.clip_fraction_low) * tokens, tokens)
-    stats.add("clip_fraction_high", float(out.clip_fraction_high) * tokens, tokens)
+        stats.add("kl", out.kl.sum(), tokens)
+    stats.add("clip_fraction_low", out.clip_fraction_low.double() * tokens, tokens)
+    stats.add("clip_fraction_high", out.clip_fraction_high.double() * tokens, tokens)
 
 
 def _mismatch_stats(stats: StepStats, out: GRPOLoss, mb: Microbatch) -> None:
     """Add how far the rollout's log-probs differ from training's under the same weights."""
-    difference = (out.logps - mb.sampling_logps)[mb.loss_mask]
-    stats.add("sampling_logp_difference", float(difference.abs().sum()), difference.numel())
-    ratio = float(difference.max().exp()) if difference.numel() else 0.0
-    stats.largest["sampling_ratio_max"] = max(ratio, stats.largest.get("sampling_ratio_max", 0.0))
+    difference = out.logps - mb.sampling_logps
+    largest = difference
+    if mb.loss_mask is not None:
+        difference = torch.where(mb.loss_mask, difference, 0.0)
+        largest = difference.masked_fill(~mb.loss_mask, -torch.inf)
+    stats.add("sampling_logp_difference", difference.abs().sum(), mb.num_tokens)
+    ratio = largest.max().exp() if len(largest) else largest.new_zeros(())
+    stats.add_largest("sampling_ratio_max", ratio)
 
 
 def _rollout_stats(

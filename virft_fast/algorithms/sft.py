@@ -90,11 +90,10 @@ def prepare(
     return answers, microbatches, loss_shares(microbatches, mask, CROSS_ENTROPY)
 
 
-def note_cross_entropy(stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: float) -> None:
+def note_cross_entropy(stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: Tensor) -> None:
     """Report the cross entropy as the loss, because the surrogate is always -1 at ratio 1."""
-    tokens = float(mb.loss_mask.sum())
-    stats.add("entropy", float(out.entropy.sum()), tokens)
-    stats.add("loss", -float(out.logps.sum()), tokens)
+    stats.add("entropy", out.entropy.sum(), mb.num_tokens)
+    stats.add("loss", -out.logps.sum(), mb.num_tokens)
 
 
 def given_answers(

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor
 from virft_fast import dist, progress
 from virft_fast.batch import Prompt, Rollouts, Sample
 from virft_fast.config import GRPOConfig
+from virft_fast.devices import to_device
 from virft_fast.engine import Engine
 from virft_fast.kernels import GRPOLoss, LossArgs
-from virft_fast.metrics import reduce_metrics
+from virft_fast.metrics import Number, reduce_metrics
 from virft_fast.models import adapters
 from virft_fast.models.families import Tokenizer
 from virft_fast.models.inputs import ModelInputs
@@ -108,23 +110,30 @@ class Microbatch:
     """n completions that go through the model in one call, with S tokens in all.
 
     Attributes:
-        advantages: (n,). loss_mask: (S,) bool.
+        advantages: (n,). loss_mask: (S,) bool; None: all tokens count.
         sampling_logps, ref_logps, old_logps: (S,), or None.
         image_features: see `Policy.forward`; None: the tower computes them.
     """
 
     inputs: ModelInputs
     advantages: Tensor
-    loss_mask: Tensor
+    loss_mask: Tensor | None
     sampling_logps: Tensor
     ref_logps: Tensor | None = None
     old_logps: Tensor | None = None
     image_features: Tensor | None = None
 
+    @property
+    def num_tokens(self) -> Number:
+        """Tokens that count."""
+        mask = self.loss_mask
+        return len(self.inputs.completion_ids) if mask is None else mask.sum()
+
 
 @dataclass
 class StepStats:
-    """A step's measurements on this rank, by metric.
+    """A step's measurements on this rank, by metric. Tensors, 0-d, stay on the device until
+    `reduce` reads all of them at once.
 
     Attributes:
         sums: (sum, count); the metric is the sum over all ranks, divided by their count.
@@ -132,22 +141,35 @@ class StepStats:
         largest: the metric is the maximum over the ranks.
     """
 
-    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
-    totals: dict[str, float] = field(default_factory=dict)
-    largest: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, tuple[Number, Number]] = field(default_factory=dict)
+    totals: dict[str, Number] = field(default_factory=dict)
+    largest: dict[str, Number] = field(default_factory=dict)
 
-    def add(self, name: str, total: float, count: float = 1.0) -> None:
+    def add(self, name: str, total: Number, count: Number = 1.0) -> None:
         old_total, old_count = self.sums.get(name, (0.0, 0.0))
-        self.sums[name] = (old_total + total, old_count + count)
+        self.sums[name] = (old_total + _exact(total), old_count + _exact(count))
 
-    def add_total(self, name: str, value: float) -> None:
-        self.totals[name] = self.totals.get(name, 0.0) + value
+    def add_total(self, name: str, value: Number) -> None:
+        self.totals[name] = self.totals.get(name, 0.0) + _exact(value)
+
+    def add_largest(self, name: str, value: Tensor) -> None:
+        """Add a value that is not negative."""
+        self.largest[name] = value.detach().double().clamp(min=self.largest.get(name, 0.0))
+
+    def reduce(self, device: torch.device) -> Metrics:
+        """The metrics, the same on all ranks, in one collective and one copy to the host."""
+        sums = self.sums | {name: (total, 1.0) for name, total in self.totals.items()}
+        return reduce_metrics(sums, partial(dist.gather_numbers, device=device), self.largest)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.add_total(f"time/{name}_s", time.perf_counter() - start)
+
+
+def _exact(value: Number) -> Number:
+    return value.detach().double() if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True)
@@ -255,18 +277,19 @@ def microbatch(
     features = None
     if rollouts.image_features is not None:
         features = torch.cat([rollouts.image_features[chunk.prompt] for chunk in chunks])
+    counts = loss_mask[rows][real]
     return Microbatch(
         inputs,
-        advantages[rows].to(device),
-        loss_mask[rows][real].to(device),
-        rollouts.sampling_logps[rows][real].to(device),
+        to_device(advantages[rows], device),
+        None if bool(counts.all()) else to_device(counts, device),
+        to_device(rollouts.sampling_logps[rows][real], device),
         image_features=features,
     )
 
 
 def empty_microbatch(state: TrainState, *, tower: bool) -> Microbatch:
-    """A microbatch with one token, outside the loss: under ZeRO-3, all ranks must make the same
-    calls.
+    """A microbatch with one prompt and no completion token: under ZeRO-3, all ranks must make the
+    same calls.
 
     Args:
         tower: whether the other ranks call the vision tower.
@@ -276,13 +299,13 @@ def empty_microbatch(state: TrainState, *, tower: bool) -> Microbatch:
     nothing = Sample(-1, (), (), "")
     inputs = state.policy.collate(
         [Prompt(nothing, "", pad, torch.zeros_like(pad))],
-        [[pad]],
+        [[pad[:0]]],
         pad_token_id=state.tokenizer.pad_token_id,
         device=device,
     )
     zero = torch.zeros(1, device=device)
     features = None if tower else torch.zeros(0, 1, device=device)
-    return Microbatch(inputs, zero, zero.bool(), zero, image_features=features)
+    return Microbatch(inputs, zero, None, zero[:0], image_features=features)
 
 
 def reference_pass(state: TrainState, inputs: ModelInputs, **options: object) -> Tensor:
@@ -311,9 +334,9 @@ def loss_shares(
     Args:
         counted: (N, T) bool, the tokens on this rank that the loss averages over.
     """
-    device = microbatches[0].loss_mask.device
-    counts = torch.tensor([len(counted), int(counted.sum())], dtype=torch.float64, device=device)
-    num_sequences, num_tokens = dist.all_reduce_sum(counts).tolist()
+    device = microbatches[0].advantages.device
+    counts = [float(len(counted)), float(counted.sum())]
+    num_sequences, num_tokens = dist.sum_numbers(counts, device)
     world = dist.world_size()
     if loss.loss_type in SEQUENCE_MEANS:
         return [(loss, len(mb.advantages) * world / num_sequences) for mb in microbatches]
@@ -326,16 +349,17 @@ def update(
     shares: list[tuple[LossArgs, float]],
     learning_rate: float,
     stats: StepStats,
-    note: Callable[[StepStats, GRPOLoss, Microbatch, float], None],
+    note: Callable[[StepStats, GRPOLoss, Microbatch, Tensor], None],
     temperature: float = 1.0,
 ) -> bool:
     """One optimizer update; returns False if all ranks skipped it.
 
     Args:
         shares: from `loss_shares`.
-        note: called with each microbatch's result and share of the loss.
+        note: called with each microbatch's result and share of the loss, a 0-d tensor. Nothing in
+            it may wait for the device; `StepStats` takes tensors.
     """
-    finite = True
+    finite = torch.ones((), dtype=torch.bool, device=state.engine.device)
     for number, (mb, (args, scale)) in enumerate(zip(microbatches, shares, strict=True), 1):
         args = replace(args, advantages=mb.advantages, old_logps=mb.old_logps)
         fields = state.engine.forward(
@@ -347,22 +371,25 @@ def update(
         )
         out = GRPOLoss(*fields)
         loss = out.loss * scale
-        finite &= backward(state, loss, last=number == len(microbatches))
-        note(stats, out, mb, float(loss.detach()))
+        finite = finite & backward(state, loss, last=number == len(microbatches))
+        note(stats, out, mb, loss.detach())
     return step_optimizer(state, finite, learning_rate, stats)
 
 
-def backward(state: TrainState, loss: Tensor, *, last: bool) -> bool:
-    """Add a microbatch's gradient; returns whether its loss was finite."""
-    finite = bool(torch.isfinite(loss.detach()))
+def backward(state: TrainState, loss: Tensor, *, last: bool) -> Tensor:
+    """Add a microbatch's gradient; returns whether its loss was finite, a 0-d bool."""
+    finite = torch.isfinite(loss.detach())
     state.engine.backward(loss, last=last)
     progress.mark("training")
     return finite
 
 
-def step_optimizer(state: TrainState, finite: bool, learning_rate: float, stats: StepStats) -> bool:
-    """Update the weights if the loss was finite on every rank; returns whether it did."""
-    veto = dist.any_rank(not finite, state.engine.device)
+def step_optimizer(
+    state: TrainState, finite: Tensor, learning_rate: float, stats: StepStats
+) -> bool:
+    """Update the weights if the loss was finite on every rank; returns whether it did. The host
+    waits here for the losses and the gradient's norm, for the first time since the rollout."""
+    veto = dist.any_rank(~finite, state.engine.device)
     result = state.engine.step(learning_rate, veto=veto)
     stats.add("grad_norm", result.grad_norm)
     return result.applied
@@ -382,18 +409,13 @@ def finish(
         TooManyBadSteps: `max_bad_steps` steps in a row were skipped.
     """
     world = dist.world_size()
-    sums = stats.sums | {name: (total, 1.0) for name, total in stats.totals.items()}
-    sums["num_tokens"] = (float(rollouts.completion_mask.sum()) * world, 1.0)
-    device = state.engine.device
-    # Move to the device first: NCCL reduces only tensors on it.
-    metrics = reduce_metrics(sums, lambda t: dist.all_reduce_sum(t.to(device)).to(t.device))
+    stats.add_total("num_tokens", float(rollouts.completion_mask.sum()) * world)
+    metrics = stats.reduce(state.engine.device)
     state.num_tokens += round(metrics.pop("num_tokens"))
     state.bad_steps = 0 if applied else state.bad_steps + 1
     state.skipped_steps += 0 if applied else 1
     step_time_s = time.perf_counter() - start
     step_tokens = metrics["completion_length"] * len(rollouts.texts) * world
-    for name, value in stats.largest.items():
-        metrics[name] = max(dist.all_gather_object(value))
     for phase in ("rollout", "train"):
         if f"time/{phase}_s" in metrics:  # not every algorithm has a rollout
             seconds = max(metrics[f"time/{phase}_s"], 1e-9)

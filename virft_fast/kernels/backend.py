@@ -1,4 +1,4 @@
-"""Chooses a tensor's implementation, the Triton kernels or the torch reference, and moves it."""
+"""Chooses a tensor's implementation: the Triton kernels or the torch reference."""
 
 from __future__ import annotations
 
@@ -22,14 +22,6 @@ def triton_for(tensor: Tensor, kernels: str = "triton_rows") -> ModuleType | Non
     if tensor.dtype == torch.float64 or not (tensor.is_cuda or (interpreted() and _on_cpu(tensor))):
         return None
     return _module(kernels)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device. The host doesn't wait for a copy to a GPU, which reads pinned
-    memory; torch keeps that memory until then."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def _on_cpu(tensor: Tensor) -> bool:

@@ -375,7 +375,9 @@ def _token_weights(layout: Layout, dtype: torch.dtype, args: LossArgs) -> Tensor
     elif not isinstance(num_items, Tensor) and not 0 <= num_items < math.inf:
         raise ValueError(f"num_items: expected a count of tokens or None, got {num_items}")
     # A fraction is fine: it can be one rank's share of the count.
-    count = torch.as_tensor(num_items, dtype=dtype, device=mask.device)
+    if not isinstance(num_items, Tensor):
+        return mask / (num_items if num_items > 0 else 1.0)
+    count = num_items.to(mask)
     return mask / torch.where(count <= 0, 1.0, count)  # NaN stays NaN
 
 

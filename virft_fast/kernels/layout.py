@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from virft_fast.devices import to_device
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -19,6 +21,7 @@ class Layout:
         sequence: (R,) int64, index of the token's sequence.
         lengths: (N,) int64, number of tokens that count in each sequence.
         offsets: (N+1,) int64, sequence i is offsets[i]:offsets[i+1] of the R positions.
+        bounds: the offsets as numbers, if all tokens count and the host knows it; else None.
     """
 
     shape: tuple[int, ...]
@@ -27,6 +30,7 @@ class Layout:
     sequence: Tensor
     lengths: Tensor
     offsets: Tensor
+    bounds: tuple[int, ...] | None = None
 
     def sequence_sum(self, values: Tensor) -> Tensor:
         """(R,) -> (N,), summed in a fixed order, without atomics."""
@@ -68,6 +72,8 @@ def make_layout(
         completion_mask: same shape, bool. With packed ids, it may be None (all tokens count) or the
             int32 (N+1,) `cu_seqlens`.
         cu_seqlens: (N+1,) int32 for the packed layout: sequence i is cu_seqlens[i]:cu_seqlens[i+1].
+            On the ids' device or on the CPU. If they are on the CPU and there is no mask, the host
+            knows all row counts and needn't wait for the device.
     Raises:
         ValueError: wrong shapes, dtypes or devices; or offsets that don't ascend from 0 to S
             (checked only on the CPU, because reading them would synchronize a GPU).
@@ -105,11 +111,13 @@ def _padded(completion_ids: Tensor, completion_mask: Tensor) -> Layout:
 
 
 def _packed(ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Layout:
-    offsets = _checked_offsets(ids, cu_seqlens)
+    offsets, bounds = _checked_offsets(ids, cu_seqlens)
     positions = torch.arange(ids.shape[0], device=ids.device)
     n = offsets.shape[0] - 1
     if mask is None:
         mask = torch.ones_like(ids, dtype=torch.bool)
+    else:
+        bounds = None
     _check_mask(ids, mask)
     if n == 0:
         mask = torch.zeros_like(mask)
@@ -120,7 +128,7 @@ def _packed(ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Layo
     sequence = sequence.clamp(max=n - 1)
     lengths = torch.zeros(n, dtype=torch.int64, device=ids.device)
     lengths.index_add_(0, sequence, mask.long())
-    return Layout(tuple(ids.shape), n, mask, sequence, lengths, offsets)
+    return Layout(tuple(ids.shape), n, mask, sequence, lengths, offsets, bounds)
 
 
 def _check_mask(ids: Tensor, mask: Tensor) -> None:
@@ -133,23 +141,28 @@ def _check_mask(ids: Tensor, mask: Tensor) -> None:
         raise ValueError(f"completion_mask: expected on {ids.device}, got {mask.device}; move it")
 
 
-def _checked_offsets(ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """(N+1,) int64."""
+def _checked_offsets(
+    ids: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, tuple[int, ...] | None]:
+    """(N+1,) int64 on the ids' device, and the same as numbers if they came on the CPU."""
     if cu_seqlens is None or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         got = None if cu_seqlens is None else tuple(cu_seqlens.shape)
         raise ValueError(
             f"cu_seqlens: expected (N+1,) int32 for packed (S,) completion_ids, got {got}; "
             "padded ids are (N, T)"
         )
-    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.device != ids.device:
+    on_cpu = cu_seqlens.device.type == "cpu"
+    known = cu_seqlens.dtype in (torch.int32, torch.int64)
+    if not known or not (on_cpu or cu_seqlens.device == ids.device):
         raise ValueError(
-            f"cu_seqlens: expected int32 on {ids.device}, got {cu_seqlens.dtype} on "
+            f"cu_seqlens: expected int32 on {ids.device} or the CPU, got {cu_seqlens.dtype} on "
             f"{cu_seqlens.device}"
         )
-    if cu_seqlens.device.type == "cpu":
-        offsets = cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != ids.shape[0] or offsets != sorted(offsets):
-            raise ValueError(
-                f"cu_seqlens: expected ascending offsets from 0 to {ids.shape[0]}, got {offsets}"
-            )
-    return cu_seqlens.long()
+    if not on_cpu:
+        return cu_seqlens.long(), None
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != ids.shape[0] or offsets != sorted(offsets):
+        raise ValueError(
+            f"cu_seqlens: expected ascending offsets from 0 to {ids.shape[0]}, got {offsets}"
+        )
+    return to_device(cu_seqlens.long(), ids.device), tuple(offsets)

@@ -1,8 +1,8 @@
 """Log-probs and the GRPO loss from hidden states, without ever holding all tokens' logits.
 
 Logits are computed, used and dropped in float32 tiles of a few rows. The host waits for the device
-only to learn row counts: once per call for the tokens that count and, if old log-probs make
-clipping possible, once or twice per tile for the tokens that aren't clipped.
+only to learn row counts: of the tokens that count, and, with sequence-level ratios, of each
+sequence. It waits for neither if there is no mask and `cu_seqlens` is on the CPU.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from virft_fast.kernels.loss_args import LossArgs, takes_loss_args
 # for the 2,048 rows that keep its matrix units busy. The GPU value is an estimate, not tuned.
 TILE_ELEMENTS = {"cpu": 2**23, "cuda": 5 * 2**26}
 MAX_TILE_ROWS = 2048
+
+Rows = Tensor | slice  # (n,) int64 indices, or consecutive rows
 
 
 def linear_logps(
@@ -316,23 +318,27 @@ class _GRPORun:
         silent = torch.zeros_like(mask)
         if self.terms.beta == 0 and self.with_gradient:
             silent = self.terms.layout.per_token(self.terms.advantages) == 0
+        if self.terms.layout.bounds is not None and (mask.is_cuda or not bool(silent.any())):
+            # All tokens at once, without asking the device which ones are silent.
+            self._some(slice(0, len(mask)), self.terms, self.with_gradient)
+            return
         for tokens, with_gradient in ((mask & ~silent, self.with_gradient), (mask & silent, False)):
             rows = tokens.nonzero()[:, 0]
             if len(rows):
                 self._some(rows, self.terms.take(rows), with_gradient)
 
-    def _some(self, rows: Tensor, terms: LossTerms, with_gradient: bool) -> None:
-        """Process the tokens `rows`, (n,) ascending, with their own terms."""
+    def _some(self, rows: Rows, terms: LossTerms, with_gradient: bool) -> None:
+        """Process the tokens `rows`, ascending, with their own terms."""
         if not terms.by_sequence:
-            for chunk in _tiles(len(rows), self.tile_rows):
-                self._tile(rows[chunk], terms.tile(chunk), with_gradient)
+            for chunk in _tiles(len(terms.weights), self.tile_rows):
+                self._tile(_part(rows, chunk), terms.tile(chunk), with_gradient)
             return
         for first, last, chunk in _whole_sequences(terms.layout, self.tile_rows):
             fits = chunk.stop - chunk.start <= self.tile_rows
             run = self._tile if fits else self._long_sequence
-            run(rows[chunk], terms.sequences(first, last, chunk), with_gradient)
+            run(_part(rows, chunk), terms.sequences(first, last, chunk), with_gradient)
 
-    def _tile(self, rows: Tensor, terms: LossTerms, with_gradient: bool) -> None:
+    def _tile(self, rows: Rows, terms: LossTerms, with_gradient: bool) -> None:
         hidden, ids = self.hidden[rows], self.ids[rows]
         tile = self.head.logits(hidden)
         evaluated, norms, entropy = evaluate_rows(tile, ids, self.inv_temp, terms)
@@ -340,7 +346,7 @@ class _GRPORun:
         if with_gradient:
             self._backward(tile, hidden, rows, ids, norms, evaluated.d_logps)
 
-    def _long_sequence(self, rows: Tensor, terms: LossTerms, with_gradient: bool) -> None:
+    def _long_sequence(self, rows: Rows, terms: LossTerms, with_gradient: bool) -> None:
         """Process a sequence longer than a tile: first all its log-probs, then its logits again."""
         ids = self.ids[rows]
         logps, norms, entropy = _all_logps(self.head, self.hidden[rows], ids, self.inv_temp)
@@ -348,13 +354,13 @@ class _GRPORun:
         self._store(rows, evaluated, entropy)
         if not with_gradient:
             return
-        for chunk in _tiles(len(rows), self.tile_rows):
-            hidden = self.hidden[rows[chunk]]
+        for chunk in _tiles(len(ids), self.tile_rows):
+            hidden = self.hidden[_part(rows, chunk)]
             tile = self.head.logits(hidden)
             d_logps = evaluated.d_logps[chunk]
-            self._backward(tile, hidden, rows[chunk], ids[chunk], norms[chunk], d_logps)
+            self._backward(tile, hidden, _part(rows, chunk), ids[chunk], norms[chunk], d_logps)
 
-    def _store(self, rows: Tensor, evaluated: Evaluated, entropy: Tensor) -> None:
+    def _store(self, rows: Rows, evaluated: Evaluated, entropy: Tensor) -> None:
         self.loss += evaluated.loss
         self.logps[rows] = evaluated.logps
         self.entropy[rows] = entropy
@@ -362,18 +368,28 @@ class _GRPORun:
         self.clipped[rows] = evaluated.clipped
 
     def _backward(self, tile, hidden, rows, ids, norms, d_logps) -> None:
-        """Compute a tile's gradients, skipping clipped tokens, which have none."""
-        if self.terms.may_clip and self.terms.beta == 0:
+        """Compute a tile's gradients. Clipped tokens have none; a CPU skips them, but a GPU's host
+        would have to wait for their number."""
+        if self.terms.may_clip and self.terms.beta == 0 and not tile.is_cuda:
             keep = d_logps.nonzero()[:, 0]
             if not len(keep):
                 return
-            if len(keep) < len(rows):
+            if len(keep) < len(ids):
                 tile, keep = _compacted(tile, keep)
-                hidden, rows = hidden[keep], rows[keep]
+                hidden, rows = hidden[keep], _part(rows, keep)
                 ids, norms, d_logps = ids[keep], norms[keep], d_logps[keep]
         grad = self.head.backward(tile, hidden, ids, norms, None, d_logps, None, self.inv_temp)
         if self.grad_hidden is not None:
             self.grad_hidden[rows] = self.head.grad_hidden(grad)
+
+
+def _part(rows: Rows, part: Rows) -> Rows:
+    """Some of the rows, by their indices in `rows`."""
+    if isinstance(rows, Tensor):
+        return rows[part]
+    if isinstance(part, Tensor):
+        return part + rows.start
+    return slice(rows.start + part.start, rows.start + part.stop)
 
 
 def _compacted(tile: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -394,7 +410,7 @@ def _compacted(tile: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
 def _whole_sequences(layout: Layout, tile_rows: int) -> Iterator[tuple[int, int, slice]]:
     """(first, last, positions) of runs of sequences that fit in a tile; a longer sequence is
     alone."""
-    offsets = layout.offsets.tolist()
+    offsets = layout.bounds or layout.offsets.tolist()
     first = 0
     for last in range(1, len(offsets)):
         full = last == len(offsets) - 1 or offsets[last + 1] - offsets[first] > tile_rows

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from virft_fast.batch import Prompt, Row, Sample
-from virft_fast.kernels.backend import to_device
+from virft_fast.devices import to_device
 from virft_fast.models import chat_template
 from virft_fast.models.families import Processor, Tokenizer
 from virft_fast.models.shared_prefix import Group
@@ -30,12 +30,12 @@ class ModelInputs:
         position_ids: (3, R, L) int64, multimodal rotary positions.
         image_places: (image tokens,) int64, which of the R * L tokens are image tokens.
         pixel_values, image_grid_thw: the images of the B prompts, each once; None without images.
-            The grid stays on the CPU. Never change them in place, because they may belong to a
+            The grid is on the CPU. Never change them in place, because they may belong to a
             Prompt.
         image_copies: for each prompt, its number of image tokens and how many times it is read.
         predictors: (S,) int64, which of the R * L hidden states predict the completion tokens.
         completion_ids: (S,) int64, one completion after another.
-        cu_seqlens: (N + 1,) int32, the start of each completion, followed by S.
+        cu_seqlens: (N + 1,) int32 on the CPU, the start of each completion, followed by S.
         groups: the groups' positions in a packed row; empty if each completion has its own row.
         vision: `vision_metadata` of the images, on the model's device; empty without images.
     """
@@ -60,11 +60,11 @@ class ModelInputs:
         return image_features.split([tokens for tokens, _ in self.image_copies])
 
     def to(self, device: torch.device) -> ModelInputs:
-        """The inputs on the device; `image_grid_thw` and `vision` stay where they are."""
+        """The inputs on the device, except `vision` and what only the host reads."""
         moved: Row = {
             name: to_device(value, device)
             for name, value in vars(self).items()
-            if isinstance(value, Tensor) and name != "image_grid_thw"
+            if isinstance(value, Tensor) and name not in ("image_grid_thw", "cu_seqlens")
         }
         return replace(self, **moved)
 
@@ -178,7 +178,7 @@ def _following(positions: Tensor, length: int) -> Tensor:
 def _pack(
     prompts: Sequence[Prompt], positions: Sequence[Tensor], completions: Sequence[Sequence[Tensor]]
 ) -> Row:
-    """The fields of one packed row, and `is_image`, (R, L) bool. Omits the completions' last tokens,
+    """The fields of one packed row and `is_image`, (R, L) bool. Omits completions' last tokens,
     which predict nothing."""
     ids, position_ids, images, predictors, groups = [], [], [], [], []
     start = 0

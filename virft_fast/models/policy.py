@@ -54,9 +54,7 @@ def _project_patches(visual: nn.Module) -> None:
         proj.__class__ = _PatchProjection
 
 
-def _add_deepstack(
-    language_model: nn.Module, states: Tensor, places: Tensor, features: Tensor
-) -> Tensor:
+def _add_deepstack(language_model: Any, states: Tensor, places: Tensor, features: Tensor) -> Tensor:
     """Replaces a method of transformers' language model, which selects the image tokens by a mask
     and so waits for the device in every layer; `places` is `ModelInputs.image_places`."""
     if places.dtype == torch.bool:  # called by transformers itself

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional as F
 
+from virft_fast.devices import to_device
+
 if TYPE_CHECKING:
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel as TextModel
 
@@ -263,7 +265,8 @@ def _padding(group: Group, device: torch.device) -> Padding:
     real = torch.arange(longest) < lengths[:, None]  # (G, longest)
     index = torch.zeros(real.shape, dtype=torch.long)
     index[real] = torch.arange(int(lengths.sum()))
-    return index.flatten().to(device), real.flatten().nonzero()[:, 0].to(device)
+    places = (index.flatten(), real.flatten().nonzero()[:, 0])
+    return to_device(places[0], device), to_device(places[1], device)
 
 
 def _suffix_mask(group: Group, device: torch.device) -> Tensor:
@@ -288,7 +291,7 @@ def _segments(groups: tuple[Group, ...], length: int, device: torch.device) -> t
         lengths = torch.tensor(group.lengths, dtype=torch.long)
         names = torch.arange(1, len(lengths) + 1, dtype=torch.int32)
         sequence[group.first : group.end] = names.repeat_interleave(lengths)
-    return group_of.to(device), sequence.to(device)
+    return to_device(group_of, device), to_device(sequence, device)
 
 
 class _Dense:

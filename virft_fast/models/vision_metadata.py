@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from virft_fast.batch import Row
-from virft_fast.kernels.backend import to_device
+from virft_fast.devices import to_device
 
 
 def vision_metadata(visual: Any, grid: Tensor, device: torch.device) -> Row:
