@@ -8,6 +8,7 @@ GPU, because its operands are on both sides, raises.
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ WAITS = {
     "_unique2", "unique_dim", "unique_consecutive", "equal", "is_nonzero", "bincount", "allclose",
 }  # fmt: skip
 READS = {"tolist", "numpy", "__array__"}  # read memory without a dispatched operation
-HOST = Path(torch.__file__).parent
+# Its C++ groups gradients by their real device and then moves a number "back" there.
+CLIPPING = torch.nn.utils.clip_grads_with_norm_.__code__.co_filename
 
 
 class _Marks:
@@ -93,6 +95,15 @@ class PretendGPU(TorchFunctionMode):
             return self._pin(first) if name == "pin_memory" else first in self.pinned
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return self._to(func, args, kwargs)
+        if func is Tensor.backward:  # with this mode on, for backward passes in Python
+            super().__enter__()
+            try:
+                torch.autograd.Variable._execution_engine.run_backward(
+                    (first,), (torch.ones_like(first),), False, False, (), True, True
+                )
+                return None
+            finally:
+                super().__exit__(None, None, None)
         if name in READS and first in self.on_gpu:
             self.wait(name)
         device = kwargs.get("device")
@@ -113,6 +124,8 @@ class PretendGPU(TorchFunctionMode):
 
     def _to(self, func, args, kwargs):
         tensor, *rest = args
+        if sys._getframe(2).f_code.co_filename == CLIPPING:
+            return tensor
         devices = [_device(value) for value in (*rest, kwargs.pop("device", None))]
         devices = [device for device in devices if device is not None]
         target = {Tensor.cpu: "cpu", Tensor.cuda: "cuda"}.get(func) or (devices or [None])[0]

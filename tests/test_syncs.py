@@ -1,0 +1,195 @@
+"""The host hardly ever waits for the device during a step, counted on a GPU that is pretended."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import CPU, make_sample, make_state
+from models import FAMILIES, random_model
+from pretend_gpu import GPU, PretendGPU
+
+from virft_fast.algorithms import dpo, grpo, sft
+from virft_fast.algorithms.dpo import DPOState
+from virft_fast.config import DPOConfig
+from virft_fast.devices import to_device
+from virft_fast.kernels import backend, linear_grpo_loss
+from virft_fast.models.qwen_vl import Policy, encode_prompt
+
+# Of a step without its rollout: the losses and the gradient's norm, and the metrics.
+WAITS_OF_TRAINING = 2
+
+
+@pytest.fixture(autouse=True)
+def without_triton(monkeypatch):
+    """The torch references; and the mask that `causal_lower_right` stands for, which the CPU's
+    attention doesn't take."""
+
+    def causal_lower_right(queries, keys):
+        mask = torch.ones(queries, keys, dtype=torch.bool)
+        return to_device(mask.tril(keys - queries), GPU)
+
+    monkeypatch.setattr(backend, "_module", lambda: None)
+    monkeypatch.setattr("torch.nn.attention.bias.causal_lower_right", causal_lower_right)
+
+
+class Replay:
+    """A rollout that was made before."""
+
+    def __init__(self, rollouts):
+        self.rollouts = rollouts
+
+    def generate(self, *args, **options):
+        return self.rollouts
+
+
+def on_gpu(state, *others):
+    gpu = PretendGPU()
+    gpu.adopt(state.policy, *others)
+    state.engine.device = GPU
+    return gpu
+
+
+def reference_of(state):
+    cells = [] if state.reference is None else state.reference.__closure__
+    return [c.cell_contents for c in cells if isinstance(c.cell_contents, torch.nn.Module)]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"beta": 0.1},
+        {"beta": 0.0, "loss_type": "gspo"},
+        {"beta": 0.0, "num_iterations": 2, "delta": 3.0},
+        {"beta": 0.0, "mask_truncated_completions": True, "loss_type": "dapo"},
+    ],
+    ids=lambda config: "-".join(map(str, config.values())),
+)
+@pytest.mark.parametrize("sharing", ["on", "off"])
+def test_training_waits_twice_a_step(processor, prompts, config, sharing):
+    """Once before each update of the optimizer, and once for the metrics."""
+    made = {"config": config, "prompts_per_microbatch": 2, "gradient_accumulation_steps": 2}
+    plain, state = (make_state(processor, **made, policy={"prefix_sharing": sharing}) for _ in "ab")
+    rollouts = plain.rollout.generate(prompts, 2, grpo._sampling(plain))
+    plain.rollout = state.rollout = Replay(rollouts)
+    want, _ = grpo.train_step(plain, prompts)
+    with on_gpu(state, *reference_of(state)) as gpu:
+        got, _ = grpo.train_step(state, prompts)
+    assert gpu.waits.total() == WAITS_OF_TRAINING - 1 + config.get("num_iterations", 1), gpu.waits
+    for name in ("loss", "grad_norm", "entropy", "sampling_logp_difference"):
+        assert got[name] == pytest.approx(want[name], rel=1e-5, abs=1e-7)
+
+
+def test_sft_and_dpo_wait_twice_a_step(processor, prompts):
+    state = make_state(processor, prompts_per_microbatch=2, gradient_accumulation_steps=2)
+    with on_gpu(state) as gpu:
+        sft.train_step(state, prompts)
+    assert gpu.waits.total() == WAITS_OF_TRAINING, gpu.waits
+    pairs = []
+    for index, answers in enumerate([("yes", "no"), ("a cat", "a dog"), ("one", "two")]):
+        sample = make_sample(index)
+        sample.columns.update(zip(("chosen", "rejected"), answers, strict=True))
+        pairs.append(encode_prompt(processor, sample))
+    fields = {name: value for name, value in vars(state).items() if name != "config"}
+    for known in (None, {index: (-3.0, -2.0) for index in range(3)}):
+        state = DPOState(config=state.config, **fields, dpo=DPOConfig(), ref_logps=known)
+        with on_gpu(state, *reference_of(state)) as gpu:
+            dpo.train_step(state, pairs)
+        assert gpu.waits.total() == WAITS_OF_TRAINING, gpu.waits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_pass_of_any_family_waits(processor, prompts, family):
+    policy = Policy(random_model(family, processor.tokenizer)).train()
+    answers = [[torch.tensor([5, 6, 7]), torch.tensor([5])]] * len(prompts)
+    with PretendGPU() as gpu:
+        gpu.adopt(policy)
+        for chosen in (prompts, prompts[2:3]):  # without an image, the tower sees a blank one
+            inputs = policy.collate(chosen, answers[: len(chosen)], pad_token_id=0, device=GPU)
+            logps, entropy = policy(inputs)
+            (logps.sum() + entropy.sum()).backward()
+    assert not gpu.waits
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("rows", [2, 64])
+def test_a_loss_without_mask_is_that_of_a_full_mask(level, rows):
+    """And waits for nothing. Sequence 2 is silent, sequence 1 longer than a tile of two rows."""
+    torch.manual_seed(0)
+    offsets = torch.tensor([0, 5, 6, 8, 9], dtype=torch.int32)
+    hidden, weight = torch.randn(9, 4), torch.randn(11, 4)
+    ids, old = torch.randint(0, 11, (9,)), torch.randn(9) - 2
+    advantages = torch.tensor([1.0, -1.0, 0.0, 2.0])
+
+    def loss_and_gradients(move, mask):
+        leaves = [move(x).requires_grad_() for x in (hidden, weight)]
+        out = linear_grpo_loss(
+            *leaves, move(ids), mask, cu_seqlens=offsets, advantages=move(advantages),
+            old_logps=move(old), importance_sampling_level=level, chunk_tokens=rows, num_items=7,
+        )  # fmt: skip
+        out.loss.backward()
+        return (out.loss.detach(), out.logps, *(leaf.grad for leaf in leaves))
+
+    full = loss_and_gradients(torch.clone, torch.ones(9, dtype=torch.bool))
+    for got, want in zip(loss_and_gradients(torch.clone, None), full, strict=True):
+        assert torch.equal(got, want)
+    with PretendGPU() as gpu:
+        there = loss_and_gradients(lambda x: to_device(x, GPU), None)
+    assert not gpu.waits
+    for got, want in zip(there, full, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+WAITING = {
+    "item": lambda x: x.sum().item(),
+    "float": lambda x: float(x.sum()),
+    "bool": lambda x: bool(x.any()),
+    "tolist": lambda x: x.tolist(),
+    "numpy": lambda x: x.numpy(),
+    "cpu": lambda x: x.cpu(),
+    "to": lambda x: x.to("cpu"),
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 1],
+    "masked assignment": lambda x: x.masked_fill(x > 1, 0.0).__setitem__(x > 1, 2.0),
+    "masked_select": lambda x: x.masked_select(x > 1),
+    "unique": lambda x: x.unique(),
+    "repeat_interleave": lambda x: x.repeat_interleave(x.long()),
+    "host indices": lambda x: x[torch.tensor([0, 1])],
+    "not pinned": lambda x: torch.ones(2).to(x.device, non_blocking=True),
+    "blocking": lambda x: torch.ones(2).pin_memory().to(x.device),
+    "host data": lambda x: torch.tensor([1.0], device=x.device),
+    "copy": lambda x: x.copy_(torch.ones(3)),
+    "backward of masked_scatter": lambda x: torch.autograd.grad(
+        x.masked_scatter(x > 1, y := torch.ones(3, device=x.device).requires_grad_()).sum(), y
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WAITING)
+def test_the_pretended_gpu_counts_what_waits(what):
+    with PretendGPU() as gpu:
+        x = to_device(torch.tensor([1.0, 2.0, 3.0]), GPU)
+        assert x.device == GPU and x.is_cuda and (x * 2).sum().device == GPU
+        assert not gpu.waits
+        WAITING[what](x)
+    assert gpu.waits.total() == 1
+
+
+@pytest.mark.parametrize(
+    "free",
+    [
+        lambda x: torch.where(x > 1, x, 0.0).sum() * 2,
+        lambda x: x.index_select(0, to_device(torch.tensor([0, 1]), x.device)),
+        lambda x: torch.zeros(3, device=x.device).index_copy(0, x.long() - 1, x).cumsum(0),
+        lambda x: torch.ones(3).to(CPU).nonzero().tolist(),
+        lambda x: x.to(torch.float64) + 1,
+    ],
+)
+def test_the_pretended_gpu_counts_nothing_else(free):
+    with PretendGPU() as gpu:
+        free(to_device(torch.tensor([1.0, 2.0, 3.0]), GPU))
+    assert not gpu.waits
+
+
+def test_the_pretended_gpu_refuses_operands_on_both_sides():
+    with PretendGPU(), pytest.raises(AssertionError, match="on the host and on the GPU"):
+        to_device(torch.ones(2), GPU) + torch.ones(2)
