@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import CPU, make_sample, make_state
@@ -28,7 +30,7 @@ def without_triton(monkeypatch):
         mask = torch.ones(queries, keys, dtype=torch.bool)
         return to_device(mask.tril(keys - queries), GPU)
 
-    monkeypatch.setattr(backend, "_module", lambda: None)
+    monkeypatch.setattr(backend, "_module", lambda *names: None)
     monkeypatch.setattr("torch.nn.attention.bias.causal_lower_right", causal_lower_right)
 
 
@@ -64,12 +66,12 @@ def reference_of(state):
     ],
     ids=lambda config: "-".join(map(str, config.values())),
 )
-@pytest.mark.parametrize("sharing", ["on", "off"])
-def test_training_waits_twice_a_step(processor, prompts, config, sharing):
+def test_training_waits_twice_a_step(processor, prompts, config):
     """Once before each update of the optimizer, and once for the metrics."""
     made = {"config": config, "prompts_per_microbatch": 2, "gradient_accumulation_steps": 2}
-    plain, state = (make_state(processor, **made, policy={"prefix_sharing": sharing}) for _ in "ab")
+    plain, state = (make_state(processor, **made) for _ in range(2))
     rollouts = plain.rollout.generate(prompts, 2, grpo._sampling(plain))
+    rollouts = replace(rollouts, truncated=torch.arange(8) % 3 == 0)
     plain.rollout = state.rollout = Replay(rollouts)
     want, _ = grpo.train_step(plain, prompts)
     with on_gpu(state, *reference_of(state)) as gpu:
@@ -89,9 +91,9 @@ def test_sft_and_dpo_wait_twice_a_step(processor, prompts):
         sample = make_sample(index)
         sample.columns.update(zip(("chosen", "rejected"), answers, strict=True))
         pairs.append(encode_prompt(processor, sample))
-    fields = {name: value for name, value in vars(state).items() if name != "config"}
     for known in (None, {index: (-3.0, -2.0) for index in range(3)}):
-        state = DPOState(config=state.config, **fields, dpo=DPOConfig(), ref_logps=known)
+        fields = vars(make_state(processor, prompts_per_microbatch=2))
+        state = DPOState(**fields, dpo=DPOConfig(), ref_logps=known)
         with on_gpu(state, *reference_of(state)) as gpu:
             dpo.train_step(state, pairs)
         assert gpu.waits.total() == WAITS_OF_TRAINING, gpu.waits
