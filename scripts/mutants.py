@@ -160,7 +160,7 @@ MUTANTS = [
     Mutant("tokens without an advantage go backward", LINEAR,
            "silent = self.terms.layout.per_token(self.terms.advantages) == 0", "pass",
            "tests/test_kernels.py -k three_products"),
-    Mutant("clipped rows keep their place", LINEAR, "hidden, rows = hidden[keep], rows[keep]",
+    Mutant("clipped rows keep their place", LINEAR, "hidden, rows = hidden[keep], _part(rows, keep)",
            "hidden = hidden[keep]", "tests/test_kernels.py -k moved_rows"),
     # Shared prompts and rollouts
     Mutant("completions see each other", PREFIX,

@@ -98,8 +98,8 @@ def grpo_loss(
             tensor stays on its device. None: the active tokens of this call. To make accumulation
             equal one big batch, pass the count over all microbatches (across ranks that average
             gradients: count / world size).
-        cu_seqlens: packed layout: (N+1,) int32 offsets, with logits (S, V), ids, old and reference
-            log-probs (S,); `completion_mask` may then be None.
+        cu_seqlens: packed layout: (N+1,) int32 offsets, may be on the CPU, with logits (S, V), ids,
+            old and reference log-probs (S,); `completion_mask` may then be None.
         inplace: the backward pass overwrites `logits` with the gradient; nothing may use them
             afterwards.
     Returns:
