@@ -16,6 +16,7 @@ from helpers import CPU, make_prompts, make_sample
 from models import FAMILIES, random_model
 from torch.nn import functional as F
 
+from virft_fast.config import HUB_ATTENTIONS
 from virft_fast.models.decode_step import SUPPORTED_NORMS
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import (
@@ -296,10 +297,45 @@ def test_lora_trains_the_adapter_only_and_its_off_state_is_the_base_model(prompt
     torch.testing.assert_close(off, expected)
 
 
-def test_flash_attention_falls_back_with_a_warning():
-    with pytest.warns(UserWarning, match="sdpa"):
-        model = load_model("tiny", attn_implementation="flash_attention_2")
+@pytest.mark.parametrize(
+    ("name", "package"), [("flash_attention_2", "flash-attn"), (HUB_ATTENTIONS[0], "kernels")]
+)
+def test_flash_attention_falls_back_with_a_warning(name, package):
+    with pytest.warns(UserWarning, match=f"{name} needs the package {package} .*sdpa instead"):
+        model = load_model("tiny", attn_implementation=name)
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", HUB_ATTENTIONS)
+def test_a_kernel_of_the_hub_is_used_and_not_saved(monkeypatch, tmp_path, prompts, name):
+    """Its place is taken by torch's attention, which sees one image at a time."""
+    import transformers
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    calls = []
+
+    def kernel(module, *args, cu_seq_lens_q=None, **options):
+        calls.append(type(module).__name__)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **options)
+
+    monkeypatch.setattr(transformers.utils, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        transformers.modeling_utils, "lazy_import_flash_attention", lambda *args, **options: None
+    )
+    transformers.AttentionInterface.register(name, kernel)
+    policy = Policy(load_model("tiny", attn_implementation=name)).eval()
+    plain = Policy(load_model("tiny")).eval()
+    prompts, completions = prompts[:1], [[torch.tensor([5, 6])]]
+    for packed in (True, False):
+        rows = [model.collate(prompts, completions, pad_token_id=0, device=CPU, packed=packed)
+                for model in (policy, plain)]  # fmt: skip
+        calls.clear()
+        logps, expected = (m(row)[0] for m, row in zip((policy, plain), rows, strict=True))
+        torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
+        assert set(calls) == {"VisionAttention"} | (set() if packed else {"Qwen2VLAttention"})
+    policy.model.save_pretrained(tmp_path)
+    assert "kernels-community" not in (tmp_path / "config.json").read_text()
 
 
 def test_liger_off_cuda_warns_and_changes_nothing():

@@ -208,7 +208,7 @@ def test_commands_refuse_without_a_question(folder, tmp_path, capsys, monkeypatc
 def test_no_flag_allows_code():
     with pytest.raises(UsageError, match="trust_remote_code True: expected false; .* no code"):
         parse_args(["--trust_remote_code", "True", "--dataset_name", "shapes_detection"])
-    for name in ("kernels-community/flash-attn2", "flash_attention_3"):
+    for name in ("someone/flash-attn2", "kernels-community/flash-attn2@main", "flash_attention_3"):
         with pytest.raises(UsageError, match="attn_implementation: expected one of sdpa"):
             parse_args(["--attn_implementation", name, "--dataset_name", "shapes_detection"])
 

@@ -29,7 +29,8 @@ EVAL_TASKS = (*TASKS, "coco", "lvis")
 BOX_SPACES = ("auto", "thousandths", "pixels", "unit")
 ANSWERS = ("lenient", "visual_rft")
 DTYPES = ("auto", "float32", "bfloat16")
-ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+HUB_ATTENTIONS = ("kernels-community/flash-attn2", "kernels-community/flash-attn3")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2", *HUB_ATTENTIONS)
 SAVE_DTYPES = (*DTYPES, "float16")
 LOSS_IMPLS = ("fused", "reference")
 ROLLOUT_BACKENDS = ("native", "hf")
@@ -55,7 +56,10 @@ class ModelConfig:
         "auto", "Weights; auto: bfloat16 with --bf16, else float32.", "torch_dtype", choices=DTYPES
     )
     attn_implementation: str = arg(
-        "sdpa", "How attention is computed; flash_attention_2 needs flash-attn.", choices=ATTENTIONS
+        "sdpa",
+        "How attention is computed; flash_attention_2 needs flash-attn. A kernel of "
+        "kernels-community is downloaded, and needs the package kernels.",
+        choices=ATTENTIONS,
     )
     freeze_vision_tower: bool = arg(
         False, "Train the language model only.", "freeze_vision_modules"

@@ -27,7 +27,8 @@ TESTED = {
 # Packages that only some runs need -> (what needs them, the extra that installs them).
 OPTIONAL = {
     "peft": ("--use_peft", "peft"),
-    "flash-attn": ("--attn_implementation flash_attention_2", "gpu"),
+    "flash-attn": ("--attn_implementation flash_attention_2", "flash-attn"),
+    "kernels": ("--attn_implementation kernels-community/flash-attn2", "kernels"),
     "liger-kernel": ("--use_liger_kernel", "gpu"),
     "faster-coco-eval": ("AP of COCO and LVIS", "eval"),
     "rapidfuzz": ("virft-fast mia", "mia"),

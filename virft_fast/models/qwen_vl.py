@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from virft_fast.batch import Row
+from virft_fast.config import HUB_ATTENTIONS
 from virft_fast.models import adapters as lora
 from virft_fast.models.adapters import add_lora  # noqa: F401
 from virft_fast.models.families import FAMILIES, base, core, freeze_vision_tower  # noqa: F401
@@ -100,16 +101,19 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def usable_attention(name: str) -> str:
-    """`name`, or sdpa, with a warning, if `name` is flash_attention_2 and can't run."""
-    if name != "flash_attention_2":
-        return name
-    from transformers.utils import is_flash_attn_2_available
+    """`name`, or sdpa, with a warning, if what `name` needs is missing: a package or a CUDA
+    device."""
+    from transformers.utils import is_flash_attn_2_available, is_kernels_available
 
-    if is_flash_attn_2_available():
+    needed, usable = "", True
+    if name == "flash_attention_2":
+        needed, usable = "flash-attn", is_flash_attn_2_available()
+    elif name in HUB_ATTENTIONS:
+        needed, usable = "kernels", is_kernels_available() and torch.cuda.is_available()
+    if usable:
         return name
     warnings.warn(
-        "flash_attention_2 needs the flash-attn package and a CUDA device; using sdpa instead",
-        stacklevel=2,
+        f"{name} needs the package {needed} and a CUDA device; using sdpa instead", stacklevel=2
     )
     return "sdpa"
 
