@@ -27,7 +27,10 @@ TESTED = {
 # Packages that only some runs need -> (what needs them, the extra that installs them).
 OPTIONAL = {
     "peft": ("--use_peft", "peft"),
-    "flash-attn": ("--attn_implementation flash_attention_2", "flash-attn"),
+    "flash-attn": (
+        "--attn_implementation flash_attention_2 (pip compiles it for up to an hour)",
+        "flash-attn",
+    ),
     "kernels": ("--attn_implementation kernels-community/flash-attn2", "kernels"),
     "liger-kernel": ("--use_liger_kernel", "gpu"),
     "faster-coco-eval": ("AP of COCO and LVIS", "eval"),
@@ -128,7 +131,7 @@ def _optional_packages() -> Iterator[Finding]:
         try:
             yield _imported(name, metadata.version(name))
         except metadata.PackageNotFoundError:
-            where = "on a GPU node: " if extra == "gpu" else ""
+            where = "on a GPU node: " if extra in ("gpu", "flash-attn", "kernels") else ""
             yield Finding(
                 "note",
                 f"{name} is not installed; {needed_for} needs it",
