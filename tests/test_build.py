@@ -861,8 +861,8 @@ def test_inspect_counts_and_draws(coco, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "task detection, 10 usable of 10 rows" in shown and f"written: {sheet}" in shown
     assert "width 200 to 200 (median 200), height 100 to 100" in shown
-    assert "true boxes a row: 0: 2, 1: 8" in shown
-    assert re.search(r"2 categories: cat 6, dog 4", shown)
+    assert "true boxes per row: 0 in 2 rows, 1 in 8 rows" in shown
+    assert re.search(r"2 subjects: cat 6, dog 4", shown)
     with Image.open(sheet) as image:
         colours = np.asarray(image.convert("RGB")).reshape(-1, 3)
     red = (abs(colours.astype(int) - (200, 30, 30)) < 20).all(1)

@@ -286,7 +286,7 @@ def test_run_dry_run_and_inspect_show_one_table(
         train.main([*argv, *into])
     assert table_of(capsys.readouterr().err, "train:") == shown
     assert data_main(["inspect", *argv, "--output", str(tmp_path / "sheet.png")]) == 0
-    assert table_of(capsys.readouterr().out, "a run:") == shown
+    assert table_of(capsys.readouterr().out, "training:") == shown
     for text in said:
         assert text in "\n".join(shown)
 

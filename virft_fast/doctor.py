@@ -37,6 +37,8 @@ OPTIONAL = {
     "rapidfuzz": ("virft-fast mia", "mia"),
     "math-verify": ("the reward accuracy_math", "math"),
 }
+# Packages with compiled code or kernels, which may not fit this torch.
+BUILT = ("triton", "deepspeed", "flash-attn", "liger-kernel", "faster-coco-eval")
 MIN_FREE_BYTES = 20 * 2**30  # a checkpoint of a 2B model with its optimizer state
 MIN_CAPABILITY = (8, 0)  # bfloat16
 
@@ -140,13 +142,14 @@ def _optional_packages() -> Iterator[Finding]:
 
 
 def _imported(name: str, version: str, note: str = "") -> Finding:
-    """Import an installed package. One with compiled code may have been built for another torch."""
+    """The finding about an installed package; imports those in `BUILT`."""
     import torch
 
     if not torch.cuda.is_available():  # else DeepSpeed warns
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
-        importlib.import_module(name.replace("-", "_"))
+        if name in BUILT:
+            importlib.import_module(name.replace("-", "_"))
     except Exception as error:  # compiled code can raise anything
         text = f"{name} {version} can't be imported: {type(error).__name__}: {error!s:.300}"
         return Finding("problem", text, "reinstall it for this torch, or uninstall it")

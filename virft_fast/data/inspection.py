@@ -62,17 +62,16 @@ class Inspection:
         lines = [f"task {self.task}, {self.usable} usable of {self.rows} rows"]
         if self.sizes:
             widths, heights = zip(*self.sizes, strict=True)
-            lines.append(
-                f"images {len(self.sizes)}: width {_spread(widths)}, height {_spread(heights)}"
-            )
-            lines.append(f"images a row: {_counts(self.images_a_row)}")
+            lines.append(f"{len(self.sizes)} images: width {_spread(widths)}, height "
+                         f"{_spread(heights)}")  # fmt: skip
+            lines.append(f"images per row: {_counts(self.images_a_row)}")
         if self.boxes_a_row:
-            lines.append(f"true boxes a row: {_counts(self.boxes_a_row)}")
+            lines.append(f"true boxes per row: {_counts(self.boxes_a_row)}")
         if self.subjects:
             common = ", ".join(f"{n} {c}" for n, c in self.subjects.most_common(MAX_SHOWN))
             left = len(self.subjects) - MAX_SHOWN
             more = f" and {left} more" if left > 0 else ""
-            lines.append(f"{len(self.subjects)} categories: {common}{more}")
+            lines.append(f"{len(self.subjects)} subjects: {common}{more}")
         lines += [f"row {row.index} can't be used: {row.reason}" for row in self.bad[:MAX_SHOWN]]
         return [*lines, *self.table]
 
@@ -150,7 +149,7 @@ def _table(samples: SampleDataset, task: str, box_space: str) -> list[str]:
             samples.classes()
     except ValueError as error:
         warned = str(error)
-    return [*surveyed.table("a run", task), *([f"  warning: {warned}"] if warned else [])]
+    return [*surveyed.table("training", task), *([f"  warning: {warned}"] if warned else [])]
 
 
 def subject(sample: Sample, task: str) -> str:
@@ -166,4 +165,4 @@ def _spread(values: Sequence[int]) -> str:
 
 
 def _counts(counter: Counter[int]) -> str:
-    return ", ".join(f"{key}: {counter[key]}" for key in sorted(counter))
+    return ", ".join(f"{key} in {counter[key]} rows" for key in sorted(counter))
