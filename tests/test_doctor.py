@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from virft_fast import doctor
+from virft_fast import doctor, versions
+from virft_fast.config import UsageError
 from virft_fast.deepspeed_config import offloads
 from virft_fast.doctor import Finding
-from virft_fast.train import dry_run
+from virft_fast.train import dry_run, run
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,6 +111,52 @@ def test_a_checkout_that_is_not_installed_is_said(monkeypatch):
 
     monkeypatch.setattr(metadata, "requires", missing)
     assert "virft_fast is not installed" in [finding.what for finding in doctor._packages()]
+
+
+def driver(monkeypatch, *, built, supports, present=True):
+    """Pretend that torch was built for a CUDA release, and that a driver supports another."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: supports, raising=False)
+    monkeypatch.setattr(versions.os.path, "exists", lambda path: present)
+
+
+@pytest.mark.parametrize(
+    ("built", "supports", "said"),
+    [
+        ("13.0", 12020, "it supports CUDA 12.2, and torch .* was built for CUDA 13.0"),
+        ("12.8", 12020, None),  # newer releases of one major version run
+        ("13.0", 13010, None),
+        ("13.0", 0, None),  # no driver
+        (None, 0, "was built without CUDA, but there is an NVIDIA driver"),
+    ],
+)
+def test_a_driver_that_is_too_old_is_said_by_name(monkeypatch, caplog, built, supports, said):
+    driver(monkeypatch, built=built, supports=supports)
+    findings = list(doctor._gpus())
+    run._check_versions(run.parse_args([]))
+    if said is None:
+        assert [finding.level for finding in findings] == ["note"] and not caplog.text
+        return
+    (finding,) = findings
+    assert finding.level == "problem" and re.search(said, finding.what) and finding.remedy
+    assert re.search(f"running on the CPU: .*{said}", caplog.text)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the CPU was asked for
+    assert versions.unusable_driver() is None
+
+
+def test_a_run_names_what_is_too_old(monkeypatch, capsys):
+    monkeypatch.setattr(metadata, "version", lambda name: "2.9.1" if name == "torch" else "99")
+    assert run.main(["--dataset_name", "shapes_detection", "--dry_run"]) == 2
+    assert re.search("error: torch 2.9.1 is older than 2.11: pip", capsys.readouterr().err)
+
+
+def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(UsageError, match="--bf16: expected a GPU of sm_80 or later, got sm_75"):
+        run._check_versions(run.parse_args(["--bf16"]))
+    run._check_versions(run.parse_args([]))
 
 
 def test_a_loss_that_fails_is_a_problem(monkeypatch):

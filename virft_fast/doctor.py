@@ -7,7 +7,6 @@ import argparse
 import importlib
 import os
 import platform
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 from virft_fast.commands import end_process
 from virft_fast.console import unbreakable
+from virft_fast.versions import release, requirements, unusable_driver
 
 # The releases in constraints.txt. Older ones also work, down to pyproject.toml's bounds.
 TESTED = {
@@ -90,10 +90,6 @@ def findings(folder: Path = Path()) -> Iterator[Finding]:
             yield Finding("problem", text, "reinstall the package that the message names")
 
 
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:3])
-
-
 def _packages() -> Iterator[Finding]:
     system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     yield (
@@ -101,29 +97,19 @@ def _packages() -> Iterator[Finding]:
         if sys.version_info >= (3, 10)
         else Finding("problem", system, "use Python 3.10 or later")
     )
-    try:
-        requirements = metadata.requires("virft_fast") or []
-    except metadata.PackageNotFoundError:
-        requirements = []
+    if not (required := list(requirements())):
         yield Finding(
             "note", "virft_fast is not installed", "pip install --no-build-isolation -e ."
         )
-    for requirement in requirements:
-        bound = re.match(r"([\w.-]+)\s*>=\s*([\w.]+)", requirement)
-        if bound is None or "extra ==" in requirement:
-            continue
-        name, least = bound.groups()
-        try:
-            version = str(metadata.version(name))
-        except metadata.PackageNotFoundError:
-            if "sys_platform" not in requirement or platform.system() == "Linux":
-                yield Finding("problem", f"{name} is missing", f"pip install '{name}>={least}'")
-            continue
-        if _release(version) < _release(least):
-            remedy = f"pip install '{name}>={least}'"
+    for name, version, least, line in required:
+        remedy = f"pip install '{name}>={least}'"
+        if version is None:
+            if "sys_platform" not in line or platform.system() == "Linux":
+                yield Finding("problem", f"{name} is missing", remedy)
+        elif release(version) < release(least):
             yield Finding("problem", f"{name} {version} is older than {least}", remedy)
         elif name in TESTED:
-            newer = _release(version) > _release(TESTED[name])
+            newer = release(version) > release(TESTED[name])
             note = f"newer than the tested {TESTED[name]}; if it fails, install that one"
             yield _imported(name, version, note if newer else "")
 
@@ -174,6 +160,9 @@ def _matcher() -> Iterator[Finding]:
 def _gpus() -> Iterator[Finding]:
     import torch
 
+    if trouble := unusable_driver():
+        yield Finding("problem", *trouble)
+        return
     if not torch.cuda.is_available():
         why = "this torch was built without CUDA" if not torch.version.cuda else "no driver or GPU"
         yield Finding(

@@ -25,6 +25,7 @@ from virft_fast.output_lock import HEARTBEAT_SECONDS, OutputLock
 from virft_fast.train.conclusion import conclude
 from virft_fast.train.loop import AGREED_ERRORS, is_given_up, train, where_to_resume
 from virft_fast.train.setup import set_up
+from virft_fast.versions import too_old, unusable_driver
 from virft_fast.watch import SectionTimeout, Watch
 
 logger = logging.getLogger("virft_fast")
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         logger.setLevel(logging.ERROR)
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
+        _check_versions(config)
         with usage():
             device = dist.init(config.train.ddp_timeout)
         # Only the main process logs warnings; every process logs its errors.
@@ -84,6 +86,21 @@ def parse_args(argv: list[str]) -> RunConfig:
     config = RunConfig(*parse(TRAIN_GROUPS, argv, "python -m virft_fast.train", launch_lines=True))
     _warn_of_unused(config)
     return config
+
+
+def _check_versions(config: RunConfig) -> None:
+    """Raise UsageError if a package is older than required, or a GPU has no bfloat16 for --bf16;
+    warn if a GPU can't be used."""
+    if old := too_old():
+        raise UsageError("; ".join(old))
+    if trouble := unusable_driver():
+        logger.warning("running on the CPU: %s; %s", *trouble)
+    if config.train.bf16 and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            raise UsageError(
+                f"--bf16: expected a GPU of sm_80 or later, got sm_{major}{minor}; leave --bf16 out"
+            )
 
 
 def _warn_of_unused(config: RunConfig) -> None:
