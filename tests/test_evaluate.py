@@ -280,7 +280,7 @@ def test_questions_are_in_the_space_of_the_models_family(coco, tmp_path, process
         task="coco", annotations=str(coco / "instances.json"), images=str(coco / "images")
     )
     cpu = torch.device("cpu")
-    evaluation = ModelEvaluation(config, tmp_path / "x.jsonl", cpu, lambda *_: lambda done: None)
+    evaluation = ModelEvaluation(config, tmp_path / "x.jsonl", cpu)
     boxes = {}
     for family in ("qwen2_vl", "qwen2_5_vl"):
         evaluation.model.family = family

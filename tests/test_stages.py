@@ -45,7 +45,7 @@ def data(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """test_report.py draws reports; a figure takes as long as these runs' steps."""
-    monkeypatch.setattr("virft_fast.report._draw_report", lambda path, *_: path.touch())
+    monkeypatch.setattr("virft_fast.train.conclusion.write_report", lambda path, **_: path.touch())
 
 
 def arguments(data, model, out, *flags, algorithm="grpo", rate=0.05, steps=1):

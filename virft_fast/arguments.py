@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import copy
 from dataclasses import Field, field, fields
+from types import ModuleType
 from typing import ClassVar, Protocol, TypeVar
 
 Value = TypeVar("Value")
@@ -68,6 +70,24 @@ def unknown_flag_message(flag: str, names: list[str]) -> str:
 
 
 # Limits on the value of a flag: in words, and as a test.
+def need_package(what: str, module: str, package: str, extra: str) -> ModuleType:
+    """Import a module of an optional package.
+
+    Args:
+        what: names the flag or feature that needs it.
+        extra: our extra that installs it.
+    Raises:
+        ValueError: it is not installed; says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"{what}: expected the package {package}; pip install {package}, or '.[{extra}]' in a "
+            "checkout"
+        ) from error
+
+
 LIMITS: dict[str, Callable[[float], bool]] = {
     "a positive number": lambda v: 0 < v < math.inf,
     "a positive number of pixels": lambda v: 0 < v < math.inf,

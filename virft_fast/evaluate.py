@@ -7,13 +7,10 @@ torchrun divides the samples among the ranks. A killed evaluation resumes where 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,13 +80,12 @@ def run(config: EvalConfig, device: torch.device) -> int:
     outputs = files.of_models(output, models) if several else [output]
     todo = []
     for model, path in zip(models, outputs, strict=True):  # finds wrong names before any work
-        one, bars = replace(config, model_name_or_path=model, compare=[]), contextlib.ExitStack()
-        todo.append((ModelEvaluation(one, path, device, partial(_bar, bars)), bars))
+        one = replace(config, model_name_or_path=model, compare=[])
+        todo.append(ModelEvaluation(one, path, device))
     while todo:
-        evaluation, bars = todo.pop(0)
-        with bars:
-            # The first model's answer to which categories exist holds for the others, too.
-            result, exists = evaluation.run(exists)
+        evaluation = todo.pop(0)
+        # The first model's answer to which categories exist holds for the others, too.
+        result, exists = evaluation.run(exists)
         load = evaluation.load_sample
         if result is not None:
             results.append(result)
@@ -110,18 +106,6 @@ def run(config: EvalConfig, device: torch.device) -> int:
         print(f"written: {companion(output, '')}.* (summary.json, md, html, ...)")
     dist.barrier()
     return 0
-
-
-def _bar(bars: contextlib.ExitStack, what: str, total: int) -> Callable[[int], None]:
-    from tqdm import tqdm
-
-    bar = tqdm(total=total, desc=what, unit="sample", disable=not dist.is_main())
-    bars.enter_context(bar)
-
-    def show(done: int) -> None:
-        bar.update(done - bar.n)
-
-    return show
 
 
 def _source(config: EvalConfig) -> str:

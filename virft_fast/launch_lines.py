@@ -27,13 +27,17 @@ class Foreign(NamedTuple):
         harmless: values that change nothing, separated by spaces, in addition to NOTHING; `*` is
             any value.
         why: why these have no effect.
-        instead: what to do if another value is needed.
+        instead: what to do if another value is needed; empty: drop the flag, because of `why`.
     """
 
     flags: str
     harmless: str
     why: str
     instead: str = ""
+
+    @property
+    def advice(self) -> str:
+        return self.instead or f"drop it: {self.why}"
 
 
 # The first entry that matches a flag applies.
@@ -60,27 +64,22 @@ FOREIGN = (
             "pass --eval_samples N to score held-out rows before and after training, or evaluate "
             "a checkpoint with python -m virft_fast.evaluate"),
     Foreign("metric_for_best_model greater_is_better", "*", "no checkpoint is chosen as the best"),
-    Foreign("bf16_full_eval fp16_full_eval", "false", "evaluation computes as training does",
-            "drop it: evaluation computes as training does"),
+    Foreign("bf16_full_eval fp16_full_eval", "false", "evaluation computes as training does"),
     # Loss and rewards
     Foreign("sapo_* vespo_*", "*", "they belong to values that --loss_type doesn't have"),
-    Foreign("multi_objective_aggregation", "sum_then_normalize", "rewards are always summed first",
-            "drop it: rewards are summed with --reward_weights, then normalized"),
-    Foreign("sync_ref_model", "false", "the reference is never updated",
-            "drop it: the reference is the model at the start of the run"),
+    Foreign("multi_objective_aggregation", "sum_then_normalize",
+            "rewards are always summed with --reward_weights, then normalized"),
+    Foreign("sync_ref_model", "false", "the reference is the model at the start of the run"),
     Foreign("ref_model_mixup_alpha ref_model_sync_steps", "*", "the reference is never updated"),
-    Foreign("top_entropy_quantile", "1", "all tokens train", "drop it: all tokens train"),
-    Foreign("entropy_coef use_adaptive_entropy", "0 false", "the loss has no entropy term",
-            "drop it: the loss has no entropy term"),
+    Foreign("top_entropy_quantile", "1", "all tokens train"),
+    Foreign("entropy_coef use_adaptive_entropy", "0 false", "the loss has no entropy term"),
     Foreign("entropy_*", "*", "the loss has no entropy term"),
-    Foreign("use_bias_correction_kl", "false", "the KL term is not weighted by the ratio",
-            "pass false: the KL term is not weighted by the ratio"),
+    Foreign("use_bias_correction_kl", "false", "the KL term is not weighted by the ratio"),
     Foreign("off_policy_mask_threshold", "", "", "drop it: no sequence is masked for its KL"),
     Foreign("label_smoothing_factor", "0", "GRPO has no labels to smooth",
             "pass --label_smoothing with --algorithm dpo"),
-    Foreign("average_tokens_across_devices", "true", "tokens are counted over all processes",
-            "drop it: tokens are always counted over all processes"),
-    Foreign("router_aux_loss_coef", "0", "the models have no router", "drop it: no model has one"),
+    Foreign("average_tokens_across_devices", "true", "tokens are counted over all processes"),
+    Foreign("router_aux_loss_coef", "0", "the models have no router"),
     Foreign("reward_model_name_or_path", "", "", "wrap the model in a function for --reward_funcs"),
     Foreign("is_reward_customized_from_vlm_module", "false", "rewards are those of --reward_funcs",
             "name the rewards, such as --reward_funcs grounding_giou format"),
@@ -97,33 +96,29 @@ FOREIGN = (
     Foreign("system_prompt chat_template chat_template_kwargs", "", "",
             "put a system turn into the rows' prompts"),
     Foreign("data_seed", "*", "--seed seeds data order and sampling"),
-    Foreign("shuffle_dataset", "true", "rows are always shuffled", "drop it: rows are "
-            "shuffled by --seed"),
-    Foreign("train_sampling_strategy", "random", "rows are always shuffled",
-            "drop it: rows are shuffled by --seed"),
+    Foreign("shuffle_dataset", "true", "rows are always shuffled by --seed"),
+    Foreign("train_sampling_strategy", "random", "rows are always shuffled by --seed"),
     Foreign("group_by_length", "false", "rows are always shuffled",
             "drop it, and pass --max_tokens_per_microbatch to fill microbatches evenly"),
     Foreign("length_column_name label_names remove_unused_columns", "*",
             "rewards get all columns of a row"),
-    Foreign("dataloader_drop_last", "false", "an epoch's last rows share a step with the next's",
-            "drop it: an epoch's last rows share a step with the next epoch's"),
+    Foreign("dataloader_drop_last", "false", "an epoch's last rows share a step with the next's"),
     Foreign("dataloader_* dataset_num_proc preprocessing_num_workers", "*",
             "the training process reads its own images"),
     Foreign("split_batches dispatch_batches", "false", "every process reads its own rows",
             "divide --per_device_train_batch_size by the number of processes"),
-    Foreign("ignore_data_skip", "false", "a resumed run continues with the next row",
-            "drop it: a resumed run continues with the next row"),
+    Foreign("ignore_data_skip", "false", "a resumed run continues with the next row"),
     Foreign("max_anyres_num", "*", "it belongs to InternVL"),
     Foreign("pad_to_multiple_of", "*", "padding doesn't change results"),
     # Optimizer and precision
     Foreign("optim", "adamw_torch adamw_torch_fused adamw_hf", "the optimizer is AdamW",
             "drop it: the optimizer is AdamW; --deepspeed configs/zero3_offload.json saves memory"),
-    Foreign("adafactor", "false", "the optimizer is AdamW", "drop it: the optimizer is AdamW"),
+    Foreign("adafactor", "false", "the optimizer is AdamW"),
     Foreign("optim_args optim_target_modules", "", "", "drop it: the optimizer is AdamW with "
             "--adam_beta1, --adam_beta2, --adam_epsilon and --weight_decay"),
     Foreign("lr_scheduler_kwargs", "", "", "choose a schedule without arguments by "
             "--lr_scheduler_type"),
-    Foreign("neftune_noise_alpha", "0", "embeddings get no noise", "drop it: there is no noise"),
+    Foreign("neftune_noise_alpha", "0", "embeddings get no noise"),
     Foreign("fp16", "false", "precision is --bf16 or float32", "pass --bf16, or neither: float32"),
     Foreign("half_precision_backend fp16_backend fp16_opt_level", "*", "float16 is not used"),
     Foreign("tf32", "*", "products of float32 numbers are not rounded to TF32"),
@@ -136,13 +131,12 @@ FOREIGN = (
             "pass --gradient_checkpointing"),
     Foreign("auto_find_batch_size", "false", "the batch size is as given",
             "pass --max_tokens_per_microbatch, which bounds what a microbatch holds"),
-    Foreign("full_determinism", "false", "--seed fixes order and draws",
-            "drop it: --seed fixes order and draws; a GPU's sums may round differently"),
+    Foreign("full_determinism", "false",
+            "--seed fixes order and draws; a GPU's sums may round differently"),
     # Model
-    Foreign("lora_task_type", "CAUSAL_LM", "the adapter is always a language model's",
-            "drop it: the adapter is a language model's"),
-    Foreign("use_rslora use_dora", "false", "adapters are plain LoRA", "drop it: adapters are "
-            "plain LoRA, with --lora_r and --lora_alpha"),
+    Foreign("lora_task_type", "CAUSAL_LM", "the adapter is always a language model's"),
+    Foreign("use_rslora use_dora", "false",
+            "adapters are plain LoRA, with --lora_r and --lora_alpha"),
     Foreign("lora_target_parameters lora_modules_to_save", "", "",
             "name linear layers with --lora_target_modules"),
     Foreign("load_in_8bit load_in_4bit", "false", "weights are not quantized",
@@ -152,8 +146,7 @@ FOREIGN = (
             "drop it: no code of a checkpoint is run; transformers has the Qwen-VL families"),
     Foreign("model_init_kwargs", "", "", "pass --dtype, --attn_implementation or --model_revision"),
     # Processes
-    Foreign("ddp_backend", "nccl gloo", "it is nccl on GPUs and gloo on CPUs",
-            "drop it: it is nccl on GPUs and gloo on CPUs"),
+    Foreign("ddp_backend", "nccl gloo", "it is nccl on GPUs and gloo on CPUs"),
     Foreign("ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph "
             "ignore_bias_buffers", "*", "gradients are averaged without DDP's wrapper"),
     Foreign("fsdp fsdp_*", "false", "--deepspeed divides a model among processes",
@@ -176,8 +169,7 @@ FOREIGN = (
     # Saving
     Foreign("save_strategy", "steps", "--save_steps says when to save",
             "pass --save_steps N; 0 saves only at the end"),
-    Foreign("save_safetensors", "true", "weights are always saved as safetensors",
-            "drop it: weights are always saved as safetensors"),
+    Foreign("save_safetensors", "true", "weights are always saved as safetensors"),
     Foreign("save_on_each_node", "false", "the main process saves",
             "drop it: the main process saves; put --output_dir on a disk that all nodes share"),
     Foreign("enable_jit_checkpoint", "*", "SIGTERM and SIGUSR1 always save a checkpoint"),
@@ -225,7 +217,7 @@ def set_aside(words: Sequence[str], names: Sequence[str]) -> list[str]:
             used.setdefault(foreign, []).append(f"--{name}")
         else:
             expected = " or ".join(foreign.harmless.split()) or "no such flag"
-            wrong.append(f"--{name} {said}: expected {expected}; {foreign.instead}")
+            wrong.append(f"--{name} {said}: expected {expected}; {foreign.advice}")
     if wrong:
         raise ValueError("; ".join(wrong))
     for foreign, flags in used.items():

@@ -15,7 +15,7 @@ from virft_fast.config import SAVE_DTYPES
 from virft_fast.console import unbreakable
 from virft_fast.data.writing import make_folder
 from virft_fast.models.adapters import merge_adapter
-from virft_fast.models.processing import read_processor
+from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import cast_parameters, load_model
 from virft_fast.models.source import find_model
 
@@ -52,7 +52,7 @@ def merge(adapter: str, out: str, base: str | None = None, dtype: str = "auto") 
     source.check_weights()
     whole = find_model(base) if base else source
     stored = getattr(torch, dtype) if dtype != "auto" else whole.config.dtype
-    stored, processor = stored or torch.float32, read_processor(source, renders=False)
+    stored, processor = stored or torch.float32, load_processor(source, renders=False)
     model = merge_adapter(load_model(whole), adapter) if base else load_model(whole)
     cast_parameters(model, stored)
     write_whole_model(folder.resolve(), model, processor)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -56,7 +56,8 @@ def write_summary(
         "peak_rss_mib": round(peak_rss_mib, 1),
         **more,
     }
-    _or_warn(path, partial(write_json, path, summary))
+    with _errors_logged(path):
+        write_json(path, summary)
 
 
 def write_report(
@@ -77,38 +78,28 @@ def write_report(
             `after`.
         parse_boxes: text -> [([x1, y1, x2, y2] in 0..1000, confidence or None), ...].
     """
-    _or_warn(path, lambda: _draw_report(path, curve, before, after, examples, parse_boxes))
-
-
-def _draw_report(
-    path: Path,
-    curve: Sequence[Row],
-    before: dict[str, float],
-    after: dict[str, float],
-    examples: Sequence[Row],
-    parse_boxes: ParseBoxes,
-) -> None:
-    plt = _pyplot()
-    columns = max(len(examples), 1)
-    figure = plt.figure(figsize=(14, 10 if examples else 4.8), dpi=100, layout="constrained")
-    if examples:
-        top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.35])
-    else:
-        top, bottom = figure, None
-    left, right = top.subplots(1, 2, width_ratios=[1.6, 1])
-    _draw_curve(left, curve)
-    _draw_bars(right, before, after)
-    if bottom is not None:
-        bottom.suptitle(
-            "held-out images: true box solid white, predicted dashed pink with its confidence",
-            fontsize=11,
-        )
-        axes = bottom.subplots(2, columns, squeeze=False)
-        for row, when in zip(axes, ("before", "after"), strict=True):
-            for axis, example in zip(row, examples, strict=True):
-                _draw_example(axis, example, when, parse_boxes)
-    figure.savefig(path)
-    plt.close(figure)
+    with _errors_logged(path):
+        plt = _pyplot()
+        columns = max(len(examples), 1)
+        figure = plt.figure(figsize=(14, 10 if examples else 4.8), dpi=100, layout="constrained")
+        if examples:
+            top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.35])
+        else:
+            top, bottom = figure, None
+        left, right = top.subplots(1, 2, width_ratios=[1.6, 1])
+        _draw_curve(left, curve)
+        _draw_bars(right, before, after)
+        if bottom is not None:
+            bottom.suptitle(
+                "held-out images: true box solid white, predicted dashed pink with its confidence",
+                fontsize=11,
+            )
+            axes = bottom.subplots(2, columns, squeeze=False)
+            for row, when in zip(axes, ("before", "after"), strict=True):
+                for axis, example in zip(row, examples, strict=True):
+                    _draw_example(axis, example, when, parse_boxes)
+        figure.savefig(path)
+        plt.close(figure)
 
 
 def write_curves(path: Path, runs: Mapping[str, Sequence[Row]], key: str = "reward") -> None:
@@ -120,7 +111,8 @@ def write_curves(path: Path, runs: Mapping[str, Sequence[Row]], key: str = "rewa
     axis.set(xlabel="step", ylabel=key)
     axis.legend(frameon=False)
     axis.grid(alpha=0.3)
-    _or_warn(path, lambda: figure.savefig(path))
+    with _errors_logged(path):
+        figure.savefig(path)
     plt.close(figure)
 
 
@@ -133,10 +125,11 @@ def _pyplot() -> ModuleType:
     return plt
 
 
-def _or_warn(path: Path, write: Callable[[], None]) -> None:
+@contextlib.contextmanager
+def _errors_logged(path: Path) -> Iterator[None]:
     """Log errors instead of raising them: a full disk or a failed plot must not fail a run."""
     try:
-        write()
+        yield
     except Exception as error:
         logger.error("COULD NOT WRITE %s: %s: %s", path, type(error).__name__, error)
 

@@ -409,10 +409,8 @@ def _export(arguments: argparse.Namespace) -> None:
     space = arguments.box_space
     samples, task = open_samples(rows, arguments.task, space, compat_prompt=arguments.compat_prompt)
     surveyed = survey(samples, boxes=open_space(task, space))
-    warned = surveyed.settle_boxes()
+    surveyed.settle_boxes()
     print("\n".join(surveyed.lines(arguments.split)))
-    if warned:
-        print(f"  warning: {warned}")
     count, bad = export_llamafactory(
         samples, arguments.output, name, overwrite=arguments.overwrite, progress=_progress
     )

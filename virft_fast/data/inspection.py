@@ -144,12 +144,12 @@ def inspect(
 def _table(samples: SampleDataset, task: str, box_space: str) -> list[str]:
     surveyed = survey(samples, boxes=open_space(task, box_space))
     try:
-        warned = surveyed.settle_boxes()
+        surveyed.settle_boxes()
         if task == "classification":
             samples.classes()
     except ValueError as error:
-        warned = str(error)
-    return [*surveyed.table("training", task), *([f"  warning: {warned}"] if warned else [])]
+        surveyed.account.notes.append(f"warning: {error}")
+    return surveyed.table("training", task)
 
 
 def subject(sample: Sample, task: str) -> str:

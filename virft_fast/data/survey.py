@@ -76,7 +76,8 @@ class Survey:
         return [*self.lines(split), *map(without.format, dropped)]
 
     def settle_boxes(self) -> str | None:
-        """A warning if --box_space auto can't be sure that boxes are in thousandths, or None.
+        """A warning if --box_space auto can't be sure that boxes are in thousandths, or None. It
+        also becomes one of the account's notes.
 
         Raises:
             ValueError: there are signs that boxes are in another unit.
@@ -93,11 +94,13 @@ class Survey:
                 )
         if not self.large:
             return None
-        return (
+        warning = (
             f"boxes are taken for thousandths of the image's sides; {self.large} images have sides "
             "over 1000 pixels, where nothing tells thousandths from pixels: pass --box_space "
             "pixels if they are pixels, --box_space thousandths to say that they are not"
         )
+        self.account.notes.append(f"warning: {warning}")
+        return warning
 
 
 def open_space(task: str, box_space: str) -> bool:

@@ -9,7 +9,6 @@ keeps them by image, which the bootstrap needs.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -151,15 +150,6 @@ def results_of_records(records: Iterable[Record], truth: Truth) -> list[Row]:
 
 
 # --- Average precision -----------------------------------------------------------------------
-
-
-def need_coco_eval() -> None:
-    """Raise ValueError if faster-coco-eval is missing; called before any answers are computed."""
-    if importlib.util.find_spec("faster_coco_eval") is None:
-        raise ValueError(
-            "--task coco and lvis: expected the package faster-coco-eval; pip install "
-            "faster-coco-eval, or '.[eval]' in a checkout"
-        )
 
 
 def average_precisions(

@@ -12,7 +12,7 @@ import torch
 from virft_fast.batch import Prompt, Rollouts
 from virft_fast.config import EvalConfig, usage
 from virft_fast.evaluation.questions import ExtentFor
-from virft_fast.models.processing import read_processor, resized
+from virft_fast.models.processing import load_processor, resized
 from virft_fast.models.source import find_model
 from virft_fast.rollout import Rollout, Sampling
 from virft_fast.rollout.backends import check_cache_limit, load_policy, make_rollout
@@ -39,7 +39,7 @@ class EvaluatedModel:
             device=device,
         )
         self.source = find_model(config.model_name_or_path, config.model_revision)
-        self.processor = read_processor(
+        self.processor = load_processor(
             self.source,
             min_pixels=config.min_pixels,
             max_pixels=config.max_pixels,

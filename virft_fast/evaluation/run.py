@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from virft_fast import dist, tasks
+from virft_fast.arguments import need_package
 from virft_fast.batch import Rollouts, Row
 from virft_fast.config import EvalConfig, usage
 from virft_fast.data import BadRow, BadRows, SampleDataset
@@ -23,7 +25,7 @@ from virft_fast.data.prompt_source import PromptSource
 from virft_fast.digests import digest_of, json_digest
 from virft_fast.evaluation import grounding, sources
 from virft_fast.evaluation.answering import answer
-from virft_fast.evaluation.detection import need_coco_eval, truth_of_records
+from virft_fast.evaluation.detection import truth_of_records
 from virft_fast.evaluation.files import write_result
 from virft_fast.evaluation.journal import Record, RecordStore
 from virft_fast.evaluation.model import EvaluatedModel
@@ -34,8 +36,6 @@ from virft_fast.evaluation.scoring import rescored, scored
 from virft_fast.models.qwen_vl import weights_stamp
 from virft_fast.tasks.scoring import RewardFunction, check_arguments
 
-# (name of a stage, number of rows) -> a function that is called with the number of rows done.
-Progress = Callable[[str, int], Callable[[int], None]]
 Value = TypeVar("Value")
 # What an answer depends on. Batch size and number of ranks change nothing but rounding.
 _SETTINGS = (
@@ -71,22 +71,20 @@ class ModelEvaluation:
     Args:
         config: `model_name_or_path` is the model.
         output: where the records go.
-        progress: makes a progress bar, on the main process.
     Raises:
         UsageError: model, data or settings can't be used.
     """
 
-    def __init__(
-        self, config: EvalConfig, output: Path, device: torch.device, progress: Progress
-    ) -> None:
-        self.config, self.output, self.device, self.progress = config, output, device, progress
+    def __init__(self, config: EvalConfig, output: Path, device: torch.device) -> None:
+        self.config, self.output, self.device = config, output, device
         self.bad_rows = BadRows(config.max_bad_rows)
         self.store: RecordStore | None = None  # on the main process, from the first stage on
         with usage():
             self.model = EvaluatedModel(config, device)
             self.reward_funcs = tasks.load_reward_funcs(config.reward_funcs)
             if config.task in ("coco", "lvis"):
-                need_coco_eval()
+                package = "faster-coco-eval"
+                need_package("--task coco and lvis", "faster_coco_eval", package, "eval")
 
     def run(self, exists: ExistsMap | None = None) -> tuple[Result | None, ExistsMap | None]:
         """Ask, measure, and write records and summary.
@@ -178,19 +176,20 @@ class ModelEvaluation:
         source = PromptSource(
             samples, self.model.processor, max_prompt_length=limit, check=questions.check
         )
-        return answer(
-            self.model,
-            source.load,
-            questions.indices,
-            describe,
-            # Bad rows are identified by number, and each stage has its own numbering.
-            bad_rows=self.bad_rows if name == "answer" else BadRows(config.max_bad_rows),
-            batch_size=config.batch_size,
-            max_completion_length=config.max_completion_length,
-            done=_on_main(partial(self._earlier, name, questions.digest)),
-            keep=partial(self._keep, name),
-            progress=self.progress(name, len(questions.indices)),
-        )
+        with _bar(name, len(questions.indices)) as bar:
+            return answer(
+                self.model,
+                source.load,
+                questions.indices,
+                describe,
+                # Bad rows are identified by number, and each stage has its own numbering.
+                bad_rows=self.bad_rows if name == "answer" else BadRows(config.max_bad_rows),
+                batch_size=config.batch_size,
+                max_completion_length=config.max_completion_length,
+                done=_on_main(partial(self._earlier, name, questions.digest)),
+                keep=partial(self._keep, name),
+                progress=lambda done: bar.update(done - bar.n),
+            )
 
     def _rescored(self, records: list[Record], scorer: Scorer) -> list[Record]:
         """Earlier answers, with new rewards for those that other functions scored."""
@@ -228,21 +227,22 @@ class ModelEvaluation:
         masks = {mask["index"]: mask for mask in done if mask["sam"] == stamp}
         todo = [record for record in records if record["index"] not in masks]
         todo_here = todo[dist.rank() :: dist.world_size()]
-        progress = self.progress("mask", len(records))
         step = grounding.BATCH_SIZE * dist.world_size()
-        for first in range(0, len(todo), step):
-            chunk = todo_here[first // dist.world_size() :][: grounding.BATCH_SIZE]
-            indices = [record["index"] for record in chunk]
-            samples = [self.load_sample(index) for index in indices]
-            true_masks = grounding.true_masks(questions.rows, indices)
-            areas = grounding.mask_areas(sam, chunk, samples, true_masks)
-            mine = [
-                {"index": n, "sam": stamp, **area} for n, area in zip(indices, areas, strict=True)
-            ]
-            new = [mask for of_rank in dist.all_gather_object(mine) for mask in of_rank]
-            self._keep("mask", new)
-            masks |= {mask["index"]: mask for mask in new}
-            progress(len(records) - len(todo) + min(first + step, len(todo)))
+        with _bar("mask", len(records), len(masks)) as bar:
+            for first in range(0, len(todo), step):
+                chunk = todo_here[first // dist.world_size() :][: grounding.BATCH_SIZE]
+                indices = [record["index"] for record in chunk]
+                samples = [self.load_sample(index) for index in indices]
+                true_masks = grounding.true_masks(questions.rows, indices)
+                areas = grounding.mask_areas(sam, chunk, samples, true_masks)
+                mine = [
+                    {"index": n, "sam": stamp, **area}
+                    for n, area in zip(indices, areas, strict=True)
+                ]
+                new = [mask for of_rank in dist.all_gather_object(mine) for mask in of_rank]
+                self._keep("mask", new)
+                masks |= {mask["index"]: mask for mask in new}
+                bar.update(min(step, len(todo) - first))
         questions.counts["rows without a true mask"] = sum("union" not in m for m in masks.values())
         return [record | {"mask": masks[record["index"]]} for record in records]
 
@@ -300,6 +300,11 @@ class ModelEvaluation:
     def _keep(self, stage: str, records: list[Record]) -> None:
         if self.store is not None:
             self.store.journal.add(stage, records)
+
+
+def _bar(what: str, total: int, initial: int = 0) -> tqdm[NoReturn]:
+    """A progress bar over samples, on the main process."""
+    return tqdm(total=total, initial=initial, desc=what, unit="sample", disable=not dist.is_main())
 
 
 def _on_main(make: Callable[[], Value]) -> Value:

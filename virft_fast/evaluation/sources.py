@@ -227,7 +227,7 @@ def _warn_of_changes(config: EvalConfig, task: str, samples: SampleDataset) -> N
     warning = rows.settle_boxes()
     changed = rows.account.left_out or rows.account.converted or warning
     if dist.is_main() and changed:
-        for line in [*rows.lines(config.split), *([warning] if warning else [])]:
+        for line in rows.lines(config.split):
             logger.warning(line)
 
 

@@ -25,7 +25,7 @@ from virft_fast.mia.pairs import write_pairs
 from virft_fast.mia.scenes import SceneLayout, Scenes, source_groups
 from virft_fast.mia.selection import Selection, edit_distance, reasons_against, table
 from virft_fast.mia.sheet import attention_sheet
-from virft_fast.models.processing import read_processor
+from virft_fast.models.processing import load_processor
 from virft_fast.models.source import ModelSource, find_model
 from virft_fast.rollout.backends import check_cache_limit, load_policy
 from virft_fast.rollout.native import NativeRollout
@@ -211,7 +211,7 @@ def _answering(
     arguments: argparse.Namespace, source: ModelSource, device: torch.device
 ) -> Answering:
     pixels = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
-    processor = read_processor(source, **pixels)
+    processor = load_processor(source, **pixels)
     limits = {n: getattr(arguments, n) for n in ("max_completion_length", "max_prompt_length")}
     cache = arguments.rollout_cache_tokens
     check_cache_limit("native", cache, num_generations=1, device=device, **limits)

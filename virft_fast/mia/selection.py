@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from virft_fast.arguments import need_package
 from virft_fast.mia.answering import Answer
 from virft_fast.mia.scenes import BOX_TEXT
 
@@ -96,14 +97,9 @@ def reasons_against(answer: Answer, selection: Selection) -> list[str]:
 
 def edit_distance(one: str, other: str) -> float:
     """Levenshtein distance as a share of the longer text, in [0, 1]."""
-    try:
-        from rapidfuzz.distance import Levenshtein
-    except ImportError as error:
-        raise ValueError(
-            "expected the package rapidfuzz for edit distances; pip install rapidfuzz, or '.[mia]' "
-            "in a checkout"
-        ) from error
-    return Levenshtein.normalized_distance(one, other)
+    module = "rapidfuzz.distance"
+    distance = need_package("the selection's edit distances", module, "rapidfuzz", "mia")
+    return distance.Levenshtein.normalized_distance(one, other)
 
 
 def table(answers: Mapping[int, Answer], reasons: Mapping[int, Sequence[str]]) -> list[str]:

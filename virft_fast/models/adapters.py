@@ -17,12 +17,12 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 from torch import nn
 
+from virft_fast.arguments import need_package
 from virft_fast.batch import Json, Row
 from virft_fast.config import ModelConfig
 from virft_fast.models.families import base, core
@@ -164,7 +164,7 @@ def add_lora(
     revision: str | None = None,
 ) -> PeftModel:
     """The model with a new LoRA adapter on its language model; everything else is frozen."""
-    peft = _import_peft("--use_peft")
+    peft = need_package("--use_peft", "peft", "peft", "peft")
     _check_targets(model, target_modules)
     config = peft.LoraConfig(
         r=r,
@@ -209,7 +209,7 @@ def attach(model: nn.Module, plan: LoraPlan, *, reference: bool = False) -> Peft
         return add_lora(
             model, r=plan.r, alpha=plan.alpha, target_modules=targets, revision=revision
         )
-    peft = _import_peft("--use_peft")
+    peft = need_package("--use_peft", "peft", "peft", "peft")
     config = cast("LoraConfig", peft_config(plan.name))  # checked by `plan_lora`
     config.inference_mode = False
     if config.lora_dropout:
@@ -238,7 +238,7 @@ def peft_config(folder: str) -> PeftConfig:
     Raises:
         ValueError: peft is not installed, or can't read it.
     """
-    peft = _import_peft(f"--model_name_or_path {folder!r} is an adapter")
+    peft = need_package(f"--model_name_or_path {folder!r} is an adapter", "peft", "peft", "peft")
     try:
         return peft.PeftConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # unexpected file content can raise anything
@@ -257,7 +257,7 @@ def merge_adapter(model: nn.Module, folder: str) -> nn.Module:
     Raises:
         ValueError: the adapter can't be merged, or its weights don't fit.
     """
-    peft = _import_peft(f"--model_name_or_path {folder!r} is an adapter")
+    peft = need_package(f"--model_name_or_path {folder!r} is an adapter", "peft", "peft", "peft")
     config = peft_config(folder)
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise ValueError(
@@ -372,13 +372,3 @@ def _absolute(name: str) -> str:
     """A folder's absolute path, so that an adapter can name it; a hub id is returned unchanged."""
     path = Path(resolve_model_path(name))
     return str(path.resolve()) if name and path.is_dir() else name
-
-
-def _import_peft(what: str) -> ModuleType:
-    try:
-        import peft
-    except ImportError as error:
-        raise ValueError(
-            f"{what}: expected the package peft; pip install peft, or '.[peft]' in a checkout"
-        ) from error
-    return peft

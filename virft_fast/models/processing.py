@@ -60,7 +60,7 @@ class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
 
 
 def load_processor(
-    name_or_path: str,
+    name_or_path: str | ModelSource,
     *,
     revision: str | None = None,
     min_pixels: int | None = None,
@@ -70,8 +70,8 @@ def load_processor(
     """The processor of a Qwen-VL checkpoint, whose tokenizer pads on the left.
 
     Args:
-        name_or_path: a checkpoint folder, a hub id or `tiny`. If an adapter's folder has no
-            processor, the base model's is loaded.
+        name_or_path: a checkpoint folder, a hub id, `tiny`, or what `find_model` returned for it.
+            If an adapter's folder has no processor, the base model's is loaded.
         revision: revision of a hub id.
         min_pixels, max_pixels: bounds of an image's area after resizing, in pixels; None keeps the
             checkpoint's.
@@ -82,17 +82,6 @@ def load_processor(
             model can't be found, or the chat template fails or doesn't finish.
     """
     source = find_model(name_or_path, revision)
-    return read_processor(source, min_pixels=min_pixels, max_pixels=max_pixels, renders=renders)
-
-
-def read_processor(
-    source: ModelSource,
-    *,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
-    renders: bool = True,
-) -> ImageOnlyQwen2VLProcessor:
-    """`load_processor` for a model that `find_model` has found."""
     name = source.name
     try:
         processor = _load(source)

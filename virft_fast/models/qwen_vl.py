@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from virft_fast.arguments import need_package
 from virft_fast.batch import Row
 from virft_fast.config import HUB_ATTENTIONS
 from virft_fast.models import adapters as lora
@@ -127,18 +128,13 @@ def apply_liger(model: nn.Module, device: torch.device) -> None:
     if device.type != "cuda":
         warnings.warn("--use_liger_kernel has no effect without CUDA", stacklevel=2)
         return
-    try:
-        from liger_kernel.transformers.rms_norm import LigerRMSNorm
-        from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
-    except ImportError as error:
-        raise ValueError(
-            "--use_liger_kernel: expected the package liger-kernel; pip install liger-kernel, or "
-            "'.[gpu]' in a checkout"
-        ) from error
+    flag, package = "--use_liger_kernel", "liger-kernel"
+    norm = need_package(flag, "liger_kernel.transformers.rms_norm", package, "gpu").LigerRMSNorm
+    mlp = need_package(flag, "liger_kernel.transformers.swiglu", package, "gpu").LigerSwiGLUMLP
     # What LigerRMSNorm's forward reads beside the weight and epsilon that transformers' has.
     settings = {"offset": 0.0, "casting_mode": "llama", "in_place": True, "row_mode": None}
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            vars(module).update(settings, forward=MethodType(LigerRMSNorm.forward, module))
+            vars(module).update(settings, forward=MethodType(norm.forward, module))
         elif hasattr(module, "gate_proj") and "SiLU" in type(module.act_fn).__name__:
-            vars(module)["forward"] = MethodType(LigerSwiGLUMLP.forward, module)
+            vars(module)["forward"] = MethodType(mlp.forward, module)

@@ -16,6 +16,7 @@ from fractions import Fraction
 from types import ModuleType
 from typing import NamedTuple
 
+from virft_fast.arguments import need_package
 from virft_fast.tasks.labels import answer_text, fold, mentioned, peel, readings, same_label, words
 
 # --- Options ---------------------------------------------------------------------------------
@@ -236,19 +237,12 @@ class _Endless(BaseException):
 
 
 def import_math_verify() -> ModuleType:
-    """Import math-verify and return the module.
+    """The module math-verify.
 
     Raises:
         ValueError: it is not installed; says how to install it.
     """
-    try:
-        import math_verify
-    except ImportError as error:
-        raise ValueError(
-            "accuracy_math: expected the package math-verify; pip install math-verify, or "
-            "'.[math]' in a checkout"
-        ) from error
-    return math_verify
+    return need_package("accuracy_math", "math_verify", "math-verify", "math")
 
 
 @functools.cache

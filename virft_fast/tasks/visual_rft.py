@@ -30,13 +30,13 @@ _CORNERS = re.compile(
 @scored
 def visual_rft_accuracy_iou(texts: list[str], truths: list[str], /, **_: object) -> list[float]:
     """Summed IoU of greedy matches / max(#predicted, #true), in [0, 1] (original, version 2)."""
-    return [_iou_v2(*pair) for pair in _results(texts, truths)]
+    return [_mean_iou(*pair) for pair in _results(texts, truths)]
 
 
 @scored
 def visual_rft_accuracy_iou_v1(texts: list[str], truths: list[str], /, **_: object) -> list[float]:
     """Mean IoU of greedy matches over all predictions, in [0, 1] (the paper's equation 6)."""
-    return [_iou_v1(results) for results, _ in _results(texts, truths)]
+    return [_mean_iou(results) for results, _ in _results(texts, truths)]
 
 
 @scored
@@ -121,16 +121,10 @@ def _results(texts: list[str], truths: list[str]) -> list[tuple[list[Result] | N
     return pairs
 
 
-def _iou_v2(results: list[Result] | None, num_true: int) -> float:
+def _mean_iou(results: list[Result] | None, num_true: int = 0) -> float:
     if not results:
         return 0.0
     return _bounded(sum(iou for iou, _ in results) / max(num_true, len(results)))
-
-
-def _iou_v1(results: list[Result] | None) -> float:
-    if not results:
-        return 0.0
-    return _bounded(sum(iou for iou, _ in results) / len(results))
 
 
 def _confidence(results: list[Result] | None) -> float:

@@ -53,7 +53,7 @@ def prepare_data(config: RunConfig, processor: Processor) -> Data:
     )
     samples, boxes = samples_of(rows, check_solution=check), open_space(task, space)
     seen = survey(samples, boxes=boxes, check=fits)
-    warning = seen.settle_boxes()
+    seen.settle_boxes()
     num_prompts, steps = _schedule(config, len(samples))
     if steps * num_prompts >= len(samples):
         seen.check_left_out(flags.max_bad_rows)
@@ -81,7 +81,7 @@ def prepare_data(config: RunConfig, processor: Processor) -> Data:
         prompts_per_step=num_prompts,
         total_steps=steps,
         permutation=rows.permutation if isinstance(rows, ParquetRows) else None,
-        table=[*table, *([f"  warning: {warning}"] if warning else [])],
+        table=table,
     )
 
 

@@ -22,7 +22,7 @@ from virft_fast.data.writing import make_folder
 from virft_fast.metrics import COMPLETIONS_FILE, METRICS_FILE, MetricsWriter, check_trackers
 from virft_fast.models.adapters import plan_lora
 from virft_fast.models.families import Processor
-from virft_fast.models.processing import read_processor
+from virft_fast.models.processing import load_processor
 from virft_fast.models.source import BASE_FOLDER, ModelSource, find_model
 from virft_fast.output_lock import OutputLock
 from virft_fast.rollout.backends import check_cache_limit
@@ -69,7 +69,7 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
         resume = prepare_output_dir(config, lock, source)
         adapter = plan.kind if plan else None
         saved = read_resumed(resume, config, source, adapter) if resume else {}
-        processor = read_processor(
+        processor = load_processor(
             source, min_pixels=config.model.min_pixels, max_pixels=config.model.max_pixels
         )
         data = prepare_data(config, processor)
