@@ -132,7 +132,7 @@ class Algorithm(Generic[State]):
         """Evaluate on the first held-out rows; all ranks call it."""
         with state.engine.whole_weights():
             pass  # all ranks gather here, before one of them can fail
-        result = evaluate_rewards(
+        means, records = evaluate_rewards(
             state.rollout,
             data.held_out.load,
             range(num_rows),
@@ -144,8 +144,8 @@ class Algorithm(Generic[State]):
             section=lambda what: state.section(what, None),
             reward_section=lambda what: state.section(what, state.reward_timeout),
         )
-        answers = {str(r["index"]): r["completion"] for r in result.records[:NUM_SHOWN]}
-        return {"means": result.means, "answers": answers, "num_samples": len(result.records)}
+        answers = {str(r["index"]): r["completion"] for r in records[:NUM_SHOWN]}
+        return {"means": means, "answers": answers, "num_samples": len(records)}
 
     def curve(self, reward_names: Sequence[str]) -> list[str]:
         """The metrics that show how training went, the main one first."""

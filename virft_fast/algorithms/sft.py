@@ -15,17 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from virft_fast.algorithms import step
 from virft_fast.algorithms.base import Algorithm, Check
-from virft_fast.algorithms.step import (
-    Metrics,
-    Microbatch,
-    StepStats,
-    TrainState,
-    finish,
-    lay_out,
-    loss_shares,
-    update,
-)
+from virft_fast.algorithms.step import Metrics, Microbatch, StepStats, TrainState
 from virft_fast.batch import Prompt, Rollouts, Row, Sample
 from virft_fast.config import RunConfig
 from virft_fast.data.loading import taught_answer
@@ -72,11 +64,11 @@ def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[Metrics, l
     with stats.timed("train"):
         answers, microbatches, shares = prepare(state, prompts, texts)
         learning_rate = state.learning_rate(state.step)
-        applied = update(state, microbatches, shares, learning_rate, stats, note_cross_entropy)
+        applied = step.update(state, microbatches, shares, learning_rate, stats, note_cross_entropy)
     lengths = answers.completion_mask.sum(1)
     stats.add("completion_length", float(lengths.sum()), len(lengths))
     state.step += 1
-    return finish(state, stats, answers, learning_rate, applied, start), []
+    return step.finish(state, stats, answers, learning_rate, applied, start), []
 
 
 def prepare(
@@ -86,8 +78,8 @@ def prepare(
     cross entropy per token."""
     answers = given_answers(state.tokenizer, prompts, [[text] for text in texts])
     mask = answers.completion_mask
-    microbatches = lay_out(state, answers, torch.ones(len(prompts)), mask)
-    return answers, microbatches, loss_shares(microbatches, mask, CROSS_ENTROPY)
+    microbatches = step.lay_out(state, answers, torch.ones(len(prompts)), mask)
+    return answers, microbatches, step.loss_shares(microbatches, mask, CROSS_ENTROPY)
 
 
 def note_cross_entropy(stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: Tensor) -> None:

@@ -25,13 +25,14 @@ from virft_fast.data import ParquetRows, load_rows
 from virft_fast.data.accounts import Built, dataset_card
 from virft_fast.data.coco import pick_categories, plan_detection, same_categories, usable_images
 from virft_fast.data.export import check_export, export_llamafactory
-from virft_fast.data.inspection import check_picture, inspect, open_samples
+from virft_fast.data.inspection import check_picture, inspect
 from virft_fast.data.instances import Annotations, read_annotations
 from virft_fast.data.labelled_images import READERS, plan_classification, read_csv
 from virft_fast.data.lisa import Instruction, plan_grounding, read_lisa
 from virft_fast.data.loading import FILE_SUFFIXES
 from virft_fast.data.openimages import read_openimages
 from virft_fast.data.refcoco import read_refcoco
+from virft_fast.data.samples import open_samples
 from virft_fast.data.survey import open_space, survey
 from virft_fast.data.voc import read_voc
 from virft_fast.data.writing import ExtentFor, Plan, check_new_dataset, drop_missing, write_dataset

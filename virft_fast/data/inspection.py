@@ -7,7 +7,6 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +15,11 @@ from PIL import Image
 from virft_fast.batch import Sample
 from virft_fast.data.drawing import TRUE, contact_sheet, draw_boxes
 from virft_fast.data.images import IMAGE_FORMATS
-from virft_fast.data.samples import BadRow, SampleDataset, first_solutions
+from virft_fast.data.samples import BadRow, SampleDataset, open_samples
 from virft_fast.data.streaming import ParquetRows
 from virft_fast.data.survey import open_space, survey
 from virft_fast.data.writing import make_folder
-from virft_fast.tasks import BOX_TASKS, check_solution, detect_task, parse_detection
+from virft_fast.tasks import BOX_TASKS, parse_detection
 from virft_fast.tasks.answers import answer_text
 from virft_fast.tasks.prompts import category_in
 
@@ -91,17 +90,6 @@ def check_picture(path: Path) -> None:
     make_folder(path.parent)
     if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
         raise ValueError(f"--output {path}: expected a file that can be written")
-
-
-def open_samples(
-    rows: datasets.Dataset | ParquetRows, task: str, box_space: str, *, compat_prompt: bool = False
-) -> tuple[SampleDataset, str]:
-    """The rows as samples, and their task. "auto" detects the task from the first solutions."""
-    space = "thousandths" if box_space == "auto" else box_space
-    samples_of = partial(SampleDataset, rows, compat_prompt=compat_prompt, box_space=space)
-    if task == "auto":
-        task = detect_task(first_solutions(samples_of()))
-    return samples_of(check_solution=partial(check_solution, task)), task
 
 
 def inspect(

@@ -13,18 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from virft_fast.data import splits
 from virft_fast.data.accounts import Built
 from virft_fast.data.images import one_line
 from virft_fast.data.layouts import ANSWERS, IMAGE_COLUMNS, LIST_COLUMNS, QUESTIONS, check_columns
 from virft_fast.data.samples import BadRow, SampleDataset, first_solutions, taught_answer
-from virft_fast.data.splits import (
-    accepted,
-    builder_files,
-    files_in_folder,
-    refuse_config,
-    resolve_split,
-    split_files,
-)
 from virft_fast.data.streaming import ParquetRows
 from virft_fast.data.tables import read_file
 
@@ -122,19 +115,19 @@ def _find_rows(name: str, split: str, config: str | None, image_folder: Path) ->
     from virft_fast.data.demo import DEMO_DATASETS, demo_dataset
 
     if not name.strip():
-        raise ValueError(f"--dataset_name: {accepted()}, got an empty name")
+        raise ValueError(f"--dataset_name: {splits.accepted()}, got an empty name")
     if name in DEMO_DATASETS:
-        refuse_config(config, name)
+        splits.refuse_config(config, name)
         return _pick_split(demo_dataset(name), split, name)
     path = Path(name).expanduser()
     if path.is_dir():
         return _load_folder(path, split, config)
     if path.is_file():
-        refuse_config(config, path)
+        splits.refuse_config(config, path)
         return _load_file(path, split, image_folder)
     if _looks_like_path(name):
         raise FileNotFoundError(
-            f"--dataset_name {name}: no such file, folder or demo; {accepted()}"
+            f"--dataset_name {name}: no such file, folder or demo; {splits.accepted()}"
         )
     return _load_hub(name, split, config)
 
@@ -156,29 +149,29 @@ def _pick_split(
     """The split of a DatasetDict, or the Dataset itself, which is its own "train"."""
     import datasets
 
-    splits = data if isinstance(data, datasets.DatasetDict) else {"train": data}
-    return splits[resolve_split(split, list(splits), name)]
+    tables = data if isinstance(data, datasets.DatasetDict) else {"train": data}
+    return tables[splits.resolve_split(split, list(tables), name)]
 
 
 def _load_folder(path: Path, split: str, config: str | None) -> datasets.Dataset:
     import datasets
 
     if _saved_to_disk(path):
-        refuse_config(config, path)
+        splits.refuse_config(config, path)
         try:
             data = datasets.load_from_disk(str(path))
         except Exception as error:  # a damaged folder makes arrow or json raise almost anything
             raise ValueError(f"--dataset_name {path}: can't be read: {one_line(error)}") from error
         return _pick_split(data, split, path)
-    return _load_parquet(files_in_folder(path, split, config), path)
+    return _load_parquet(splits.files_in_folder(path, split, config), path)
 
 
 def _load_file(path: Path, split: str, image_folder: Path) -> datasets.Dataset:
     if path.suffix == ".parquet":
-        return _load_parquet(split_files(split, [path], path), path)
+        return _load_parquet(splits.split_files(split, [path], path), path)
     if path.suffix not in FILE_SUFFIXES:
-        raise ValueError(f"--dataset_name {path}: unknown kind of file; {accepted()}")
-    resolve_split(split, ["train"], path)
+        raise ValueError(f"--dataset_name {path}: unknown kind of file; {splits.accepted()}")
+    splits.resolve_split(split, ["train"], path)
     account = Built()
     try:
         rows = read_file(path, account, image_folder.resolve())
@@ -215,7 +208,7 @@ def _load_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
         return datasets.load_dataset(name, config, split=split, trust_remote_code=False)
     except Exception as error:  # network, hub, configuration and builder errors share no base class
         if unknown := re.match(r"Unknown split .* Should be one of (\[.*\])", str(error)):
-            resolved = resolve_split(split, re.findall(r"'([^']*)'", unknown[1]), name)
+            resolved = splits.resolve_split(split, re.findall(r"'([^']*)'", unknown[1]), name)
             return datasets.load_dataset(name, config, split=resolved, trust_remote_code=False)
         raise _hub_error(name, error) from error
 
@@ -224,7 +217,7 @@ def _hub_error(name: str, error: Exception) -> Exception:
     kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
     return kind(
         f"--dataset_name {name}: no such file, folder or demo, and the hub says: "
-        f"{one_line(error)}; {accepted()}"
+        f"{one_line(error)}; {splits.accepted()}"
     )
 
 
@@ -233,10 +226,10 @@ def _stream_rows(name: str, split: str, config: str | None) -> ParquetRows:
     path = Path(name).expanduser()
     open_file = None
     if path.is_file() and path.suffix == ".parquet":
-        refuse_config(config, path)
-        files = split_files(split, [path], path)
+        splits.refuse_config(config, path)
+        files = splits.split_files(split, [path], path)
     elif path.is_dir() and not _saved_to_disk(path):
-        files = files_in_folder(path, split, config)
+        files = splits.files_in_folder(path, split, config)
     elif path.exists() or _looks_like_path(name):
         raise ValueError(
             f"--dataset_name {name}: expected a parquet file, a folder of them or a hub id, which "
@@ -264,7 +257,7 @@ def _hub_parquet(name: str, split: str, config: str | None) -> list[str]:
     except Exception as error:  # as in _load_hub
         raise _hub_error(name, error) from error
     expected = "a hub set stored in .parquet files, the only ones that --dataset_streaming reads"
-    return builder_files(builder, split, name, expected, "; leave it out")
+    return splits.builder_files(builder, split, name, expected, "; leave it out")
 
 
 def _open_remote(address: str) -> IO[bytes]:

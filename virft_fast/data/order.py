@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
@@ -134,7 +134,9 @@ class PromptSampler:
         while True:
             self._fill(batch)
             mine = batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-            bad = self._load_missing(mine, loaded, load)
+            new = {index: load(index) for index in dict.fromkeys(mine) if index not in loaded}
+            loaded |= {n: item for n, item in new.items() if not isinstance(item, BadRow)}
+            bad = [(n, item.reason) for n, item in new.items() if isinstance(item, BadRow)]
             # A bad row shifts later rows to other ranks, which load them in the next round. So the
             # rounds end only when all ranks agree that no row is bad.
             reasons = dict(reason for of_rank in gather(bad) for reason in of_rank)
@@ -160,21 +162,6 @@ class PromptSampler:
             self._position += 1
             if index not in self._bad:
                 batch.append(index)
-
-    def _load_missing(
-        self, indices: Sequence[int], loaded: dict[int, T], load: Callable[[int], T | BadRow]
-    ) -> Reasons:
-        """Load rows that aren't in `loaded` yet. Returns bad rows, in the order of `indices`."""
-        bad: dict[int, str] = {}
-        for index in indices:
-            if index in loaded or index in bad:
-                continue
-            item = load(index)
-            if isinstance(item, BadRow):
-                bad[index] = item.reason
-            else:
-                loaded[index] = item
-        return list(bad.items())
 
     def _epoch_order(self) -> np.ndarray:
         if not self.shuffle:

@@ -8,27 +8,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from virft_fast.batch import Json, Row, Sample
+from virft_fast.data import layouts
 from virft_fast.data.accounts import Built
 from virft_fast.data.images import UnreadableImage, image_size, one_line, open_image
-from virft_fast.data.layouts import (
-    ANSWERS,
-    IMAGE_COLUMNS,
-    PIXELS,
-    Reading,
-    answer_column,
-    check_columns,
-    question_column,
-    read_list,
-    read_row,
-    spoken_text,
-)
+from virft_fast.data.layouts import IMAGE_COLUMNS, Reading, spoken_text
 from virft_fast.data.streaming import ParquetRows
 from virft_fast.data.turns import Unusable, non_empty, turn_text
-from virft_fast.tasks import in_thousandths
+from virft_fast.tasks import check_solution, detect_task, in_thousandths
 from virft_fast.tasks.labels import ClosedSet, class_set
 from virft_fast.tasks.rewards import CLASS_COLUMNS, is_class_set
 from virft_fast.tasks.scoring import RESERVED
@@ -79,7 +70,7 @@ class SampleDataset:
             if hasattr(rows, "column_names")
             else dict.fromkeys(name for row in rows for name in row)
         )
-        check_columns(self.names, "data set")
+        layouts.check_columns(self.names, "data set")
         # The arrow format leaves images, audio and video as stored. Nothing is decoded needlessly,
         # and a corrupt image raises where it can be caught.
         self._rows = rows.with_format("arrow") if hasattr(rows, "with_format") else rows
@@ -90,14 +81,14 @@ class SampleDataset:
         # Columns that `datasets` stores as JSON text because their values differ in type.
         self._json_columns = [n for n, f in features.items() if type(f).__name__ == "Json"]
         # Answer column -> its class names. Rewards get other columns unchanged.
-        names = {name: getattr(f, "names", None) for name, f in features.items() if name in ANSWERS}
+        answers = {name: feature for name, feature in features.items() if name in layouts.ANSWERS}
         self.class_names: dict[str, list[str]] = {
-            k: listed for k, listed in names.items() if listed
+            name: listed for name, f in answers.items() if (listed := getattr(f, "names", None))
         }
         self._check_solution = check_solution
         self.account: Built | None = getattr(rows, "account", None)  # of reading the file
         self.image_folder: Path | None = getattr(rows, "image_folder", None)
-        column = question_column({}, self.names)
+        column = layouts.question_column({}, self.names)
         if compat_prompt and column != "conversations":
             raise ValueError(
                 f"--compat_prompt: expected LISA's conversations, got the column {column}, whose "
@@ -133,7 +124,7 @@ class SampleDataset:
         # Stored text may not be UTF-8, and a stored time may be out of Python's range.
         except Exception as error:
             raise Unusable(f"the row can't be read: {one_line(error)}") from error
-        return row, read_row(row, self.names, compat=self._compat_prompt, first=self._first)
+        return row, layouts.read_row(row, self.names, compat=self._compat_prompt, first=self._first)
 
     def outline(self, index: int) -> tuple[Reading, Sample]:
         """Row `index` as read, and the sample that `get` returns, but with only the images' sizes
@@ -156,7 +147,7 @@ class SampleDataset:
         if self._box_space == "pixels":
             if not reading.sources:
                 raise Unusable("--box_space pixels: expected an image, got none")
-            if PIXELS.search(reading.problem):
+            if layouts.PIXELS.search(reading.problem):
                 raise Unusable(
                     "--box_space pixels: expected a question without a unit, because answers are "
                     "in thousandths, got one that mentions pixels; reword it"
@@ -183,7 +174,7 @@ class SampleDataset:
         """
         if isinstance(self._rows, ParquetRows):
             return None
-        answers = [answer_column(row, self.names) for row in self._texts(self._rows)]
+        answers = [layouts.answer_column(row, self.names) for row in self._texts(self._rows)]
         columns = {column for column, _ in answers}
         if len(columns) == 1 and (listed := self.class_names.get(*columns)):
             return ClosedSet(listed)
@@ -205,7 +196,7 @@ class SampleDataset:
         for name, listed in self.class_names.items():
             number = row.get(name)
             row[name] = listed[number] if number is not None and 0 <= number < len(listed) else None
-        return {name: read_list(name, value) for name, value in row.items()}
+        return {name: layouts.read_list(name, value) for name, value in row.items()}
 
     def _sample(
         self, index: int, row: Row, reading: Reading, sizes: Sequence[tuple[int, int]] | None = None
@@ -281,3 +272,16 @@ def _has_image(feature: object) -> bool:
 def taught_answer(sample: Sample) -> str:
     """The answer for the model to learn: the column `completion`, or else the solution."""
     return spoken_text(sample.columns.get("completion")) or sample.solution
+
+
+def open_samples(
+    rows: datasets.Dataset | ParquetRows, task: str, box_space: str, *, compat_prompt: bool = False
+) -> tuple[SampleDataset, str]:
+    """The rows as samples, and their task. "auto" detects the task from the first solutions, and
+    takes boxes for thousandths. Rows of the task "preference" have no solution to check."""
+    space = "thousandths" if box_space == "auto" else box_space
+    samples_of = partial(SampleDataset, rows, compat_prompt=compat_prompt, box_space=space)
+    if task == "auto":
+        task = detect_task(first_solutions(samples_of()))
+    check = None if task == "preference" else partial(check_solution, task)
+    return samples_of(check_solution=check), task

@@ -161,7 +161,7 @@ def write_dataset(
 
     _need_rows({name: len(plans) for name, plans in splits.items()}, built)
     features = datasets.Features({"image": datasets.Image(), **columns})
-    with written_aside(out, splits, features) as writers:
+    with written_aside(out, splits, features) as (folder, writers):
         names = [name for name, plans in splits.items() for _ in plans]
         plans = [plan for plans in splits.values() for plan in plans]
         for name, plan in zip(names, progress(plans, len(plans)), strict=True):
@@ -171,7 +171,7 @@ def write_dataset(
         for name, writer in writers.items():
             built.rows[name] = writer.close()
         _need_rows(built.rows, built)
-        writers.folder.parent.joinpath("README.md").write_text(card(built), encoding="utf-8")
+        (folder / "README.md").write_text(card(built), encoding="utf-8")
     return built
 
 
@@ -183,24 +183,17 @@ def _need_rows(counts: Mapping[str, int], built: Built) -> None:
         raise ValueError(f"no row could be written{where}; {lines}")
 
 
-class _Writers(dict[str, "SplitWriter"]):
-    """A writer for each split. `folder` contains their shards until everything is written."""
-
-    folder: Path
-
-
 @contextlib.contextmanager
 def written_aside(
     out: Path, splits: Iterable[str], features: datasets.Features
-) -> Iterator[_Writers]:
-    """Yield writers to a temporary folder, which becomes `out` if the block raises no exception."""
+) -> Iterator[tuple[Path, dict[str, SplitWriter]]]:
+    """Yield a temporary folder, which becomes `out` if the block raises no exception, and a writer
+    for each split."""
     aside = out.with_name(f".{out.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "data").mkdir(parents=True)
     try:
-        writers = _Writers({name: SplitWriter(aside / "data", name, features) for name in splits})
-        writers.folder = aside / "data"
-        yield writers
+        yield aside, {name: SplitWriter(aside / "data", name, features) for name in splits}
         old = out.with_name(f".{out.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if out.exists():

@@ -20,14 +20,9 @@ from virft_fast.data.coco import image_paths
 from virft_fast.data.instances import Annotations
 from virft_fast.data.texts import read_json
 from virft_fast.evaluation.journal import Record
+from virft_fast.tasks import prompts
 from virft_fast.tasks.coordinates import Extent, rescale, written
 from virft_fast.tasks.labels import mentioned
-from virft_fast.tasks.prompts import (
-    NO_OBJECTS,
-    detection_problem,
-    detection_solution,
-    presence_problem,
-)
 
 ExtentFor = Callable[[int, int], Extent]  # (width, height) -> the space of its boxes
 ImageId = TypeVar("ImageId", bound=int | str)
@@ -135,8 +130,10 @@ def detection_rows(
         boxes = [written(rescale(box, size, extent), extent) for box in true]
         return {
             "image": str(images.paths[image]),
-            "problem": detection_problem(names[category], "pixels" if extent_for else "thousand"),
-            "solution": detection_solution(boxes),
+            "problem": prompts.detection_problem(
+                names[category], "pixels" if extent_for else "thousand"
+            ),
+            "solution": prompts.detection_solution(boxes),
             "category": names[category],
             "image_id": image,
             "extent": [int(side) for side in extent] if extent_for else None,
@@ -172,8 +169,8 @@ def presence_rows(images: Images) -> Rows:
         true = [name for number, name in pairs if (image, number) in images.annotations.boxes]
         return {
             "image": str(images.paths[image]),
-            "problem": presence_problem(names),
-            "solution": f"<answer>{', '.join(true)}</answer>" if true else NO_OBJECTS,
+            "problem": prompts.presence_problem(names),
+            "solution": f"<answer>{', '.join(true)}</answer>" if true else prompts.NO_OBJECTS,
             "category": None,
             "image_id": image,
             "extent": None,

@@ -28,14 +28,6 @@ Rewards = Sequence[tuple[str, RewardFunction]]  # names and functions
 KEPT_COLUMNS = ("image_id", "category", "label")
 
 
-@dataclass(frozen=True)
-class HeldOutScores:
-    """Means over samples, and one record per sample in the order of the rows."""
-
-    means: dict[str, float]
-    records: list[Record]
-
-
 def evaluate_rewards(
     rollout: Rollout,
     load: Load,
@@ -48,12 +40,13 @@ def evaluate_rewards(
     max_completion_length: int,
     section: Section = nullcontext,
     reward_section: Section = nullcontext,
-) -> HeldOutScores:
+) -> tuple[dict[str, float], list[Record]]:
     """Answer the rows `indices` greedily and score the answers; for the arguments see `answer`, and
     `tasks.score` for `reward_section`.
 
     Returns:
-        The mean of each reward, and the task's measures (`task_measures`); the same on all ranks.
+        The mean of each reward and the task's measures (`task_measures`), and a record of each
+        sample in the order of the rows; the same on all ranks.
     """
     none: tuple[int, ...] = ()
     with progress.bar(
@@ -71,7 +64,7 @@ def evaluate_rewards(
             section=section,
         )
     means = _means(records, [name for name, _ in reward_funcs])
-    return HeldOutScores(means | task_measures(task, records), records)
+    return means | task_measures(task, records), records
 
 
 def scored(

@@ -46,7 +46,7 @@ def write_pairs(
     if not kept:
         raise ValueError("no pair was kept; nothing is written, see the reasons above")
     splits = ["train", "test"] if scenes.test_share else ["train"]
-    with written_aside(out, splits, _features()) as writers:
+    with written_aside(out, splits, _features()) as (folder, writers):
         for index in progress(kept):
             row = _pair(scenes, answers[index], selection)
             if isinstance(row, str):
@@ -57,7 +57,6 @@ def write_pairs(
         counts = {name: writer.close() for name, writer in writers.items()}
         if not sum(counts.values()):
             raise ValueError("no pair could be written: the images can't be read any more")
-        folder = writers.folder.parent
         (folder / "README.md").write_text(card(), encoding="utf-8")
         with (folder / "selection.jsonl").open("w") as file:
             for index, answer in answers.items():

@@ -160,7 +160,6 @@ def add_lora(
     r: int,
     alpha: float,
     target_modules: Sequence[str],
-    dropout: float = 0.0,
     revision: str | None = None,
 ) -> PeftModel:
     """The model with a new LoRA adapter on its language model; everything else is frozen."""
@@ -172,7 +171,6 @@ def add_lora(
         target_modules=list(target_modules),
         # The vision tower of Qwen2.5-VL has layers with the same names.
         exclude_modules=r".*\bvisual\b.*",
-        lora_dropout=dropout,
         revision=revision,
     )
     adapted = peft.get_peft_model(model, config)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from virft_fast.batch import Sample
-from virft_fast.tasks import brackets
+from virft_fast.tasks import brackets, rewards, visual_rft
 from virft_fast.tasks.answers import (
     MAX_OBJECTS,
     Detection,
@@ -23,18 +23,6 @@ from virft_fast.tasks.answers import (
 )
 from virft_fast.tasks.coordinates import THOUSAND, Extent, extent_of, rescale, to_thousand
 from virft_fast.tasks.labels import ClosedSet, key
-from virft_fast.tasks.rewards import (
-    accuracy,
-    accuracy_choice,
-    accuracy_confidence,
-    accuracy_iou,
-    accuracy_math,
-    accuracy_number,
-    format_reward,
-    grounding_giou,
-    hungarian_iou,
-    knowing_classes,
-)
 from virft_fast.tasks.scoring import (
     NamedRewards,
     RewardError,
@@ -44,13 +32,6 @@ from virft_fast.tasks.scoring import (
     score,
 )
 from virft_fast.tasks.values import import_math_verify, number_of, option_of
-from virft_fast.tasks.visual_rft import (
-    visual_rft_accuracy,
-    visual_rft_accuracy_confidence,
-    visual_rft_accuracy_iou,
-    visual_rft_accuracy_iou_v1,
-    visual_rft_grounding,
-)
 
 __all__ = [
     "ACCURACY_REWARDS", "DEFAULT_REWARDS", "REWARDS", "Detection", "NamedRewards", "RewardError",
@@ -60,20 +41,20 @@ __all__ = [
 ]  # fmt: skip
 
 REWARDS: dict[str, Callable[..., list[float]]] = {
-    "accuracy_iou": accuracy_iou,
-    "accuracy_confidence": accuracy_confidence,
-    "format": format_reward,
-    "accuracy": accuracy,
-    "accuracy_choice": accuracy_choice,
-    "accuracy_number": accuracy_number,
-    "accuracy_math": accuracy_math,
-    "grounding_giou": grounding_giou,
-    "hungarian_iou": hungarian_iou,
-    "visual_rft_accuracy_iou": visual_rft_accuracy_iou,
-    "visual_rft_accuracy_iou_v1": visual_rft_accuracy_iou_v1,
-    "visual_rft_accuracy_confidence": visual_rft_accuracy_confidence,
-    "visual_rft_accuracy": visual_rft_accuracy,
-    "visual_rft_grounding": visual_rft_grounding,
+    "accuracy_iou": rewards.accuracy_iou,
+    "accuracy_confidence": rewards.accuracy_confidence,
+    "format": rewards.format_reward,
+    "accuracy": rewards.accuracy,
+    "accuracy_choice": rewards.accuracy_choice,
+    "accuracy_number": rewards.accuracy_number,
+    "accuracy_math": rewards.accuracy_math,
+    "grounding_giou": rewards.grounding_giou,
+    "hungarian_iou": rewards.hungarian_iou,
+    "visual_rft_accuracy_iou": visual_rft.visual_rft_accuracy_iou,
+    "visual_rft_accuracy_iou_v1": visual_rft.visual_rft_accuracy_iou_v1,
+    "visual_rft_accuracy_confidence": visual_rft.visual_rft_accuracy_confidence,
+    "visual_rft_accuracy": visual_rft.visual_rft_accuracy,
+    "visual_rft_grounding": visual_rft.visual_rft_grounding,
 }
 DEFAULT_REWARDS: dict[str, list[str]] = {
     "detection": ["accuracy_iou", "accuracy_confidence", "format"],
@@ -117,7 +98,7 @@ def with_class_set(
 ) -> list[tuple[str, RewardFunction]]:
     """The rewards, where our `accuracy` uses the class set of the split."""
     return [
-        (name, knowing_classes(f, classes) if is_ours("accuracy", f) else f)
+        (name, rewards.knowing_classes(f, classes) if is_ours("accuracy", f) else f)
         for name, f in reward_funcs
     ]
 

@@ -10,8 +10,9 @@ from virft_fast import dist, tasks
 from virft_fast.algorithms import algorithm_of
 from virft_fast.algorithms.base import Data
 from virft_fast.config import RunConfig, column_names
-from virft_fast.data import BadRow, BadRows, ParquetRows, SampleDataset, first_solutions, load_rows
+from virft_fast.data import BadRow, BadRows, ParquetRows, load_rows
 from virft_fast.data.prompt_source import PromptSource
+from virft_fast.data.samples import open_samples
 from virft_fast.data.survey import open_space, survey
 from virft_fast.models.families import Processor
 
@@ -36,22 +37,14 @@ def prepare_data(config: RunConfig, processor: Processor) -> Data:
     )
     rows, task, space = load(flags.dataset_train_split), flags.task, flags.box_space
     algorithm.check_data(config, rows.column_names)
-    samples_of = partial(
-        SampleDataset,
-        compat_prompt=flags.compat_prompt,
-        box_space="thousandths" if space == "auto" else space,
-    )
     preferences = algorithm.preferences
-    if preferences:
-        task = "preference"
-    elif task == "auto":
-        task = tasks.detect_task(first_solutions(samples_of(rows)))
-    check = None if preferences else partial(tasks.check_solution, task)
+    opened = partial(open_samples, box_space=space, compat_prompt=flags.compat_prompt)
+    samples, task = opened(rows, "preference" if preferences else task)
     fits = algorithm.check_row(config, processor.tokenizer)
     prompts_of = partial(
         PromptSource, processor=processor, max_prompt_length=flags.max_prompt_length, check=fits
     )
-    samples, boxes = samples_of(rows, check_solution=check), open_space(task, space)
+    boxes = open_space(task, space)
     seen = survey(samples, boxes=boxes, check=fits)
     seen.settle_boxes()
     num_prompts, steps = _schedule(config, len(samples))
@@ -63,7 +56,7 @@ def prepare_data(config: RunConfig, processor: Processor) -> Data:
     table = seen.table(flags.dataset_train_split, "" if config.grpo.reward_funcs else task)
     test = None
     if config.train.eval_samples:
-        held_out = samples_of(load(flags.dataset_test_split), check_solution=check)
+        held_out, _ = opened(load(flags.dataset_test_split), task)
         test = prompts_of(held_out)
         seen = survey(held_out, boxes=boxes, limit=config.train.eval_samples, check=fits)
         seen.settle_boxes()
