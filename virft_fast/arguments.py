@@ -70,6 +70,23 @@ def unknown_flag_message(flag: str, names: list[str]) -> str:
 
 
 # Limits on the value of a flag: in words, and as a test.
+@contextlib.contextmanager
+def expecting(
+    expected: str, errors: tuple[type[BaseException], ...] = (Exception,), *, hint: str = ""
+) -> Iterator[None]:
+    """Turn errors of the body into a ValueError that says what was expected, and got the error.
+
+    Args:
+        errors: their kinds; by default all, because unexpected files can raise anything.
+        hint: the end of the message.
+    """
+    try:
+        yield
+    except errors as error:
+        got = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"{expected}, got {got}{hint}") from error
+
+
 def need_package(what: str, module: str, package: str, extra: str) -> ModuleType:
     """Import a module of an optional package.
 

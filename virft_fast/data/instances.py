@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 
 from virft_fast.batch import Json, Row
-from virft_fast.data.accounts import Built
+from virft_fast.data.accounts import Built, printable
 from virft_fast.data.image_files import Found, ImageFiles
 from virft_fast.data.images import UnreadableImage, image_size
 from virft_fast.data.texts import read_json
@@ -341,7 +341,8 @@ def _categories(
     for record in records:
         given = record if isinstance(record, dict) else {}
         name, key = given.get("name"), key_of(given.get("id"))
-        if key is None or not (isinstance(name, str) and name.strip() and _is_utf8(name)):
+        # JSON allows lone surrogates in a name, but tokenizers reject them.
+        if key is None or not (isinstance(name, str) and name.strip() and name == printable(name)):
             account.leave_out("category without an id or name", f"{record!a:.80}")
         elif names.setdefault(key, name) != name:
             clashing.add(key)
@@ -361,11 +362,6 @@ def _categories(
     numbers = _numbered(first.values(), account, "category")
     ids = {key: numbers[first[name]] for name, keys in by_name.items() for key in keys}
     return {numbers[key]: name for name, key in first.items()}, ids
-
-
-def _is_utf8(name: str) -> bool:
-    """Whether the name has no lone surrogates, which JSON allows but tokenizers reject."""
-    return name.encode("utf-8", "replace").decode() == name
 
 
 # --- Boxes -----------------------------------------------------------------------------------

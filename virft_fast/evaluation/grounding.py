@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from virft_fast.arguments import expecting
 from virft_fast.batch import Row, Sample
 from virft_fast.data.images import IMAGE_FORMATS
 from virft_fast.data.lisa import IGNORED
@@ -92,7 +93,11 @@ class MaskModel:
         from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
         refuse_code(path, "--sam_path")
-        try:
+        expected = (
+            f"--sam_path {path}: expected a SamModel of transformers with its "
+            "preprocessor_config.json, such as facebook/sam-vit-huge"
+        )
+        with expecting(expected):
             # PIL's image processor needs no torchvision.
             images = SamImageProcessorPil.from_pretrained(path, trust_remote_code=False)
             self.processor = SamProcessor(images)
@@ -100,13 +105,6 @@ class MaskModel:
                 path, trust_remote_code=False, use_safetensors=True
             )
             self.model = model.to(device).eval()
-        except Exception as error:  # files that are missing, damaged or of another model
-            line = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"--sam_path {path}: expected a SamModel of transformers with its "
-                f"preprocessor_config.json, such as facebook/sam-vit-huge; got "
-                f"{type(error).__name__}: {line}"
-            ) from error
         self.path, self.device = path, device
 
     @torch.no_grad()

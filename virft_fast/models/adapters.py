@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeGuard, cast
 import torch
 from torch import nn
 
-from virft_fast.arguments import need_package
+from virft_fast.arguments import expecting, need_package
 from virft_fast.batch import Json, Row
 from virft_fast.config import ModelConfig
 from virft_fast.models.families import base, core
@@ -237,13 +237,8 @@ def peft_config(folder: str) -> PeftConfig:
         ValueError: peft is not installed, or can't read it.
     """
     peft = need_package(f"--model_name_or_path {folder!r} is an adapter", "peft", "peft", "peft")
-    try:
+    with expecting(f"--model_name_or_path {folder!r}: expected {CONFIG_FILE} as peft writes it"):
         return peft.PeftConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # unexpected file content can raise anything
-        raise ValueError(
-            f"--model_name_or_path {folder!r}: expected {CONFIG_FILE} as peft writes it, got "
-            f"{type(error).__name__}: {str(error)[:300]}"
-        ) from error
 
 
 @_quiet()
@@ -269,14 +264,10 @@ def merge_adapter(model: nn.Module, folder: str) -> nn.Module:
         head.weight = nn.Parameter(embedding.detach().clone())
     adapted = peft.PeftModel(model, config)
     _load_weights(adapted, folder)
-    try:
+    expected = "expected an adapter that can be merged into its base model"
+    errors = (RuntimeError, ValueError, AttributeError, NotImplementedError)
+    with expecting(f"--model_name_or_path {folder!r}: {expected}", errors):
         merged = adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
-    # peft raises any of these if it can't merge an adapter.
-    except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
-        raise ValueError(
-            f"--model_name_or_path {folder!r}: expected an adapter that can be merged into its "
-            f"base model, got {type(error).__name__}: {error}"
-        ) from error
     if tied:
         head, embedding = base(merged).lm_head, core(merged).get_input_embeddings().weight
         same = torch.equal(head.weight, embedding)
@@ -292,17 +283,12 @@ def _load_weights(model: PeftModel, folder: str) -> None:
     """Load the adapter's weights from its folder; raise ValueError unless they fit one to one."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
-    try:
+    expected = f"--model_name_or_path {folder!r}: expected the adapter's weights"
+    with expecting(expected, hint="; is the folder complete?"):
         if not (Path(folder) / "adapter_model.safetensors").is_file():  # peft would unpickle a .bin
             raise FileNotFoundError("no adapter_model.safetensors")
         loaded = load_peft_weights(folder, device="cpu")
         result: Json = set_peft_model_state_dict(model, loaded, TRAINED)
-    # Safetensors, torch and peft each raise their own errors for unrelated or damaged files.
-    except Exception as error:
-        raise ValueError(
-            f"--model_name_or_path {folder!r}: expected the adapter's weights, got "
-            f"{type(error).__name__}: {str(error)[:300]}; is the folder complete?"
-        ) from error
     missing = [key for key in result.missing_keys if TRAINED in key.split(".")]
     if missing or result.unexpected_keys:
         raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from virft_fast.arguments import need_package
+from virft_fast.arguments import expecting, need_package
 from virft_fast.batch import Row
 from virft_fast.config import HUB_ATTENTIONS
 from virft_fast.models import adapters as lora
@@ -57,7 +57,9 @@ def load_model(
     for folder, _ in adapters:
         lora.peft_config(folder)
     options: Row = {"attn_implementation": usable_attention(attn_implementation), "dtype": dtype}
-    try:
+    file, hint = ("config.json", "") if empty else ("weights", "; is the folder complete?")
+    expected = f"expected the {file} of a {config.model_type} model"
+    with expecting(f"--model_name_or_path {source.name!r}: {expected}", hint=hint):
         if empty:
             with torch.device("meta"):
                 return AutoModel.from_config(config, trust_remote_code=False, **options)
@@ -66,14 +68,6 @@ def load_model(
         options["dtype"] = torch.float32 if adapters else dtype
         with lora.undivided() if adapters else contextlib.nullcontext():
             loaded: Any = AutoModel.from_pretrained(path, trust_remote_code=False, **options)
-    # Safetensors, torch and transformers each raise their own errors for unrelated or damaged
-    # files.
-    except Exception as error:
-        file, hint = ("config.json", "") if empty else ("weights", "; is the folder complete?")
-        raise ValueError(
-            f"--model_name_or_path {source.name!r}: expected the {file} of a {config.model_type} "
-            f"model, got {type(error).__name__}: {str(error)[:300]}{hint}"
-        ) from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ValueError(

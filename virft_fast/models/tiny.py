@@ -8,6 +8,7 @@ With the usual base of 10,000, a head of 32 numbers could hardly tell columns ap
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,7 @@ def build_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     numbers = [f"[{n}, {n}, {n}]" for n in range(0, 1001, 10)] * 200
-    lines = [_without_tags(line) for line in corpus] + numbers
+    lines = [re.sub("|".join(TAGS), "\n", line) for line in corpus] + numbers
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = BpeTrainer(
         vocab_size=1024, min_frequency=20, initial_alphabet=alphabet, show_progress=False
@@ -82,13 +83,6 @@ def build_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
         padding_side="left",
         chat_template=CHAT_TEMPLATE,
     )
-
-
-def _without_tags(text: str) -> str:
-    """Replace tags with newlines, so that no BPE merge crosses a tag."""
-    for tag in TAGS:
-        text = text.replace(tag, "\n")
-    return text
 
 
 def build_config(tokenizer: Tokenizer, *, initializer_range: float = 0.02) -> Qwen2VLConfig:

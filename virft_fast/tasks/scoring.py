@@ -23,6 +23,7 @@ from typing import Any, Protocol, SupportsFloat, TypeAlias
 import torch
 from torch import Tensor
 
+from virft_fast.arguments import expecting
 from virft_fast.batch import Json, Row
 from virft_fast.digests import digest_of
 
@@ -91,7 +92,9 @@ def load_function(name: str) -> tuple[str, RewardFunction]:
             raise ValueError(f"--reward_funcs {name}: no function {attribute!r} in {where}{hint}")
         target = getattr(target, word)
     if inspect.isclass(target):
-        target = _made(name, target)
+        made = f"--reward_funcs {name}: expected a class that is made without arguments"
+        with expecting(made, (Exception, SystemExit)):
+            target = target()
     if not callable(target):
         raise ValueError(f"--reward_funcs {name}: no function {attribute!r} in {where}")
     return attribute.rsplit(".", 1)[-1], target
@@ -106,16 +109,6 @@ def _module_of(path: str) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look up their own module
     spec.loader.exec_module(module)
     return module
-
-
-def _made(name: str, cls: type) -> object:
-    try:
-        return cls()
-    except (Exception, SystemExit) as error:
-        raise ValueError(
-            f"--reward_funcs {name}: expected a class that can be created without arguments, got "
-            f"{type(error).__name__}: {error}"
-        ) from error
 
 
 @dataclass
