@@ -30,6 +30,7 @@ import xxhash
 from torch import nn
 
 from virft_fast import dist, progress
+from virft_fast.arguments import expecting
 from virft_fast.batch import Row
 from virft_fast.engine import Engine
 from virft_fast.json_files import COUNT, MEAN, NUMBER, misfit, parse_json
@@ -318,15 +319,11 @@ def read_state(checkpoint: Path) -> Row:
         ValueError: the file can't be read.
     """
     path = checkpoint / STATE_FILE
-    try:
+    with expecting(f"{path}: expected the state of a run", hint="; resume an earlier checkpoint"):
         state = json.loads(path.read_text())
         if not isinstance(state, dict):
             raise ValueError(f"a {type(state).__name__}")
         return state
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: expected the state of a run, got {error}; resume an earlier checkpoint"
-        ) from error
 
 
 _ROWS = [(COUNT, str)]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from virft_fast.arguments import expecting
 from virft_fast.data.accounts import Built
 from virft_fast.data.image_files import ImageFiles, is_hidden, is_image, walk
 from virft_fast.data.images import NOT_DOWNLOADED, is_address, placed
@@ -238,10 +239,8 @@ def _matlab(root: Path, name: str, *fields: str) -> list[np.ndarray]:
     path = next((p for p in (root / name, root / "devkit" / name) if p.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{root}: expected {name} in it or in its devkit/")
-    try:
+    with expecting(f"{path}: expected a MATLAB file"):
         data = loadmat(path)
-    except Exception as error:  # damaged files raise almost anything
-        raise ValueError(f"{path}: expected a MATLAB file: {error}") from error
     missing = [field for field in fields if field not in data]
     if missing:
         got = ", ".join(name for name in data if not name.startswith("__")) or "none"

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from virft_fast.arguments import expecting
 from virft_fast.batch import Json, Row
 from virft_fast.data.accounts import Built
 from virft_fast.data.coco import image_paths
@@ -198,13 +199,9 @@ def _unpickled(file: Path) -> Json:
     Raises:
         ValueError: it contains something else, is damaged, or is too large.
     """
-    try:
+    expected = f"--source {file}: expected a pickle of lists, dicts, texts and numbers"
+    with expecting(expected, hint="; write it as JSON if you trust it"):
         size = file.stat().st_size
         if size > MAX_BYTES:
             raise pickle.UnpicklingError(f"{size} bytes, more than {MAX_BYTES}")
         return _Plain(file.read_bytes()).load()
-    except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(
-            f"--source {file}: expected a pickle of lists, dicts, texts and numbers, got "
-            f"{type(error).__name__}: {error!s:.200}; write it as JSON if you trust it"
-        ) from error

@@ -19,12 +19,12 @@ from virft_fast.data.accounts import listing
 from virft_fast.data.coco import image_paths
 from virft_fast.data.instances import Annotations
 from virft_fast.data.texts import read_json
+from virft_fast.data.writing import ExtentFor
 from virft_fast.evaluation.journal import Record
 from virft_fast.tasks import prompts
-from virft_fast.tasks.coordinates import Extent, rescale, written
+from virft_fast.tasks.coordinates import rescale, written
 from virft_fast.tasks.labels import mentioned
 
-ExtentFor = Callable[[int, int], Extent]  # (width, height) -> the space of its boxes
 ImageId = TypeVar("ImageId", bound=int | str)
 # Image id -> names of the categories said to be in it.
 ExistsMap = Mapping[int, Sequence[str]]

@@ -48,9 +48,8 @@ def evaluate_rewards(
         The mean of each reward and the task's measures (`task_measures`), and a record of each
         sample in the order of the rows; the same on all ranks.
     """
-    none: tuple[int, ...] = ()
     with progress.bar(
-        none, "evaluating", "sample", total=len(indices), shown=dist.is_main()
+        range(0), "evaluating", "sample", total=len(indices), shown=dist.is_main()
     ) as bar:
         records = answer(
             rollout,

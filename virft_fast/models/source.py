@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from virft_fast.arguments import expecting
 from virft_fast.batch import Row
 from virft_fast.models.families import FAMILIES, QwenConfig
 from virft_fast.models.tiny import resolve_model_path
@@ -83,25 +84,16 @@ class ModelSource:
             ValueError: a file is missing or damaged.
         """
         for folder in (name for name, _ in self.chain if Path(name).is_dir()):
-            try:
+            pickles = sorted(file.name for file in Path(folder).glob("*.bin"))
+            hint = f"; {pickles[0]} is a pickle and not opened, convert it" if pickles else ""
+            expected = "expected the weights of a Qwen-VL model or of an adapter in safetensors"
+            with expecting(
+                f"--model_name_or_path {folder!r}: {expected}",
+                hint=hint or "; is the folder complete?",
+            ):
                 for file in _weight_files(Path(folder)):
                     with safe_open(file, "pt"):
                         pass
-            except (
-                OSError,
-                SafetensorError,
-                ValueError,
-                LookupError,
-                TypeError,
-                AttributeError,
-            ) as error:
-                pickles = sorted(file.name for file in Path(folder).glob("*.bin"))
-                hint = f"{pickles[0]} is a pickle and not opened, convert it" if pickles else ""
-                raise ValueError(
-                    f"--model_name_or_path {folder!r}: expected the weights of a Qwen-VL model or "
-                    f"of an adapter in safetensors, got {type(error).__name__}: {error}; "
-                    f"{hint or 'is the folder complete?'}"
-                ) from error
 
     def refuse_code(self) -> None:
         """Raise AsksForCode if a folder asks for code by now: its files may have changed."""
@@ -174,7 +166,10 @@ def _read_adapter(folder: str) -> Row | None:
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         return None
-    try:
+    hint = "; base_model_name_or_path is the base model's folder or hub id"
+    with expecting(
+        f"--model_name_or_path {folder!r}: expected {CONFIG_FILE} as peft writes it", hint=hint
+    ):
         config = json.loads(path.read_text(encoding="utf-8"))
         kinds = {"base_model_name_or_path": (str,), "r": (int,), "lora_alpha": (int, float),
                  "target_modules": (str, list)}  # fmt: skip
@@ -185,11 +180,6 @@ def _read_adapter(folder: str) -> Row | None:
         if not all(isinstance(name, str) for name in config.get("target_modules") or ()):
             raise ValueError(f"target_modules {config['target_modules']!r}")
         return dict(config)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"--model_name_or_path {folder!r}: expected {CONFIG_FILE} as peft writes it, got "
-            f"{error!r}; base_model_name_or_path is the base model's folder or hub id"
-        ) from error
 
 
 def _base_folder(folder: Path, named: str) -> str:

@@ -15,6 +15,7 @@ from virft_fast import dist
 from virft_fast.algorithms import algorithm_of
 from virft_fast.algorithms.base import Data
 from virft_fast.algorithms.step import TrainState
+from virft_fast.arguments import expecting
 from virft_fast.batch import Row
 from virft_fast.config import RunConfig, TrainConfig, UsageError
 from virft_fast.engine import (
@@ -207,15 +208,14 @@ def learning_rates(train: TrainConfig, total_steps: int) -> Callable[[int], floa
     warmup = train.warmup_steps or train.warmup_ratio
     warmup_steps = math.ceil(warmup * total_steps) if warmup < 1 else int(warmup)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=train.learning_rate)
-    try:
+    expected = (
+        f"--lr_scheduler_type {train.lr_scheduler_type}: expected a schedule of transformers that "
+        "depends on the step alone, such as linear or cosine"
+    )
+    with expecting(expected, (ValueError, TypeError, ArithmeticError, AttributeError)):
         schedule = get_scheduler(train.lr_scheduler_type, optimizer, warmup_steps, total_steps)
         factors = schedule.lr_lambdas
         factors[0](0), factors[0](total_steps - 1)
-    except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
-        raise UsageError(
-            f"--lr_scheduler_type {train.lr_scheduler_type}: expected a schedule of transformers "
-            f"that depends on the step alone, such as linear or cosine, got {error}"
-        ) from error
     return lambda step: train.learning_rate * factors[0](min(step, total_steps - 1))
 
 
