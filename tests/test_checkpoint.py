@@ -278,8 +278,8 @@ def test_rotation_renames_first_and_says_what_it_could_not_delete(
     ours = ("checkpoint-4.writing", "base_model.writing", "replaced-base_model-12")
     for name in (*theirs, *ours):
         (tmp_path / name).mkdir()
-    (tmp_path / "metrics.writing").touch()
-    (tmp_path / ".summary.json.writing").touch()
+    for name in ("metrics", ".metrics.jsonl", "reference_logps", ".summary.json"):
+        (tmp_path / f"{name}.writing").touch()
     checkpoint.delete_leftovers(tmp_path, None)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", *theirs}
     save(state, processor, tmp_path, 4, only_model=True)  # killed before it could rotate

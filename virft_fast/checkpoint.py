@@ -49,7 +49,8 @@ _OF_A_RUN = rf"(?:checkpoint-\d+|{BASE_FOLDER})"
 # What a killed run may leave next to its checkpoints.
 LEFTOVER = re.compile(
     rf"deleting-{_OF_A_RUN}-\d+|replaced-({_OF_A_RUN})-\d+"
-    rf"|(?:{_OF_A_RUN}|model|metrics|completions|summary|reference_logps|\.summary\.json)\{_ASIDE}"
+    rf"|(?:{_OF_A_RUN}|model|metrics|completions|summary|reference_logps)\{_ASIDE}"
+    rf"|\.(?:metrics|completions|summary|reference_logps)\.jsonl?\{_ASIDE}"
 )
 # Files by which transformers or peft recognize a folder as a model or an adapter.
 MODEL_FILES = re.compile(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,13 @@ def read_object(path: Path) -> Row | None:
         return json_object(path.read_bytes())
     except OSError:
         return None
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name and rename it, so that it is never half written."""
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_text(text, encoding="utf-8", errors="replace")  # for lone surrogates
+    os.replace(aside, path)
 
 
 def intact_lines(path: Path) -> Iterator[tuple[str, Json]]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 from torch import Tensor
 
 from virft_fast.batch import Json, Row
-from virft_fast.json_files import intact_lines
+from virft_fast.json_files import intact_lines, replace_text
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -269,9 +269,7 @@ def _clock(seconds: float) -> str:
 
 def _keep_up_to(path: Path, step: int) -> None:
     kept = [line for line, record in intact_lines(path) if record["step"] <= step]
-    aside = path.with_suffix(".writing")
-    aside.write_text("".join(line + "\n" for line in kept))
-    os.replace(aside, path)
+    replace_text(path, "".join(line + "\n" for line in kept))
 
 
 def check_trackers(report_to: list[str]) -> list[str]:

@@ -33,6 +33,7 @@ from virft_fast.config import DPOConfig, RunConfig, UsageError
 from virft_fast.data import BadRow, NoUsableRows
 from virft_fast.devices import to_device
 from virft_fast.digests import sample_digest
+from virft_fast.json_files import replace_text
 from virft_fast.models.families import Tokenizer
 from virft_fast.models.inputs import control_tokens_in
 
@@ -366,17 +367,11 @@ def _precompute_reference(config: RunConfig, state: DPOState, data: Data, *, res
         content: Row = {"counts": counts, "limits": limits, "digests": {}}
         for name, (logps, digests) in tables.items():
             content[name], content["digests"][name] = logps, digests
-        dist.on_main(partial(_write_reference, path, content))
+        dist.on_main(partial(replace_text, path, json.dumps(content)))
     state.ref_logps, state.test_ref_logps = tables["train"][0], tables["test"][0]
     for source, (_, digests) in zip((data.train, data.test), tables.values(), strict=True):
         if source is not None:
             source.check = partial(_all_checks, (source.check, partial(check_unchanged, digests)))
-
-
-def _write_reference(path: Path, content: Row) -> None:
-    aside = path.with_suffix(".writing")
-    aside.write_text(json.dumps(content))
-    aside.replace(path)
 
 
 def _compute_reference(config: RunConfig, state: DPOState, data: Data, counts: Row) -> Tables:

@@ -14,7 +14,7 @@ from virft_fast.digests import digest_of
 from virft_fast.evaluation import pages
 from virft_fast.evaluation.journal import Record, RecordStore, companion
 from virft_fast.evaluation.results import Result
-from virft_fast.json_files import read_object
+from virft_fast.json_files import read_object, replace_text
 from virft_fast.metrics import null_for_nan
 
 RESERVED_SUFFIXES = (".json", ".md", ".html", ".journal")
@@ -87,7 +87,7 @@ def write_result(
     their truth, and the presence answers with their map. Delete files of an earlier evaluation that
     this one doesn't write."""
     presence = store.records("presence")
-    _write(output, _lines(result.records))
+    replace_text(output, _lines(result.records))
     of_task = {
         ".exists_map.json": _json(exists) if presence else None,
         ".predictions.json": _json(result.predictions) if result.truth else None,
@@ -98,7 +98,7 @@ def write_result(
         if text is None:
             companion(output, ending).unlink(missing_ok=True)
         else:
-            _write(companion(output, ending), text)
+            replace_text(companion(output, ending), text)
     summary = {
         "model": result.model,
         "means": result.means,
@@ -140,15 +140,15 @@ def write_pages(
     """Write the report as Markdown and, with pictures, as HTML; returns its tables."""
     tables = pages.tables(results)
     pictures = pages.pictures(results, num_pictures, load, question) if num_pictures else []
-    _write(companion(output, ".md"), pages.markdown(title, tables))
+    replace_text(companion(output, ".md"), pages.markdown(title, tables))
     names = [result.model for result in results]
-    _write(companion(output, ".html"), pages.html(title, tables, pictures, names))
+    replace_text(companion(output, ".html"), pages.html(title, tables, pictures, names))
     return tables
 
 
 def write_json(path: Path, value: Json) -> None:
     """Write a value as JSON, NaN and Infinity as null."""
-    _write(path, _json(value, indent=1) + "\n")
+    replace_text(path, _json(value, indent=1) + "\n")
 
 
 def _lines(records: Sequence[Record]) -> str:
@@ -158,9 +158,3 @@ def _lines(records: Sequence[Record]) -> str:
 def _json(value: Json, indent: int | None = None) -> str:
     """Standard JSON, which has no NaN and Infinity."""
     return json.dumps(null_for_nan(value), allow_nan=False, indent=indent)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8", errors="replace")  # for lone surrogates
-    os.replace(temporary, path)
