@@ -28,6 +28,7 @@ from virft_fast.algorithms import step
 from virft_fast.algorithms.base import Algorithm, Check, Data, HeldOut
 from virft_fast.algorithms.sft import answer_ids, given_answers
 from virft_fast.algorithms.step import Metrics, Microbatch, StepStats, TrainState
+from virft_fast.arguments import expecting, usage
 from virft_fast.batch import Prompt, Rollouts, Row, Sample
 from virft_fast.config import DPOConfig, RunConfig, UsageError
 from virft_fast.data import BadRow, NoUsableRows
@@ -387,7 +388,9 @@ def _compute_reference(config: RunConfig, state: DPOState, data: Data, counts: R
 
 
 def _read_reference(path: Path, counts: Row, limits: Row) -> Tables:
-    try:
+    hint = "; it may be damaged, or of another version: start the run again"
+    expected = f"{path}: expected the reference's log-probs of this run"
+    with usage(), expecting(expected, hint=hint):
         saved = json.loads(path.read_text())
         had = saved["counts"]
         if had["train"] != counts["train"] or had["test"] < counts["test"]:
@@ -401,15 +404,6 @@ def _read_reference(path: Path, counts: Row, limits: Row) -> Tables:
             )
             for name in counts
         }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{path}: expected the reference's log-probs of this run, got a file that is damaged "
-            "or of another version; start the run again"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path}: expected the reference's log-probs of this run: {error}; start it again"
-        ) from error
 
 
 def _all_checks(checks: Sequence[Check | None], sample: Sample) -> str | None:

@@ -90,7 +90,7 @@ def open_image(source: object, folder: Path | None = None) -> Image.Image:
     Raises:
         UnreadableImage: it can't be read.
     """
-    return _read(source, folder, _decoded)
+    return read_image(source, folder, _decoded)
 
 
 def image_size(source: object, folder: Path | None = None) -> tuple[int, int]:
@@ -99,7 +99,7 @@ def image_size(source: object, folder: Path | None = None) -> tuple[int, int]:
     Raises:
         UnreadableImage: it isn't an image, or is too large.
     """
-    return _read(source, folder, _header)[0]
+    return read_image(source, folder, _header)[0]
 
 
 def is_turned(source: object, folder: Path | None = None) -> bool:
@@ -108,11 +108,16 @@ def is_turned(source: object, folder: Path | None = None) -> bool:
     Raises:
         UnreadableImage: as in `image_size`.
     """
-    return _read(source, folder, _header)[1] in range(2, 9)
+    return read_image(source, folder, _header)[1] in range(2, 9)
 
 
-def _read(source: object, folder: Path | None, read: Callable[[Image.Image, bool], T]) -> T:
-    """Call `read` with the image and whether it was opened here, so that its EXIF data apply."""
+def read_image(source: object, folder: Path | None, read: Callable[[Image.Image, bool], T]) -> T:
+    """Call `read` with the image and whether it was opened here, so that its EXIF data apply; for
+    the arguments see `open_image`.
+
+    Raises:
+        UnreadableImage: it can't be read.
+    """
     name: object = "bytes"
     if isinstance(source, Mapping):
         name = source.get("path") or name

@@ -7,10 +7,8 @@ can give any number.
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +18,7 @@ from PIL import Image
 
 from virft_fast.arguments import expecting
 from virft_fast.batch import Row, Sample
-from virft_fast.data.images import IMAGE_FORMATS
+from virft_fast.data.images import UnreadableImage, read_image
 from virft_fast.data.lisa import IGNORED
 from virft_fast.data.loading import BadRow
 from virft_fast.evaluation.bootstrap import Ratios
@@ -167,15 +165,7 @@ def true_mask(row: Row) -> NDArray[np.uint8] | None:
     """A row's `mask` column, as `data build grounding` writes it: (H, W) uint8, 255 for the object,
     IGNORED or 0; one bit per pixel reads as 255 and 0. None if it is missing or can't be read.
     """
-    stored = row.get("mask")
-    data = stored.get("bytes") if isinstance(stored, Mapping) else stored
     try:
-        if not data and isinstance(stored, Mapping) and stored.get("path"):
-            path = Path(stored["path"])
-            data = path.read_bytes() if path.is_file() else None
-        if not isinstance(data, bytes):
-            return None
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            return np.asarray(image.convert("L"))
-    except Exception:  # PIL's decoders raise nearly anything on damaged input
+        return read_image(row.get("mask"), None, lambda image, _: np.asarray(image.convert("L")))
+    except UnreadableImage:
         return None
