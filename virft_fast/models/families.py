@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 if TYPE_CHECKING:
-    from tokenizers import AddedToken
     from transformers import BatchEncoding, GenerationConfig
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
@@ -115,17 +115,3 @@ class Processor(Protocol):
     def __call__(self, *args: Any, **options: Any) -> BatchEncoding: ...
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
     def save_pretrained(self, save_directory: str | Path) -> object: ...
-
-
-class Tokenizer(Protocol):
-    bos_token_id: int | None
-    eos_token_id: int
-    pad_token_id: int
-    padding_side: str
-    added_tokens_decoder: dict[int, AddedToken]
-
-    def __len__(self) -> int: ...
-    def __call__(self, *args: Any, **options: Any) -> BatchEncoding: ...
-    def convert_tokens_to_ids(self, tokens: str) -> int: ...
-    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...
-    def batch_decode(self, sequences: list[list[int]]) -> list[str]: ...

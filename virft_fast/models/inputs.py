@@ -118,7 +118,7 @@ def control_tokens_in(tokenizer: Tokenizer, text: str) -> list[str]:
     """The control tokens in a text after tokenization, each listed once."""
     control = control_token_ids(tokenizer)
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    return tokenizer.convert_ids_to_tokens(list(dict.fromkeys(i for i in ids if i in control)))
+    return list(tokenizer.convert_ids_to_tokens([i for i in dict.fromkeys(ids) if i in control]))
 
 
 def banned_token_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
