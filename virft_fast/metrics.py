@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from virft_fast.batch import Json, Row
 from virft_fast.json_files import intact_lines, replace_text
 
 if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker as Tracker
     from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
@@ -32,16 +33,6 @@ logger = logging.getLogger(__name__)
 Number = float | Tensor  # a tensor is 0-d
 METRICS_FILE, COMPLETIONS_FILE = "metrics.jsonl", "completions.jsonl"
 SHOWN_SAMPLES = 4
-
-
-class Tracker(Protocol):
-    """The part of accelerate's trackers that is used. A tracker's client may raise anything."""
-
-    def store_init_configuration(self, values: Row) -> None: ...
-
-    def log(self, values: dict[str, float], step: int) -> None: ...
-
-    def finish(self) -> None: ...
 
 
 def reduce_metrics(
@@ -188,7 +179,7 @@ class MetricsWriter:
     def _guarded(self, what: str, action: Callable[[], object]) -> None:
         try:
             action()
-        except Exception as error:
+        except Exception as error:  # a tracker's client may raise anything
             if what not in self._warned:
                 self._warned.add(what)
                 logger.error("COULD NOT WRITE %s: %s. The run continues without it.", what, error)
