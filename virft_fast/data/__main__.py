@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     import datasets
 
 T = TypeVar("T")
+Add = Callable[..., argparse.Action]  # a parser's add_argument
+Command = Callable[[argparse.Namespace], None]
 MAX_ROWS_HELP = "maximum number of rows per split, chosen at random; default: all"
 
 
@@ -67,19 +69,23 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("build", help="make a data set")
     command.set_defaults(run=_build)
     build = command.add_subparsers(required=True, metavar="kind")
-    for kind in ("coco", "lvis"):
-        _detection_arguments(build.add_parser(kind, help=f"from {kind.upper()}'s instances files"))
-        build.choices[kind].set_defaults(build=_build_detection, kind=kind)
-    layouts = {"yolo": "Ultralytics'", "voc": "Pascal VOC's", "openimages": "Open Images'"}
-    for kind, whose in layouts.items():
-        _folder_arguments(build.add_parser(kind, help=f"from a folder in {whose} layout"))
-        build.choices[kind].set_defaults(build=_build_folder, kind=kind)
-    build.choices["openimages"].add_argument(
-        "--images", type=Path, required=True, help="folder of the images; others are not read"
-    )
-    _classification_arguments(build.add_parser("classification", help="from labeled images"))
-    _grounding_arguments(build.add_parser("grounding", help="from LISA's ReasonSeg folders"))
-    _refcoco_arguments(build.add_parser("refcoco", help="from RefCOCO, RefCOCO+ or RefCOCOg"))
+    files, folder = [_boxes, _annotations, _choices], [_boxes, _folder, _choices]
+    kinds: dict[str, tuple[str, Command, Sequence[Callable[[Add], None]]]] = {
+        "coco": ("COCO's instances files", _build_detection, files),
+        "lvis": ("LVIS's instances files", _build_detection, files),
+        "yolo": ("a folder in Ultralytics' layout", _build_folder, folder),
+        "voc": ("a folder in Pascal VOC's layout", _build_folder, folder),
+        "openimages": ("a folder in Open Images' layout", _build_folder, [*folder, _openimages]),
+        "classification": ("labeled images", _build_classification, [_labeled]),
+        "grounding": ("LISA's ReasonSeg folders", _build_grounding, [_boxes, _reason_seg]),
+        "refcoco": ("RefCOCO, RefCOCO+ or RefCOCOg", _build_refcoco, [_boxes, _references]),
+    }
+    for kind, (source, run, groups) in kinds.items():
+        command = build.add_parser(kind, help=f"from {source}")
+        output_arguments(command)
+        for group in (_common, *groups):
+            group(command.add_argument)
+        command.set_defaults(build=run, **({"kind": kind} if _choices in groups else {}))
     commands.add_parser("mia", add_help=False, help="the same as python -m virft_fast.mia")
     _inspect_arguments(commands.add_parser("inspect", help="count and draw a data set's rows"))
     command = commands.add_parser("export", help="write a data set for another trainer")
@@ -88,39 +94,36 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _common(parser: argparse.ArgumentParser, *, boxes: bool = True) -> None:
-    output_arguments(parser)
-    add = parser.add_argument
+def _common(add: Add) -> None:
     add("--allow_missing", action="store_true", help="skip rows whose image is missing")
     add("--seed", type=int, default=0, help="seed of every random choice")
     add("--test_share", type=share, default=0.0, help="share of images held out as split test")
-    if boxes:
-        add("--model_family", choices=sorted(FAMILY_SPACE), default="qwen2_vl",
-            help="unit of boxes: 0 to 1000; qwen2_5_vl: pixels of the resized image")  # fmt: skip
-        purpose = "that of the training run; matters for boxes in pixels"
-        add("--min_pixels", type=positive, default=3136, help=purpose)
-        add("--max_pixels", type=positive, default=401_408, help=purpose)
 
 
-def _detection_arguments(parser: argparse.ArgumentParser) -> None:
-    _common(parser)
-    add = parser.add_argument
+def _boxes(add: Add) -> None:
+    add("--model_family", choices=sorted(FAMILY_SPACE), default="qwen2_vl",
+        help="unit of boxes: 0 to 1000; qwen2_5_vl: pixels of the resized image")  # fmt: skip
+    purpose = "that of the training run; matters for boxes in pixels"
+    add("--min_pixels", type=positive, default=3136, help=purpose)
+    add("--max_pixels", type=positive, default=401_408, help=purpose)
+
+
+def _annotations(add: Add) -> None:
     add("--annotations", type=Path, required=True, help="instances file of the training images")
     add("--images", type=Path, required=True, help="folder of the training images")
     add("--test_annotations", type=Path, help="instances file of the test images")
     add("--test_images", type=Path, help="folder of the test images; default: --images")
-    _choice_arguments(parser)
 
 
-def _folder_arguments(parser: argparse.ArgumentParser) -> None:
-    _common(parser)
-    add = parser.add_argument
+def _folder(add: Add) -> None:
     add("--source", type=Path, required=True, help="folder to read, or for yolo its data.yaml")
-    _choice_arguments(parser)
 
 
-def _choice_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+def _openimages(add: Add) -> None:
+    add("--images", type=Path, required=True, help="folder of the images; others are not read")
+
+
+def _choices(add: Add) -> None:
     add("--categories", default="all",
         help="all, names separated by commas, or base65, novel15, few8 (COCO), lvis13, lvis6"
     )  # fmt: skip
@@ -129,40 +132,30 @@ def _choice_arguments(parser: argparse.ArgumentParser) -> None:
     add("--negatives", type=share, default=0.0, help="rows about absent categories, per other row")
 
 
-def _classification_arguments(parser: argparse.ArgumentParser) -> None:
-    _common(parser, boxes=False)
-    add = parser.add_argument
+def _labeled(add: Add) -> None:
     add("--source", type=Path, required=True, help="folder, or with --reader csv a CSV file")
     add("--reader", choices=sorted(READERS), default="folder", help="layout of --source")
     add("--images", type=Path, help="folder where paths in a CSV file start; default: the file's")
     add("--shots", type=positive, help="maximum training images per class; default: all")
     add("--thing", help='what the images show: plant in "an image containing a plant"')
     add("--kind", help='what to answer with: species in "the species of the plant"')
-    parser.set_defaults(build=_build_classification)
 
 
-def _grounding_arguments(parser: argparse.ArgumentParser) -> None:
-    _common(parser)
-    add = parser.add_argument
+def _reason_seg(add: Add) -> None:
     add("--source", type=Path, required=True, help="ReasonSeg folder, or one of train, val, test")
     add("--first_only", action="store_true", help="first instruction and polygon of each image")
     add("--compat_prompt", action="store_true", help="use Visual-RFT's exact prompt")
-    parser.set_defaults(build=_build_grounding)
 
 
-def _refcoco_arguments(parser: argparse.ArgumentParser) -> None:
-    _common(parser)
-    add = parser.add_argument
+def _references(add: Add) -> None:
     add("--max_rows", type=positive, help=MAX_ROWS_HELP)
     add("--source", type=Path, required=True,
         help="folder of instances.json and refs(...).p, or one of several refs files")  # fmt: skip
     add("--images", type=Path, required=True, help="COCO's folder train2014 or train2017")
     add("--compat_prompt", action="store_true", help="use Visual-RFT's exact prompt")
-    parser.set_defaults(build=_build_refcoco)
 
 
-def _dataset_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+def _dataset(add: Add) -> None:
     add("--dataset_name", required=True, help="as in training")
     add("--dataset_config", help="as in training")
     add("--dataset_streaming", action="store_true", help="as in training")
@@ -173,16 +166,16 @@ def _dataset_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    _dataset_arguments(parser)
     add = parser.add_argument
+    _dataset(add)
     add("--output", type=Path, default=Path("inspect.png"), help="PNG of images with their boxes")
     add("--pictures", type=positive, default=20, help="number of images in the PNG")
     parser.set_defaults(run=_inspect)
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    _dataset_arguments(parser)
     add = parser.add_argument
+    _dataset(add)
     add("--output", type=Path, required=True, help="LLaMA-Factory's data folder, or a new one")
     add("--name", help="name of the data set there; default: the source's")
     add("--overwrite", action="store_true", help="replace a data set of that name")
