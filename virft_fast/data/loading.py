@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from virft_fast.data import splits
+import virft_fast.data.splits as splits
 from virft_fast.data.accounts import Built
 from virft_fast.data.images import one_line
 from virft_fast.data.layouts import ANSWERS, IMAGE_COLUMNS, LIST_COLUMNS, QUESTIONS, check_columns

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import virft_fast.data.layouts as layouts
 from virft_fast.batch import Json, Row, Sample
-from virft_fast.data import layouts
 from virft_fast.data.accounts import Built
 from virft_fast.data.images import UnreadableImage, image_size, one_line, open_image
 from virft_fast.data.layouts import IMAGE_COLUMNS, Reading, spoken_text

@@ -23,7 +23,6 @@ from typing import Any, Protocol, SupportsFloat, TypeAlias
 import torch
 from torch import Tensor
 
-from virft_fast.arguments import expecting
 from virft_fast.batch import Json, Row
 from virft_fast.digests import digest_of
 
@@ -92,9 +91,13 @@ def load_function(name: str) -> tuple[str, RewardFunction]:
             raise ValueError(f"--reward_funcs {name}: no function {attribute!r} in {where}{hint}")
         target = getattr(target, word)
     if inspect.isclass(target):
-        made = f"--reward_funcs {name}: expected a class that is made without arguments"
-        with expecting(made, (Exception, SystemExit)):
+        try:
             target = target()
+        except (Exception, SystemExit) as error:
+            raise ValueError(
+                f"--reward_funcs {name}: expected a class that is made without arguments, got "
+                f"{type(error).__name__}: {error}"
+            ) from error
     if not callable(target):
         raise ValueError(f"--reward_funcs {name}: no function {attribute!r} in {where}")
     return attribute.rsplit(".", 1)[-1], target
