@@ -15,8 +15,7 @@ BEFORE, AFTER = {"accuracy_iou": 0.25, "format": math.nan}, {"accuracy_iou": 0.5
 CURVE = [{"step": s, "reward": s / 30, "rewards/format": 1.0, "rewards/b": None} for s in range(30)]
 
 
-def parse_boxes(text):
-    return [([100.0, 100.0, 500.0, 500.0], 0.5)] if "box" in text else []
+BOX = "<answer>[{'Position': [100, 100, 500, 500], 'Confidence': 0.5}]</answer>"
 
 
 def example(answer):
@@ -42,19 +41,17 @@ def test_summary_has_null_for_nan_and_leaves_nothing_aside(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("examples", [[], [example("box"), example("<answer>$\\frac$</answer>")]])
+@pytest.mark.parametrize("examples", [[], [example(BOX), example("<answer>$\\frac$</answer>")]])
 def test_report_is_a_picture(tmp_path, examples):
     path = tmp_path / "report.png"
-    write_report(path, curve=CURVE, before=BEFORE, after=AFTER, examples=examples,
-                 parse_boxes=parse_boxes)  # fmt: skip
+    write_report(path, curve=CURVE, before=BEFORE, after=AFTER, examples=examples)
     with Image.open(path) as image:
         assert image.width == 1400
         assert len(image.convert("RGB").getcolors(1 << 24)) > 10
 
 
 def test_report_of_an_empty_curve(tmp_path):
-    write_report(tmp_path / "r.png", curve=[], before={}, after={}, examples=[],
-                 parse_boxes=parse_boxes)  # fmt: skip
+    write_report(tmp_path / "r.png", curve=[], before={}, after={}, examples=[])
     assert (tmp_path / "r.png").exists()
 
 
@@ -70,11 +67,12 @@ def test_disk_that_is_full_does_not_end_a_finished_run(tmp_path, caplog):
     assert "COULD NOT WRITE" in caplog.text
 
 
-def test_report_that_can_not_be_drawn_does_not_end_a_finished_run(tmp_path, caplog):
+def test_report_that_can_not_be_drawn_does_not_end_a_finished_run(tmp_path, caplog, monkeypatch):
     def broken(text):
         raise RuntimeError("no boxes today")
 
+    monkeypatch.setattr("virft_fast.report.parse_detection", broken)
+    path, examples = tmp_path / "r.png", [example(BOX)]
     with caplog.at_level(logging.ERROR):
-        write_report(tmp_path / "r.png", curve=CURVE, before=BEFORE, after=AFTER,
-                     examples=[example("box")], parse_boxes=broken)  # fmt: skip
+        write_report(path, curve=CURVE, before=BEFORE, after=AFTER, examples=examples)
     assert "no boxes today" in caplog.text and not (tmp_path / "r.png").exists()

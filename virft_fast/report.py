@@ -7,13 +7,14 @@ import logging
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from virft_fast.batch import Json, Row
 from virft_fast.evaluation.files import write_json
+from virft_fast.tasks.answers import Box, answer_text, parse_detection
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,8 +26,6 @@ logger = logging.getLogger(__name__)
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 TRUE_COLOR, PREDICTED_COLOR = "#FFFFFF", "#FF3FB4"
 SMOOTHING = 9  # steps
-
-ParseBoxes = Callable[[str], list[tuple[list[float], float | None]]]
 
 
 def format_table(before: dict[str, float], after: dict[str, float]) -> str:
@@ -67,7 +66,6 @@ def write_report(
     before: dict[str, float],
     after: dict[str, float],
     examples: Sequence[Row],
-    parse_boxes: ParseBoxes,
 ) -> None:
     """Draw report.png: the reward curve, means before and after, and a few answers.
 
@@ -76,7 +74,6 @@ def write_report(
         before, after: means by name.
         examples: dicts with `image` (PIL), `problem`, `solution`, and the answers `before` and
             `after`.
-        parse_boxes: text -> [([x1, y1, x2, y2] in 0..1000, confidence or None), ...].
     """
     with _errors_logged(path):
         plt = _pyplot()
@@ -97,7 +94,7 @@ def write_report(
             axes = bottom.subplots(2, columns, squeeze=False)
             for row, when in zip(axes, ("before", "after"), strict=True):
                 for axis, example in zip(row, examples, strict=True):
-                    _draw_example(axis, example, when, parse_boxes)
+                    _draw_example(axis, example, when)
         figure.savefig(path)
         plt.close(figure)
 
@@ -189,35 +186,31 @@ def _draw_bars(axis: Axes, before: dict[str, float], after: dict[str, float]) ->
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_example(axis: Axes, example: Row, when: str, parse_boxes: ParseBoxes) -> None:
+def _draw_example(axis: Axes, example: Row, when: str) -> None:
     image = example["image"]
     axis.imshow(image)
     axis.set_xticks([])
     axis.set_yticks([])
-    true, predicted = parse_boxes(example["solution"]), parse_boxes(example[when])
-    for box, _ in true:
+    true, predicted = parse_detection(example["solution"]), parse_detection(example[when])
+    for box in true.boxes if true else ():
         _draw_box(axis, image, box, TRUE_COLOR, "-", None)
-    for box, confidence in predicted:
-        _draw_box(axis, image, box, PREDICTED_COLOR, "--", confidence)
+    if predicted:
+        for box, confidence in zip(predicted.boxes, predicted.confidences, strict=True):
+            _draw_box(axis, image, box, PREDICTED_COLOR, "--", confidence)
     quoted = re.search(r"'([^']+)'", example["problem"])  # Visual-RFT's prompts quote the category
     title = textwrap.shorten(
         quoted.group(1) if quoted else example["problem"], 34, placeholder="..."
     )
     # A $ in text from models and data sets must not start a formula.
     axis.set_title(f"{when}: {title}", fontsize=9, parse_math=False)
-    if not true:
-        answer = example[when].rpartition("<answer>")[2].partition("</answer>")[0]
-        label = f"answer: {textwrap.shorten(answer, 24)}\n{_plain(example['solution'])}"
-        axis.set_xlabel(label, fontsize=9, parse_math=False)
-
-
-def _plain(solution: str) -> str:
-    text = solution.replace("<answer>", "").replace("</answer>", "").strip()
-    return f"true: {textwrap.shorten(text, 24, placeholder='...')}"
+    if not true or not true.boxes:
+        texts = (answer_text(text) for text in (example[when], example["solution"]))
+        said, right = (textwrap.shorten(text, 24, placeholder="...") for text in texts)
+        axis.set_xlabel(f"answer: {said}\ntrue: {right}", fontsize=9, parse_math=False)
 
 
 def _draw_box(
-    axis: Axes, image: Image, box: list[float], color: str, style: str, confidence: float | None
+    axis: Axes, image: Image, box: Box, color: str, style: str, confidence: float | None
 ) -> None:
     from matplotlib import patheffects
     from matplotlib.patches import Rectangle

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from virft_fast import tasks
 from virft_fast.algorithms import algorithm_of
 from virft_fast.algorithms.base import Data, HeldOut
 from virft_fast.algorithms.step import TrainState
@@ -74,7 +73,6 @@ def conclude(
         before=first,
         after=shown,
         examples=examples,
-        parse_boxes=_boxes_with_confidence,
     )
     print(f"model and processor  {output_dir}")
     print(f"metrics              {output_dir / METRICS_FILE}")
@@ -104,14 +102,6 @@ def _examples(data: Data, before: dict[str, str], after: dict[str, str]) -> list
         examples.append({"image": sample.images[0], "problem": problem, "before": text,
                          "solution": sample.solution, "after": after[index]})  # fmt: skip
     return examples
-
-
-def _boxes_with_confidence(text: str) -> list[tuple[list[float], float | None]]:
-    detection = tasks.parse_detection(text)
-    if detection is None:
-        return []
-    pairs = zip(detection.boxes, detection.confidences, strict=True)
-    return [(list(box), confidence) for box, confidence in pairs]
 
 
 def peak_rss_mib() -> float:
