@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import platform
 import shutil
@@ -222,12 +223,10 @@ def _loss() -> Iterator[Finding]:
         fused = linear_grpo_loss(hidden, weight, ids, mask, advantages=advantages).loss
         plain = grpo_loss(hidden @ weight.T, ids, mask, advantages=advantages).loss
         pair = [torch.autograd.grad(loss, hidden)[0] for loss in (fused, plain)]
+        difference = (pair[0] - pair[1]).abs().max().item() / pair[1].abs().max().item()
+        text = f"fused loss on {device}: gradient within {difference:.0e} of the plain one"
     except Exception as error:  # a driver or a compiler can raise anything
-        text = f"the fused loss fails on {device}: {error}"
-        yield Finding("problem", text, "train with --loss_impl reference, and report it")
-        return
-    difference = (pair[0] - pair[1]).abs().max().item() / pair[1].abs().max().item()
-    text = f"fused loss on {device}: gradient within {difference:.0e} of the plain one"
+        difference, text = math.inf, f"the fused loss fails on {device}: {error}"
     if difference < 1e-2:
         yield Finding("ok", text)
     else:
