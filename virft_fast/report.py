@@ -77,24 +77,21 @@ def write_report(
     """
     with _errors_logged(path):
         plt = _pyplot()
-        columns = max(len(examples), 1)
         figure = plt.figure(figsize=(14, 10 if examples else 4.8), dpi=100, layout="constrained")
+        top = figure
         if examples:
             top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.35])
-        else:
-            top, bottom = figure, None
-        left, right = top.subplots(1, 2, width_ratios=[1.6, 1])
-        _draw_curve(left, curve)
-        _draw_bars(right, before, after)
-        if bottom is not None:
             bottom.suptitle(
                 "held-out images: true box solid white, predicted dashed pink with its confidence",
                 fontsize=11,
             )
-            axes = bottom.subplots(2, columns, squeeze=False)
+            axes = bottom.subplots(2, len(examples), squeeze=False)
             for row, when in zip(axes, ("before", "after"), strict=True):
                 for axis, example in zip(row, examples, strict=True):
                     _draw_example(axis, example, when)
+        left, right = top.subplots(1, 2, width_ratios=[1.6, 1])
+        _draw_curve(left, curve)
+        _draw_bars(right, before, after)
         figure.savefig(path)
         plt.close(figure)
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 from virft_fast import dist, tasks
 from virft_fast.batch import Json, Row, Sample
 from virft_fast.config import EvalConfig, column_names
-from virft_fast.data import SampleDataset, first_solutions, load_rows
+from virft_fast.data import SampleDataset, load_rows
 from virft_fast.data.accounts import Built
 from virft_fast.data.coco import pick_categories, pick_names
 from virft_fast.data.instances import NO_AREA, NO_BOX, read_annotations
 from virft_fast.data.layouts import IMAGE_COLUMNS, IMAGE_TAG
-from virft_fast.data.samples import plain_rows
+from virft_fast.data.samples import open_samples, plain_rows
 from virft_fast.data.survey import open_space, survey
 from virft_fast.digests import digest_of, file_stamp, image_stamp, json_digest
 from virft_fast.evaluation import questions
@@ -185,9 +185,7 @@ def of_dataset(config: EvalConfig) -> Questions:
         config.source, config.split, dataset_config=config.dataset_config, columns=columns
     )
     task = "detection" if config.task in ("coco", "lvis") else config.task
-    samples = SampleDataset(rows, compat_prompt=config.compat_prompt)  # rejects other columns
-    if task == "auto":
-        task = tasks.detect_task(first_solutions(samples))
+    samples, task = open_samples(rows, task, "auto", compat_prompt=config.compat_prompt)
     chunks = list(_chunks(rows, _TEXT_COLUMNS, 1000))
     records = [record for chunk in chunks for record in chunk]
     texts = (json.dumps(chunk, default=str) for chunk in chunks)
