@@ -95,7 +95,7 @@ def load_function(name: str) -> tuple[str, RewardFunction]:
             target = target()
         except (Exception, SystemExit) as error:
             raise ValueError(
-                f"--reward_funcs {name}: expected a class that is made without arguments, got "
+                f"--reward_funcs {name}: expected a class that can be created without arguments, got "
                 f"{type(error).__name__}: {error}"
             ) from error
     if not callable(target):
