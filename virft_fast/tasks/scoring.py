@@ -95,8 +95,8 @@ def load_function(name: str) -> tuple[str, RewardFunction]:
             target = target()
         except (Exception, SystemExit) as error:
             raise ValueError(
-                f"--reward_funcs {name}: expected a class that can be created without arguments, got "
-                f"{type(error).__name__}: {error}"
+                f"--reward_funcs {name}: expected a class that can be created without arguments, "
+                f"got {type(error).__name__}: {error}"
             ) from error
     if not callable(target):
         raise ValueError(f"--reward_funcs {name}: no function {attribute!r} in {where}")
