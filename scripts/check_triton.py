@@ -1,8 +1,9 @@
 """Compile every Triton kernel ahead of time, without a GPU: python scripts/check_triton.py
 
-Prints registers, spills and 128-bit loads of each variant on each architecture; fails on a spill,
-on more registers than MAX_REGISTERS, and if an aligned row isn't read 128 bits at a time. Rows are
-aligned except those of odd vocabularies (UNIT 1) and of strided columns.
+Prints registers, spills, shared memory and 128-bit loads of each variant on each architecture;
+fails on a spill, on more registers than the variant may have, and if aligned numbers aren't read
+128 bits at a time. Rows are aligned except those of odd vocabularies (UNIT 1) and of strided
+columns.
 """
 
 from __future__ import annotations
@@ -12,25 +13,34 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from virft_fast.kernels import triton_decode as decode
 from virft_fast.kernels import triton_rows as rows
+from virft_fast.kernels import triton_sampling as sampling
 
 ARCHS = (80, 90)
+DECODE_ARCHS = (80, 90, 100)
 MAX_REGISTERS = 128  # with 4 warps: at least four programs per multiprocessor
 POINTERS = {
     "IDS": "*i64", "MASK": "*u8", "SEQUENCE": "*i64",
     **dict.fromkeys(
         ["LOGPS", "NORMS", "ENTROPY", "ADVANTAGES", "WEIGHTS", "OLD", "REF", "KL_OUT", "LOSS",
-         "D_LOGPS", "CLIPPED", "GRAD_LOGPS", "GRAD_ENTROPY", "SCALE"], "*fp32",
+         "D_LOGPS", "CLIPPED", "GRAD_LOGPS", "GRAD_ENTROPY", "SCALE", "M", "S", "ACC", "LOGITS",
+         "BIAS", "HIGHEST", "LOW"], "*fp32",
     ),
+    **dict.fromkeys(
+        ["LENGTHS", "FIRST_ROWS", "POSITIONS", "SEEDS", "TOKENS"], "*i64",
+    ),
+    "SEEN": "*u8", "SUMS": "*fp64",
 }  # fmt: skip
-FLOATS = ("inv_temp", "beta", "low", "high", "delta")
+FLOATS = ("inv_temp", "beta", "low", "high", "delta", "scale", "eps", "temperature", "penalty",
+          "log_min_p")  # fmt: skip
 STRIDES = ("stride_outer", "stride_inner", "stride_v", "out_outer", "out_inner", "out_v")
 
 
@@ -58,6 +68,8 @@ class Variant:
     @property
     def aligned(self) -> bool:
         return self.constants["UNIT"] == 16
+
+    max_registers: ClassVar[int] = MAX_REGISTERS
 
     @property
     def wide(self) -> bool:
@@ -107,8 +119,93 @@ def variants() -> list[Variant]:
     return found
 
 
-def build(variant: Variant, arch: int) -> Any:
+@dataclass(frozen=True)
+class DecodeVariant:
+    """A kernel of a decoding step; 16-byte aligned tensors of `dtype`."""
+
+    kernel: Any
+    dtype: str
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+    max_registers: int = MAX_REGISTERS
+    wide: bool = True
+
+    @property
+    def name(self) -> str:
+        telling = ("Q", "REPEATS", "E", "BM", "BN", "HAS_SEEN", "GREEDY", "D")
+        shown = [f"{name}={self.constants[name]}" for name in telling if name in self.constants]
+        return f"{self.kernel.__name__} {self.dtype} {' '.join(shown)}"
+
+
+def decode_variants(arch: int) -> list[DecodeVariant]:
+    """The variants that `kernels.decode` and `kernels.sampling` launch for Qwen models."""
+    found = []
+    # (dtype, heads per key/value head, tokens, head size): the 2B, 7B and 72B models, and another.
+    for dtype, repeats, tokens, size in (
+        ("bf16", 6, 1, 128), ("bf16", 7, 4, 128), ("bf16", 3, 1, 80), ("fp32", 8, 8, 128),
+        ("fp32", 2, 1, 16),
+    ):  # fmt: skip
+        bits = 16 if dtype == "bf16" else 32
+        largest = decode.queries_block(bits, arch // 10)
+        shape = {"Q": tokens, "K": 2, "REPEATS": repeats, "E": size, "BE": decode._pad(size),
+                 "BN": decode.KEYS_BLOCK[bits], "TILES": 2, "WIDE": False}  # fmt: skip
+        for kernel, group in (
+            (decode.prompt_attention_kernel, 8), (decode.own_attention_kernel, 1)
+        ):  # fmt: skip
+            block = decode._pad(group * repeats * tokens, largest)
+            # One program per multiprocessor is enough, so it may have all registers.
+            found.append(DecodeVariant(
+                kernel, dtype, shape | {"BM": block}, stages=decode.STAGES[bits], max_registers=255
+            ))  # fmt: skip
+    for dtype in ("bf16", "fp32"):
+        heads = {"Q": 1, "H": 12, "K": 2, "E": 128, "HALF": 64, "NORMED": True}
+        found += [
+            DecodeVariant(decode.rotate_kernel, dtype, heads, warps=1, wide=False),
+            DecodeVariant(decode.silu_mul_kernel, dtype,
+                          {"SIZE": 8960, "BLOCK": decode.ELEMENTS_BLOCK}),
+        ]  # fmt: skip
+        for size, block in ((1536, 2048), (8192, 8192)):
+            constants = {"D": size, "BLOCK": block, "ADD": True}
+            warps = decode.norm_warps(block)
+            found.append(DecodeVariant(decode.add_rms_norm_kernel, dtype, constants, warps))
+    common = {"HAS_BIAS": True, "HIGHEST_BLOCK": 128, "BLOCKS": 128, "GREEDY": False, "HAS_K": True,
+              "TOP_P": 0.9}  # fmt: skip
+    for seen in (False, True):
+        flags = common | {"HAS_SEEN": seen, "FILTERED": seen, "BLOCK": sampling.BLOCK}
+        search = flags | {"BLOCK": sampling.SEARCH_BLOCK}
+        found += [
+            DecodeVariant(kernel, "fp32", flags, sampling.WARPS)
+            for kernel in (sampling.highest_kernel, sampling.sum_kernel, sampling.draw_kernel)
+        ]
+        found.append(DecodeVariant(sampling.filter_kernel, "fp32", search, sampling.SEARCH_WARPS))
+        greedy = flags | {"GREEDY": True}
+        found.append(DecodeVariant(sampling.draw_kernel, "fp32", greedy, sampling.WARPS))
+    return found
+
+
+def build_decode(variant: DecodeVariant, arch: int) -> Any:
+    """The compiled kernel, with vocabularies and strides that are multiples of 16."""
+    signature, constexprs, attrs = {}, {}, {}
+    for position, param in enumerate(variant.kernel.params):
+        name = param.name
+        if param.is_constexpr:
+            signature[name], constexprs[name] = "constexpr", variant.constants[name]
+        elif name.isupper():
+            signature[name] = POINTERS.get(name, f"*{variant.dtype}")
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i32"
+        if name.isupper() and not param.is_constexpr or name in ("stride", "vocab"):
+            attrs[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def build(variant: Variant | DecodeVariant, arch: int) -> Any:
     """The compiled kernel; needs neither a GPU nor a driver."""
+    if isinstance(variant, DecodeVariant):
+        return build_decode(variant, arch)
     constants = variant.constants
     backward = variant.kernel is rows.rows_backward_kernel
     constants["BLOCK"] = rows.BACKWARD_BLOCK if backward else rows.FORWARD_BLOCK
@@ -144,32 +241,38 @@ def resources(compiled: Any) -> dict[str, int]:
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
     used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    wide = re.findall(r"\bld\.global\S*\.(?:v4\.b32|v2\.b64)\b", compiled.asm["ptx"])
+    wide = re.findall(
+        r"\bld\.global\S*\.(?:v4\.b32|v2\.b64)\b|\bcp\.async\.cg\b", compiled.asm["ptx"]
+    )
     return {
-        "registers": used["REG"], "spilled": used["STACK"] + used["LOCAL"], "wide_loads": len(wide)
+        "registers": used["REG"], "spilled": used["STACK"] + used["LOCAL"],
+        "shared": compiled.metadata.shared, "wide_loads": len(wide),
     }  # fmt: skip
 
 
-def problems(variant: Variant, arch: int) -> list[str]:
+def problems(variant: Variant | DecodeVariant, arch: int) -> list[str]:
     """Compile, print one line, and return what is wrong."""
     found = resources(build(variant, arch))
     print(
         f"sm_{arch} {variant.name:76} {found['registers']:4} registers {found['spilled']:4} bytes "
-        f"spilled {found['wide_loads']:3} 128-bit loads"
+        f"spilled {found['shared']:6} bytes shared {found['wide_loads']:3} 128-bit loads"
     )
     wrong = []
     if found["spilled"]:
         wrong.append(f"expected no spills, got {found['spilled']} bytes")
-    if found["registers"] > MAX_REGISTERS:
-        wrong.append(f"expected at most {MAX_REGISTERS} registers, got {found['registers']}")
+    most = variant.max_registers
+    if found["registers"] > most:
+        wrong.append(f"expected at most {most} registers, got {found['registers']}")
     if variant.wide and not found["wide_loads"]:
         wrong.append("expected 128-bit loads, got none")
     return [f"sm_{arch} {variant.name}: {text}" for text in wrong]
 
 
 def main() -> int:
-    wrong = [text for arch in ARCHS for v in variants() for text in problems(v, arch)]
-    print("\n".join(wrong) or f"{len(ARCHS) * len(variants())} kernels, nothing wrong")
+    checked = [(arch, v) for arch in ARCHS for v in variants()]
+    checked += [(arch, v) for arch in DECODE_ARCHS for v in decode_variants(arch)]
+    wrong = [text for arch, variant in checked for text in problems(variant, arch)]
+    print("\n".join(wrong) or f"{len(checked)} kernels, nothing wrong")
     return 1 if wrong else 0
 
 

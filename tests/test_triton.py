@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 
-from virft_fast.kernels import backend, triton_rows  # noqa: E402
+from virft_fast.kernels import backend, triton_decode, triton_rows  # noqa: E402
 
 HERE = Path(__file__).parent
 
@@ -57,6 +57,13 @@ check_triton = script()
 @pytest.mark.parametrize("arch", check_triton.ARCHS)
 def test_every_variant_compiles_without_spills(arch):
     wrong = [text for v in check_triton.variants() for text in check_triton.problems(v, arch)]
+    assert not wrong
+
+
+@pytest.mark.parametrize("arch", check_triton.DECODE_ARCHS)
+def test_every_kernel_of_a_decoding_step_compiles_without_spills(arch):
+    variants = check_triton.decode_variants(arch)
+    wrong = [text for v in variants for text in check_triton.problems(v, arch)]
     assert not wrong
 
 
@@ -124,6 +131,29 @@ def test_a_new_completion_length_or_temperature_compiles_nothing(name):
         tuple(specialisation(kernel, launch_arguments(kernel, t, temperature, offset)))
         for t, temperature, offset in [(1, 1.0, 0), (5, 0.9, 1), (16, 1.0, 2), (17, 0.5, 7)]
     }
+    assert len(keys) == 1
+
+
+DECODE_SIZES = {
+    "prompt_attention_kernel": ("prompt", "splits", "rows", "scale"),
+    "own_attention_kernel": ("prompts", "own", "splits", "rows", "scale"),
+    "rotate_kernel": ("own", "eps"),
+}
+
+
+@pytest.mark.parametrize("name", list(DECODE_SIZES))
+def test_other_caches_and_row_counts_compile_nothing(name):
+    kernel = getattr(triton_decode, name)
+    keys = set()
+    for number in (1, 5, 16, 64, 300):
+        arguments = dict.fromkeys(kernel.signature.parameters, 16)
+        arguments |= {key: torch.zeros(16) for key in arguments if key.isupper() and len(key) > 4}
+        arguments |= dict.fromkeys(DECODE_SIZES[name], number)
+        arguments |= {"scale": number / 7, "eps": number / 7}
+        constants = [param.name for param in kernel.params if param.is_constexpr]
+        arguments |= dict.fromkeys(constants, 16)
+        arguments |= {key: torch.zeros(16) for key in ("M", "S", "ACC", "OUT")}
+        keys.add(tuple(specialisation(kernel, arguments)))
     assert len(keys) == 1
 
 

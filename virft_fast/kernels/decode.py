@@ -62,6 +62,7 @@ def rotate_and_store(
     rows, kv_heads, _, size = keys.shape
     tokens = qkv.shape[1]
     _check("qkv", qkv, (rows, tokens, (num_heads + 2 * kv_heads) * size))
+    _check("keys", keys, keys.shape)
     _check("values", values, keys.shape)
     _check("positions", positions, (rows,))
     _check("lengths", lengths, (rows,))
@@ -142,6 +143,7 @@ def decode_attention(
     """
     rows, tokens, heads, size = query.shape
     groups, kv_heads, _, _ = prompt_keys.shape
+    _check("prompt_keys", prompt_keys, (groups, kv_heads, prompt_keys.shape[2], size))
     _check("prompt_values", prompt_values, prompt_keys.shape)
     _check("keys", keys, (rows, kv_heads, keys.shape[2], size))
     _check("values", values, keys.shape)
@@ -349,7 +351,8 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape:
+    if tensor.shape != shape or not tensor.is_contiguous():
         raise ValueError(
-            f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}; see the docstring"
+            f"{name}: expected contiguous {tuple(shape)}, got {tuple(tensor.shape)} with strides "
+            f"{tensor.stride()}; see the docstring"
         )

@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from virft_fast.kernels.backend import triton_for
+
 # splitmix64, Steele et al. 2014, doi:10.1145/2660193.2660195.
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -38,7 +40,7 @@ def sample_tokens(
     Each filter is a lower bound on the scores, so tokens with equal scores stay or go together.
 
     Args:
-        logits: (R, V) float32, rows contiguous.
+        logits: (R, V) float32.
         seeds: (R,) int64 (`row_seed`). positions: (R,) or () int64, the token's index in its
             completion. Both are in memory, so a captured graph samples anew.
         bias: (V,) float32 added to the logits; -inf bans a token.
@@ -56,6 +58,7 @@ def sample_tokens(
     Raises:
         ValueError: shapes or dtypes disagree; says what was expected and what was given.
     """
+    logits = logits.contiguous()
     if logits.ndim != 2 or logits.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"logits: expected (R, V) float32, got {tuple(logits.shape)} {logits.dtype}; "
@@ -73,6 +76,12 @@ def sample_tokens(
     top_k = 0 if top_k >= vocab else top_k
     if greedy:
         temperature, top_k, top_p, min_p = 1.0, 0, 1.0, 0.0
+    triton_sampling = triton_for(logits, "triton_sampling")
+    if triton_sampling is not None:
+        return triton_sampling.sample_tokens(
+            logits, seeds, positions, bias, seen, temperature, top_k, top_p, min_p,
+            repetition_penalty, greedy,
+        )  # fmt: skip
     scores = logits if bias is None else logits + bias
     if seen is not None:
         penalized = torch.where(
