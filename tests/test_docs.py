@@ -389,3 +389,25 @@ def test_every_change_that_a_test_has_to_notice_can_be_made():
     assert len({m.name for m in mutants.MUTANTS}) == len(mutants.MUTANTS) >= 60
     files = {part for m in mutants.MUTANTS for part in m.tests.split() if part.endswith(".py")}
     assert all((ROOT / file).is_file() for file in files)
+
+
+def test_the_site_keeps_flags_whole_and_docstrings_in_sections():
+    hooks = load_script("site_hooks")
+    line = "<p><code>run --beta 0</code> and --gamma</p><pre><code>--beta 0</code></pre>"
+    whole = line.replace("run --beta", 'run <span class="flag">--beta</span>')
+    assert hooks.on_page_content(line, page=None) == whole
+    names = load_script("site_names")
+    lines = ["Text.", "Args:", "    a, b: c.", "Returns:", "    a, b: d.", "More."]
+    parted = "Text.||Args:|    a: c.|    b: c.||Returns:|    a, b: d.||More."
+    assert names.separate_sections(names.split_entries(lines)) == parted.split("|")
+
+
+def test_the_api_pages_docstrings_lose_nothing_as_markdown():
+    """ "x: > 0" would be a quotation, and <answer> outside of code an unknown tag."""
+    shown = re.findall(r"^::: virft_fast\.(\w+)", (ROOT / "docs/api.md").read_text(), re.M)
+    files = [path for name in shown for path in (ROOT / "virft_fast").glob(f"{name}*/*.py")]
+    for path in [ROOT / "virft_fast/batch.py", *files]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                text = re.sub("`[^`]*`", "", ast.get_docstring(node) or "")
+                assert not re.search(r": [<>]|<[|/]?[a-z]+[|]?>", text), (path, node.name)

@@ -45,7 +45,7 @@ def sample_tokens(
             completion. Both are in memory, so a captured graph samples anew.
         bias: (V,) float32 added to the logits; -inf bans a token.
         seen: (R, V) bool, the tokens that the penalty applies to; the sampled ones are added.
-        temperature: > 0, divides the scores.
+        temperature: above 0; divides the scores.
         top_k: keep scores at least as high as the k-th highest; 0 is off.
         top_p: keep scores at least as high as the highest bound whose tokens have this share of the
             probability; 1 is off.
