@@ -403,7 +403,7 @@ def test_the_site_keeps_flags_whole_and_docstrings_in_sections():
 
 
 def test_the_api_pages_docstrings_lose_nothing_as_markdown():
-    """ "x: > 0" would be a quotation, and <answer> outside of code an unknown tag."""
+    """A limit "x: > 0" would be a quotation, and <answer> outside of code an unknown tag."""
     shown = re.findall(r"^::: virft_fast\.(\w+)", (ROOT / "docs/api.md").read_text(), re.M)
     files = [path for name in shown for path in (ROOT / "virft_fast").glob(f"{name}*/*.py")]
     for path in [ROOT / "virft_fast/batch.py", *files]:
