@@ -101,7 +101,7 @@ def save_checkpoint(
         every_rank = dist.all_gather_object(seals)
         dist.on_main(lambda: _publish_listed(aside, final, every_rank))
     except Exception as error:
-        _give_up(final, aside, error, "The run goes on; earlier checkpoints are intact")
+        _give_up(final, aside, error, "The run continues; earlier checkpoints are intact")
         return None
     if dist.is_main():
         with contextlib.suppress(OSError):

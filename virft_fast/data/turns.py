@@ -97,7 +97,7 @@ def turn_text(turn: Row) -> str:
 def place_images(turns: list[Row], stored: list[Json], where: str) -> tuple[list[Row], list[Json]]:
     """Turns with a part for each image, and the images in order.
 
-    An image goes where an image part, <img>PATH</img> or <image> is. Without any of these, a row's
+    An image goes where an image part, `<img>PATH</img>` or `<image>` is. Without any, a row's
     images come before its first text.
 
     Args:
