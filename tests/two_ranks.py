@@ -50,8 +50,7 @@ DROPPING = ("dropped", "frozen")
 def make_engine(stage, policy, settings, config, kind):
     if stage < 0:
         return PlainEngine(policy, settings, device=CPU)
-    make_empty = lambda: make_policy(kind, empty=True)  # noqa: E731
-    return DeepSpeedEngine(policy, settings, config=config, device=CPU, make_empty=make_empty)
+    return DeepSpeedEngine(policy, settings, config=config, device=CPU)
 
 
 def all_prompts(processor, kind):

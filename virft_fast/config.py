@@ -39,7 +39,7 @@ PREFIX_ATTENTIONS = ("two_part", "flex", "dense")
 # GRPO options that also apply to SFT and DPO.
 BESIDE_GRPO = """
     max_completion_length loss_impl prefix_sharing prefix_attention rollout_backend
-    rollout_cache_tokens
+    rollout_cache_tokens offload_rollout_weights
 """.split()
 
 
@@ -169,6 +169,11 @@ class GRPOConfig:
     )
     rollout_cache_tokens: int | None = arg(
         None, "Maximum tokens whose keys and values a rollout keeps; default: what fits."
+    )
+    offload_rollout_weights: bool = arg(
+        False,
+        "Free the rollouts' copy of the weights while training; saves GPU memory, and each rollout "
+        "takes longer to start.",
     )
     prefix_sharing: str = arg(
         "auto",

@@ -29,9 +29,7 @@ from virft_fast.deepspeed_config import resolve_deepspeed_config as resolve_deep
 from virft_fast.models.adapters import has_adapter, is_trained_adapter
 from virft_fast.models.policy import Policy
 from virft_fast.optimizer import OptimizerSettings, make_optimizer
-
-# How many numbers of ZeRO-3 parameters are gathered at once when copied for a rollout.
-GATHERED_NUMBERS = 2**28
+from virft_fast.rollout.weights import RolloutWeights
 
 Stored = dict[str, Tensor]  # weights by their names in a saved model
 
@@ -62,7 +60,9 @@ class Engine(Protocol):
     def forward(self, *args: object, **options: object) -> tuple[Tensor, ...]: ...
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
     def step(self, learning_rate: float, *, veto: bool | Tensor = False) -> StepResult: ...
+    def autocast(self) -> contextlib.AbstractContextManager[object]: ...
     def whole_weights(self) -> contextlib.AbstractContextManager[Policy]: ...
+    def free_rollout_weights(self) -> None: ...
     def model_state(self, model: nn.Module, dtype: torch.dtype | None = None) -> Stored | None: ...
     def save_state(self, folder: Path) -> list[Path]: ...
     def load_state(self, folder: Path) -> None: ...
@@ -84,19 +84,27 @@ class PlainEngine:
         *,
         device: torch.device,
         bf16: bool = False,
+        offload_rollout_weights: bool = False,
     ) -> None:
         self.module = policy.to(device)
         self.device = device
         self.bf16 = bf16
         self.settings = settings
         self.optimizer = make_optimizer(policy, settings, fused=True)
+        self._copy: RolloutWeights | None = None
+        if device.type == "cuda" and (bf16 or has_adapter(policy.model)):
+            dtype = torch.bfloat16 if bf16 else policy.head.weight.dtype
+            self._copy = RolloutWeights(
+                policy, device=device, dtype=dtype, offload=offload_rollout_weights
+            )
 
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Context in which the policy computes as in `forward`."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
     def forward(self, *args: object, **options: object) -> tuple[Tensor, ...]:
         """`Policy.forward`."""
-        with self._autocast():
+        with self.autocast():
             return self.module(*args, **options)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -124,6 +132,8 @@ class PlainEngine:
         if applied:
             self.updates += 1
             self.optimizer.step()
+        if self._copy is not None:
+            self._copy.update()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(norm, applied)
 
@@ -138,9 +148,17 @@ class PlainEngine:
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[Policy]:
-        """Context that yields the policy with whole weights, for any calls outside `forward`."""
-        with self._autocast():
-            yield self.module
+        """Context that yields a policy with whole weights, for rollouts. It is a copy if rollouts
+        are faster on one: on CUDA in bfloat16, or with an adapter, which is merged into the copy.
+        """
+        policy = self.module if self._copy is None else self._copy.policy()
+        with self.autocast() if policy is self.module else contextlib.nullcontext():
+            yield policy
+
+    def free_rollout_weights(self) -> None:
+        """Free the copy until the next rollout, with `offload_rollout_weights`."""
+        if self._copy is not None:
+            self._copy.release()
 
     def model_state(self, model: nn.Module, dtype: torch.dtype | None = None) -> Stored | None:
         """The weights of `model` on the CPU, in the main process; None in the others.
@@ -174,6 +192,8 @@ class PlainEngine:
             state = torch.load(path, map_location="cpu", weights_only=True)
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self._copy is not None:
+                self._copy.update(frozen=True)
         except Exception as error:  # a damaged or unrelated file can raise anything
             raise ValueError(unreadable_state(path, error)) from error
 
@@ -183,8 +203,7 @@ class DeepSpeedEngine:
 
     Args:
         config: resolved DeepSpeed configuration, see `resolve_deepspeed_config`.
-        make_empty: makes the policy without weights, on the meta device. Under ZeRO-3
-            `whole_weights` needs it, to fill it with the gathered weights.
+        offload_rollout_weights: free the copy of the weights for rollouts while training.
     """
 
     def __init__(
@@ -194,14 +213,11 @@ class DeepSpeedEngine:
         *,
         config: Row,
         device: torch.device,
-        make_empty: Callable[[], Policy] | None = None,
+        offload_rollout_weights: bool = False,
     ) -> None:
         deepspeed = import_deepspeed()
         self.device = device
         self.updates = 0
-        self._make_empty = make_empty
-        self._whole: Policy | None = None
-        self._stale = True
         self.settings = settings
         self.zero_stage = zero_stage(config)
         fused = device.type == "cuda" and not offloads(config, "offload_optimizer")
@@ -220,6 +236,16 @@ class DeepSpeedEngine:
         # fails would raise on one rank only.
         self.engine._copy_recovery_script = lambda folder: None
         self.module = policy
+        self._copy: RolloutWeights | None = None
+        if self.zero_stage == 3 or device.type == "cuda":
+            gather = deepspeed.zero.GatheredParameters if self.zero_stage == 3 else None
+            self._copy = RolloutWeights(
+                policy,
+                device=device,
+                dtype=policy.head.weight.dtype,
+                gather=gather,
+                offload=offload_rollout_weights,
+            )
 
     def _guard(self) -> bool:
         """Whether the optimizer may step. DeepSpeed has computed the gradient's norm by now."""
@@ -250,38 +276,29 @@ class DeepSpeedEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
-        self._stale = True
+        if self._copy is not None:
+            self._copy.update()
         overflow = bool(getattr(self.engine.optimizer, "overflow", False))
         norm = math.inf if overflow else self._norm
         return StepResult(norm, not overflow and math.isfinite(norm) and not self._veto)
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """As `PlainEngine.autocast`; the weights have the dtype of the computation already."""
+        return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[Policy]:
         """As `PlainEngine.whole_weights`; all ranks call.
 
-        Under ZeRO-3 it yields a full copy, refilled once after each step at the same addresses. So
-        layers need not be gathered for every token, and ranks may make different numbers of calls.
+        Under ZeRO-3 and on CUDA it yields a full copy, refilled once after each step. So layers
+        need not be gathered for every token, and ranks may make different numbers of calls.
         """
-        if self.zero_stage < 3:
-            yield self.module
-            return
-        if self._whole is None:
-            if self._make_empty is None:
-                raise ValueError("whole_weights: expected an engine with `make_empty` under ZeRO-3")
-            self._whole = materialised(self._make_empty(), self.module, self.device)
-        if self._stale:
-            self._fill(self._whole)
-            self._stale = False
-        yield self._whole
+        yield self.module if self._copy is None else self._copy.policy()
 
-    @torch.no_grad()
-    def _fill(self, whole: nn.Module) -> None:
-        deepspeed = import_deepspeed()
-        targets = dict(whole.named_parameters())
-        for bucket in _buckets(list(self.module.named_parameters()), GATHERED_NUMBERS):
-            with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
-                for name, parameter in bucket:
-                    targets[name].copy_(parameter)
+    def free_rollout_weights(self) -> None:
+        """As `PlainEngine.free_rollout_weights`."""
+        if self._copy is not None:
+            self._copy.release()
 
     def model_state(self, model: nn.Module, dtype: torch.dtype | None = None) -> Stored | None:
         """As `PlainEngine.model_state`; all ranks call."""
@@ -310,46 +327,13 @@ class DeepSpeedEngine:
             path, _ = self.engine.load_checkpoint(str(folder), tag="state")
         except Exception as error:
             raise ValueError(unreadable_state(folder, error)) from error
-        self._stale = True
+        if self._copy is not None:
+            self._copy.update(frozen=True)
         if path is None:
             raise ValueError(
                 f"{folder}: expected engine state of {dist.world_size()} processes at ZeRO stage "
                 f"{self.zero_stage}; it was saved with other numbers"
             )
-
-
-def materialised(empty: Policy, like: Policy, device: torch.device) -> Policy:
-    """Allocate the parameters of the policy `empty`, keep tied ones tied, and take the buffers of
-    `like`, which has the same modules."""
-    memory: dict[int, nn.Parameter] = {}
-    modules = dict(like.named_modules())
-    for path, module in empty.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in memory:
-                    numbers = torch.empty_like(parameter, device=device)
-                    memory[id(parameter)] = nn.Parameter(numbers, requires_grad=False)
-                module._parameters[name] = memory[id(parameter)]
-        for name in module._buffers:
-            module._buffers[name] = modules[path]._buffers[name]
-    return empty.eval()
-
-
-def _buckets(
-    named: list[tuple[str, nn.Parameter]], limit: int
-) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    """Runs of consecutive parameters with at most `limit` numbers; a larger one is alone."""
-    bucket: list[tuple[str, nn.Parameter]] = []
-    total = 0
-    for name, parameter in named:
-        size = getattr(parameter, "ds_numel", parameter.numel())
-        if bucket and total + size > limit:
-            yield bucket
-            bucket, total = [], 0
-        bucket.append((name, parameter))
-        total += size
-    if bucket:
-        yield bucket
 
 
 def find_state(folder: Path, *, deepspeed: bool) -> Path:
@@ -392,7 +376,7 @@ def make_reference(
         policy.to(engine.device)
 
         def call(*args: object, **options: object) -> tuple[Tensor, ...]:
-            with engine._autocast():
+            with engine.autocast():
                 return policy(*args, **options)
 
         return call

@@ -144,6 +144,7 @@ class Algorithm(Generic[State]):
             section=lambda what: state.section(what, None),
             reward_section=lambda what: state.section(what, state.reward_timeout),
         )
+        state.engine.free_rollout_weights()
         answers = {str(r["index"]): r["completion"] for r in records[:NUM_SHOWN]}
         return {"means": means, "answers": answers, "num_samples": len(records)}
 

@@ -285,8 +285,8 @@ def _add_reference(state: DPOState, batches: list[Pairs], computed: RefLogps | N
             # Reuse image features: the reference has the same frozen tower. Only ZeRO-3 makes whole
             # weights expensive.
             if state.policy.vision_frozen and state.engine.zero_stage < 3 and pairs.rows:
-                with state.engine.whole_weights() as policy:
-                    batch.image_features = policy.image_features(batch.inputs)
+                with state.engine.autocast():
+                    batch.image_features = state.policy.image_features(batch.inputs)
             features = batch.image_features
             logps = step.reference_pass(state, batch.inputs, image_features=features)
             pairs.ref_logps = _sums(pairs, logps)

@@ -91,6 +91,7 @@ def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[Metrics, l
             )
         with stats.timed("rewards"):
             rewards_per_func, rewards = score_rollouts(state, rollouts, log)  # (N, R), (N,)
+    state.engine.free_rollout_weights()
     advantages = _advantages(rewards, cfg)  # (N,)
     with stats.timed("train"):
         microbatches = make_microbatches(state, rollouts, advantages, stats)

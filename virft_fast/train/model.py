@@ -117,11 +117,15 @@ def prepare_training(
     if blueprint.keeps_reference:
         reference = build_policy(blueprint, dtype, device, checkpointing=False)
     del partitioning
-    empty = partial(build_policy, blueprint, dtype, device, empty=True, frozen_copy=frozen_copy)
+    offload = grpo.offload_rollout_weights
     engine = (
-        DeepSpeedEngine(policy, settings, config=ds_config, device=device, make_empty=empty)
+        DeepSpeedEngine(
+            policy, settings, config=ds_config, device=device, offload_rollout_weights=offload
+        )
         if ds_config is not None
-        else PlainEngine(policy, settings, device=device, bf16=train.bf16)
+        else PlainEngine(
+            policy, settings, device=device, bf16=train.bf16, offload_rollout_weights=offload
+        )
     )
     call_reference = engine.forward if algorithm.uses_reference(config) else None
     if reference is not None:
