@@ -229,16 +229,19 @@ def memory_estimate(
         optimizer = 0
     if offloads(blueprint.ds_config, "offload_param"):
         weights = 0
-    copied = total * low if stage == 3 and algorithm_of(config).rolls_out(config) else 0
-    tokens, how = rollout_tokens(config, data, dist.local_device())
+    device, autocast = dist.local_device(), precision_of(config).autocast
+    tokens, how = rollout_tokens(config, data, device)
     narrow = config.train.bf16 or config.model.dtype == "bfloat16"
+    on_copy = bool(config.train.deepspeed) or autocast or config.model.use_peft
+    copied = stage == 3 or (device.type == "cuda" and on_copy)
+    copied &= algorithm_of(config).rolls_out(config) and not config.grpo.offload_rollout_weights
     cache = tokens * cache_numbers(policy.config.get_text_config()) * (2 if narrow else 4)
-    casts = 2 * total if precision_of(config).autocast else 0
+    casts = 2 * total if autocast else 0
     sizes = {
         "weights" + (" (with the reference)" if copies == 2 else ""): weights,
         "gradients": gradients,
         "optimizer state": optimizer,
-        "copy of the whole weights for rollouts": copied,
+        "copy of the whole weights for rollouts": copied * total * (2 if autocast else low),
         "copies of the weights in bfloat16 while training": casts,
         f"{_CACHE}, {tokens:,} tokens ({how})": cache,
     }
@@ -264,7 +267,6 @@ def rollout_tokens(config: RunConfig, data: Data, device: torch.device) -> tuple
     )
     # The flag caps the cache. Without it, a GPU decodes in batches what doesn't fit.
     tokens = min(tokens, grpo.rollout_cache_tokens or tokens)
-    graphs = device.type == "cuda" and (config.train.deepspeed or not config.train.bf16)
-    if not graphs:
+    if device.type != "cuda":
         return tokens, f"{how}; free while training"
     return tokens, f"{how}; kept while training, if below {KEPT_SHARE:.0%} of the GPU's memory"
