@@ -25,7 +25,7 @@ TRAINING = {
         task columns box_space compat_prompt max_prompt_length max_bad_rows""",
     "Rewards": "reward_funcs reward_weights reward_timeout scale_rewards",
     "Rollout": """num_generations max_completion_length temperature top_p top_k min_p
-        repetition_penalty rollout_backend rollout_cache_tokens""",
+        repetition_penalty rollout_backend rollout_cache_tokens offload_rollout_weights""",
     "GRPO loss": """beta epsilon_low epsilon_high delta num_iterations loss_type
         importance_sampling_level mask_truncated_completions loss_impl""",
     "DPO": "dpo_beta label_smoothing dpo_gamma precompute_ref_log_probs",
