@@ -89,7 +89,7 @@ def files_in_folder(folder: Path, split: str, config: str | None) -> list[str]:
         ) from error
     files = builder_files(builder, split, str(folder), "README.md to name .parquet files")
     if missing := [file for file in files if not Path(file).is_file()]:  # or an address
-        raise ValueError(f"--dataset_name {folder}: README.md: {missing[0]} is missing; fetch it")
+        raise ValueError(f"--dataset_name {folder}: README.md: no {missing[0]}; download it")
     return _complete(files, folder)
 
 
