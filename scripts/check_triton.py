@@ -133,7 +133,7 @@ class DecodeVariant:
 
     @property
     def name(self) -> str:
-        telling = ("Q", "REPEATS", "E", "BM", "BN", "HAS_SEEN", "GREEDY", "D")
+        telling = ("Q", "REPEATS", "E", "BM", "BN", "SEEN", "GREEDY", "D")
         shown = [f"{name}={self.constants[name]}" for name in telling if name in self.constants]
         return f"{self.kernel.__name__} {self.dtype} {' '.join(shown)}"
 
@@ -159,28 +159,25 @@ def decode_variants(arch: int) -> list[DecodeVariant]:
                 kernel, dtype, shape | {"BM": block}, stages=decode.STAGES[bits], max_registers=255
             ))  # fmt: skip
     for dtype in ("bf16", "fp32"):
-        heads = {"Q": 1, "H": 12, "K": 2, "E": 128, "HALF": 64, "NORMED": True}
+        heads = {"Q": 1, "H": 12, "K": 2, "E": 128, "HALF": 64}
         found += [
             DecodeVariant(decode.rotate_kernel, dtype, heads, warps=1, wide=False),
             DecodeVariant(decode.silu_mul_kernel, dtype,
                           {"SIZE": 8960, "BLOCK": decode.ELEMENTS_BLOCK}),
         ]  # fmt: skip
         for size, block in ((1536, 2048), (8192, 8192)):
-            constants = {"D": size, "BLOCK": block, "ADD": True}
+            constants = {"D": size, "BLOCK": block}
             warps = decode.norm_warps(block)
             found.append(DecodeVariant(decode.add_rms_norm_kernel, dtype, constants, warps))
-    common = {"HAS_BIAS": True, "HIGHEST_BLOCK": 128, "BLOCKS": 128, "GREEDY": False, "HAS_K": True,
-              "TOP_P": 0.9}  # fmt: skip
-    for seen in (False, True):
-        flags = common | {"HAS_SEEN": seen, "FILTERED": seen, "BLOCK": sampling.BLOCK}
-        search = flags | {"BLOCK": sampling.SEARCH_BLOCK}
-        found += [
-            DecodeVariant(kernel, "fp32", flags, sampling.WARPS)
-            for kernel in (sampling.highest_kernel, sampling.sum_kernel, sampling.draw_kernel)
-        ]
-        found.append(DecodeVariant(sampling.filter_kernel, "fp32", search, sampling.SEARCH_WARPS))
+    common = {"HIGHEST_BLOCK": 128, "BLOCKS": 128, "GREEDY": False, "HAS_K": True, "TOP_P": 0.9,
+              "BLOCK": sampling.BLOCK}  # fmt: skip
+    for flags in (common | {"SEEN": None, "LOW": None}, common):
+        kernels = (sampling.highest_kernel, sampling.sum_kernel, sampling.draw_kernel)
+        found += [DecodeVariant(kernel, "fp32", flags, sampling.WARPS) for kernel in kernels]
         greedy = flags | {"GREEDY": True}
         found.append(DecodeVariant(sampling.draw_kernel, "fp32", greedy, sampling.WARPS))
+        search = {name: value for name, value in flags.items() if name != "LOW"}
+        found.append(DecodeVariant(sampling.filter_kernel, "fp32", search, sampling.SEARCH_WARPS))
     return found
 
 
@@ -191,11 +188,13 @@ def build_decode(variant: DecodeVariant, arch: int) -> Any:
         name = param.name
         if param.is_constexpr:
             signature[name], constexprs[name] = "constexpr", variant.constants[name]
+        elif name in variant.constants:  # None
+            signature[name], constexprs[name] = "constexpr", variant.constants[name]
         elif name.isupper():
             signature[name] = POINTERS.get(name, f"*{variant.dtype}")
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-        if name.isupper() and not param.is_constexpr or name in ("stride", "vocab"):
+        if name.isupper() and signature[name] != "constexpr" or name == "vocab":
             attrs[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": True}

@@ -31,13 +31,11 @@ _RUNTIME = ("prompts", "prompt", "own", "splits", "rows", "scale", "eps")
 
 @triton.jit
 def _visit(
-    q, KEYS, VALUES, start, stop, limit, m, s, acc, scale,
-    E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+    q, KEYS, VALUES, start, stop, limit, m, s, acc, scale, E: tl.constexpr, BN: tl.constexpr
+):
     """Fold keys `start` to `stop` into the running softmax (m, s, acc), in base 2. A query sees the
-    keys below its `limit`. WIDE multiplies in float32, because the interpreter can't in bfloat16.
-    """
-    e = tl.arange(0, BE)[None]
+    keys below its `limit`."""
+    e = tl.arange(0, q.shape[1])[None]
     for first in range(start, stop, BN):
         n = first + tl.arange(0, BN)
         place = n[:, None] * E + e
@@ -51,10 +49,8 @@ def _visit(
         p = tl.exp2(z - shift[:, None])
         alpha = tl.exp2(m - shift)
         s = s * alpha + tl.sum(p, 1)
-        p = p.to(v.dtype)
-        if WIDE:
-            p, v = p.to(tl.float32), v.to(tl.float32)
-        acc = tl.dot(p, v, acc * alpha[:, None], input_precision=_PRECISION)
+        p = p.to(v.dtype).to(q.dtype)  # rounded as the values are
+        acc = tl.dot(p, v.to(q.dtype), acc * alpha[:, None], input_precision=_PRECISION)
         m = new
     return m, s, acc
 
@@ -63,7 +59,8 @@ def _visit(
 def _load_queries(
     QUERY, at, ok, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr
 ):
-    """Queries (BM, BE), where they are, and an empty running softmax."""
+    """Queries (BM, BE), where they are, and an empty running softmax. WIDE: in float32, because the
+    interpreter can't multiply in bfloat16."""
     e = tl.arange(0, BE)[None]
     place = at[:, None] * E + e
     inside = ok[:, None] & (e < E)
@@ -102,7 +99,7 @@ def prompt_attention_kernel(
         cache = (b.to(tl.int64) * K + head) * prompt * E
         limit = tl.zeros((BM,), tl.int32) + stop
         m, s, acc = _visit(
-            q, KEYS + cache, VALUES + cache, start, stop, limit, m, s, acc, scale, E, BE, BN, WIDE
+            q, KEYS + cache, VALUES + cache, start, stop, limit, m, s, acc, scale, E, BN
         )
         partial = origin + rows.to(tl.int64) * (Q * K * REPEATS) * split
         tl.store(M + partial + at, m, mask=ok)
@@ -128,7 +125,7 @@ def own_attention_kernel(
     cache = (row.to(tl.int64) * K + head) * own * E
     m, s, acc = _visit(
         q, KEYS + cache, VALUES + cache, 0, length + Q, length + 1 + i // REPEATS, m, s, acc,
-        scale, E, BE, BN, WIDE,
+        scale, E, BN,
     )  # fmt: skip
     if row >= tl.load(FIRST_ROWS + prompts):
         splits = 0
@@ -148,7 +145,6 @@ def own_attention_kernel(
 def rotate_kernel(
     QKV, COS, SIN, POSITIONS, LENGTHS, Q_NORM, K_NORM, QUERY, KEYS, VALUES, own, eps,
     Q: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr,
-    NORMED: tl.constexpr,
 ):  # fmt: skip
     """Program (token of a row, head of query, key or value): halves a and b of its E numbers."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -165,7 +161,7 @@ def rotate_kernel(
         tl.store(VALUES + slot, a.to(kept), mask=ok)
         tl.store(VALUES + slot + E // 2, b.to(kept), mask=ok)
     else:
-        if NORMED:
+        if Q_NORM is not None:
             scale = tl.rsqrt(tl.sum(a * a + b * b, 0) / E + eps)
             if head < H:
                 NORM = Q_NORM
@@ -190,16 +186,15 @@ def rotate_kernel(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def add_rms_norm_kernel(
-    HIDDEN, DELTA, WEIGHT, TOTAL, NORMED, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
+    HIDDEN, DELTA, WEIGHT, TOTAL, NORMED, eps, D: tl.constexpr, BLOCK: tl.constexpr
+):
     """Program: one row."""
     cols = tl.arange(0, BLOCK)
     ok = cols < D
     at = tl.program_id(0).to(tl.int64) * D + cols
     x = tl.load(HIDDEN + at, mask=ok, other=0.0)
     dtype = HIDDEN.dtype.element_ty
-    if ADD:
+    if DELTA is not None:
         x = (x.to(tl.float32) + tl.load(DELTA + at, mask=ok, other=0.0).to(tl.float32)).to(dtype)
         tl.store(TOTAL + at, x, mask=ok)
     x = x.to(tl.float32)
@@ -231,10 +226,10 @@ def rotate_and_store(
     query = _empty((rows, tokens, num_heads, size), keys.dtype, keys.device)
     with _on(qkv.device):
         rotate_kernel[(rows * tokens, num_heads + 2 * kv_heads)](
-            qkv.contiguous(), cos, sin, positions, lengths, cos if q_norm is None else q_norm,
-            cos if k_norm is None else k_norm, query, keys, values, own, eps,
+            qkv.contiguous(), cos, sin, positions, lengths, q_norm, k_norm, query, keys, values,
+            own, eps,
             Q=tokens, H=num_heads, K=kv_heads, E=size, HALF=triton.next_power_of_2(size // 2),
-            NORMED=q_norm is not None, num_warps=1, enable_fp_fusion=True,
+            num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
     return query
 
@@ -299,9 +294,8 @@ def add_rms_norm(
     block = triton.next_power_of_2(size)
     with _on(hidden.device):
         add_rms_norm_kernel[(hidden.numel() // size,)](
-            hidden, hidden if delta is None else delta.contiguous(), weight, total, normed, eps,
-            D=size, BLOCK=block, ADD=delta is not None, num_warps=norm_warps(block),
-            enable_fp_fusion=True,
+            hidden, None if delta is None else delta.contiguous(), weight, total, normed, eps,
+            D=size, BLOCK=block, num_warps=norm_warps(block), enable_fp_fusion=True,
         )  # fmt: skip
     return total, normed
 

@@ -19,8 +19,7 @@ from virft_fast.kernels.sampling import GOLDEN_GAMMA, MIX
 from virft_fast.kernels.triton_decode import _empty
 from virft_fast.kernels.triton_rows import _on
 
-BLOCK, WARPS = 2048, 4
-SEARCH_BLOCK, SEARCH_WARPS = 2048, 8
+BLOCK, WARPS, SEARCH_WARPS = 2048, 4, 8
 _GAMMA, _MIX_1, _MIX_2 = (tl.constexpr(x) for x in (GOLDEN_GAMMA, MIX[0][1], MIX[1][1]))
 _LOG2_E, _LN2_HIGH = tl.constexpr(1.4426950408889634), tl.constexpr(0.693145751953125)
 _LN2_LOW = tl.constexpr(math.log(2) - 0.693145751953125)
@@ -29,16 +28,16 @@ _RUNTIME = ("position_stride", "temperature", "penalty", "top_k", "log_min_p")
 
 
 @triton.jit
-def _scores(
-    LOGITS, BIAS, SEEN, row, cols, stride, vocab, temperature, penalty,
-    HAS_BIAS: tl.constexpr, HAS_SEEN: tl.constexpr,
-):  # fmt: skip
-    """Scores before the filters, rounded as torch rounds them; -inf outside the vocabulary."""
+def _scores(inputs, row, start, BLOCK: tl.constexpr):
+    """A block of a row's scores before the filters, rounded as torch rounds them; -inf outside the
+    vocabulary."""
+    LOGITS, BIAS, SEEN, vocab, temperature, penalty = inputs
+    cols = start + tl.arange(0, BLOCK)
     ok = cols < vocab
-    z = tl.load(LOGITS + row * stride + cols, mask=ok, other=-_INF)
-    if HAS_BIAS:
+    z = tl.load(LOGITS + row * vocab + cols, mask=ok, other=-_INF)
+    if BIAS is not None:
         z += tl.load(BIAS + cols, mask=ok, other=0.0)
-    if HAS_SEEN:
+    if SEEN is not None:
         seen = tl.load(SEEN + row * vocab + cols, mask=ok, other=0) != 0
         z = tl.where(seen, tl.where(z > 0, tl.div_rn(z, penalty), z * penalty), z)
     return tl.div_rn(z, temperature)
@@ -54,10 +53,7 @@ def _exp(x):
 
 
 @triton.jit
-def _search(
-    LOGITS, BIAS, SEEN, row, stride, vocab, temperature, penalty, highest, low, need,
-    SHARE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEEN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _search(inputs, row, highest, low, need, SHARE: tl.constexpr, BLOCK: tl.constexpr):
     """The highest score x such that at least `need` scores are >= x, or with a SHARE, such that
     scores >= x have this share of the probability of all scores >= `low`.
 
@@ -68,16 +64,12 @@ def _search(
     for _ in range(0, 16):
         n0 = tl.zeros((BLOCK,), tl.float64)
         n1, n2, n3 = n0, n0, n0
-        for start in range(0, vocab, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            z = _scores(LOGITS, BIAS, SEEN, row, cols, stride, vocab, temperature, penalty,
-                        HAS_BIAS, HAS_SEEN)  # fmt: skip
+        for start in range(0, inputs[3], BLOCK):
+            z = _scores(inputs, row, start, BLOCK)
             bits = z.to(tl.int32, bitcast=True)
             key = tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
-            if SHARE < 1.0:
-                weight = tl.where(z >= low, _exp(z - highest), 0.0).to(tl.float64)
-            else:
-                weight = tl.where(cols < vocab, 1.0, 0.0).to(tl.float64)
+            weight = tl.where(z >= low, _exp(z - highest) if SHARE < 1.0 else 1.0, 0.0)
+            weight = weight.to(tl.float64)
             n0 += weight
             n1 += tl.where(key >= x + unit, weight, 0.0)
             n2 += tl.where(key >= x + 2 * unit, weight, 0.0)
@@ -93,70 +85,58 @@ def _search(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def highest_kernel(
-    LOGITS, BIAS, SEEN, HIGHEST, stride, vocab, temperature, penalty,
-    HAS_BIAS: tl.constexpr, HAS_SEEN: tl.constexpr, BLOCK: tl.constexpr,
+    LOGITS, BIAS, SEEN, HIGHEST, vocab, temperature, penalty, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    z = _scores(LOGITS, BIAS, SEEN, row, block * BLOCK + tl.arange(0, BLOCK), stride, vocab,
-                temperature, penalty, HAS_BIAS, HAS_SEEN)  # fmt: skip
+    inputs = (LOGITS, BIAS, SEEN, vocab, temperature, penalty)
+    z = _scores(inputs, row, block * BLOCK, BLOCK)
     tl.store(HIGHEST + row * tl.num_programs(1) + block, tl.max(z, 0))
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def filter_kernel(
-    LOGITS, BIAS, SEEN, HIGHEST, LOW, stride, vocab, temperature, penalty, top_k, log_min_p,
-    HAS_K: tl.constexpr, TOP_P: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SEEN: tl.constexpr, BLOCK: tl.constexpr,
+    LOGITS, BIAS, SEEN, HIGHEST, LOW, vocab, temperature, penalty, top_k, log_min_p,
+    HAS_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`sampling._threshold` of one row, and its highest score."""
     row = tl.program_id(0).to(tl.int64)
+    inputs = (LOGITS, BIAS, SEEN, vocab, temperature, penalty)
     highest = tl.full((BLOCK,), -_INF, tl.float32)
     for start in range(0, vocab, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        z = _scores(LOGITS, BIAS, SEEN, row, cols, stride, vocab, temperature, penalty,
-                    HAS_BIAS, HAS_SEEN)  # fmt: skip
-        highest = tl.maximum(highest, z)
-    top = tl.max(highest, 0)
-    low = -_INF
+        highest = tl.maximum(highest, _scores(inputs, row, start, BLOCK))
+    top, low = tl.max(highest, 0), -_INF
     if HAS_K:
-        low = _search(LOGITS, BIAS, SEEN, row, stride, vocab, temperature, penalty, top, low,
-                      top_k.to(tl.float64), 1.0, HAS_BIAS, HAS_SEEN, BLOCK)  # fmt: skip
+        low = _search(inputs, row, top, low, top_k.to(tl.float64), 1.0, BLOCK)
     if TOP_P < 1.0:
-        need = tl.full((), 0.0, tl.float64)
-        low = _search(LOGITS, BIAS, SEEN, row, stride, vocab, temperature, penalty, top, low,
-                      need, TOP_P, HAS_BIAS, HAS_SEEN, BLOCK)  # fmt: skip
+        low = _search(inputs, row, top, low, tl.full((), 0.0, tl.float64), TOP_P, BLOCK)
     tl.store(HIGHEST + row, top)
     tl.store(LOW + row, tl.maximum(low, top + log_min_p))
 
 
 @triton.jit
 def _block_exp(
-    LOGITS, BIAS, SEEN, HIGHEST, LOW, row, block, num_highest, stride, vocab, temperature, penalty,
-    FILTERED: tl.constexpr, HIGHEST_BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SEEN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    inputs, HIGHEST, LOW, row, block, num_highest, HIGHEST_BLOCK: tl.constexpr, BLOCK: tl.constexpr
+):
     """Scores z of a block, exp(z - highest) or 0 if filtered, and the row's highest score."""
     cols = tl.arange(0, HIGHEST_BLOCK)
     highest = tl.load(HIGHEST + row * num_highest + cols, mask=cols < num_highest, other=-_INF)
     highest = tl.max(highest, 0)
-    z = _scores(LOGITS, BIAS, SEEN, row, block * BLOCK + tl.arange(0, BLOCK), stride, vocab,
-                temperature, penalty, HAS_BIAS, HAS_SEEN)  # fmt: skip
+    z = _scores(inputs, row, block * BLOCK, BLOCK)
     e = _exp(z - highest)
-    if FILTERED:
+    if LOW is not None:
         e = tl.where(z >= tl.load(LOW + row), e, 0.0)
     return z, tl.where(z == -_INF, 0.0, e).to(tl.float64), highest
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def sum_kernel(
-    LOGITS, BIAS, SEEN, HIGHEST, LOW, SUMS, num_highest, stride, vocab, temperature, penalty,
-    FILTERED: tl.constexpr, HIGHEST_BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SEEN: tl.constexpr, BLOCK: tl.constexpr,
+    LOGITS, BIAS, SEEN, HIGHEST, LOW, SUMS, vocab, temperature, penalty, num_highest,
+    HIGHEST_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    inputs = (LOGITS, BIAS, SEEN, vocab, temperature, penalty)
     z, e, highest = _block_exp(
-        LOGITS, BIAS, SEEN, HIGHEST, LOW, row, block, num_highest, stride, vocab, temperature,
-        penalty, FILTERED, HIGHEST_BLOCK, HAS_BIAS, HAS_SEEN, BLOCK,
+        inputs, HIGHEST, LOW, row, block, num_highest, HIGHEST_BLOCK, BLOCK
     )  # fmt: skip
     tl.store(SUMS + row * tl.num_programs(1) + block, tl.sum(e, 0))
 
@@ -182,35 +162,32 @@ def _pick(weights, at, SIZE: tl.constexpr):
 @triton.jit(do_not_specialize=_RUNTIME)
 def draw_kernel(
     LOGITS, BIAS, SEEN, HIGHEST, LOW, SUMS, SEEDS, POSITIONS, TOKENS, LOGPS,
-    position_stride, blocks, num_highest, stride, vocab, temperature, penalty,
-    GREEDY: tl.constexpr, FILTERED: tl.constexpr, HIGHEST_BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SEEN: tl.constexpr, BLOCK: tl.constexpr,
+    vocab, temperature, penalty, num_highest, blocks, position_stride,
+    GREEDY: tl.constexpr, HIGHEST_BLOCK: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCKS)
     sums = tl.load(SUMS + row * blocks + index, mask=index < blocks, other=0.0)
     total = tl.sum(sums, 0)
     if GREEDY:
-        at = total * 0.0
+        at = 0.0
         tops = tl.load(HIGHEST + row * num_highest + index, mask=index < blocks, other=-_INF)
         block = tl.argmax(tops, 0)  # the first of equal ones
     else:
-        at = total * _uniform(tl.load(SEEDS + row), tl.load(POSITIONS + row * position_stride))
+        position = tl.load(POSITIONS + row * position_stride)
+        at = total * _uniform(tl.load(SEEDS + row), position)
         block = _pick(sums, at, BLOCKS)
         at -= tl.sum(tl.where(index < block, sums, 0.0), 0)
+    inputs = (LOGITS, BIAS, SEEN, vocab, temperature, penalty)
     z, e, highest = _block_exp(
-        LOGITS, BIAS, SEEN, HIGHEST, LOW, row, block, num_highest, stride, vocab, temperature,
-        penalty, FILTERED, HIGHEST_BLOCK, HAS_BIAS, HAS_SEEN, BLOCK,
+        inputs, HIGHEST, LOW, row, block, num_highest, HIGHEST_BLOCK, BLOCK
     )  # fmt: skip
-    if GREEDY:
-        place = tl.argmax(z, 0)
-    else:
-        place = _pick(e, at, BLOCK)
+    place = tl.argmax(z, 0) if GREEDY else _pick(e, at, BLOCK)
     token = tl.minimum(block * BLOCK + place, vocab - 1)
     score = tl.max(tl.where(tl.arange(0, BLOCK) == place, z, -_INF), 0)
     tl.store(TOKENS + row, token)
     tl.store(LOGPS + row, score - (highest + tl.log(total).to(tl.float32)))
-    if HAS_SEEN:
+    if SEEN is not None:
         tl.store(SEEN + row * vocab + token, 1)
 
 
@@ -222,31 +199,26 @@ def sample_tokens(
     (rows, vocab), device = logits.shape, logits.device
     blocks, filtered = triton.cdiv(vocab, BLOCK), bool(top_k or top_p < 1.0 or min_p)
     num_highest = 1 if filtered else blocks
-    highest, low = (_empty((rows, num_highest), torch.float32, device) for _ in range(2))
+    highest = _empty((rows, num_highest), torch.float32, device)
+    low = _empty((rows,), torch.float32, device) if filtered else None
     sums = _empty((rows, blocks), torch.float64, device)
     tokens, logps = (_empty((rows,), dtype, device) for dtype in (torch.int64, torch.float32))
-    mask = logits if seen is None else seen.view(torch.uint8)
-    inputs = (logits, logits if bias is None else bias, mask)
-    sizes = (logits.stride(0), vocab, float(temperature), float(penalty))
-    flags = {"HAS_BIAS": bias is not None, "HAS_SEEN": seen is not None, "BLOCK": BLOCK,
-             "num_warps": WARPS, "enable_fp_fusion": True}  # fmt: skip
-    filters = {"FILTERED": filtered, "HIGHEST_BLOCK": triton.next_power_of_2(num_highest)}
+    inputs = (logits, bias, None if seen is None else seen.view(torch.uint8))
+    sizes = (vocab, float(temperature), float(penalty))
+    options = {"BLOCK": BLOCK, "num_warps": WARPS, "enable_fp_fusion": True}
     with _on(device):
         if filtered:
-            log_min_p = math.log(min_p) if min_p else -math.inf
-            search = {"BLOCK": SEARCH_BLOCK, "num_warps": SEARCH_WARPS}
             filter_kernel[(rows,)](
-                *inputs, highest, low, *sizes, top_k, log_min_p, HAS_K=top_k > 0, TOP_P=top_p,
-                **flags | search,
+                *inputs, highest, low, *sizes, top_k, math.log(min_p) if min_p else -math.inf,
+                HAS_K=top_k > 0, TOP_P=top_p, **options | {"num_warps": SEARCH_WARPS},
             )  # fmt: skip
         else:
-            highest_kernel[(rows, blocks)](*inputs, highest, *sizes, **flags)
-        sum_kernel[(rows, blocks)](
-            *inputs, highest, low, sums, num_highest, *sizes, **filters, **flags
-        )
+            highest_kernel[(rows, blocks)](*inputs, highest, *sizes, **options)
+        options["HIGHEST_BLOCK"] = triton.next_power_of_2(num_highest)
+        sum_kernel[(rows, blocks)](*inputs, highest, low, sums, *sizes, num_highest, **options)
         draw_kernel[(rows,)](
-            *inputs, highest, low, sums, seeds, positions, tokens, logps, positions.stride(0),
-            blocks, num_highest, *sizes, GREEDY=greedy, BLOCKS=triton.next_power_of_2(blocks),
-            **filters, **flags,
+            *inputs, highest, low, sums, seeds, positions, tokens, logps, *sizes, num_highest,
+            blocks, positions.stride(0), GREEDY=greedy, BLOCKS=triton.next_power_of_2(blocks),
+            **options,
         )  # fmt: skip
     return tokens, logps
