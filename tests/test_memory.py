@@ -17,11 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from virft_fast import dist
+from virft_fast.arguments import was_given
 from virft_fast.kernels import linear
 from virft_fast.models import shared_prefix
 from virft_fast.models.qwen_vl import Policy, load_model
 from virft_fast.models.shared_prefix import Group, PackedAttention, read
-from virft_fast.train import memory, parse_args
+from virft_fast.train import memory, parse_args, setup
 from virft_fast.train.memory import Precision
 
 CUDA = torch.device("cuda")
@@ -291,3 +293,30 @@ def test_what_a_chosen_microbatch_needs_is_free(policy):
 
     room = (1 - memory.MARGIN) * free - model
     assert needs(tokens) <= room < needs(tokens + memory.TOKEN_STEP)
+
+
+@pytest.mark.parametrize(("flags", "device", "tokens"), [
+    ([], "cuda", 3072),
+    (["--gradient_accumulation_steps", "4"], "cuda", 3072),
+    (["--max_tokens_per_microbatch", "900"], "cuda", 900),
+    (["--per_device_train_batch_size", "1"], "cuda", None),  # explicit, though it is the default
+    (["--per_device_train_batch_size=2"], "cuda", None),
+    (["--max_tokens_per_microbatch", "900", "--per_device_train_batch_size", "2"], "cuda", 900),
+    ([], "cpu", None),
+])  # fmt: skip
+def test_a_gpu_fills_microbatches_unless_the_user_gave_a_size(monkeypatch, flags, device, tokens):
+    """All ranks take the number of the rank with the least memory."""
+    monkeypatch.setattr(setup, "fitting_tokens", lambda run, data, policy, patches, free: free)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5120, 8192))
+    monkeypatch.setattr(dist, "all_gather_object", lambda mine: [mine, 3072])
+    prompt = SimpleNamespace(image_grid_thw=None)
+    got = setup.microbatch_tokens(run_of(*flags), None, None, prompt, torch.device(device))
+    assert got == tokens
+
+
+def test_a_config_file_gives_a_size_as_a_flag_does(tmp_path):
+    path = tmp_path / "run.yaml"
+    for text, given in (("per_device_train_batch_size: 1", True), ("seed: 1", False)):
+        path.write_text(text)
+        train = run_of("--config", str(path)).config.train
+        assert was_given(train, "per_device_train_batch_size") == given

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import ClassVar, Protocol, TypeVar
 
 Value = TypeVar("Value")
+_GIVEN = "_given"
 
 
 class UsageError(ValueError):
@@ -51,6 +52,24 @@ def given_flags(config: Arguments) -> list[str]:
     """The flags of a group whose values differ from the defaults."""
     default = type(config)()
     return [f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)]
+
+
+def note_given(config: Arguments, argv: Sequence[str]) -> None:
+    """Remember which flags of the group are in `argv`, for `was_given`."""
+    words = [word.split("=")[0] for word in argv if word.startswith("--")]
+    given = set()
+    for entry in fields(config):
+        flags = [f"--{entry.name}", *entry.metadata.get("aliases", [])]
+        # argparse also accepts the beginning of a flag.
+        if any(flag.startswith(word) for flag in flags for word in words if word != "--"):
+            given.add(entry.name)
+    vars(config)[_GIVEN] = given
+
+
+def was_given(config: Arguments, name: str) -> bool:
+    """Whether the user chose a flag's value, be it the default's; without a command line, whether
+    the value differs from it."""
+    return name in vars(config).get(_GIVEN, given_flags(config))
 
 
 def flag_names(groups: Sequence[type[Arguments]]) -> list[str]:

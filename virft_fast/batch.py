@@ -54,7 +54,8 @@ class Prompt:
         text: the rendered chat, one placeholder per image.
         input_ids: (P,) int64, image placeholders expanded.
         mm_token_type_ids: (P,) int64, 1 at image tokens, else 0.
-        pixel_values: (patches of all images, patch size) float32, or None without images.
+        pixel_values: (patches of all images, patch size) float32, or None without images. In a
+            step of training, they are on the model's device, in the vision tower's dtype.
         image_grid_thw: (images, 3) int64, or None.
     """
 

@@ -12,7 +12,14 @@ from typing import Any
 from transformers import HfArgumentParser
 from transformers.hf_argparser import DataClassType, string_to_bool
 
-from virft_fast.arguments import Arguments, UsageError, flag_names, unknown_flag_message, usage
+from virft_fast.arguments import (
+    Arguments,
+    UsageError,
+    flag_names,
+    note_given,
+    unknown_flag_message,
+    usage,
+)
 from virft_fast.launch_lines import find, set_aside
 
 METAVARS = {int: "N", float: "X", Path: "PATH", string_to_bool: "true|false"}
@@ -87,6 +94,8 @@ def parse(
         raise UsageError("; ".join(unknown_flag_message(flag, names) for flag in flags))
     if unknown:
         raise UsageError(f"expected a flag, got {unknown[0]!r}")
+    for config in configs:
+        note_given(config, argv)
     return tuple(configs)
 
 

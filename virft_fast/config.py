@@ -277,7 +277,9 @@ class TrainConfig:
     )
     gradient_accumulation_steps: int = arg(1, "Microbatches per step on each process.")
     max_tokens_per_microbatch: int | None = arg(
-        None, "Limit microbatches by tokens instead of prompts; groups stay whole."
+        None,
+        "Limit microbatches by tokens instead of prompts; groups stay whole. Default on a GPU, "
+        "unless --per_device_train_batch_size is given: what fits, up to 16,384.",
     )
     num_train_epochs: float = arg(1.0, "Passes over the data.")
     max_steps: int = arg(-1, "Number of steps; if positive, overrides --num_train_epochs.")

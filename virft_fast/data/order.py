@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
 import zlib
 from collections.abc import Callable
@@ -146,6 +148,13 @@ class PromptSampler:
             for index, reason in reasons.items():
                 add_bad(index, reason)
             batch = [index for index in batch if index not in reasons]
+
+    def upcoming(self) -> list[int]:
+        """This rank's rows in the next batch, if none of the batch is bad. Changes nothing."""
+        ahead, batch = copy.copy(self), list[int]()
+        with contextlib.suppress(NoUsableRows):
+            ahead._fill(batch)
+        return batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
 
     def _fill(self, batch: list[int]) -> None:
         """Append the next rows that aren't known to be bad, until the global batch is full."""

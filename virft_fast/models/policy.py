@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from virft_fast.batch import Prompt, Row
+from virft_fast.devices import to_device
 from virft_fast.kernels import GRPOLoss, LossArgs, linear_grpo_loss, linear_logps
 from virft_fast.kernels.linear import linear_logits
 from virft_fast.kernels.reference import grpo_loss_reference, logps_reference
@@ -206,6 +207,18 @@ class Policy(nn.Module):
         if FAMILIES[self.config.model_type].deepstack:
             features += output.deepstack_features
         return torch.cat([f if isinstance(f, Tensor) else torch.cat(list(f)) for f in features], -1)
+
+    def place_images(self, prompts: Sequence[Prompt], device: torch.device) -> list[Prompt]:
+        """The prompts, with their pixels on the device in the tower's dtype. All passes of a step
+        then read one copy."""
+        visual: Any = core(self.model).visual
+        placed = []
+        for prompt in prompts:
+            if prompt.pixel_values is not None:
+                pixels = to_device(prompt.pixel_values, device).to(visual.dtype)
+                prompt = replace(prompt, pixel_values=pixels)
+            placed.append(prompt)
+        return placed
 
     def _blank_image(self, device: torch.device) -> tuple[Tensor, Tensor, Row]:
         vision = self.config.vision_config

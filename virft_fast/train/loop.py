@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from virft_fast import checkpoint as checkpoints
@@ -13,6 +16,7 @@ from virft_fast.batch import Prompt, Row
 from virft_fast.config import RunConfig
 from virft_fast.console import say
 from virft_fast.data import BadRow, NoUsableRows, TooManyBadRows
+from virft_fast.data.read_ahead import ReadAhead
 from virft_fast.train.setup import Run
 from virft_fast.watch import SectionStopped, Watch
 
@@ -32,6 +36,17 @@ def train(config: RunConfig, run: Run, before: HeldOut | None, watch: Watch) -> 
         "done" after all steps, or "incomplete" if one of its checkpoints could not be written. If
         the run was asked to stop: "saved", or "lost" if the last step could not be saved.
     """
+    with contextlib.closing(ReadAhead(partial(_row, run))) as ahead:
+        return _train(config, run, before, watch, ahead)
+
+
+def _train(
+    config: RunConfig,
+    run: Run,
+    before: HeldOut | None,
+    watch: Watch,
+    ahead: ReadAhead[Prompt | BadRow],
+) -> str:
     output_dir, cfg = Path(config.train.output_dir), config.train
     algorithm, complete = algorithm_of(config), True
     data, state, writer = run.data, run.state, run.writer
@@ -62,7 +77,7 @@ def train(config: RunConfig, run: Run, before: HeldOut | None, watch: Watch) -> 
             return "saved" if save(kept) else "lost"
         updates = state.engine.updates
         try:
-            prompts = _next_prompts(run)
+            prompts = _next_prompts(run, ahead)
             metrics, records = algorithm.step(state, prompts)
         except BaseException as error:
             together = dist.is_agreed(error) or isinstance(error, AGREED_ERRORS)
@@ -86,15 +101,24 @@ def train(config: RunConfig, run: Run, before: HeldOut | None, watch: Watch) -> 
     return "done" if complete else "incomplete"
 
 
-def _next_prompts(run: Run) -> list[Prompt]:
-    """This rank's next prompts. If loading a row fails on one rank, for example because its disk is
-    gone, every rank raises."""
+def _row(run: Run, index: int) -> Prompt | BadRow:
+    """A row for this device: a GPU copies its pixels from pinned memory."""
+    prompt, device = run.data.train.load(index), run.state.engine.device
+    if isinstance(prompt, BadRow) or prompt.pixel_values is None or device.type != "cuda":
+        return prompt
+    return replace(prompt, pixel_values=prompt.pixel_values.pin_memory())
+
+
+def _next_prompts(run: Run, ahead: ReadAhead[Prompt | BadRow]) -> list[Prompt]:
+    """This rank's next prompts, with their images on its device; starts to load those of the step
+    after. If loading a row fails on one rank, for example because its disk is gone, every rank
+    raises."""
     errors: list[BaseException] = []
 
     def load(index: int) -> Prompt | BadRow | None:
         try:
             with run.state.section("loading a row", None):
-                return None if errors else run.data.train.load(index)
+                return None if errors else ahead(index)
         except BaseException as error:
             errors.append(error)
             return None
@@ -103,7 +127,10 @@ def _next_prompts(run: Run) -> list[Prompt]:
     with dist.agreed():
         if errors:
             raise errors[0]
-    return [prompt for prompt in prompts if prompt is not None]
+    if run.state.step + 1 < run.data.total_steps:
+        ahead.start(run.sampler.upcoming())
+    known = [prompt for prompt in prompts if prompt is not None]
+    return run.state.policy.place_images(known, run.state.engine.device)
 
 
 def is_given_up(error: BaseException) -> bool:

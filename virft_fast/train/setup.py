@@ -14,7 +14,8 @@ from virft_fast import dist
 from virft_fast.algorithms import algorithm_of, find_algorithm
 from virft_fast.algorithms.base import Data
 from virft_fast.algorithms.step import TrainState
-from virft_fast.batch import Row
+from virft_fast.arguments import was_given
+from virft_fast.batch import Prompt, Row
 from virft_fast.config import ALGORITHMS, RunConfig, UsageError, usage
 from virft_fast.console import say
 from virft_fast.data import PromptSampler
@@ -22,13 +23,15 @@ from virft_fast.data.writing import make_folder
 from virft_fast.metrics import COMPLETIONS_FILE, METRICS_FILE, MetricsWriter, check_trackers
 from virft_fast.models.adapters import plan_lora
 from virft_fast.models.families import Processor
+from virft_fast.models.policy import Policy
 from virft_fast.models.processing import load_processor
 from virft_fast.models.source import BASE_FOLDER, ModelSource, find_model
 from virft_fast.output_lock import OutputLock
 from virft_fast.rollout.backends import check_cache_limit
 from virft_fast.tasks.scoring import check_arguments
 from virft_fast.train.dry_run import dry_run
-from virft_fast.train.model import draw_blueprint, prepare_training
+from virft_fast.train.memory import fitting_tokens, image_patches
+from virft_fast.train.model import Blueprint, draw_blueprint, prepare_training
 from virft_fast.train.resume import load_checkpoint, read_resumed
 from virft_fast.train.rows import prepare_data, warn_of_unearned
 from virft_fast.watch import Watch
@@ -85,12 +88,14 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
         check_arguments(data.reward_funcs, prompt.sample.columns)
         if config.train.dry_run:
             return dry_run(blueprint, data, prompt, policy)
+        max_tokens = microbatch_tokens(blueprint, data, policy, prompt, device)
         del policy
     if algorithm.draws:
         warn_of_unearned(data)
     with usage():
         state = prepare_training(blueprint, processor, data, device, resume is not None)
         state.section, state.reward_timeout = watch.section, config.train.reward_timeout
+        state.max_tokens_per_microbatch = max_tokens
     sampler = PromptSampler(
         len(data.train),
         state.prompts_per_step,
@@ -113,6 +118,26 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
         writer.load_state_dict(saved["writer"])
     saved_step = -1 if resume and not here else state.step
     return Run(processor, data, state, sampler, writer, saved, saved_step)
+
+
+def microbatch_tokens(
+    blueprint: Blueprint, data: Data, policy: Policy, prompt: Prompt, device: torch.device
+) -> int | None:
+    """The limit on a microbatch's tokens, the same on all ranks: --max_tokens_per_microbatch; or,
+    on a GPU and without a batch size from the user, what fits; or None.
+
+    Args:
+        policy: without weights. prompt: its images count as typical.
+    """
+    train = blueprint.config.train
+    given = was_given(train, "per_device_train_batch_size")
+    if train.max_tokens_per_microbatch or given or device.type != "cuda":
+        return train.max_tokens_per_microbatch
+    free, _ = torch.cuda.mem_get_info(device)
+    fits = fitting_tokens(blueprint, data, policy, image_patches(prompt), free)
+    fits = min(dist.all_gather_object(fits))
+    say(f"microbatches: up to {fits:,} tokens; --max_tokens_per_microbatch sets another limit")
+    return fits
 
 
 def _check_flags(config: RunConfig, device: torch.device) -> None:
