@@ -16,6 +16,7 @@ from torch import Tensor
 
 from virft_fast import progress
 from virft_fast.batch import Prompt
+from virft_fast.devices import to_device
 from virft_fast.kernels.backend import triton_for
 from virft_fast.kernels.decode import DecodeMasks, attention_shares, decode_attention
 from virft_fast.models.decode_step import DecodeStep, LayerCache, Take
@@ -82,9 +83,9 @@ class DecodeState:
             tokens=take("tokens", (rows, 1), torch.long),
             counters=counters,
             active=take("active", (rows,), torch.long).fill_(1),
-            slots=take("slots", (rows,), torch.long).copy_(torch.arange(rows)),
-            first_rows=take("first_rows", (plan.groups + 1,), torch.long).copy_(
-                torch.arange(0, rows + 1, size)
+            slots=torch.arange(rows, out=take("slots", (rows,), torch.long)),
+            first_rows=torch.arange(
+                0, rows + 1, size, out=take("first_rows", (plan.groups + 1,), torch.long)
             ),
             prompt_lengths=take("prompt_lengths", (plan.groups,), torch.long),
             drawn=take("drawn", (rows, length), torch.long),
@@ -100,8 +101,10 @@ class DecodeState:
         device, first_rows = self.tokens.device, [0]
         for size in kept.sizes:
             first_rows.append(first_rows[-1] + size)
-        rows, starts = (torch.tensor(v).to(device) for v in (kept.rows, first_rows))
-        prompts = None if kept.prompts is None else torch.tensor(kept.prompts).to(device)
+        rows, starts = (to_device(torch.tensor(v), device) for v in (kept.rows, first_rows))
+        prompts = None
+        if kept.prompts is not None:
+            prompts = to_device(torch.tensor(kept.prompts), device)
         state = replace(
             self,
             tokens=select(self.tokens, rows),
@@ -151,7 +154,7 @@ class Decoding:
         self.state = DecodeState.allocate(self.plan, self.length, self.buffers.take)
         stop_ids = (self.tokenizer.eos_token_id, *self.sampler.sampling.stop_token_ids)
         self.stop_ids = self.buffers.take("stop_ids", (len(stop_ids),), torch.long)
-        self.stop_ids.copy_(torch.tensor(stop_ids))
+        self.stop_ids.copy_(to_device(torch.tensor(stop_ids), self.device))
 
     # Prefill
 
@@ -182,7 +185,7 @@ class Decoding:
             last_states.append(self._read_prompts(inputs, images, first))
             places = inputs.position_ids[:, 0]
             starts += [places[:, group.start : group.first].max() + 1 for group in inputs.groups]
-        state.prompt_lengths.copy_(torch.tensor(lengths))
+        state.prompt_lengths.copy_(to_device(torch.tensor(lengths), self.device))
         # No position exceeds the number of tokens, and the graphs' key includes P and T.
         self.read_tokens.prepare(plan.prompt_length + plan.completion_length, take)
         state.counters[1] = torch.stack(starts).repeat_interleave(plan.num_generations)
@@ -216,8 +219,8 @@ class Decoding:
 
         states = self.policy.language(inputs, images, attention_core=store)
         attention.check(self.policy.config.text_config.num_hidden_layers)
-        ends = torch.tensor([group.first - 1 for group in inputs.groups], device=self.device)
-        return states[0, ends]
+        ends = torch.tensor([group.first - 1 for group in inputs.groups])
+        return states[0].index_select(0, to_device(ends, self.device))
 
     # Decoding
 

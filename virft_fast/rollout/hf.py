@@ -93,7 +93,7 @@ class _Draws:
     logps: list[Tensor] = field(default_factory=list)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        position = torch.tensor(len(self.logps), device=scores.device)
+        position = torch.full((), len(self.logps), device=scores.device)
         tokens, logps = self.sampler(scores.float(), position)
         self.logps.append(logps)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from virft_fast.batch import Prompt, Rollouts
+from virft_fast.devices import to_device
 from virft_fast.kernels.sampling import row_seed, sample_tokens
 from virft_fast.models.decode_step import Take
 from virft_fast.models.families import Tokenizer
@@ -47,14 +48,15 @@ class Sampler:
         take = take or (lambda name, shape, dtype: torch.empty(shape, dtype=dtype, device=device))
         rows = range(first_row, first_row + len(prompts))
         seeds = torch.tensor([row_seed(sampling.seed, row) for row in rows], dtype=torch.long)
-        self.seeds = take("seeds", (len(prompts),), torch.long).copy_(seeds)
+        self.seeds = take("seeds", (len(prompts),), torch.long).copy_(to_device(seeds, device))
         self.bias = take("ban_bias", (vocab_size,), torch.float32).zero_()
-        self.bias[torch.tensor(list(banned), dtype=torch.long, device=device)] = -torch.inf
+        never = to_device(torch.tensor(list(banned), dtype=torch.long), device)
+        self.bias.index_fill_(0, never, -torch.inf)
         self.seen: Tensor | None = None
         if sampling.repetition_penalty != 1.0:
             self.seen = take("seen", (len(prompts), vocab_size), torch.bool).zero_()
             for row, prompt in zip(self.seen, prompts, strict=True):
-                row[prompt.input_ids.to(device)] = True
+                row.index_fill_(0, to_device(prompt.input_ids, device), True)
 
     def keep(self, rows: Tensor) -> None:
         """Continue with only the given rows, in the given order."""
@@ -96,13 +98,14 @@ def make_rollouts(
     tokenizer: Tokenizer,
     image_features: Sequence[Tensor] | None,
 ) -> Rollouts:
-    """Cut the (N, T) sampled tokens and log-probs after the first token that ends a completion."""
-    # torch.isin would sort many ids, and wait for the device.
-    ends = (tokens[..., None] == torch.tensor(list(stop_ids), device=tokens.device)).any(-1)
+    """Cut the (N, T) sampled tokens and log-probs after the first token that ends a completion.
+    The result is on the CPU, but for the image features."""
+    tokens, logps = tokens.cpu(), logps.cpu()
+    ends = torch.isin(tokens, torch.tensor(list(stop_ids)))
     ended = ends.any(1)
     length = torch.where(ended, ends.int().argmax(1) + 1, tokens.shape[1])
     longest = int(length.max())
-    mask = torch.arange(longest, device=tokens.device) < length[:, None]
+    mask = torch.arange(longest) < length[:, None]
     ids = tokens[:, :longest].masked_fill(~mask, tokenizer.pad_token_id)
     rows = [row[:n] for row, n in zip(ids.tolist(), length.tolist(), strict=True)]
     control = control_token_ids(tokenizer)
