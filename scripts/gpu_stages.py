@@ -1,0 +1,497 @@
+"""The stages of gpu_check.py. Nothing here may use the GPU when it is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers  # noqa: F401  # here, so that the stages' processes needn't import it
+from torch import Tensor
+
+from virft_fast.kernels import grpo_loss, linear_grpo_loss, linear_logps
+from virft_fast.kernels.loss_args import LossArgs
+from virft_fast.kernels.sampling import row_seed, sample_tokens
+from virft_fast.matching import is_native, match_boxes, pairwise_iou
+from virft_fast.models.qwen_vl import Policy, add_lora, core, load_model
+from virft_fast.models.shared_prefix import Group, PackedAttention
+from virft_fast.rollout import Sampling
+from virft_fast.rollout.native import NativeRollout
+
+ROOT = Path(__file__).parent.parent
+# What an H200's data sheet gives: bytes/s of its memory, dense bfloat16 operations/s.
+MEMORY_RATE, BFLOAT16_RATE = 4.8e12, 989e12
+G = 8
+
+
+@dataclass
+class Results:
+    """A stage's figures and notes, written after each of them."""
+
+    path: Path
+    stage: str
+    toy: bool
+    error: str = ""
+    figures: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.toy else "cuda")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.toy else torch.bfloat16
+
+    def add(self, name: str, value: float, unit: str, floor: float | None = None) -> None:
+        """Record a figure. `floor`: the least time, or the highest rate, that the GPU allows."""
+        figure = {"name": name, "value": float(value), "unit": unit}
+        self.figures.append(figure | {"floor": None if self.toy else floor})
+        self.write()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        self.write()
+
+    def require(self, holds: bool, text: str) -> None:
+        """Record a check, and stop the stage if it fails."""
+        self.note(f"{'ok' if holds else 'WRONG'}: {text}")
+        if not holds:
+            raise AssertionError(text)
+
+    def write(self) -> None:
+        content = {"stage": self.stage, "error": self.error, "figures": self.figures,
+                   "notes": self.notes, "toy": self.toy}  # fmt: skip
+        aside = self.path.with_suffix(".aside")
+        aside.write_text(json.dumps(content, indent=1))
+        aside.replace(self.path)
+
+    def sync(self) -> None:
+        if not self.toy:
+            torch.cuda.synchronize()
+
+    def ms(self, function: Callable[[], object], rounds: int = 7, warm: int = 2) -> float:
+        """The median time of a call in milliseconds."""
+        times = []
+        for number in range(warm + rounds):
+            self.sync()
+            start = time.perf_counter()
+            function()
+            self.sync()
+            if number >= warm:
+                times.append(time.perf_counter() - start)
+        return 1e3 * statistics.median(times)
+
+    def peak_gib(self, function: Callable[[], object]) -> float:
+        """The most memory that a call holds at once beside what there was; 0 on a CPU."""
+        if self.toy:
+            function()
+            return 0.0
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def environment(results: Results) -> None:
+    """Versions; the kernel that torch chooses for attention; what memory and matrix units reach."""
+    for name in ("torch", "triton", "transformers", "deepspeed", "flash-attn", "liger-kernel"):
+        try:
+            results.note(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            results.note(f"{name} is not installed")
+    results.note(f"Python {platform.python_version()}, CUDA {torch.version.cuda}")
+    if not results.toy:
+        device = torch.cuda.get_device_properties(0)
+        results.note(
+            f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB"
+        )
+        results.note(f"cuDNN {torch.backends.cudnn.version()}")
+        results.note(f"driver for CUDA {torch._C._cuda_getDriverVersion()}")
+    query = torch.randn(1, 12, 650, 128, device=results.device, dtype=results.dtype)
+    key = torch.randn(1, 2, 650, 128, device=results.device, dtype=results.dtype)
+    for cudnn in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        number = torch._fused_sdp_choice(query, key, key, is_causal=True, enable_gqa=True)
+        chosen = torch.nn.attention.SDPBackend(number).name
+        results.note(f"attention of (1, 12, 650, 128), 2 key heads, cuDNN {cudnn}: {chosen}")
+        results.require(not (chosen == "MATH" and not results.toy), "no unfused attention")
+    size = 2**22 if results.toy else 2**32
+    pair = torch.empty(2, size, dtype=torch.uint8, device=results.device)
+    rate = 2 * size / results.ms(lambda: pair[0].copy_(pair[1])) * 1e3
+    results.add("copy", rate / 1e12, "TB/s", MEMORY_RATE / 1e12)
+    side = 256 if results.toy else 8192
+    left = torch.randn(side, side, device=results.device, dtype=results.dtype)
+    rate = 2 * side**3 / results.ms(lambda: left @ left) * 1e3
+    results.add("matrix product", rate / 1e12, "TFLOP/s", BFLOAT16_RATE / 1e12)
+
+
+def kernels(results: Results) -> None:
+    """The fused loss against float64, bounds of its outputs, and the tests of the kernels."""
+    n, t, dim, vocab = (4, 8, 32, 512) if results.toy else (8, 64, 512, 32_000)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, t, dim, generator=generator)
+    weight = torch.randn(vocab, dim, generator=generator) * 2 / dim**0.5
+    ids = torch.randint(vocab, (n, t), generator=generator)
+    mask, advantages = torch.ones(n, t, dtype=torch.bool), torch.linspace(-1, 1, n)
+    narrow = [part.to(results.device, results.dtype).requires_grad_() for part in (hidden, weight)]
+    here = [part.to(results.device) for part in (ids, mask, advantages)]
+    ours = linear_grpo_loss(*narrow, *here[:2], advantages=here[2])
+    ours.loss.backward()
+    exact = [part.detach().cpu().double().requires_grad_() for part in narrow]
+    theirs = grpo_loss(exact[0] @ exact[1].T, ids, mask, advantages=advantages.double())
+    theirs.loss.backward()
+    for name, a, b in zip(("hidden", "weight"), narrow, exact, strict=True):
+        error = float((a.grad.cpu().double() - b.grad).norm() / b.grad.norm())
+        results.add(f"error of the loss's gradient, {name}", error, "relative")
+        results.require(error < 2e-2, f"gradient of {name} within 2 % of float64")
+    logps, entropy = linear_logps(*(part.detach() for part in narrow), here[0])
+    bound = torch.log(torch.tensor(float(vocab))) * (1 + 1e-4)
+    results.require(bool((logps <= 0).all()), "log-probs are at most 0")
+    results.require(bool(((entropy >= 0) & (entropy <= bound)).all()), "0 <= entropy <= log V")
+    if results.toy:
+        return
+    if importlib.util.find_spec("pytest") is None:
+        results.note("pytest is missing: the kernels' tests did not run")
+    else:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        results.require(
+            _run([*command, "tests/triton_cases.py"], limit=60, TRITON_INTERPRET="0") == 0,
+            "tests/triton_cases.py pass on the GPU",
+        )
+    if sanitizer := shutil.which("compute-sanitizer"):
+        small = "from virft_fast.doctor import _loss; print(*_loss())"
+        status = _run([sanitizer, "--error-exitcode", "9", sys.executable, "-c", small], limit=30)
+        results.note(f"compute-sanitizer on a small loss: exit status {status}")
+
+
+def _run(command: list[str], *, limit: float, folder: Path = ROOT, **environ: str) -> int | None:
+    """A command's exit status; None if it took too long. Its output goes into the stage's log."""
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path} | environ
+    try:
+        return subprocess.run(command, cwd=folder, env=env, timeout=limit).returncode
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def extension(results: Results) -> None:
+    """The matcher's CUDA half, built for this GPU in a folder of its own, against the CPU."""
+    if results.toy:
+        results.note("native matcher" if is_native() else "matcher in Python")
+        _matches(torch.device("cpu"))
+        return
+    from torch.utils import cpp_extension
+
+    if cpp_extension.CUDA_HOME is None:
+        results.note("nvcc is missing: the extension was not built")
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copytree(ROOT / "virft_fast", folder / "virft_fast")
+        major, minor = torch.cuda.get_device_capability()
+        start = time.perf_counter()
+        build = [sys.executable, "setup.py", "build_ext", "--build-lib", name,
+                 "--build-temp", str(folder / "temp")]  # fmt: skip
+        status = _run(build, limit=50, VIRFT_FAST_CUDA="1",
+                      VIRFT_FAST_CUDA_ARCHS=f"{major}{minor}")  # fmt: skip
+        results.require(status == 0, "the extension builds")
+        results.add("build of the extension", time.perf_counter() - start, "s")
+        check = "import gpu_stages, torch; gpu_stages._matches(torch.device('cuda'))"
+        paths = os.pathsep.join([name, str(ROOT / "scripts")])
+        status = _run([sys.executable, "-c", check], limit=40, folder=folder, PYTHONPATH=paths)
+        results.require(status == 0, "CPU and GPU give the same IoU and matches")
+
+
+def _matches(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(2, 512, 12, 2, 2, generator=generator).sort(-2).values
+    pred, gt = corners.flatten(-2)
+    counts = torch.randint(0, 13, (2, 512), generator=generator)
+    problem = (pred, gt, counts[0], counts[1])
+    assert device.type == "cpu" or is_native("cuda")
+    there = [part.to(device) for part in problem]
+    torch.testing.assert_close(
+        pairwise_iou(*there).cpu(), pairwise_iou(*problem), rtol=1e-6, atol=1e-6
+    )
+    assert torch.equal(match_boxes(*there)[0].cpu(), match_boxes(*problem)[0])
+
+
+def attention(results: Results) -> None:
+    """Attention of packed rows of changing lengths: the first call of each, and the gradients."""
+    heads, keys, size, prompt = (4, 2, 16, 40) if results.toy else (12, 2, 128, 650)
+    kinds = ["two_part"] if results.toy else ["two_part", "flex"]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+    def states(length: int, dtype: torch.dtype) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        made = (torch.randn(1, length, n, size, generator=generator) for n in (heads, keys, keys))
+        return [s.to(results.device, dtype).transpose(1, 2).requires_grad_() for s in made]
+
+    for kind in kinds:
+        times = []
+        for number in range(4 if results.toy else 20):
+            group = Group(0, prompt, tuple(prompt // 4 + 7 * number + i for i in range(G)))
+            row = states(group.end, results.dtype)
+            attend = PackedAttention([group], results.device, kind)
+            results.sync()
+            start = time.perf_counter()
+            attend(0, *row, size**-0.5).sum().backward()
+            results.sync()
+            times.append(1e3 * (time.perf_counter() - start))
+        results.add(f"first call of a new length, {kind}: median", statistics.median(times), "ms")
+        results.add(f"first call of a new length, {kind}: longest", max(times[1:]), "ms")
+        again = results.ms(lambda a=attend, r=row: a(0, *r, size**-0.5).sum().backward())
+        results.add(f"the same row again, {kind}", again, "ms")
+    group = Group(0, prompt, (9, 30, 0, 17))
+    gradients = {}
+    for kind, dtype in [("dense", torch.float32), *((kind, results.dtype) for kind in kinds)]:
+        row = states(group.end, dtype)
+        out = PackedAttention([group], results.device, kind)(0, *row, size**-0.5)
+        out.float().square().mean().backward()
+        gradients[kind] = torch.cat([part.grad.flatten().float() for part in row])
+    for kind in kinds:
+        error = gradients[kind] - gradients["dense"]
+        error = float(error.norm() / gradients["dense"].norm())
+        results.add(f"error of the gradient, {kind}", error, "relative")
+        results.require(error < 2e-2, f"gradient of {kind} within 2 % of dense float32")
+
+
+def rollout(results: Results) -> None:
+    """Steps in graphs draw what single operations draw; what a capture takes."""
+    from vlm import make_processor, make_prompts
+
+    processor = make_processor()
+    prompts = make_prompts(processor, 2 if results.toy else 4, 60)
+    model = load_model("tiny").to(results.device).eval()
+    policies = [("whole", Policy(model))]
+    if importlib.util.find_spec("peft"):
+        adapted = add_lora(load_model("tiny"), r=4, alpha=8, target_modules=["q_proj", "up_proj"])
+        policies.append(("LoRA", Policy(adapted.to(results.device)).eval()))
+    for name, policy in policies:
+        engines = [
+            NativeRollout(
+                lambda policy=policy: nullcontext(policy), processor.tokenizer,
+                device=results.device, graphs=graphs and not results.toy,
+            )
+            for graphs in (True, False)
+        ]  # fmt: skip
+        for round_ in range(2 if results.toy else 4):
+            sampling = Sampling(12 if results.toy else 96, seed=round_, top_k=20 * (round_ % 2))
+            start = time.perf_counter()
+            drawn = [engine.generate(prompts, 4, sampling) for engine in engines]
+            same = torch.equal(drawn[0].completion_ids, drawn[1].completion_ids)
+            results.require(same, f"graphs draw the same tokens, {name}, round {round_}")
+            results.note(f"{name}, round {round_}: {time.perf_counter() - start:.2f} s")
+            with torch.no_grad():  # the weights move, at the same addresses
+                for parameter in policy.parameters():
+                    parameter.mul_(1.01)
+        results.add(f"graphs captured in {round_ + 1} rollouts, {name}",
+                    len(engines[0]._buffers.graphs), "graphs")  # fmt: skip
+        results.require(
+            results.toy or not engines[0]._buffers.graphs.failed, "no capture has failed"
+        )
+
+
+def decode(results: Results) -> None:
+    """A decoding step of the 2B and 7B shapes, its kernels, the sampler, and reading prompts."""
+    from vlm import SHAPES, make_model, make_processor, make_prompts
+
+    class FixedLength(NativeRollout):
+        def banned(self, policy: Policy) -> list[int]:
+            return [*super().banned(policy), self.tokenizer.eos_token_id]
+
+    processor = make_processor()
+    count, prompt, short, long = (2, 60, 4, 8) if results.toy else (8, 650, 32, 128)
+    prompts = make_prompts(processor, count, prompt)
+    for size, floor in [("tiny", None)] if results.toy else [("2b", 0.81), ("7b", 3.46)]:
+        policy = Policy(make_model(size).eval())
+        engine = FixedLength(
+            lambda policy=policy: nullcontext(policy), processor.tokenizer, device=results.device
+        )
+
+        def generate(length: int, engine: NativeRollout = engine) -> object:
+            return engine.generate(prompts, G, Sampling(length))
+
+        times = {n: results.ms(partial(generate, n), rounds=3, warm=1) for n in (1, short, long)}
+        step = (times[long] - times[short]) / (long - short)
+        results.add(f"decoding step, {size}, {count} x {G} rows", step, "ms", floor)
+        results.add(f"reading {count} prompts of {prompt} tokens, {size}", times[1], "ms")
+        results.add(f"tokens per second, {size}", 1e3 * count * G / step, "tokens/s")
+        if not results.toy:
+            results.note(f"{size}, longest kernels of {short} tokens:\n{_profile(generate, short)}")
+            results.add(f"peak memory, {size}", torch.cuda.max_memory_allocated() / 2**30, "GiB")
+        vocab = SHAPES[size]["vocab_size"]
+        del policy, engine, generate
+        if not results.toy:
+            torch.cuda.empty_cache()
+    logits = torch.randn(count * G, vocab, device=results.device)
+    seeds = torch.tensor([row_seed(0, row) for row in range(count * G)], device=results.device)
+    places = torch.zeros(count * G, dtype=torch.long, device=results.device)
+    for name, options in [("no filter", {}), ("top-k 50, top-p 0.9", {"top_k": 50, "top_p": 0.9})]:
+        taken = results.ms(lambda o=options: sample_tokens(logits, seeds, places, **o))
+        read = logits.numel() * 4 / MEMORY_RATE * 1e3
+        results.add(f"sampling {count * G} rows of {vocab}, {name}", taken, "ms", read)
+
+
+def _profile(generate: Callable[[int], object], length: int) -> str:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        generate(length)
+        torch.cuda.synchronize()
+    averages = profile.key_averages()
+    return averages.table(sort_by="self_device_time_total", row_limit=15, max_name_column_width=60)
+
+
+def train(results: Results) -> None:
+    """A training pass of the 2B shapes: time, memory beside its estimate, waits of the host."""
+    from vlm import SHAPES, make_model, make_processor, make_prompts
+
+    size, prompt, length, counts = "2b", 650, 200, (1, 7)
+    if results.toy:
+        size, prompt, length, counts = "tiny", 60, 8, (1, 2)
+    processor, model = make_processor(), make_model(size)
+    policy, vocab = Policy(model), SHAPES[size]["vocab_size"] - 300  # without control tokens
+    prompts = make_prompts(processor, counts[-1], prompt)
+    generator = torch.Generator().manual_seed(0)
+    for number in counts:
+        drawn = [
+            list(torch.randint(vocab, (G, length), generator=generator)) for _ in range(number)
+        ]
+        inputs = policy.collate(prompts[:number], drawn, pad_token_id=0, device=results.device)
+        tokens = inputs.input_ids.numel()
+        mask = torch.ones(len(inputs.completion_ids), dtype=torch.bool, device=results.device)
+        loss = LossArgs(advantages=torch.linspace(-1, 1, G * number).to(results.device))
+        step = lambda i=inputs, m=mask, a=loss: policy(i, loss=a, loss_mask=m)[0].backward()  # noqa: E731
+        for checkpointing in (False, True):
+            kwargs = {"use_reentrant": False}
+            if checkpointing:
+                model.gradient_checkpointing_enable(kwargs)
+            else:
+                model.gradient_checkpointing_disable()
+            step()  # makes the gradients
+            name = f"{tokens} tokens{', checkpointing' * checkpointing}"
+            taken = results.ms(step, rounds=3, warm=1)
+            results.add(f"training pass, {size}, {name}", taken, "ms")
+            rate = _operations(policy, inputs) / taken * 1e3
+            results.add(f"its share of the peak rate, {name}", rate / BFLOAT16_RATE, "MFU", 1.0)
+            results.add(f"its memory, {name}", results.peak_gib(step), "GiB")
+            estimate = _estimated_gib(policy, inputs, checkpointing, results)
+            if estimate is not None:
+                results.add(f"its memory as --dry_run estimates it, {name}", estimate, "GiB")
+            if not results.toy:
+                results.add(f"its waits for the GPU, {name}", _waits(step), "waits", 0)
+
+
+def _operations(policy: Policy, inputs: Any) -> float:
+    """Operations of a forward and a backward pass, without attention's: 6 for each weight and
+    token. Recomputation is not counted."""
+    parts = [(core(policy.model).language_model, inputs.input_ids.numel()),
+             (core(policy.model).visual, len(inputs.pixel_values))]  # fmt: skip
+    total = 6 * policy.head.weight.numel() * len(inputs.completion_ids)
+    for module, tokens in parts:
+        weights = [
+            p for n, p in module.named_parameters() if p.ndim > 1 and "embed_tokens" not in n
+        ]
+        total += 6 * sum(p.numel() for p in weights) * tokens
+    return total
+
+
+def _estimated_gib(
+    policy: Policy, inputs: Any, checkpointing: bool, results: Results
+) -> float | None:
+    """What --dry_run estimates for the pass; None if a package that it needs is missing."""
+    try:
+        from virft_fast.train import memory, parse_args
+    except ImportError as error:
+        results.note(f"no estimate: {error}")
+        return None
+    flags = ["--dtype", str(results.dtype).removeprefix("torch.")]
+    config = parse_args(flags + ["--gradient_checkpointing"] * checkpointing)
+    joined = sum(len(g.lengths) * (g.prompt_length + max(g.lengths)) for g in inputs.groups)
+    load = memory.Load(
+        inputs.input_ids.numel(), joined, len(inputs.completion_ids), len(inputs.pixel_values)
+    )
+    return sum(memory.activation_bytes(config, policy, load, results.device).values()) / 2**30
+
+
+def _waits(step: Callable[[], object]) -> int:
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in caught)
+
+
+def loss(results: Results) -> None:
+    """The head and the loss at 12,800 rows: ours, materialized logits, and peers' if installed."""
+    sizes = [(4, 8, 16, 512, None)]
+    if not results.toy:
+        sizes = [(64, 200, 1536, 151_936, 22.7), (64, 200, 3584, 152_064, 53.0)]
+    for n, t, dim, vocab, floor in sizes:
+        generator = torch.Generator(results.device).manual_seed(0)
+        options = {"generator": generator, "device": results.device}
+        hidden = torch.randn(n, t, dim, **options).to(results.dtype).requires_grad_()
+        weight = (torch.randn(vocab, dim, **options) * 2 / dim**0.5).to(results.dtype)
+        weight.requires_grad_()
+        ids = torch.randint(vocab, (n, t), **options)
+        mask = torch.ones(n, t, dtype=torch.bool, device=results.device)
+        advantages = torch.linspace(-1, 1, n, device=results.device)
+
+        def whole(logps: Tensor, a: Tensor = advantages) -> Tensor:
+            return -((logps - logps.detach()).exp() * a[:, None]).mean()
+
+        def ours(h=hidden, w=weight, i=ids, m=mask, a=advantages) -> Tensor:
+            return linear_grpo_loss(h, w, i, m, advantages=a).loss
+
+        def logits(h=hidden, w=weight, i=ids) -> Tensor:
+            log_p = (h @ w.T).float().log_softmax(-1)
+            return whole(log_p.gather(-1, i[..., None])[..., 0])
+
+        def trl(h=hidden, w=weight, i=ids) -> Tensor:
+            from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+            given = (h.flatten(0, 1), w, None, i.flatten(), 1.0, 32_768, None, 1.0, ("entropy",))
+            return whole(ChunkedLogProbFunction.apply(*given)[0].view(i.shape))
+
+        contenders = {"ours": ours, "materialized logits": logits}
+        if importlib.util.find_spec("trl") and not results.toy:
+            contenders["TRL"] = trl
+        gradients = {}
+        for name, contender in contenders.items():
+            hidden.grad = weight.grad = None
+            try:
+                taken = results.ms(lambda c=contender: c().backward(), rounds=5)
+                used = results.peak_gib(lambda c=contender: c().backward())
+            except (torch.OutOfMemoryError, ImportError, TypeError) as error:
+                results.note(f"{name}, D = {dim}: {type(error).__name__}: {error!s:.200}")
+                continue
+            hidden.grad = weight.grad = None
+            contender().backward()
+            gradients[name] = hidden.grad.float()
+            results.add(f"loss, {n * t} rows, D = {dim}: {name}", taken, "ms", floor)
+            results.add(f"its memory, D = {dim}: {name}", used, "GiB")
+        for name, gradient in gradients.items():
+            error = float((gradient - gradients["ours"]).norm() / gradients["ours"].norm())
+            results.require(error < 5e-2, f"the gradient of {name} is ours within 5 %, D = {dim}")
