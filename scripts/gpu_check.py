@@ -12,6 +12,7 @@ gpu_stages.py. Models have random weights in the released shapes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -25,6 +26,9 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "benchmarks")]
+
+# This process never touches the GPU, or its forks couldn't: CUDA is looked for without starting it.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import gpu_stages  # noqa: E402
 
@@ -52,22 +56,30 @@ def main(argv: list[str] | None = None) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    started, results = time.monotonic(), []
+    started, results, method = time.monotonic(), [], "fork"
     for name in arguments.stages:
         left = TOTAL_S - (time.monotonic() - started)
-        limit = min(STAGES[name][0], max(left, 1))
-        results.append(run_stage(name, limit, arguments.out, toy=arguments.cpu))
-        print(f"{name:12} {results[-1]['status']}, {results[-1]['seconds']:.0f} s", flush=True)
+        options = {"out": arguments.out, "toy": arguments.cpu}
+        options["limit"] = min(STAGES[name][0], max(left, 1))
+        result = run_stage(name, method, **options)
+        if "CUDA" in result["error"] and not results:  # this driver can't be used after a fork
+            method = "spawn"
+            result = run_stage(name, method, **options)
+        results.append(result)
+        print(f"{name:12} {result['status']}, {result['seconds']:.0f} s", flush=True)
     print(f"\n{table(results)}\n\n{time.monotonic() - started:.0f} s in all")
     return int(any(result["status"] != "ok" for result in results))
 
 
-def run_stage(name: str, limit: float, out: Path, *, toy: bool) -> dict[str, Any]:
-    """Run a stage in its own process; returns what is in its JSON file."""
+def run_stage(name: str, method: str, *, out: Path, limit: float, toy: bool) -> dict[str, Any]:
+    """Run a stage in its own process; returns what is in its JSON file.
+
+    Args:
+        method: "fork", so that libraries are imported once, or "spawn".
+    """
     path, started = out / f"{name}.json", time.monotonic()
     path.unlink(missing_ok=True)
-    # Forked, so that libraries are imported once. This process never touches the GPU.
-    child = multiprocessing.get_context("fork").Process(target=_stage, args=(name, out, toy))
+    child = multiprocessing.get_context(method).Process(target=_stage, args=(name, out, toy))
     child.start()
     child.join(limit)
     status, error = "ok", ""
@@ -75,7 +87,7 @@ def run_stage(name: str, limit: float, out: Path, *, toy: bool) -> dict[str, Any
         status, error = "timed out", f"more than {limit:.0f} s"
     elif child.exitcode:
         status, error = "failed", f"exit status {child.exitcode}; see {name}.log"
-    with _no_error():
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)  # with what it started
     child.join()
     result = {"stage": name, "status": status, "error": error, "figures": [], "notes": []}
@@ -87,19 +99,13 @@ def run_stage(name: str, limit: float, out: Path, *, toy: bool) -> dict[str, Any
     return result
 
 
-class _no_error:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type | None, *rest: object) -> bool:
-        return kind is ProcessLookupError
-
-
 def _stage(name: str, out: Path, toy: bool) -> None:
     """The stage's process: its output goes into the log, its figures into the JSON file."""
     os.setsid()
     log = open(out / f"{name}.log", "w", buffering=1)  # noqa: SIM115  # until the process ends
     for stream in (1, 2):
         os.dup2(log.fileno(), stream)
+    sys.stdout = sys.stderr = log
     results = gpu_stages.Results(out / f"{name}.json", name, toy)
     status = 0
     try:
@@ -108,13 +114,13 @@ def _stage(name: str, out: Path, toy: bool) -> None:
         traceback.print_exc()
         results.error, status = f"{type(error).__name__}: {error!s:.500}", 1
     results.write()
-    sys.stdout.flush()
+    log.flush()
     os._exit(status)
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """All figures with their floors, a line each."""
-    lines = [f"{'stage':12}{'figure':58}{'value':>12}{'floor':>10}  unit"]
+    """All figures with their limits, a line each."""
+    lines = [f"{'stage':12}{'figure':58}{'value':>12}{'limit':>10}  unit"]
     for result in results:
         for figure in result["figures"]:
             floor = "" if figure["floor"] is None else f"{figure['floor']:,.4g}"

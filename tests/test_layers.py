@@ -19,8 +19,8 @@ LAYERS = {
     "tasks": 1, "data": 1, "models": 1,
     "engine": 2, "optimizer": 2, "deepspeed_config": 2, "rollout": 2, "metrics": 2,
     "checkpoint": 3, "output_lock": 3, "algorithms": 3, "mia": 3, "evaluation": 3,
-    "train": 4, "watch": 4, "evaluate": 4, "merge": 4, "report": 4, "data.__main__": 4,
-    "mia.__main__": 4,
+    "train": 4, "watch": 4, "evaluate": 4, "merge": 4, "report": 4, "gpu_page": 4,
+    "data.__main__": 4, "mia.__main__": 4,
     "cli": 4, "commands": 4, "console": 4, "demo": 4, "doctor": 4, "launch_lines": 4,
     "try_model": 4, "__main__": 4,
 }  # fmt: skip

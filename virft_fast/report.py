@@ -1,18 +1,23 @@
-"""The end of a run: the table and summary of what changed, and report.png."""
+"""The end of a run: the table and summary of what changed, and report.png. As a program, the page
+of a GPU check."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import math
 import re
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from virft_fast import gpu_page
 from virft_fast.batch import Json, Row
+from virft_fast.commands import end_process
 from virft_fast.evaluation.files import write_json
 from virft_fast.tasks.answers import Box, answer_text, parse_detection
 
@@ -231,3 +236,24 @@ def _draw_box(
             min(max(x1, 0), 0.85 * image.width), y, f"{confidence:.2g}", color="white", fontsize=8,
             va="bottom", bbox={"facecolor": color, "edgecolor": "none", "pad": 1, "alpha": 0.8},
         )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m virft_fast.report gpu DIR`: write docs/gpu.md from what scripts/gpu_check.py
+    measured; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m virft_fast.report", description=main.__doc__)
+    parser.add_argument("kind", choices=["gpu"])
+    parser.add_argument("folder", type=Path, help="the --out of scripts/gpu_check.py")
+    parser.add_argument("--page", type=Path, default=Path("docs/gpu.md"), help="the page to write")
+    arguments = parser.parse_args(argv)
+    try:
+        gpu_page.write(arguments.folder, arguments.page)
+    except (OSError, ValueError) as error:
+        print(f"virft_fast.report: error: {error}", file=sys.stderr)
+        return 2
+    print(f"written: {arguments.page}")
+    return 0
+
+
+if __name__ == "__main__":
+    end_process(main())
