@@ -18,7 +18,7 @@ import torch
 import yaml
 from packaging.requirements import Requirement
 
-from virft_fast import evaluate, merge
+from virft_fast import evaluate, merge, report
 from virft_fast.arguments import flag_names
 from virft_fast.config import TRAIN_GROUPS, EvalConfig
 from virft_fast.data import layouts
@@ -49,7 +49,8 @@ TOOLS = {
     "no-deps",
     "target",
 }  # pip, cmake, pytest
-OTHERS = {*TORCHRUN, *SLURM, *TOOLS}
+GPU_CHECK = {"out", "cpu"}
+OTHERS = {*TORCHRUN, *SLURM, *TOOLS, *GPU_CHECK}
 
 
 def parser_flags(parser):
@@ -116,6 +117,7 @@ def test_commands_are_accepted(path):
         "virft_fast.evaluate": evaluate.parse_args,
         "virft_fast.merge": merge.make_parser().parse_args,
         "virft_fast.mia": make_mia_parser().parse_args,
+        "virft_fast.report": report.make_parser().parse_args,
     }
     for module, arguments in commands(path.read_text()):
         accept[module](arguments)

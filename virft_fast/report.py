@@ -238,14 +238,20 @@ def _draw_box(
         )  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> int:
-    """`python -m virft_fast.report gpu DIR`: write docs/gpu.md from what scripts/gpu_check.py
-    measured; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m virft_fast.report", description=main.__doc__)
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m virft_fast.report",
+        description="Write docs/gpu.md and its plot from the results of scripts/gpu_check.py.",
+    )
     parser.add_argument("kind", choices=["gpu"])
     parser.add_argument("folder", type=Path, help="the --out of scripts/gpu_check.py")
     parser.add_argument("--page", type=Path, default=Path("docs/gpu.md"), help="the page to write")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the page of a GPU check; returns the exit status."""
+    arguments = make_parser().parse_args(argv)
     try:
         gpu_page.write(arguments.folder, arguments.page)
     except (OSError, ValueError) as error:
