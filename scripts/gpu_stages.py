@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers  # noqa: F401  # here, so that the stages' processes needn't import it
 from torch import Tensor
+from transformers import Qwen2VLForConditionalGeneration  # noqa: F401
 
 from virft_fast.kernels import grpo_loss, linear_grpo_loss, linear_logps
 from virft_fast.kernels.loss_args import LossArgs
@@ -34,6 +34,7 @@ from virft_fast.models.shared_prefix import Group, PackedAttention
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.native import NativeRollout
 
+# Qwen2-VL's model is imported here, so that the stages' processes needn't.
 ROOT = Path(__file__).parent.parent
 # What an H200's data sheet gives: bytes/s of its memory, dense bfloat16 operations/s.
 MEMORY_RATE, BFLOAT16_RATE = 4.8e12, 989e12
