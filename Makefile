@@ -8,10 +8,12 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 # Compiling every file of all packages takes longer than compiling only what is imported.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
-NATIVE := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.txt csrc/matching/*)
+NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/matching/*)
 # The stamp changes with everything that the setup depends on.
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml setup.py virft_fast/__init__.py constraints.txt Makefile $(NATIVE) | cksum | cut -d' ' -f1)
 FUZZ_SECONDS ?= 60
+# The matcher's CUDA half is of no use to a torch without CUDA.
+WITH_CUDA = $(or $(VIRFT_FAST_CUDA),$(shell $(BIN)/python -c 'import torch; print("auto" if torch.version.cuda else 0)'))
 
 .PHONY: setup demo test lint types docs package format coverage test-core fuzz check-cuda check-triton bench tiny-model demo-curves demo-mia clean
 .DEFAULT_GOAL := setup
@@ -26,7 +28,7 @@ $(STAMP):
 	@rm -f $(VENV)/.setup-*
 	$(PIP) torch setuptools wheel ninja packaging
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
-	$(PIP) --no-build-isolation -e '.[dev]'
+	VIRFT_FAST_CUDA=$(WITH_CUDA) $(PIP) -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP)
@@ -50,7 +52,7 @@ docs: $(STAMP)
 
 # Build sdist and wheel in dist/; the wheel includes the native matcher.
 package: $(STAMP)
-	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 
 types: $(STAMP)

@@ -30,7 +30,7 @@ ONLY_IN = {
     "triton": {"kernels", "models", "rollout"},
     "argparse": {room for room, layer in LAYERS.items() if layer == 4},
     "transformers.HfArgumentParser": {room for room, layer in LAYERS.items() if layer == 4},
-    f"{PACKAGE}._C": {"matching.assign"},
+    f"{PACKAGE}._C": {"matching.solver"},
 }
 
 
@@ -211,7 +211,7 @@ def test_the_checker_sees_a_planted_violation(tmp_path, file, text, complaint):
         "mia.py": "import virft_fast.data\nfrom virft_fast.kernels import f\n",
         "kernels/__init__.py": "def f():\n    from virft_fast.kernels import k\n",
         "kernels/k.py": "import triton\n",
-        "matching/assign.py": "from virft_fast import _C\n",
+        "matching/solver.py": "from virft_fast import _C\n",
         "engine.py": "def f():\n    import deepspeed\n",
         "data/__init__.py": "",
         "data/__main__.py": "import argparse\nprint(argparse)\n",

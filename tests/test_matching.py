@@ -254,10 +254,11 @@ BOX, ONE = torch.tensor([[[0.0, 0, 1, 1]]]), torch.ones(1, dtype=torch.int64)
     [
         ((BOX[0], BOX, ONE, ONE), {}, "pred: expected .N, boxes, 4."),
         ((BOX, BOX[..., :3], ONE, ONE), {}, "gt: expected .N, boxes, 4."),
-        ((BOX.half(), BOX, ONE, ONE), {}, "pred: expected float32"),
+        ((BOX.long(), BOX, ONE, ONE), {}, "pred: expected float32"),
+        ((BOX.half(), BOX, ONE, ONE), {}, "gt: expected 1 problems of torch.float16"),
         ((BOX, BOX.double(), ONE, ONE), {}, "gt: expected 1 problems of torch.float32"),
         ((BOX, BOX.repeat(2, 1, 1), ONE, ONE.repeat(2)), {}, "gt: expected 1 problems"),
-        ((BOX, BOX, ONE.int(), ONE), {}, "num_pred: expected .1,. int64"),
+        ((BOX, BOX, ONE.short(), ONE), {}, "num_pred: expected .1,. int64"),
         ((BOX, BOX, ONE, ONE.repeat(2)), {}, "num_gt: expected .1,. int64"),
         ((BOX, BOX, ONE * 2, ONE), {}, "num_pred: expected counts in 0..1"),
         ((BOX, BOX, ONE, -ONE), {}, "num_gt: expected counts in 0..1"),
@@ -283,7 +284,7 @@ def test_without_the_native_module_the_reference_matches_and_says_so_once(tmp_pa
 import sys, warnings
 sys.modules["virft_fast._C"] = None  # as if it had never been built
 import torch
-from virft_fast.matching import is_native, match_boxes, pad_boxes, pairwise_iou
+from virft_fast.matching import assign, is_native, match_boxes, pad_boxes, pairwise_iou
 pred, n = pad_boxes([[[0.0, 0, 10, 10], [20, 20, 30, 30]]])
 gt, m = pad_boxes([[[20.0, 20, 30, 31]]])
 with warnings.catch_warnings(record=True) as seen:
@@ -292,6 +293,9 @@ with warnings.catch_warnings(record=True) as seen:
         matches, ious = match_boxes(pred, gt, n, m)
         assert matches.tolist() == [[-1, 0]] and ious[0, 1] > 0.9
         assert pairwise_iou(pred, gt, n, m)[0, 1, 0] == ious[0, 1]
+        assert match_boxes(pred[0], gt[0], n, m)[0].tolist() == [-1, 0]
+        columns, total = assign(torch.tensor([[[4.0, 1, 3], [2, 0, 5], [3, 2, 2]]]))
+        assert columns.tolist() == [[1, 0, 2]] and total.tolist() == [5]
 assert not is_native()
 (warning,) = [w for w in seen if "native matcher" in str(w.message)]
 assert str(warning.message).endswith("import of virft_fast._C halted; None in sys.modules")
@@ -306,11 +310,11 @@ else:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_module_built_for_another_torch_is_not_used():
+def test_a_module_built_for_another_version_is_not_used():
     code = """
 import sys, types, warnings, torch
 built = types.ModuleType("virft_fast._C")
-built.build_info = lambda: {"torch": "1.0", "version": "0.0", "cuda_archs": "none"}
+built.build_info = lambda: {"version": "0.0", "cuda_archs": "none"}
 sys.modules["virft_fast._C"] = built
 import virft_fast
 virft_fast._C = built
@@ -320,7 +324,7 @@ with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     boxes, counts = pad_boxes([[[0, 0, 1, 1]]])
     match_boxes(boxes, boxes, counts, counts)
-assert "built for torch 1.0" in str(seen[0].message), seen
+assert "built for virft_fast 0.0" in str(seen[0].message), seen
 """
     done = run(module=code)
     assert done.returncode == 0, done.stderr

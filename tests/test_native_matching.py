@@ -13,9 +13,9 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from virft_fast.matching import is_native, match_boxes, pad_boxes, pairwise_iou
-from virft_fast.matching.assign import match_reference
+from virft_fast.matching import assign, is_native, match_boxes, pad_boxes, pairwise_iou
 from virft_fast.matching.boxes import iou_reference
+from virft_fast.matching.reference import assign_reference, match_reference
 
 pytestmark = pytest.mark.skipif(not is_native(), reason="the native matcher is not built")
 
@@ -92,7 +92,7 @@ def test_indices_equal_the_references_where_there_is_no_tie(method):
     scores = torch.rand(pred.shape[:2], generator=torch.Generator().manual_seed(2))
     for min_iou in (0.0, 0.3, 0.5):
         ours = match_boxes(*problem, method=method, scores=scores, min_iou=min_iou)
-        expected = match_reference(*problem, method, scores, min_iou)
+        expected = match_reference(*problem, method == "greedy", scores, min_iou)
         assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
 
 
@@ -103,7 +103,7 @@ def test_greedy_equals_the_reference_with_ties_and_nan():
     scores[torch.rand(scores.shape, generator=generator) < 0.1] = float("nan")
     for given in (scores, None):
         ours = match_boxes(*problem, method="greedy", scores=given, min_iou=0.2)
-        expected = match_reference(*problem, "greedy", given, 0.2)
+        expected = match_reference(*problem, True, given, 0.2)
         assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
 
 
@@ -201,12 +201,15 @@ def test_operators_pass_opcheck():
     scores = torch.rand(problem[0].shape[:2], dtype=torch.float64)
     for arguments in ((None, False, 0.5), (scores, True, 0.1)):
         torch.library.opcheck(torch.ops.virft_fast.match_boxes.default, (*problem, *arguments))
+    costs = (torch.rand(3, 4, 5), torch.tensor([4, 0, 2]), torch.tensor([5, 3, 1]))
+    torch.library.opcheck(torch.ops.virft_fast.assign.default, (*costs, True))
 
 
 def test_compiles_without_a_graph_break():
     def both(pred, gt, num_pred, num_gt):
         matches, ious = match_boxes(pred, gt, num_pred, num_gt, min_iou=0.1)
-        return matches + 1, ious * 2, pairwise_iou(pred, gt, num_pred, num_gt, kind="giou")
+        table = pairwise_iou(pred, gt, num_pred, num_gt, kind="giou")
+        return matches + 1, ious * 2, table, *assign(table, num_pred, num_gt, maximize=True)
 
     problem = operator_arguments()
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
@@ -217,10 +220,11 @@ def test_compiles_without_a_graph_break():
 @pytest.mark.parametrize(
     ("spoil", "text"),
     [
-        (lambda p, g, n, m: (p[:, :, :3], g, n, m), "pred: expected contiguous"),
-        (lambda p, g, n, m: (p, g.double(), n, m), "gt: expected contiguous"),
-        (lambda p, g, n, m: (p, g[:2], n, m), "gt: expected contiguous"),
-        (lambda p, g, n, m: (p, g, n.int(), m), "num_pred: expected"),
+        (lambda p, g, n, m: (p[:, :, :3], g, n, m), "pred: expected (N, boxes, 4)"),
+        (lambda p, g, n, m: (p, g.double(), n, m), "gt: expected 3 problems"),
+        (lambda p, g, n, m: (p, g[:2], n, m), "gt: expected 3 problems"),
+        (lambda p, g, n, m: (p, g, n.float(), m), "num_pred: expected"),
+        (lambda p, g, n, m: (p[0], g[0], n, m), "num_pred: expected counts that add up to"),
         (lambda p, g, n, m: (p, g, n, m[:2]), "num_gt: expected"),
         (lambda p, g, n, m: (p, g, n + 100, m), "num_pred: expected counts in 0..4, got 10"),
         (lambda p, g, n, m: (p, g, n, m - 100), "num_gt: expected counts in 0..3, got -"),
@@ -236,8 +240,186 @@ def test_build_info():
     from virft_fast._C import build_info
 
     info = build_info()
-    assert info["version"] == __version__ and info["torch"] == torch.__version__
-    assert set(info) == {"version", "torch", "compiler", "cuda_archs", "threads", "instructions"}
+    assert info["version"] == __version__
+    assert set(info) == {"version", "compiler", "cuda_archs", "threads", "instructions"}
+    if sys.platform.startswith("linux"):
+        assert info["threads"] == "OpenMP"
+
+
+@pytest.mark.parametrize("method", ["hungarian", "greedy"])
+def test_packed_boxes_match_as_padded_ones(method):
+    pred, gt, num_pred, num_gt = problems(11, 200, 12, strange=0.05)
+    scores = torch.rand(pred.shape[:2]) if method == "greedy" else None
+    options = {"method": method, "min_iou": 0.1}
+    expected = match_boxes(pred, gt, num_pred, num_gt, scores=scores, **options)
+    inside = torch.arange(pred.shape[1]) < num_pred[:, None]
+    in_gt = torch.arange(gt.shape[1]) < num_gt[:, None]
+    packed_scores = None if scores is None else scores[inside]
+    packed = match_boxes(pred[inside], gt[in_gt], num_pred, num_gt, scores=packed_scores, **options)
+    for ours, theirs in zip(packed, expected, strict=True):
+        assert torch.equal(ours, theirs[inside])
+    none = match_boxes(pred[inside][:0], gt[in_gt], num_pred * 0, num_gt)
+    assert [len(part) for part in none] == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_boxes_and_counts_are_computed_in_float32(dtype):
+    pred, gt, num_pred, num_gt = problems(12, 50, 8, whole=True)
+    pred, gt = pred.to(dtype), gt.to(dtype)
+    ours = match_boxes(pred, gt, num_pred.int(), num_gt.int())
+    expected = match_boxes(pred.float(), gt.float(), num_pred, num_gt)
+    assert ours[1].dtype == torch.float32 and ours[0].dtype == torch.int64
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    tables = (
+        pairwise_iou(pred, gt, num_pred, num_gt),
+        pairwise_iou(pred.float(), gt.float(), num_pred, num_gt),
+    )
+    assert torch.equal(*tables)
+
+
+def cost_problems(seed, count, most, *, dtype=torch.float64, forbidden=0.0, whole=False):
+    """Padded cost matrices of 0..most rows and columns, NaN past the counts."""
+    rng = np.random.default_rng(seed)
+    num_rows, num_cols = rng.integers(0, most + 1, (2, count))
+    cost = rng.normal(size=(count, most, most)) * 10.0 ** rng.integers(-3, 4, (count, 1, 1))
+    cost = np.floor(cost) if whole else cost
+    cost[rng.random(cost.shape) < forbidden] = np.inf
+    cost = torch.from_numpy(cost).to(dtype)
+    outside = (torch.arange(most)[:, None] >= torch.from_numpy(num_rows)[:, None, None]) | (
+        torch.arange(most) >= torch.from_numpy(num_cols)[:, None, None]
+    )
+    cost[outside] = torch.nan
+    return cost, torch.from_numpy(num_rows), torch.from_numpy(num_cols)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("count", "most", "whole"), [(400, 8, True), (200, 33, False), (20, 130, False)]
+)
+def test_assign_reaches_scipys_total(count, most, whole, dtype, maximize):
+    cost, num_rows, num_cols = cost_problems(13, count, most, dtype=dtype, whole=whole)
+    matches, total = assign(cost, num_rows, num_cols, maximize=maximize)
+    for n, (k, m) in enumerate(zip(num_rows.tolist(), num_cols.tolist(), strict=True)):
+        matrix = cost[n, :k, :m].double().numpy()
+        rows, columns = linear_sum_assignment(matrix, maximize=maximize)
+        best = matrix[rows, columns].sum()
+        assert total[n].item() == pytest.approx(best, rel=1e-12, abs=1e-12)
+        chosen = matches[n, :k][matches[n, :k] >= 0]
+        assert len(chosen) == min(k, m) == len(chosen.unique()) and (chosen < m).all()
+        assert (matches[n, k:] == -1).all()
+
+
+@pytest.mark.parametrize("most", [6, 40])
+def test_forbidden_pairs_are_avoided_before_costs_are_saved(most):
+    cost, num_rows, num_cols = cost_problems(14, 200, most, forbidden=0.6)
+    ours = assign(cost, num_rows, num_cols)
+    expected = assign_reference(cost, num_rows, num_cols, False)
+    torch.testing.assert_close(ours[1], expected[1], rtol=1e-9, atol=1e-9)
+    assert torch.equal((ours[0] >= 0).sum(1), (expected[0] >= 0).sum(1))
+    for n, row in (ours[0] >= 0).nonzero().tolist():
+        assert cost[n, row, ours[0][n, row]].isfinite()
+    turned = assign(-cost, num_rows, num_cols, maximize=True)
+    assert torch.equal(turned[0], ours[0]) and torch.equal(turned[1], -ours[1])
+    if most == 6:  # against every possible choice
+        for n in range(40):
+            matrix = cost[n, : num_rows[n], : num_cols[n]].numpy()
+            assert best_choice(matrix) == pytest.approx(
+                (int((ours[0][n] >= 0).sum()), -ours[1][n].item()), abs=1e-9
+            )
+
+
+def best_choice(matrix):
+    """The largest number of allowed pairs, and minus their least cost, by trying all."""
+    if not len(matrix):
+        return (0, 0.0)
+    answers = [best_choice(matrix[1:])]
+    for column in np.flatnonzero(np.isfinite(matrix[0])):
+        pairs, gain = best_choice(np.delete(matrix[1:], column, 1))
+        answers.append((pairs + 1, gain - matrix[0, column]))
+    return max(answers)
+
+
+# scipy's own cases: https://github.com/scipy/scipy, optimize/tests/test_linear_assignment.py
+@pytest.mark.parametrize(
+    ("matrix", "expected"),
+    [
+        ([[400, 150, 400], [400, 450, 600], [300, 225, 300]], [150, 400, 300]),
+        ([[400, 150, 400, 1], [400, 450, 600, 2], [300, 225, 300, 3]], [150, 2, 300]),
+        ([[10, 10, 8], [9, 8, 1], [9, 7, 4]], [10, 1, 7]),
+        ([[10, 10, 8, 11], [9, 8, 1, 1], [9, 7, 4, 10]], [10, 1, 4]),
+        ([[10, float("inf")], [float("inf"), 1]], [10, 1]),
+        ([[7, 1, 2], [3, 4, 0]], [1, 0]),
+    ],
+)
+def test_known_assignments(matrix, expected):
+    cost = torch.tensor(matrix, dtype=torch.float64)
+    for problem in (cost, cost.T, -cost, -cost.T):
+        matches, total = assign(problem[None], maximize=bool((problem < 0).any()))
+        rows = (matches[0] >= 0).nonzero()[:, 0]
+        values = problem[rows, matches[0][rows]]
+        assert sorted(values.abs().tolist()) == sorted(expected)
+        assert total.abs().item() == sum(expected)
+
+
+@pytest.mark.parametrize("sentinel", [1e9, 1e30, 3e38])
+def test_huge_costs_that_are_avoided_do_not_blur_the_others(sentinel):
+    rng = np.random.default_rng(16)
+    cost = rng.normal(size=(60, 12, 15))
+    cost[rng.random(cost.shape) < 0.3] = sentinel
+    cost[:, 0] = np.where(np.arange(15) == 4, sentinel, sentinel * 2)  # one can't be avoided
+    matches, total = assign(torch.from_numpy(cost))
+    for n, matrix in enumerate(cost):
+        rows, columns = linear_sum_assignment(matrix)
+        ours = matrix[np.arange(12), matches[n].numpy()]
+        assert np.sort(ours)[:11].sum() == pytest.approx(
+            np.sort(matrix[rows, columns])[:11].sum(), rel=1e-6
+        )
+        assert total[n].item() == pytest.approx(matrix[rows, columns].sum(), rel=1e-12)
+
+
+def test_a_list_of_matrices_of_any_kind():
+    matrices = [np.array([[3, 1], [2, 9]]), torch.zeros(0, 4), torch.tensor([[5.0, 1.0, 2.0]])]
+    matches, total = assign(matrices)
+    assert matches.tolist() == [[1, 0], [-1, -1], [1, -1]] and total.tolist() == [3, 0, 1]
+    assert assign([])[0].shape == (0, 0) and assign(torch.zeros(2, 0, 3))[1].tolist() == [0, 0]
+    assert assign(torch.tensor([[[True, False]]]))[0].tolist() == [[1]]
+
+
+def test_costs_of_any_size_are_finite_inside():
+    for scale in (1e308, 1e-308, 5e-324):
+        cost = scale * torch.tensor([[[-1.7, 1.7, 0.0], [1.7, 0.0, -1.7]]], dtype=torch.float64)
+        assert assign(cost)[0].tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((torch.zeros(2, 3),), "cost: expected (N, K, M)"),
+        ((torch.zeros(1, 2, 2), torch.tensor([3])), "num_rows: expected counts in 0..2"),
+        ((torch.zeros(1, 2, 2), None, torch.tensor([1, 1])), "num_cols: expected (1,) int64"),
+        (([torch.zeros(2)],), "cost[0]: expected a matrix"),
+        (([torch.zeros(2, 2)], torch.tensor([1])), "num_rows, num_cols: expected none"),
+        ((torch.tensor([[[1.0, torch.nan]]]),), "in problems [0]"),
+        ((torch.tensor([[[1.0, -torch.inf]]]),), "+inf to forbid a pair"),
+    ],
+)
+def test_bad_costs_are_named(arguments, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        assign(*arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("most", [8, 32, 100, 1200])
+def test_assign_on_cuda_equals_cpu(most, maximize):
+    if not torch.cuda.is_available() or not is_native("cuda"):
+        pytest.skip("needs a CUDA device and a CUDA build")
+    cost, num_rows, num_cols = cost_problems(15, 4 if most > 100 else 200, most, forbidden=0.2)
+    cost = -cost if maximize else cost
+    expected = assign(cost, num_rows, num_cols, maximize=maximize)
+    ours = assign(cost.cuda(), num_rows.cuda(), num_cols.cuda(), maximize=maximize)
+    torch.testing.assert_close(ours[1].cpu(), expected[1], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.gpu

@@ -100,7 +100,7 @@ def _packages() -> Iterator[Finding]:
     )
     if not (required := list(requirements())):
         yield Finding(
-            "note", "virft_fast is not installed", "pip install --no-build-isolation -e ."
+            "note", "virft_fast is not installed", "pip install -e ."
         )
     for name, version, least, line in required:
         remedy = f"pip install '{name}>={least}'"
@@ -124,7 +124,7 @@ def _optional_packages() -> Iterator[Finding]:
             yield Finding(
                 "note",
                 f"{name} is not installed; {needed_for} needs it",
-                f"{where}pip install {name}; in a checkout: --no-build-isolation '.[{extra}]'",
+                f"{where}pip install {name}; in a checkout: '.[{extra}]'",
             )
 
 
@@ -149,10 +149,10 @@ def _matcher() -> Iterator[Finding]:
     from virft_fast.matching import is_native, why_not_native
 
     if not is_native():
-        remedy = "install torch, setuptools and ninja, then pip install --no-build-isolation ."
+        remedy = "install a C++ compiler, then pip install ."
         yield Finding("note", f"the matcher runs in Python, slowly: {why_not_native()}", remedy)
     elif torch.cuda.is_available() and not is_native("cuda"):
-        remedy = "VIRFT_FAST_CUDA=1 pip install --no-build-isolation .; needs nvcc"
+        remedy = "VIRFT_FAST_CUDA=1 pip install .; needs nvcc"
         yield Finding("note", "the native matcher runs on the CPU only", remedy)
     else:
         yield Finding("ok", "native matcher")

@@ -1,8 +1,8 @@
 // One-to-one assignment of rows to columns that makes the summed worth largest, for host and device.
 // No torch.
 //
-// Worth is >= 0, and a pair worth 0 is no pair: each row may as well stay alone. That makes the
-// problem sparse wherever boxes don't overlap, and lets a search end early.
+// For boxes, worth is >= 0, and a pair worth 0 is no pair: each row may as well stay alone. That
+// makes the problem sparse wherever boxes don't overlap, and lets a search end early.
 //
 // Shortest augmenting paths with a greedy start: Jonker and Volgenant 1987; the bookkeeping follows
 // Crouse 2016, doi:10.1109/TAES.2016.140952. Dual prices u (rows) and v (columns) are >= 0 and keep
@@ -55,8 +55,8 @@ VIRFT_HOST_DEVICE Workspace<T> make_workspace(T* reals, int32_t* ints, int64_t r
 }
 
 // Puts `start` into the matching along the cheapest path; a row on the path, `start` itself maybe,
-// is left alone if that costs less than any free column.
-template <typename T, int kWidth>
+// is left alone if that costs less than any free column, unless kAll.
+template <typename T, int kWidth, bool kAll>
 VIRFT_HOST_DEVICE void augment(const Workspace<T>& w, int start, int width_given) {
   const int width = kWidth ? kWidth : width_given;
   for (int c = 0; c < width; ++c) {
@@ -68,7 +68,7 @@ VIRFT_HOST_DEVICE void augment(const Workspace<T>& w, int start, int width_given
   T reached = 0, lowest = 0;
   while (true) {
     const T base = reached + w.u[row];
-    if (base < alone_at) {
+    if (!kAll && base < alone_at) {
       alone_at = base;
       alone = row;
     }
@@ -124,28 +124,29 @@ VIRFT_HOST_DEVICE void augment(const Workspace<T>& w, int start, int width_given
 // Rows still waiting bid for their best column, at a price that leaves it no better than their
 // second best, and put out who had it (the augmenting row reduction of Jonker and Volgenant). Cheaper
 // than a search, which then has few rows left to place.
-template <typename T, int kWidth>
+template <typename T, int kWidth, bool kAll>
 VIRFT_HOST_DEVICE void bid(const Workspace<T>& w, int rows, int width_given) {
   const int width = kWidth ? kWidth : width_given;
+  constexpr T kNothing = kAll ? -kInfinity<T> : T(0);
   for (int first = 0, turns = 4 * rows; first < rows; ++first) {
     int row = first;
-    while (row >= 0 && w.col_of[row] < 0 && w.u[row] > 0 && turns-- > 0) {
+    while (row >= 0 && w.col_of[row] < 0 && (kAll || w.u[row] > 0) && turns-- > 0) {
       const T* worth = w.worth + int64_t(row) * width;
-      T best = 0;
+      T best = kNothing;
 #pragma omp simd reduction(max : best)
       for (int c = 0; c < width; ++c) {
         const T gain = worth[c] - w.v[c];
         w.key[c] = gain;
         best = gain > best ? gain : best;
       }
-      if (!(best > 0)) {
+      if (!kAll && !(best > 0)) {
         w.u[row] = 0;
         break;
       }
       int column = 0;
       while (w.key[column] != best) ++column;
-      w.key[column] = 0;
-      T second = 0;
+      w.key[column] = kNothing;
+      T second = kNothing;
 #pragma omp simd reduction(max : second)
       for (int c = 0; c < width; ++c) second = w.key[c] > second ? w.key[c] : second;
       const int other = w.row_of[column];
@@ -162,7 +163,8 @@ VIRFT_HOST_DEVICE void bid(const Workspace<T>& w, int rows, int width_given) {
 }
 
 // Maximum-worth assignment; the answer is in col_of and row_of. kWidth: a compile-time width, or 0.
-template <typename T, int kWidth>
+// kAll: places every row, whatever its worth, which may be negative; padding is -inf then.
+template <typename T, int kWidth, bool kAll = false>
 VIRFT_HOST_DEVICE void assign_rows(const Workspace<T>& w, int rows, int width_given) {
   const int width = kWidth ? kWidth : width_given;
   for (int c = 0; c < width; ++c) {
@@ -172,12 +174,12 @@ VIRFT_HOST_DEVICE void assign_rows(const Workspace<T>& w, int rows, int width_gi
   bool waiting = false;
   for (int r = 0; r < rows; ++r) {  // greedy start: each row its best column, if that is free
     const T* worth = w.worth + int64_t(r) * width;
-    T best = 0;
+    T best = kAll ? -kInfinity<T> : T(0);
 #pragma omp simd reduction(max : best)
     for (int c = 0; c < width; ++c) best = worth[c] > best ? worth[c] : best;
     w.u[r] = best;
     w.col_of[r] = -1;
-    if (!(best > 0)) continue;
+    if (!kAll && !(best > 0)) continue;
     int column = 0;
     while (column < width && (worth[column] != best || w.row_of[column] >= 0)) ++column;
     if (column < width) {
@@ -188,10 +190,50 @@ VIRFT_HOST_DEVICE void assign_rows(const Workspace<T>& w, int rows, int width_gi
     }
   }
   if (!waiting) return;
-  bid<T, kWidth>(w, rows, width);
+  bid<T, kWidth, kAll>(w, rows, width);
   for (int r = 0; r < rows; ++r)
-    if (w.col_of[r] < 0 && w.u[r] > 0) augment<T, kWidth>(w, r, width);
+    if (w.col_of[r] < 0 && (kAll || w.u[r] > 0)) augment<T, kWidth, kAll>(w, r, width);
 }
+
+// Turns costs into worth for assign_rows. Without forbidden pairs, that is the cost with its sign
+// turned (or not, if maximizing), and all rows are placed, so no digit is lost. An infinite cost
+// that could only be chosen last forbids its pair: then worth is shifted above 0, where one pair
+// more is worth more than any saving, and a forbidden pair is worth 0.
+struct CostScale {
+  double sign;
+  bool forbids = false;
+  double least = 0, bonus = 0;
+
+  // NaN, or an infinity that every solution would choose.
+  VIRFT_HOST_DEVICE bool is_invalid(double cost) const {
+    return !(sign * cost < kInfinity<double>);
+  }
+
+  // From the least and largest finite cost times `sign`.
+  VIRFT_HOST_DEVICE void set_range(double smallest, double largest, bool any_forbidden,
+                                   int64_t rows) {
+    forbids = any_forbidden;
+    if (smallest > largest) smallest = largest = 0;  // all are forbidden
+    // Smaller numbers where sums of a few could overflow.
+    const double most = greater(largest, -smallest) * 4 * double(rows + 2);
+    if (!is_finite(most)) {
+      const double smaller = 1.0 / (1024.0 * double(rows + 2));
+      sign *= smaller, smallest *= smaller, largest *= smaller;
+    }
+    const double span = largest - smallest;
+    least = smallest;
+    bonus = (span > 0 ? span : 1.0) * double(rows + 1);
+  }
+
+  VIRFT_HOST_DEVICE double worth(double cost) const {
+    const double value = sign * cost;
+    if (!forbids) return value;
+    return is_finite(value) ? (value - least) + bonus : 0.0;
+  }
+
+  // Of columns that only fill up a row.
+  VIRFT_HOST_DEVICE double padding() const { return forbids ? 0.0 : -kInfinity<double>; }
+};
 
 // Rows in `order` take their best free column, the first of equals, if it is worth anything.
 template <typename T>

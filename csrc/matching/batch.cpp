@@ -85,6 +85,13 @@ struct HeapScratch {
         ints(new int32_t[workspace_ints(rows, width)]) {}
 };
 
+template <typename T>
+void reserve(std::unique_ptr<HeapScratch<T>>& heap, int64_t rows, int64_t width) {
+  if (heap && heap->rows >= rows && heap->width >= width) return;
+  heap.reset(new HeapScratch<T>(std::max(rows, heap ? heap->rows : 0),
+                                std::max(width, heap ? heap->width : 0)));
+}
+
 // Positions of `count` scores, descending, equal ones in the order given, NaN as the lowest.
 void sort_descending(const double* scores, int64_t count, int32_t* order) {
   const auto key = [scores](int32_t i) {
@@ -101,8 +108,8 @@ VIRFT_INLINE void match_one(const Problems<T>& p, const MatchOptions& options, i
                             int64_t* matches, T* ious) {
   const int64_t num_pred = p.num_pred[n], num_gt = p.num_gt[n];
   const bool swapped = num_pred > num_gt;  // the smaller side are the rows
-  const T* pred = p.pred + n * p.max_pred * 4;
-  const T* gt = p.gt + n * p.max_gt * 4;
+  const T* pred = p.pred + p.pred_at(n) * 4;
+  const T* gt = p.gt + p.gt_at(n) * 4;
   const int64_t rows = swapped ? num_gt : num_pred, cols = swapped ? num_pred : num_gt;
   const int64_t width = kWidth ? kWidth : padded(cols);
   const Columns columns(column_memory, width);
@@ -122,7 +129,7 @@ VIRFT_INLINE void match_one(const Problems<T>& p, const MatchOptions& options, i
     for (int64_t c = 0; c < width; ++c) worth[c] = worth[c] > threshold ? worth[c] : T(0);
   }
   if (options.greedy) {
-    if (options.scores) sort_descending(options.scores + n * p.max_pred, num_pred, order);
+    if (options.scores) sort_descending(options.scores + p.pred_at(n), num_pred, order);
     const int64_t stride = width;
     greedy_rows(w.worth, int(num_pred), int(num_gt), swapped ? 1 : stride, swapped ? stride : 1,
                 options.scores ? order : nullptr, swapped ? w.col_of : w.row_of,
@@ -139,6 +146,78 @@ VIRFT_INLINE void match_one(const Problems<T>& p, const MatchOptions& options, i
   }
 }
 
+// One cost matrix. Returns the total cost; NaN, with no matches, if an entry can't be a cost.
+template <typename T, int kWidth>
+VIRFT_INLINE double assign_one(const Costs<T>& p, int64_t n, double* reals, int32_t* ints,
+                               int64_t* matches) {
+  const int64_t num_rows = p.num_rows[n], num_cols = p.num_cols[n];
+  const bool swapped = num_rows > num_cols;  // the smaller side are the rows
+  const int64_t rows = swapped ? num_cols : num_rows, cols = swapped ? num_rows : num_cols;
+  const int64_t width = kWidth ? kWidth : padded(cols);
+  const T* cost = p.cost + n * p.max_rows * p.max_cols;
+  const Workspace<double> w = make_workspace(reals, ints, rows, width);
+  CostScale scale = {p.maximize ? 1.0 : -1.0};
+  double least = kInfinity<double>, largest = -kInfinity<double>;
+  bool forbids = false;
+  for (int64_t r = 0; r < num_rows; ++r)
+    for (int64_t c = 0; c < num_cols; ++c) {
+      const double given = double(cost[r * p.max_cols + c]), value = scale.sign * given;
+      if (scale.is_invalid(given)) return std::numeric_limits<double>::quiet_NaN();
+      if (!is_finite(value)) {
+        forbids = true;
+        continue;
+      }
+      least = value < least ? value : least;
+      largest = value > largest ? value : largest;
+    }
+  scale.set_range(least, largest, forbids, rows);
+  for (int64_t r = 0; r < rows; ++r) {
+    double* worth = w.worth + r * width;
+    const T* from = swapped ? cost + r : cost + r * p.max_cols;
+    const int64_t stride = swapped ? p.max_cols : 1;
+    for (int64_t c = 0; c < cols; ++c) worth[c] = scale.worth(double(from[c * stride]));
+    std::fill(worth + cols, worth + width, scale.padding());
+  }
+  if (forbids)
+    assign_rows<double, kWidth>(w, int(rows), int(width));
+  else
+    assign_rows<double, kWidth, true>(w, int(rows), int(width));
+  const int32_t* column_of = swapped ? w.row_of : w.col_of;
+  double total = 0;
+  for (int64_t k = 0; k < num_rows; ++k) {
+    matches[k] = column_of[k];
+    if (column_of[k] >= 0) total += double(cost[k * p.max_cols + column_of[k]]);
+  }
+  return total;
+}
+
+template <typename T>
+VIRFT_INLINE void assign_problems(const Costs<T>& p, int64_t* matches, double* totals,
+                                  int64_t begin, int64_t end) {
+  std::unique_ptr<HeapScratch<double>> heap;
+  Scratch<double, 128> stack;
+  for (int64_t n = begin; n < end; ++n) {
+    int64_t* match = matches + n * p.max_rows;
+    std::fill(match, match + p.max_rows, int64_t(-1));
+    const int64_t cols = std::max(p.num_rows[n], p.num_cols[n]);
+    const int64_t rows = std::min(p.num_rows[n], p.num_cols[n]);
+    totals[n] = 0;
+    if (rows == 0) continue;
+#define VIRFT_ASSIGN(kWidth) totals[n] = assign_one<T, kWidth>(p, n, stack.reals, stack.ints, match)
+    if (cols <= 8) {
+      VIRFT_ASSIGN(8);
+    } else if (cols <= 32) {
+      VIRFT_ASSIGN(32);
+    } else if (cols <= 128) {
+      VIRFT_ASSIGN(128);
+    } else {
+      reserve(heap, rows, padded(cols));
+      totals[n] = assign_one<T, 0>(p, n, heap->reals.get(), heap->ints.get(), match);
+    }
+#undef VIRFT_ASSIGN
+  }
+}
+
 template <typename T>
 VIRFT_INLINE void match_problems(const Problems<T>& p, const MatchOptions& options,
                                  int64_t* matches, T* ious, int64_t begin, int64_t end) {
@@ -146,10 +225,11 @@ VIRFT_INLINE void match_problems(const Problems<T>& p, const MatchOptions& optio
   std::unique_ptr<HeapScratch<T>> heap;
   Scratch<T, 128> stack;
   for (int64_t n = begin; n < end; ++n) {
-    int64_t* match = matches + n * p.max_pred;
-    T* iou = ious + n * p.max_pred;
-    std::fill(match, match + p.max_pred, int64_t(-1));
-    std::fill(iou, iou + p.max_pred, T(0));
+    int64_t* match = matches + p.pred_at(n);
+    T* iou = ious + p.pred_at(n);
+    const int64_t length = p.first_pred ? p.num_pred[n] : p.max_pred;
+    std::fill(match, match + length, int64_t(-1));
+    std::fill(iou, iou + length, T(0));
     const int64_t cols = std::max(p.num_pred[n], p.num_gt[n]);
     if (std::min(p.num_pred[n], p.num_gt[n]) == 0) continue;
 #define VIRFT_MATCH(kWidth)                                                              \
@@ -166,10 +246,7 @@ VIRFT_INLINE void match_problems(const Problems<T>& p, const MatchOptions& optio
     } else if (cols <= 128) {
       VIRFT_MATCH(128);
     } else {
-      const int64_t rows = std::min(p.num_pred[n], p.num_gt[n]), width = padded(cols);
-      if (!heap || heap->rows < rows || heap->width < width)
-        heap.reset(new HeapScratch<T>(std::max(rows, heap ? heap->rows : 0),
-                                      std::max(width, heap ? heap->width : 0)));
+      reserve(heap, std::min(p.num_pred[n], p.num_gt[n]), padded(cols));
       match_one<T, 0>(p, options, n, heap->columns.get(), heap->reals.get(), heap->ints.get(),
                       order.get(), match, iou);
     }
@@ -220,6 +297,15 @@ VIRFT_MULTIVERSION void match_double(const Problems<double>& p, const MatchOptio
   match_problems<double>(p, options, matches, ious, begin, end);
 }
 
+VIRFT_MULTIVERSION void assign_float(const Costs<float>& p, int64_t* matches, double* totals,
+                                     int64_t begin, int64_t end) {
+  assign_problems<float>(p, matches, totals, begin, end);
+}
+VIRFT_MULTIVERSION void assign_double(const Costs<double>& p, int64_t* matches, double* totals,
+                                      int64_t begin, int64_t end) {
+  assign_problems<double>(p, matches, totals, begin, end);
+}
+
 template <>
 void iou_batch(const Problems<float>& p, IouKind kind, float* out, int64_t begin, int64_t end) {
   iou_float(p, kind, out, begin, end);
@@ -237,6 +323,17 @@ template <>
 void match_batch(const Problems<double>& p, const MatchOptions& options, int64_t* matches,
                  double* ious, int64_t begin, int64_t end) {
   match_double(p, options, matches, ious, begin, end);
+}
+
+template <>
+void assign_batch(const Costs<float>& p, int64_t* matches, double* totals, int64_t begin,
+                  int64_t end) {
+  assign_float(p, matches, totals, begin, end);
+}
+template <>
+void assign_batch(const Costs<double>& p, int64_t* matches, double* totals, int64_t begin,
+                  int64_t end) {
+  assign_double(p, matches, totals, begin, end);
 }
 
 const char* instructions() {

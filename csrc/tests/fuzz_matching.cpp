@@ -16,6 +16,14 @@ void run(const uint8_t* data, size_t size, uint8_t flags, size_t share) {
   const std::vector<double> scores(pred.begin(), pred.begin() + num_pred);
   virft_fast::testing::check_answer<T>(pred, gt, flags & 1, (flags >> 4) / 15.0,
                                        flags & 2 ? &scores : nullptr);
+  // The same numbers as costs.
+  const int64_t rows = int64_t(share % 40), cols = rows ? int64_t(numbers.size()) / rows % 150 : 0;
+  const std::vector<T> cost(numbers.begin(), numbers.begin() + rows * cols);
+  std::vector<int64_t> matches(rows);
+  double total = 0;
+  virft_fast::assign_batch<T>({cost.data(), &rows, &cols, rows, cols, bool(flags & 1)},
+                              matches.data(), &total, 0, 1);
+  for (const int64_t match : matches) REQUIRE(match >= -1 && match < cols);
 }
 
 // Small whole coordinates: boxes that overlap, touch and repeat.

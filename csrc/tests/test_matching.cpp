@@ -2,6 +2,7 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <utility>
 
 #include "check_answer.h"
 
@@ -67,6 +68,80 @@ void ties_go_to_the_first() {
   }
 }
 
+// The largest number of allowed pairs of rows from `row` on, then their least total.
+std::pair<int, double> best_pairs(const std::vector<double>& cost, int rows, int cols, int row,
+                                  unsigned taken) {
+  if (row == rows) return {0, 0.0};
+  std::pair<int, double> best = best_pairs(cost, rows, cols, row + 1, taken);
+  for (int c = 0; c < cols; ++c) {
+    if (taken >> c & 1 || cost[row * cols + c] == kInf) continue;
+    auto rest = best_pairs(cost, rows, cols, row + 1, taken | 1u << c);
+    rest = {rest.first + 1, rest.second + cost[row * cols + c]};
+    if (rest.first > best.first || (rest.first == best.first && rest.second < best.second))
+      best = rest;
+  }
+  return best;
+}
+
+void assignments_reach_the_brute_force_optimum() {
+  std::mt19937 random(4);
+  std::uniform_real_distribution<double> unit(-1, 1);
+  for (int i = 0; i < 3000; ++i) {
+    const int64_t rows = random() % 6, cols = random() % 6;
+    std::vector<double> cost(rows * cols);
+    for (double& value : cost) value = i % 2 ? unit(random) : double(random() % 5);
+    if (i % 3 == 0)
+      for (double& value : cost) value = random() % 3 ? value : kInf;
+    std::vector<int64_t> matches(rows);
+    double total = 7;
+    assign_batch<double>({cost.data(), &rows, &cols, rows, cols, false}, matches.data(), &total, 0,
+                         1);
+    int pairs = 0;
+    double sum = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      if (matches[r] < 0) continue;
+      REQUIRE(matches[r] < cols && cost[r * cols + matches[r]] < kInf);
+      for (int64_t other = 0; other < r; ++other) REQUIRE(matches[other] != matches[r]);
+      sum += cost[r * cols + matches[r]];
+      ++pairs;
+    }
+    const auto best = best_pairs(cost, int(rows), int(cols), 0, 0);
+    REQUIRE(sum == total && pairs == best.first && std::abs(total - best.second) < 1e-12);
+    for (double& value : cost) value = -value;
+    double largest = 7;
+    assign_batch<double>({cost.data(), &rows, &cols, rows, cols, true}, matches.data(), &largest, 0,
+                         1);
+    REQUIRE(largest == -total);
+  }
+}
+
+void assignments_of_every_width_take_all_rows_or_columns() {
+  std::mt19937 random(5);
+  std::uniform_real_distribution<float> unit(0, 1);
+  for (const int64_t rows : {1, 8, 9, 32, 33, 128, 129, 200})
+    for (const int64_t cols : {1, 31, 128, 150}) {
+      std::vector<float> cost(rows * cols);
+      for (float& value : cost) value = unit(random);
+      std::vector<int64_t> matches(rows);
+      double total = 0;
+      assign_batch<float>({cost.data(), &rows, &cols, rows, cols, false}, matches.data(), &total, 0,
+                          1);
+      std::vector<bool> taken(cols);
+      int64_t pairs = 0;
+      for (const int64_t match : matches) {
+        if (match < 0) continue;
+        REQUIRE(!taken[match]);
+        taken[match] = true;
+        ++pairs;
+      }
+      REQUIRE(pairs == std::min(rows, cols));
+      cost[0] = float(kNan);
+      assign_batch<float>({cost.data(), &rows, &cols, rows, cols, false}, matches.data(), &total, 0,
+                          1);
+      REQUIRE(total != total && matches[0] == -1);
+    }
+}
+
 void a_problem_may_be_any_part_of_a_batch() {
   std::mt19937 random(3);
   const int64_t n = 20, k = 5, m = 9;
@@ -92,6 +167,8 @@ int main() {
   sides_can_be_exchanged_at_every_width<float>();
   sides_can_be_exchanged_at_every_width<double>();
   ties_go_to_the_first();
+  assignments_reach_the_brute_force_optimum();
+  assignments_of_every_width_take_all_rows_or_columns();
   a_problem_may_be_any_part_of_a_batch();
   std::printf("all passed, instructions: %s\n", virft_fast::instructions());
 }

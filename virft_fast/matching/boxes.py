@@ -137,35 +137,66 @@ def iou_reference(
     return out.to(pred.dtype)
 
 
+_NAMES = ("pred", "gt", "num_pred", "num_gt")
+
+
 def check_problem(pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor) -> None:
-    """Check the inputs that all matching functions share, except counts (see `check_counts`).
+    """Check the inputs that all matching functions share; the native module checks counts on a CPU.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree.
+        ValueError: shapes, dtypes, devices or counts disagree.
     """
-    for name, value in {"pred": pred, "gt": gt, "num_pred": num_pred, "num_gt": num_gt}.items():
+    for name, value in zip(_NAMES, (pred, gt, num_pred, num_gt), strict=True):
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"{name}: expected a tensor, got {type(value).__name__}; torch.as_tensor makes one"
             )
     for name, boxes in (("pred", pred), ("gt", gt)):
-        if boxes.ndim != 3 or boxes.shape[-1] != 4:
+        if boxes.ndim not in (2, 3) or boxes.shape[-1] != 4 or boxes.ndim != gt.ndim:
             raise ValueError(
-                f"{name}: expected (N, boxes, 4) xyxy boxes, got {tuple(boxes.shape)}; "
-                "add a batch axis for one problem, or use pad_boxes"
+                f"{name}: expected (N, boxes, 4) xyxy boxes, or pred and gt (boxes, 4) packed, got "
+                f"{tuple(boxes.shape)}; add a batch axis for one problem, or use pad_boxes"
             )
-        if boxes.dtype not in (torch.float32, torch.float64):
+        if not boxes.is_floating_point():
             raise ValueError(f"{name}: expected float32, got {boxes.dtype}; convert with .float()")
-    if pred.shape[0] != gt.shape[0] or pred.dtype != gt.dtype or pred.device != gt.device:
+    packed = pred.ndim == 2 and num_pred.ndim > 0
+    count = num_pred.shape[0] if packed else pred.shape[0]
+    like_pred = pred.dtype == gt.dtype and pred.device == gt.device
+    if not (like_pred and (packed or gt.shape[0] == count)):
         raise ValueError(
-            f"gt: expected {pred.shape[0]} problems of {pred.dtype} on {pred.device} as in pred, "
-            f"got {gt.shape[0]} of {gt.dtype} on {gt.device}; convert one to match the other"
+            f"gt: expected {count} problems of {pred.dtype} on {pred.device} as in pred, "
+            f"got {tuple(gt.shape)} of {gt.dtype} on {gt.device}; convert one to match the other"
         )
-    for name, counts, boxes in (("num_pred", num_pred, pred), ("num_gt", num_gt, gt)):
-        _check_shape_of_counts(name, counts, boxes)
+    check_counts("num_pred", num_pred, count, pred.device)
+    check_counts("num_gt", num_gt, count, gt.device)
 
 
-def check_counts(name: str, counts: Tensor, limit: int) -> None:
+def as_computed(pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor) -> tuple[Tensor, ...]:
+    """A checked problem in the dtypes of the computation: float32 or float64, and int64."""
+    check_problem(pred, gt, num_pred, num_gt)
+    if pred.requires_grad or gt.requires_grad:
+        pred, gt = pred.detach(), gt.detach()
+    if pred.dtype not in (torch.float32, torch.float64):
+        pred, gt = pred.float(), gt.float()
+    if num_pred.dtype != torch.int64 or num_gt.dtype != torch.int64:
+        num_pred, num_gt = num_pred.long(), num_gt.long()
+    return pred, gt, num_pred, num_gt
+
+
+def check_counts(name: str, counts: Tensor, problems: int, device: torch.device) -> None:
+    """Raise ValueError if `counts` isn't one integer per problem, on `device`."""
+    if counts.shape != (problems,) or counts.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"{name}: expected ({problems},) int64, got {tuple(counts.shape)} "
+            f"{counts.dtype}; one count per problem"
+        )
+    if counts.device != device:
+        raise ValueError(
+            f"{name}: expected on {device} like what it counts, got {counts.device}; move it"
+        )
+
+
+def check_count_values(name: str, counts: Tensor, limit: int) -> None:
     """Raise ValueError if a count is negative or larger than the padding.
 
     Reading counts from a GPU synchronizes with it. Meta tensors and torch.compile have no values to
@@ -180,16 +211,26 @@ def check_counts(name: str, counts: Tensor, limit: int) -> None:
         )
 
 
-def _check_shape_of_counts(name: str, counts: Tensor, boxes: Tensor) -> None:
-    if counts.shape != boxes.shape[:1] or counts.dtype != torch.int64:
+def pad_rows(packed: Tensor, counts: Tensor) -> Tensor:
+    """(S, ...) rows of N problems, one after the other -> (N, K, ...), padded with zeros.
+
+    Raises:
+        ValueError: the counts don't add up to S.
+    """
+    if int(counts.sum()) != len(packed) or bool((counts < 0).any()):
         raise ValueError(
-            f"{name}: expected ({boxes.shape[0]},) int64, got {tuple(counts.shape)} "
-            f"{counts.dtype}; one count per problem"
+            f"counts: expected counts that add up to the {len(packed)} packed boxes, got "
+            f"{counts.tolist()}"
         )
-    if counts.device != boxes.device:
-        raise ValueError(
-            f"{name}: expected on {boxes.device} like its boxes, got {counts.device}; move it"
-        )
+    widest = int(counts.amax()) if len(counts) else 0
+    padded = packed.new_zeros(len(counts), widest, *packed.shape[1:])
+    padded[torch.arange(widest, device=counts.device) < counts[:, None]] = packed
+    return padded
+
+
+def unpad_rows(padded: Tensor, counts: Tensor) -> Tensor:
+    """The inverse of `pad_rows`."""
+    return padded[torch.arange(padded.shape[1], device=counts.device) < counts[:, None]]
 
 
 def _valid_boxes(boxes: Tensor, counts: Tensor) -> Tensor:

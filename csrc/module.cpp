@@ -1,0 +1,184 @@
+// virft_fast._C: the matcher on addresses. Python allocates, checks and registers the operators (see
+// virft_fast/matching/solver.py), so this file needs no torch and one build serves every version.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "matching/batch.h"
+#ifdef VIRFT_CUDA
+#include "matching/device.h"
+#endif
+
+namespace virft_fast {
+namespace {
+
+namespace py = pybind11;
+using Address = uintptr_t;
+
+// Pairs that are worth another thread; below, starting one costs more than it saves.
+constexpr int64_t kPairsPerThread = 32768;
+constexpr int kPartsPerThread = 4;  // problems differ in cost
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// The threads are those of the OpenMP library that torch has loaded; none is linked here.
+template <typename Work>
+void for_problems(int64_t problems, int64_t pairs, int threads, const Work& work) {
+  const int64_t grain = std::max<int64_t>(kPairsPerThread / std::max<int64_t>(pairs, 1), 1);
+  const int64_t team = std::min<int64_t>(threads, (problems + grain - 1) / grain);
+  if (team <= 1) return work(0, problems);
+  const int64_t parts = std::min<int64_t>(team * kPartsPerThread, problems);
+#pragma omp parallel for num_threads(int(team)) schedule(dynamic, 1)
+  for (int64_t part = 0; part < parts; ++part)
+    work(problems * part / parts, problems * (part + 1) / parts);
+}
+
+
+// Where each problem of a packed batch begins; checks that the counts add up to `length`.
+std::vector<int64_t> starts(const char* name, const int64_t* counts, int64_t problems,
+                            int64_t length) {
+  std::vector<int64_t> first(problems + 1, 0);
+  for (int64_t n = 0; n < problems; ++n) first[n + 1] = first[n] + counts[n];
+  if (first[problems] != length)
+    throw py::value_error(std::string(name) + ": expected counts that add up to the " +
+                          std::to_string(length) + " packed boxes, got " +
+                          std::to_string(first[problems]));
+  return first;
+}
+
+int64_t check_counts(const char* name, const int64_t* counts, int64_t problems, int64_t most) {
+  int64_t largest = 0;
+  for (int64_t n = 0; n < problems; ++n) {
+    largest = std::max(largest, counts[n]);
+    if (counts[n] < 0 || counts[n] > most)
+      throw py::value_error(std::string(name) + ": expected counts in 0.." + std::to_string(most) +
+                            ", got " + std::to_string(counts[n]) + " for problem " +
+                            std::to_string(n) + "; a count cannot exceed the number of boxes");
+  }
+  return largest;
+}
+
+template <typename T>
+void iou(Address pred, Address gt, Address num_pred, Address num_gt, int64_t count, int64_t rows,
+         int64_t cols, bool giou, Address out, int threads) {
+  const Problems<T> p = {at<T>(pred), at<T>(gt), at<int64_t>(num_pred), at<int64_t>(num_gt), rows,
+                         cols};
+  check_counts("num_pred", p.num_pred, count, rows);
+  check_counts("num_gt", p.num_gt, count, cols);
+  const py::gil_scoped_release released;
+  for_problems(count, rows * cols, threads, [&](int64_t begin, int64_t end) {
+    iou_batch<T>(p, giou ? IouKind::kGiou : IouKind::kIou, at<T>(out), begin, end);
+  });
+}
+
+template <typename T>
+void match(Address pred, Address gt, Address num_pred, Address num_gt, int64_t count, int64_t rows,
+           int64_t cols, bool packed, Address scores, bool greedy, double min_iou, Address matches,
+           Address ious, int threads) {
+  Problems<T> p = {at<T>(pred), at<T>(gt), at<int64_t>(num_pred), at<int64_t>(num_gt), rows, cols};
+  const int64_t most_pred = check_counts("num_pred", p.num_pred, count, rows);
+  const int64_t most_gt = check_counts("num_gt", p.num_gt, count, cols);
+  std::vector<int64_t> first_pred, first_gt;
+  if (packed) {
+    first_pred = starts("num_pred", p.num_pred, count, rows);
+    first_gt = starts("num_gt", p.num_gt, count, cols);
+    p.first_pred = first_pred.data(), p.first_gt = first_gt.data();
+    p.max_pred = most_pred, p.max_gt = most_gt;
+  }
+  const MatchOptions options = {greedy, min_iou, at<double>(scores)};
+  const py::gil_scoped_release released;
+  for_problems(count, p.max_pred * p.max_gt, threads, [&](int64_t begin, int64_t end) {
+    match_batch<T>(p, options, at<int64_t>(matches), at<T>(ious), begin, end);
+  });
+}
+
+template <typename T>
+void assign(Address cost, Address num_rows, Address num_cols, int64_t count, int64_t rows,
+            int64_t cols, bool maximize, Address matches, Address totals, int threads) {
+  const Costs<T> p = {at<T>(cost), at<int64_t>(num_rows), at<int64_t>(num_cols), rows, cols,
+                      maximize};
+  check_counts("num_rows", p.num_rows, count, rows);
+  check_counts("num_cols", p.num_cols, count, cols);
+  const py::gil_scoped_release released;
+  for_problems(count, rows * cols, threads, [&](int64_t begin, int64_t end) {
+    assign_batch<T>(p, at<int64_t>(matches), at<double>(totals), begin, end);
+  });
+}
+
+#ifdef VIRFT_CUDA
+template <typename T>
+void iou_cuda(Address pred, Address gt, Address num_pred, Address num_gt, int64_t count,
+              int64_t rows, int64_t cols, bool giou, Address out, int device, Address stream) {
+  const Problems<T> p = {at<T>(pred), at<T>(gt), at<int64_t>(num_pred), at<int64_t>(num_gt), rows,
+                         cols};
+  iou_on_device<T>(p, giou ? IouKind::kGiou : IouKind::kIou, at<T>(out), count,
+                   {device, at<void>(stream)});
+}
+
+template <typename T>
+void match_cuda(Address pred, Address gt, Address num_pred, Address num_gt, int64_t count,
+                int64_t rows, int64_t cols, Address scores, bool greedy, double min_iou,
+                Address matches, Address ious, Address scratch, int device, Address stream) {
+  const Problems<T> p = {at<T>(pred), at<T>(gt), at<int64_t>(num_pred), at<int64_t>(num_gt), rows,
+                         cols};
+  match_on_device<T>(p, {greedy, min_iou, at<double>(scores)}, at<int64_t>(matches), at<T>(ious),
+                     count, at<void>(scratch), {device, at<void>(stream)});
+}
+
+template <typename T>
+void assign_cuda(Address cost, Address num_rows, Address num_cols, int64_t count, int64_t rows,
+                 int64_t cols, bool maximize, Address matches, Address totals, Address scratch,
+                 int device, Address stream) {
+  const Costs<T> p = {at<T>(cost), at<int64_t>(num_rows), at<int64_t>(num_cols), rows, cols,
+                      maximize};
+  assign_on_device<T>(p, at<int64_t>(matches), at<double>(totals), count, at<void>(scratch),
+                      {device, at<void>(stream)});
+}
+#endif
+
+template <typename T>
+void define(py::module_& m, const std::string& suffix) {
+  m.def(("iou_" + suffix).c_str(), &iou<T>);
+  m.def(("match_" + suffix).c_str(), &match<T>);
+  m.def(("assign_" + suffix).c_str(), &assign<T>);
+#ifdef VIRFT_CUDA
+  m.def(("iou_cuda_" + suffix).c_str(), &iou_cuda<T>);
+  m.def(("match_cuda_" + suffix).c_str(), &match_cuda<T>);
+  m.def(("assign_cuda_" + suffix).c_str(), &assign_cuda<T>);
+#endif
+}
+
+}  // namespace
+}  // namespace virft_fast
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "virft_fast's native matcher, on addresses";
+  virft_fast::define<float>(m, "float32");
+  virft_fast::define<double>(m, "float64");
+#ifdef VIRFT_CUDA
+  m.def("scratch_bytes", &virft_fast::scratch_bytes);
+#endif
+  m.def("build_info", [] {
+    pybind11::dict info;
+    info["version"] = VIRFT_FAST_VERSION;
+    info["compiler"] = __VERSION__;
+#ifdef VIRFT_CUDA
+    info["cuda_archs"] = VIRFT_CUDA_ARCHS;
+#else
+    info["cuda_archs"] = "none";
+#endif
+#ifdef _OPENMP
+    info["threads"] = "OpenMP";
+#else
+    info["threads"] = "one";
+#endif
+    info["instructions"] = virft_fast::instructions();
+    return info;
+  });
+}
