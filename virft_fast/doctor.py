@@ -99,9 +99,7 @@ def _packages() -> Iterator[Finding]:
         else Finding("problem", system, "use Python 3.10 or later")
     )
     if not (required := list(requirements())):
-        yield Finding(
-            "note", "virft_fast is not installed", "pip install -e ."
-        )
+        yield Finding("note", "virft_fast is not installed", "pip install -e .")
     for name, version, least, line in required:
         remedy = f"pip install '{name}>={least}'"
         if version is None:
