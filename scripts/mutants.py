@@ -44,7 +44,7 @@ PREFIX = "models/shared_prefix.py"
 TOKEN, LOSS, LINEAR = "kernels/token_loss.py", "kernels/grpo_loss.py", "kernels/linear.py"
 ADVANTAGES, ROWS = "kernels/advantages.py", "kernels/logprobs.py"
 REWARDS, ORIGINAL, SCORING = "tasks/rewards.py", "tasks/visual_rft.py", "tasks/scoring.py"
-MATCHING, ORDER, CHECKPOINT = "matching/solver.py", "data/order.py", "checkpoint.py"
+MATCHING, ORDER, CHECKPOINT = "matching/reference.py", "data/order.py", "checkpoint.py"
 SCALES = "[(loss, len(mb.advantages) * world / num_sequences) for mb in microbatches]"
 SHARES = "tests/test_grpo.py -k shares_of_two_ranks"
 
