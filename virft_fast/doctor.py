@@ -119,10 +119,11 @@ def _optional_packages() -> Iterator[Finding]:
             yield _imported(name, metadata.version(name))
         except metadata.PackageNotFoundError:
             where = "on a GPU node: " if extra in ("gpu", "flash-attn", "kernels") else ""
+            options = "--no-build-isolation " if name == "flash-attn" else ""
             yield Finding(
                 "note",
                 f"{name} is not installed; {needed_for} needs it",
-                f"{where}pip install {name}; in a checkout: '.[{extra}]'",
+                f"{where}pip install {options}{name}; in a checkout: '.[{extra}]'",
             )
 
 
