@@ -18,6 +18,8 @@ namespace {
 namespace py = pybind11;
 using Address = uintptr_t;
 
+constexpr int kInterface = 1;  // counts changes of the functions below, as solver.py knows them
+
 // Pairs that are worth another thread; below, starting one costs more than it saves.
 constexpr int64_t kPairsPerThread = 32768;
 constexpr int kPartsPerThread = 4;  // problems differ in cost
@@ -167,6 +169,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", [] {
     pybind11::dict info;
     info["version"] = VIRFT_FAST_VERSION;
+    info["interface"] = virft_fast::kInterface;
     info["compiler"] = __VERSION__;
 #ifdef VIRFT_CUDA
     info["cuda_archs"] = VIRFT_CUDA_ARCHS;

@@ -324,7 +324,7 @@ with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     boxes, counts = pad_boxes([[[0, 0, 1, 1]]])
     match_boxes(boxes, boxes, counts, counts)
-assert "built for virft_fast 0.0" in str(seen[0].message), seen
+assert "built for another virft_fast, 0.0" in str(seen[0].message), seen
 """
     done = run(module=code)
     assert done.returncode == 0, done.stderr

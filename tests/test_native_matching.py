@@ -241,7 +241,8 @@ def test_build_info():
 
     info = build_info()
     assert info["version"] == __version__
-    assert set(info) == {"version", "compiler", "cuda_archs", "threads", "instructions"}
+    known = {"version", "interface", "compiler", "cuda_archs", "threads", "instructions"}
+    assert set(info) == known
     if sys.platform.startswith("linux"):
         assert info["threads"] == "OpenMP"
 

@@ -31,6 +31,7 @@ from virft_fast.matching.boxes import (
 from virft_fast.matching.reference import assign_reference, match_reference
 
 METHODS = ("hungarian", "greedy")
+INTERFACE = 1  # of csrc/module.cpp
 
 _C: ModuleType | None
 try:
@@ -39,8 +40,10 @@ except ImportError as error:
     _C, _WHY_NOT = None, str(error)
 else:
     _BUILT = _C.build_info()
-    if _BUILT["version"] != __version__:
-        _WHY_NOT = f"it was built for virft_fast {_BUILT['version']}, this is {__version__}"
+    if (_BUILT["version"], _BUILT.get("interface")) != (__version__, INTERFACE):
+        _WHY_NOT = (
+            f"it was built for another virft_fast, {_BUILT['version']}; this is {__version__}"
+        )
         _C = None
 _WITH_CUDA = _C is not None and _BUILT["cuda_archs"] != "none"
 
