@@ -6,7 +6,7 @@
 
 Each stage is a process of its own with a time limit. Its figures are in DIR/STAGE.json at once, its
 output is in DIR/STAGE.log. A stage that fails or takes too long ends alone. The stages are in
-gpu_stages.py. Models have random weights in the released shapes.
+gpu_stages.py and gpu_speed.py. Models have random weights in the released shapes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 # This process never touches the GPU, or its forks couldn't: CUDA is looked for without starting it.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
+import gpu_speed  # noqa: E402
 import gpu_stages  # noqa: E402
 
 TOTAL_S = 720.0
@@ -39,10 +40,11 @@ STAGES: dict[str, tuple[float, Callable[[gpu_stages.Results], None]]] = {
     "kernels": (90, gpu_stages.kernels),
     "extension": (60, gpu_stages.extension),
     "attention": (60, gpu_stages.attention),
+    "pieces": (40, gpu_speed.pieces),
     "rollout": (110, gpu_stages.rollout),
-    "decode": (150, gpu_stages.decode),
-    "train": (100, gpu_stages.train),
-    "loss": (60, gpu_stages.loss),
+    "decode": (150, gpu_speed.decode),
+    "train": (100, gpu_speed.train),
+    "loss": (60, gpu_speed.loss),
 }
 
 

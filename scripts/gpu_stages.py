@@ -1,4 +1,4 @@
-"""The stages of gpu_check.py. Nothing here may use the GPU when it is imported."""
+"""Stages of gpu_check.py: what must be right. Nothing may use the GPU while this is imported."""
 
 from __future__ import annotations
 
@@ -12,29 +12,23 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2VLForConditionalGeneration  # noqa: F401
 
 from virft_fast.kernels import grpo_loss, linear_grpo_loss, linear_logps
-from virft_fast.kernels.loss_args import LossArgs
-from virft_fast.kernels.sampling import row_seed, sample_tokens
 from virft_fast.matching import is_native, match_boxes, pairwise_iou
-from virft_fast.models.qwen_vl import Policy, add_lora, core, load_model
+from virft_fast.models.qwen_vl import Policy, add_lora, load_model
 from virft_fast.models.shared_prefix import Group, PackedAttention
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.native import NativeRollout
 
-# Qwen2-VL's model is imported here, so that the stages' processes needn't.
 ROOT = Path(__file__).parent.parent
 # What an H200's data sheet gives: bytes/s of its memory, dense bfloat16 operations/s.
 MEMORY_RATE, BFLOAT16_RATE = 4.8e12, 989e12
@@ -174,10 +168,10 @@ def kernels(results: Results) -> None:
         results.note("pytest is missing: the kernels' tests did not run")
     else:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        results.require(
-            _run([*command, "tests/triton_cases.py"], limit=60, TRITON_INTERPRET="0") == 0,
-            "tests/triton_cases.py pass on the GPU",
-        )
+        for cases in ("triton_cases", "decode_cases"):
+            status = _run([*command, f"tests/{cases}.py"], limit=40, TRITON_INTERPRET="0",
+                          VIRFT_DECODE_CASES="gpu")  # fmt: skip
+            results.require(status == 0, f"tests/{cases}.py pass on the GPU")
     if sanitizer := shutil.which("compute-sanitizer"):
         small = "from virft_fast.doctor import _loss; print(*_loss())"
         status = _run([sanitizer, "--error-exitcode", "9", sys.executable, "-c", small], limit=30)
@@ -310,189 +304,3 @@ def rollout(results: Results) -> None:
         results.require(
             results.toy or not engines[0]._buffers.graphs.failed, "no capture has failed"
         )
-
-
-def decode(results: Results) -> None:
-    """A decoding step of the 2B and 7B shapes, its kernels, the sampler, and reading prompts."""
-    from vlm import SHAPES, make_model, make_processor, make_prompts
-
-    class FixedLength(NativeRollout):
-        def banned(self, policy: Policy) -> list[int]:
-            return [*super().banned(policy), self.tokenizer.eos_token_id]
-
-    processor = make_processor()
-    count, prompt, short, long = (2, 60, 4, 8) if results.toy else (8, 650, 32, 128)
-    prompts = make_prompts(processor, count, prompt)
-    for size, floor in [("tiny", None)] if results.toy else [("2b", 0.81), ("7b", 3.46)]:
-        policy = Policy(make_model(size).eval())
-        engine = FixedLength(
-            lambda policy=policy: nullcontext(policy), processor.tokenizer, device=results.device
-        )
-
-        def generate(length: int, engine: NativeRollout = engine) -> object:
-            return engine.generate(prompts, G, Sampling(length))
-
-        times = {n: results.ms(partial(generate, n), rounds=3, warm=1) for n in (1, short, long)}
-        step = (times[long] - times[short]) / (long - short)
-        results.add(f"decoding step, {size}, {count} x {G} rows", step, "ms", floor)
-        results.add(f"reading {count} prompts of {prompt} tokens, {size}", times[1], "ms")
-        results.add(f"tokens per second, {size}", 1e3 * count * G / step, "tokens/s")
-        if not results.toy:
-            results.note(f"{size}, longest kernels of {short} tokens:\n{_profile(generate, short)}")
-            results.add(f"peak memory, {size}", torch.cuda.max_memory_allocated() / 2**30, "GiB")
-        vocab = SHAPES[size]["vocab_size"]
-        del policy, engine, generate
-        if not results.toy:
-            torch.cuda.empty_cache()
-    logits = torch.randn(count * G, vocab, device=results.device)
-    seeds = torch.tensor([row_seed(0, row) for row in range(count * G)], device=results.device)
-    places = torch.zeros(count * G, dtype=torch.long, device=results.device)
-    for name, options in [("no filter", {}), ("top-k 50, top-p 0.9", {"top_k": 50, "top_p": 0.9})]:
-        taken = results.ms(lambda o=options: sample_tokens(logits, seeds, places, **o))
-        read = logits.numel() * 4 / MEMORY_RATE * 1e3
-        results.add(f"sampling {count * G} rows of {vocab}, {name}", taken, "ms", read)
-
-
-def _profile(generate: Callable[[int], object], length: int) -> str:
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        generate(length)
-        torch.cuda.synchronize()
-    averages = profile.key_averages()
-    return averages.table(sort_by="self_device_time_total", row_limit=15, max_name_column_width=60)
-
-
-def train(results: Results) -> None:
-    """A training pass of the 2B shapes: time, memory beside its estimate, waits of the host."""
-    from vlm import SHAPES, make_model, make_processor, make_prompts
-
-    size, prompt, length, counts = "2b", 650, 200, (1, 7)
-    if results.toy:
-        size, prompt, length, counts = "tiny", 60, 8, (1, 2)
-    processor, model = make_processor(), make_model(size)
-    policy, vocab = Policy(model), SHAPES[size]["vocab_size"] - 300  # without control tokens
-    prompts = make_prompts(processor, counts[-1], prompt)
-    generator = torch.Generator().manual_seed(0)
-    for number in counts:
-        drawn = [
-            list(torch.randint(vocab, (G, length), generator=generator)) for _ in range(number)
-        ]
-        inputs = policy.collate(prompts[:number], drawn, pad_token_id=0, device=results.device)
-        tokens = inputs.input_ids.numel()
-        mask = torch.ones(len(inputs.completion_ids), dtype=torch.bool, device=results.device)
-        loss = LossArgs(advantages=torch.linspace(-1, 1, G * number).to(results.device))
-        step = lambda i=inputs, m=mask, a=loss: policy(i, loss=a, loss_mask=m)[0].backward()  # noqa: E731
-        for checkpointing in (False, True):
-            kwargs = {"use_reentrant": False}
-            if checkpointing:
-                model.gradient_checkpointing_enable(kwargs)
-            else:
-                model.gradient_checkpointing_disable()
-            step()  # makes the gradients
-            name = f"{tokens} tokens{', checkpointing' * checkpointing}"
-            taken = results.ms(step, rounds=3, warm=1)
-            results.add(f"training pass, {size}, {name}", taken, "ms")
-            rate = _operations(policy, inputs) / taken * 1e3
-            results.add(f"its share of the peak rate, {name}", rate / BFLOAT16_RATE, "MFU", 1.0)
-            results.add(f"its memory, {name}", results.peak_gib(step), "GiB")
-            estimate = _estimated_gib(policy, inputs, checkpointing, results)
-            if estimate is not None:
-                results.add(f"its memory as --dry_run estimates it, {name}", estimate, "GiB")
-            if not results.toy:
-                results.add(f"its waits for the GPU, {name}", _waits(step), "waits", 0)
-
-
-def _operations(policy: Policy, inputs: Any) -> float:
-    """Operations of a forward and a backward pass, without attention's: 6 for each weight and
-    token. Recomputation is not counted."""
-    parts = [(core(policy.model).language_model, inputs.input_ids.numel()),
-             (core(policy.model).visual, len(inputs.pixel_values))]  # fmt: skip
-    total = 6 * policy.head.weight.numel() * len(inputs.completion_ids)
-    for module, tokens in parts:
-        weights = [
-            p for n, p in module.named_parameters() if p.ndim > 1 and "embed_tokens" not in n
-        ]
-        total += 6 * sum(p.numel() for p in weights) * tokens
-    return total
-
-
-def _estimated_gib(
-    policy: Policy, inputs: Any, checkpointing: bool, results: Results
-) -> float | None:
-    """What --dry_run estimates for the pass; None if a package that it needs is missing."""
-    try:
-        from virft_fast.train import memory, parse_args
-    except ImportError as error:
-        results.note(f"no estimate: {error}")
-        return None
-    flags = ["--dtype", str(results.dtype).removeprefix("torch.")]
-    config = parse_args(flags + ["--gradient_checkpointing"] * checkpointing)
-    joined = sum(len(g.lengths) * (g.prompt_length + max(g.lengths)) for g in inputs.groups)
-    load = memory.Load(
-        inputs.input_ids.numel(), joined, len(inputs.completion_ids), len(inputs.pixel_values)
-    )
-    return sum(memory.activation_bytes(config, policy, load, results.device).values()) / 2**30
-
-
-def _waits(step: Callable[[], object]) -> int:
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in caught)
-
-
-def loss(results: Results) -> None:
-    """The head and the loss at 12,800 rows: ours, materialized logits, and peers' if installed."""
-    sizes = [(4, 8, 16, 512, None)]
-    if not results.toy:
-        sizes = [(64, 200, 1536, 151_936, 22.7), (64, 200, 3584, 152_064, 53.0)]
-    for n, t, dim, vocab, floor in sizes:
-        generator = torch.Generator(results.device).manual_seed(0)
-        options = {"generator": generator, "device": results.device}
-        hidden = torch.randn(n, t, dim, **options).to(results.dtype).requires_grad_()
-        weight = (torch.randn(vocab, dim, **options) * 2 / dim**0.5).to(results.dtype)
-        weight.requires_grad_()
-        ids = torch.randint(vocab, (n, t), **options)
-        mask = torch.ones(n, t, dtype=torch.bool, device=results.device)
-        advantages = torch.linspace(-1, 1, n, device=results.device)
-
-        def whole(logps: Tensor, a: Tensor = advantages) -> Tensor:
-            return -((logps - logps.detach()).exp() * a[:, None]).mean()
-
-        def ours(h=hidden, w=weight, i=ids, m=mask, a=advantages) -> Tensor:
-            return linear_grpo_loss(h, w, i, m, advantages=a).loss
-
-        def logits(h=hidden, w=weight, i=ids) -> Tensor:
-            log_p = (h @ w.T).float().log_softmax(-1)
-            return whole(log_p.gather(-1, i[..., None])[..., 0])
-
-        def trl(h=hidden, w=weight, i=ids) -> Tensor:
-            from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-
-            given = (h.flatten(0, 1), w, None, i.flatten(), 1.0, 32_768, None, 1.0, ("entropy",))
-            return whole(ChunkedLogProbFunction.apply(*given)[0].view(i.shape))
-
-        contenders = {"ours": ours, "materialized logits": logits}
-        if importlib.util.find_spec("trl") and not results.toy:
-            contenders["TRL"] = trl
-        gradients = {}
-        for name, contender in contenders.items():
-            hidden.grad = weight.grad = None
-            try:
-                taken = results.ms(lambda c=contender: c().backward(), rounds=5)
-                used = results.peak_gib(lambda c=contender: c().backward())
-            except (torch.OutOfMemoryError, ImportError, TypeError) as error:
-                results.note(f"{name}, D = {dim}: {type(error).__name__}: {error!s:.200}")
-                continue
-            hidden.grad = weight.grad = None
-            contender().backward()
-            gradients[name] = hidden.grad.float()
-            results.add(f"loss, {n * t} rows, D = {dim}: {name}", taken, "ms", floor)
-            results.add(f"its memory, D = {dim}: {name}", used, "GiB")
-        for name, gradient in gradients.items():
-            error = float((gradient - gradients["ours"]).norm() / gradients["ours"].norm())
-            results.require(error < 5e-2, f"the gradient of {name} is ours within 5 %, D = {dim}")

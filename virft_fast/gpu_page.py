@@ -74,7 +74,7 @@ def draw(results: Sequence[Row], path: Path) -> None:
     bars = []
     for figure in (f for result in results for f in result["figures"] if f["floor"]):
         ratio = figure["value"] / figure["floor"]
-        bars.append((figure["name"], ratio if figure["unit"] == "ms" else 1 / ratio))
+        bars.append((figure["name"], ratio if figure["unit"] in ("ms", "us") else 1 / ratio))
     drawn = Figure(figsize=(9, 1 + 0.3 * len(bars)), layout="constrained")
     axis = drawn.subplots()
     names, ratios = [name for name, _ in bars][::-1], [ratio for _, ratio in bars][::-1]
