@@ -442,3 +442,37 @@ def test_sampling_names_what_is_wrong():
             sample_tokens(**inputs | {name: inputs[name][:-1]})
     with pytest.raises(ValueError, match=r"logits: expected \(R, V\) float32"):
         sample_tokens(**inputs | {"logits": inputs["logits"].bfloat16()})
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts interpreted launches")
+def test_launches(monkeypatch):
+    """Two for the attention, three for the sampling with or without filters, else one."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launched = []
+    run = GridExecutor.__call__
+
+    def counted(self, *args, **kwargs):
+        launched.append(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    def count(function, *args, **kwargs):
+        launched.clear()
+        function(*args, **kwargs)
+        return len(launched)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    inputs = make_sampling(2, 300, 1)
+    everything = dict(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2)
+    seen = torch.zeros(2, 300, dtype=torch.bool)
+    for options in ({}, {"greedy": True}, everything | {"seen": seen}):
+        assert count(sample_tokens, **inputs, **options) == 3
+    shapes = dict(kv_heads=2, heads=4, size=16, tokens=2, prompt=300, own=20, seed=2)
+    arguments = make_attention(counts=[2, 3], **shapes)
+    assert count(attend, arguments) == 2
+    table, start = normal(0, 50, 16), torch.zeros(5, dtype=torch.long)
+    caches = [arguments[name] for name in ("keys", "values", "lengths")]
+    qkv = normal(1, 5, 2, 8 * 16)
+    assert count(rotate_and_store, qkv, table, table, start, *caches, num_heads=4) == 1
+    assert count(add_rms_norm, qkv, qkv, normal(2, 128), 1e-6) == 1
+    assert count(silu_mul, qkv) == 1
