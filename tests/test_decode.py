@@ -12,10 +12,10 @@ from decode_cases import *  # noqa: F403
 CASES = Path(__file__).parent / "decode_cases.py"
 
 
-def run_cases(**env):
+def run_cases(path=CASES, **env):
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
-               "-W", "ignore", str(CASES)]  # fmt: skip
+               "-W", "ignore", str(path)]  # fmt: skip
     done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

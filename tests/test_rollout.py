@@ -878,3 +878,37 @@ def test_the_nucleus_ends_where_the_likeliest_tokens_reach_top_p():
     for top_p, kept in ((0.5, 1), (0.75, 2), (0.8, 4), (0.875, 4), (0.9, 4)):
         tokens, _ = draws(logits, Sampling(1, seed=0, top_p=top_p), 200)
         assert sorted(tokens.unique().tolist()) == list(range(kept)), top_p
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_tokens_read_together_equal_tokens_read_in_turn(monkeypatch, family, processor, prompts):
+    """Four tokens of each row in one pass, of rows with 0 to 2 tokens before them."""
+    started = []
+
+    def stop(self):
+        started.append(self)
+        raise StopIteration
+
+    monkeypatch.setattr(decoding_module.Decoding, "run", stop)
+    policy = Policy(random_model(family, processor.tokenizer)).eval()
+    with pytest.raises(StopIteration):
+        rollout_of("native", policy, processor.tokenizer).generate(prompts[:2], 3, Sampling(12))
+    (decoding,) = started
+    state = decoding.state
+    tokens = torch.randint(0, 600, (6, 6), generator=torch.Generator().manual_seed(0))
+    lengths, starts = torch.tensor([0, 1, 2, 0, 2, 1]), state.counters[1].clone()
+    rows = torch.arange(6)
+
+    def read(tokens, lengths):
+        state.counters[0] = lengths
+        attend = decoding_module.CachedAttention(state, 3, None)
+        return decoding.read_tokens(tokens, starts + lengths, lengths, state.caches, attend)
+
+    for position in range(2):  # rows with fewer tokens read these again below
+        read(tokens[:, position, None], torch.full((6,), position))
+    ahead = torch.stack([tokens[rows, lengths + i] for i in range(4)], 1)
+    together = read(ahead, lengths)
+    in_turn = [read(ahead[:, i, None], lengths + i) for i in range(4)]
+    torch.testing.assert_close(together, torch.cat(in_turn, 1), rtol=0, atol=2e-5)
+    assert together.std() > 0.1

@@ -153,8 +153,11 @@ class Decoding:
         self.sizes = [self.max_rows] * self.plan.groups  # rows of each prompt
         self.state = DecodeState.allocate(self.plan, self.length, self.buffers.take)
         stop_ids = (self.tokenizer.eos_token_id, *self.sampler.sampling.stop_token_ids)
-        self.stop_ids = self.buffers.take("stop_ids", (len(stop_ids),), torch.long)
-        self.stop_ids.copy_(to_device(torch.tensor(stop_ids), self.device))
+        # (V,) int64, 0 at the tokens that end a completion, else 1. A lookup is one operation, and
+        # unlike torch.isin it never waits for the device.
+        vocab = self.policy.config.text_config.vocab_size
+        self.goes_on = self.buffers.take("goes_on", (vocab,), torch.long).fill_(1)
+        self.goes_on[to_device(torch.tensor(stop_ids), self.device)] = 0
 
     # Prefill
 
@@ -272,7 +275,7 @@ class Decoding:
         place = (state.slots, drawn_at)
         state.drawn.index_put_(place, tokens)
         state.logps.index_put_(place, logps)
-        state.active.mul_((tokens[:, None] != self.stop_ids).all(1))
+        state.active.mul_(self.goes_on[tokens])
         state.tokens.copy_(tokens[:, None])
 
     def _shrink(self, used: int) -> bool:
