@@ -157,7 +157,7 @@ class Decoding:
         # unlike torch.isin it never waits for the device.
         vocab = self.policy.config.text_config.vocab_size
         self.goes_on = self.buffers.take("goes_on", (vocab,), torch.long).fill_(1)
-        self.goes_on[to_device(torch.tensor(stop_ids), self.device)] = 0
+        self.goes_on.index_fill_(0, to_device(torch.tensor(stop_ids), self.device), 0)
 
     # Prefill
 
