@@ -157,7 +157,8 @@ class Decoding:
         # unlike torch.isin it never waits for the device.
         vocab = self.policy.config.text_config.vocab_size
         self.goes_on = self.buffers.take("goes_on", (vocab,), torch.long).fill_(1)
-        self.goes_on.index_fill_(0, to_device(torch.tensor(stop_ids), self.device), 0)
+        known = torch.tensor([token for token in stop_ids if token < vocab], dtype=torch.long)
+        self.goes_on.index_fill_(0, to_device(known, self.device), 0)
 
     # Prefill
 
