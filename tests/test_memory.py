@@ -278,20 +278,22 @@ def test_a_microbatch_is_as_large_as_fits(policy):
 
 
 def test_what_a_chosen_microbatch_needs_is_free(policy):
-    """Beside weights, gradients and optimizer state, and with a margin."""
-    run, data, free = run_of(*GROUP), SimpleNamespace(prompts_per_step=1), 400 * 2**20
+    """Beside weights, gradients, optimizer state and the rollouts' cache, and with a margin."""
+    data, free = SimpleNamespace(prompts_per_step=1), 400 * 2**20
+    run = run_of(*GROUP, "--eval_samples", "120", "--eval_batch_size", "120")
     tokens = memory.fitting_tokens(run, data, policy, 64, free)
     total = sum(p.numel() for p in policy.parameters())
-    model = memory.needed_beside_cache(
-        memory.memory_estimate(run, data, policy, total, total)
-    )  # fmt: skip
+    sizes = memory.memory_estimate(run, data, policy, total, total)
+    model = memory.needed_beside_cache(sizes)
     assert model == total * 16
+    cache = sum(sizes.values()) - model
+    assert memory.KEPT_SHARE * free / 2 < cache < memory.KEPT_SHARE * free
 
     def needs(tokens):
         load = dataclasses.replace(memory.load_of(run.config, policy, tokens, 0), patches=64)
         return sum(memory.activation_bytes(run.config, policy, load, CPU).values())
 
-    room = (1 - memory.MARGIN) * free - model
+    room = (1 - memory.MARGIN) * free - model - cache
     assert needs(tokens) <= room < needs(tokens + memory.TOKEN_STEP)
 
 

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import ClassVar
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -406,6 +407,20 @@ def test_a_capture_that_fails_is_told_once_and_changes_nothing(
     assert calls == [1]
     assert [r.getMessage() for r in caplog.records if "not permitted" in r.getMessage()] != []
     assert len(caplog.records) == 1
+
+
+def test_a_capture_allows_other_threads_to_pin_memory(monkeypatch):
+    """As the thread that reads ahead does. In CUDA's default mode, either of the two would fail."""
+    stream, modes = MagicMock(), []
+    monkeypatch.setattr(torch, "cuda", MagicMock())
+
+    def capture(graph, **options):
+        modes.append(options["capture_error_mode"])
+        return nullcontext()
+
+    torch.cuda.graph = capture
+    graphs_module.capture_graph(lambda: None, 0, stream)
+    assert modes == ["thread_local"]
 
 
 def test_graphs_are_captured_again_for_weights_that_moved(graphs, policy, processor, prompts):

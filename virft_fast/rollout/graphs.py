@@ -95,7 +95,11 @@ class Graphs:
 def capture_graph(
     run: Callable[[], None], pool: torch.cuda._POOL_HANDLE, stream: torch.cuda.Stream | None
 ) -> torch.cuda.CUDAGraph:
-    """`run` as a CUDA graph. A warm-up executes `run` once; the capture itself doesn't."""
+    """`run` as a CUDA graph. A warm-up executes `run` once; the capture itself doesn't.
+
+    Only this thread's calls can spoil the capture: the thread that reads ahead pins memory, which
+    CUDA would otherwise refuse to do during a capture.
+    """
     assert stream is not None, "a CUDA device has a stream"
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
@@ -103,6 +107,6 @@ def capture_graph(
         run()
     current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         run()
     return graph

@@ -184,7 +184,9 @@ def fitting_tokens(
     total = sum(p.numel() for p in policy.parameters())
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     sizes = memory_estimate(blueprint, data, policy, total, trainable)
-    room, config = (1 - MARGIN) * free - needed_beside_cache(sizes), blueprint.config
+    needed, config = needed_beside_cache(sizes), blueprint.config
+    # A small cache is kept while training; see `cache.KEPT_SHARE`.
+    room = (1 - MARGIN) * free - needed - min(sum(sizes.values()) - needed, KEPT_SHARE * free)
     prompts = data.prompts_per_step // dist.world_size()
     shortest = (config.data.max_prompt_length or PROMPT_LENGTH) + config.grpo.num_generations
 
