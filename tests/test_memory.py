@@ -241,7 +241,9 @@ GROUP = ["--max_prompt_length", "100", "--max_completion_length", "50", "--num_g
 
 @pytest.mark.parametrize(("flags", "tokens", "joined", "completions", "patches"), [
     ([], 2 * 300, 2 * 600, 2 * 200, 2 * 64),
-    (["--max_tokens_per_microbatch", "900"], 900, 3 * 600, 3 * 200, 3 * 64),
+    (["--max_tokens_per_microbatch", "900"], 600, 2 * 600, 2 * 200, 2 * 64),  # a step's prompts
+    (["--max_tokens_per_microbatch", "900", "--gradient_accumulation_steps", "2"],
+     900, 3 * 600, 3 * 200, 3 * 64),
     (["--max_tokens_per_microbatch", "150"], 150, 300, 100, 64),
     (["--algorithm", "dpo"], 2 * 200, 2 * 300, 2 * 100, 2 * 64),
     (["--algorithm", "sft"], 2 * 150, 2 * 150, 2 * 50, 2 * 64),
@@ -263,7 +265,7 @@ def policy():
 
 def fitting(policy, free_mib, *flags, prompts=8):
     data = SimpleNamespace(prompts_per_step=prompts)
-    run = run_of(*GROUP, *flags)
+    run = run_of(*GROUP, "--gradient_accumulation_steps", "64", *flags)
     return memory.fitting_tokens(run, data, policy, 64, free_mib * 2**20)
 
 
@@ -280,7 +282,10 @@ def test_a_microbatch_is_as_large_as_fits(policy):
 def test_what_a_chosen_microbatch_needs_is_free(policy):
     """Beside weights, gradients, optimizer state and the rollouts' cache, and with a margin."""
     data, free = SimpleNamespace(prompts_per_step=1), 400 * 2**20
-    run = run_of(*GROUP, "--eval_samples", "120", "--eval_batch_size", "120")
+    run = run_of(
+        *GROUP, "--gradient_accumulation_steps", "64", "--eval_samples", "120",
+        "--eval_batch_size", "120",
+    )  # fmt: skip
     tokens = memory.fitting_tokens(run, data, policy, 64, free)
     total = sum(p.numel() for p in policy.parameters())
     sizes = memory.memory_estimate(run, data, policy, total, total)

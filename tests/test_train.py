@@ -31,7 +31,7 @@ from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import load_model
 from virft_fast.models.tiny import TINY_PATH
 from virft_fast.rollout.cache import cache_numbers
-from virft_fast.train import main, parse_args
+from virft_fast.train import main, parse_args, setup
 from virft_fast.train.rows import prepare_data
 
 ROOT = Path(__file__).parent.parent
@@ -275,6 +275,19 @@ def test_dry_run_names_rows_whose_solution_is_not_the_maximum(tmp_path, capsys):
     )
     shown = capsys.readouterr().out
     assert "1 problems" in shown and "row 1: accuracy_confidence" in shown
+
+
+def test_dry_run_estimates_the_microbatch_that_a_run_would_take(
+    digits, tmp_path, capsys, monkeypatch
+):
+    """On a GPU, that is what fits, whatever the default batch size."""
+    argv = arguments(digits, tmp_path / "o", "--max_prompt_length", 100, "--dry_run")
+    argv += ["--gradient_accumulation_steps", 3, "--max_completion_length", 25]
+    for tokens, shown in ((None, 200), (500, 500), (5000, 600)):
+        monkeypatch.setattr(setup, "microbatch_tokens", lambda *_, tokens=tokens: tokens)
+        assert main([*map(str, argv)]) == 0
+        text = capsys.readouterr().out
+        assert f"activations of the language model, {shown} tokens" in text
 
 
 def cache_of_dry_run(capsys, *argv):

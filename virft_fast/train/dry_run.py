@@ -13,6 +13,7 @@ from virft_fast.engine import zero_stage
 from virft_fast.models.adapters import is_reference
 from virft_fast.models.qwen_vl import Policy
 from virft_fast.train.memory import (
+    Load,
     activation_bytes,
     image_patches,
     load_of,
@@ -24,11 +25,13 @@ from virft_fast.train.model import Blueprint
 NUM_CHECKED_ROWS = 200
 
 
-def dry_run(blueprint: Blueprint, data: Data, prompt: Prompt, policy: Policy) -> int:
+def dry_run(
+    blueprint: Blueprint, data: Data, prompt: Prompt, policy: Policy, max_tokens: int | None
+) -> int:
     """Print what would run, and score the data's solutions against themselves.
 
     Args:
-        prompt: printed as an example. policy: without weights.
+        prompt: printed as an example. policy: without weights. max_tokens: of a microbatch.
     Returns:
         0, or 1 if a row can't be used or its own solution doesn't earn the maximum reward.
     """
@@ -43,7 +46,9 @@ def dry_run(blueprint: Blueprint, data: Data, prompt: Prompt, policy: Policy) ->
     print(f"rows: {len(data.train)}; steps: {data.total_steps}; prompts a step: "
           f"{data.prompts_per_step}; completions a step: "
           f"{data.prompts_per_step * config.grpo.num_generations}")  # fmt: skip
-    _print_model(blueprint, data, policy, image_patches(prompt))
+    _print_model(
+        blueprint, data, policy, load_of(config, policy, max_tokens, image_patches(prompt))
+    )
     print("\n# one prompt as the model reads it")
     print(prompt.text)
     images = [f"{image.width}x{image.height}" for image in prompt.sample.images]
@@ -53,7 +58,7 @@ def dry_run(blueprint: Blueprint, data: Data, prompt: Prompt, policy: Policy) ->
     return _check_solutions(data)
 
 
-def _print_model(blueprint: Blueprint, data: Data, policy: Policy, patches: int) -> None:
+def _print_model(blueprint: Blueprint, data: Data, policy: Policy, load: Load) -> None:
     groups: dict[str, list[int]] = {}
     for name, parameter in policy.model.named_parameters():
         if is_reference(name):
@@ -68,7 +73,7 @@ def _print_model(blueprint: Blueprint, data: Data, policy: Policy, patches: int)
     total, trainable = (sum(counts) for counts in zip(*groups.values(), strict=True))
     config, device = blueprint.config, dist.local_device()
     sizes = memory_estimate(blueprint, data, policy, total, trainable)
-    sizes |= activation_bytes(config, policy, load_of(config, policy, None, patches), device)
+    sizes |= activation_bytes(config, policy, load, device)
     stage, world = zero_stage(blueprint.ds_config), dist.world_size()
     print(f"\n# memory of one process, by formula (ZeRO stage {stage}, {world} processes)")
     for name, size in sizes.items():

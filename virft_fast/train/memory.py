@@ -78,7 +78,8 @@ def load_of(config: RunConfig, policy: Policy, tokens: float | None, patches: in
     """A microbatch of prompts and completions of the largest lengths.
 
     Args:
-        tokens: of the microbatch; None: as many as the flags say.
+        tokens: most tokens of the microbatch, which has no more prompts than a step; None: as many
+            as the flags say.
         patches: of one prompt's images.
     """
     algorithm, length = algorithm_of(config), config.grpo.max_completion_length
@@ -87,8 +88,9 @@ def load_of(config: RunConfig, policy: Policy, tokens: float | None, patches: in
     prompt = config.data.max_prompt_length or PROMPT_LENGTH
     joined = num * (prompt + length)
     group = prompt + num * length if policy.shares_prefix else joined
-    limit = config.train.max_tokens_per_microbatch
-    groups = (tokens or limit or config.train.per_device_train_batch_size * group) / group
+    size, steps = config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps
+    tokens = tokens or config.train.max_tokens_per_microbatch or size * group
+    groups = min(tokens / group, size * steps)
     joined = joined if policy.shares_prefix else 0
     return Load(group * groups, joined * groups, num * length * groups, patches * max(1, groups))
 

@@ -86,9 +86,9 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
         if data.test is not None:
             data.test.first()
         check_arguments(data.reward_funcs, prompt.sample.columns)
-        if config.train.dry_run:
-            return dry_run(blueprint, data, prompt, policy)
         max_tokens = microbatch_tokens(blueprint, data, policy, prompt, device)
+        if config.train.dry_run:
+            return dry_run(blueprint, data, prompt, policy, max_tokens)
         del policy
     if algorithm.draws:
         warn_of_unearned(data)
