@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar, overload
+from typing import TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -20,6 +20,7 @@ from virft_fast import progress
 from virft_fast.devices import to_device
 
 Value = TypeVar("Value")
+Flag = TypeVar("Flag", bool, Tensor)
 
 
 class RankFailed(RuntimeError):
@@ -112,11 +113,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-@overload
-def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool: ...
-@overload
-def any_rank(flag: Tensor, device: torch.device | str = "cpu") -> Tensor: ...
-def any_rank(flag: bool | Tensor, device: torch.device | str = "cpu") -> bool | Tensor:
+def any_rank(flag: Flag, device: torch.device | str = "cpu") -> Flag:
     """True on every rank if `flag` is true on one of them. A 0-d tensor stays on the device."""
     if world_size() == 1:
         return flag

@@ -212,13 +212,12 @@ class Policy(nn.Module):
         """The prompts, with their pixels on the device in the tower's dtype. All passes of a step
         then read one copy."""
         visual: Any = core(self.model).visual
-        placed = []
-        for prompt in prompts:
-            if prompt.pixel_values is not None:
-                pixels = to_device(prompt.pixel_values, device).to(visual.dtype)
-                prompt = replace(prompt, pixel_values=pixels)
-            placed.append(prompt)
-        return placed
+        return [
+            replace(prompt, pixel_values=to_device(prompt.pixel_values, device).to(visual.dtype))
+            if prompt.pixel_values is not None
+            else prompt
+            for prompt in prompts
+        ]
 
     def _blank_image(self, device: torch.device) -> tuple[Tensor, Tensor, Row]:
         vision = self.config.vision_config

@@ -46,9 +46,8 @@ def dry_run(
     print(f"rows: {len(data.train)}; steps: {data.total_steps}; prompts a step: "
           f"{data.prompts_per_step}; completions a step: "
           f"{data.prompts_per_step * config.grpo.num_generations}")  # fmt: skip
-    _print_model(
-        blueprint, data, policy, load_of(config, policy, max_tokens, image_patches(prompt))
-    )
+    load = load_of(config, policy, max_tokens, image_patches(prompt))
+    _print_model(blueprint, data, policy, load)
     print("\n# one prompt as the model reads it")
     print(prompt.text)
     images = [f"{image.width}x{image.height}" for image in prompt.sample.images]

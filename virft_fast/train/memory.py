@@ -132,9 +132,8 @@ def _language_bytes(
     kept = depth * layer
     if checkpointing:
         kept = depth * load.tokens * dim * precision.residual + layer
-    final_norm = 4 + 2 * width
-    gradients = width * (inner + 6 * dim)
-    return kept + load.tokens * (final_norm * dim + gradients)
+    # The last norm, and the gradients that exist at one time.
+    return kept + load.tokens * ((4 + 2 * width) * dim + width * (inner + 6 * dim))
 
 
 def _tower_bytes(policy: Policy, load: Load, precision: Precision, checkpointing: bool) -> float:

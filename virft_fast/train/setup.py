@@ -133,9 +133,8 @@ def microbatch_tokens(
     given = was_given(train, "per_device_train_batch_size")
     if train.max_tokens_per_microbatch or given or device.type != "cuda":
         return train.max_tokens_per_microbatch
-    free, _ = torch.cuda.mem_get_info(device)
-    fits = fitting_tokens(blueprint, data, policy, image_patches(prompt), free)
-    fits = min(dist.all_gather_object(fits))
+    free, patches = torch.cuda.mem_get_info(device)[0], image_patches(prompt)
+    fits = min(dist.all_gather_object(fitting_tokens(blueprint, data, policy, patches, free)))
     say(f"microbatches: up to {fits:,} tokens; --max_tokens_per_microbatch sets another limit")
     return fits
 
