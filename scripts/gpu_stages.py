@@ -33,6 +33,9 @@ ROOT = Path(__file__).parent.parent
 # What an H200's data sheet gives: bytes/s of its memory, dense bfloat16 operations/s.
 MEMORY_RATE, BFLOAT16_RATE = 4.8e12, 989e12
 G = 8
+# What the matcher is built from.
+SOURCES = ("virft_fast", "csrc", "setup.py", "CMakeLists.txt", "pyproject.toml", "README.md",
+           "LICENSE")  # fmt: skip
 
 
 @dataclass
@@ -200,18 +203,25 @@ def extension(results: Results) -> None:
         return
     from torch.utils import cpp_extension
 
-    if cpp_extension.CUDA_HOME is None:
-        results.note("nvcc is missing: the extension was not built")
+    missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+    missing += ["pybind11"] if importlib.util.find_spec("pybind11") is None else []
+    missing += ["nvcc"] if cpp_extension.CUDA_HOME is None else []
+    if missing:
+        results.note(f"the extension was not built, for lack of {', '.join(missing)}")
+        if is_native("cuda"):
+            _matches(results.device)
+            results.note("ok: with the installed one, CPU and GPU give the same IoU and matches")
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shutil.copytree(ROOT / "virft_fast", folder / "virft_fast")
+        for part in SOURCES:  # a build deletes the module that it finds
+            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+            copy(ROOT / part, folder / part)
         major, minor = torch.cuda.get_device_capability()
         start = time.perf_counter()
-        build = [sys.executable, "setup.py", "build_ext", "--build-lib", name,
-                 "--build-temp", str(folder / "temp")]  # fmt: skip
-        status = _run(build, limit=50, VIRFT_FAST_CUDA="1",
-                      VIRFT_FAST_CUDA_ARCHS=f"{major}{minor}")  # fmt: skip
+        status = _run([sys.executable, "setup.py", "build_ext", "--inplace"], limit=50,
+                      folder=folder, VIRFT_FAST_CUDA="1", VIRFT_FAST_CUDA_ARCHS=f"{major}{minor}",
+                      CUDACXX=f"{cpp_extension.CUDA_HOME}/bin/nvcc")  # fmt: skip
         results.require(status == 0, "the extension builds")
         results.add("build of the extension", time.perf_counter() - start, "s")
         check = "import gpu_stages, torch; gpu_stages._matches(torch.device('cuda'))"

@@ -100,6 +100,29 @@ def test_a_check_that_does_not_hold_fails_its_stage(monkeypatch, tmp_path, scrip
     assert result["notes"] == ["WRONG: 1 is 2"] and result["error"] == "AssertionError: 1 is 2"
 
 
+@pytest.mark.parametrize("tool", [None, "/usr/bin/tool"])
+def test_the_extension_is_built_in_a_copy(monkeypatch, tmp_path, script, tool):
+    """A build deletes the module in its folder, which an editable installation imports."""
+    gpu_stages, folders = script.gpu_stages, []
+
+    def run(command, *, limit, folder=ROOT, **environ):
+        assert (folder / "virft_fast/matching/solver.py").exists()
+        assert (folder / "csrc/module.cpp").exists() and (folder / "CMakeLists.txt").exists()
+        folders.append(folder)
+        return 0
+
+    monkeypatch.setattr(gpu_stages, "_run", run)
+    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: tool)
+    monkeypatch.setattr(gpu_stages.importlib.util, "find_spec", lambda name: tool)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/usr/local/cuda")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    results = gpu_stages.Results(tmp_path / "extension.json", "extension", False)
+    gpu_stages.extension(results)
+    assert len(folders) == (2 if tool else 0) and ROOT not in folders
+    if not tool:
+        assert results.notes == ["the extension was not built, for lack of cmake, ninja, pybind11"]
+
+
 def test_limits_fit_into_the_whole_time(script):
     assert sum(limit for limit, _ in script.STAGES.values()) <= script.TOTAL_S
 
