@@ -438,8 +438,12 @@ def test_sampling_repeats_bit_for_bit():
 def test_sampling_names_what_is_wrong():
     inputs = make_sampling(4, 50, 8)
     for name in ("seeds", "positions", "bias"):
-        with pytest.raises(ValueError, match=f"{name}: expected shape"):
+        with pytest.raises(ValueError, match=f"{name}: expected contiguous"):
             sample_tokens(**inputs | {name: inputs[name][:-1]})
+    for name in ("seeds", "positions", "bias"):
+        spread = inputs[name].repeat_interleave(2)[::2]
+        with pytest.raises(ValueError, match=rf"{name}: expected .* with strides \(2,\)"):
+            sample_tokens(**inputs | {name: spread})
     with pytest.raises(ValueError, match=r"logits: expected \(R, V\) float32"):
         sample_tokens(**inputs | {"logits": inputs["logits"].bfloat16()})
 

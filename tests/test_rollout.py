@@ -423,6 +423,62 @@ def test_a_capture_allows_other_threads_to_pin_memory(monkeypatch):
     assert modes == ["thread_local"]
 
 
+class Stream:
+    """What `capture_graph` needs of a CUDA stream."""
+
+    device, device_index = torch.device("cuda", 0), 0
+
+    def wait_stream(self, other):
+        self.waited_for = other
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["while it runs", "when it ends"])
+def test_a_failed_capture_leaves_stream_and_allocator_as_they_were(monkeypatch, ended):
+    """torch's own context raises when a failed capture ends, and then leaves both as they are."""
+    default, side = Stream(), Stream()
+    current, underway = [default], []
+
+    class Graph:
+        def __init__(self, graph, pool, **options):
+            self.pool = pool
+
+        def __enter__(self):
+            current[0] = side
+            underway.append(self.pool)
+
+        def __exit__(self, *error):
+            if ended and not error[0]:
+                underway.remove(self.pool)
+            raise RuntimeError("the capture is invalid")
+
+    def end(device, pool):
+        if pool not in underway:
+            raise RuntimeError("not recording to this pool")
+        underway.remove(pool)
+
+    released = []
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current[0])
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_releasePool", lambda *place: released.append(place), raising=False
+    )
+    calls = []
+
+    def step():
+        calls.append(1)
+        if len(calls) == 2 and not ended:
+            raise ValueError("the step's own error")
+
+    with pytest.raises(RuntimeError, match="the capture is invalid"):
+        graphs_module.capture_graph(step, 7, side)
+    assert (current, underway) == ([default], []) and default.waited_for is side
+    assert released == ([] if ended else [(0, 7)])
+
+
 def test_graphs_are_captured_again_for_weights_that_moved(graphs, policy, processor, prompts):
     moved = copy.deepcopy(policy)
     current = [policy]

@@ -191,6 +191,27 @@ def test_rollouts_go_on_without_a_copy_that_does_not_fit(monkeypatch, caplog, bf
         partitioned.policy()
 
 
+def test_rollouts_go_on_without_a_freed_copy_that_no_longer_fits(monkeypatch):
+    policy = Policy(load_model("tiny"))
+    weights = RolloutWeights(policy, device=CPU, dtype=torch.bfloat16, offload=True)
+    assert weights.policy() is not policy
+    weights.release()
+    storages = list(weights._memory.items())
+    key, (storage, size) = storages[len(storages) // 2]  # some fit
+
+    class Full:
+        nbytes = storage.nbytes
+
+        def resize_(self, size):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(weights._memory, key, (Full(), size))
+    for _ in range(2):
+        assert weights.policy() is policy
+        weights.update()
+        weights.release()
+
+
 def test_adapter_weights_alone_are_read_again_after_an_update(monkeypatch, processor):
     """Frozen weights don't change, so ZeRO-3 doesn't gather those without an adapter twice."""
     policy = adapted("qwen2_vl", processor)

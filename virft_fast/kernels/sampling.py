@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from virft_fast.kernels.backend import triton_for
+from virft_fast.kernels.decode import _check
 
 # splitmix64, Steele et al. 2014, doi:10.1145/2660193.2660195.
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
@@ -66,13 +67,13 @@ def sample_tokens(
         )
     rows, vocab = logits.shape
     if positions.ndim == 0:
-        positions = positions.expand(rows)
+        positions = positions.repeat(rows)
     for name, tensor, shape in (
         ("seeds", seeds, (rows,)), ("positions", positions, (rows,)), ("bias", bias, (vocab,)),
         ("seen", seen, (rows, vocab)),
     ):  # fmt: skip
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+        if tensor is not None:
+            _check(name, tensor, shape)
     top_k = 0 if top_k >= vocab else top_k
     if greedy:
         temperature, top_k, top_p, min_p = 1.0, 0, 1.0, 0.0

@@ -24,7 +24,7 @@ _GAMMA, _MIX_1, _MIX_2 = (tl.constexpr(x) for x in (GOLDEN_GAMMA, MIX[0][1], MIX
 _LOG2_E, _LN2_HIGH = tl.constexpr(1.4426950408889634), tl.constexpr(0.693145751953125)
 _LN2_LOW = tl.constexpr(math.log(2) - 0.693145751953125)
 _INF = tl.constexpr(float("inf"))
-_RUNTIME = ("position_stride", "temperature", "penalty", "top_k", "log_min_p")
+_RUNTIME = ("temperature", "penalty", "top_k", "log_min_p")
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def _pick(weights, at, SIZE: tl.constexpr):
 @triton.jit(do_not_specialize=_RUNTIME)
 def draw_kernel(
     LOGITS, BIAS, SEEN, HIGHEST, LOW, SUMS, SEEDS, POSITIONS, TOKENS, LOGPS,
-    vocab, temperature, penalty, num_highest, blocks, position_stride,
+    vocab, temperature, penalty, num_highest, blocks,
     GREEDY: tl.constexpr, HIGHEST_BLOCK: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -174,7 +174,7 @@ def draw_kernel(
         tops = tl.load(HIGHEST + row * num_highest + index, mask=index < blocks, other=-_INF)
         block = tl.argmax(tops, 0)  # the first of equal ones
     else:
-        position = tl.load(POSITIONS + row * position_stride)
+        position = tl.load(POSITIONS + row)
         at = total * _uniform(tl.load(SEEDS + row), position)
         block = _pick(sums, at, BLOCKS)
         at -= tl.sum(tl.where(index < block, sums, 0.0), 0)
@@ -218,7 +218,7 @@ def sample_tokens(
         sum_kernel[(rows, blocks)](*inputs, highest, low, sums, *sizes, num_highest, **options)
         draw_kernel[(rows,)](
             *inputs, highest, low, sums, seeds, positions, tokens, logps, *sizes, num_highest,
-            blocks, positions.stride(0), GREEDY=greedy, BLOCKS=triton.next_power_of_2(blocks),
+            blocks, GREEDY=greedy, BLOCKS=triton.next_power_of_2(blocks),
             **options,
         )  # fmt: skip
     return tokens, logps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -71,10 +72,12 @@ class Graphs:
         try:
             graph = self._graphs[key] = capture_graph(step, self._pool, self._stream)
         except Exception as error:  # CUDA, cuBLAS and Triton each raise their own
+            chain = [e for e in (error.__context__, error) if e]  # ending a failed one raises, too
             logger.warning(
                 "a decoding step can't be captured as a CUDA graph, so that rollouts run without "
-                "graphs, which is slower: %s: %s", type(error).__name__, str(error)[:300],
-            )  # fmt: skip
+                "graphs, which is slower: %s",
+                "; then ".join(f"{type(e).__name__}: {str(e)[:300]}" for e in chain),
+            )
             graph, self.failed = None, True
             self.clear()
         for tensor, value in zip(changed, before, strict=True):
@@ -103,10 +106,19 @@ def capture_graph(
     assert stream is not None, "a CUDA device has a stream"
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        run()
-    current.wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        run()
+    try:
+        with torch.cuda.stream(stream):
+            run()
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            run()
+    except Exception:
+        # torch (2.13) stays on the stream, and its allocator in the capture, if ending it raises.
+        torch.cuda.set_stream(current)
+        current.wait_stream(stream)
+        with contextlib.suppress(RuntimeError):  # it has left the capture
+            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+            torch._C._cuda_releasePool(stream.device_index, pool)
+        raise
     return graph

@@ -100,6 +100,7 @@ class RolloutWeights:
                 "which is slower"
             )
             whole = self._policy = self._trained
+            self._copied, self._memory = [], {}  # after `release`, they are those of the old copy
         if self._stale:
             self._fill()
         return whole
