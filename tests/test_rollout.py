@@ -606,9 +606,9 @@ def test_rows_that_stay():
     assert kept_rows([yes] * 7 + [no], [4, 1, 3]) is None
     # As a rectangle of 4 prompts with 2 rows: prompts 1 and 3 have one active row each.
     active = [no, no, no, yes, no, no, yes, no]
-    kept = kept_rectangle(active, 4)
+    kept = kept_rectangle(active, [2] * 4)
     assert (kept.rows, kept.sizes, kept.prompts) == ([3, 6], [1, 1], [1, 3])
-    assert kept_rectangle([yes, no] * 3 + [yes, yes], 4) is None
+    assert kept_rectangle([yes, no] * 3 + [yes, yes], [2] * 4) is None
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.3])  # below 1 the noise of fp32 logits grows

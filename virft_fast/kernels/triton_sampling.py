@@ -84,9 +84,7 @@ def _search(inputs, row, highest, low, need, SHARE: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def highest_kernel(
-    LOGITS, BIAS, SEEN, HIGHEST, vocab, temperature, penalty, BLOCK: tl.constexpr
-):  # fmt: skip
+def highest_kernel(LOGITS, BIAS, SEEN, HIGHEST, vocab, temperature, penalty, BLOCK: tl.constexpr):
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     inputs = (LOGITS, BIAS, SEEN, vocab, temperature, penalty)
     z = _scores(inputs, row, block * BLOCK, BLOCK)
@@ -135,9 +133,7 @@ def sum_kernel(
 ):  # fmt: skip
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     inputs = (LOGITS, BIAS, SEEN, vocab, temperature, penalty)
-    z, e, highest = _block_exp(
-        inputs, HIGHEST, LOW, row, block, num_highest, HIGHEST_BLOCK, BLOCK
-    )  # fmt: skip
+    z, e, highest = _block_exp(inputs, HIGHEST, LOW, row, block, num_highest, HIGHEST_BLOCK, BLOCK)
     tl.store(SUMS + row * tl.num_programs(1) + block, tl.sum(e, 0))
 
 
@@ -179,9 +175,7 @@ def draw_kernel(
         block = _pick(sums, at, BLOCKS)
         at -= tl.sum(tl.where(index < block, sums, 0.0), 0)
     inputs = (LOGITS, BIAS, SEEN, vocab, temperature, penalty)
-    z, e, highest = _block_exp(
-        inputs, HIGHEST, LOW, row, block, num_highest, HIGHEST_BLOCK, BLOCK
-    )  # fmt: skip
+    z, e, highest = _block_exp(inputs, HIGHEST, LOW, row, block, num_highest, HIGHEST_BLOCK, BLOCK)
     place = tl.argmax(z, 0) if GREEDY else _pick(e, at, BLOCK)
     token = tl.minimum(block * BLOCK + place, vocab - 1)
     score = tl.max(tl.where(tl.arange(0, BLOCK) == place, z, -_INF), 0)

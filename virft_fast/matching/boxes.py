@@ -137,16 +137,14 @@ def iou_reference(
     return out.to(pred.dtype)
 
 
-_NAMES = ("pred", "gt", "num_pred", "num_gt")
-
-
 def check_problem(pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor) -> None:
     """Check the inputs that all matching functions share; the native module checks counts on a CPU.
 
     Raises:
         ValueError: shapes, dtypes, devices or counts disagree.
     """
-    for name, value in zip(_NAMES, (pred, gt, num_pred, num_gt), strict=True):
+    given = {"pred": pred, "gt": gt, "num_pred": num_pred, "num_gt": num_gt}
+    for name, value in given.items():
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"{name}: expected a tensor, got {type(value).__name__}; torch.as_tensor makes one"

@@ -289,11 +289,7 @@ class Decoding:
         active = [bool(flag) for flag in self.state.active.tolist()]
         if not any(active):
             return False
-        kept = (
-            kept_rows(active, self.sizes)
-            if self.ragged
-            else kept_rectangle(active, len(self.sizes))
-        )
+        kept = (kept_rows if self.ragged else kept_rectangle)(active, self.sizes)
         if kept is not None:
             self.state, rows = self.state.select(kept, used)
             self.sizes = kept.sizes

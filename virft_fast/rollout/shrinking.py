@@ -50,18 +50,17 @@ def kept_rows(active: Sequence[bool], sizes: Sequence[int]) -> Kept | None:
     return Kept(rows, kept)
 
 
-def kept_rectangle(active: Sequence[bool], num_prompts: int) -> Kept | None:
+def kept_rectangle(active: Sequence[bool], sizes: Sequence[int]) -> Kept | None:
     """The same number of rows of each remaining prompt, for attention without padding; None: all
-    stay. All prompts have equally many rows before, too."""
-    size = len(active) // num_prompts
+    stay. All prompts have equally many rows before, too: `sizes`, (B,)."""
+    size, num_prompts = sizes[0], len(sizes)
     groups = [active[first : first + size] for first in range(0, len(active), size)]
     width = min(bucket(max(map(sum, groups))), size)
     count = min(bucket(sum(map(any, groups))), num_prompts)
     if count * width > SHRINK_AT * len(active):
         return None
     prompts = sorted(range(num_prompts), key=lambda prompt: not any(groups[prompt]))[:count]
-    if count == num_prompts:
-        prompts = list(range(num_prompts))
+    prompts.sort()
     rows = [
         prompt * size + row
         for prompt in prompts

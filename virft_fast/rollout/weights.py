@@ -175,8 +175,7 @@ def _make_copy(
                 else:
                     shape = getattr(source, "ds_shape", source.shape)
                     numbers = torch.empty(shape, dtype=dtype, device=device)
-                    target = nn.Parameter(numbers, requires_grad=False)
-                    memory[id(source)] = target
+                    target = memory[id(source)] = nn.Parameter(numbers, requires_grad=False)
                     changes = adapter if name == "weight" else None
                     copied.append(_Copied(target, source, changes))
             module._parameters[name] = memory[id(source)]
