@@ -143,8 +143,7 @@ def check_problem(pred: Tensor, gt: Tensor, num_pred: Tensor, num_gt: Tensor) ->
     Raises:
         ValueError: shapes, dtypes, devices or counts disagree.
     """
-    given = {"pred": pred, "gt": gt, "num_pred": num_pred, "num_gt": num_gt}
-    for name, value in given.items():
+    for name, value in dict(pred=pred, gt=gt, num_pred=num_pred, num_gt=num_gt).items():
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"{name}: expected a tensor, got {type(value).__name__}; torch.as_tensor makes one"
