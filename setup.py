@@ -21,9 +21,13 @@ if WISH not in ("auto", "0", "1"):
 
 
 class Build(build_ext):
+    def run(self):
+        if self.inplace or self.editable_mode:
+            for stale in (ROOT / "virft_fast").glob("_C.*"):
+                stale.unlink()  # after a failure it would be loaded
+        super().run()
+
     def build_extension(self, ext):
-        for stale in (ROOT / "virft_fast").glob("_C.*"):
-            stale.unlink()  # after a failure it would be loaded
         try:
             self.run_cmake(ext, WISH)
         except (subprocess.CalledProcessError, OSError, ImportError) as error:
