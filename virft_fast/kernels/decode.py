@@ -74,11 +74,12 @@ def rotate_and_store(
         )
     if places is None:
         places = find_places(cos, sin, positions, keys, lengths, num_tokens=tokens)
-    query, key, value = qkv.view(rows, tokens, -1, size).split([num_heads, kv_heads, kv_heads], 2)
+    both, value = qkv.view(rows, tokens, -1, size).split([num_heads + kv_heads, kv_heads], 2)
     if q_norm is not None and k_norm is not None:
-        query, key = _rms_norm(query, q_norm, eps), _rms_norm(key, k_norm, eps)
+        query, key = both.split([num_heads, kv_heads], 2)
+        both = torch.cat([_rms_norm(query, q_norm, eps), _rms_norm(key, k_norm, eps)], 2)
     cos, sin, slots = places
-    both = _wide(torch.cat([query, key], 2))  # (R, Q, H + K, E)
+    both = _wide(both)  # (R, Q, H + K, E)
     both = torch.addcmul(both * cos, both.roll(size // 2, -1), sin).to(keys.dtype)
     query, key = both.split([num_heads, kv_heads], 2)
     keys.view(-1, size).index_copy_(0, slots, key.reshape(-1, size))
@@ -288,7 +289,7 @@ def _scores(query: Tensor, keys: Tensor, bias: Tensor, scaling: float) -> Tensor
 
 
 def _bias(masked: Tensor) -> Tensor:
-    return torch.zeros(masked.shape, device=masked.device).masked_fill_(masked, -torch.inf)
+    return torch.where(masked, -torch.inf, 0.0)
 
 
 def add_rms_norm(
