@@ -23,7 +23,9 @@ from virft_fast.algorithms import dpo
 from virft_fast.algorithms.dpo import DPOState
 from virft_fast.config import DPOConfig, GRPOConfig
 from virft_fast.engine import OptimizerSettings, PlainEngine, make_reference
+from virft_fast.models.families import core
 from virft_fast.models.qwen_vl import Policy, encode_prompt
+from virft_fast.models.vision_metadata import vision_metadata
 
 trl = pytest.importorskip("trl")
 
@@ -61,7 +63,8 @@ class ReadsImagesTwice(Policy):
         return replace(
             inputs,
             pixel_values=pixels.to(inputs.input_ids.device),
-            image_grid_thw=grid.to(inputs.input_ids.device),
+            image_grid_thw=grid,
+            vision=vision_metadata(core(self.model).visual, grid, inputs.input_ids.device),
             image_copies=tuple((n, 1) for n, _ in inputs.image_copies for _ in range(2)),
         )
 
