@@ -12,6 +12,7 @@ import shlex
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from virft_fast.config import TRAIN_GROUPS, EvalConfig
 from virft_fast.data import layouts
 from virft_fast.data.__main__ import make_parser
 from virft_fast.mia.__main__ import make_parser as make_mia_parser
+from virft_fast.models.adapters import add_lora
+from virft_fast.models.qwen_vl import load_model
 from virft_fast.tasks import REWARDS
 from virft_fast.train import main as train_main
 from virft_fast.train import parse_args
@@ -413,3 +416,15 @@ def test_the_api_pages_docstrings_lose_nothing_as_markdown():
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
                 text = re.sub("`[^`]*`", "", ast.get_docstring(node) or "")
                 assert not re.search(r": [<>]|<[|/]?[a-z]+[|]?>", text), (path, node.name)
+
+
+def test_the_memory_page_counts_the_numbers_of_pefts_adapters():
+    page = load_script("make_memory_page")
+    model = load_model("tiny")
+    text = model.config.get_text_config()
+    shape = SimpleNamespace(**text.to_dict())
+    shape.head_dim = text.hidden_size // text.num_attention_heads
+    linear = "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj".split()
+    adapted = add_lora(model, r=page.LORA_R, alpha=32, target_modules=linear)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert page.lora_parameters(shape) == trained > 0
