@@ -180,7 +180,8 @@ class DecodeMasks:
 
     Attributes:
         prompt_bias: (B * K, 1, P) float32, 0 at a prompt's tokens and -inf after them.
-        own_bias: (R * K, 1 or Q * H / K, W) float32, the same for the own tokens that a token sees.
+        own_bias: (R * K or 1, 1 or Q * H / K, W) float32, the same for the own tokens that a token
+            sees.
         padded: (B * G,) int64, the row in each place of groups padded to G = max_rows rows; None if
             all groups have so many.
         places: (R,) int64, each row's place; None likewise.
@@ -208,6 +209,7 @@ class DecodeMasks:
         """The masks for a pass over `num_tokens` tokens of each row.
 
         Args:
+            lengths: (R,) int64, or (1,) if all rows have the same.
             width: W, at least `lengths + num_tokens` of every row: own keys from there on are not
                 read. None: T. The other arguments are those of `decode_attention`.
         """
@@ -219,7 +221,8 @@ class DecodeMasks:
         ends = lengths[:, None, None] + torch.arange(num_tokens, device=device)[:, None]
         hidden = (torch.arange(width, device=device) > ends)[:, None]  # (R, 1, Q, W)
         repeats = 1 if num_tokens == 1 else num_heads // kv_heads
-        hidden = hidden[:, :, :, None].expand(-1, kv_heads, -1, repeats, -1)
+        copies = kv_heads if len(lengths) == rows else 1
+        hidden = hidden[:, :, :, None].expand(-1, copies, -1, repeats, -1)
         own_bias = _bias(hidden.flatten(0, 1).flatten(1, 2))
         if rows == groups * max_rows:
             return cls(prompt_bias, own_bias, None, None)

@@ -25,6 +25,7 @@ from virft_fast.models.inputs import ModelInputs
 from virft_fast.models.policy import Policy
 from virft_fast.models.shared_prefix import PackedAttention
 from virft_fast.rollout.cache import (
+    WIDTH_STEP,
     Buffers,
     CachePlan,
     allocate_layer,
@@ -322,8 +323,13 @@ class CachedAttention:
 
     def _make_masks(self, query: Tensor, cache: LayerCache) -> DecodeMasks:
         lengths, width = self.state.counters[0], None
-        if not query.is_cuda:
-            width = int(lengths.max()) + query.shape[1]
+        if not query.is_cuda:  # else the host would wait
+            longest = int(lengths.max())
+            # Memory of changing sizes is slower on a CPU.
+            step = WIDTH_STEP["cpu"]
+            width = min(-(-(longest + query.shape[1]) // step) * step, cache.keys.shape[2])
+            if longest == int(lengths.min()):
+                lengths = lengths[:1]
         return DecodeMasks.make(
             cache.prompt_keys, self.state.prompt_lengths, self.state.first_rows, cache.keys,
             lengths, num_tokens=query.shape[1], num_heads=query.shape[2], max_rows=self.max_rows,
