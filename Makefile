@@ -12,8 +12,6 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/matching/*)
 # The stamp changes with everything that the setup depends on.
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml setup.py virft_fast/__init__.py constraints.txt Makefile $(NATIVE) | cksum | cut -d' ' -f1)
 FUZZ_SECONDS ?= 60
-# The matcher's CUDA half is of no use to a torch without CUDA.
-WITH_CUDA = $(or $(VIRFT_FAST_CUDA),$(shell $(BIN)/python -c 'import torch; print("auto" if torch.version.cuda else 0)'))
 
 .PHONY: setup demo test lint types docs package format coverage test-core fuzz check-cuda check-triton bench tiny-model demo-curves demo-mia clean
 .DEFAULT_GOAL := setup
@@ -28,7 +26,9 @@ $(STAMP):
 	@rm -f $(VENV)/.setup-*
 	$(PIP) torch setuptools wheel ninja packaging
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
-	VIRFT_FAST_CUDA=$(WITH_CUDA) $(PIP) -e '.[dev]'
+	@# The matcher's CUDA half is of no use to a torch without CUDA.
+	VIRFT_FAST_CUDA=$${VIRFT_FAST_CUDA:-$$($(BIN)/python -c "import torch; print('auto' if torch.version.cuda else 0)")} \
+		$(PIP) -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP)

@@ -112,6 +112,7 @@ def test_the_extension_is_built_in_a_copy(monkeypatch, tmp_path, script, tool):
         return 0
 
     monkeypatch.setattr(gpu_stages, "_run", run)
+    monkeypatch.setattr(gpu_stages, "is_native", lambda device: False)
     monkeypatch.setattr(gpu_stages.shutil, "which", lambda name: tool)
     monkeypatch.setattr(gpu_stages.importlib.util, "find_spec", lambda name: tool)
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/usr/local/cuda")
