@@ -15,7 +15,8 @@ PACKAGE = "virft_fast"
 ROOT = Path(__file__).parent.parent / PACKAGE
 LAYERS = {
     "__init__": 0, "arguments": 0, "batch": 0, "config": 0, "devices": 0, "digests": 0, "dist": 0,
-    "versions": 0, "json_files": 0, "progress": 0, "kernels": 0, "matching": 0, "_C": 0,
+    "versions": 0, "train_extra": 0, "json_files": 0, "progress": 0,
+    "kernels": 0, "matching": 0, "_C": 0,
     "tasks": 1, "data": 1, "models": 1,
     "engine": 2, "optimizer": 2, "deepspeed_config": 2, "rollout": 2, "metrics": 2,
     "checkpoint": 3, "output_lock": 3, "algorithms": 3, "mia": 3, "evaluation": 3,

@@ -15,6 +15,7 @@ from typing import ClassVar, Protocol, TypeVar
 
 Value = TypeVar("Value")
 _GIVEN = "_given"
+TRAIN_REMEDY = "pip install '.[train]' in a checkout, or 'FILE.whl[train]' for a wheel"
 
 
 class UsageError(ValueError):

@@ -26,7 +26,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import xxhash
 from torch import nn
 
 from virft_fast import dist, progress
@@ -281,6 +280,8 @@ def _damage_of_share(checkpoint: Path) -> str | None:
 
 def checksum(path: Path) -> str:
     """A file's 128-bit XXH3 checksum, as hexadecimal digits."""
+    import xxhash
+
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(2**20))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):

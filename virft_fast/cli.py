@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from virft_fast import train_extra  # noqa: F401
+
+# isort: split
 from transformers import HfArgumentParser
 from transformers.hf_argparser import DataClassType, string_to_bool
 

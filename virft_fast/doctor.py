@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from virft_fast.arguments import TRAIN_REMEDY
 from virft_fast.commands import end_process
 from virft_fast.console import unbreakable
 from virft_fast.versions import release, requirements, unusable_driver
@@ -99,18 +100,21 @@ def _packages() -> Iterator[Finding]:
         else Finding("problem", system, "use Python 3.10 or later")
     )
     if not (required := list(requirements())):
-        yield Finding("note", "virft_fast is not installed", "pip install -e .")
+        yield Finding("note", "virft_fast is not installed", "pip install -e '.[train]'")
+    missing = []
     for name, version, least, line in required:
         remedy = f"pip install '{name}>={least}'"
         if version is None:
             if "sys_platform" not in line or platform.system() == "Linux":
-                yield Finding("problem", f"{name} is missing", remedy)
+                missing.append(name)
         elif release(version) < release(least):
             yield Finding("problem", f"{name} {version} is older than {least}", remedy)
         elif name in TESTED:
             newer = release(version) > release(TESTED[name])
             note = f"newer than the tested {TESTED[name]}; if it fails, install that one"
             yield _imported(name, version, note if newer else "")
+    if missing:
+        yield Finding("problem", f"missing for training: {', '.join(missing)}", TRAIN_REMEDY)
 
 
 def _optional_packages() -> Iterator[Finding]:

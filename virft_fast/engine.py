@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from virft_fast import dist, progress
+from virft_fast.arguments import need_package
 from virft_fast.batch import Row
 from virft_fast.deepspeed_config import engine_dtype, offloads, zero_stage
 from virft_fast.deepspeed_config import load_deepspeed_config as load_deepspeed_config
@@ -398,13 +399,7 @@ def import_deepspeed() -> ModuleType:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise ValueError(
-            "--deepspeed: expected the package deepspeed (>= 0.19); pip install deepspeed"
-        ) from error
-    return deepspeed
+    return need_package("--deepspeed", "deepspeed", "deepspeed", "train")
 
 
 def prepare_deepspeed(config: Row, device: torch.device) -> object:

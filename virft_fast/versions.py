@@ -15,8 +15,8 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def requirements() -> Iterator[tuple[str, str | None, str, str]]:
-    """What the installed package requires: (name, installed version or None, least version, the
-    whole line). Nothing if it isn't installed itself.
+    """What the installed package and its extra `train` require: (name, installed version or None,
+    least version, the whole line). Nothing if it isn't installed itself.
     """
     try:
         lines = metadata.requires("virft_fast") or []
@@ -24,7 +24,7 @@ def requirements() -> Iterator[tuple[str, str | None, str, str]]:
         return
     for line in lines:
         bound = re.match(r"([\w.-]+)\s*>=\s*([\w.]+)", line)
-        if bound is None or "extra ==" in line:
+        if bound is None or "extra ==" in line.replace('extra == "train"', ""):
             continue
         name, least = bound.groups()
         try:

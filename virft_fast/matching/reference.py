@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from virft_fast.arguments import need_package
 from virft_fast.matching.boxes import iou_reference
 
 
@@ -54,12 +57,15 @@ def _solve(worth: Tensor, num_pred: Tensor, num_gt: Tensor, order: np.ndarray | 
     return torch.from_numpy(matches)
 
 
+def _scipy() -> ModuleType:
+    """Imported lazily: it takes 0.1 s, and isn't needed next to the native module."""
+    return need_package("matching without the native module", "scipy.optimize", "scipy", "train")
+
+
 def _hungarian(worth: np.ndarray) -> np.ndarray:
     """(k, m) worth -> (k,) matches, without the worthless pairs that the solver adds."""
-    from scipy.optimize import linear_sum_assignment  # imported lazily: it takes 0.1 s
-
     matches = np.full(worth.shape[0], -1, dtype=np.int64)
-    rows, columns = linear_sum_assignment(worth, maximize=True)
+    rows, columns = _scipy().linear_sum_assignment(worth, maximize=True)
     counts = worth[rows, columns] > 0
     matches[rows[counts]] = columns[counts]
     return matches
@@ -84,8 +90,6 @@ def assign_reference(
     """`assign` with scipy, one problem at a time."""
     matches = np.full(cost.shape[:2], -1, dtype=np.int64)
     total = np.zeros(len(cost))
-    from scipy.optimize import linear_sum_assignment
-
     costs = (cost if maximize else -cost).double().cpu().numpy()
     for i, (k, m) in enumerate(zip(num_rows.tolist(), num_cols.tolist(), strict=True)):
         worth = costs[i, :k, :m]
@@ -96,7 +100,7 @@ def assign_reference(
         if not allowed.any():
             continue
         if allowed.all():
-            rows, columns = linear_sum_assignment(worth, maximize=True)
+            rows, columns = _scipy().linear_sum_assignment(worth, maximize=True)
             matches[i, rows] = columns
         else:
             least, largest = worth[allowed].min(), worth[allowed].max()

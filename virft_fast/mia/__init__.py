@@ -5,6 +5,7 @@ to the target image, its answer is assumed to be about another image. That answe
 rejected one of a pair, and the data set's own answer becomes the chosen one.
 """
 
+from virft_fast import train_extra  # noqa: F401
 from virft_fast.mia.answering import Answer, Answering, attention_ratio
 from virft_fast.mia.scenes import Scene, SceneLayout, ScenePlan, Scenes, compose, source_groups
 from virft_fast.mia.selection import Selection, reasons_against
