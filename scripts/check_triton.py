@@ -30,9 +30,9 @@ MAX_REGISTERS = 128  # with 4 warps: at least four programs per multiprocessor
 POINTERS = {
     "IDS": "*i64", "MASK": "*u8", "SEQUENCE": "*i64",
     **dict.fromkeys(
-        ["LOGPS", "NORMS", "ENTROPY", "ADVANTAGES", "WEIGHTS", "OLD", "REF", "KL_OUT", "LOSS",
-         "D_LOGPS", "CLIPPED", "GRAD_LOGPS", "GRAD_ENTROPY", "SCALE", "M", "S", "ACC", "LOGITS",
-         "BIAS", "HIGHEST", "LOW"], "*fp32",
+        ["LOGPS", "NORMS", "ENTROPY", "ADVANTAGES", "WEIGHTS", "OLD", "REF", "FACTOR", "KL_OUT",
+         "LOSS", "D_LOGPS", "CLIPPED", "GRAD_LOGPS", "GRAD_ENTROPY", "SCALE", "M", "S", "ACC",
+         "LOGITS", "BIAS", "HIGHEST", "LOW"], "*fp32",
     ),
     **dict.fromkeys(
         ["LENGTHS", "FIRST_ROWS", "POSITIONS", "SEEDS", "TOKENS"], "*i64",
@@ -79,10 +79,12 @@ class Variant:
 
 def variants() -> list[Variant]:
     """The variants that the public functions launch."""
-    loss = {"GROUP_BLOCK": 8, "EPS": 1e-4, "KL": 3, "FROM_REWARDS": True, "CAPPED": False}
-    full = loss | {"HAS_OLD": True, "HAS_REF": True, "HAS_DELTA": True}
+    loss = {"GROUP_BLOCK": 8, "EPS": 1e-4, "KL": 3, "FROM_REWARDS": True, "POLICY": 0,
+            "HAS_FACTOR": False, "KL_RATIO": False}  # fmt: skip
+    full = loss | {"HAS_OLD": True, "HAS_REF": True, "HAS_DELTA": True, "HAS_FACTOR": True,
+                   "KL_RATIO": True}  # fmt: skip
     plain = loss | {"HAS_OLD": False, "HAS_REF": False, "HAS_DELTA": False, "FROM_REWARDS": False}
-    capped = full | {"CAPPED": True, "HAS_DELTA": False}
+    capped, soft = (full | {"POLICY": policy, "HAS_DELTA": False} for policy in (1, 2))
     both = {"HAS_LOGPS": True, "HAS_ENTROPY": True}
     one = {"HAS_LOGPS": True, "HAS_ENTROPY": False}
     entropy = {"HAS_LOGPS": False, "HAS_ENTROPY": True}
@@ -95,7 +97,7 @@ def variants() -> list[Variant]:
     found += [
         Variant(rows.grpo_forward_kernel, dtype, flags=flags)
         for dtype in ("fp32", "bf16")
-        for flags in (full, plain, capped)
+        for flags in (full, plain, capped, soft)
     ]
     found += [
         Variant(rows.grpo_forward_kernel, dtype, flags=full | more)

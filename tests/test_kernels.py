@@ -20,7 +20,7 @@ from virft_fast.kernels.reference import grpo_loss_reference
 
 N, T, V, D = 4, 5, 17, 6
 NAN, INF = float("nan"), float("inf")
-LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo"]
+LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "luspo", "vespo"]
 LEVELS = ["token", "sequence"]
 KLS = ["k1", "k2", "k3"]
 
@@ -62,6 +62,13 @@ def oracle_loss(
             r, a = log_ratio.exp(), advantages[i]
             if loss_type == "cispo":
                 term = -min(r.item(), high) * a * logps[i, t]
+            elif loss_type == "sapo":
+                t_a = 1.0 if a > 0 else 1.05
+                term = -4 / t_a / (1 + (-t_a * (r - 1)).exp()) * a
+            elif loss_type == "vespo":
+                w = math.exp(sum((logps[i, s] - old[i, s]).item() for s in tokens))
+                k, rate = (2, 3) if a >= 0 else (3, 2)
+                term = -math.exp(rate) * w**k * math.exp(-rate * w) * a * logps[i, t]
             else:
                 # The gradient flows unless the clipped branch is strictly the smaller objective.
                 clipped = min(max(r.item(), 1 - low), 1 + high)
@@ -70,8 +77,10 @@ def oracle_loss(
             d = ref[i, t] - logps[i, t]
             term = term + beta * {"k1": -d, "k2": d * d / 2, "k3": d.exp() - d - 1}[kl]
             sequence = sequence + term
-        if loss_type in ("grpo", "gspo"):
+        if loss_type in ("grpo", "gspo", "sapo"):
             total = total + sequence / max(len(tokens), 1) / N
+        elif loss_type == "luspo":
+            total = total + sequence / N
         elif loss_type == "dr_grpo":
             total = total + sequence / (N * 8)
         else:
@@ -270,14 +279,98 @@ def test_gradcheck_of_linear_grpo_loss(loss_type):
     problem = make_problem(seed=2)
     hidden, weight, bias, ids, mask, *_ = problem
     options = loss_options(problem, loss_type=loss_type)
-    if loss_type == "cispo":  # the capped ratio is a constant of the gradient, not of the value
-        options["old_logps"] = options["old_logps"] - 20
+    # The log-prob's factor is constant in the gradient, but not in the value: hold it at its bound.
+    if loss_type in ("cispo", "vespo"):
+        options["old_logps"] = options["old_logps"] - 40
     inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
 
     def run(h, w, b):
         return linear_grpo_loss(h, w, ids, mask, bias=b, chunk_tokens=4, **options).loss
 
     assert torch.autograd.gradcheck(run, inputs)
+
+
+def more_options(problem):
+    """One set a line; with `make_problem`, each changes the loss."""
+    *_, mask, old, ref, _ = problem
+    weights = (old - ref).exp()
+    return [
+        {"use_bias_correction_kl": True, "delta": 1.1},
+        {"use_bias_correction_kl": True, "kl": "k1"},
+        {"use_bias_correction_kl": True, "importance_sampling_level": "sequence"},
+        {"is_weights": weights},
+        {"is_weights": weights[:, :1], "loss_type": "sapo", "sapo_temperature_pos": 2.0},
+        {"off_policy_mask_threshold": 0.01, "sampling_logps": ref},
+        {"entropy_coef": 0.3},
+        {"entropy_coef": 0.3, "top_entropy_quantile": 0.5, "loss_type": "luspo"},
+        {"entropy_coef": 0.3, "entropy_threshold": 2.0, "num_entropy_items": 5, "beta": 0.0},
+        {"entropy_threshold": torch.tensor(2.0), "importance_sampling_level": "sequence"},
+    ]
+
+
+NUM_OPTIONS = 10
+
+
+@pytest.mark.parametrize("number", range(NUM_OPTIONS))
+def test_gradcheck_of_every_option(number):
+    problem = make_problem(seed=2)
+    hidden, weight, bias, ids, mask, *_ = problem
+    options = loss_options(problem, **more_options(problem)[number])
+    inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
+
+    def linear(h, w, b):
+        return linear_grpo_loss(h, w, ids, mask, bias=b, chunk_tokens=4, **options).loss
+
+    def from_logits(h, w, b):
+        return grpo_loss(h @ w.T + b, ids, mask, **options).loss
+
+    assert torch.autograd.gradcheck(linear, inputs)
+    assert torch.autograd.gradcheck(from_logits, inputs)
+    plain = linear_grpo_loss(
+        hidden, weight, ids, mask, bias=bias,
+        **options | dict.fromkeys(["is_weights", "sampling_logps", "delta"])
+        | {"use_bias_correction_kl": False, "off_policy_mask_threshold": None, "entropy_coef": 0,
+           "top_entropy_quantile": 1.0, "entropy_threshold": None},
+    ).loss  # fmt: skip
+    assert abs(linear(*inputs) - plain) > 1e-4  # the option changes something here
+
+
+@pytest.mark.parametrize("number", range(NUM_OPTIONS))
+def test_every_option_fused_and_from_the_reference_with_anything_where_masked(number):
+    problem = make_problem(seed=3)
+    hidden, weight, _, ids, mask, *_ = problem
+    options = more_options(problem)[number]
+    hidden, ids = torch.where(mask[..., None], hidden, NAN), ids.masked_fill(~mask, -100)
+    for name, value in options.items():
+        if getattr(value, "shape", None) == mask.shape:
+            options[name] = torch.where(mask, value, NAN)
+    results = []
+    for function in (grpo_loss_reference, linear_grpo_loss):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        result = function(*leaves, ids, mask, **loss_options(problem, temperature=0.8, **options))
+        results.append((result.loss, result.kl, *gradients(result.loss, *leaves)))
+    for got, value in zip(*results, strict=True):
+        torch.testing.assert_close(got, value)
+        assert got.isfinite().all()
+
+
+def test_a_threshold_and_a_count_make_accumulation_equal_one_batch():
+    problem = make_problem(seed=4)
+    hidden, weight, _, ids, mask, *_ = problem
+    options = {"loss_type": "dapo", "entropy_coef": 0.2, "num_items": mask.sum(), "beta": 0.0}
+    whole = linear_grpo_loss(
+        hidden, weight, ids, mask, **loss_options(problem, top_entropy_quantile=0.4, **options)
+    )
+    threshold = torch.quantile(whole.entropy[mask], 0.6)
+    options |= {"entropy_threshold": threshold}
+    options |= {"num_entropy_items": (whole.entropy[mask] >= threshold).sum()}
+    total = 0.0
+    for rows in (slice(0, 1), slice(1, N)):
+        part = [x[rows] for x in (hidden, ids, mask)]
+        names = ("advantages", "old_logps", "ref_logps")
+        values = {k: v[rows] if k in names else v for k, v in loss_options(problem).items()}
+        total += linear_grpo_loss(part[0], weight, *part[1:], **values | options).loss
+    torch.testing.assert_close(total, whole.loss)
 
 
 def run_both(problem, **options):
@@ -522,6 +615,16 @@ MASK, ONES = torch.ones(2, 3, dtype=torch.bool), torch.ones(2)
         ({"kl": "k4"}, "kl: expected one of"),
         ({"temperature": 0.0}, "temperature: expected"),
         ({"loss_type": "dr_grpo", "max_completion_length": 0}, "max_completion_length: expected"),
+        ({"beta": INF}, "beta: expected a finite number"),
+        ({"is_weights": torch.ones(2)}, "is_weights: expected .2, 3., one a token, or .2, 1., one"),
+        ({"sampling_logps": torch.ones(2)}, "sampling_logps: expected"),
+        ({"sapo_temperature_neg": 0.0}, "sapo_temperature_neg: expected a number > 0, got 0"),
+        ({"vespo_k_pos": -1.0}, "vespo_k_pos: expected a number >= 0"),
+        ({"off_policy_mask_threshold": -0.1}, "off_policy_mask_threshold: expected a number > 0"),
+        ({"top_entropy_quantile": 1.5}, "top_entropy_quantile: expected a share"),
+        ({"top_entropy_quantile": 0.5, "entropy_threshold": 1.0}, "leave top_entropy_quantile at"),
+        ({"entropy_coef": NAN}, "entropy_coef: expected a finite number"),
+        ({"entropy_coef": 0.1, "num_entropy_items": -1}, "num_entropy_items: expected a count"),
     ],
 )
 def test_bad_loss_input_is_named(changes, message):
@@ -666,6 +769,12 @@ def test_three_products_and_none_for_tokens_without_a_gradient():
     logps = linear_logps(hidden, weight, ids)[0]
     old = torch.where(torch.arange(t) % 2 == 0, logps - 1, logps)
     assert count_products(*both, ids, full, torch.ones(n), old_logps=old) == n * t + n * t
+    # Low entropy: a quantile of the call needs all log-probs first, a threshold doesn't.
+    entropy = linear_logps(hidden, weight, ids)[1]
+    top, ones = torch.quantile(entropy, 0.75), torch.ones(n)
+    assert count_products(*both, ids, full, ones, entropy_threshold=top) == n * t + 2 * 6
+    by_quantile = count_products(*both, ids, full, ones, top_entropy_quantile=0.25)
+    assert by_quantile == 2 * n * t + 2 * 6
     # A frozen head (LoRA) has no gradient product of its own, frozen hidden states none of theirs.
     assert count_products(both[0], weight, ids, full, torch.ones(n)) == 2 * n * t
     assert count_products(hidden, both[1], ids, full, torch.ones(n)) == 2 * n * t

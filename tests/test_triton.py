@@ -113,10 +113,11 @@ def launch_arguments(kernel, t, temperature, offset=0):
     values |= {"out_outer": rows.outer_stride, "out_inner": rows.inner_stride, "out_v": 1}
     values |= {"vocab": rows.vocab, "inv_temp": 1 / temperature, "blocks": t, "beta": 0.04 * t}
     values |= {"low": 0.8, "high": 1.2, "delta": 0.0, "num_generations": t}
-    flags = ("HAS_LOGPS", "HAS_ENTROPY", "HAS_SCALE", "HAS_OLD", "HAS_REF", "HAS_DELTA", "CAPPED",
-             "FROM_REWARDS", "CONTIGUOUS", "OUT_CONTIGUOUS")  # fmt: skip
+    flags = ("HAS_LOGPS", "HAS_ENTROPY", "HAS_SCALE", "HAS_OLD", "HAS_REF", "HAS_DELTA",
+             "HAS_FACTOR", "KL_RATIO", "FROM_REWARDS", "CONTIGUOUS", "OUT_CONTIGUOUS")  # fmt: skip
     values |= dict.fromkeys(flags, True)
-    values |= {"UNIT": rows.unit, "BLOCK": 4096, "GROUP_BLOCK": 8, "EPS": 1e-4, "KL": 3}
+    values |= {"UNIT": rows.unit, "BLOCK": 4096, "GROUP_BLOCK": 8, "EPS": 1e-4}
+    values |= {"KL": 3, "POLICY": 0}
     names = kernel.signature.parameters
     return {name: values.get(name, vector) for name in names}
 

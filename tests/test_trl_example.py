@@ -43,7 +43,6 @@ def make_trainer(trainer_class, folder, peft_config=None, **options):
         "gradient_accumulation_steps": 2, "max_completion_length": 12, "seed": 3, "optim": "sgd",
         "learning_rate": 0.05, "logging_steps": 1, "report_to": "none", "save_strategy": "no",
         "bf16": False, "temperature": 0.9, "per_device_eval_batch_size": 4,
-        "use_bias_correction_kl": False,
     }  # fmt: skip
     return trainer_class(
         model=load_model("tiny"),
@@ -63,11 +62,16 @@ def train(trainer_class, folder, **options):
     return losses, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
+# The highest 8% are the first tokens; entropies below are so close that rounding orders them.
 @pytest.mark.parametrize(
     "options",
-    [{"loss_type": "dapo", "beta": 0.1}, {"loss_type": "grpo", "num_iterations": 2},
-     {"loss_type": "bnpo", "importance_sampling_level": "sequence", "beta": 0.1}],
-    ids=["dapo", "grpo", "bnpo"],
+    [{"beta": 0.1, "num_iterations": 2},
+     {"loss_type": "grpo", "num_iterations": 2, "use_adaptive_entropy": True, "entropy_coef": 0.02,
+      "entropy_target": 9.0, "top_entropy_quantile": 0.08},
+     {"loss_type": "bnpo", "importance_sampling_level": "sequence", "beta": 0.1,
+      "use_bias_correction_kl": False},
+     {"loss_type": "sapo", "entropy_coef": 0.05, "off_policy_mask_threshold": 0.1}],
+    ids=["defaults", "entropy", "bnpo", "sapo"],
 )  # fmt: skip
 def test_three_steps_give_trls_own_losses_and_weights(tmp_path, options):
     from trl import GRPOTrainer
@@ -76,12 +80,10 @@ def test_three_steps_give_trls_own_losses_and_weights(tmp_path, options):
     losses, weights = train(example().FusedGRPOTrainer, tmp_path / "ours", **options)
     assert len(losses) == 3 and any(abs(loss) > 1e-4 for loss in wanted)
     assert losses == pytest.approx(wanted, abs=1e-5)
-    if options.get("beta"):
-        return  # the KL term begins at 0, where its gradient is rounding
     start = dict(load_model("tiny").named_parameters())
     moved = torch.cat([(reference[name] - start[name]).flatten() for name in start])
     apart = torch.cat([(reference[name] - weights[name]).flatten() for name in start])
-    assert moved.norm() > 0 and apart.norm() < 1e-3 * moved.norm()
+    assert moved.norm() > 0 and apart.norm() < 1e-4 * moved.norm()
 
 
 def test_evaluation_and_lora_give_trls_own_losses(tmp_path):
@@ -105,9 +107,7 @@ def test_evaluation_and_lora_give_trls_own_losses(tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"loss_type": "sapo"}, "loss_type sapo"),
-        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile"),
-        ({"beta": 0.1, "use_bias_correction_kl": True}, "use_bias_correction_kl"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
     ],
 )
 def test_what_it_does_not_cover_is_refused(tmp_path, options, named):

@@ -1,4 +1,4 @@
-"""The loss and the advantages equal TRL 1.16's own code, run on the same tensors."""
+"""The loss and the advantages equal TRL 1.16's and Liger's own code, run on the same tensors."""
 
 import itertools
 from collections import defaultdict
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from virft_fast.kernels import group_advantages, grpo_loss
+from virft_fast.kernels import group_advantages, grpo_loss, linear_grpo_loss
 
 pytest.importorskip("trl")
 
@@ -36,12 +36,23 @@ def trl_trainer(**options):
         "_metrics": {"train": defaultdict(list), "eval": defaultdict(list)},
         "model": SimpleNamespace(training=True),
         "accelerator": SimpleNamespace(
-            num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x
+            num_processes=1,
+            gather=lambda x: x,
+            reduce=lambda x, reduction: x,
+            pad_across_processes=lambda x, dim, pad_index: x,
+            sync_gradients=True,
         ),
-        "args": SimpleNamespace(
-            delta=options.pop("delta", None), use_bias_correction_kl=False, steps_per_generation=1
-        ),
+        "entropy_coef": 0.0,
+        "use_adaptive_entropy": False,
     }
+    arguments = {
+        "delta": None, "use_bias_correction_kl": False, "steps_per_generation": 1,
+        "sapo_temperature_neg": 1.05, "sapo_temperature_pos": 1.0, "vespo_k_pos": 2.0,
+        "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0,
+    }  # fmt: skip
+    arguments |= {name: options.pop(name) for name in arguments.keys() & options.keys()}
+    values["args"] = SimpleNamespace(**arguments)
+    options["_entropy_bonus_enabled"] = options.get("entropy_coef", 0.0) != 0
     trainer.__dict__.update(values | options)
     return trainer
 
@@ -145,6 +156,171 @@ def test_gspo_is_trl_grpo_with_sequence_ratios():
         loss_type="gspo",
     )
     torch.testing.assert_close(ours.loss, theirs)
+
+
+def our_losses(logits, inputs, **options):
+    """(result, gradient in the logits) from logits and from a head, padded and packed."""
+    mask = inputs["completion_mask"].bool()
+    offsets = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int()
+    by_token = {k: v for k, v in options.items() if getattr(v, "shape", None) == mask.shape}
+    packed = options | {k: v[mask] for k, v in by_token.items()} | {"cu_seqlens": offsets}
+    ids, eye = inputs["completion_ids"], torch.eye(V, dtype=logits.dtype)
+    shared = {"advantages": inputs["advantages"]}
+    for call in (
+        lambda x: grpo_loss(x, ids, mask, **shared, **options),
+        lambda x: linear_grpo_loss(x, eye, ids, mask, chunk_tokens=5, **shared, **options),
+        lambda x: grpo_loss(x[mask], ids[mask], **shared, **packed),
+        lambda x: linear_grpo_loss(x[mask], eye, ids[mask], chunk_tokens=5, **shared, **packed),
+    ):
+        leaf = logits.clone().requires_grad_()
+        result = call(leaf)
+        (grad,) = torch.autograd.grad(result.loss, leaf)
+        yield result, grad
+
+
+def trl_and_gradient(logits, inputs, trainer):
+    leaf = logits.clone().requires_grad_()
+    loss = trl_loss(trainer, leaf, inputs)
+    return loss, torch.autograd.grad(loss, leaf)[0]
+
+
+# Options with the names that TRL gives them, each with every loss type and level.
+OPTIONS = [
+    {"use_bias_correction_kl": True, "beta": 0.3},
+    {"use_bias_correction_kl": True, "beta": 0.3, "delta": 1.1, "on_policy": True},
+    {"is_weights": "token", "beta": 0.1},
+    {"is_weights": "sequence", "top_entropy_quantile": 0.4, "beta": 0.1},
+    {"off_policy_mask_threshold": 0.02, "beta": 0.1},
+    {"off_policy_mask_threshold": 0.02, "sampling": True},
+    {"entropy_coef": 0.2, "is_weights": "token"},
+    {"entropy_coef": -0.1, "top_entropy_quantile": 0.2, "beta": 0.1},
+    {"top_entropy_quantile": 0.0, "on_policy": True},
+    {"use_bias_correction_kl": True, "beta": 0.1, "is_weights": "sequence", "entropy_coef": 0.05,
+     "top_entropy_quantile": 0.7, "off_policy_mask_threshold": 0.05, "sapo_temperature_neg": 1.5,
+     "sapo_temperature_pos": 0.7, "vespo_k_pos": 1.5, "vespo_lambda_neg": 1.2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(
+    "loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+)
+def test_every_option_equals_trl_padded_packed_and_from_a_head(loss_type, level):
+    for seed, given in enumerate(OPTIONS):
+        logits, inputs = make_inputs(seed)
+        mask = inputs["completion_mask"].bool()
+        options = {"loss_type": loss_type, "importance_sampling_level": level} | given
+        g = torch.Generator().manual_seed(seed)
+        noise = 0.3 * torch.randn(N, T, generator=g)
+        weights = {"token": noise.exp(), "sequence": noise[:, :1].exp(), None: None}
+        weights = weights[options.pop("is_weights", None)]
+        if weights is not None:  # TRL's own are 1 where masked
+            whole = weights.shape == (N, 1)
+            weights = weights if whole else torch.where(mask, weights, 1.0)
+            inputs["importance_sampling_ratio"] = weights
+        on_policy, sampling = options.pop("on_policy", False), options.pop("sampling", False)
+        if on_policy:
+            inputs["old_per_token_logps"] = None
+        if sampling:
+            sampled = inputs["old_per_token_logps"] + noise
+            sampled[0, 0] = float("nan")  # a token that the sampler couldn't score
+            inputs["sampling_per_token_logps"] = sampled
+        trainer = trl_trainer(
+            **options, use_vllm=weights is not None,
+            vllm_importance_sampling_correction=weights is not None,
+        )  # fmt: skip
+        theirs, wanted = trl_and_gradient(logits, inputs, trainer)
+        counted = ("dapo", "cispo", "vespo")  # TRL counts the other types' tokens itself
+        results = our_losses(
+            logits, inputs, is_weights=weights, old_logps=inputs["old_per_token_logps"],
+            ref_logps=inputs["ref_per_token_logps"] if options.get("beta") else None,
+            sampling_logps=inputs.get("sampling_per_token_logps"),
+            max_completion_length=MAX_LENGTH,
+            num_items=NUM_ITEMS if loss_type in counted else None, **options,
+        )  # fmt: skip
+        for result, grad in results:
+            torch.testing.assert_close(result.loss, theirs, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-7)
+        metrics = trainer._metrics["train"]
+        if "kl" in metrics:
+            kl = result.kl.sum() / mask.sum()
+            assert kl.item() == pytest.approx(metrics["kl"][0], abs=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["cispo", "sapo", "luspo", "vespo"])
+def test_gradients_equal_trl_in_float64(loss_type):
+    logits, inputs = make_inputs(1)
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    options = {"loss_type": loss_type, "beta": 0.3, "use_bias_correction_kl": True}
+    options |= {"off_policy_mask_threshold": 0.02, "entropy_coef": 0.1, "epsilon_high": 1.1}
+    inputs["importance_sampling_ratio"] = inputs["advantages"][:, None].exp()
+    trainer = trl_trainer(**options, use_vllm=True, vllm_importance_sampling_correction=True)
+    theirs, wanted = trl_and_gradient(logits.double(), inputs, trainer)
+    results = our_losses(
+        logits.double(), inputs, old_logps=inputs["old_per_token_logps"],
+        ref_logps=inputs["ref_per_token_logps"], is_weights=inputs["importance_sampling_ratio"],
+        num_items=NUM_ITEMS if loss_type in ("cispo", "vespo") else None, **options,
+    )  # fmt: skip
+    for result, grad in results:
+        torch.testing.assert_close(result.loss, theirs, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grad, wanted, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.2, 0.5, 0.8, 0.95])
+def test_the_entropy_quantile_selects_trls_tokens(share):
+    """At every count of tokens: where the quantile lies on a token's entropy, that one counts."""
+    trainer = trl_trainer()
+    for count in range(1, 24):
+        g = torch.Generator().manual_seed(count)
+        logits = torch.randn(4, 6, V, generator=g)
+        mask = torch.zeros(24, dtype=torch.int64)
+        mask[torch.randperm(24, generator=g)[:count]] = 1
+        mask = mask.view(4, 6)
+        ids = torch.randint(V, (4, 6), generator=g)
+        leaf = logits.requires_grad_()
+        result = grpo_loss(
+            leaf, ids, mask.bool(), advantages=torch.ones(4), loss_type="dapo",
+            top_entropy_quantile=share,
+        )  # fmt: skip
+        (grad,) = torch.autograd.grad(result.loss, leaf)
+        wanted = trainer.get_high_entropy_mask(result.entropy, mask, 1 - share)
+        assert torch.equal(grad.abs().sum(-1) > 0, wanted), count
+
+
+LIGER = {
+    "grpo": {}, "bnpo": {}, "dr_grpo": {"max_completion_length": MAX_LENGTH}, "dapo": {},
+    "cispo": {}, "sapo": {"sapo_temperature_pos": 0.8}, "luspo": {}, "vespo": {"vespo_k_neg": 2.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("weighted", [None, "token", "sequence"])
+@pytest.mark.parametrize("loss_type", list(LIGER))
+def test_new_options_equal_ligers_chunked_loss(loss_type, weighted):
+    liger = pytest.importorskip("liger_kernel.chunked_loss")
+    options = {"loss_type": loss_type, "use_bias_correction_kl": True, "beta": 0.2}
+    options |= LIGER[loss_type]
+    if loss_type == "luspo":  # Liger also divides by T what is not one value a sequence, as KL is
+        options |= {"importance_sampling_level": "sequence", "beta": 0.0}
+        weighted = None if weighted == "token" else weighted
+    logits, inputs = make_inputs(3)
+    weights = inputs["old_per_token_logps"].sub(inputs["ref_per_token_logps"]).exp()
+    weights = torch.where(inputs["completion_mask"].bool(), weights, 1.0)
+    weights = {None: None, "token": weights, "sequence": weights[:, :1]}[weighted]
+    leaf = logits.clone().requires_grad_()
+    loss = liger.LigerFusedLinearGRPOLoss(compiled=False, use_ref_model=True, **options)(
+        leaf, torch.eye(V), inputs["completion_ids"], inputs["completion_mask"].float(),
+        inputs["advantages"], ref_per_token_logps=inputs["ref_per_token_logps"],
+        old_per_token_logps=inputs["old_per_token_logps"], vllm_is_ratio=weights,
+    )[0]  # fmt: skip
+    (wanted,) = torch.autograd.grad(loss, leaf)
+    results = our_losses(
+        logits, inputs, old_logps=inputs["old_per_token_logps"],
+        ref_logps=inputs["ref_per_token_logps"] if options["beta"] else None, is_weights=weights,
+        **options,
+    )  # fmt: skip
+    for result, grad in results:
+        torch.testing.assert_close(result.loss, loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-7)
 
 
 def trl_advantages(rewards, num_generations, scale_rewards):

@@ -11,8 +11,8 @@ import sys
 import pytest
 import torch
 
-from virft_fast.kernels import backend as backend_module
 from virft_fast.kernels import (
+    LossArgs,
     group_advantages,
     grpo_loss,
     linear_grpo_loss,
@@ -20,6 +20,7 @@ from virft_fast.kernels import (
     logps_and_entropy,
     selective_log_softmax,
 )
+from virft_fast.kernels import backend as backend_module
 from virft_fast.kernels import linear as linear_module
 from virft_fast.kernels import logprobs as logprobs_module
 from virft_fast.kernels.token_loss import token_loss
@@ -289,33 +290,77 @@ def test_the_launch_normalises_rewards_like_group_advantages(group):
 
 
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
-@pytest.mark.parametrize("capped", [False, True])
+@pytest.mark.parametrize("loss_type", ["grpo", "cispo", "sapo"])
 @pytest.mark.parametrize(
     ("epsilon", "delta"), [(0.2, None), (0.2, 0.9), (0.2, 1.5), (0.0, None), (0.0, 1.0), (0.2, 1.0)]
 )
-def test_the_pair_of_token_losses(epsilon, delta, capped, kl):
+def test_the_pair_of_token_losses(epsilon, delta, loss_type, kl):
     """With epsilon or delta - 1 at 0, the log-ratio of 0 lies exactly on the edge."""
-    low, high = epsilon, 1.0 + epsilon if capped else epsilon
     log_ratio = torch.cat([torch.linspace(-3, 3, 41), torch.tensor([0.0, -500.0, 500.0, 21.0])])
     advantage = torch.tensor([-1.5, 0.0, 0.7])
     gap = torch.tensor([-30.0, -1.0, 0.0, 0.5, 30.0])
     grid = torch.cartesian_prod(log_ratio, advantage, gap).to(DEVICE)
     log_ratio, advantage, gap = (column.contiguous() for column in grid.T)
-    logp = -torch.rand(len(grid), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    g = torch.Generator().manual_seed(0)
+    logp, weight = -torch.rand(len(grid), generator=g), torch.rand(len(grid), generator=g)
+    logp, weight = logp.to(DEVICE), weight.to(DEVICE)
     ref = logp + gap
-    wanted = token_loss(
-        logp, log_ratio, ref, advantage, beta=0.1, epsilon_low=low, epsilon_high=high, delta=delta,
-        capped=capped, kl=kl,
+    with_weight = delta is not None  # every formula runs with and without both
+    args = LossArgs(
+        beta=0.1, epsilon_low=epsilon, epsilon_high=1 + epsilon if loss_type == "cispo" else None,
+        delta=delta, loss_type=loss_type, kl=kl, use_bias_correction_kl=with_weight,
+        sapo_temperature_neg=1.3,
     )  # fmt: skip
+    wanted = token_loss(
+        logp, log_ratio, ref, advantage, args, weight=weight if with_weight else None
+    )
     out = torch.full((5, len(grid)), NAN, device=DEVICE)
-    bounds = (0.0, high) if capped else (1 - low, 1 + high)
     triton_rows.token_loss_kernel[(triton_rows.triton.cdiv(len(grid), 256),)](
-        logp, log_ratio, ref, advantage, out, len(grid), 0.1, *bounds, delta or 0.0, HAS_REF=True,
-        HAS_DELTA=delta is not None, CAPPED=capped, KL=int(kl[1]), BLOCK=256,
+        logp, log_ratio, ref, advantage, weight, out, len(grid), 0.1, *triton_rows._bounds(args),
+        delta or 0.0, HAS_REF=True, HAS_DELTA=delta is not None, HAS_FACTOR=with_weight,
+        **triton_rows._formulas(args), BLOCK=256,
     )  # fmt: skip
     clipped = wanted.clipped_high.float() - wanted.clipped_low.float()
     expected = torch.stack([wanted.loss, wanted.d_log_ratio, wanted.d_logp, wanted.kl, clipped])
     torch.testing.assert_close(out, expected, rtol=2e-6, atol=1e-6)
+
+
+# How each option is computed: in the fused launch, or from its log-probs.
+OPTIONS = [
+    {"loss_type": "sapo", "use_bias_correction_kl": True, "sapo_temperature_neg": 2.0},
+    {"loss_type": "cispo", "is_weights": "token", "entropy_coef": 0.2, "epsilon_high": 1.1},
+    {"is_weights": "sequence", "delta": 1.1, "use_bias_correction_kl": True},
+    {"loss_type": "vespo", "is_weights": "sequence"},
+    {"loss_type": "luspo", "off_policy_mask_threshold": 0.01},
+    {"top_entropy_quantile": 0.5, "entropy_coef": 0.2},
+    {"entropy_threshold": 3.0, "is_weights": "token", "entropy_coef": 0.2, "num_entropy_items": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(OPTIONS)))
+@pytest.mark.parametrize("linear", [False, True])
+def test_options_against_float64(linear, number):
+    logits, ids, mask, rewards, old, ref = make_problem()
+    options = {"beta": 0.1} | OPTIONS[number]
+    noise = random_logits(4, 3, seed=6, scale=0.3).exp()
+    weights = {"token": noise, "sequence": noise[:, :1]}.get(options.pop("is_weights", None))
+    tensors = {"advantages": rewards, "old_logps": old, "ref_logps": ref}
+    if weights is not None:
+        tensors["is_weights"] = weights
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        leaf = logits.detach().to(dtype).requires_grad_()
+        given = {k: v.to(dtype) for k, v in tensors.items()} | options
+        if linear:
+            eye = torch.eye(37, dtype=dtype, device=DEVICE)
+            result = linear_grpo_loss(leaf, eye, ids, mask, chunk_tokens=2, **given)
+        else:
+            result = grpo_loss(leaf, ids, mask, **given)
+        results.append((result, torch.autograd.grad(3 * result.loss, leaf)[0].double()))
+    (exact, wanted), (ours, grad) = results
+    assert_losses_equal(ours, exact)
+    torch.testing.assert_close(grad, wanted, atol=1e-6, rtol=1e-5)
+    assert (grad[~mask] == 0).all()
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "cispo", "gspo"])

@@ -102,7 +102,7 @@ class TrainState:
 
 
 # Loss types that average over sequences; the others average over tokens.
-SEQUENCE_MEANS = ("grpo", "gspo", "dr_grpo")
+SEQUENCE_MEANS = ("grpo", "gspo", "dr_grpo", "sapo", "luspo")
 
 
 @dataclass

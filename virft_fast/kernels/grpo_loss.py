@@ -31,6 +31,9 @@ from virft_fast.kernels.logprobs import (
 from virft_fast.kernels.loss_args import LossArgs, takes_loss_args
 from virft_fast.kernels.token_loss import token_loss
 
+Number = float | Tensor  # a tensor is 0-d and stays on its device
+LOG_WEIGHTS = (math.log(1e-8), 20.0)  # vespo's bounds, as in TRL 1.16
+
 
 @dataclass(frozen=True)
 class GRPOLoss:
@@ -39,10 +42,11 @@ class GRPOLoss:
     Attributes:
         loss: 0-d.
         logps, entropy: (N, T), or (S,) packed; 0 where masked.
-        kl: same shape; KL estimate against `ref_logps`, 0 without them and where masked.
+        kl: same shape; KL estimate against `ref_logps`, 0 without them and where masked; with
+            `use_bias_correction_kl`, times the ratio.
         clip_fraction_low, clip_fraction_high: 0-d; share of the active tokens (or sequences, with
             sequence-level ratios) whose ratio is clipped: below with a negative advantage, above
-            with a positive one. cispo clips only above.
+            with a positive one. cispo clips only above, sapo and vespo never.
     float32, or float64 for float64 inputs.
     """
 
@@ -87,7 +91,10 @@ def grpo_loss(
         loss_type: the reduction. "grpo": mean of the sequences' means; "dr_grpo": sum over
             N * max_completion_length; "bnpo" and "dapo": sum over `num_items`; "cispo": like dapo,
             but the term is the stop-gradient of the capped ratio times the log-prob; "gspo": like
-            grpo, with sequence-level ratios.
+            grpo, with sequence-level ratios; "sapo": like grpo, with a sigmoid of the ratio instead
+            of clipping; "luspo": mean of the sequences' sums, meant for sequence-level ratios;
+            "vespo": like dapo, but the term is a constant times the log-prob: the gamma weight of
+            the sequence's summed log-ratio.
         importance_sampling_level: "token": one ratio per token; "sequence": one per sequence, the
             exponential of its mean log-ratio.
         kl: with d = ref_logps - logps: "k1" -d (its expected gradient is 0: for measuring only),
@@ -98,6 +105,24 @@ def grpo_loss(
             tensor stays on its device. None: the active tokens of this call. To make accumulation
             equal one big batch, pass the count over all microbatches (across ranks that average
             gradients: count / world size).
+        use_bias_correction_kl: multiply the KL term by the ratio, before `delta` bounds it.
+        is_weights: importance weights of another sampler: same shape as the ids, or (N, 1) for
+            whole sequences. They multiply the policy term, not the KL; vespo adds their logarithms
+            to the sequence's log-ratio.
+        sapo_temperature_neg, sapo_temperature_pos: above 0; of the sigmoid, by the advantage's
+            sign.
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: shape and rate of the gamma
+            weight, by the advantage's sign.
+        off_policy_mask_threshold: leave the policy term out of sequences with a negative advantage
+            whose mean of `sampling_logps` - log-probs is above it; None: of none.
+        sampling_logps: same shape as the ids; log-probs as the sampler reported them, for that
+            mask; NaN counts as no difference. None: `old_logps`.
+        top_entropy_quantile: keep the policy term and the bonus of this share of the call's tokens,
+            those of the highest entropy. 1: all.
+        entropy_threshold: keep those of tokens with at least this entropy in nats instead; a number
+            or a 0-d tensor. It makes accumulation equal one big batch, and needs one pass less.
+        entropy_coef: subtract this times the mean entropy of the tokens kept.
+        num_entropy_items: denominator of that mean, as `num_items`; None: this call's tokens.
         cu_seqlens: packed layout: (N+1,) int32 offsets, may be on the CPU, with logits (S, V), ids,
             old and reference log-probs (S,); `completion_mask` may then be None.
         inplace: the backward pass overwrites `logits` with the gradient; nothing may use them
@@ -109,8 +134,10 @@ def grpo_loss(
             was given. On the CPU, also for an id outside V; on the GPU, it makes the loss NaN.
     For log-ratios above 20, exp continues linearly, so that nothing overflows. Differentiable once,
     in `logits`. Sources: GRPO arXiv:2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783, GSPO
-    2507.18071, CISPO (MiniMax-M1) 2506.13585, two-sided clipping (INTELLECT-2) 2505.07291, KL
-    estimators: Schulman 2020, joschu.net/blog/kl-approx.html.
+    2507.18071, CISPO (MiniMax-M1) 2506.13585, SAPO 2511.20347, LUSPO 2602.05261, VESPO 2602.10693,
+    two-sided clipping (INTELLECT-2) 2505.07291, KL correction and off-policy mask (DeepSeek-V3.2)
+    2512.02556, entropy quantile 2506.01939, KL estimators: Schulman 2020,
+    joschu.net/blog/kl-approx.html.
     """
     layout = make_layout(completion_ids, completion_mask, cu_seqlens)
     check_rows(logits, completion_ids, temperature)
@@ -135,9 +162,10 @@ class LossTerms:
     Attributes:
         given: (N,) rewards if `num_generations` is set, else advantages.
         weights: (R,), 0 where masked.
-        old_logps, ref_logps: (R,), 0 where masked, or None.
-        by_sequence: use sequence-level ratios, which need all tokens of a sequence at once.
-        capped: use cispo's policy term.
+        old_logps, ref_logps, sampling_logps: (R,), 0 where masked, or None.
+        factor: (R,) `is_weights`; vespo's share of its sequence's log-weight. 0 where masked.
+        bonus: divisor of the entropy bonus; None: the tokens selected in this call.
+        args: read for names and numbers only.
     """
 
     layout: Layout
@@ -146,18 +174,19 @@ class LossTerms:
     weights: Tensor
     old_logps: Tensor | None
     ref_logps: Tensor | None
-    beta: float
-    epsilon_low: float
-    epsilon_high: float
-    delta: float | None
-    by_sequence: bool
-    capped: bool
-    kl: str
+    sampling_logps: Tensor | None
+    factor: Tensor | None
+    bonus: Number | None
+    args: LossArgs
 
     @property
-    def may_clip(self) -> bool:
-        """Whether clipping can remove the policy term's gradient of a token with an advantage."""
-        return not self.capped and (self.old_logps is not None or self.delta is not None)
+    def may_drop(self) -> bool:
+        """Whether tokens with an advantage can be left without a gradient."""
+        args = self.args
+        clips = args.loss_type not in ("cispo", "sapo", "vespo")
+        clips &= self.old_logps is not None or args.delta is not None
+        masks = args.selects or args.off_policy_mask_threshold is not None
+        return args.beta == 0 and (clips or masks or self.factor is not None)
 
     @cached_property
     def advantages(self) -> Tensor:
@@ -186,47 +215,99 @@ class LossTerms:
         return replace(terms, given=self.advantages[first:last], num_generations=None)
 
     def _with(self, layout: Layout, rows: Tensor | slice) -> LossTerms:
-        old_logps, ref_logps = pick(self.old_logps, rows), pick(self.ref_logps, rows)
-        weights = self.weights[rows]
-        return replace(
-            self, layout=layout, weights=weights, old_logps=old_logps, ref_logps=ref_logps
-        )
+        names = ("weights", "old_logps", "ref_logps", "sampling_logps", "factor")
+        picked: dict[str, Any] = {name: pick(getattr(self, name), rows) for name in names}
+        return replace(self, layout=layout, **picked)
 
-    def evaluate(self, logps: Tensor) -> Evaluated:
-        """The loss and its gradient in the log-probs, (R,) detached; torch reference."""
-        layout = self.layout
+    def evaluate(self, logps: Tensor, entropy: Tensor) -> Evaluated:
+        """The loss and its gradients in (R,) detached log-probs and entropies; torch reference."""
+        layout, args = self.layout, self.args
         logps = torch.where(layout.mask, logps.detach(), 0.0)
         if self.old_logps is None:
             log_ratio = torch.zeros_like(logps)
         else:
             log_ratio = logps - self.old_logps
-        if self.by_sequence:
+        phi = self._vespo_phi(log_ratio) if args.loss_type == "vespo" else None
+        if args.by_sequence:
             lengths = layout.lengths.clamp(min=1)
             log_ratio = layout.per_token(layout.sequence_sum(log_ratio) / lengths)
+        selected = self._selected(entropy)
         token = token_loss(
             logps,
             log_ratio,
             self.ref_logps,
             layout.per_token(self.advantages),
-            beta=self.beta,
-            epsilon_low=self.epsilon_low,
-            epsilon_high=self.epsilon_high,
-            delta=self.delta,
-            capped=self.capped,
-            kl=self.kl,
+            args,
+            weight=self._policy_weight(logps, selected),
+            phi=phi,
         )
         d_log_ratio = token.d_log_ratio * self.weights
-        if self.by_sequence:
+        if args.by_sequence:
             # Each token's log-prob moves the ratio of all tokens of its sequence.
             d_log_ratio = layout.per_token(layout.sequence_sum(d_log_ratio) / lengths)
             d_log_ratio = torch.where(layout.mask, d_log_ratio, 0.0)
-        return Evaluated(
+        evaluated = Evaluated(
             loss=(token.loss * self.weights).sum(),
             logps=logps,
             d_logps=d_log_ratio + token.d_logp * self.weights,
             kl=torch.where(layout.mask, token.kl, 0.0),
             clipped=(token.clipped_high.to(logps) - token.clipped_low.to(logps)) * layout.mask,
         )
+        return self.with_bonus(evaluated, entropy, selected)
+
+    def with_bonus(self, evaluated: Evaluated, entropy: Tensor, selected: Tensor) -> Evaluated:
+        """Subtract the mean entropy of the `selected` tokens, (R,) bool, times its coefficient."""
+        if self.args.entropy_coef == 0:
+            return evaluated
+        share = selected.to(entropy)
+        divisor = share.sum().clamp(min=1) if self.bonus is None else self.bonus
+        d_entropy = share * -self.args.entropy_coef / divisor
+        bonus = torch.where(selected, entropy.detach() * d_entropy, 0.0).sum()
+        return evaluated._replace(loss=evaluated.loss + bonus, d_entropy=d_entropy)
+
+    def _selected(self, entropy: Tensor) -> Tensor:
+        """(R,) bool, the tokens of the policy term and the entropy bonus."""
+        mask, top = self.layout.mask, self.args.top_entropy_quantile
+        threshold = self.args.entropy_threshold
+        if not self.args.selects or not len(mask):
+            return mask
+        if threshold is None:  # as torch.quantile(entropy[mask], 1 - top), without its wait
+            sorted_ = torch.where(mask, entropy, math.inf).sort().values
+            last = (mask.sum() - 1).clamp(min=0)
+            rank = last * torch.full_like(entropy[0], 1 - top)
+            below = rank.floor().long()
+            bounds = sorted_[torch.stack([below, torch.minimum(below + 1, last)])]
+            threshold = bounds[0].lerp(bounds[1], rank - below)
+        return mask & (entropy >= threshold)
+
+    def _policy_weight(self, logps: Tensor, selected: Tensor) -> Tensor | None:
+        """(R,) factor of the policy term, or None."""
+        args, layout = self.args, self.layout
+        weight = None if args.loss_type == "vespo" else self.factor
+        if args.selects:
+            weight = selected.to(logps) if weight is None else weight * selected
+        sampled = self.old_logps if self.sampling_logps is None else self.sampling_logps
+        if args.off_policy_mask_threshold is not None and sampled is not None:
+            drift = layout.sequence_sum((sampled - logps).nan_to_num(nan=0.0))
+            drift = drift / layout.lengths.clamp(min=1)
+            keep = (self.advantages >= 0) | (drift <= args.off_policy_mask_threshold)
+            keep = layout.per_token(keep.to(logps))
+            weight = keep if weight is None else weight * keep
+        return weight
+
+    def _vespo_phi(self, log_ratio: Tensor) -> Tensor:
+        """(R,) exp(lambda) w^k exp(-lambda w) of the sequence's weight w."""
+        args, layout = self.args, self.layout
+        log_w = layout.sequence_sum(log_ratio.clamp(-LOG_WEIGHTS[1], LOG_WEIGHTS[1]))
+        if self.factor is not None:
+            log_w = log_w + layout.sequence_sum(self.factor)
+        log_w = log_w.clamp(*LOG_WEIGHTS)
+        positive = self.advantages >= 0
+        k = torch.where(positive, args.vespo_k_pos, args.vespo_k_neg).to(log_w)
+        rate = torch.where(positive, args.vespo_lambda_pos, args.vespo_lambda_neg).to(log_w)
+        rate = rate.clamp(min=1e-4)
+        phi = (rate + k * log_w - rate * log_w.exp()).exp()
+        return layout.per_token(phi.nan_to_num(nan=0.0))
 
     def clip_fractions(self, clipped: Tensor) -> tuple[Tensor, Tensor]:
         """From (R,) values -1, 0 or 1, the shares clipped below and above, 0-d."""
@@ -234,20 +315,22 @@ class LossTerms:
         return self._fraction(below, clipped.dtype), self._fraction(above, clipped.dtype)
 
     def _fraction(self, clipped: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.by_sequence:  # every active token of a clipped sequence is clipped
+        if self.args.by_sequence:  # every active token of a clipped sequence is clipped
             per_sequence = self.layout.sequence_sum(clipped.to(dtype))
             return (per_sequence > 0).to(dtype).sum() / max(self.layout.num_sequences, 1)
         return clipped.sum().to(dtype) / self.layout.lengths.sum().clamp(min=1)
 
 
 class Evaluated(NamedTuple):
-    """Loss, 0-d, and (R,) vectors; `d_logps`, its gradient, includes the tokens' weights."""
+    """Loss, 0-d, and (R,) vectors; `d_logps` and `d_entropy`, its gradients, include the tokens'
+    weights. `d_entropy` is None without an entropy bonus."""
 
     loss: Tensor
     logps: Tensor
     d_logps: Tensor
     kl: Tensor
     clipped: Tensor
+    d_entropy: Tensor | None = None
 
 
 def evaluate_rows(
@@ -255,40 +338,38 @@ def evaluate_rows(
 ) -> tuple[Evaluated, Tensor, Tensor]:
     """The loss of logits and its gradient in the log-probs, plus the rows' norms and entropy.
 
-    On the GPU, one launch; two launches and some vector arithmetic for sequence-level ratios.
+    On the GPU, one launch; two launches and some vector arithmetic where a token's loss depends on
+    other tokens.
     """
-    triton_rows = triton_for(logits)
-    if triton_rows is None or terms.by_sequence:
+    triton_rows, mask = triton_for(logits), terms.layout.mask
+    if triton_rows is None or terms.args.scope != "token" or terms.args.selects:
         logps, norms, entropy = rows_forward(logits, ids, inv_temp)
-        return terms.evaluate(logps), norms, torch.where(terms.layout.mask, entropy, 0.0)
+        entropy = torch.where(mask, entropy, 0.0)
+        return terms.evaluate(logps, entropy), norms, entropy
     out = triton_rows.grpo_forward(
         logits,
         ids,
-        terms.layout.mask,
+        mask,
         terms.layout.sequence,
         terms.given,
         terms.weights,
         terms.old_logps,
         terms.ref_logps,
+        terms.factor,
+        terms.args,
         inv_temp=inv_temp,
         num_generations=terms.num_generations,
         eps=ADVANTAGE_EPS,
-        beta=terms.beta,
-        epsilon_low=terms.epsilon_low,
-        epsilon_high=terms.epsilon_high,
-        delta=terms.delta,
-        capped=terms.capped,
-        kl=terms.kl,
     )
     evaluated = Evaluated(out.loss.sum(), out.logps, out.d_logps, out.kl, out.clipped)
-    return evaluated, out.norms, out.entropy
+    return terms.with_bonus(evaluated, out.entropy, mask), out.norms, out.entropy
 
 
 class _GRPOFromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ids, inv_temp, inplace, terms):
         evaluated, norms, entropy = evaluate_rows(logits, ids, inv_temp, terms)
-        ctx.save_for_backward(logits, ids, norms, evaluated.d_logps)
+        ctx.save_for_backward(logits, ids, norms, entropy, evaluated.d_logps, evaluated.d_entropy)
         ctx.inv_temp, ctx.inplace = inv_temp, inplace
         rest = (evaluated.logps, entropy, evaluated.kl, evaluated.clipped)
         ctx.mark_non_differentiable(*rest)
@@ -297,9 +378,9 @@ class _GRPOFromLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, *_):
-        logits, ids, norms, d_logps = ctx.saved_tensors
+        logits, ids, norms, entropy, d_logps, d_entropy = ctx.saved_tensors
         out = gradient_buffer(logits, ctx.inplace)
-        rows_backward(logits, ids, norms, None, d_logps, None, ctx.inv_temp, out, grad_loss)
+        rows_backward(logits, ids, norms, entropy, d_logps, d_entropy, ctx.inv_temp, out, grad_loss)
         return out, None, None, None, None
 
 
@@ -310,20 +391,22 @@ def make_terms(layout: Layout, dtype: torch.dtype, args: LossArgs) -> LossTerms:
             f"ref_logps: expected {layout.shape} log-probs of the reference model because "
             f"beta={args.beta}, got None; pass them, or beta=0"
         )
+    logps = {
+        name: _flat_logps(name, getattr(args, name), layout, dtype)
+        for name in ("old_logps", "ref_logps", "sampling_logps")
+    }
+    count, bonus = args.num_entropy_items, None
+    if args.entropy_coef != 0 and not (count is None and args.selects):
+        bonus = _divisor("num_entropy_items", count, layout, dtype)
     return LossTerms(
         layout=layout,
         given=_rewards_or_advantages(layout, dtype, args),
         num_generations=args.num_generations if args.advantages is None else None,
         weights=_token_weights(layout, dtype, args),
-        old_logps=_flat_logps("old_logps", args.old_logps, layout, dtype),
-        ref_logps=_flat_logps("ref_logps", args.ref_logps, layout, dtype),
-        beta=args.beta,
-        epsilon_low=args.epsilon_low,
-        epsilon_high=args.upper_epsilon,
-        delta=args.delta,
-        by_sequence=args.importance_sampling_level == "sequence" or args.loss_type == "gspo",
-        capped=args.loss_type == "cispo",
-        kl=args.kl,
+        **logps,
+        factor=_flat_is_weights(layout, dtype, args),
+        bonus=bonus,
+        args=args,
     )
 
 
@@ -354,12 +437,14 @@ def _rewards_or_advantages(layout: Layout, dtype: torch.dtype, args: LossArgs) -
 
 def _token_weights(layout: Layout, dtype: torch.dtype, args: LossArgs) -> Tensor:
     """(R,) weight of each token's term in the loss; no denominator is 0."""
-    loss_type, num_items = args.loss_type, args.num_items
+    loss_type = args.loss_type
     mask = layout.mask.to(dtype)
     num_sequences = max(layout.num_sequences, 1)
-    if loss_type in ("grpo", "gspo"):
+    if loss_type in ("grpo", "gspo", "sapo"):
         lengths = layout.lengths.clamp(min=1).to(dtype)
         return mask / layout.per_token(lengths) / num_sequences
+    if loss_type == "luspo":
+        return mask / num_sequences
     if loss_type == "dr_grpo":
         max_completion_length = args.max_completion_length
         if max_completion_length is None and len(layout.shape) == 2:
@@ -370,15 +455,41 @@ def _token_weights(layout: Layout, dtype: torch.dtype, args: LossArgs) -> Tensor
                 f"{max_completion_length}; pass the generation limit"
             )
         return mask / (num_sequences * max_completion_length)
-    if num_items is None:
-        num_items = layout.lengths.sum()
-    elif not isinstance(num_items, Tensor) and not 0 <= num_items < math.inf:
-        raise ValueError(f"num_items: expected a count of tokens or None, got {num_items}")
+    return mask / _divisor("num_items", args.num_items, layout, dtype)
+
+
+def _divisor(name: str, count: Number | None, layout: Layout, dtype: torch.dtype) -> Number:
+    """A count of tokens, by default those of this call, or 1 if it is 0."""
+    if count is None:
+        count = layout.lengths.sum()
     # A fraction is fine: it can be one rank's share of the count.
-    if not isinstance(num_items, Tensor):
-        return mask / (num_items if num_items > 0 else 1.0)
-    count = num_items.to(mask)
-    return mask / torch.where(count <= 0, 1.0, count)  # NaN stays NaN
+    if not isinstance(count, Tensor):
+        if not 0 <= count < math.inf:
+            raise ValueError(f"{name}: expected a count of tokens or None, got {count}")
+        return count if count > 0 else 1.0
+    count = count.to(layout.mask.device, dtype)
+    return torch.where(count <= 0, 1.0, count)  # NaN stays NaN
+
+
+def _flat_is_weights(layout: Layout, dtype: torch.dtype, args: LossArgs) -> Tensor | None:
+    """(R,) constants, 0 where masked. vespo adds them as logarithms: a token's own, or an equal
+    part of its sequence's."""
+    if args.is_weights is None:
+        return None
+    weights, by_sequence = args.is_weights.detach().to(dtype), (layout.num_sequences, 1)
+    given = weights.shape
+    if given not in (layout.shape, by_sequence) or weights.device != layout.mask.device:
+        raise ValueError(
+            f"is_weights: expected {tuple(layout.shape)}, one a token, or {by_sequence}, one a "
+            f"sequence, on {layout.mask.device}, got {tuple(given)} on {weights.device}"
+        )
+    spread = given != layout.shape
+    weights = layout.per_token(weights[:, 0]) if spread else weights.reshape(-1)
+    if args.loss_type == "vespo":
+        weights = weights.log().clamp(*LOG_WEIGHTS)
+        if spread:
+            weights = weights / layout.per_token(layout.lengths.clamp(min=1).to(dtype))
+    return torch.where(layout.mask, weights, 0.0)
 
 
 def _flat_logps(

@@ -316,7 +316,9 @@ class _GRPORun:
         pass."""
         mask = self.terms.layout.mask
         silent = torch.zeros_like(mask)
-        if self.terms.beta == 0 and self.with_gradient:
+        args = self.terms.args
+        may_be_silent = args.beta == args.entropy_coef == 0 and args.scope != "call"
+        if may_be_silent and self.with_gradient:
             silent = self.terms.layout.per_token(self.terms.advantages) == 0
         if self.terms.layout.bounds is not None and (mask.is_cuda or not bool(silent.any())):
             # All tokens at once, without asking the device which ones are silent.
@@ -329,13 +331,16 @@ class _GRPORun:
 
     def _some(self, rows: Rows, terms: LossTerms, with_gradient: bool) -> None:
         """Process the tokens `rows`, ascending, with their own terms."""
-        if not terms.by_sequence:
+        if terms.args.scope == "call":
+            self._twice(rows, terms, with_gradient)
+            return
+        if terms.args.scope == "token":
             for chunk in _tiles(len(terms.weights), self.tile_rows):
                 self._tile(_part(rows, chunk), terms.tile(chunk), with_gradient)
             return
         for first, last, chunk in _whole_sequences(terms.layout, self.tile_rows):
             fits = chunk.stop - chunk.start <= self.tile_rows
-            run = self._tile if fits else self._long_sequence
+            run = self._tile if fits else self._twice
             run(_part(rows, chunk), terms.sequences(first, last, chunk), with_gradient)
 
     def _tile(self, rows: Rows, terms: LossTerms, with_gradient: bool) -> None:
@@ -344,21 +349,25 @@ class _GRPORun:
         evaluated, norms, entropy = evaluate_rows(tile, ids, self.inv_temp, terms)
         self._store(rows, evaluated, entropy)
         if with_gradient:
-            self._backward(tile, hidden, rows, ids, norms, evaluated.d_logps)
+            gradient = entropy, evaluated.d_logps, evaluated.d_entropy
+            self._backward(tile, hidden, rows, ids, norms, *gradient)
 
-    def _long_sequence(self, rows: Rows, terms: LossTerms, with_gradient: bool) -> None:
-        """Process a sequence longer than a tile: first all its log-probs, then its logits again."""
+    def _twice(self, rows: Rows, terms: LossTerms, with_gradient: bool) -> None:
+        """Process more rows than a tile has, whose losses depend on each other: first all their
+        log-probs, then their logits again."""
         ids = self.ids[rows]
         logps, norms, entropy = _all_logps(self.head, self.hidden[rows], ids, self.inv_temp)
-        evaluated = terms.evaluate(logps)
+        entropy = torch.where(terms.layout.mask, entropy, 0.0)
+        evaluated = terms.evaluate(logps, entropy)
         self._store(rows, evaluated, entropy)
         if not with_gradient:
             return
         for chunk in _tiles(len(ids), self.tile_rows):
             hidden = self.hidden[_part(rows, chunk)]
             tile = self.head.logits(hidden)
-            d_logps = evaluated.d_logps[chunk]
-            self._backward(tile, hidden, _part(rows, chunk), ids[chunk], norms[chunk], d_logps)
+            vectors = (norms, entropy, evaluated.d_logps, evaluated.d_entropy)
+            of_chunk = (pick(vector, chunk) for vector in vectors)
+            self._backward(tile, hidden, _part(rows, chunk), ids[chunk], *of_chunk)
 
     def _store(self, rows: Rows, evaluated: Evaluated, entropy: Tensor) -> None:
         self.loss += evaluated.loss
@@ -367,18 +376,21 @@ class _GRPORun:
         self.kl[rows] = evaluated.kl
         self.clipped[rows] = evaluated.clipped
 
-    def _backward(self, tile, hidden, rows, ids, norms, d_logps) -> None:
-        """Compute a tile's gradients. Clipped tokens have none; a CPU skips them, but a GPU's host
-        would have to wait for their number."""
-        if self.terms.may_clip and self.terms.beta == 0 and not tile.is_cuda:
-            keep = d_logps.nonzero()[:, 0]
+    def _backward(self, tile, hidden, rows, ids, norms, entropy, d_logps, d_entropy) -> None:
+        """Compute a tile's gradients. Clipped or left-out tokens have none; a CPU skips them, but a
+        GPU's host would have to wait for their number."""
+        if self.terms.may_drop and not tile.is_cuda:
+            keep = (d_logps if d_entropy is None else d_logps.abs() + d_entropy.abs()).nonzero()
+            keep = keep[:, 0]
             if not len(keep):
                 return
             if len(keep) < len(ids):
                 tile, keep = _compacted(tile, keep)
                 hidden, rows = hidden[keep], _part(rows, keep)
-                ids, norms, d_logps = ids[keep], norms[keep], d_logps[keep]
-        grad = self.head.backward(tile, hidden, ids, norms, None, d_logps, None, self.inv_temp)
+                ids, norms, entropy = ids[keep], norms[keep], entropy[keep]
+                d_logps, d_entropy = d_logps[keep], pick(d_entropy, keep)
+        gradient = norms, entropy, d_logps, d_entropy, self.inv_temp
+        grad = self.head.backward(tile, hidden, ids, *gradient)
         if self.grad_hidden is not None:
             self.grad_hidden[rows] = self.head.grad_hidden(grad)
 

@@ -11,9 +11,15 @@ from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "luspo", "vespo")
 LEVELS = ("token", "sequence")
 KL_KINDS = ("k1", "k2", "k3")
+
+# Numbers that may not be negative, and those that may not be 0 either. LIMITS may be infinite.
+NOT_NEGATIVE = ("beta", "epsilon_low", "epsilon_high", "vespo_k_pos", "vespo_k_neg")
+POSITIVE = ("delta", "off_policy_mask_threshold", "sapo_temperature_neg", "sapo_temperature_pos",
+            "vespo_lambda_pos", "vespo_lambda_neg")  # fmt: skip
+LIMITS = ("epsilon_low", "epsilon_high", "delta", "off_policy_mask_threshold")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,23 +48,70 @@ class LossArgs:
     kl: str = "k3"
     max_completion_length: int | None = None
     num_items: int | float | Tensor | None = None
+    use_bias_correction_kl: bool = False
+    is_weights: Tensor | None = None
+    sapo_temperature_neg: float = 1.05
+    sapo_temperature_pos: float = 1.0
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    off_policy_mask_threshold: float | None = None
+    sampling_logps: Tensor | None = None
+    top_entropy_quantile: float = 1.0
+    entropy_threshold: float | Tensor | None = None
+    entropy_coef: float = 0.0
+    num_entropy_items: int | float | Tensor | None = None
 
     def __post_init__(self) -> None:
         choices = {"loss_type": LOSS_TYPES, "importance_sampling_level": LEVELS, "kl": KL_KINDS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
-        numbers = {"beta": self.beta, "epsilon_low": self.epsilon_low,
-                   "epsilon_high": self.upper_epsilon}  # fmt: skip
-        for name, value in numbers.items():
-            if not value >= 0 or (name == "beta" and value == math.inf):
-                raise ValueError(f"{name}: expected a number >= 0, got {value}")
-        if self.delta is not None and not self.delta > 0:
-            raise ValueError(f"delta: expected a number > 0 or None, got {self.delta}")
+        for name in (*NOT_NEGATIVE, *POSITIVE):
+            value, sign = getattr(self, name), ">" if name in POSITIVE else ">="
+            if value is None:
+                continue
+            if not value >= 0 or (value == 0 and sign == ">"):
+                raise ValueError(f"{name}: expected a number {sign} 0, got {value}")
+            if value == math.inf and name not in LIMITS:
+                raise ValueError(f"{name}: expected a finite number, got {value}")
+        if not 0 <= self.top_entropy_quantile <= 1:
+            raise ValueError(
+                f"top_entropy_quantile: expected a share of the tokens, 0 to 1, got "
+                f"{self.top_entropy_quantile}"
+            )
+        if not math.isfinite(self.entropy_coef):
+            raise ValueError(f"entropy_coef: expected a finite number, got {self.entropy_coef}")
+        if self.top_entropy_quantile < 1 and self.entropy_threshold is not None:
+            raise ValueError(
+                "entropy_threshold, top_entropy_quantile: expected at most one of them; the "
+                "threshold replaces the quantile of this call, so leave top_entropy_quantile at 1"
+            )
 
     @property
     def upper_epsilon(self) -> float:
         return self.epsilon_low if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def by_sequence(self) -> bool:
+        """Whether all tokens of a sequence share one ratio."""
+        return self.importance_sampling_level == "sequence" or self.loss_type == "gspo"
+
+    @property
+    def selects(self) -> bool:
+        """Whether the policy term and the entropy bonus leave out tokens of low entropy."""
+        return self.top_entropy_quantile < 1 or self.entropy_threshold is not None
+
+    @property
+    def scope(self) -> str:
+        """What has to be known before one token's loss is: the "token", its "sequence" or the whole
+        "call"."""
+        counts = self.entropy_coef != 0 and self.num_entropy_items is None
+        if self.top_entropy_quantile < 1 or (self.selects and counts):
+            return "call"
+        whole = self.by_sequence or self.loss_type == "vespo"
+        return "sequence" if whole or self.off_policy_mask_threshold is not None else "token"
 
 
 def takes_loss_args(function: Callable[P, R]) -> Callable[P, R]:

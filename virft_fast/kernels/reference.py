@@ -46,8 +46,11 @@ def grpo_loss_reference(
     ids = completion_ids.masked_fill(~mask, 0)
     logps, entropy = logps_reference(hidden, weight, ids, temperature=temperature)
     logps = logps.reshape(-1).masked_fill(~layout.mask, 0.0)
-    evaluated = terms.evaluate(logps)
-    # The value of the loss, with its gradient in the log-probs.
+    entropy = entropy.reshape(-1).masked_fill(~layout.mask, 0.0)
+    evaluated = terms.evaluate(logps, entropy.detach())
+    # The value of the loss, with its gradients in the log-probs and the entropy.
     value = evaluated.loss + ((logps - logps.detach()) * evaluated.d_logps).sum()
-    entropy = entropy.detach().reshape(-1).masked_fill(~layout.mask, 0.0)
-    return make_result(terms, value, evaluated.logps, entropy, evaluated.kl, evaluated.clipped)
+    if evaluated.d_entropy is not None:
+        value = value + ((entropy - entropy.detach()) * evaluated.d_entropy).sum()
+    rest = (evaluated.logps, entropy.detach(), evaluated.kl, evaluated.clipped)
+    return make_result(terms, value, *rest)

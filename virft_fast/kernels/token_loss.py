@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from virft_fast.kernels.loss_args import LossArgs
+
 # Above it, exp continues as its tangent: finite, and the gradient keeps its size and sign.
 MAX_EXPONENT = 20.0
 
@@ -38,48 +40,82 @@ def token_loss(
     log_ratio: Tensor,
     ref_logp: Tensor | None,
     advantage: Tensor,
+    args: LossArgs,
     *,
-    beta: float,
-    epsilon_low: float,
-    epsilon_high: float,
-    delta: float | None,
-    capped: bool,
-    kl: str,
+    weight: Tensor | None = None,
+    phi: Tensor | None = None,
 ) -> TokenLoss:
-    """The loss of each token, for flat tensors of one dtype. Arguments as in `grpo_loss`; `capped`
-    means cispo."""
+    """The loss of each token, for flat tensors of one dtype.
+
+    Args:
+        args: names and numbers as in `grpo_loss`.
+        weight: factor of the policy term, or None.
+        phi: vespo's factor of the log-prob.
+    """
     ratio, d_ratio = _exp(log_ratio)
-    if capped:
-        bounded = ratio.clamp(max=epsilon_high)
-        loss = -bounded * advantage * logp
-        d_log_ratio = torch.zeros_like(loss)
-        d_logp = -bounded * advantage
-        clipped_low = torch.zeros_like(loss, dtype=torch.bool)
-        clipped_high = (ratio > epsilon_high) & (advantage > 0)
+    if args.loss_type == "sapo":
+        policy = _soft(ratio, d_ratio, advantage, args)
+    elif args.loss_type in ("cispo", "vespo"):
+        policy = _weighted(ratio, logp, advantage, args.upper_epsilon, phi)
     else:
-        low, high = 1 - epsilon_low, 1 + epsilon_high
-        clipped = ratio.clamp(low, high)
-        inside = (ratio >= low) & (ratio <= high)
-        below_delta = torch.ones_like(inside)
-        if delta is not None:
-            below_delta = ratio <= delta
-            ratio = ratio.clamp(max=delta)
-        free, bound = ratio * advantage, clipped * advantage
-        loss = -torch.minimum(free, bound)
-        # The smaller branch gets the gradient; equal ones share it, as in autograd's minimum.
-        share = 0.5 * ((free <= bound).to(loss) + (free < bound).to(loss))
-        slope = share * below_delta + (1 - share) * inside
-        d_log_ratio = -advantage * d_ratio * slope
-        d_logp = torch.zeros_like(loss)
-        clipped_low = (ratio < low) & (advantage < 0)
-        clipped_high = (ratio > high) & (advantage > 0)
+        policy = _clipped(ratio, d_ratio, advantage, args)
+    loss, d_log_ratio, d_logp, clipped_low, clipped_high = policy
+    if weight is not None:
+        loss, d_log_ratio, d_logp = loss * weight, d_log_ratio * weight, d_logp * weight
     estimate = torch.zeros_like(loss)
     if ref_logp is not None:
-        estimate, d_estimate = kl_estimate(logp, ref_logp, kl)
+        beta = args.beta
+        estimate, d_estimate = kl_estimate(logp, ref_logp, args.kl)
+        if args.use_bias_correction_kl:
+            if beta > 0:
+                d_log_ratio = d_log_ratio + beta * estimate * d_ratio
+            estimate, d_estimate = estimate * ratio, d_estimate * ratio
         if beta > 0:
             loss = loss + beta * estimate
             d_logp = d_logp + beta * d_estimate
     return TokenLoss(loss, d_log_ratio, d_logp, estimate, clipped_low, clipped_high)
+
+
+Policy = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of a TokenLoss, all but the KL
+
+
+def _clipped(ratio: Tensor, d_ratio: Tensor, advantage: Tensor, args: LossArgs) -> Policy:
+    """The smaller of the free and the clipped ratio's objectives."""
+    low, high = 1 - args.epsilon_low, 1 + args.upper_epsilon
+    clipped = ratio.clamp(low, high)
+    inside = (ratio >= low) & (ratio <= high)
+    below_delta = torch.ones_like(inside)
+    if args.delta is not None:
+        below_delta = ratio <= args.delta
+        ratio = ratio.clamp(max=args.delta)
+    free, bound = ratio * advantage, clipped * advantage
+    loss = -torch.minimum(free, bound)
+    # The smaller branch gets the gradient; equal ones share it, as in autograd's minimum.
+    share = 0.5 * ((free <= bound).to(loss) + (free < bound).to(loss))
+    slope = share * below_delta + (1 - share) * inside
+    clipped_low, clipped_high = (ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0)
+    d_logp = torch.zeros_like(loss)
+    return loss, -advantage * d_ratio * slope, d_logp, clipped_low, clipped_high
+
+
+def _weighted(
+    ratio: Tensor, logp: Tensor, advantage: Tensor, cap: float, phi: Tensor | None
+) -> Policy:
+    """The log-prob times a constant: cispo's capped ratio, or vespo's `phi`."""
+    factor = ratio.clamp(max=cap) if phi is None else phi
+    zero, never = torch.zeros_like(ratio), torch.zeros_like(ratio, dtype=torch.bool)
+    above = never if phi is not None else (ratio > cap) & (advantage > 0)
+    return -factor * advantage * logp, zero, -factor * advantage, never, above
+
+
+def _soft(ratio: Tensor, d_ratio: Tensor, advantage: Tensor, args: LossArgs) -> Policy:
+    """sapo's sigmoid of the ratio, with slope 1 at a ratio of 1."""
+    positive = advantage > 0
+    t = torch.where(positive, args.sapo_temperature_pos, args.sapo_temperature_neg).to(ratio)
+    gate = torch.sigmoid(t * (ratio - 1))
+    d_log_ratio = -advantage * d_ratio * (4 * gate * (1 - gate))
+    never = torch.zeros_like(positive)
+    return -gate * 4 / t * advantage, d_log_ratio, torch.zeros_like(ratio), never, never
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, kl: str) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from virft_fast.kernels.loss_args import KL_KINDS
+from virft_fast.kernels.loss_args import KL_KINDS, LossArgs
 from virft_fast.kernels.token_loss import MAX_EXPONENT
 
 FORWARD_BLOCK, FORWARD_WARPS = 4096, 4
@@ -36,7 +36,7 @@ _RUNTIME = (
 # Accessed one number at a time: alignment doesn't help, and it changes with slicing.
 _VECTORS = (
     "IDS", "LOGPS", "NORMS", "ENTROPY", "MASK", "SEQUENCE", "ADVANTAGES", "WEIGHTS", "OLD", "REF",
-    "KL_OUT", "LOSS", "D_LOGPS", "CLIPPED", "GRAD_LOGPS", "GRAD_ENTROPY", "SCALE",
+    "FACTOR", "KL_OUT", "LOSS", "D_LOGPS", "CLIPPED", "GRAD_LOGPS", "GRAD_ENTROPY", "SCALE",
 )  # fmt: skip
 
 
@@ -123,21 +123,30 @@ def _exp(x):
 
 @triton.jit
 def token_loss(
-    logp, log_ratio, ref_logp, advantage, beta, low, high, delta,
-    HAS_REF: tl.constexpr, HAS_DELTA: tl.constexpr, CAPPED: tl.constexpr, KL: tl.constexpr,
+    logp, log_ratio, ref_logp, advantage, factor, beta, low, high, delta,
+    HAS_REF: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    POLICY: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr,
 ):  # fmt: skip
-    """The GPU version of `kernels.token_loss.token_loss`; low and high bound the ratio itself.
+    """The GPU version of `kernels.token_loss.token_loss`; for low and high see `_bounds`.
 
     Returns the loss, its derivatives in the log-ratio and in the log-prob, the KL estimate, and -1
     or 1 where the ratio is clipped below or above, else 0.
     """
     ratio, d_ratio = _exp(log_ratio)
-    if CAPPED:
+    free_ratio = ratio
+    if POLICY == 1:  # cispo
         capped = tl.where(ratio > high, high, ratio)
         loss = -capped * advantage * logp
         d_log_ratio = 0.0 * loss
         d_logp = -capped * advantage
         clipped = tl.where((ratio > high) & (advantage > 0.0), 1.0, 0.0)
+    elif POLICY == 2:  # sapo
+        t = tl.where(advantage > 0.0, high, low)
+        gate = tl.sigmoid(t * (ratio - 1.0))
+        loss = -gate * 4.0 / t * advantage
+        d_log_ratio = -advantage * d_ratio * (4.0 * gate * (1.0 - gate))
+        d_logp = 0.0 * loss
+        clipped = 0.0 * loss
     else:
         bounded = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
         inside = tl.where((ratio >= low) & (ratio <= high), 1.0, 0.0)
@@ -155,6 +164,10 @@ def token_loss(
         below = (ratio < low) & (advantage < 0.0)
         above = (ratio > high) & (advantage > 0.0)
         clipped = tl.where(below, -1.0, tl.where(above, 1.0, 0.0))
+    if HAS_FACTOR:
+        loss = loss * factor
+        d_log_ratio = d_log_ratio * factor
+        d_logp = d_logp * factor
     estimate = 0.0 * loss
     if HAS_REF:
         d = ref_logp - logp
@@ -168,6 +181,10 @@ def token_loss(
             value, steep = _exp(d)
             estimate = value - d - 1.0
             d_estimate = 1.0 - steep
+        if KL_RATIO:
+            d_log_ratio = d_log_ratio + beta * estimate * d_ratio
+            estimate = estimate * free_ratio
+            d_estimate = d_estimate * free_ratio
         loss = loss + beta * estimate
         d_logp = d_logp + beta * d_estimate
     return loss, d_log_ratio, d_logp, estimate, clipped
@@ -213,13 +230,13 @@ def rows_forward_kernel(
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_VECTORS)
 def grpo_forward_kernel(
-    Z, IDS, MASK, SEQUENCE, ADVANTAGES, WEIGHTS, OLD, REF,
+    Z, IDS, MASK, SEQUENCE, ADVANTAGES, WEIGHTS, OLD, REF, FACTOR,
     LOGPS, NORMS, ENTROPY, KL_OUT, LOSS, D_LOGPS, CLIPPED,
     inner, stride_outer: tl.int64, stride_inner: tl.int64, stride_v: tl.int64, vocab, inv_temp,
     num_generations, beta, low, high, delta,
     FROM_REWARDS: tl.constexpr, GROUP_BLOCK: tl.constexpr, EPS: tl.constexpr,
     HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_DELTA: tl.constexpr,
-    CAPPED: tl.constexpr, KL: tl.constexpr,
+    HAS_FACTOR: tl.constexpr, POLICY: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr,
     UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Log-prob, entropy, group advantage, token loss and its gradient of one token."""
@@ -240,9 +257,13 @@ def grpo_forward_kernel(
         ref = logp
         if HAS_REF:
             ref = tl.load(REF + row)
+        factor = 1.0
+        if HAS_FACTOR:
+            factor = tl.load(FACTOR + row)
         loss, d_log_ratio, d_logp, estimate, clipped = token_loss(
-            logp, log_ratio, ref, advantage, beta, low, high, delta, HAS_REF, HAS_DELTA, CAPPED, KL
-        )
+            logp, log_ratio, ref, advantage, factor, beta, low, high, delta,
+            HAS_REF, HAS_DELTA, HAS_FACTOR, POLICY, KL, KL_RATIO,
+        )  # fmt: skip
         weight = tl.load(WEIGHTS + row)
         tl.store(LOGPS + row, logp)
         tl.store(NORMS + 2 * row, m)
@@ -338,9 +359,9 @@ def tile_backward_kernel(
 
 @triton.jit
 def token_loss_kernel(
-    LOGP, LOG_RATIO, REF, ADVANTAGE, OUT, size, beta, low, high, delta,
-    HAS_REF: tl.constexpr, HAS_DELTA: tl.constexpr, CAPPED: tl.constexpr, KL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LOGP, LOG_RATIO, REF, ADVANTAGE, FACTOR, OUT, size, beta, low, high, delta,
+    HAS_REF: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    POLICY: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`token_loss` alone, with (5, size) output, for the test against the torch version."""
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -348,7 +369,8 @@ def token_loss_kernel(
     values = token_loss(
         tl.load(LOGP + cols, mask=keep, other=0.0), tl.load(LOG_RATIO + cols, mask=keep, other=0.0),
         tl.load(REF + cols, mask=keep, other=0.0), tl.load(ADVANTAGE + cols, mask=keep, other=0.0),
-        beta, low, high, delta, HAS_REF, HAS_DELTA, CAPPED, KL,
+        tl.load(FACTOR + cols, mask=keep, other=0.0), beta, low, high, delta,
+        HAS_REF, HAS_DELTA, HAS_FACTOR, POLICY, KL, KL_RATIO,
     )  # fmt: skip
     for i in tl.static_range(5):
         tl.store(OUT + i * size + cols, values[i], mask=keep)
@@ -507,46 +529,60 @@ def grpo_forward(
     weights: Tensor,
     old_logps: Tensor | None,
     ref_logps: Tensor | None,
+    factor: Tensor | None,
+    args: LossArgs,
     *,
     inv_temp: float,
     num_generations: int | None,
     eps: float,
-    beta: float,
-    epsilon_low: float,
-    epsilon_high: float,
-    delta: float | None,
-    capped: bool,
-    kl: str,
 ) -> GRPORows:
     """The GRPO loss of R tokens and its gradient in their log-probs, in one launch.
 
     Args:
-        logits: (..., V), R rows; ids, mask, sequence, weights, old_logps, ref_logps: (R,).
+        logits: (..., V), R rows; ids, mask, sequence, weights, old_logps, ref_logps, factor: (R,).
         advantages: (N,); with `num_generations`, rewards to normalize here.
+        args: names and numbers of a loss whose `scope` is a token.
     """
     logits, rows = rows_of(logits)
     (norms,) = _empty((rows.count, 2), logits.device, 1)
     outs = GRPORows(norms, *_empty(rows.count, logits.device, 6))
     if rows.count:
-        low, high = (0.0, epsilon_high) if capped else (1 - epsilon_low, 1 + epsilon_high)
         with _on(logits.device):
             grpo_forward_kernel[(rows.count,)](
                 logits, ids.contiguous(), mask.contiguous().view(torch.uint8), sequence,
                 advantages, weights,
                 weights if old_logps is None else old_logps,
                 weights if ref_logps is None else ref_logps,
+                weights if factor is None else factor,
                 outs.logps, outs.norms, outs.entropy, outs.kl, outs.loss, outs.d_logps,
                 outs.clipped,
                 *_addresses(rows), rows.vocab, inv_temp,
-                num_generations or 1, float(beta), float(low), float(high), float(delta or 0.0),
+                num_generations or 1, float(args.beta), *_bounds(args), float(args.delta or 0.0),
                 FROM_REWARDS=num_generations is not None,
                 GROUP_BLOCK=triton.next_power_of_2(num_generations or 1), EPS=eps,
                 HAS_OLD=old_logps is not None, HAS_REF=ref_logps is not None,
-                HAS_DELTA=delta is not None, CAPPED=capped, KL=KL_KINDS.index(kl) + 1,
+                HAS_DELTA=args.delta is not None, HAS_FACTOR=factor is not None,
+                **_formulas(args),
                 UNIT=rows.unit, CONTIGUOUS=rows.column_stride == 1, BLOCK=_forward_block(rows),
                 num_warps=FORWARD_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
     return outs
+
+
+def _bounds(args: LossArgs) -> tuple[float, float]:
+    """`low` and `high`: the ratio's bounds, or sapo's temperatures."""
+    if args.loss_type == "sapo":
+        return float(args.sapo_temperature_neg), float(args.sapo_temperature_pos)
+    if args.loss_type == "cispo":
+        return 0.0, float(args.upper_epsilon)
+    return float(1 - args.epsilon_low), float(1 + args.upper_epsilon)
+
+
+def _formulas(args: LossArgs) -> dict[str, int]:
+    """Which formulas `token_loss` is compiled for."""
+    policy = {"cispo": 1, "sapo": 2}.get(args.loss_type, 0)
+    kl_ratio = args.use_bias_correction_kl
+    return {"POLICY": policy, "KL": KL_KINDS.index(args.kl) + 1, "KL_RATIO": kl_ratio}
 
 
 def _forward_block(rows: _Rows) -> int:
