@@ -86,7 +86,8 @@ check-triton: $(STAMP)
 	$(BIN)/python scripts/check_triton.py
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest -q benchmarks $(BENCH_ARGS)
+	$(BIN)/python -m pytest -q benchmarks -rs --benchmark-storage=benchmarks/results \
+		--benchmark-columns=min,median,stddev,rounds $(BENCH_ARGS)
 
 tiny-model: $(STAMP)
 	$(BIN)/python scripts/make_tiny_model.py --out virft_fast/models/tiny_qwen2_vl

@@ -1,31 +1,24 @@
-"""Shared by the benchmarks: contenders timed in turns in one run, and a table of ratios.
+"""Shared by the benchmarks: contenders of a case take turns, and each is an entry of its own.
 
-    pytest benchmarks/ --save-results    also writes benchmarks/results/SUITE-MACHINE.json
-
-A contender's answer is checked before anything is timed. Contenders take turns, so that a slowdown
-of the machine affects all of them. Each contender's figure is its best time; for whole steps and
-rollouts, its median.
+pytest-benchmark times one entry after another. A machine that slows down between two entries then
+changes their ratio. Here the first entry of a case times all chosen contenders of that case, each
+once a round, in an order that reverses after every round. A slowdown affects all of them, and no
+contender always runs after the same one. Every entry then reports its own rounds.
 """
 
 from __future__ import annotations
 
-import json
 import platform
-import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-RESULTS = Path(__file__).parent / "results"
-SECONDS = 1.5  # per case, about
+from measure import DEVICE, Case, provider
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--save-results", action="store_true", help="write benchmarks/results/*.json")
     parser.addoption(
         "--size",
         default="cpu",
@@ -35,91 +28,98 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.ratios = {}
+@pytest.fixture(scope="session")
+def size(request: pytest.FixtureRequest) -> str:
+    return request.config.getoption("--size")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A suite's `CASES`, by size, are the parameters of its fixture `case`."""
+    if "case" in metafunc.fixturenames and hasattr(metafunc.module, "CASES"):
+        cases = metafunc.module.CASES[metafunc.config.getoption("--size")]
+        metafunc.parametrize("case", cases.values(), ids=cases, indirect=True, scope="module")
 
 
 @pytest.fixture
-def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., dict[str, float]]:
-    """race(case, {name: function}, ours=name) times the contenders in turns and records the ratios.
+def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case, str], None]:
+    """race(case, contender) reports the contender's times, and takes those of the case if it is
+    the first. --benchmark-min-rounds and --benchmark-max-time hold for a contender on average."""
 
-    `rounds` fixes the number of turns, and the figure is then their median. `notes` are further
-    figures by name, e.g. {"ours": {"peak_mib": 12.0}}. pytest-benchmark reports `ours`. Returns
-    each contender's figure in milliseconds.
-    """
-
-    def run(
-        case: str,
-        contenders: dict[str, Callable[[], Any]],
-        ours: str,
-        notes: dict[str, dict[str, float]] | None = None,
-        rounds: int | None = None,
-    ) -> dict[str, float]:
-        if not benchmark.enabled:  # --benchmark-disable: only check that they run
-            for function in contenders.values():
-                function()
-            benchmark.pedantic(contenders[ours], rounds=1)
-            return {}
-        times: dict[str, list[float]] = {name: [] for name in contenders}
-
-        def turn() -> float:
-            for name, function in contenders.items():
-                start = time.perf_counter()
-                function()
-                times[name].append(time.perf_counter() - start)
-            return sum(taken[-1] for taken in times.values())
-
-        first = turn()  # warms up, and determines the number of turns
-        for _ in range(rounds or max(3, min(50, int(SECONDS / first)))):
-            turn()
-        benchmark.pedantic(contenders[ours], rounds=3 if rounds is None else 1)
-        figure = min if rounds is None else lambda taken: statistics.median(taken[1:])
-        ms = {name: 1e3 * figure(taken) for name, taken in times.items()}
-        suite = request.path.stem.removeprefix("test_bench_")
-        request.config.ratios.setdefault(suite, {})[case] = {
-            "ours": ours,
-            "ms": ms,
-            "notes": notes or {},
-        }
-        return ms
+    def run(case: Case, name: str) -> None:
+        package, version = provider(name)
+        function = case.runs.get(name, "")
+        if version is None:
+            pytest.skip(f"{name}: not installed; pip install {package}")
+        if isinstance(function, str):
+            pytest.skip(f"{name}: {function}")
+        if benchmark.disabled:  # only show that it runs
+            benchmark.pedantic(function)
+            return
+        benchmark.group = case.name
+        benchmark.pedantic(lambda: None)  # makes the entry
+        if name not in case.seconds:
+            take_turns(case, chosen(request), **benchmark.stats.options)
+        benchmark.stats.stats.data[:] = case.seconds[name]
+        notes = case.notes.get(name, {})
+        benchmark.extra_info.update(
+            {"contender": name, "package": package, "version": version, **case.work},
+            **{key: value() if callable(value) else value for key, value in notes.items()},
+        )
 
     return run
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    for suite, cases in config.ratios.items():
-        terminalreporter.section(f"{suite}: time in ms, and how many times ours is faster")
-        for case, result in cases.items():
-            ours = result["ms"][result["ours"]]
-            terminalreporter.write_line(case)
-            for name, ms in result["ms"].items():
-                more = result["notes"].get(name, {})
-                more = "   ".join(f"{key} {value:.3g}" for key, value in more.items())
-                terminalreporter.write_line(f"  {name:34} {ms:10.3f}   {ms / ours:7.2f}x   {more}")
-        if config.getoption("--save-results"):
-            terminalreporter.write_line(f"written: {save(suite, cases)}")
+def chosen(request: pytest.FixtureRequest) -> list[str]:
+    """The contenders of this test's case that the session runs."""
+
+    def case(item: Any) -> Any:
+        return {**item.callspec.params, "contender": None}
+
+    tests = [i for i in request.session.items if getattr(i, "function", 0) is request.function]
+    return [i.callspec.params["contender"] for i in tests if case(i) == case(request.node)]
 
 
-def save(suite: str, cases: dict[str, Any]) -> Path:
-    """Write the figures, with the machine they were measured on; returns the file's path."""
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    machine = {
-        "cpu": processor(),
-        "threads": torch.get_num_threads(),
-        "cuda_device": cuda,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    label = (cuda or f"cpu-{torch.get_num_threads()}-threads").replace(" ", "-").lower()
-    path = RESULTS / f"{suite}-{label}.json"
-    RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machine": machine, "cases": cases}, indent=1) + "\n")
-    return path
+def take_turns(
+    case: Case, names: list[str], *, min_rounds: int, max_time: float, timer: Callable, **_: Any
+) -> None:
+    """Time the contenders, each once a round, and count the threads that each keeps busy."""
+    names = [name for name in names if callable(case.runs.get(name))]
+    threads = torch.get_num_threads()
+    cpu = {name: [0.0, 0.0] for name in names}  # of the whole process, of this thread
 
+    def turn(order: list[str]) -> None:
+        for name in order:
+            torch.set_num_threads(case.threads.get(name, threads))
+            whole, own = time.process_time(), time.thread_time()
+            start = timer()
+            case.runs[name]()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            case.seconds.setdefault(name, []).append(timer() - start)
+            cpu[name][0] += time.process_time() - whole
+            cpu[name][1] += time.thread_time() - own
 
-def processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+        turn(names)  # warms up, and determines the number of rounds
+        seconds = sum(case.seconds.pop(name)[0] for name in names)
+        for index in range(max(min_rounds, int(max_time * len(names) / seconds))):
+            turn(names[:: 1 if index % 2 else -1])
+    finally:
+        torch.set_num_threads(threads)
+    for name, (whole, own) in cpu.items():
+        # The calling thread takes an equal share, so this also holds on a busy machine.
+        case.notes.setdefault(name, {})["threads_used"] = round(whole / own, 2)
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """What a reader needs, without the machine's name."""
+    cpu = machine_info["cpu"].get("brand_raw", machine_info["processor"])
+    machine_info.clear()
+    cuda = {"cuda_device": torch.cuda.get_device_name()} if DEVICE == "cuda" else {}
+    machine_info.update(cpu=cpu, threads=torch.get_num_threads(), **cuda)
+    machine_info.update(python=platform.python_version(), torch=torch.__version__)
+
+
+def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
+    for key in ("project", "branch"):
+        commit_info.pop(key)

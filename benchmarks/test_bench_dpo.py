@@ -4,9 +4,9 @@
     pytest benchmarks/test_bench_dpo.py --size 2b     Qwen2-VL's shapes, on a GPU; also 7b
 
 Same weights, same pairs, the images processed beforehand, a frozen copy of the model as reference.
-Losses and gradients are compared first. TRL reads prompt and images once for each answer. The
-contender "each answer with its own prompt and images" does the same with our code, which shows the
-effect of sharing alone. Our own `--prefix_sharing off` is in between: it reads prompts twice and
+Losses and gradients are compared first. TRL reads prompt and images once for each answer. Ours,
+"each answer with its own prompt and images", does the same, which shows the effect of sharing
+alone. Our own `--prefix_sharing off` is in between: it reads prompts twice and
 images once.
 """
 
@@ -16,8 +16,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from measure import DEVICE, peak_memory, release, synchronised
-from vlm import make_model, make_processor, make_sample
+from measure import DEVICE, Case, contenders, peak_mib
+from vlm import cases_of, make_model, make_processor, make_sample, prepare, update
 
 from virft_fast.algorithms import dpo
 from virft_fast.algorithms.dpo import DPOState
@@ -27,11 +27,11 @@ from virft_fast.models.families import core
 from virft_fast.models.qwen_vl import Policy, encode_prompt
 from virft_fast.models.vision_metadata import vision_metadata
 
-trl = pytest.importorskip("trl")
+trl = pytest.importorskip("trl", reason="TRL: not installed; pip install trl")
 
-ROUNDS = 5
 PAIRS = 4
-LENGTHS = [(650, 100), (500, 64), (130, 256)]
+CASES = cases_of([(650, 100), (500, 64), (130, 256)])
+UNSHARED = "ours, each answer with its own prompt"
 
 
 def make_samples(processor, prompt_length, completion_length):
@@ -153,8 +153,7 @@ class TRLStep:
             processing_class=processor,
             train_dataset=Dataset.from_list([{**examples[0], "images": []}]),
         )  # fmt: skip
-        self.trainer.create_optimizer()
-        self.trainer.model_wrapped = self.trainer.model.train()
+        prepare(self.trainer)
         size = PAIRS if DEVICE == "cpu" else 1
         self.batches = [
             self.trainer.data_collator([dict(e) for e in examples[first : first + size]])
@@ -168,11 +167,8 @@ class TRLStep:
         return float(sum(losses))
 
     def __call__(self):
-        trainer = self.trainer
         loss = self.forward_backward()
-        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
-        trainer.optimizer.step()
-        trainer.model.zero_grad(set_to_none=True)
+        update(self.trainer)
         return loss
 
     def gradients(self):
@@ -183,18 +179,15 @@ class TRLStep:
         return loss, seen
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_dpo_step(race, request, tmp_path, lengths):
-    size = request.config.getoption("--size")
-    lengths = (60, 8) if size == "tiny" else lengths
+@pytest.fixture(scope="module")
+def case(request, size, tmp_path_factory):
+    lengths = request.param
     processor = make_processor()
     samples = list(make_samples(processor, *lengths))
     steps = {
-        release("trl", "TRL"): TRLStep(size, processor, samples, tmp_path),
-        "each answer with its own prompt and images": OurStep(
-            size, processor, samples, "off", ReadsImagesTwice
-        ),
-        "each answer with its own prompt": OurStep(size, processor, samples, "off"),
+        "TRL": TRLStep(size, processor, samples, tmp_path_factory.mktemp("trl")),
+        f"{UNSHARED} and images": OurStep(size, processor, samples, "off", ReadsImagesTwice),
+        UNSHARED: OurStep(size, processor, samples, "off"),
         "ours": OurStep(size, processor, samples, "on"),
     }
     own, grads = steps["ours"].gradients()
@@ -205,7 +198,10 @@ def test_dpo_step(race, request, tmp_path, lengths):
         total = sum(wanted[n].norm() ** 2 for n in wanted) ** 0.5
         limit = 1e-4 if DEVICE == "cpu" else 0.1
         assert difference < limit * total, (name, float(difference / total))
-    runs = {name: synchronised(step) for name, step in steps.items()}
-    notes = {name: {"peak_mib": peak_memory(run) / 2**20} for name, run in runs.items()}
-    case = f"{size}: {PAIRS} pairs, P={lengths[0]}, C={lengths[1]}"
-    race(case, runs, ours="ours", notes=notes, rounds=ROUNDS)
+    notes = {name: {"peak_mib": peak_mib(step)} for name, step in steps.items()}
+    return Case(f"{size}: {PAIRS} pairs, P={lengths[0]}, C={lengths[1]}", steps, notes)
+
+
+@contenders("TRL", "ours", UNSHARED, f"{UNSHARED} and images")
+def test_dpo_step(race, case, contender):
+    race(case, contender)

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from measure import DEVICE, synchronised
+from measure import DEVICE, Case, contenders
 from vlm import make_model
 
 from virft_fast.data import BadRows, SampleDataset
@@ -26,7 +26,7 @@ from virft_fast.rollout.native import NativeRollout
 NUM_IMAGES = {"tiny": 6, "cpu": 512, "2b": 512, "7b": 512}
 BATCH_SIZE = 64
 MAX_COMPLETION_LENGTH = 64
-ROUNDS = 1  # minutes each
+ONE_BY_ONE = "transformers generate, one by one"
 
 
 def rows(count):
@@ -47,9 +47,8 @@ def describe(rollouts):
     return [{"index": prompt.sample.index, "completion": text} for prompt, text in pairs]
 
 
-@pytest.mark.timeout(3600)
-def test_evaluate(race, request):
-    size = request.config.getoption("--size")
+@pytest.fixture(scope="module")
+def case(size):
     samples, processor = SampleDataset(rows(NUM_IMAGES[size])), load_processor("tiny")
     tokenizer = processor.tokenizer
     plain, policy = make(size).to(DEVICE).eval(), Policy(make(size).to(DEVICE)).eval()
@@ -99,14 +98,11 @@ def test_evaluate(race, request):
     same = sum(a == b for a, b in zip(expected, got, strict=True)) / len(expected)
     # In bfloat16 a tie may break either way, and the rest of that answer changes with it.
     assert same == 1.0 if DEVICE == "cpu" else same > 0.5, same
-    runs = {
-        "transformers generate, one by one": one_by_one,
-        "ours": ours,
-    }
-    runs = {name: synchronised(run) for name, run in runs.items()}
-    case = f"{size}: {len(samples)} images, batches of {BATCH_SIZE}"
-    notes = {name: {} for name in runs}
-    ms = race(case, runs, ours="ours", notes=notes, rounds=ROUNDS)
-    for name, note in notes.items():
-        if ms:
-            note["images_per_s"] = len(samples) / ms[name] * 1e3
+    name = f"{size}: {len(samples)} images, batches of {BATCH_SIZE}"
+    return Case(name, {ONE_BY_ONE: one_by_one, "ours": ours}, work={"images": len(samples)})
+
+
+@pytest.mark.timeout(3600)
+@contenders(ONE_BY_ONE, "ours")
+def test_evaluate(race, case, contender):
+    race(case, contender)

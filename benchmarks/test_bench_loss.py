@@ -8,15 +8,15 @@ Every contender gets the same tensors. Its loss and gradients are first compared
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import DEVICE, peak_memory, release, synchronised
+from measure import DEVICE, Case, contenders, peak_mib, provider
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from virft_fast.kernels import grpo_loss, linear_grpo_loss, logps_and_entropy
 
@@ -27,7 +27,8 @@ SIZES = {
     "2b": (64, 200, 1536, 151_936),
     "7b": (64, 200, 3584, 152_064),
 }
-EPSILON, GROUP = 0.2, 8
+EPSILON = 0.2
+PASSES = pytest.fixture(scope="module", params=["forward", "forward+backward"])
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ class Problem:
         mask = (torch.arange(t) < lengths[:, None]).to(DEVICE)
         advantages = torch.randn(n, generator=g).to(DEVICE)
         with torch.no_grad():
-            rows = slice(0, n * t)
-            logps = _exact_logps(hidden.flatten(0, 1)[rows], weight, ids.flatten()).view(n, t)
+            logps = exact_logps(hidden.double(), weight.double(), ids)
         old = logps.float() + 0.1 * torch.randn(n, t, generator=g).to(DEVICE)
         return cls(hidden, weight, ids, mask, advantages, old)
 
@@ -62,12 +62,14 @@ class Problem:
         return pick(self.hidden), pick(self.weight)
 
 
-def _exact_logps(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    parts = []
-    for rows in torch.arange(len(ids), device=ids.device).split(256):
-        log_p = (hidden[rows].double() @ weight.double().T).log_softmax(-1)
-        parts.append(log_p.gather(1, ids[rows, None])[:, 0])
-    return torch.cat(parts)
+def exact_logps(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """(N, T) float64, one sequence at a time."""
+
+    def one(hidden, ids):
+        return (hidden @ weight.T).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+
+    pairs = zip(hidden, ids, strict=True)
+    return torch.stack([checkpoint(one, *pair, use_reentrant=False) for pair in pairs])
 
 
 def torch_loss(logps: Tensor, problem: Problem) -> Tensor:
@@ -124,17 +126,16 @@ def ours(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
     ).loss  # fmt: skip
 
 
-def contenders(size: str) -> Iterator[tuple[str, Callable[..., Tensor]]]:
-    yield "naive torch", naive
-    if importlib.util.find_spec("trl"):
-        yield f"{release('trl', 'TRL')} fused head", trl
-    if importlib.util.find_spec("liger_kernel"):
-        yield f"{release('liger-kernel', 'Liger')} chunked", liger
-    if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        yield "F.linear_cross_entropy", torch_linear
-    if size != "tiny":
-        yield "torch.compile", torch.compile(naive, dynamic=False)
-    yield "ours", ours
+LOSSES = {
+    "naive torch": naive,
+    "TRL, fused head": trl,
+    "Liger, chunked": liger,
+    "F.linear_cross_entropy": torch_linear,
+    "torch.compile": torch.compile(naive, dynamic=False),
+    "ours": ours,
+}
+if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+    LOSSES["F.linear_cross_entropy"] = "needs torch 2.13 or later"
 
 
 def naive_logps(problem: Problem, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -156,15 +157,15 @@ def relative(got: Tensor, exact: Tensor) -> float:
     return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
-@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "forward+backward"])
-def test_head_and_loss(race, request, gradient):
-    size = request.config.getoption("--size")
+@PASSES
+def head(request, size):
+    gradient = request.param != "forward"
     problem = Problem.make(size)
-    exact_loss, exact_grads = exact(problem)
-    mask = problem.mask
-    exact_logps = _exact_logps(problem.hidden[mask], problem.weight, problem.ids[mask])
-    runs, notes = {}, {}
-    for name, loss in contenders(size):
+    exact_loss, exact_grads, wanted = exact(problem)
+    runs, notes = without_compile(LOSSES, size), {}
+    for name, loss in runs.items():
+        if isinstance(loss, str) or not provider(name)[1]:
+            continue
         leaves = problem.leaves()
 
         def step(loss=loss, leaves=leaves):
@@ -180,35 +181,37 @@ def test_head_and_loss(race, request, gradient):
         limit = 1e-5 if DEVICE == "cpu" else 5e-2
         assert abs(value.item() - exact_loss) < (1e-5 if DEVICE == "cpu" else 1e-2), name
         assert max(errors) < limit, (name, errors)
-        notes[name] = {"peak_mib": peak_memory(step) / 2**20, "gradient_error": max(errors)}
+        notes[name] = {"peak_mib": peak_mib(step), "gradient_error": max(errors)}
         if name in LOGPS:
             with torch.no_grad():
                 logps = LOGPS[name](problem, *leaves)
-            notes[name]["logp_error"] = (logps.double() - exact_logps).abs().max().item()
+            notes[name]["logp_error"] = (logps.double() - wanted).abs().max().item()
         del grads, value
-        runs[name] = synchronised(step)
+        runs[name] = step
     assert notes["ours"]["logp_error"] < (1e-5 if DEVICE == "cpu" else 1e-3), notes["ours"]
     if size == "cpu" and gradient:
         assert notes["ours"]["peak_mib"] <= notes["naive torch"]["peak_mib"] / 8, notes
-    runs["the products alone"] = synchronised(lambda: products(problem, gradient))
-    race(f"{size}: {'forward+backward' if gradient else 'forward'}", runs, ours="ours", notes=notes)
+    runs["the products alone"] = lambda: products(problem, gradient)
+    return Case(f"LM head and loss, {size}: {request.param}", runs, notes)
 
 
-def exact(problem: Problem) -> tuple[float, tuple[Tensor, Tensor]]:
-    """Loss and gradients in float64, some sequences at a time."""
-    leaves = problem.leaves(torch.float64)
-    total, grads = 0.0, [torch.zeros_like(leaf) for leaf in leaves]
-    count = len(problem.ids)
-    for i in range(count):
-        part = Problem(*(x[i : i + 1] for x in (leaves[0],)), leaves[1], problem.ids[i : i + 1],
-                       problem.mask[i : i + 1], problem.advantages[i : i + 1],
-                       problem.old[i : i + 1])  # fmt: skip
-        log_p = (part.hidden @ part.weight.T).log_softmax(-1)
-        loss = torch_loss(log_p.gather(-1, part.ids[..., None])[..., 0], part) / count
-        for grad, more in zip(grads, torch.autograd.grad(loss, leaves), strict=True):
-            grad += more
-        total += loss.item()
-    return total, tuple(grads)
+@contenders(*LOSSES, "the products alone")
+def test_head_and_loss(race, head, contender):
+    race(head, contender)
+
+
+def without_compile(functions, size):
+    """Without torch.compile where it would take longer than all the rest."""
+    return functions | ({"torch.compile": "not for --size tiny"} if size == "tiny" else {})
+
+
+def exact(problem: Problem) -> tuple[float, tuple[Tensor, ...], Tensor]:
+    """Loss, gradients and log-probs of the tokens that count, in float64."""
+    hidden, weight = problem.leaves(torch.float64)
+    logps = exact_logps(hidden, weight, problem.ids)
+    loss = torch_loss(logps, problem)
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    return loss.item(), grads, logps.detach()[problem.mask]
 
 
 def products(problem: Problem, gradient: bool) -> None:
@@ -228,9 +231,9 @@ def products(problem: Problem, gradient: bool) -> None:
                     torch.addmm(total, logits.T, rows, out_dtype=total.dtype, out=total)
 
 
-def test_loss_from_logits(race, request):
+@pytest.fixture(scope="module")
+def loss(size):
     """The loss and its gradient from precomputed logits and old log-probs."""
-    size = request.config.getoption("--size")
     n, t, vocab = (8, 64, 32_768) if DEVICE == "cpu" else (32, 256, 151_936)
     if size == "tiny":
         n, t, _, vocab = SIZES[size]
@@ -255,10 +258,9 @@ def test_loss_from_logits(race, request):
             logits[:, :-1], ids, mask, advantages=advantages, old_logps=old, epsilon_low=EPSILON
         ).loss
 
-    functions = {"naive torch": plain, "ours": fused}
-    if size != "tiny":
-        functions["torch.compile"] = torch.compile(plain)
-    if importlib.util.find_spec("liger_kernel") and DEVICE == "cuda":
+    functions = {"naive torch": plain, "torch.compile": torch.compile(plain), "ours": fused}
+    runs, notes = {"Liger, rows": "needs a GPU"}, {}
+    if provider("Liger")[1] and DEVICE == "cuda":
         from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
         def liger_rows():
@@ -267,25 +269,33 @@ def test_loss_from_logits(race, request):
                 eps_low=EPSILON, eps_high=EPSILON, inplace=False, loss_type="grpo", reduce=True,
             )[0]  # fmt: skip
 
-        functions[f"{release('liger-kernel', 'Liger')} rows"] = liger_rows
+        functions["Liger, rows"] = liger_rows
+    runs |= without_compile(functions, size)
     wanted = plain()
     exact = torch.autograd.grad(wanted, logits)[0]
-    notes, runs = {}, {}
-    for name, function in functions.items():
+    for name, function in runs.items():
+        if isinstance(function, str):
+            continue
         step = lambda function=function: torch.autograd.grad(function(), logits)[0]  # noqa: E731
         assert abs(function().item() - wanted.item()) < 1e-4, name
         error = relative(step(), exact)
         assert error < (1e-5 if DEVICE == "cpu" else 2e-2), (name, error)
-        notes[name] = {"peak_mib": peak_memory(step) / 2**20}
-        runs[name] = synchronised(step)
-    race(f"loss from {n}x{t} rows of logits, forward+backward", runs, ours="ours", notes=notes)
+        notes[name] = {"peak_mib": peak_mib(step)}
+        runs[name] = step
+    return Case(f"loss from {n}x{t} rows of logits, forward+backward", runs, notes)
 
 
-@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "forward+backward"])
-def test_rows_of_logits(race, request, gradient):
+@contenders("naive torch", "torch.compile", "Liger, rows", "ours")
+def test_loss_from_logits(race, loss, contender):
+    race(loss, contender)
+
+
+@PASSES
+def rows(request, size):
     """Log-prob and entropy from precomputed logits."""
+    gradient = request.param != "forward"
     rows, vocab = (512, 32_768) if DEVICE == "cpu" else (8192, 151_936)
-    if request.config.getoption("--size") == "tiny":
+    if size == "tiny":
         rows, vocab = 32, 512
     g = torch.Generator().manual_seed(0)
     dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
@@ -300,22 +310,19 @@ def test_rows_of_logits(race, request, gradient):
         return logps_and_entropy(logits, ids)
 
     functions = {"naive torch": plain, "ours": fused}
-    if importlib.util.find_spec("trl") and DEVICE == "cuda":
+    runs, notes = {"TRL, rows": "needs a GPU"}, {}
+    if provider("TRL")[1] and DEVICE == "cuda":
         from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
 
-        functions[release("trl", "TRL")] = lambda: selective_log_softmax_and_entropy(logits, ids)
+        functions["TRL, rows"] = lambda: selective_log_softmax_and_entropy(logits, ids)
     wanted = [x.double() for x in plain()]
     exact = torch.autograd.grad(wanted[0].sum(), logits)[0]
-    notes = {}
 
-    def timed(function):
-        def call():
-            if not gradient:
-                with torch.no_grad():
-                    return function()
-            return torch.autograd.grad(function()[0].sum(), logits)
-
-        return synchronised(call)
+    def step(function):
+        if not gradient:
+            with torch.no_grad():
+                return function()
+        return torch.autograd.grad(function()[0].sum(), logits)
 
     for name, function in functions.items():
         values = function()
@@ -323,8 +330,13 @@ def test_rows_of_logits(race, request, gradient):
             torch.testing.assert_close(got.double(), value, atol=2e-4, rtol=1e-5)
         error = relative(torch.autograd.grad(values[0].sum(), logits)[0], exact)
         assert error < (1e-5 if DEVICE == "cpu" else 2e-2), (name, error)
-        notes[name] = {"peak_mib": peak_memory(timed(function)) / 2**20, "gradient_error": error}
-    runs = {name: timed(function) for name, function in functions.items()}
+        runs[name] = partial(step, function)
+        notes[name] = {"peak_mib": peak_mib(runs[name]), "gradient_error": error}
     copy = torch.empty_like(logits)
-    runs["a copy of the logits"] = synchronised(lambda: copy.copy_(logits.detach()))
-    race(f"rows: {'forward+backward' if gradient else 'forward'}", runs, ours="ours", notes=notes)
+    runs["a copy of the logits"] = lambda: copy.copy_(logits.detach())
+    return Case(f"{rows} rows of logits: {request.param}", runs, notes)
+
+
+@contenders("naive torch", "TRL, rows", "ours", "a copy of the logits")
+def test_rows_of_logits(race, rows, contender):
+    race(rows, contender)

@@ -1,21 +1,29 @@
-"""IoU and Hungarian matching of many small problems, from boxes to matches.
+"""Matching of many small problems: from boxes, from given costs, and in transformers' DETR.
+
+    pytest benchmarks/test_bench_matching.py    three minutes
 
 numpy and scipy start from one array per problem, as they expect; torch and ours from padded
-tensors. "from lists" is ours with the padding included.
+tensors. "from lists" is ours on one array per problem, which it joins first.
+torch-linear-assignment takes problems of one size only; smaller ones are padded with pairs of IoU
+0. First, all contenders must reach the same total in each problem.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import time
-from contextlib import contextmanager
+from functools import partial
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linear_sum_assignment
+from measure import Case, contenders, provider
 
-from virft_fast.matching import is_native, match_boxes, pad_boxes
+from virft_fast.matching import assign, is_native, match_boxes, pad_boxes
+
+scipy = pytest.importorskip("scipy.optimize", reason="scipy: not installed; pip install scipy")
+pytestmark = pytest.mark.skipif(not is_native(), reason="the native matcher is not built")
 
 # name -> smallest and largest number of predictions, then of true boxes
 SIZES = {
@@ -25,7 +33,13 @@ SIZES = {
     "100x100": ((100, 100), (100, 100)),
     "300x20": ((300, 300), (20, 20)),
 }
-CASES = [(count, size) for count in (64, 4096) for size in SIZES]
+COUNTS = (64, 4096)
+TLA = "torch-linear-assignment"
+THREADS = {"ours, 1 thread": 1, "ours, 2 threads": 2, "ours, 1 thread, from lists": 1}
+OURS = (*THREADS, "ours, CUDA")
+SCIPY = ("numpy IoU + scipy", "torchvision-style IoU + scipy", "scipy's assignment alone")
+DETR = ("transformers' HungarianMatcher", "ours inside it")
+EXAMPLE = Path(__file__).parent.parent / "examples/detr_matcher.py"
 
 
 def boxes(rng, count):
@@ -33,128 +47,155 @@ def boxes(rng, count):
     return np.concatenate([corner, corner + extent], 1).astype(np.float32)
 
 
-def problems(count, size):
+def iou(a, b, lib):
+    """(..., k, m) as detection code usually computes it, with numpy or torch."""
+    a, b = a[..., :, None, :], b[..., None, :, :]
+    size = lib.minimum(a[..., 2:], b[..., 2:]) - lib.maximum(a[..., :2], b[..., :2])
+    inter = size[..., 0].clip(0) * size[..., 1].clip(0)
+    areas = [(x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (a, b)]
+    return inter / (areas[0] + areas[1] - inter)
+
+
+def solve(tables, **options):
+    return [scipy.linear_sum_assignment(table, **options) for table in tables]
+
+
+def totals(tables, pairs):
+    return np.array([t[pair].sum(dtype=np.float64) for t, pair in zip(tables, pairs, strict=True)])
+
+
+def with_ours(runs, function, tensors, from_lists):
+    """The contenders, and ours with each number of threads, from lists and on a GPU."""
+    runs |= dict.fromkeys(THREADS, partial(function, *tensors))
+    runs["ours, 1 thread, from lists"] = from_lists
+    runs["ours, CUDA"] = "needs a GPU, and the native matcher built with CUDA"
+    if torch.cuda.is_available() and is_native("cuda"):
+        runs["ours, CUDA"] = partial(function, *(tensor.cuda() for tensor in tensors))
+    if not provider(TLA)[1]:
+        runs.pop(TLA, None), runs.pop(f"torch IoU + {TLA}", None)
+    return runs
+
+
+@pytest.fixture(scope="module", params=product(COUNTS, SIZES), ids=lambda p: f"{p[0]} of {p[1]}")
+def box_case(request, size):
+    count, name = request.param
+    count = 4 if size == "tiny" else count
+    (low_k, high_k), (low_m, high_m) = SIZES[name]
     rng = np.random.default_rng(0)
-    (low_k, high_k), (low_m, high_m) = SIZES[size]
     pred = [boxes(rng, rng.integers(low_k, high_k + 1)) for _ in range(count)]
     gt = [boxes(rng, rng.integers(low_m, high_m + 1)) for _ in range(count)]
-    return pred, gt
-
-
-def numpy_iou(a, b):
-    """(k, m) IoU as detection code usually computes it."""
-    top_left = np.maximum(a[:, None, :2], b[None, :, :2])
-    bottom_right = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    size = np.clip(bottom_right - top_left, 0, None)
-    inter = size[..., 0] * size[..., 1]
-    area_a = (a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1])
-    area_b = (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])
-    return inter / (area_a[:, None] + area_b[None] - inter)
-
-
-def torch_iou(pred, gt):
-    """(N, K, M) batched IoU of padded boxes by torchvision's formula."""
-    top_left = torch.max(pred[:, :, None, :2], gt[:, None, :, :2])
-    bottom_right = torch.min(pred[:, :, None, 2:], gt[:, None, :, 2:])
-    size = (bottom_right - top_left).clamp(min=0)
-    inter = size[..., 0] * size[..., 1]
-    area_p = (pred[..., 2] - pred[..., 0]) * (pred[..., 3] - pred[..., 1])
-    area_g = (gt[..., 2] - gt[..., 0]) * (gt[..., 3] - gt[..., 1])
-    return inter / (area_p[:, :, None] + area_g[:, None] - inter)
-
-
-@contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def threads_used(run):
-    """CPU time of the process over that of the calling thread, which takes an equal share."""
-    run()
-    own, whole = time.thread_time(), time.process_time()
-    for _ in range(5):
-        run()
-    return (time.process_time() - whole) / (time.thread_time() - own)
-
-
-@pytest.mark.skipif(not is_native(), reason="the native matcher is not built")
-@pytest.mark.parametrize(("count", "size"), CASES, ids=str)
-def test_matching(race, count, size):
-    pred, gt = problems(count, size)
     (p, num_pred), (g, num_gt) = pad_boxes(pred), pad_boxes(gt)
-    tables = [numpy_iou(a, b) for a, b in zip(pred, gt, strict=True)]
-    all_threads = torch.get_num_threads()
-
-    def scipy_alone():
-        return [linear_sum_assignment(table, maximize=True) for table in tables]
+    tables = [iou(a, b, np) for a, b in zip(pred, gt, strict=True)]
 
     def numpy_and_scipy():
-        return [
-            linear_sum_assignment(numpy_iou(a, b), maximize=True)
-            for a, b in zip(pred, gt, strict=True)
-        ]
+        return solve((iou(a, b, np) for a, b in zip(pred, gt, strict=True)), maximize=True)
 
     def torch_and_scipy():
-        padded = torch_iou(p, g).numpy()
-        return [
-            linear_sum_assignment(table[:k, :m], maximize=True)
-            for table, k, m in zip(padded, num_pred.tolist(), num_gt.tolist(), strict=True)
-        ]
+        cut = zip(iou(p, g, torch).numpy(), num_pred.tolist(), num_gt.tolist(), strict=True)
+        return solve((table[:k, :m] for table, k, m in cut), maximize=True)
 
-    def ours(count):
-        with threads(count):
-            return match_boxes(p, g, num_pred, num_gt, min_iou=0.0)
+    def linear_assignment():
+        from torch_linear_assignment import batch_linear_assignment
 
-    def ours_from_lists():
-        with threads(1):
-            (p, num_pred), (g, num_gt) = pad_boxes(pred), pad_boxes(gt)
-            return match_boxes(p, g, num_pred, num_gt, min_iou=0.0)
+        return batch_linear_assignment(-iou(p, g, torch).nan_to_num())  # padding has no area
 
-    def totals(pairs):
-        return [t[pair].sum(dtype=np.float64) for t, pair in zip(tables, pairs, strict=True)]
+    def from_lists():
+        counts = [torch.tensor([len(x) for x in each]) for each in (pred, gt)]
+        packed = [torch.from_numpy(np.concatenate(each)) for each in (pred, gt)]
+        return match_boxes(*packed, *counts, min_iou=0.0)
 
-    contenders = {
-        "numpy IoU + scipy": numpy_and_scipy,
-        "torchvision-style IoU + scipy": torch_and_scipy,
-        "scipy's assignment alone": scipy_alone,
-        "ours, 1 thread": lambda: ours(1),
-        "ours, 1 thread, from lists": ours_from_lists,
-        f"ours, all {all_threads} threads": lambda: ours(all_threads),
+    alone = partial(solve, tables, maximize=True)
+    expected = totals(tables, alone())
+    runs = dict(zip(SCIPY, (numpy_and_scipy, torch_and_scipy, alone), strict=True))
+    runs[f"torch IoU + {TLA}"] = linear_assignment
+    match = partial(match_boxes, min_iou=0.0)
+    runs = with_ours(runs, match, (p, g, num_pred, num_gt), from_lists)
+    for peer, run in runs.items():
+        if isinstance(run, str):
+            continue
+        found = run()
+        if peer in SCIPY:
+            found = totals(tables, found)
+        elif TLA in peer:
+            picked = iou(p, g, torch).nan_to_num().gather(2, found.clamp(min=0)[..., None])[..., 0]
+            found = (picked * (found >= 0)).double().sum(1)
+        elif "lists" in peer:
+            found = torch.stack([x.double().sum() for x in found[1].split(num_pred.tolist())])
+        else:
+            found = found[1].double().sum(1).cpu()
+        np.testing.assert_allclose(found, expected, atol=1e-4, err_msg=peer)
+    return Case(f"boxes: {count} problems of {name}", runs, threads=THREADS)
+
+
+@contenders(*SCIPY, f"torch IoU + {TLA}", *OURS)
+def test_match_boxes(race, box_case, contender):
+    race(box_case, contender)
+
+
+@pytest.fixture(
+    scope="module", params=product(COUNTS, [*SIZES][2:]), ids=lambda p: f"{p[0]} of {p[1]}"
+)
+def cost_case(request, size):
+    count, name = request.param
+    count = 4 if size == "tiny" else count
+    (rows, _), (columns, _) = SIZES[name]
+    tables = [*np.random.default_rng(0).uniform(0, 1, (count, rows, columns))]
+    cost = torch.from_numpy(np.stack(tables))
+
+    def linear_assignment():
+        from torch_linear_assignment import batch_linear_assignment
+
+        return batch_linear_assignment(cost)
+
+    runs = {"scipy": partial(solve, tables), TLA: linear_assignment}
+    runs = with_ours(runs, assign, (cost,), partial(assign, tables))
+    expected = totals(tables, solve(tables))
+    for peer, run in runs.items():
+        if peer != "scipy" and callable(run):
+            columns = run() if peer == TLA else run()[0]
+            picked = cost.gather(2, columns.cpu().clamp(min=0)[..., None])[..., 0]
+            found = (picked * (columns.cpu() >= 0)).sum(1)
+            np.testing.assert_allclose(found, expected, rtol=1e-9, err_msg=peer)
+    return Case(f"costs: {count} problems of {name}", runs, threads=THREADS)
+
+
+@contenders("scipy", TLA, *OURS)
+def test_assign(race, cost_case, contender):
+    race(cost_case, contender)
+
+
+@pytest.fixture(scope="module", params=[8, 64])
+def detr_case(request):
+    """Images of 100 queries with 1 to 20 targets, as in DETR on COCO."""
+    pytest.importorskip("transformers", reason="not installed; pip install transformers")
+    from transformers.loss.loss_for_object_detection import HungarianMatcher
+
+    spec = importlib.util.spec_from_file_location("detr_matcher", EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    random = torch.Generator().manual_seed(0)
+
+    def cxcywh(*shape):
+        centers, extents = torch.rand(2, *shape, 2, generator=random)
+        return torch.cat([0.2 + 0.6 * centers, 0.05 + 0.3 * extents], -1)
+
+    images = request.param
+    logits = torch.randn(images, 100, 92, generator=random)
+    outputs = {"logits": logits, "pred_boxes": cxcywh(images, 100)}
+    targets = [
+        {"class_labels": torch.randint(91, (n,), generator=random), "boxes": cxcywh(n)}
+        for n in torch.randint(1, 21, (images,), generator=random).tolist()
+    ]
+    kinds = (HungarianMatcher, example.BatchedMatcher)
+    runs = {
+        name: partial(kind(class_cost=1, bbox_cost=5, giou_cost=2), outputs, targets)
+        for name, kind in zip(DETR, kinds, strict=True)
     }
-    # First check that all contenders reach equal totals on each problem.
-    expected = np.array(totals(scipy_alone()))
-    found = [totals(numpy_and_scipy()), totals(torch_and_scipy())]
-    found.append(ours_from_lists()[1].double().sum(1))
-    found += [ours(number)[1].double().sum(1) for number in (1, all_threads)]
-    if size in ("32x32", "100x100") and importlib.util.find_spec("torch_linear_assignment"):
-        from torch_linear_assignment import batch_linear_assignment  # equal counts only
+    for theirs, own in zip(*(run() for run in runs.values()), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(theirs, own, strict=True))
+    return Case(f"DETR's matcher: {images} images, 100 queries, 1 to 20 targets", runs)
 
-        def linear_assignment():
-            return batch_linear_assignment(-torch_iou(p, g))
 
-        contenders["torch IoU + torch-linear-assignment"] = linear_assignment
-        columns = linear_assignment()[..., None]
-        found.append(torch_iou(p, g).gather(2, columns)[..., 0].double().sum(1))
-    if torch.cuda.is_available() and is_native("cuda"):
-        on_gpu = [tensor.cuda() for tensor in (p, g, num_pred, num_gt)]
-
-        def ours_cuda():
-            answer = match_boxes(*on_gpu, min_iou=0.0)
-            torch.cuda.synchronize()
-            return answer
-
-        contenders["ours, CUDA"] = ours_cuda
-        found.append(ours_cuda()[1].double().sum(1).cpu())
-    for each in found:
-        np.testing.assert_allclose(each, expected, atol=1e-4)
-    notes = {
-        name: {"threads used": threads_used(run)}
-        for name, run in contenders.items()
-        if name.endswith(("thread", "threads"))
-    }
-    race(f"{count} problems of {size}", contenders, ours="ours, 1 thread", notes=notes)
+@contenders(*DETR)
+def test_detr(race, detr_case, contender):
+    race(detr_case, contender)

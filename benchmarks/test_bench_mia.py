@@ -23,26 +23,20 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from measure import DEVICE, peak_memory, synchronised
+from measure import DEVICE, Case, contenders, peak_mib
 from PIL import Image
-from vlm import SHAPES, make_model, make_processor
+from vlm import SHAPES, FixedLength, make_model, make_processor
 
 from virft_fast.mia import SceneLayout, ScenePlan, attention_ratio, compose
 from virft_fast.models.qwen_vl import Policy, banned_token_ids, core, encode_prompt
 from virft_fast.rollout import Sampling
-from virft_fast.rollout.native import NativeRollout
 from virft_fast.rollout.observers import AttentionObserver
 
-ROUNDS = 3
 # kind, images, side of an image in pixels, scenes, tokens of an answer
-CASES = [("collage", 9, 448, 8, 64), ("sequence", 3, 224, 16, 64)]
-
-
-class FixedLength(NativeRollout):
-    """A rollout that never draws EOS."""
-
-    def banned(self, policy):
-        return [*super().banned(policy), self.tokenizer.eos_token_id]
+FULL = {"collage": ("collage", 9, 448, 8, 64), "sequence": ("sequence", 3, 224, 16, 64)}
+TINY = {"collage": ("collage", 9, 56, 2, 4), "sequence": ("sequence", 3, 56, 2, 4)}
+CASES = {"tiny": TINY, "cpu": FULL, "2b": FULL, "7b": FULL}
+EAGER, SDPA = "transformers' maps, all attention eager", "transformers' maps, SDPA in the tower"
 
 
 def make_scenes(kind, count, side, number):
@@ -55,11 +49,9 @@ def make_scenes(kind, count, side, number):
         yield compose(plan, images, "Which digit is this?", layout)
 
 
-@pytest.mark.timeout(3600)  # takes ten minutes on two threads
-@pytest.mark.parametrize("kind, count, side, number, length", CASES, ids=str)
-def test_selection(race, request, kind, count, side, number, length):
-    size = request.config.getoption("--size")
-    side, number, length = (56, 2, 4) if size == "tiny" else (side, number, length)
+@pytest.fixture(scope="module")
+def case(request, size):
+    kind, count, side, number, length = request.param
     processor = make_processor()
     tokenizer = processor.tokenizer
     scenes = list(make_scenes(kind, count, side, number))
@@ -115,22 +107,22 @@ def test_selection(race, request, kind, count, side, number, length):
             for row, attention, prompt, scene in answers
         ]
 
-    runs = {
-        "full maps, all attention eager": partial(full_maps, "eager"),
-        "full maps, SDPA in the tower": partial(full_maps, "sdpa"),
-    }
+    runs = {EAGER: partial(full_maps, "eager"), SDPA: partial(full_maps, "sdpa"), "ours": ours}
     found = ours()
-    for loop in runs.values():
+    for loop in (runs[EAGER], runs[SDPA]):
         for (expected, ratio), (got, own) in zip(loop(), found, strict=True):
             if DEVICE == "cpu":  # in bfloat16 a tie may break either way
                 assert torch.equal(got, expected)
                 assert abs(own - ratio) < 1e-5, (own, ratio)
-    runs = {name: synchronised(run) for name, run in {**runs, "ours": ours}.items()}
     rollout._buffers.release()  # frees what graphs keep, so that the peak counts it
-    notes = {name: {"peak_mib": peak_memory(run) / 2**20} for name, run in runs.items()}
+    notes = {name: {"peak_mib": peak_mib(run)} for name, run in runs.items()}
     tokens = max(len(prompt.input_ids) for prompt in prompts)
-    case = f"{size}: {number} scenes, {kind} of {count}, P={tokens}, C={length}"
-    ms = race(case, runs, ours="ours", notes=notes, rounds=ROUNDS)
-    for name, note in notes.items():
-        if ms:
-            note["scenes_per_s"] = number / ms[name] * 1e3
+    name = f"{size}: {number} scenes, {kind} of {count}, P={tokens}, C={length}"
+    return Case(name, runs, notes, work={"scenes": number})
+
+
+@pytest.mark.timeout(3600)  # takes ten minutes on two threads
+@pytest.mark.benchmark(min_rounds=3)
+@contenders(EAGER, SDPA, "ours")
+def test_selection(race, case, contender):
+    race(case, contender)

@@ -11,40 +11,26 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+import pytest
 import torch
-from measure import DEVICE, peak_memory, synchronised
-from vlm import LENGTHS, SHAPES, make_model, make_processor, make_prompts
+from measure import DEVICE, Case, contenders, peak_mib
+from vlm import SHAPES, FixedLength, cases_of, make_model, make_processor, make_prompts
 
 from virft_fast.models.qwen_vl import Policy, banned_token_ids, core
 from virft_fast.rollout import Sampling
-from virft_fast.rollout.native import NativeRollout
 
 G = 8
-ROUNDS = 5
-# (prompts, (prompt tokens, completion tokens)): a rank's share of a step, and one group alone.
-CASES = {
-    "tiny": [(2, lengths) for lengths in LENGTHS["tiny"]],
-    "cpu": [*((4, lengths) for lengths in LENGTHS["cpu"]), (1, LENGTHS["cpu"][0])],
-    "2b": [(8, lengths) for lengths in LENGTHS["2b"]],
-    "7b": [(8, lengths) for lengths in LENGTHS["7b"]],
-}
+PROMPTS = {"tiny": 2, "cpu": 4, "2b": 8, "7b": 8}  # a rank's share of a step
+CASES = cases_of()
+CASES["cpu"]["P500-C64-alone"] = (500, 64, "alone")  # one group
+GENERATE, STATIC = "transformers generate", "transformers generate, static cache"
+WEIGHTS = "a step's weights, copied"
 
 
-class FixedLength(NativeRollout):
-    """A rollout that never draws EOS."""
-
-    def banned(self, policy):
-        return [*super().banned(policy), self.tokenizer.eos_token_id]
-
-
-def pytest_generate_tests(metafunc):
-    size = metafunc.config.getoption("--size")
-    metafunc.parametrize("count, lengths", CASES[size], ids=str)
-
-
-def test_rollout(race, request, count, lengths):
-    prompt_length, completion_length = lengths
-    size = request.config.getoption("--size")
+@pytest.fixture(scope="module")
+def case(request, size):
+    prompt_length, completion_length, *alone = request.param
+    count = 1 if alone else PROMPTS[size]
     prompts = make_prompts(make_processor(), count, prompt_length)
     tokenizer = make_processor().tokenizer
     model = make_model(size).eval()
@@ -86,23 +72,20 @@ def test_rollout(race, request, count, lengths):
     assert same == 1.0 if DEVICE == "cpu" else same > 0.5, same
     sampled = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
     runs = {
-        "transformers generate": lambda: generate(**sampled),
-        "transformers generate, static cache": lambda: generate(
-            **sampled, cache_implementation="static"
-        ),
+        GENERATE: lambda: generate(**sampled),
+        STATIC: lambda: generate(**sampled, cache_implementation="static"),
         "ours": ours,
     }
-    runs = {name: synchronised(run) for name, run in runs.items()}
-    tokens = len(prompts) * G * completion_length
     rollout._buffers.release()  # frees what the check above left, so that the peak counts it
-    notes = {name: {"peak_mib": peak_memory(run) / 2**20} for name, run in runs.items()}
-    if DEVICE == "cuda":
-        runs["a step's weights, copied"] = weight_traffic(model, completion_length)
-    case = f"{size}: {len(prompts)} x {G} completions, P={prompt_length}, C={completion_length}"
-    ms = race(case, runs, ours="ours", notes=notes, rounds=ROUNDS)
-    for name, note in notes.items():
-        if ms:
-            note["tokens_per_s"] = tokens / ms[name] * 1e3
+    notes = {name: {"peak_mib": peak_mib(run)} for name, run in runs.items()}
+    runs[WEIGHTS] = weight_traffic(model, completion_length) if DEVICE == "cuda" else "needs a GPU"
+    name = f"{size}: {count} x {G} completions, P={prompt_length}, C={completion_length}"
+    return Case(name, runs, notes, work={"tokens": count * G * completion_length})
+
+
+@contenders(GENERATE, STATIC, "ours", WEIGHTS)
+def test_rollout(race, case, contender):
+    race(case, contender)
 
 
 def weight_traffic(model, steps):
@@ -115,4 +98,4 @@ def weight_traffic(model, steps):
         for _ in range(steps):
             other.copy_(flat)
 
-    return synchronised(copy)
+    return copy

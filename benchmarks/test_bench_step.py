@@ -11,11 +11,12 @@ rollout, which always shares prompts, but in training it reads the prompt once p
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
-from measure import DEVICE, peak_memory, release, synchronised
-from test_bench_rollout import FixedLength
-from vlm import LENGTHS, make_model, make_processor, make_sample
+from measure import DEVICE, Case, contenders, peak_mib
+from vlm import FixedLength, cases_of, make_model, make_processor, make_sample, prepare, update
 
 from virft_fast.algorithms.grpo import train_step
 from virft_fast.algorithms.step import TrainState
@@ -24,11 +25,11 @@ from virft_fast.engine import OptimizerSettings, PlainEngine
 from virft_fast.kernels import LossArgs
 from virft_fast.models.qwen_vl import Policy, encode_prompt
 
-trl = pytest.importorskip("trl")
+trl = pytest.importorskip("trl", reason="TRL: not installed; pip install trl")
 
 G = 8
-ROUNDS = 5
 RATE = 1e-6
+CASES = cases_of()
 
 
 def reward(completions, **columns):
@@ -73,8 +74,7 @@ def trl_trainer(model, processor, sample, completion_length, folder):
         model=model, processing_class=processor, args=config, reward_funcs=[reward],
         train_dataset=Dataset.from_list([{"prompt": example["prompt"]}] * 2),
     )  # fmt: skip
-    trainer.create_optimizer()
-    trainer.model_wrapped = trainer.model.train()
+    prepare(trainer)
     trainer.current_gradient_accumulation_steps = 1
     return trainer, [example] * G
 
@@ -89,9 +89,7 @@ class TRLStep:
         trainer = self.trainer
         trainer._buffered_inputs = None
         trainer.training_step(trainer.model, [dict(e) for e in self.examples], None)
-        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
-        trainer.optimizer.step()
-        trainer.model.zero_grad(set_to_none=True)
+        update(trainer)
 
 
 class OurStep:
@@ -105,7 +103,10 @@ class OurStep:
 
     def training(self):
         """Forward, backward and update only, on completions that were drawn before."""
-        return sorted(m["time/train_s"] for m in self.metrics)[len(self.metrics) // 2] * 1e3
+        return min(m["time/train_s"] for m in self.metrics) * 1e3
+
+    def rollout_share(self):
+        return statistics.median(m["time/rollout_share"] for m in self.metrics)
 
 
 def check(trainer, examples, states, processor, sample):
@@ -148,39 +149,32 @@ def flat_gradient(model):
     return torch.cat([p.grad.flatten().float() for _, p in sorted(model.named_parameters())])
 
 
-def pytest_generate_tests(metafunc):
-    metafunc.parametrize("lengths", LENGTHS[metafunc.config.getoption("--size")], ids=str)
-
-
-def test_step(race, request, tmp_path, lengths):
-    prompt_length, completion_length = lengths
-    size = request.config.getoption("--size")
+@pytest.fixture(scope="module")
+def case(request, size, tmp_path_factory):
+    prompt_length, completion_length = request.param
     processor = make_processor()
     sample = make_sample(processor, 0, prompt_length)
     trainer, examples = trl_trainer(
-        make_model(size), processor, sample, completion_length, tmp_path
+        make_model(size), processor, sample, completion_length, tmp_path_factory.mktemp("trl")
     )
     shared, unshared = (
         our_state(make_model(size), processor, completion_length, how) for how in ("on", "off")
     )
     check(trainer, examples, (shared, unshared), processor, sample)
     steps = {
-        release("trl", "TRL"): TRLStep(trainer, examples),
-        "ours, training unshared": OurStep(unshared, processor, sample),
+        "TRL": TRLStep(trainer, examples),
         "ours": OurStep(shared, processor, sample),
+        "ours, training unshared": OurStep(unshared, processor, sample),
     }
-    notes = {name: {"peak_mib": peak_memory(step) / 2**20} for name, step in steps.items()}
-    for step in steps.values():
+    notes = {name: {"peak_mib": peak_mib(step)} for name, step in steps.items()}
+    for name, step in steps.items():
         if isinstance(step, OurStep):
             step.metrics.clear()
-    runs = {name: synchronised(step) for name, step in steps.items()}
-    case = f"{size}: a step, G={G}, P={prompt_length}, C={completion_length}"
-    ms = race(case, runs, ours="ours", notes=notes, rounds=ROUNDS)
-    tokens = G * completion_length
-    for name, step in steps.items():
-        if not ms:
-            break
-        notes[name]["tokens_per_s"] = tokens / ms[name] * 1e3
-        if isinstance(step, OurStep):
-            notes[name]["train_ms"] = step.training()
-            notes[name]["rollout_share"] = step.metrics[-1]["time/rollout_share"]
+            notes[name] |= {"train_ms": step.training, "rollout_share": step.rollout_share}
+    name = f"{size}: a step, G={G}, P={prompt_length}, C={completion_length}"
+    return Case(name, steps, notes, work={"tokens": G * completion_length})
+
+
+@contenders("TRL", "ours", "ours, training unshared")
+def test_step(race, case, contender):
+    race(case, contender)

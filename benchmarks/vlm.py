@@ -12,11 +12,9 @@ from PIL import Image
 from virft_fast.batch import Prompt, Sample
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import encode_prompt
+from virft_fast.rollout.native import NativeRollout
 
-# (prompt tokens, completion tokens)
-LENGTHS = {size: [(500, 64), (650, 200), (130, 256)] for size in ("cpu", "2b", "7b")} | {
-    "tiny": [(60, 8)]
-}
+LENGTHS = [(500, 64), (650, 200), (130, 256)]  # prompt tokens, completion tokens
 # Sizes of the vision tower and the language model. "cpu" takes minutes; the others are those of the
 # released models (V and tying from memory of their configurations).
 SHAPES: dict[str, dict[str, Any]] = {
@@ -45,6 +43,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vision": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4},
     },
 }  # fmt: skip
+
+
+class FixedLength(NativeRollout):
+    """A rollout that never draws EOS."""
+
+    def banned(self, policy: Any) -> list[int]:
+        return [*super().banned(policy), self.tokenizer.eos_token_id]
+
+
+def cases_of(lengths: list[tuple[int, int]] = LENGTHS) -> dict[str, dict[str, tuple[int, ...]]]:
+    """A suite's `CASES`: (P, C) by size and id."""
+    full = {f"P{p}-C{c}": (p, c) for p, c in lengths}
+    return {"tiny": {"P60-C8": (60, 8)}} | {size: dict(full) for size in ("cpu", "2b", "7b")}
 
 
 def make_model(size: str) -> torch.nn.Module:
@@ -92,6 +103,19 @@ def make_model(size: str) -> torch.nn.Module:
     model.generation_config.eos_token_id = config.text_config.eos_token_id
     model.generation_config.pad_token_id = config.text_config.pad_token_id
     return model.train()
+
+
+def prepare(trainer: Any) -> None:
+    """A trainer of TRL or transformers as its `train()` leaves it before the first step."""
+    trainer.create_optimizer()
+    trainer.model_wrapped = trainer.model.train()
+
+
+def update(trainer: Any) -> None:
+    """What the loop of `train()` does after a backward pass."""
+    torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+    trainer.optimizer.step()
+    trainer.model.zero_grad(set_to_none=True)
 
 
 def make_processor() -> Any:

@@ -83,11 +83,7 @@ def _tuple(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def decode(results: Results) -> None:
     """A decoding step of the 2B and 7B shapes, its kernels, the sampler, and reading prompts."""
-    from vlm import SHAPES, make_model, make_processor, make_prompts
-
-    class FixedLength(NativeRollout):
-        def banned(self, policy: Policy) -> list[int]:
-            return [*super().banned(policy), self.tokenizer.eos_token_id]
+    from vlm import SHAPES, FixedLength, make_model, make_processor, make_prompts
 
     processor = make_processor()
     count, prompt, short, long = (2, 60, 4, 8) if results.toy else (8, 650, 32, 128)

@@ -1,31 +1,103 @@
-"""The benchmarks run, on a size that shows nothing but that; and the peers' names are there."""
+"""The benchmarks run, on a size that shows nothing but that; contenders take turns and become
+entries of pytest-benchmark; and the peers' names are there."""
 
+import importlib.util
+import json
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from processes import run
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SUITES = ["checkpoint", "dpo", "evaluate", "loss", "mia", "rollout", "step"]
 
 
-@pytest.mark.parametrize(
-    "suite",
-    [
-        "test_bench_evaluate",
-        "test_bench_loss",
-        "test_bench_rollout",
-        "test_bench_mia",
-        "test_bench_dpo",
-        "test_bench_step",
-    ],
-)
-def test_suite_runs(suite, monkeypatch):
+@pytest.fixture
+def module(monkeypatch):
+    """module(name): a file of the benchmarks."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCHMARKS / f"{name}.py")
+        loaded = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, loaded)
+        spec.loader.exec_module(loaded)
+        return loaded
+
+    return load
+
+
+def bench(suite, *options):
     pytest.importorskip("pytest_benchmark")
-    monkeypatch.chdir(BENCHMARKS)
-    argv = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"{suite}.py", "--size", "tiny",
-            "--benchmark-disable"]  # fmt: skip
-    done = run(*argv, module="pytest")
+    argv = [f"{BENCHMARKS}/test_bench_{suite}.py", "-q", "-rs", "--size", "tiny", *options]
+    done = run(*argv, "-p", "no:cacheprovider", "-p", "no:xdist", module="pytest")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_suite_runs(suite):
+    bench(suite, "--benchmark-disable")
+
+
+def test_contenders_are_entries_of_a_case_and_the_page_is_made_of_them(tmp_path, module):
+    pytest.importorskip("virft_fast._C", reason="the native matcher is not built")
+    file = tmp_path / "run.json"
+    options = ["--benchmark-min-rounds=3", "--benchmark-max-time=0", f"--benchmark-json={file}"]
+    shown = bench("matching", *options)
+    assert "ours, CUDA: needs a GPU" in shown
+    if importlib.util.find_spec("torch_linear_assignment") is None:
+        assert "not installed; pip install torch-linear-assignment" in shown
+    entries, groups = json.loads(file.read_text())["benchmarks"], {}
+    for entry in entries:
+        assert len(entry["stats"]["data"]) == 3 and min(entry["stats"]["data"]) > 0
+        groups.setdefault(entry["group"], {})[entry["extra_info"]["contender"]] = entry
+    detr = groups["DETR's matcher: 8 images, 100 queries, 1 to 20 targets"]
+    theirs, ours = detr["transformers' HungarianMatcher"], detr["ours inside it"]
+    assert theirs["extra_info"]["package"] == "transformers" and theirs["extra_info"]["version"]
+    assert theirs["extra_info"]["threads_used"] > 0
+    page = module("report").markdown(module("report").load(file))
+    assert page.count("(1.00x)") >= len(groups) == page.count("\n|---")
+    assert f"({theirs['stats']['min'] / ours['stats']['min']:.2f}x)" in page
+
+
+def test_contenders_take_turns_in_an_order_that_reverses(module):
+    case, order = module("measure").Case("c", {}), []
+    case.runs = {name: lambda name=name: order.append(name) for name in "abc"} | {"d": "no GPU"}
+    options = {"min_rounds": 4, "max_time": 0.0, "timer": time.perf_counter}
+    module("conftest").take_turns(case, ["a", "b", "d"], **options)
+    assert "".join(order) == "ab" + "ba" + "ab" + "ba" + "ab"  # the first round warms up
+    assert {name: len(seconds) for name, seconds in case.seconds.items()} == {"a": 4, "b": 4}
+
+
+def test_the_newest_results_of_a_case_count(tmp_path, module):
+    for day, cases in ((3, {"x": 8}), (1, {"x": 4, "y": 2}), (2, {"y": 3})):
+        entries = [
+            {
+                "fullname": "benchmarks/test_bench_loss.py::test",
+                "group": group,
+                "extra_info": {"contender": name, "package": package, "version": "1", "tokens": 6},
+                "stats": {"min": milliseconds / 1e3},
+            }
+            for group, milliseconds in cases.items()
+            for name, package, milliseconds in (
+                ("TRL", "trl", milliseconds),
+                ("ours", "virft_fast", 2),
+            )
+        ]
+        result = {
+            "datetime": f"2026-01-0{day}T00:00",
+            "commit_info": {"id": "0123456789"},
+            "machine_info": {"cpu": "Z80"},
+            "benchmarks": entries,
+        }
+        (tmp_path / f"{9 - day}.json").write_text(json.dumps(result))
+    page = module("report").markdown(module("report").load(tmp_path))
+    assert "| x | ms | tokens/s |" in page and "| TRL (1) | 8.000 (4.00x) | 750 |" in page
+    assert "| TRL (1) | 3.000 (1.50x) | 2,000 |" in page and "| **ours** | 2.000" in page
+    assert page.count("\n|---") == 2 and "2026-01-03, commit 0123456, cpu Z80" in page
 
 
 def test_names_that_are_called_on_a_gpu_alone():

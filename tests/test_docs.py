@@ -49,6 +49,10 @@ TOOLS = {
     "install",
     "prefix",
     "save-results",
+    "benchmark-save",
+    "benchmark-json",
+    "benchmark-compare",
+    "benchmark-histogram",
     "no-deps",
     "target",
 }  # pip, cmake, pytest
