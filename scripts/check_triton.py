@@ -1,9 +1,14 @@
 """Compile every Triton kernel ahead of time, without a GPU: python scripts/check_triton.py
 
-Prints registers, spills, shared memory and 128-bit loads of each variant on each architecture;
-fails on a spill, on more registers than the variant may have, and if aligned numbers aren't read
-128 bits at a time. Rows are aligned except those of odd vocabularies (UNIT 1) and of strided
-columns.
+Prints registers, spills, shared memory, 128-bit loads and how many programs fit on a
+multiprocessor, for each variant on each architecture. Fails on a spill (float32 attention with 128
+numbers per head may have a few bytes), on more registers or shared memory than the variant may
+have, and if aligned numbers aren't read 128 bits at a time. Rows are aligned except those of odd
+vocabularies (UNIT 1) and of strided columns.
+
+For attention over packed rows, also prints the work of a row, and the time that an H200 would need
+if it only computed at its peak, or only moved memory. These are bounds from the data sheet; nothing
+is measured.
 """
 
 from __future__ import annotations
@@ -20,20 +25,27 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from virft_fast.kernels import PrefixLayout
 from virft_fast.kernels import triton_decode as decode
+from virft_fast.kernels import triton_prefix_attention as prefix
 from virft_fast.kernels import triton_rows as rows
 from virft_fast.kernels import triton_sampling as sampling
 
 ARCHS = (80, 90)
 DECODE_ARCHS = (80, 90, 100)
 MAX_REGISTERS = 128  # with 4 warps: at least four programs per multiprocessor
+# CUDA programming guide, table of compute capabilities: bytes of shared memory of a block, and of a
+# multiprocessor.
+SHARED = {80: (163 << 10, 164 << 10), 90: (227 << 10, 228 << 10), 100: (227 << 10, 228 << 10)}
+PEAK_FLOPS, PEAK_BYTES = 989e12, 4.8e12  # an H200's data sheet: bfloat16 without sparsity; memory
 POINTERS = {
     "IDS": "*i64", "MASK": "*u8", "SEQUENCE": "*i64",
     **dict.fromkeys(
         ["LOGPS", "NORMS", "ENTROPY", "ADVANTAGES", "WEIGHTS", "OLD", "REF", "FACTOR", "KL_OUT",
          "LOSS", "D_LOGPS", "CLIPPED", "GRAD_LOGPS", "GRAD_ENTROPY", "SCALE", "M", "S", "ACC",
-         "LOGITS", "BIAS", "HIGHEST", "LOW"], "*fp32",
+         "LOGITS", "BIAS", "HIGHEST", "LOW", "LSE", "DELTA", "SHARES"], "*fp32",
     ),
+    **dict.fromkeys(["STARTS", "BLOCKS", "ITEMS", "SPLIT"], "*i32"),
     **dict.fromkeys(
         ["LENGTHS", "FIRST_ROWS", "POSITIONS", "SEEDS", "TOKENS"], "*i64",
     ),
@@ -70,6 +82,12 @@ class Variant:
         return self.constants["UNIT"] == 16
 
     max_registers: ClassVar[int] = MAX_REGISTERS
+    max_spilled: ClassVar[int] = 0
+
+    @property
+    def warps(self) -> int:
+        backward = self.kernel is rows.rows_backward_kernel
+        return rows.BACKWARD_WARPS if backward else rows.FORWARD_WARPS
 
     @property
     def wide(self) -> bool:
@@ -123,7 +141,7 @@ def variants() -> list[Variant]:
 
 @dataclass(frozen=True)
 class DecodeVariant:
-    """A kernel of a decoding step; 16-byte aligned tensors of `dtype`."""
+    """A kernel of a decoding step or of packed attention; 16-byte aligned tensors of `dtype`."""
 
     kernel: Any
     dtype: str
@@ -131,6 +149,7 @@ class DecodeVariant:
     warps: int = 4
     stages: int = 3
     max_registers: int = MAX_REGISTERS
+    max_spilled: int = 0
     wide: bool = True
 
     @property
@@ -183,6 +202,63 @@ def decode_variants(arch: int) -> list[DecodeVariant]:
     return found
 
 
+def prefix_variants(arch: int) -> list[DecodeVariant]:
+    """The variants that `kernels.prefix_attention` launches for Qwen models, and other heads."""
+    found = []
+    for dtype, size in (("bf16", 128), ("bf16", 80), ("bf16", 16), ("fp32", 128)):
+        most = 128 if dtype == "fp32" else 0
+        for kernel, tiles in PREFIX_KERNELS:
+            queries, keys, warps, stages = tiles[32 if dtype == "fp32" else 16, min(arch, 90)]
+            shape = {"REPEATS": 6, "E": size, "BE": prefix._pad(size), "BM": queries, "BN": keys,
+                     "WIDE": False}  # fmt: skip
+            found.append(DecodeVariant(kernel, dtype, shape, warps, stages, 255, most))
+        shape = {"E": size, "BE": prefix._pad(size), "BN": keys}
+        found.append(DecodeVariant(prefix.sum_shares_kernel, dtype, shape, max_registers=255))
+    return found
+
+
+PREFIX_KERNELS = (
+    (prefix.forward_kernel, prefix.FORWARD), (prefix.backward_query_kernel, prefix.BACKWARD_QUERY),
+    (prefix.backward_key_kernel, prefix.BACKWARD_KEY),
+)  # fmt: skip
+
+
+def prefix_work(prompt: int, completions: list[int], heads: int, kv_heads: int) -> list[str]:
+    """One line for each kernel: the tiles, products and bytes of a row of one group in bfloat16 on
+    Hopper. Every tensor is read or written once, as if caches were large enough."""
+    size, layout = 128, PrefixLayout.from_lengths([prompt], [completions])
+    length = layout.num_tokens
+    causal = sum(n * (n + 1) // 2 for n in (prompt, *completions))
+    pairs = heads * (causal + prompt * (length - prompt))
+    query, key = 2 * length * heads * size, 2 * length * kv_heads * size  # bytes
+    lines = []
+    for (kernel, tiles), products, moved in zip(
+        PREFIX_KERNELS, (2, 3, 4), (2 * query + 2 * key, 4 * query + 2 * key, 2 * query + 4 * key),
+        strict=True,
+    ):  # fmt: skip
+        queries, keys, *_ = tiles[16, 90]
+        items, _, shares = layout.key_blocks(queries, keys, heads, heads // kv_heads)
+        blocks = layout.query_blocks(queries)
+        if kernel is prefix.backward_key_kernel:
+            programs = kv_heads * len(items)
+            steps = kv_heads * int((items[:, 5] - items[:, 4]).sum())
+            moved += 2 * shares * kv_heads * 2 * keys * size * 4
+        else:
+            programs = heads * len(blocks)
+            spans = (blocks[:, 4] - blocks[:, 3], blocks[:, 1] - blocks[:, 2])
+            steps = heads * int(sum(-(-span // keys) for span in spans).sum())
+        moved += 4 * length * heads  # the log-sum-exp
+        flops = 2 * products * size * steps * queries * keys
+        needed = 2 * products * size * pairs / flops
+        lines.append(
+            f"{kernel.__name__:22} {programs:5,} programs {steps:6,} tiles of {queries} x {keys} "
+            f"({needed:3.0%} of their pairs needed) {flops / 1e9:6.1f} GFLOP, at least "
+            f"{1e6 * flops / PEAK_FLOPS:.0f} us; {moved / 1e6:6.1f} MB, at least "
+            f"{1e6 * moved / PEAK_BYTES:.0f} us"
+        )
+    return lines
+
+
 def build_decode(variant: DecodeVariant, arch: int) -> Any:
     """The compiled kernel, with vocabularies and strides that are multiples of 16."""
     signature, constexprs, attrs = {}, {}, {}
@@ -196,7 +272,8 @@ def build_decode(variant: DecodeVariant, arch: int) -> Any:
             signature[name] = POINTERS.get(name, f"*{variant.dtype}")
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-        if name.isupper() and signature[name] != "constexpr" or name == "vocab":
+        aligned = name == "vocab" or name.endswith(("_row", "_head"))
+        if name.isupper() and signature[name] != "constexpr" or aligned:
             attrs[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": True}
@@ -227,8 +304,7 @@ def build(variant: Variant | DecodeVariant, arch: int) -> Any:
         else:
             signature[name] = "fp32" if name in FLOATS else "i64" if name in STRIDES else "i32"
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    options = {"num_warps": rows.BACKWARD_WARPS if backward else rows.FORWARD_WARPS,
-               "enable_fp_fusion": True}  # fmt: skip
+    options = {"num_warps": variant.warps, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -251,16 +327,28 @@ def resources(compiled: Any) -> dict[str, int]:
     }  # fmt: skip
 
 
+def occupancy(found: dict[str, int], warps: int, arch: int) -> int:
+    """How many programs fit on a multiprocessor at a time, of 65,536 registers and 64 warps."""
+    registers = -(-found["registers"] // 8) * 8 * 32 * warps
+    shared = found["shared"] + 1024  # that CUDA itself takes
+    return min(65_536 // registers, SHARED[arch][1] // shared, 64 // warps, 32)
+
+
 def problems(variant: Variant | DecodeVariant, arch: int) -> list[str]:
     """Compile, print one line, and return what is wrong."""
     found = resources(build(variant, arch))
     print(
         f"sm_{arch} {variant.name:76} {found['registers']:4} registers {found['spilled']:4} bytes "
-        f"spilled {found['shared']:6} bytes shared {found['wide_loads']:3} 128-bit loads"
+        f"spilled {found['shared']:6} bytes shared {found['wide_loads']:3} 128-bit loads "
+        f"{occupancy(found, variant.warps, arch):2} at a time"
     )
     wrong = []
-    if found["spilled"]:
-        wrong.append(f"expected no spills, got {found['spilled']} bytes")
+    if found["spilled"] > variant.max_spilled:
+        wrong.append(
+            f"expected at most {variant.max_spilled} bytes spilled, got {found['spilled']}"
+        )
+    if found["shared"] > SHARED[arch][0]:
+        wrong.append(f"expected at most {SHARED[arch][0]} bytes shared, got {found['shared']}")
     most = variant.max_registers
     if found["registers"] > most:
         wrong.append(f"expected at most {most} registers, got {found['registers']}")
@@ -272,7 +360,12 @@ def problems(variant: Variant | DecodeVariant, arch: int) -> list[str]:
 def main() -> int:
     checked = [(arch, v) for arch in ARCHS for v in variants()]
     checked += [(arch, v) for arch in DECODE_ARCHS for v in decode_variants(arch)]
+    checked += [(arch, v) for arch in DECODE_ARCHS for v in prefix_variants(arch)]
     wrong = [text for arch, variant in checked for text in problems(variant, arch)]
+    for heads, kv_heads in ((12, 2), (28, 4)):  # the 2B and 7B models
+        for prompt, completions in ((650, [200] * 8), (1300, [30, 60, 120, 250] * 2)):
+            print(f"P {prompt}, C {completions}, H {heads}, K {kv_heads}, E 128, bfloat16:")
+            print("\n".join(prefix_work(prompt, completions, heads, kv_heads)))
     print("\n".join(wrong) or f"{len(checked)} kernels, nothing wrong")
     return 1 if wrong else 0
 

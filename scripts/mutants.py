@@ -41,6 +41,8 @@ ENGINE, SAMPLER = "engine.py", "rollout/sampling.py"
 SAMPLING = "kernels/sampling.py"
 DECODING, SHRINKING = "rollout/decoding.py", "rollout/shrinking.py"
 PREFIX = "models/shared_prefix.py"
+PACKED = "kernels/prefix_attention.py"
+PACKED_TRITON = "kernels/triton_prefix_attention.py"
 TOKEN, LOSS, LINEAR = "kernels/token_loss.py", "kernels/grpo_loss.py", "kernels/linear.py"
 ADVANTAGES, ROWS = "kernels/advantages.py", "kernels/logprobs.py"
 REWARDS, ORIGINAL, SCORING = "tasks/rewards.py", "tasks/visual_rft.py", "tasks/scoring.py"
@@ -176,11 +178,17 @@ MUTANTS = [
     Mutant("completions see each other", PREFIX,
            "own = (sequence[None] == 0) | (sequence[:, None] == sequence[None])",
            "own = sequence[None] >= 0", "tests/test_shared_prefix.py -k core_against_a_loop"),
-    Mutant("a completion sees its future", PREFIX, "return mask.tril(group.prompt_length)",
+    Mutant("a completion sees its future", PACKED, "return mask.tril(group.prompt_length)",
            "return mask.tril(group.prompt_length + 1)",
            "tests/test_shared_prefix.py -k core_against_a_loop"),
-    Mutant("prompts are not causal", PREFIX, "is_causal=True", "is_causal=False",
+    Mutant("prompts are not causal", PACKED, "is_causal=True", "is_causal=False",
            "tests/test_shared_prefix.py -k core_against_a_loop"),
+    Mutant("the kernel's completions see each other", PACKED_TRITON,
+           "return (cols[None] <= rows[:, None]) & (cols[None] >= starts[:, None])",
+           "return cols[None] <= rows[:, None]",
+           "tests/test_prefix_attention.py -k interpreted"),
+    Mutant("shares of a split block are lost", PACKED_TRITON, "for number in range(count):",
+           "for number in range(1, count):", "tests/test_prefix_attention.py -k interpreted"),
     Mutant("a layer that bypasses the routing is not noticed", PREFIX,
            "if len(self.layers) < num_layers:", "if False:",
            "tests/test_shared_prefix.py -k bypasses"),

@@ -6,6 +6,7 @@ The models hold no numbers: they are on the meta device, or made of fake tensors
 from __future__ import annotations
 
 import dataclasses
+import sys
 import weakref
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ from virft_fast.train import memory, parse_args, setup
 from virft_fast.train.memory import Precision
 
 CUDA = torch.device("cuda")
+KERNELS = sys.modules["virft_fast.kernels.prefix_attention"]  # whose name is the function's, too
 ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 SIZES = {
     "2B": {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12,
@@ -100,7 +102,7 @@ def flash(monkeypatch):
         return Flash.apply(query, key, value)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
-    monkeypatch.setattr(shared_prefix, "_suffix_mask", lambda group, device: None)  # as on CUDA
+    monkeypatch.setattr(KERNELS, "_suffix_mask", lambda group, device: None)  # as on CUDA
 
 
 def parts(family):
@@ -151,7 +153,7 @@ def test_activations_of_the_language_model(monkeypatch, family, size, run, check
         copied = lambda query, *rest: tuple(  # noqa: E731
             states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in rest
         )
-        monkeypatch.setattr(shared_prefix, "_for_query_heads", copied)
+        monkeypatch.setattr(KERNELS, "for_query_heads", copied)
     prompt, length = LENGTHS
     groups = [Group(0, prompt, (length,) * 8)]
     groups.append(Group(groups[0].end, prompt, (length,) * 8))
@@ -162,6 +164,7 @@ def test_activations_of_the_language_model(monkeypatch, family, size, run, check
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     core = PackedAttention(groups, CPU)
+    assert core._core.keywords["layout"].two_part  # made outside of the fake tensors
     dtype = torch.bfloat16 if run == "bfloat16" else torch.float32
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = made(make_model, config, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -28,6 +29,7 @@ from virft_fast.rollout import Sampling
 from virft_fast.rollout.backends import make_rollout
 
 G = 4
+KERNELS = sys.modules["virft_fast.kernels.prefix_attention"]  # whose name is the function's, too
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +330,7 @@ def test_layer_that_bypasses_the_routing_is_noticed(policy, prompts, completions
         config._attn_implementation = routed
 
 
-@pytest.mark.parametrize("kind", ["two_part", "dense", "flex"])
+@pytest.mark.parametrize("kind", ["fused", "two_part", "dense", "flex"])
 @torch.no_grad()
 def test_core_computes_in_the_dtype_of_the_values(kind):
     """Queries and keys that a rotation in float32 has widened are narrowed again."""
@@ -344,19 +346,19 @@ def test_core_computes_in_the_dtype_of_the_values(kind):
 def test_under_autocast_the_core_gets_one_dtype(monkeypatch, policy, prompts, completions):
     """The rotation's cosines are float32 there, so it gives queries and keys in float32."""
     given, computed = set(), set()
-    call, core_call = PackedAttention.__call__, shared_prefix._TwoPart.__call__
+    call, core_call = PackedAttention.__call__, shared_prefix.two_part_attention
 
     def attention(self, layer, *states_and_scaling):
         given.update(part.dtype for part in states_and_scaling[:3])
         return call(self, layer, *states_and_scaling)
 
-    def two_part(self, *states_and_scaling):
-        computed.update(part.dtype for part in states_and_scaling[:3])
-        return core_call(self, *states_and_scaling)
+    def two_part(*states, **options):
+        computed.update(part.dtype for part in states)
+        return core_call(*states, **options)
 
     monkeypatch.setattr(policy, "prefix_attention", "two_part")
     monkeypatch.setattr(PackedAttention, "__call__", attention)
-    monkeypatch.setattr(shared_prefix._TwoPart, "__call__", two_part)
+    monkeypatch.setattr(shared_prefix, "two_part_attention", two_part)
     exact, _ = policy(collate(policy, prompts, completions, packed=False))
     with torch.autocast("cpu", torch.bfloat16):
         shared, _ = policy(collate(policy, prompts, completions, packed=True))
@@ -366,7 +368,7 @@ def test_under_autocast_the_core_gets_one_dtype(monkeypatch, policy, prompts, co
     assert 0 < ours.mean() <= 1.25 * noise.mean() and ours.max() <= 1.25 * noise.max()
 
 
-@pytest.mark.parametrize("kind", ["two_part", "dense", "flex"])
+@pytest.mark.parametrize("kind", ["fused", "two_part", "dense", "flex"])
 @pytest.mark.parametrize("lengths", [[(3, 3)], [(0, 0, 0)], [(5, 0, 2), (), (1,)], [(), (4, 7)]])
 @torch.no_grad()
 def test_core_against_a_loop_over_sequences(kind, lengths):
@@ -433,7 +435,7 @@ def handed_over(monkeypatch):
         return params.query.dtype == params.key.dtype == params.value.dtype == torch.bfloat16
 
     monkeypatch.setattr(shared_prefix.F, "scaled_dot_product_attention", attention)
-    monkeypatch.setattr(shared_prefix, "can_use_flash_attention", flash)
+    monkeypatch.setattr(KERNELS, "can_use_flash_attention", flash)
     return calls
 
 
@@ -444,10 +446,11 @@ def test_keys_are_copied_for_query_heads_only_where_cuda_can_not_share_them(
     handed_over, dtype, shared
 ):
     for length in (100, 101, 150, 199):  # other completions, the same prompt
-        group = Group(0, 65, (length,) * 3)
-        query = on_cuda(12, group.end, 16, dtype=dtype)
-        key, value = (on_cuda(2, group.end, 16, dtype=dtype) for _ in range(2))
-        shared_prefix._TwoPart((group,), CPU)(query, key, value, 0.1)
+        layout = KERNELS.PrefixLayout.from_lengths([65], [[length] * 3])
+        query = on_cuda(12, layout.num_tokens, 16, dtype=dtype)
+        key, value = (on_cuda(2, layout.num_tokens, 16, dtype=dtype) for _ in range(2))
+        row = (states.transpose(0, 1) for states in (query, key, value))
+        KERNELS.two_part_attention(*row, layout, scaling=0.1)
     assert len(handed_over) == 8
     for _, (key_size, _), (value_size, _), _, gqa in handed_over:
         assert key_size[1] == value_size[1] == (2 if shared else 12) and gqa is shared

@@ -17,7 +17,12 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 
-from virft_fast.kernels import backend, triton_decode, triton_rows  # noqa: E402
+from virft_fast.kernels import (  # noqa: E402
+    backend,
+    triton_decode,
+    triton_prefix_attention,
+    triton_rows,
+)
 
 HERE = Path(__file__).parent
 
@@ -65,6 +70,25 @@ def test_every_kernel_of_a_decoding_step_compiles_without_spills(arch):
     variants = check_triton.decode_variants(arch)
     wrong = [text for v in variants for text in check_triton.problems(v, arch)]
     assert not wrong
+
+
+@pytest.mark.parametrize("arch", check_triton.DECODE_ARCHS)
+def test_attention_over_packed_rows_compiles_without_spills(arch):
+    """In float32 with 128 numbers per head, a few bytes may."""
+    variants = check_triton.prefix_variants(arch)
+    wrong = [text for v in variants for text in check_triton.problems(v, arch)]
+    assert not wrong
+
+
+def test_work_of_a_packed_row():
+    """By hand: a prompt of 128 and two completions of 64, two heads that share their keys."""
+    forward, _, backward = check_triton.prefix_work(128, [64, 64], 2, 1)
+    # Prompt blocks see 1 and 2 tiles of keys; each completion sees its prompt's 2 and its own.
+    assert "8 programs     18 tiles of 64 x 64" in forward
+    # Key blocks of 64: 8 and 6 steps of 32 rows from the prompt's, 2 from each completion's.
+    assert "4 programs     36 tiles of 32 x 64" in backward
+    causal = 128 * 129 // 2 + 2 * 64 * 65 // 2 + 128 * 128
+    assert f"({causal / (9 * 64 * 64):3.0%} of their pairs needed)" in forward
 
 
 @pytest.mark.parametrize("arch", check_triton.ARCHS)
@@ -154,6 +178,20 @@ def test_other_caches_and_row_counts_compile_nothing(name):
         constants = [param.name for param in kernel.params if param.is_constexpr]
         arguments |= dict.fromkeys(constants, 16)
         arguments |= {key: torch.zeros(16) for key in ("M", "S", "ACC", "OUT")}
+        keys.add(tuple(specialisation(kernel, arguments)))
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["forward_kernel", "backward_query_kernel", "backward_key_kernel", "sum_shares_kernel"]
+)
+def test_other_packed_rows_compile_nothing(name):
+    kernel, keys = getattr(triton_prefix_attention, name), set()
+    for number in (1, 5, 16, 64, 300):
+        arguments = {key: torch.zeros(16) for key in kernel.signature.parameters if key.isupper()}
+        arguments |= {param.name: 16 for param in kernel.params if param.is_constexpr}
+        arguments |= {key: 1536 for key in kernel.signature.parameters if not key.isupper()}
+        arguments |= {"length": number, "scale": number / 7}
         keys.add(tuple(specialisation(kernel, arguments)))
     assert len(keys) == 1
 

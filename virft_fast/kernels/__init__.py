@@ -10,6 +10,8 @@ from virft_fast.kernels.grpo_loss import GRPOLoss, grpo_loss
 from virft_fast.kernels.linear import linear_grpo_loss, linear_logps
 from virft_fast.kernels.logprobs import logps_and_entropy, selective_log_softmax
 from virft_fast.kernels.loss_args import LossArgs
+from virft_fast.kernels.prefix_attention import PrefixLayout, prefix_attention
 
-__all__ = ["GRPOLoss", "LossArgs", "group_advantages", "grpo_loss", "linear_grpo_loss",
-           "linear_logps", "logps_and_entropy", "selective_log_softmax"]  # fmt: skip
+__all__ = ["GRPOLoss", "LossArgs", "PrefixLayout", "group_advantages", "grpo_loss",
+           "linear_grpo_loss", "linear_logps", "logps_and_entropy", "prefix_attention",
+           "selective_log_softmax"]  # fmt: skip

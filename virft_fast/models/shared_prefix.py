@@ -15,47 +15,25 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional as F
 
 from virft_fast.devices import to_device
+from virft_fast.kernels.prefix_attention import (
+    Group,
+    PrefixLayout,
+    for_query_heads,
+    prefix_attention,
+    two_part_attention,
+)
 
 if TYPE_CHECKING:
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel as TextModel
 
 _PREFIX = "shared_prefix_"
-# (query (H, S, E), key (K, S, E), value (K, S, E), scaling) -> (S, H, E)
-Core = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-Padding = tuple[Tensor, Tensor] | None  # see `_padding`
-
-
-@dataclass(frozen=True)
-class Group:
-    """The position of a prompt and its completions in the packed row.
-
-    Attributes:
-        start: position of the prompt's first token.
-        prompt_length: P.
-        lengths: C of each completion, in order after the prompt; 0 is allowed.
-    """
-
-    start: int
-    prompt_length: int
-    lengths: tuple[int, ...]
-
-    @property
-    def first(self) -> int:
-        """Position of the first completion token."""
-        return self.start + self.prompt_length
-
-    @property
-    def end(self) -> int:
-        return self.first + sum(self.lengths)
 
 
 def install(language_model: TextModel) -> str | None:
@@ -117,7 +95,7 @@ def attend(
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
     if query.dtype == value.dtype:  # else autocast will narrow them to 16 bits
-        key, value = _for_query_heads(query, key, value)
+        key, value = for_query_heads(query, key, value)
     # The flash functions choose their kernel by the attention name in the configuration.
     config = _View(module.config, _attn_implementation=inner)
     view = _View(module, config=config, num_key_value_groups=query.shape[1] // key.shape[1])
@@ -154,16 +132,22 @@ class PackedAttention:
 
     Args:
         groups: the row's groups, in order and without gaps.
-        kind: "two_part", "flex" or "dense".
+        kind: "fused" (`kernels.prefix_attention`), "two_part" (its torch reference), "flex" or
+            "dense"; "auto": "fused" on CUDA, else "two_part".
     """
 
-    def __init__(self, groups: Sequence[Group], device: torch.device, kind: str = "two_part"):
+    def __init__(self, groups: Sequence[Group], device: torch.device, kind: str = "auto"):
         self.groups = tuple(groups)
         self.device = device
         self.layers: set[int] = set()
-        cores: dict[str, Callable[[tuple[Group, ...], torch.device], Core]]
-        cores = {"two_part": _TwoPart, "flex": _Flex, "dense": _Dense}
-        self._core = cores[kind](self.groups, device)
+        if kind == "auto":
+            kind = "fused" if device.type == "cuda" else "two_part"
+        self._core: Callable[..., Tensor]
+        if kind in ("flex", "dense"):
+            self._core = (_Flex if kind == "flex" else _Dense)(self.groups, device)
+        else:
+            core = {"fused": prefix_attention, "two_part": two_part_attention}[kind]
+            self._core = functools.partial(core, layout=PrefixLayout(self.groups, device))
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
@@ -171,8 +155,8 @@ class PackedAttention:
         """(1, H, S, E), (1, K, S, E), (1, K, S, E) -> (1, S, H, E)."""
         self.layers.add(layer)
         # Under autocast, the rotation returns float32, but CausalBias requires equal dtypes.
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        return self._core(query[0], key[0], value[0], scaling)[None]
+        row = (states[0].to(value.dtype).transpose(0, 1) for states in (query, key, value))
+        return self._core(*row, scaling=scaling)[None]
 
     def check(self, num_layers: int) -> None:
         """Raise RuntimeError if a layer bypassed this core."""
@@ -181,104 +165,6 @@ class PackedAttention:
                 f"expected {num_layers} layers to share the prompt, {len(self.layers)} did; pass "
                 "--prefix_sharing off for this model"
             )
-
-
-class _TwoPart:
-    """Two dense calls per group: the prompt over itself, the completions over prompt and
-    themselves.
-
-    Completions are padded to the longest. The padding comes last, so the causal mask hides it.
-    """
-
-    def __init__(self, groups: tuple[Group, ...], device: torch.device) -> None:
-        self.groups = groups
-        self.padding = [_padding(group, device) for group in groups]
-        self.masks = [_suffix_mask(group, device) for group in groups]
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        both = _for_query_heads(query[None], key[None], value[None])
-        key, value = (states[0] for states in both)
-        outputs = []
-        for group, padding, mask in zip(self.groups, self.padding, self.masks, strict=True):
-            prompt = slice(group.start, group.first)
-            outputs.append(_causal(query[:, prompt], key[:, prompt], value[:, prompt], scaling))
-            if group.end > group.first:
-                outputs.append(self._suffix(group, padding, mask, (query, key, value), scaling))
-        return torch.cat(outputs)
-
-    @staticmethod
-    def _suffix(
-        group: Group, padding: Padding, mask: Tensor, states: tuple[Tensor, ...], scaling: float
-    ) -> Tensor:
-        """(sum of C, H, E) outputs of a group's completion tokens."""
-        query, key, value = states
-        num, longest = len(group.lengths), max(group.lengths)
-        suffix, prompt = slice(group.first, group.end), slice(group.start, group.first)
-
-        def batched(states: Tensor) -> Tensor:  # (H, S, E) -> (G, H, longest C, E)
-            states = states[:, suffix]
-            if padding is not None:
-                states = states.index_select(1, padding[0])
-            return states.unflatten(1, (num, longest)).transpose(0, 1)
-
-        def with_prompt(states: Tensor) -> Tensor:  # -> (G, H, P + longest C, E)
-            shared = states[:, prompt].expand(num, -1, -1, -1)
-            return torch.cat([shared, batched(states)], 2)
-
-        keys, values, gqa = with_prompt(key), with_prompt(value), len(query) != len(key)
-        out = F.scaled_dot_product_attention(
-            batched(query), keys, values, attn_mask=mask, scale=scaling, enable_gqa=gqa
-        )
-        out = out.transpose(1, 2).flatten(0, 1)  # (G * longest C, H, E)
-        return out if padding is None else out.index_select(0, padding[1])
-
-
-def _for_query_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, K, S, E) keys and values as they are, or copied for each of the H query heads.
-
-    Of torch's fused kernels on CUDA, only flash attention shares keys among query heads, and it
-    takes 16-bit numbers only. With shared keys, other numbers would go to the unfused kernel.
-    """
-    options = (None, 0.0, False, True)  # no mask or dropout; not causal; with shared keys
-    if query.is_cuda and not can_use_flash_attention(SDPAParams(query, key, value, *options)):
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    return key, value
-
-
-def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention: (H, n, E) queries, (H or K, n, E) keys and values -> (n, H, E)."""
-    gqa = len(query) != len(key)
-    out = F.scaled_dot_product_attention(
-        query[None], key[None], value[None], is_causal=True, scale=scaling, enable_gqa=gqa
-    )
-    return out[0].transpose(0, 1)
-
-
-def _padding(group: Group, device: torch.device) -> Padding:
-    """Indices that pad a group's completions to the longest, and indices that undo it; None if all
-    have the same length."""
-    lengths = torch.tensor(group.lengths)
-    if not len(lengths) or bool((lengths == lengths[0]).all()):
-        return None
-    longest = int(lengths.max())
-    real = torch.arange(longest) < lengths[:, None]  # (G, longest)
-    index = torch.zeros(real.shape, dtype=torch.long)
-    index[real] = torch.arange(int(lengths.sum()))
-    places = (index.flatten(), real.flatten().nonzero()[:, 0])
-    return to_device(places[0], device), to_device(places[1], device)
-
-
-def _suffix_mask(group: Group, device: torch.device) -> Tensor:
-    """(longest C, P + longest C) mask: all of the prompt, and the completion causally."""
-    longest = max(group.lengths, default=0)
-    if device.type == "cuda":
-        from torch.nn.attention.bias import causal_lower_right
-
-        # The same mask in a form that the flash kernels accept.
-        return causal_lower_right(longest, group.prompt_length + longest)
-    mask = torch.ones(longest, group.prompt_length + longest, dtype=torch.bool, device=device)
-    return mask.tril(group.prompt_length)
 
 
 def _segments(groups: tuple[Group, ...], length: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -303,7 +189,8 @@ class _Dense:
         own = (sequence[None] == 0) | (sequence[:, None] == sequence[None])
         self.mask = ((group_of[:, None] == group_of[None]) & own).tril()
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -> Tensor:
+        query, key, value = (states.transpose(0, 1) for states in (query, key, value))
         repeats = query.shape[0] // key.shape[0]
         key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
         out = F.scaled_dot_product_attention(
@@ -333,9 +220,10 @@ class _Flex:
             visible, None, None, self.padded, self.padded, device=device, BLOCK_SIZE=self.BLOCK
         )
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -> Tensor:
         pad = (0, 0, 0, self.padded - self.length)
-        query, key, value = (F.pad(states, pad)[None] for states in (query, key, value))
+        heads = (states.transpose(0, 1) for states in (query, key, value))
+        query, key, value = (F.pad(states, pad)[None] for states in heads)
         out = _flex_attention(query.device.type)(
             query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=True
         )
