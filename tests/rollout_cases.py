@@ -14,7 +14,7 @@ from test_rollout import banned_ids, plain_generate
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from virft_fast.kernels import triton_decode, triton_sampling
+from virft_fast.kernels import backend, triton_decode, triton_sampling
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import Policy, load_model
 from virft_fast.rollout import Sampling
@@ -49,7 +49,7 @@ def rollout_of(policy, processor, **options):
 def on_torch(monkeypatch, run):
     """The result on the torch references."""
     with monkeypatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "0")
+        patch.setattr(backend, "interpreted", lambda: False)
         return run()
 
 

@@ -204,15 +204,14 @@ def test_the_key_would_tell():
 
 
 def test_cpu_tensors_take_the_reference_unless_interpreted(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert backend.triton_for(torch.zeros(2)) is None
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backend, "interpreted", lambda: True)
     assert backend.triton_for(torch.zeros(2)) is triton_rows
     assert backend.triton_for(torch.zeros(2, dtype=torch.float64)) is None
 
 
 def test_without_triton_the_reference_is_said_once(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backend, "interpreted", lambda: True)
     monkeypatch.setitem(sys.modules, "virft_fast.kernels.triton_rows", None)
     monkeypatch.delattr("virft_fast.kernels.triton_rows", raising=False)
     backend._module.cache_clear()

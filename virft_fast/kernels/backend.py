@@ -28,6 +28,7 @@ def _on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+@functools.cache  # Triton reads it once, too; a lookup costs more than many a CPU operation
 def interpreted() -> bool:
     """Whether Triton interprets kernels on the CPU instead of compiling them."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

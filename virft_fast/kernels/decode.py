@@ -351,7 +351,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def _wide(tensor: Tensor) -> Tensor:
     """At least float32."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

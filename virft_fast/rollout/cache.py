@@ -18,7 +18,7 @@ from virft_fast.models.families import TextConfig
 from virft_fast.rollout.graphs import Graphs
 
 # The completion cache is allocated in multiples of this many tokens.
-WIDTH_STEP = {"cpu": 32, "cuda": 128}
+WIDTH_STEP = {"cpu": 16, "cuda": 128}
 # The share of a GPU's free memory that keys and values may use.
 CACHE_SHARE = 0.8
 # Buffers up to this share of a GPU's total memory, and the graphs that use them, are kept for the
