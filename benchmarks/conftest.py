@@ -57,9 +57,11 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case, str]
             return
         benchmark.group = case.name
         benchmark.pedantic(lambda: None)  # makes the entry
+        benchmark.has_error = True  # keeps it out of files until it has its own times
         if name not in case.seconds:
             take_turns(case, chosen(request), **benchmark.stats.options)
         benchmark.stats.stats.data[:] = case.seconds[name]
+        benchmark.has_error = False
         notes = case.notes.get(name, {})
         benchmark.extra_info.update(
             {"contender": name, "package": package, "version": version, **case.work},
@@ -85,6 +87,7 @@ def take_turns(
     """Time the contenders, each once a round, and count the threads that each keeps busy."""
     names = [name for name in names if callable(case.runs.get(name))]
     threads = torch.get_num_threads()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     cpu = {name: [0.0, 0.0] for name in names}  # of the whole process, of this thread
 
     def turn(order: list[str]) -> None:
@@ -95,20 +98,21 @@ def take_turns(
             case.runs[name]()
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
-            case.seconds.setdefault(name, []).append(timer() - start)
+            seconds[name].append(timer() - start)
             cpu[name][0] += time.process_time() - whole
             cpu[name][1] += time.thread_time() - own
 
     try:
         turn(names)  # warms up, and determines the number of rounds
-        seconds = sum(case.seconds.pop(name)[0] for name in names)
-        for index in range(max(min_rounds, int(max_time * len(names) / seconds))):
+        first = sum(taken.pop() for taken in seconds.values())
+        for index in range(max(min_rounds, int(max_time * len(names) / first))):
             turn(names[:: 1 if index % 2 else -1])
     finally:
         torch.set_num_threads(threads)
     for name, (whole, own) in cpu.items():
         # The calling thread takes an equal share, so this also holds on a busy machine.
         case.notes.setdefault(name, {})["threads_used"] = round(whole / own, 2)
+    case.seconds.update(seconds)
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:

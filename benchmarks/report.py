@@ -49,7 +49,9 @@ def load(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     cases: dict[tuple[str, str], dict[str, Any]] = {}
     for run in sorted((json.loads(f.read_text()) for f in files), key=lambda r: r["datetime"]):
         facts = ", ".join(f"{key} {value}" for key, value in run["machine_info"].items())
-        about = f"{run['datetime'][:10]}, commit {run['commit_info']['id'][:7]}, {facts}"
+        commit = run["commit_info"]
+        changed = " with changes" if commit.get("dirty") else ""
+        about = f"{run['datetime'][:10]}, commit {commit['id'][:7]}{changed}, {facts}"
         new: dict[tuple[str, str], dict[str, Any]] = {}
         for bench in run["benchmarks"]:
             suite = bench["fullname"].split("test_bench_")[1].split(".py")[0]

@@ -72,6 +72,17 @@ def test_contenders_take_turns_in_an_order_that_reverses(module):
     assert {name: len(seconds) for name, seconds in case.seconds.items()} == {"a": 4, "b": 4}
 
 
+def test_a_case_whose_contender_fails_has_no_times(module):
+    def broken():
+        raise RuntimeError("out of memory")
+
+    case = module("measure").Case("c", {"ours": lambda: None, "peer": broken})
+    options = {"min_rounds": 4, "max_time": 0.0, "timer": time.perf_counter}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        module("conftest").take_turns(case, ["ours", "peer"], **options)
+    assert not case.seconds
+
+
 def test_the_newest_results_of_a_case_count(tmp_path, module):
     for day, cases in ((3, {"x": 8}), (1, {"x": 4, "y": 2}), (2, {"y": 3})):
         entries = [
