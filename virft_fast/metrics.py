@@ -285,7 +285,7 @@ def check_trackers(report_to: list[str]) -> list[str]:
             choices = ", ".join([*LOGGER_TYPE_TO_CLASS, "all", "none"])
             raise ValueError(f"--report_to: expected one of {choices}, got {name!r}")
         if name not in available:
-            raise ValueError(f"--report_to {name}: its package is not installed; pip install {name}")
+            raise ValueError(f"--report_to {name}: its package is not installed; pip install it")
     return names
 
 
