@@ -247,7 +247,7 @@ def _matches(device: torch.device) -> None:
 def attention(results: Results) -> None:
     """Attention of packed rows of changing lengths: the first call of each, and the gradients."""
     heads, keys, size, prompt = (4, 2, 16, 40) if results.toy else (12, 2, 128, 650)
-    kinds = ["two_part"] if results.toy else ["two_part", "flex"]
+    kinds = ["fused", "two_part"] if results.toy else ["fused", "two_part", "flex"]
     torch.backends.cuda.enable_cudnn_sdp(False)
 
     def states(length: int, dtype: torch.dtype) -> list[Tensor]:

@@ -106,7 +106,9 @@ def policy_of(name: str, vision_frozen: bool = False) -> tuple[SimpleNamespace, 
     config = SimpleNamespace(
         model_type=family, text_config=text, vision_config=vision, get_text_config=lambda: text
     )
-    policy = SimpleNamespace(config=config, vision_frozen=vision_frozen, shares_prefix=True)
+    policy = SimpleNamespace(
+        config=config, vision_frozen=vision_frozen, shares_prefix=True, prefix_attention="auto"
+    )
     return policy, math.prod(sides)
 
 

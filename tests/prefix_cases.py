@@ -435,3 +435,26 @@ def test_training_equals_two_part(processor, prompts):
     (logps, gradient), (expected, wanted) = results
     assert (logps - expected).abs().max() <= 1e-5
     assert relative_error(gradient, wanted) <= 1e-5
+
+
+@only_interpreted
+def test_rollouts_read_prompts_with_the_kernel(monkeypatch, processor, prompts):
+    from test_shared_prefix import CPU, Sampling, make_rollout, nullcontext
+
+    from virft_fast.kernels import triton_prefix_attention as kernels
+    from virft_fast.models.qwen_vl import Policy, load_model
+
+    policy, calls, forward = Policy(load_model("tiny")).eval(), [], kernels.forward
+    monkeypatch.setattr(kernels, "forward", lambda *args: calls.append(1) or forward(*args))
+    outs = []
+    for kind, count in (("fused", 3), ("two_part", 0)):  # layers
+        policy.prefix_attention = kind
+        rollout = make_rollout(
+            "native", lambda: nullcontext(policy), processor.tokenizer, device=CPU
+        )
+        outs.append(rollout.generate(prompts[2:], 2, Sampling(2, seed=1)))
+        assert len(calls) == count
+        calls.clear()
+    assert torch.equal(outs[0].completion_ids, outs[1].completion_ids)
+    logps = (out.sampling_logps for out in outs)
+    torch.testing.assert_close(*logps, rtol=0, atol=2e-5)

@@ -119,6 +119,7 @@ def stub(family, text=None, vision=None, **policy):
     config = SimpleNamespace(
         model_type=family, text_config=text, vision_config=vision, get_text_config=lambda: text
     )
+    policy = {"prefix_attention": "auto", **policy}
     return SimpleNamespace(config=config, shares_prefix=True, **policy)
 
 
@@ -140,15 +141,30 @@ RUNS = {
 }  # fmt: skip
 
 
+class Fused:
+    """What the fused kernel makes and keeps, without its arithmetic."""
+
+    @staticmethod
+    def forward(query, key, value, layout, scaling):
+        lse = query.new_empty(query.shape[1], len(query), dtype=torch.float32)
+        return query.new_empty(query.shape), lse
+
+    @staticmethod
+    def backward(grad, query, key, value, out, lse, layout, scaling):
+        return tuple(states.new_empty(states.shape) for states in (query, key, value))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    ("family", "size", "run"),
-    [(family, size, "bfloat16") for family in NAMES for size in SIZES]
-    + [("qwen2_vl", size, run) for size in SIZES for run in ("float32", "autocast")],
+    ("family", "size", "run", "kind"),
+    [(family, size, "bfloat16", "two_part") for family in NAMES for size in SIZES]
+    + [("qwen2_vl", size, run, "two_part") for size in SIZES for run in ("float32", "autocast")]
+    + [("qwen2_vl", size, run, "auto") for size in SIZES for run in RUNS],
 )
-def test_activations_of_the_language_model(monkeypatch, family, size, run, checkpointing):
+def test_activations_of_the_language_model(monkeypatch, family, size, run, kind, checkpointing):
     """A row of two groups of 8, forward and backward: the most bytes at one time."""
-    precision, device = RUNS[run], CUDA if run == "float32" else CPU
+    precision, device = RUNS[run], CUDA if run == "float32" or kind == "auto" else CPU
+    monkeypatch.setattr(KERNELS, "triton_for", lambda *_: Fused)
     if run == "float32":  # as on CUDA
         copied = lambda query, *rest: tuple(  # noqa: E731
             states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in rest
@@ -163,7 +179,7 @@ def test_activations_of_the_language_model(monkeypatch, family, size, run, check
         **SIZES[size], **given, vocab_size=8, num_hidden_layers=DEPTH, rope_parameters=ROPE,
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
-    core = PackedAttention(groups, CPU)
+    core = PackedAttention(groups, CPU, shared_prefix.core_kind(kind, device))
     assert core._core.keywords["layout"].two_part  # made outside of the fake tensors
     dtype = torch.bfloat16 if run == "bfloat16" else torch.float32
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -182,7 +198,7 @@ def test_activations_of_the_language_model(monkeypatch, family, size, run, check
     casts = 2 * linear * precision.autocast  # counted by `memory_estimate`
     load = memory.Load(tokens, 2 * 8 * (prompt + length), 2 * 8 * length, 0)
     estimate = memory._language_bytes(
-        stub(family, config), load, precision, checkpointing, device
+        stub(family, config, prefix_attention=kind), load, precision, checkpointing, device
     )  # fmt: skip
     # Autocast's copies are only all there while a checkpointed forward pass runs.
     least = 0.6 if precision.autocast and checkpointing else 0.96

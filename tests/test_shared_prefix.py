@@ -21,6 +21,7 @@ from models import FAMILIES, random_model
 
 from virft_fast.algorithms.grpo import train_step
 from virft_fast.algorithms.step import Chunk, plan_microbatches
+from virft_fast.config import GRPOConfig
 from virft_fast.models import shared_prefix
 from virft_fast.models.qwen_vl import Policy, add_lora, core, freeze_vision_tower, load_model
 from virft_fast.models.shared_prefix import Group, PackedAttention
@@ -87,6 +88,27 @@ def test_logps_and_gradient_equal_the_unshared_ones(policy, prompts, completions
     assert relative_error(gradient, unshared) <= 1e-5
 
 
+def test_the_kernel_is_the_default_on_cuda():
+    for device, kind in (("cuda", "fused"), ("cpu", "two_part")):
+        assert shared_prefix.core_kind("auto", torch.device(device)) == kind
+        assert shared_prefix.core_kind("dense", torch.device(device)) == "dense"
+    assert GRPOConfig().prefix_attention == Policy(load_model("tiny")).prefix_attention == "auto"
+
+
+@pytest.mark.parametrize("kind", ["two_part", "fused", "dense"])
+def test_rollouts_read_prompts_with_the_same_kind(monkeypatch, processor, prompts, kind):
+    policy, kinds = Policy(load_model("tiny"), prefix_attention=kind), []
+    make = PackedAttention.__init__
+
+    def noted(self, groups, device, kind="auto"):
+        kinds.append(kind)
+        make(self, groups, device, kind)
+
+    monkeypatch.setattr(PackedAttention, "__init__", noted)
+    made = draw(policy, processor, prompts, length=4)
+    assert set(kinds) == {kind} and len(made) == 4
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(processor, prompts, family):
     policy = Policy(random_model(family, processor.tokenizer))
@@ -119,7 +141,7 @@ def test_flex_attention_equals_the_dense_mask(policy, prompts, completions):
     for kind in ("flex", "dense"):
         policy.prefix_attention = kind
         logps[kind], _ = policy(inputs)
-    policy.prefix_attention = "two_part"
+    policy.prefix_attention = "auto"
     assert (logps["flex"] - logps["dense"]).abs().max() <= 1e-5
 
 

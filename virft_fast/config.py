@@ -34,7 +34,7 @@ ATTENTIONS = ("sdpa", "eager", "flash_attention_2", *HUB_ATTENTIONS)
 SAVE_DTYPES = (*DTYPES, "float16")
 LOSS_IMPLS = ("fused", "reference")
 ROLLOUT_BACKENDS = ("native", "hf")
-PREFIX_ATTENTIONS = ("two_part", "flex", "dense")
+PREFIX_ATTENTIONS = ("auto", "fused", "two_part", "flex", "dense")
 
 # GRPO options that also apply to SFT and DPO.
 BESIDE_GRPO = """
@@ -181,7 +181,10 @@ class GRPOConfig:
         choices=("auto", "on", "off"),
     )
     prefix_attention: str = arg(
-        "two_part", "Attention over a shared prompt; flex needs CUDA.", choices=PREFIX_ATTENTIONS
+        "auto",
+        "Attention over a shared prompt; auto: our kernel (fused) on CUDA, PyTorch's (two_part) on "
+        "a CPU; flex needs CUDA.",
+        choices=PREFIX_ATTENTIONS,
     )
     beta: float = arg(0.04, "Weight of the KL term; 0: no term and no reference model.")
     epsilon_low: float = arg(0.2, "Clip ratios below 1 - epsilon_low.", "epsilon")

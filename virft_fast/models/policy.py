@@ -82,7 +82,7 @@ class Policy(nn.Module):
         *,
         loss_impl: str = "fused",
         prefix_sharing: str = "auto",
-        prefix_attention: str = "two_part",
+        prefix_attention: str = "auto",
     ) -> None:
         """Wrap `model` and change it in place: route its attention through `shared_prefix.attend`,
         which gives the same results, and turn its patch embedding into one matrix product.
@@ -94,7 +94,7 @@ class Policy(nn.Module):
             loss_impl: "fused", or "reference", which forms the full logits.
             prefix_sharing: whether the language model reads a prompt once for all its completions:
                 "on", "off", or "auto" (on if the model's attention can be replaced).
-            prefix_attention: "two_part", "flex" or "dense"; see `shared_prefix`.
+            prefix_attention: of packed rows; see `shared_prefix.core_kind`.
         Raises:
             ValueError: prefix_sharing is "on", but the attention can't be replaced.
         """

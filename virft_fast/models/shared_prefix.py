@@ -127,21 +127,27 @@ def read(model: TextModel, embeds: Tensor, positions: Tensor, **options: object)
     return model(**options).last_hidden_state
 
 
+def core_kind(kind: str, device: torch.device) -> str:
+    """What `kind` is on the device: "fused" (`kernels.prefix_attention`), "two_part" (its torch
+    reference), "flex" or "dense". "auto" is "fused" on CUDA, else "two_part"."""
+    if kind != "auto":
+        return kind
+    return "fused" if device.type == "cuda" else "two_part"
+
+
 class PackedAttention:
     """The core of one packed row.
 
     Args:
         groups: the row's groups, in order and without gaps.
-        kind: "fused" (`kernels.prefix_attention`), "two_part" (its torch reference), "flex" or
-            "dense"; "auto": "fused" on CUDA, else "two_part".
+        kind: see `core_kind`.
     """
 
     def __init__(self, groups: Sequence[Group], device: torch.device, kind: str = "auto"):
         self.groups = tuple(groups)
         self.device = device
         self.layers: set[int] = set()
-        if kind == "auto":
-            kind = "fused" if device.type == "cuda" else "two_part"
+        kind = core_kind(kind, device)
         self._core: Callable[..., Tensor]
         if kind in ("flex", "dense"):
             self._core = (_Flex if kind == "flex" else _Dense)(self.groups, device)

@@ -207,7 +207,7 @@ class Decoding:
         Returns:
             (prompts, D) last hidden states, at each prompt's last token.
         """
-        attention = PackedAttention(inputs.groups, self.device)
+        attention = PackedAttention(inputs.groups, self.device, self.policy.prefix_attention)
         caches = self.state.caches
 
         def store(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -20,6 +20,7 @@ from virft_fast.config import RunConfig
 from virft_fast.deepspeed_config import offloads, zero_stage
 from virft_fast.kernels.linear import MAX_TILE_ROWS, TILE_ELEMENTS
 from virft_fast.models.qwen_vl import Policy
+from virft_fast.models.shared_prefix import core_kind
 from virft_fast.rollout.cache import KEPT_SHARE, CachePlan, cache_numbers
 from virft_fast.train.model import Blueprint, training_dtype
 
@@ -120,15 +121,16 @@ def _language_bytes(
     keys_values = cache_numbers(text) // depth
     keys = keys_values // 2
     heads = keys // text.num_key_value_heads * text.num_attention_heads
-    # Queries; keys and values; attention's output, as its parts and whole; the MLP.
-    token = precision.rms_norms(readers=5) * dim + width * (3 * heads + 4 * inner)
+    fused = policy.shares_prefix and core_kind(policy.prefix_attention, device) == "fused"
+    # Queries and attention's output, which two_part keeps as its parts and whole; the MLP.
+    token = precision.rms_norms(readers=5) * dim + width * ((3 - fused) * heads + 4 * inner)
     token += 4 * text.num_attention_heads  # the log-sum-exp of attention
     if policy.config.model_type == "qwen3_vl":  # norms of queries and keys
         token += (heads + keys) * (4 + width)
-    # See `shared_prefix._for_query_heads`.
-    copied = not policy.shares_prefix or (device.type == "cuda" and width == 4)
+    # See `prefix_attention.for_query_heads`. The fused kernel reads the row where it is.
+    copied = not policy.shares_prefix or (device.type == "cuda" and width == 4 and not fused)
     attended = width * (2 * heads if copied else keys_values)
-    layer = load.tokens * token + (load.tokens + load.joined) * attended
+    layer = load.tokens * token + (load.tokens + (0 if fused else load.joined)) * attended
     kept = depth * layer
     if checkpointing:
         kept = depth * load.tokens * dim * precision.residual + layer

@@ -243,7 +243,7 @@ def build_policy(
     if grpo.prefix_attention == "flex" and device.type != "cuda":
         raise UsageError(
             "--prefix_attention flex: expected a CUDA device, because FlexAttention has no "
-            "backward pass on the CPU; use two_part"
+            "backward pass on the CPU; use auto"
         )
     base = load_model(
         plan.base if plan else blueprint.source,
