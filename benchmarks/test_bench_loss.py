@@ -255,7 +255,7 @@ def loss(size):
 
     def fused():
         return grpo_loss(
-            logits[:, :-1], ids, mask, advantages=advantages, old_logps=old, epsilon_low=EPSILON
+            logits, ids, mask, advantages=advantages, old_logps=old, epsilon_low=EPSILON
         ).loss
 
     functions = {"naive torch": plain, "torch.compile": torch.compile(plain), "ours": fused}

@@ -586,6 +586,20 @@ def test_linear_loss_backward_twice_and_scaled():
     torch.testing.assert_close(torch.autograd.grad(3 * loss, hidden)[0], 3 * once)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_last_position_that_predicts_nothing_is_ignored(inplace):
+    problem = make_problem()
+    hidden, weight, bias, ids, mask, *_ = problem
+    logits = (hidden @ weight.T + bias).requires_grad_()
+    expected = grpo_loss(logits, ids, mask, **loss_options(problem, entropy_coef=0.1))
+    longer = torch.cat([logits.detach(), torch.full((N, 1, V), NAN)], 1).requires_grad_()
+    ours = grpo_loss(longer, ids, mask, inplace=inplace, **loss_options(problem, entropy_coef=0.1))
+    assert torch.equal(ours.loss, expected.loss)
+    (grad,) = gradients(ours.loss, longer)
+    assert torch.equal(grad[:, :-1], gradients(expected.loss, logits)[0])
+    assert (grad[:, -1] == 0).all()
+
+
 LOGITS, IDS = torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
 MASK, ONES = torch.ones(2, 3, dtype=torch.bool), torch.ones(2)
 

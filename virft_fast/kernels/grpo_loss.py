@@ -72,7 +72,9 @@ def grpo_loss(
     """Policy-gradient loss of N sampled completions.
 
     Args:
-        logits: (N, T, V) floating point, at the positions that predict `completion_ids`.
+        logits: (N, T, V) floating point, at the positions that predict `completion_ids`; or (N, T +
+            1, V) as models return them, where the last position is ignored and gets no gradient.
+            Slicing it off instead costs a copy of the gradient.
         completion_ids: (N, T) int64.
         completion_mask: (N, T) bool. Where false, logits, ids, old and reference log-probs are
             ignored, even NaN, and get no gradient.
@@ -140,7 +142,7 @@ def grpo_loss(
     joschu.net/blog/kl-approx.html.
     """
     layout = make_layout(completion_ids, completion_mask, cu_seqlens)
-    check_rows(logits, completion_ids, temperature)
+    check_rows(_predicting(logits, layout), completion_ids, temperature)
     ids = completion_ids.reshape(-1).masked_fill(~layout.mask, 0)
     check_ids("completion_ids", ids, logits.shape[-1])
     terms = make_terms(layout, compute_dtype(logits), LossArgs(**loss))
@@ -365,10 +367,17 @@ def evaluate_rows(
     return terms.with_bonus(evaluated, out.entropy, mask), out.norms, out.entropy
 
 
+def _predicting(logits: Tensor, layout: Layout) -> Tensor:
+    """The logits without a last position that predicts nothing."""
+    longer = logits.ndim == 3 and logits.shape[:2] == (layout.shape[0], layout.shape[-1] + 1)
+    return logits[:, :-1] if longer and len(layout.shape) == 2 else logits
+
+
 class _GRPOFromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ids, inv_temp, inplace, terms):
-        evaluated, norms, entropy = evaluate_rows(logits, ids, inv_temp, terms)
+        ctx.layout, rows = terms.layout, _predicting(logits, terms.layout)
+        evaluated, norms, entropy = evaluate_rows(rows, ids, inv_temp, terms)
         ctx.save_for_backward(logits, ids, norms, entropy, evaluated.d_logps, evaluated.d_entropy)
         ctx.inv_temp, ctx.inplace = inv_temp, inplace
         rest = (evaluated.logps, entropy, evaluated.kl, evaluated.clipped)
@@ -380,7 +389,12 @@ class _GRPOFromLogits(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         logits, ids, norms, entropy, d_logps, d_entropy = ctx.saved_tensors
         out = gradient_buffer(logits, ctx.inplace)
-        rows_backward(logits, ids, norms, entropy, d_logps, d_entropy, ctx.inv_temp, out, grad_loss)
+        rows, out_rows = _predicting(logits, ctx.layout), _predicting(out, ctx.layout)
+        rows_backward(
+            rows, ids, norms, entropy, d_logps, d_entropy, ctx.inv_temp, out_rows, grad_loss
+        )
+        if out_rows is not out:
+            out[:, -1] = 0
         return out, None, None, None, None
 
 

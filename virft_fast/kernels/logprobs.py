@@ -122,22 +122,24 @@ def rows_forward(logits: Tensor, ids: Tensor, inv_temp: float) -> tuple[Tensor, 
 def rows_forward_reference(
     logits: Tensor, ids: Tensor, inv_temp: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logits = logits.reshape(-1, logits.shape[-1])
     dtype = compute_dtype(logits)
     logps, entropy = torch.empty((2, len(ids)), dtype=dtype, device=ids.device)
     norms = torch.empty((len(ids), 2), dtype=dtype, device=ids.device)
-    for rows in _blocks(logits):
-        z = logits[rows].to(dtype) * inv_temp
+    for rows, z in _blocks(logits):
+        z = _scaled(z, dtype, inv_temp)
         highest = z.amax(-1, keepdim=True)
         picked = z.gather(-1, ids[rows, None]) - highest
-        # exp(-1e5) is 0 in either dtype; without the clamp a banned token would give 0 * inf.
-        z.sub_(highest).clamp_(min=-1e5)
+        z = z - highest
         e = z.exp()
         total = e.sum(-1, keepdim=True)
         log_total = total.log()
         logps[rows] = (picked - log_total)[:, 0]
         norms[rows, :1], norms[rows, 1:] = highest, log_total
-        entropy[rows] = (log_total - (e * z).sum(-1, keepdim=True) / total)[:, 0]
+        mean = e.mul_(z).sum(-1, keepdim=True) / total
+        if not bool(mean.isfinite().all()):  # a banned token gave 0 * inf; exp(-1e5) is 0
+            z.clamp_(min=-1e5)
+            mean = z.exp().mul_(z).sum(-1, keepdim=True) / total
+        entropy[rows] = (log_total - mean)[:, 0]
     # Rounding can leave the range by one ulp; NaN stays NaN.
     return logps, norms, entropy.clamp_(0.0, math.log(logits.shape[-1]))
 
@@ -181,36 +183,38 @@ def rows_backward_reference(
     inv_temp: float,
     out: Tensor,
 ) -> None:
-    if not len(ids):
-        return
-    if logits.ndim == 1:
-        logits, out = logits[None], out[None]
-    if logits.ndim > 2:  # one leading index at a time: reshape might copy `out`
-        count = len(ids) // len(logits)
-        for i in range(len(logits)):
-            rows = slice(i * count, (i + 1) * count)
-            rows_backward_reference(
-                logits[i], ids[rows], norms[rows], pick(entropy, rows), pick(grad_logps, rows),
-                pick(grad_entropy, rows), inv_temp, out[i],
-            )  # fmt: skip
-        return
-    for rows in _blocks(logits):
+    for rows, z, block in _blocks(logits, out):
         g = None if grad_logps is None else grad_logps[rows, None] * inv_temp
         h = None if grad_entropy is None else grad_entropy[rows, None] * inv_temp
-        log_p = logits[rows].to(norms.dtype) * inv_temp
-        log_p.sub_(norms[rows, :1]).sub_(norms[rows, 1:])
-        p = log_p.exp()
-        still = torch.ones_like(norms[rows, :1], dtype=torch.bool)
-        grad = torch.zeros_like(p) if g is None else p * -g
-        if g is not None:
-            still &= g == 0
-            grad.scatter_add_(-1, ids[rows, None], g)
+        # The block of `out` is the buffer if its numbers are wide enough.
+        buffer = block if block.dtype == norms.dtype else torch.empty_like(z, dtype=norms.dtype)
+        z = _scaled(z, norms.dtype, inv_temp)
+        log_p = torch.sub(z, norms[rows, :1], out=buffer).sub_(norms[rows, 1:])
+        silent = norms.new_ones((len(z), 1), dtype=torch.bool)
+        change = None
         if h is not None:
             assert entropy is not None, "the gradient of the entropy needs the entropy"
-            still &= h == 0
-            surprise = torch.where(p > 0, log_p + entropy[rows, None], 0.0)
-            grad -= h * p * surprise
-        out[rows] = grad.masked_fill_(still, 0.0).to(out.dtype)
+            silent &= h == 0
+            p = log_p.exp()
+            change = h * p * torch.where(p > 0, log_p + entropy[rows, None], 0.0)
+        grad = log_p.exp_()
+        if g is None:
+            grad.zero_()
+        else:
+            silent &= g == 0
+            grad.mul_(-g).scatter_add_(-1, ids[rows, None], g)
+        if change is not None:
+            grad -= change
+        if bool(silent.any()):
+            grad.masked_fill_(silent, 0.0)
+        if grad is not block:
+            block.copy_(grad)
+
+
+def _scaled(logits: Tensor, dtype: torch.dtype, inv_temp: float) -> Tensor:
+    """The logits in `dtype` times inv_temp; may be the logits themselves."""
+    logits = logits.to(dtype)
+    return logits if inv_temp == 1.0 else logits * inv_temp
 
 
 def pick(vector: Tensor | None, rows: Tensor | slice = slice(None)) -> Tensor | None:
@@ -218,13 +222,21 @@ def pick(vector: Tensor | None, rows: Tensor | slice = slice(None)) -> Tensor | 
     return None if vector is None else vector[rows].contiguous()
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    """Slices of a few rows; of many rows on a GPU, where launches cost more than memory."""
-    count, vocab = logits.shape
-    elements = BLOCK_ELEMENTS if logits.device.type == "cpu" else 2**28
-    size = max(1, elements // vocab)
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
+def _blocks(*tensors: Tensor, first: int = 0) -> Iterator[tuple[slice, *tuple[Tensor, ...]]]:
+    """A few rows of (..., V) tensors at a time, as (n, V) views, with their numbers before. Many
+    rows on a GPU, where launches cost more than memory."""
+    shape = tensors[0].shape
+    if len(shape) > 2 and not all(tensor.is_contiguous() for tensor in tensors):
+        count = math.prod(shape[1:-1])
+        for i in range(shape[0]):
+            yield from _blocks(*(tensor[i] for tensor in tensors), first=first + i * count)
+        return
+    tensors = tuple(tensor.view(-1, shape[-1]) if len(shape) != 2 else tensor for tensor in tensors)
+    elements = BLOCK_ELEMENTS if tensors[0].device.type == "cpu" else 2**28
+    size = max(1, elements // shape[-1])
+    for start in range(0, len(tensors[0]), size):
+        parts = tuple(tensor[start : start + size] for tensor in tensors)
+        yield slice(first + start, first + start + len(parts[0])), *parts
 
 
 class _LogpsAndEntropy(torch.autograd.Function):
