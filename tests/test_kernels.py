@@ -128,6 +128,140 @@ def test_bf16_logits_give_fp32_logps_and_bf16_gradients():
     assert logps.dtype == entropy.dtype == torch.float32 and logits.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_several_tokens_of_a_row(dtype, temperature):
+    """One of them twice, one banned; float32 log-probs, and gradients rounded once."""
+    g = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(4, 3, V, generator=g)).to(dtype)
+    logits[..., 5] = -INF
+    index = torch.randint(V, (4, 3, 6), generator=g)
+    index[..., 3], index[..., 4] = index[..., 1], 5
+    up = torch.randn(4, 3, 6, generator=g, dtype=torch.float64)
+    up[..., 4] = 0
+    exact = logits.double().requires_grad_()
+    wanted = (exact / temperature).log_softmax(-1).gather(-1, index)
+    (grad,) = gradients((wanted.where(wanted > -INF, 0.0) * up).sum(), exact)
+    for inplace in (False, True):
+        leaf = logits.clone().requires_grad_()
+        ours = selective_log_softmax(leaf, index, temperature=temperature, inplace=inplace)
+        assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(ours.double(), wanted, atol=1e-5, rtol=0)
+        one = selective_log_softmax(logits, index[..., 2], temperature=temperature)
+        assert torch.equal(ours[..., 2], one)
+        (got,) = gradients((ours.where(ours > -INF, 0.0) * up.to(ours.dtype)).sum(), leaf)
+        rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, 1e-5)
+        torch.testing.assert_close(got.double(), grad, atol=1e-6, rtol=1.01 * rounding)
+
+
+def test_gradcheck_of_several_tokens():
+    logits = torch.randn(5, V, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[1, 2, 1]] * 5)
+    assert torch.autograd.gradcheck(lambda x: selective_log_softmax(x, ids), logits)
+
+
+def test_a_mask_of_numbers_is_that_of_bools():
+    problem = make_problem()
+    hidden, weight, _, ids, mask, *_ = problem
+    options = loss_options(problem)
+    expected = linear_grpo_loss(hidden, weight, ids, mask, **options).loss
+    for dtype in (torch.int32, torch.int64, torch.float32, torch.bfloat16, torch.float64):
+        assert linear_grpo_loss(hidden, weight, ids, mask.to(dtype), **options).loss == expected
+
+
+def test_a_sharded_head_is_named():
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        hidden, weight = torch.zeros(2, 3, 5), torch.zeros(4, 5)
+        sharded = distribute_tensor(weight, init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"weight: .* DTensor.* pass weight.full_tensor"):
+            linear_grpo_loss(hidden, sharded, IDS, MASK, advantages=ONES)
+        assert linear_logps(hidden, sharded.full_tensor(), IDS)[0].isfinite().all()
+    finally:
+        destroy_process_group()
+
+
+def test_torch_func_differentiates_once():
+    problem = make_problem(dtype=torch.float32)
+    hidden, weight, bias, ids, mask, *_ = problem
+    options = loss_options(problem, entropy_coef=0.1)
+    logits = hidden @ weight.T + bias
+    for function, inputs in (
+        (lambda x: grpo_loss(x, ids, mask, **options).loss, (logits,)),
+        (lambda h, w: linear_grpo_loss(h, w, ids, mask, bias=bias, **options).loss,
+         (hidden, weight)),
+        (lambda h, w: sum(x.sum() for x in linear_logps(h, w, ids)), (hidden, weight)),
+        (lambda x: logps_and_entropy(x, ids)[1].sum(), (logits,)),
+        (lambda x: selective_log_softmax(x, ids[..., None]).sum(), (logits,)),
+    ):  # fmt: skip
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        wanted = gradients(function(*leaves), *leaves)
+        numbers = tuple(range(len(inputs)))
+        for got, value in zip(torch.func.grad(function, numbers)(*inputs), wanted, strict=True):
+            torch.testing.assert_close(got, value)
+        _, pull = torch.func.vjp(function, *inputs)
+        for got, value in zip(pull(torch.tensor(2.0)), wanted, strict=True):
+            torch.testing.assert_close(got, 2 * value)
+
+
+@pytest.mark.parametrize(
+    ("options", "packed"),
+    [({}, True), ({"importance_sampling_level": "sequence", "use_bias_correction_kl": True}, False),
+     ({"top_entropy_quantile": 0.5, "entropy_coef": 0.1, "loss_type": "sapo"}, False),
+     ({"off_policy_mask_threshold": 0.02, "loss_type": "vespo", "beta": 0.0}, True)],
+)  # fmt: skip
+def test_compile_takes_the_whole_loss(options, packed):
+    """In one graph, masked NaN included."""
+    problem = make_problem(dtype=torch.float32)
+    hidden, weight, bias, ids, mask, *_ = problem
+    hidden = torch.where(mask[..., None], hidden, NAN)
+    options = loss_options(problem, **options)
+    layout = (ids, mask)
+    if packed:
+        offsets = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int()
+        hidden, layout = hidden[mask], (ids[mask], None)
+        options |= {name: options[name][mask] for name in ("old_logps", "ref_logps")}
+        options |= {"cu_seqlens": offsets}
+    for function, inputs in (
+        (lambda h, w: linear_grpo_loss(h, w, *layout, bias=bias, chunk_tokens=6, **options),
+         (hidden, weight)),
+        (lambda x: grpo_loss(x, *layout, **options), (hidden @ weight.T + bias,)),
+    ):  # fmt: skip
+        torch._dynamo.reset()
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        wanted, compiled = function(*leaves), torch.compile(
+            function, fullgraph=True, backend="aot_eager"
+        )(*leaves)  # fmt: skip
+        torch.testing.assert_close(compiled.loss, wanted.loss)
+        torch.testing.assert_close(compiled.logps, wanted.logps)
+        for got, value in zip(
+            gradients(compiled.loss, *leaves), gradients(wanted.loss, *leaves), strict=True
+        ):
+            torch.testing.assert_close(got, value)
+
+
+def test_compile_generates_code_for_the_loss_and_the_log_probs():
+    problem = make_problem(dtype=torch.float32)
+    hidden, weight, _, ids, mask, *_ = problem
+    options = loss_options(problem)
+
+    def run(h, w):
+        several = selective_log_softmax(h @ w.T, ids[..., None].expand(N, T, 2))
+        return linear_grpo_loss(h, w, ids, mask, **options).loss + several.sum()
+
+    torch._dynamo.reset()
+    results = []
+    for function in (run, torch.compile(run, fullgraph=True)):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        value = function(*leaves)
+        results.append((value, *gradients(value, *leaves)))
+    for got, value in zip(*results, strict=True):
+        torch.testing.assert_close(got, value)
+
+
 def test_gradcheck_of_logps_and_entropy():
     logits = torch.randn(5, V, dtype=torch.float64, requires_grad=True)
     ids = torch.randint(V, (5,))
@@ -610,7 +744,8 @@ MASK, ONES = torch.ones(2, 3, dtype=torch.bool), torch.ones(2)
         ({"logits": LOGITS[0]}, "index: expected"),
         ({"logits": LOGITS.long()}, "logits: expected .* floating point"),
         ({"completion_ids": IDS.int()}, "completion_ids: expected"),
-        ({"completion_mask": MASK.long()}, "completion_mask: expected .2, 3. bool"),
+        ({"completion_mask": MASK[0]}, "completion_mask: expected .2, 3. bool or 0/1 numbers"),
+        ({"completion_mask": 2 * MASK.long()}, "completion_mask: expected only 0 and 1, got 2"),
         ({"completion_mask": None}, "completion_mask: expected .N, T. bool, got None"),
         ({"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens: expected None"),
         ({"advantages": None}, "exactly one of them, got neither"),

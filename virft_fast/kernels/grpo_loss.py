@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -76,8 +75,8 @@ def grpo_loss(
             1, V) as models return them, where the last position is ignored and gets no gradient.
             Slicing it off instead costs a copy of the gradient.
         completion_ids: (N, T) int64.
-        completion_mask: (N, T) bool. Where false, logits, ids, old and reference log-probs are
-            ignored, even NaN, and get no gradient.
+        completion_mask: (N, T) bool, or 0/1 numbers. Where false, logits, ids, old and reference
+            log-probs are ignored, even NaN, and get no gradient.
         rewards: (N,) prompt-major, normalized here by `group_advantages` in groups of
             `num_generations`; or
         advantages: (N,), used unchanged. Pass exactly one of the two.
@@ -146,7 +145,8 @@ def grpo_loss(
     ids = completion_ids.reshape(-1).masked_fill(~layout.mask, 0)
     check_ids("completion_ids", ids, logits.shape[-1])
     terms = make_terms(layout, compute_dtype(logits), LossArgs(**loss))
-    return make_result(terms, *_GRPOFromLogits.apply(logits, ids, 1 / temperature, inplace, terms))
+    values = _GRPOFromLogits.apply(logits, ids, 1 / temperature, inplace, terms)
+    return make_result(terms, *values[:5])
 
 
 def make_result(
@@ -190,7 +190,7 @@ class LossTerms:
         masks = args.selects or args.off_policy_mask_threshold is not None
         return args.beta == 0 and (clips or masks or self.factor is not None)
 
-    @cached_property
+    @property
     def advantages(self) -> Tensor:
         """(N,)."""
         if self.num_generations is None:
@@ -344,6 +344,8 @@ def evaluate_rows(
     other tokens.
     """
     triton_rows, mask = triton_for(logits), terms.layout.mask
+    if torch.compiler.is_compiling():  # which fuses the arithmetic, but doesn't look into kernels
+        triton_rows = None
     if triton_rows is None or terms.args.scope != "token" or terms.args.selects:
         logps, norms, entropy = rows_forward(logits, ids, inv_temp)
         entropy = torch.where(mask, entropy, 0.0)
@@ -375,24 +377,29 @@ def _predicting(logits: Tensor, layout: Layout) -> Tensor:
 
 class _GRPOFromLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, ids, inv_temp, inplace, terms):
-        ctx.layout, rows = terms.layout, _predicting(logits, terms.layout)
+    def forward(logits, ids, inv_temp, inplace, terms):
+        rows = _predicting(logits, terms.layout)
         evaluated, norms, entropy = evaluate_rows(rows, ids, inv_temp, terms)
-        ctx.save_for_backward(logits, ids, norms, entropy, evaluated.d_logps, evaluated.d_entropy)
-        ctx.inv_temp, ctx.inplace = inv_temp, inplace
         rest = (evaluated.logps, entropy, evaluated.kl, evaluated.clipped)
-        ctx.mark_non_differentiable(*rest)
-        return (evaluated.loss, *rest)
+        gradient = (norms, evaluated.d_logps, evaluated.d_entropy)
+        return (evaluated.loss, *rest, *(x for x in gradient if x is not None))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, ids, ctx.inv_temp, ctx.inplace, terms = inputs
+        _, _, entropy, _, _, *saved = output
+        ctx.save_for_backward(logits, ids, entropy, *saved)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.layout = terms.layout
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, *_):
-        logits, ids, norms, entropy, d_logps, d_entropy = ctx.saved_tensors
+        logits, ids, entropy, norms, d_logps, *d_entropy = ctx.saved_tensors
         out = gradient_buffer(logits, ctx.inplace)
         rows, out_rows = _predicting(logits, ctx.layout), _predicting(out, ctx.layout)
-        rows_backward(
-            rows, ids, norms, entropy, d_logps, d_entropy, ctx.inv_temp, out_rows, grad_loss
-        )
+        gradient = d_logps, d_entropy[0] if d_entropy else None
+        rows_backward(rows, ids, norms, entropy, *gradient, ctx.inv_temp, out_rows, grad_loss)
         if out_rows is not out:
             out[:, -1] = 0
         return out, None, None, None, None

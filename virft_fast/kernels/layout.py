@@ -69,8 +69,8 @@ def make_layout(
 
     Args:
         completion_ids: (N, T) padded or (S,) packed, int64.
-        completion_mask: same shape, bool. With packed ids, it may be None (all tokens count) or the
-            int32 (N+1,) `cu_seqlens`.
+        completion_mask: same shape, bool or 0/1 numbers. With packed ids, it may be None (all
+            tokens count) or the int32 (N+1,) `cu_seqlens`.
         cu_seqlens: (N+1,) int32 for the packed layout: sequence i is cu_seqlens[i]:cu_seqlens[i+1].
             On the ids' device or on the CPU. If they are on the CPU and there is no mask, the host
             knows all row counts and needn't wait for the device.
@@ -102,7 +102,7 @@ def make_layout(
 
 
 def _padded(completion_ids: Tensor, completion_mask: Tensor) -> Layout:
-    _check_mask(completion_ids, completion_mask)
+    completion_mask = _as_bool(completion_ids, completion_mask)
     n, t = completion_ids.shape
     sequence = torch.arange(n, device=completion_ids.device)[:, None].expand(n, t).reshape(-1)
     offsets = torch.arange(n + 1, device=completion_ids.device) * t
@@ -117,8 +117,7 @@ def _packed(ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Layo
     if mask is None:
         mask = torch.ones_like(ids, dtype=torch.bool)
     else:
-        bounds = None
-    _check_mask(ids, mask)
+        bounds, mask = None, _as_bool(ids, mask)
     if n == 0:
         mask = torch.zeros_like(mask)
         return Layout(tuple(ids.shape), 0, mask, torch.zeros_like(ids), offsets[:0], offsets)
@@ -131,14 +130,23 @@ def _packed(ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Layo
     return Layout(tuple(ids.shape), n, mask, sequence, lengths, offsets, bounds)
 
 
-def _check_mask(ids: Tensor, mask: Tensor) -> None:
-    if mask.shape != ids.shape or mask.dtype != torch.bool:
+def _as_bool(ids: Tensor, mask: Tensor) -> Tensor:
+    """The mask as bool; raises ValueError for other shapes, devices or (on a CPU) numbers."""
+    if mask.shape != ids.shape:
         raise ValueError(
-            f"completion_mask: expected {tuple(ids.shape)} bool like completion_ids, got "
-            f"{tuple(mask.shape)} {mask.dtype}; convert a 0/1 mask with .bool()"
+            f"completion_mask: expected {tuple(ids.shape)} bool or 0/1 numbers like "
+            f"completion_ids, got {tuple(mask.shape)} {mask.dtype}"
         )
     if mask.device != ids.device:
         raise ValueError(f"completion_mask: expected on {ids.device}, got {mask.device}; move it")
+    if mask.dtype == torch.bool:
+        return mask
+    chosen = mask != 0
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = mask[chosen & (mask != 1)]
+        if len(wrong):
+            raise ValueError(f"completion_mask: expected only 0 and 1, got {wrong[0].item()}")
+    return chosen
 
 
 def _checked_offsets(
@@ -158,8 +166,8 @@ def _checked_offsets(
             f"cu_seqlens: expected int32 on {ids.device} or the CPU, got {cu_seqlens.dtype} on "
             f"{cu_seqlens.device}"
         )
-    if not on_cpu:
-        return cu_seqlens.long(), None
+    if not on_cpu or torch.compiler.is_compiling():
+        return to_device(cu_seqlens.long(), ids.device), None
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != ids.shape[0] or offsets != sorted(offsets):
         raise ValueError(

@@ -26,6 +26,7 @@ from virft_fast.kernels.grpo_loss import (
 from virft_fast.kernels.layout import Layout, make_layout
 from virft_fast.kernels.logprobs import (
     check_ids,
+    check_plain,
     check_temperature,
     compute_dtype,
     pick,
@@ -70,9 +71,9 @@ def linear_logps(
     _check(hidden, weight, index, bias, temperature, chunk_tokens)
     check_ids("index", index, weight.shape[0])
     rows = chunk_tokens or _tile_rows(weight)
-    logps, entropy = _LinearLogps.apply(
-        hidden.flatten(0, -2), weight, bias, index.reshape(-1), 1 / temperature, rows,
-        factor_dtype(hidden, weight),
+    logps, _, entropy = _LinearLogps.apply(
+        hidden.flatten(0, -2), weight, bias, index.reshape(-1), 1 / temperature,
+        max(1, min(rows, index.numel())), factor_dtype(hidden, weight),
     )  # fmt: skip
     return logps.view(index.shape), entropy.view(index.shape)
 
@@ -126,9 +127,13 @@ def linear_grpo_loss(
     values = _LinearGRPO.apply(
         hidden.flatten(0, -2), weight, bias, ids, 1 / temperature,
         chunk_tokens or _tile_rows(weight), factor_dtype(hidden, weight), terms,
-        torch.is_grad_enabled(),
+        [_wants_gradient(x) for x in (hidden, weight, bias)],
     )  # fmt: skip
-    return make_result(terms, *values)
+    return make_result(terms, *values[:5])
+
+
+def _wants_gradient(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
 def factor_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -221,7 +226,8 @@ class _Head:
 
     def _grad_logits(self, tile, ids, norms, entropy, grad_logps, grad_entropy, inv_temp) -> Tensor:
         triton_rows = triton_for(tile)
-        if triton_rows is not None and self.factor != self.dtype:
+        compiling = torch.compiler.is_compiling()
+        if triton_rows is not None and self.factor != self.dtype and not compiling:
             return triton_rows.tile_backward(
                 tile, ids, norms, entropy, grad_logps, grad_entropy, inv_temp, self.factor
             )
@@ -231,19 +237,21 @@ class _Head:
 
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, index, inv_temp, tile_rows, factor):
-        ctx.inv_temp, ctx.factor = inv_temp, factor
-        ctx.tile_rows = max(1, min(tile_rows, len(index)))
-        ctx.set_materialize_grads(False)
+    def forward(hidden, weight, bias, index, inv_temp, tile_rows, factor):
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(weight, bias, compute_dtype(hidden, weight), factor, ctx.tile_rows)
-            logps, norms, entropy = _all_logps(head, hidden.detach(), index, inv_temp)
-        ctx.save_for_backward(hidden, weight, bias, index, norms, entropy)
-        return logps, entropy
+            head = _Head(weight, bias, compute_dtype(hidden, weight), factor, tile_rows)
+            return _all_logps(head, hidden.detach(), index, inv_temp)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.inv_temp, ctx.tile_rows, ctx.factor = inputs
+        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logps, grad_entropy):
+    def backward(ctx, grad_logps, _, grad_entropy):
         hidden, weight, bias, index, norms, entropy = ctx.saved_tensors
         if grad_logps is None and grad_entropy is None:
             return (None,) * 7
@@ -272,19 +280,21 @@ class _LinearGRPO(torch.autograd.Function):
     """The forward pass computes the loss, statistics and, if an input needs them, gradients."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, inv_temp, tile_rows, factor, terms, grad_enabled):
-        wants = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
+    def forward(hidden, weight, bias, ids, inv_temp, tile_rows, factor, terms, wants):
         with torch.autocast(hidden.device.type, enabled=False):
             tile_rows = max(1, min(tile_rows, len(ids)))
             head = _Head(weight, bias, compute_dtype(hidden, weight), factor, tile_rows, *wants[1:])
             run = _GRPORun(head, hidden.detach(), ids, inv_temp, tile_rows, terms, wants)
             run.all()
-        # Rounded only once, to the inputs' dtypes, after the backward pass has scaled them.
-        ctx.save_for_backward(run.grad_hidden, head.grad_weight, head.grad_bias)
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         rest = (run.logps, run.entropy, run.kl, run.clipped)
-        ctx.mark_non_differentiable(*rest)
-        return (run.loss, *rest)
+        return (run.loss, *rest, run.grad_hidden, head.grad_weight, head.grad_bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        # Rounded only once, to the inputs' dtypes, after the backward pass has scaled them.
+        ctx.save_for_backward(*output[5:])
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+        ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
 
     @staticmethod
     @once_differentiable
@@ -320,6 +330,9 @@ class _GRPORun:
         may_be_silent = args.beta == args.entropy_coef == 0 and args.scope != "call"
         if may_be_silent and self.with_gradient:
             silent = self.terms.layout.per_token(self.terms.advantages) == 0
+        if torch.compiler.is_compiling():
+            self._everything()
+            return
         if self.terms.layout.bounds is not None and (mask.is_cuda or not bool(silent.any())):
             # All tokens at once, without asking the device which ones are silent.
             self._some(slice(0, len(mask)), self.terms, self.with_gradient)
@@ -328,6 +341,13 @@ class _GRPORun:
             rows = tokens.nonzero()[:, 0]
             if len(rows):
                 self._some(rows, self.terms.take(rows), with_gradient)
+
+    def _everything(self) -> None:
+        """Process masked tokens as well, in a graph whose sizes don't depend on values."""
+        layout = self.terms.layout
+        self.hidden = torch.where(layout.mask[:, None], self.hidden, 0.0)
+        run = self._some if self.terms.args.scope == "token" else self._twice
+        run(slice(0, len(layout.mask)), self.terms, self.with_gradient)
 
     def _some(self, rows: Rows, terms: LossTerms, with_gradient: bool) -> None:
         """Process the tokens `rows`, ascending, with their own terms."""
@@ -379,7 +399,7 @@ class _GRPORun:
     def _backward(self, tile, hidden, rows, ids, norms, entropy, d_logps, d_entropy) -> None:
         """Compute a tile's gradients. Clipped or left-out tokens have none; a CPU skips them, but a
         GPU's host would have to wait for their number."""
-        if self.terms.may_drop and not tile.is_cuda:
+        if self.terms.may_drop and not (tile.is_cuda or torch.compiler.is_compiling()):
             keep = (d_logps if d_entropy is None else d_logps.abs() + d_entropy.abs()).nonzero()
             keep = keep[:, 0]
             if not len(keep):
@@ -462,6 +482,7 @@ def _check(
     temperature: float,
     chunk_tokens: int | None,
 ) -> None:
+    check_plain(hidden=hidden, weight=weight, bias=bias)
     if weight.ndim != 2 or weight.shape[0] < 1 or not weight.is_floating_point():
         raise ValueError(
             f"weight: expected (V, D) floating point, got {tuple(weight.shape)} {weight.dtype}; "

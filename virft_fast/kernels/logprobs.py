@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,21 +23,26 @@ BLOCK_ELEMENTS = 2**18
 def selective_log_softmax(
     logits: Tensor, index: Tensor, *, temperature: float = 1.0, inplace: bool = False
 ) -> Tensor:
-    """Log-probability of one token per row.
+    """Log-probability of one token per row, or of k.
 
     Args:
         logits: (..., V) floating point, any strides; -inf bans a token.
-        index: (...) int64, in [0, V).
+        index: (...) int64, in [0, V); or (..., k), several tokens a row.
         temperature: above 0; divides the logits.
         inplace: the backward pass writes the gradient over `logits`; nothing may need them after.
     Returns:
-        (...) float32 (float64 for float64 logits), <= 0. Differentiable once, in `logits`.
+        Shape of `index`, float32 (float64 for float64 logits), <= 0. Differentiable once, in
+        `logits`.
     Raises:
         ValueError: wrong shapes, index dtype or temperature; says what was expected and what was
             given. On the CPU, also for an id outside V. On the GPU, where a check would
             synchronize, such an id's log-prob is NaN.
     """
-    return logps_and_entropy(logits, index, temperature=temperature, inplace=inplace)[0]
+    if index.ndim != logits.ndim or not index.numel():
+        return logps_and_entropy(logits, index, temperature=temperature, inplace=inplace)[0]
+    check_rows(logits, index[..., 0], temperature)
+    check_ids("index", index, logits.shape[-1])
+    return _SeveralLogps.apply(logits, index, 1 / temperature, inplace)[0]
 
 
 def logps_and_entropy(
@@ -58,12 +64,13 @@ def logps_and_entropy(
     """
     check_rows(logits, index, temperature)
     check_ids("index", index, logits.shape[-1])
-    logps, entropy = _LogpsAndEntropy.apply(logits, index.reshape(-1), 1 / temperature, inplace)
+    logps, _, entropy = _LogpsAndEntropy.apply(logits, index.reshape(-1), 1 / temperature, inplace)
     return logps.view(index.shape), entropy.view(index.shape)
 
 
 def check_rows(logits: Tensor, index: Tensor, temperature: float) -> None:
     """The checks of both functions above that need only shapes and dtypes, not values."""
+    check_plain(logits=logits)
     if logits.ndim < 1 or logits.shape[-1] < 1 or not logits.is_floating_point():
         raise ValueError(
             f"logits: expected (..., V) floating point with V >= 1, got {tuple(logits.shape)} "
@@ -72,11 +79,21 @@ def check_rows(logits: Tensor, index: Tensor, temperature: float) -> None:
     if index.shape != logits.shape[:-1] or index.dtype != torch.int64:
         raise ValueError(
             f"index: expected {tuple(logits.shape[:-1])} int64, got {tuple(index.shape)} "
-            f"{index.dtype}; one token id a row of logits"
+            f"{index.dtype}; one token id a row of logits, and of selective_log_softmax also k"
         )
     if index.device != logits.device:
         raise ValueError(f"index: expected on {logits.device}, got {index.device}; move it")
     check_temperature(temperature)
+
+
+def check_plain(**tensors: Tensor | None) -> None:
+    """Raise ValueError for a DTensor, which would be computed with all its communication."""
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "full_tensor"):
+            raise ValueError(
+                f"{name}: expected a plain tensor, got a DTensor, as FSDP2 leaves parameters "
+                f"outside their module's forward pass; pass {name}.full_tensor()"
+            )
 
 
 def check_temperature(temperature: float) -> None:
@@ -90,7 +107,7 @@ def check_temperature(temperature: float) -> None:
 
 def check_ids(name: str, ids: Tensor, vocab: int) -> None:
     """Raise ValueError for an id outside the vocabulary. CPU only: the check would stall a GPU."""
-    if ids.device.type != "cpu" or not ids.numel():
+    if ids.device.type != "cpu" or not ids.numel() or torch.compiler.is_compiling():
         return
     low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= vocab:
@@ -113,6 +130,12 @@ def rows_forward(logits: Tensor, ids: Tensor, inv_temp: float) -> tuple[Tensor, 
     float64). The norms are the maximum and the log of the sum of exp(z - maximum). They stay
     separate, because adding them would round away digits that the gradient needs.
     """
+    if torch.compiler.is_compiling():
+        return _rows_forward_op(logits, ids, inv_temp)
+    return _rows_forward(logits, ids, inv_temp)
+
+
+def _rows_forward(logits: Tensor, ids: Tensor, inv_temp: float) -> tuple[Tensor, Tensor, Tensor]:
     triton_rows = triton_for(logits)
     if triton_rows is not None:
         return triton_rows.rows_forward(logits, ids, inv_temp)
@@ -123,8 +146,9 @@ def rows_forward_reference(
     logits: Tensor, ids: Tensor, inv_temp: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(logits)
-    logps, entropy = torch.empty((2, len(ids)), dtype=dtype, device=ids.device)
-    norms = torch.empty((len(ids), 2), dtype=dtype, device=ids.device)
+    logps, entropy, norms = (
+        torch.empty((len(ids), *more), dtype=dtype, device=ids.device) for more in ((), (), (2,))
+    )
     for rows, z in _blocks(logits):
         z = _scaled(z, dtype, inv_temp)
         highest = z.amax(-1, keepdim=True)
@@ -161,6 +185,21 @@ def rows_backward(
     inv_temp and the 0-d `scale`. `out` may be `logits`. Rows whose gradients are 0 get zeros, even
     if their logits are NaN.
     """
+    run = _rows_backward_op if torch.compiler.is_compiling() else _rows_backward
+    run(logits, ids, norms, entropy, grad_logps, grad_entropy, inv_temp, out, scale)
+
+
+def _rows_backward(
+    logits: Tensor,
+    ids: Tensor,
+    norms: Tensor,
+    entropy: Tensor | None,
+    grad_logps: Tensor | None,
+    grad_entropy: Tensor | None,
+    inv_temp: float,
+    out: Tensor,
+    scale: Tensor | None,
+) -> None:
     triton_rows = triton_for(logits)
     if triton_rows is not None:
         triton_rows.rows_backward(
@@ -217,12 +256,27 @@ def _scaled(logits: Tensor, dtype: torch.dtype, inv_temp: float) -> Tensor:
     return logits if inv_temp == 1.0 else logits * inv_temp
 
 
+# What torch.compile calls without looking inside.
+_rows_forward_op = torch.library.custom_op(
+    "virft_fast::rows_forward", _rows_forward, mutates_args=()
+)
+_rows_backward_op = torch.library.custom_op(
+    "virft_fast::rows_backward", _rows_backward, mutates_args=("out",)
+)
+
+
+@_rows_forward_op.register_fake
+def _(logits: Tensor, ids: Tensor, inv_temp: float) -> tuple[Tensor, Tensor, Tensor]:
+    empty = lambda *shape: ids.new_empty(shape, dtype=compute_dtype(logits))  # noqa: E731
+    return empty(len(ids)), empty(len(ids), 2), empty(len(ids))
+
+
 def pick(vector: Tensor | None, rows: Tensor | slice = slice(None)) -> Tensor | None:
     """Some rows of a vector that may be missing, contiguous."""
     return None if vector is None else vector[rows].contiguous()
 
 
-def _blocks(*tensors: Tensor, first: int = 0) -> Iterator[tuple[slice, *tuple[Tensor, ...]]]:
+def _blocks(*tensors: Tensor, first: int = 0) -> Iterator[tuple[Any, ...]]:
     """A few rows of (..., V) tensors at a time, as (n, V) views, with their numbers before. Many
     rows on a GPU, where launches cost more than memory."""
     shape = tensors[0].shape
@@ -243,22 +297,58 @@ class _LogpsAndEntropy(torch.autograd.Function):
     """Saves the logits themselves: no second (..., V) tensor lives between the passes."""
 
     @staticmethod
-    def forward(ctx, logits, index, inv_temp, inplace):
-        logps, norms, entropy = rows_forward(logits, index, inv_temp)
+    def forward(logits, index, inv_temp, inplace):
+        return rows_forward(logits, index, inv_temp)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, index, ctx.inv_temp, ctx.inplace = inputs
+        _, norms, entropy = output
         ctx.save_for_backward(logits, index, norms, entropy)
-        ctx.inv_temp, ctx.inplace = inv_temp, inplace
+        ctx.mark_non_differentiable(norms)
         ctx.set_materialize_grads(False)
-        return logps, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logps, grad_entropy):
+    def backward(ctx, grad_logps, _, grad_entropy):
         logits, index, norms, entropy = ctx.saved_tensors
         if grad_logps is None and grad_entropy is None:
             return None, None, None, None
         grad_logps, grad_entropy = pick(grad_logps), pick(grad_entropy)
         out = gradient_buffer(logits, ctx.inplace)
         rows_backward(logits, index, norms, entropy, grad_logps, grad_entropy, ctx.inv_temp, out)
+        return out, None, None, None
+
+
+class _SeveralLogps(torch.autograd.Function):
+    """Log-probs of (..., k) tokens from one pass over each row."""
+
+    @staticmethod
+    def forward(logits, index, inv_temp, inplace):
+        inside = (index >= 0) & (index < logits.shape[-1])  # others give NaN, as in the kernels
+        index = index.where(inside, 0)
+        _, norms, _ = rows_forward(logits, index[..., 0].reshape(-1), inv_temp)
+        m, log_s = norms.view(*logits.shape[:-1], 2).split(1, -1)
+        logps = (logits.gather(-1, index).to(norms.dtype) * inv_temp - m) - log_s
+        return logps.where(inside, torch.nan), norms, index
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, _, ctx.inv_temp, ctx.inplace = inputs
+        ctx.save_for_backward(logits, *output)
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logps, *_):
+        logits, logps, norms, index = ctx.saved_tensors
+        out, total = gradient_buffer(logits, ctx.inplace), grad_logps.sum(-1, keepdim=True)
+        first, flat = index[..., 0].reshape(-1), total.reshape(-1)
+        rows_backward(logits, first, norms, None, flat, None, ctx.inv_temp, out)
+        # The chosen tokens' gradients, rounded once; a token chosen twice gets the sum of both.
+        same = index[..., None] == index[..., None, :]
+        chosen = (same * grad_logps[..., None, :]).sum(-1) - total * logps.exp()
+        out.scatter_(-1, index, (chosen * ctx.inv_temp).to(out.dtype))
         return out, None, None, None
 
 
