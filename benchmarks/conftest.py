@@ -84,15 +84,21 @@ def chosen(request: pytest.FixtureRequest) -> list[str]:
 def take_turns(
     case: Case, names: list[str], *, min_rounds: int, max_time: float, timer: Callable, **_: Any
 ) -> None:
-    """Time the contenders, each once a round, and count the threads that each keeps busy."""
+    """Time the contenders, each once a round, and count the threads that each keeps busy.
+
+    OpenMP's threads spin for some milliseconds after a contender has finished, on the cores and the
+    CPU time of the next one. With more than one thread, a pause lets them fall asleep.
+    """
     names = [name for name in names if callable(case.runs.get(name))]
     threads = torch.get_num_threads()
+    pause = 0.01 if threads > 1 else 0.0  # seconds
     seconds: dict[str, list[float]] = {name: [] for name in names}
     cpu = {name: [0.0, 0.0] for name in names}  # of the whole process, of this thread
 
     def turn(order: list[str]) -> None:
         for name in order:
             torch.set_num_threads(case.threads.get(name, threads))
+            time.sleep(pause)
             whole, own = time.process_time(), time.thread_time()
             start = timer()
             case.runs[name]()
@@ -104,7 +110,7 @@ def take_turns(
 
     try:
         turn(names)  # warms up, and determines the number of rounds
-        first = sum(taken.pop() for taken in seconds.values())
+        first = pause * len(names) + sum(taken.pop() for taken in seconds.values())
         for index in range(max(min_rounds, int(max_time * len(names) / first))):
             turn(names[:: 1 if index % 2 else -1])
     finally:

@@ -76,7 +76,7 @@ def with_ours(runs, function, tensors, from_lists):
     return runs
 
 
-@pytest.fixture(scope="module", params=product(COUNTS, SIZES), ids=lambda p: f"{p[0]} of {p[1]}")
+@pytest.fixture(scope="module", params=product(COUNTS, SIZES), ids=lambda p: f"{p[0]}-{p[1]}")
 def box_case(request, size):
     count, name = request.param
     count = 4 if size == "tiny" else count
@@ -133,7 +133,7 @@ def test_match_boxes(race, box_case, contender):
 
 
 @pytest.fixture(
-    scope="module", params=product(COUNTS, [*SIZES][2:]), ids=lambda p: f"{p[0]} of {p[1]}"
+    scope="module", params=product(COUNTS, [*SIZES][2:]), ids=lambda p: f"{p[0]}-{p[1]}"
 )
 def cost_case(request, size):
     count, name = request.param
