@@ -65,7 +65,8 @@ def test_copy_computes_projections_as_one_product(family, processor):
     weights = RolloutWeights(adapted(family, processor), device=CPU, dtype=torch.float32)
     text = core(weights.policy().model).language_model
     assert DecodeStep(text).supported
-    for layer, products in zip(text.layers, DecodeStep(text).products, strict=True):
+    for layer, decoded in zip(text.layers, DecodeStep(text).layers, strict=True):
+        products = (decoded.qkv, decoded.gate_up)
         for linears, product in zip(merged_linears(layer), products, strict=True):
             whole = torch.cat([linear.weight for linear in linears])
             assert torch.equal(product.keywords["weight"], whole)

@@ -52,6 +52,42 @@ class LayerCache:
     values: Tensor
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A decoder layer's weights and products: looking them up in its modules costs as much time on
+    a CPU as a small product.
+
+    Attributes:
+        norms: weights of the norms before attention and MLP.
+        head_norms: weights of the norms of queries and keys (Qwen3).
+        heads: H. scaling: of the scores.
+    """
+
+    norms: tuple[Tensor, Tensor]
+    head_norms: tuple[Tensor | None, Tensor | None]
+    heads: int
+    scaling: float
+    qkv: Callable[[Tensor], Tensor]
+    out: Callable[[Tensor], Tensor]
+    gate_up: Callable[[Tensor], Tensor]
+    gate: Callable[[Tensor], Tensor]
+    up: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, layer: qwen.Qwen3VLTextDecoderLayer) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv, gate_up = map(_side_by_side, merged_linears(layer))
+        q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        products = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        return cls(
+            (layer.input_layernorm.weight, layer.post_attention_layernorm.weight),
+            (q_norm and q_norm.weight, k_norm and k_norm.weight),
+            attention.config.num_attention_heads, attention.scaling,
+            qkv, _product(attention.o_proj), gate_up, *map(_product, products),
+        )  # fmt: skip
+
+
 class DecodeStep:
     """One decoding pass of transformers' language model.
 
@@ -66,9 +102,7 @@ class DecodeStep:
         self.supported = _supported(text)
         self.rotation: tuple[Tensor, Tensor] | None = None  # cosine and sine, (length, E) each
         layers = cast("list[qwen.Qwen3VLTextDecoderLayer]", text.layers)
-        self.products = [
-            tuple(map(_side_by_side, merged_linears(layer))) for layer in layers if self.supported
-        ]
+        self.layers = [_Layer.of(layer) for layer in layers] if self.supported else []
 
     def prepare(self, length: int, take: Take) -> None:
         """Tabulate the rotation for positions below `length`."""
@@ -107,31 +141,28 @@ class DecodeStep:
             return self._own_forward(tokens, positions, lengths, caches, attend)
         cos, sin = self.rotation
         rows, count = tokens.shape
-        layers = cast("list[qwen.Qwen3VLTextDecoderLayer]", self.text.layers)
-        following = [*(layer.input_layernorm for layer in layers), self.text.norm]
+        eps = self.text.norm.variance_epsilon
+        following = [*(layer.norms[0] for layer in self.layers), self.text.norm.weight]
         hidden = F.embedding(tokens.flatten(), self.text.embed_tokens.weight)  # (R * Q, D)
-        hidden, normed = _add_norm(hidden, None, following[0])
+        hidden, normed = add_rms_norm(hidden, None, following[0], eps)
         places = None
         if triton_for(hidden, "triton_decode") is None:
             keys = caches[0].keys
             places = find_places(cos, sin, positions, keys, lengths, num_tokens=count)
-        for number, (layer, (qkv, gate_up)) in enumerate(zip(layers, self.products, strict=True)):
-            attention, cache = layer.self_attn, caches[number]
-            q_norm, k_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        for number, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            q_norm, k_norm = layer.head_norms
             query = rotate_and_store(
-                qkv(normed).view(rows, count, -1), cos, sin, positions, cache.keys, cache.values,
-                lengths, num_heads=attention.config.num_attention_heads,
-                q_norm=q_norm and q_norm.weight, k_norm=k_norm and k_norm.weight,
-                eps=following[0].variance_epsilon, places=places,
+                layer.qkv(normed).view(rows, count, -1), cos, sin, positions, cache.keys,
+                cache.values, lengths, num_heads=layer.heads, q_norm=q_norm, k_norm=k_norm,
+                eps=eps, places=places,
             )  # fmt: skip
-            out = attend(number, query, attention.scaling).flatten(0, 1)
-            delta = attention.o_proj(out)
-            hidden, normed = _add_norm(hidden, delta, layer.post_attention_layernorm)
+            out = attend(number, query, layer.scaling).flatten(0, 1)
+            hidden, normed = add_rms_norm(hidden, layer.out(out), layer.norms[1], eps)
             if places is not None:  # two products are faster on a CPU
-                delta = layer.mlp(normed)
+                inner = F.silu(layer.gate(normed)) * layer.up(normed)
             else:
-                delta = layer.mlp.down_proj(silu_mul(gate_up(normed)))
-            hidden, normed = _add_norm(hidden, delta, following[number + 1])
+                inner = silu_mul(layer.gate_up(normed))
+            hidden, normed = add_rms_norm(hidden, layer.down(inner), following[number + 1], eps)
         return normed.view(rows, count, -1)
 
     def _own_forward(
@@ -167,12 +198,6 @@ def _supported(text: qwen.Qwen3VLTextModel) -> bool:
     )
 
 
-def _add_norm(
-    hidden: Tensor, delta: Tensor | None, norm: qwen.Qwen3VLTextRMSNorm
-) -> tuple[Tensor, Tensor]:
-    return add_rms_norm(hidden, delta, norm.weight, norm.variance_epsilon)
-
-
 def merged_linears(layer: qwen.Qwen3VLTextDecoderLayer) -> Iterator[tuple[nn.Linear, ...]]:
     """The layer's projections that read the same states: of the attention, then of the MLP."""
     attention, mlp = layer.self_attn, layer.mlp
@@ -203,6 +228,13 @@ def _owns_memory(parameter: Tensor) -> bool:
     """Whether the parameter has memory that holds nothing else."""
     size = parameter.numel() * parameter.element_size()
     return not parameter.is_meta and parameter.untyped_storage().nbytes() == size > 0
+
+
+def _product(linear: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The projection, without its module where it is a plain one."""
+    if type(linear) is nn.Linear:
+        return partial(F.linear, weight=linear.weight, bias=linear.bias)
+    return linear
 
 
 def _side_by_side(linears: tuple[nn.Linear, ...]) -> Callable[[Tensor], Tensor]:
