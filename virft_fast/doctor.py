@@ -152,10 +152,10 @@ def _matcher() -> Iterator[Finding]:
     from virft_fast.matching import is_native, why_not_native
 
     if not is_native():
-        remedy = "install a C++ compiler, then pip install ."
+        remedy = "install a C++ compiler, then pip install -e . in a checkout"
         yield Finding("note", f"the matcher runs in Python, slowly: {why_not_native()}", remedy)
     elif torch.cuda.is_available() and not is_native("cuda"):
-        remedy = "VIRFT_FAST_CUDA=1 pip install .; needs nvcc"
+        remedy = "VIRFT_FAST_CUDA=1 pip install -e . in a checkout; needs nvcc"
         yield Finding("note", "the native matcher runs on the CPU only", remedy)
     else:
         yield Finding("ok", "native matcher")

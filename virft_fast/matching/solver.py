@@ -320,7 +320,7 @@ def _assign(
 def _warn_once() -> None:
     warnings.warn(
         "virft_fast: the native matcher is missing, so the Python reference matches boxes (same "
-        "totals, many times slower); to build it, run `pip install .` with a C++ compiler: "
+        "totals, many times slower); to build it, run `pip install -e .` with a C++ compiler: "
         f"{_WHY_NOT}",
         stacklevel=3,
     )
