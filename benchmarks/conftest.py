@@ -84,40 +84,43 @@ def chosen(request: pytest.FixtureRequest) -> list[str]:
 def take_turns(
     case: Case, names: list[str], *, min_rounds: int, max_time: float, timer: Callable, **_: Any
 ) -> None:
-    """Time the contenders, each once a round, and count the threads that each keeps busy.
+    """Time the contenders, each once a round, after it was called for a tenth of a second.
 
-    OpenMP's threads spin for some milliseconds after a contender has finished, on the cores and the
-    CPU time of the next one. With more than one thread, a pause lets them fall asleep.
+    OpenMP's threads spin for some milliseconds after a contender has finished, on the cores of the
+    next one. With more than one thread, a pause lets them fall asleep.
     """
     names = [name for name in names if callable(case.runs.get(name))]
     threads = torch.get_num_threads()
     pause = 0.01 if threads > 1 else 0.0  # seconds
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    cpu = {name: [0.0, 0.0] for name in names}  # of the whole process, of this thread
 
-    def turn(order: list[str]) -> None:
-        for name in order:
-            torch.set_num_threads(case.threads.get(name, threads))
-            time.sleep(pause)
-            whole, own = time.process_time(), time.thread_time()
-            start = timer()
-            case.runs[name]()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(timer() - start)
-            cpu[name][0] += time.process_time() - whole
-            cpu[name][1] += time.thread_time() - own
+    def call(name: str) -> float:
+        torch.set_num_threads(case.threads.get(name, threads))
+        start = timer()
+        case.runs[name]()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return timer() - start
+
+    def warm_up(name: str) -> float:
+        whole, own = time.process_time(), time.thread_time()
+        taken = [call(name)]
+        while sum(taken) < 0.1:
+            taken.append(call(name))
+        # The calling thread takes an equal share. Calls follow each other, because the kernel
+        # counts the time of other threads in steps of milliseconds.
+        used = (time.process_time() - whole) / (time.thread_time() - own)
+        case.notes.setdefault(name, {})["threads_used"] = round(used, 2)
+        return min(taken) + pause
 
     try:
-        turn(names)  # warms up, and determines the number of rounds
-        first = pause * len(names) + sum(taken.pop() for taken in seconds.values())
-        for index in range(max(min_rounds, int(max_time * len(names) / first))):
-            turn(names[:: 1 if index % 2 else -1])
+        turn = sum(warm_up(name) for name in names)
+        for index in range(max(min_rounds, int(max_time * len(names) / turn))):
+            for name in names[:: 1 if index % 2 else -1]:
+                time.sleep(pause)
+                seconds[name].append(call(name))
     finally:
         torch.set_num_threads(threads)
-    for name, (whole, own) in cpu.items():
-        # The calling thread takes an equal share, so this also holds on a busy machine.
-        case.notes.setdefault(name, {})["threads_used"] = round(whole / own, 2)
     case.seconds.update(seconds)
 
 
