@@ -27,7 +27,10 @@ TRAINING = {
     "Rollout": """num_generations max_completion_length temperature top_p top_k min_p
         repetition_penalty rollout_backend rollout_cache_tokens offload_rollout_weights""",
     "GRPO loss": """beta epsilon_low epsilon_high delta num_iterations loss_type
-        importance_sampling_level mask_truncated_completions loss_impl""",
+        importance_sampling_level mask_truncated_completions use_bias_correction_kl
+        off_policy_mask_threshold entropy_coef top_entropy_quantile sapo_temperature_neg
+        sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg
+        loss_impl""",
     "DPO": "dpo_beta label_smoothing dpo_gamma precompute_ref_log_probs",
     "Batch and length": """per_device_train_batch_size gradient_accumulation_steps
         max_tokens_per_microbatch num_train_epochs max_steps""",

@@ -45,6 +45,9 @@ SLURM = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task
          "signal", "requeue", "kill-on-bad-exit"}  # fmt: skip
 TOOLS = {
     "no-build-isolation",
+    "ours",
+    "pyargs",
+    "branch",
     "build",
     "install",
     "prefix",

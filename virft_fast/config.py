@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 from virft_fast.arguments import UsageError as UsageError
 from virft_fast.arguments import arg, check_choices, check_limit, require
@@ -18,7 +18,7 @@ from virft_fast.arguments import given_flags as given_flags
 from virft_fast.arguments import unknown_flag_message as unknown_flag_message
 from virft_fast.arguments import usage as usage
 from virft_fast.batch import Row
-from virft_fast.kernels.loss_args import LEVELS, LOSS_TYPES
+from virft_fast.kernels.loss_args import LEVELS, LOSS_TYPES, LossArgs
 
 logger = logging.getLogger("virft_fast")
 
@@ -208,6 +208,24 @@ class GRPOConfig:
         "token", "Clip the ratio of each token, or of the whole sequence.", choices=LEVELS
     )
     mask_truncated_completions: bool = arg(False, "Leave completions without EOS out of the loss.")
+    use_bias_correction_kl: bool = arg(False, "Multiply the KL term by the ratio (DeepSeek-V3.2).")
+    off_policy_mask_threshold: float | None = arg(
+        None,
+        "Leave out sequences with a negative advantage whose log-probs fell by more than this, on "
+        "average, since they were sampled.",
+    )
+    entropy_coef: float = arg(0.0, "Weight of an entropy bonus: the tokens' mean entropy in nats.")
+    top_entropy_quantile: float = arg(
+        1.0,
+        "Train on this share of a step's tokens, those of the highest entropy; below 1, another "
+        "forward pass finds them.",
+    )
+    sapo_temperature_neg: float = arg(1.05, "sapo: temperature where the advantage is not above 0.")
+    sapo_temperature_pos: float = arg(1.0, "sapo: temperature where the advantage is above 0.")
+    vespo_k_pos: float = arg(2.0, "vespo: exponent where the advantage is 0 or more.")
+    vespo_lambda_pos: float = arg(3.0, "vespo: decay rate where the advantage is 0 or more.")
+    vespo_k_neg: float = arg(3.0, "vespo: exponent where the advantage is below 0.")
+    vespo_lambda_neg: float = arg(2.0, "vespo: decay rate where the advantage is below 0.")
 
     def __post_init__(self) -> None:
         self.scale_rewards = {"true": "group", "false": "none"}.get(
@@ -229,6 +247,17 @@ class GRPOConfig:
         check_limit(self, "0 or more", "epsilon_high")
         check_limit(self, "a ratio above 1", "delta")
         check_limit(self, "at least 1", "num_iterations")
+        self.loss_args()  # checks the rest
+
+    def loss_args(self) -> LossArgs:
+        """The flags that are arguments of the loss."""
+        names = {entry.name for entry in fields(LossArgs)} - {"num_generations"}
+        return LossArgs(**{k: v for k, v in vars(self).items() if k in names})
+
+    @property
+    def equal_rewards_train(self) -> bool:
+        """Whether completions with advantage 0 can affect the gradient."""
+        return self.beta > 0 or self.entropy_coef != 0 or self.top_entropy_quantile < 1
 
     def weights_of(self, reward_funcs: list[str]) -> list[float]:
         """One weight for each of these reward functions, or a ValueError."""

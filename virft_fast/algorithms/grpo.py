@@ -33,6 +33,7 @@ from virft_fast.algorithms.step import (
     loss_shares,
     reference_pass,
     update,
+    with_entropy_items,
 )
 from virft_fast.batch import Json, Prompt, Rollouts, Row
 from virft_fast.config import GRPOConfig, RunConfig
@@ -96,7 +97,7 @@ def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[Metrics, l
     with stats.timed("train"):
         microbatches = make_microbatches(state, rollouts, advantages, stats)
         shares = _shares(microbatches, rollouts, cfg)
-        _frozen_passes(state, microbatches)
+        shares = _frozen_passes(state, microbatches, shares)
         learning_rate = state.learning_rate(state.step)
         applied = True
         for iteration in range(cfg.num_iterations):
@@ -230,11 +231,11 @@ def make_microbatches(
 
 
 def _loss_mask(state: TrainState, rollouts: Rollouts, advantages: Tensor) -> Tensor:
-    """(N, T) bool, the tokens in the loss. Without a KL term, tokens with advantage 0 add nothing
-    to the loss or gradient. So groups with equal rewards are left out, and the model doesn't read
-    them."""
+    """(N, T) bool, the tokens in the loss. With the policy term alone, tokens with advantage 0 add
+    nothing to the loss or gradient. So groups with equal rewards are left out, and the model
+    doesn't read them."""
     mask = _counted(rollouts, state.config)
-    if state.config.beta == 0:
+    if not state.config.equal_rewards_train:
         mask = mask & (advantages != 0).to(mask.device)[:, None]
     return mask
 
@@ -250,29 +251,33 @@ def _shares(
     microbatches: list[Microbatch], rollouts: Rollouts, cfg: GRPOConfig
 ) -> list[tuple[LossArgs, float]]:
     """`loss_shares` with the loss arguments from the flags."""
-    args = LossArgs(
-        beta=cfg.beta,
-        epsilon_low=cfg.epsilon_low,
-        epsilon_high=cfg.epsilon_high,
-        delta=cfg.delta,
-        loss_type=cfg.loss_type,
-        importance_sampling_level=cfg.importance_sampling_level,
-        max_completion_length=cfg.max_completion_length,
-    )
-    return loss_shares(microbatches, _counted(rollouts, cfg), args)
+    return loss_shares(microbatches, _counted(rollouts, cfg), cfg.loss_args())
 
 
 @torch.no_grad()
-def _frozen_passes(state: TrainState, microbatches: list[Microbatch]) -> None:
-    """Add the log-probs that stay fixed during the step: the reference's and, if the rollouts are
-    used for several updates, the policy's own."""
-    cfg = state.config
+def _frozen_passes(
+    state: TrainState, microbatches: list[Microbatch], shares: list[tuple[LossArgs, float]]
+) -> list[tuple[LossArgs, float]]:
+    """Add what stays fixed during the step: the reference's log-probs, the policy's own if the
+    rollouts are used for several updates, and the entropy that selects the step's tokens."""
+    cfg, entropies = state.config, []
     for mb in microbatches:
         shared = {"temperature": cfg.temperature, "image_features": mb.image_features}
         if cfg.beta > 0:
             mb.ref_logps = reference_pass(state, mb.inputs, **shared)
-        if cfg.num_iterations > 1:
-            mb.old_logps, _ = state.engine.forward(mb.inputs, **shared)
+        if cfg.num_iterations > 1 or cfg.top_entropy_quantile < 1:
+            logps, entropy = state.engine.forward(mb.inputs, **shared)
+            mb.old_logps = logps if cfg.num_iterations > 1 else None
+            entropies.append(entropy if mb.loss_mask is None else entropy[mb.loss_mask])
+    if cfg.top_entropy_quantile == 1:
+        return shares
+    gathered = torch.cat(dist.all_gather_object(torch.cat(entropies).cpu()))
+    if not len(gathered):
+        return shares
+    threshold = torch.quantile(gathered, 1 - cfg.top_entropy_quantile).item()
+    selected = int((gathered >= threshold).sum()) / dist.world_size()
+    changes = {"top_entropy_quantile": 1.0, "entropy_threshold": threshold}
+    return with_entropy_items(shares, selected, **changes)
 
 
 def _loss_stats(stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: Tensor) -> None:

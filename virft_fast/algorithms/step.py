@@ -338,9 +338,21 @@ def loss_shares(
     counts = [float(len(counted)), float(counted.sum())]
     num_sequences, num_tokens = dist.sum_numbers(counts, device)
     world = dist.world_size()
+    items = max(num_tokens, 1.0) / world
     if loss.loss_type in SEQUENCE_MEANS:
-        return [(loss, len(mb.advantages) * world / num_sequences) for mb in microbatches]
-    return [(replace(loss, num_items=max(num_tokens, 1.0) / world), 1.0)] * len(microbatches)
+        shares = [(loss, len(mb.advantages) * world / num_sequences) for mb in microbatches]
+    else:
+        shares = [(replace(loss, num_items=items), 1.0)] * len(microbatches)
+    return with_entropy_items(shares, items)
+
+
+def with_entropy_items(
+    shares: list[tuple[LossArgs, float]], items: float, **changes: Any
+) -> list[tuple[LossArgs, float]]:
+    """The same shares, with the entropy bonus averaged over `items` and other loss arguments."""
+    return [
+        (replace(args, num_entropy_items=items * scale, **changes), scale) for args, scale in shares
+    ]
 
 
 def update(
@@ -362,6 +374,8 @@ def update(
     finite = torch.ones((), dtype=torch.bool, device=state.engine.device)
     for number, (mb, (args, scale)) in enumerate(zip(microbatches, shares, strict=True), 1):
         args = replace(args, advantages=mb.advantages, old_logps=mb.old_logps)
+        if args.off_policy_mask_threshold is not None:
+            args = replace(args, sampling_logps=mb.sampling_logps)
         fields = state.engine.forward(
             mb.inputs,
             temperature=temperature,
