@@ -172,11 +172,11 @@ def kernels(results: Results) -> None:
         results.note(f"{' and '.join(missing)} missing: the kernels' tests did not run")
     else:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        for cases in ("triton_cases", "decode_cases"):
-            status = _run([*command, f"tests/{cases}.py"], limit=30, TRITON_INTERPRET="0",
-                          VIRFT_DECODE_CASES="gpu")  # fmt: skip
+        for cases in ("triton_cases", "decode_cases", "prefix_cases"):
+            status = _run([*command, f"tests/{cases}.py"], limit=20, TRITON_INTERPRET="0",
+                          VIRFT_CASES="gpu")  # fmt: skip
             if status is None:  # most of the time goes into compiling kernels
-                results.note(f"tests/{cases}.py: nothing has failed in 30 s, the rest did not run")
+                results.note(f"tests/{cases}.py: nothing has failed in 20 s, the rest did not run")
             else:
                 results.require(status == 0, f"tests/{cases}.py pass on the GPU")
     if sanitizer := shutil.which("compute-sanitizer"):

@@ -19,7 +19,7 @@ from virft_fast.kernels.decode import (
 from virft_fast.kernels.sampling import row_seed, sample_tokens, uniform
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ON_GPU = not INTERPRETED and os.environ.get("VIRFT_DECODE_CASES") == "gpu"
+ON_GPU = not INTERPRETED and os.environ.get("VIRFT_CASES") == "gpu"
 DEVICE = "cuda" if ON_GPU else "cpu"
 NAN = float("nan")
 # The interpreter cuts bits off where a GPU rounds: up to one unit in the last of 8 places, twice.

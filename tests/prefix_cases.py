@@ -19,7 +19,7 @@ from virft_fast.kernels.backend import triton_for
 
 KERNELS = sys.modules["virft_fast.kernels.prefix_attention"]  # whose name is the function's, too
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ON_GPU = not INTERPRETED and os.environ.get("VIRFT_PREFIX_CASES") == "gpu"
+ON_GPU = not INTERPRETED and os.environ.get("VIRFT_CASES") == "gpu"
 DEVICE = "cuda" if ON_GPU else "cpu"
 NAN = float("nan")
 # The interpreter cuts bits off where a GPU rounds.
@@ -259,6 +259,14 @@ def test_checkpointing_is_bitwise_the_same(reentrant):
     assert all(map(torch.equal, (out, *(states.grad for states in row)), expected))
 
 
+def test_a_layout_made_for_inference_serves_training():
+    layout = PrefixLayout.from_lengths([9], [[4, 6]], device=DEVICE)
+    row, grad = make_row(layout, 2, 1, 16)
+    with torch.inference_mode():
+        out = prefix_attention(*row, layout, scaling=16**-0.5)
+    assert torch.equal(run(row, layout, grad)[0], out)
+
+
 def test_autocast_casts_the_arguments():
     layout = PrefixLayout.from_lengths([9], [[4, 6]], device=DEVICE)
     row, grad = make_row(layout, 2, 1, 16)
@@ -327,6 +335,7 @@ def test_impossible_lengths_are_named(lengths, text):
         (lambda q, k, v: (q, k.half(), v), "key: expected the query's floating-point dtype"),
         (lambda q, k, v: (q.long(), k.long(), v.long()), "got torch.int64"),
         (lambda q, k, v: (q, k, v.to("meta")), "value: expected on the layout's .*, got meta"),
+        (lambda q, k, v: (q.to("meta"), k, v), "query: expected on the layout's .*, got meta"),
     ],
 )
 def test_tensors_that_disagree_are_named(change, text):

@@ -28,4 +28,4 @@ def test_kernels_interpreted():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_on_the_gpu():
-    run_cases(TRITON_INTERPRET="0", VIRFT_DECODE_CASES="gpu")
+    run_cases(TRITON_INTERPRET="0", VIRFT_CASES="gpu")

@@ -24,7 +24,7 @@ def test_kernels_interpreted():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_on_the_gpu():
-    run_cases(CASES, TRITON_INTERPRET="0", VIRFT_PREFIX_CASES="gpu")
+    run_cases(CASES, TRITON_INTERPRET="0", VIRFT_CASES="gpu")
 
 
 # ---- the division of the work --------------------------------------------------------------------

@@ -15,7 +15,7 @@ from virft_fast.algorithms import dpo, grpo, sft
 from virft_fast.algorithms.dpo import DPOState
 from virft_fast.config import DPOConfig
 from virft_fast.devices import to_device
-from virft_fast.kernels import backend, linear_grpo_loss
+from virft_fast.kernels import PrefixLayout, backend, linear_grpo_loss
 from virft_fast.models.qwen_vl import Policy, encode_prompt
 from virft_fast.rollout.native import NativeRollout
 
@@ -156,6 +156,15 @@ def test_a_loss_without_mask_is_that_of_a_full_mask(level, rows):
     assert not gpu.waits
     for got, want in zip(there, full, strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_tables_of_a_packed_row_do_not_wait():
+    with PretendGPU() as gpu:
+        layout = PrefixLayout.from_lengths([9, 70], [[3, 0, 8], [90]], device=GPU)
+        tables = [layout.segment_starts, layout.query_blocks(16)]
+        tables += layout.key_blocks(16, 16, 4, 2)[:2]
+        assert all(table.device == GPU and table.numel() for table in tables[:3])
+    assert not gpu.waits
 
 
 WAITING = {

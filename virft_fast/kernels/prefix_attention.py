@@ -12,12 +12,12 @@ a group, P prompt tokens, C completion tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import chain
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ MAX_HEAD_SIZE = 128  # of the Triton kernels; larger heads go to the reference
 # Of the work of a block of keys in the backward pass; see `PrefixLayout.key_blocks`.
 MIN_STEPS, MAX_ITEMS = 48, 1024
 Padding = tuple[Tensor, Tensor] | None  # see `_padding`
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,19 @@ class Group:
     @property
     def end(self) -> int:
         return self.first + sum(self.lengths)
+
+
+def _once(method: _Method) -> _Method:
+    """A method of `PrefixLayout` that computes once for the same sizes."""
+
+    @functools.wraps(method)
+    def kept(self: PrefixLayout, *sizes: int) -> Any:
+        key = (method.__name__, *sizes)
+        if key not in self._kept:
+            self._kept[key] = method(self, *sizes)
+        return self._kept[key]
+
+    return cast(_Method, kept)
 
 
 @dataclass(frozen=True)
@@ -115,18 +129,19 @@ class PrefixLayout:
         """S."""
         return self.groups[-1].end if self.groups else 0
 
-    @cached_property
+    @functools.cached_property
     def two_part(self) -> list[tuple[Padding, Tensor]]:
         """For each group, what the reference needs of its lengths."""
-        return [(_padding(group, self.device), _suffix_mask(group, self.device))
-                for group in self.groups]  # fmt: skip
+        with torch.inference_mode(False):  # else a later backward pass couldn't use them
+            return [(_padding(group, self.device), _suffix_mask(group, self.device))
+                    for group in self.groups]  # fmt: skip
 
-    @cached_property
+    @functools.cached_property
     def segment_starts(self) -> Tensor:
         """(S,) int32 on the device, the first token of each token's prompt or completion."""
         return to_device(self._segments[0].int(), self.device)
 
-    @cached_property
+    @functools.cached_property
     def _segments(self) -> tuple[Tensor, Tensor]:
         """Two (S,) int64 on the CPU: where each token's prompt or completion starts and ends."""
         lengths = chain.from_iterable((g.prompt_length, *g.lengths) for g in self.groups)
@@ -149,6 +164,7 @@ class PrefixLayout:
         first = first[run] + number * size
         return (first, torch.minimum(first + size, end[run]), *bounds[run // 2].T, run % 2)
 
+    @_once
     def query_blocks(self, size: int) -> Tensor:
         """The work of the forward pass and of the gradient of the queries.
 
@@ -159,15 +175,13 @@ class PrefixLayout:
             of its first row's own prompt or completion; its prompt's first key and end, the same
             number if the block itself is of a prompt.
         """
-        return self._once(self._make_query_blocks, size)
-
-    def _make_query_blocks(self, size: int) -> Tensor:
         first, end, prompt, prompt_end, _, completions = self._blocks(size)
         own = self._segments[0][first]
         prompt_end = torch.where(completions == 1, prompt_end, prompt)
         table = torch.stack([first, end, own, prompt, prompt_end], 1)
         return self._sorted(table, prompt_end - prompt + end - own)
 
+    @_once
     def key_blocks(
         self, queries: int, keys: int, heads: int, repeats: int
     ) -> tuple[Tensor, Tensor, int]:
@@ -202,11 +216,6 @@ class PrefixLayout:
             (m, 4) split blocks: first key, end, the first item's place, number of items. And how
             many shares there are for each key head.
         """
-        return self._once(self._make_key_blocks, queries, keys, heads, repeats)
-
-    def _make_key_blocks(
-        self, queries: int, keys: int, heads: int, repeats: int
-    ) -> tuple[Tensor, Tensor, int]:
         first, end, _, _, last, completions = self._blocks(keys)
         last = torch.where(completions == 1, self._segments[1][end - 1], last)
         steps = repeats * ((last - first + queries - 1) // queries)
@@ -227,12 +236,6 @@ class PrefixLayout:
     def _sorted(self, table: Tensor, work: Tensor) -> Tensor:
         order = work.argsort(descending=True, stable=True)
         return to_device(table[order].int(), self.device)
-
-    def _once(self, make: Any, *sizes: int) -> Any:
-        key = (make.__name__, *sizes)
-        if key not in self._kept:
-            self._kept[key] = make(*sizes)
-        return self._kept[key]
 
 
 def prefix_attention(
@@ -262,7 +265,7 @@ def prefix_attention(
     arXiv:2307.08691, with other sets of visible keys.
     """
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = (
             states if states.dtype == torch.float64 else states.to(dtype)
