@@ -24,7 +24,8 @@ them up.
 
 The contenders of a table are timed in turns in one run, after their results were compared. Compare
 times within a table only: tables may come from different days. The column ms has the best round, in
-milliseconds; other programs only ever add to it. In parentheses is that time divided by ours: above
+milliseconds; other programs only ever add to it. Tables of DPO, MIA-DPO and the rollout that are
+older than 2026-11-29 have the median instead. In parentheses is that time divided by ours: above
 1, ours is faster. Threads are those that a contender keeps busy: the CPU time of the process over
 that of the calling thread. P and C are the tokens of a prompt and of a completion, G is the number
 of completions per prompt.
