@@ -11,6 +11,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+# Read once, as Triton does: a lookup takes as long as many an operation on a CPU.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
 
 def triton_for(tensor: Tensor, kernels: str = "triton_rows") -> ModuleType | None:
     """The module with Triton `kernels` if it supports this tensor; None means to use the torch
@@ -28,10 +31,9 @@ def _on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-@functools.cache  # Triton reads it once, too; a lookup costs more than many a CPU operation
 def interpreted() -> bool:
     """Whether Triton interprets kernels on the CPU instead of compiling them."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+    return _INTERPRETED
 
 
 @functools.cache

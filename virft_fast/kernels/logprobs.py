@@ -160,7 +160,8 @@ def rows_forward_reference(
         logps[rows] = (picked - log_total)[:, 0]
         norms[rows, :1], norms[rows, 1:] = highest, log_total
         mean = e.mul_(z).sum(-1, keepdim=True) / total
-        if not bool(mean.isfinite().all()):  # a banned token gave 0 * inf; exp(-1e5) is 0
+        # A banned token gave 0 * inf; exp(-1e5) is 0. On CUDA, looking would wait.
+        if mean.is_cuda or not bool(mean.isfinite().all()):
             z.clamp_(min=-1e5)
             mean = z.exp().mul_(z).sum(-1, keepdim=True) / total
         entropy[rows] = (log_total - mean)[:, 0]
@@ -244,7 +245,7 @@ def rows_backward_reference(
             grad.mul_(-g).scatter_add_(-1, ids[rows, None], g)
         if change is not None:
             grad -= change
-        if bool(silent.any()):
+        if silent.is_cuda or bool(silent.any()):
             grad.masked_fill_(silent, 0.0)
         if grad is not block:
             block.copy_(grad)
