@@ -30,6 +30,11 @@ def attend(
         raise ValueError(
             "expected one packed row, without dropout; pass prefix_layout to the model"
         )
+    for name in ("sliding_window", "softcap", "s_aux"):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"expected attention without {name}, got a layer that has it; use sdpa for it"
+            )
     row = (states[0].transpose(0, 1) for states in (query, key, value))
     return prefix_attention(*row, prefix_layout, scaling=scaling)[None], None
 

@@ -24,6 +24,7 @@ from virft_fast.arguments import flag_names
 from virft_fast.config import TRAIN_GROUPS, EvalConfig
 from virft_fast.data import layouts
 from virft_fast.data.__main__ import make_parser
+from virft_fast.kernels.loss_args import LOSS_TYPES
 from virft_fast.mia.__main__ import make_parser as make_mia_parser
 from virft_fast.models.adapters import add_lora
 from virft_fast.models.qwen_vl import load_model
@@ -370,6 +371,11 @@ def test_architecture_draws_the_house_as_it_is():
     built = {str(path.relative_to(ROOT)) for path in (ROOT / "virft_fast").rglob("*.py")}
     assert built - drawn == set()
     assert {path for path in drawn if not (ROOT / path).exists()} == set()
+
+
+def test_the_front_page_names_every_loss_type():
+    line = re.search(r"^Losses: (.*?), as TRL", (ROOT / "README.md").read_text(), re.M)[1]
+    assert re.findall(r"[a-z_]+", line.replace(" and ", ", ")) == list(LOSS_TYPES)
 
 
 def test_releases_are_required_and_the_tested_ones_are_among_them():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 
 from virft_fast.kernels import PrefixLayout
 
@@ -60,3 +61,16 @@ def test_what_it_can_not_compute_is_an_error(rows, options):
         options = options | {"prefix_layout": PrefixLayout.from_lengths([4], [[]])}
     with pytest.raises(ValueError, match="expected one packed row, without dropout"):
         example.attend(None, states, states, states, None, scaling=1.0, **options)
+
+
+def test_a_model_with_sliding_windows_is_refused():
+    """It would attend to all of the row, without a word."""
+    config = hf.MistralConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=4,
+    )  # fmt: skip
+    model = hf.MistralForCausalLM(config)
+    model.set_attn_implementation(example.NAME)
+    ids, layout = example.pack(example.random_ids(5), [example.random_ids(4, 2)])
+    with pytest.raises(ValueError, match="expected attention without sliding_window"):
+        model(ids, prefix_layout=layout, use_cache=False)
