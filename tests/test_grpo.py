@@ -19,6 +19,7 @@ from helpers import (
 from virft_fast.algorithms import grpo
 from virft_fast.algorithms.grpo import train_step
 from virft_fast.algorithms.step import TooManyBadSteps
+from virft_fast.kernels import linear
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo"]
 
@@ -393,3 +394,21 @@ def test_steps_that_teach_nothing_are_warned_about(processor, caplog, metric, va
     for _ in range(40):
         grpo._count_idle(state, quiet)
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(16_384, 1), (60, 4)])
+def test_a_step_that_fits_one_microbatch_has_one_gradient_of_the_head(
+    processor, prompts, monkeypatch, tokens, expected
+):
+    """`--max_tokens_per_microbatch` decides; on CUDA its default is what fits, 16,384 at most."""
+    buffers = []
+
+    class Counted(linear._Head):
+        def __init__(self, *args):
+            super().__init__(*args)
+            buffers.append(self.grad_weight)
+
+    monkeypatch.setattr(linear, "_Head", Counted)
+    state = make_state(processor, max_tokens_per_microbatch=tokens)
+    train_step(state, prompts)
+    assert sum(buffer is not None for buffer in buffers) == expected
