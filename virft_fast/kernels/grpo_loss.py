@@ -102,10 +102,10 @@ def grpo_loss(
             "k2" d^2/2, "k3" exp(d) - d - 1.
         temperature: above 0; divides the logits.
         max_completion_length: for dr_grpo; None: T. Required when packed.
-        num_items: denominator of bnpo, dapo and cispo, >= 0; 0 means there are no tokens. A 0-d
-            tensor stays on its device. None: the active tokens of this call. To make accumulation
-            equal one big batch, pass the count over all microbatches (across ranks that average
-            gradients: count / world size).
+        num_items: denominator of bnpo, dapo, cispo and vespo, >= 0; 0 means there are no tokens. A
+            0-d tensor stays on its device. None: the active tokens of this call. To make
+            accumulation equal one big batch, pass the count over all microbatches (across ranks
+            that average gradients: count / world size).
         use_bias_correction_kl: multiply the KL term by the ratio, before `delta` bounds it.
         is_weights: importance weights of another sampler: same shape as the ids, or (N, 1) for
             whole sequences. They multiply the policy term, not the KL; vespo adds their logarithms
@@ -115,7 +115,7 @@ def grpo_loss(
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: shape and rate of the gamma
             weight, by the advantage's sign.
         off_policy_mask_threshold: leave the policy term out of sequences with a negative advantage
-            whose mean of `sampling_logps` - log-probs is above it; None: of none.
+            whose mean of `sampling_logps` - log-probs is above it. None: leave out none.
         sampling_logps: same shape as the ids; log-probs as the sampler reported them, for that
             mask; NaN counts as no difference. None: `old_logps`.
         top_entropy_quantile: keep the policy term and the bonus of this share of the call's tokens,
