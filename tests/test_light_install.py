@@ -25,6 +25,8 @@ from importlib.machinery import PathFinder
 hidden, gone = map(frozenset, json.loads(os.environ["HIDDEN"]))
 find, distributions = PathFinder.find_spec, PathFinder.find_distributions
 def find_spec(name, path=None, target=None):
+    if name == "datasets" in hidden:  # a folder of the working directory would be found
+        return find(name, [os.getcwd()], target)
     return None if name.partition(".")[0] in hidden else find(name, path, target)
 def find_distributions(context):
     return [] if context.name in gone else distributions(context)
@@ -134,6 +136,13 @@ def test_the_list_of_commands_needs_nothing_and_each_names_the_extra(light):
     done = run(light, "-m", "virft_fast", "train", "--help")
     assert done.returncode == 1 and done.stderr.startswith("virft_fast: error: expected the")
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_named_like_a_package_is_not_that_package(light, tmp_path):
+    (tmp_path / "datasets").mkdir()
+    words = [sys.executable, "-c", "import virft_fast.train_extra"]
+    done = subprocess.run(words, env=light, cwd=tmp_path, capture_output=True, text=True)
+    assert "datasets, matplotlib" in done.stderr, done.stderr
 
 
 def test_the_extra_is_what_commands_look_for():

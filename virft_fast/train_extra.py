@@ -27,7 +27,8 @@ def _show(kind: type[BaseException], error: BaseException, trace: TracebackType 
         _USUAL(kind, error, trace)
 
 
-if missing := [name for name in PACKAGES if find_spec(name) is None]:
+# A folder of a package's name in the working directory is found, too, but has no origin.
+if missing := [name for name in PACKAGES if getattr(find_spec(name), "origin", None) is None]:
     sys.excepthook = _show
     text = f"expected the packages of the extra train, but {', '.join(missing)} can't be found"
     raise ImportError(f"{text}; {TRAIN_REMEDY}", name=__name__)
