@@ -186,6 +186,17 @@ def test_empty_prompts_completions_and_rows(lengths):
     assert_close(run(row, layout, grad), dense(row, layout, grad))
 
 
+def test_heads_beyond_32_bits():
+    """Heads 2^30 numbers apart, so that the last one starts beyond 2^31."""
+    layout = PrefixLayout.from_lengths([20], [[3, 5]], device=DEVICE)
+    small, grad = make_row(layout, 3, 3, 16, torch.float16, how="by head")
+    apart = 2**30 + 16
+    memory = torch.empty(2 * apart + 28 * 16, dtype=torch.float16, device=DEVICE)
+    far = memory.as_strided((28, 3, 16), (16, apart, 1)).copy_(small[0].detach()).requires_grad_()
+    row = [far, *(far.detach().requires_grad_() for _ in range(2))]
+    assert_close(run(row, layout, grad), dense(row, layout, grad), torch.float16)
+
+
 def test_large_scores():
     """Of which all but one share of a row are 0."""
     layout = PrefixLayout.from_lengths([20], [[7, 9]], device=DEVICE)

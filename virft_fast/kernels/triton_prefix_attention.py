@@ -91,7 +91,7 @@ def forward_kernel(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Program (query head, block of queries)."""
-    head, heads = tl.program_id(0), tl.num_programs(0)
+    head, heads = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     first, end, own, prompt, prompt_end, rows, starts = _query_block(BLOCKS, STARTS, BM)
     KEY += head // REPEATS * k_head
     VALUE += head // REPEATS * v_head
@@ -117,7 +117,7 @@ def forward_kernel(
             acc = tl.dot(p, v, acc * alpha[:, None], input_precision=_PRECISION)
             m = new
     _store_rows(OUT + head * E, first, end, heads * E, acc / s[:, None], E, BE, BM)
-    tl.store(LSE + head.to(tl.int64) * length + rows, m + tl.log2(s), mask=rows < end)
+    tl.store(LSE + head * length + rows, m + tl.log2(s), mask=rows < end)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -129,7 +129,7 @@ def backward_query_kernel(
 ):  # fmt: skip
     """Program (query head, block of queries). Also stores DELTA, each row's product of the output
     and its gradient."""
-    head, heads = tl.program_id(0), tl.num_programs(0)
+    head, heads = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     first, end, own, prompt, prompt_end, rows, starts = _query_block(BLOCKS, STARTS, BM)
     KEY += head // REPEATS * k_head
     VALUE += head // REPEATS * v_head
@@ -137,7 +137,7 @@ def backward_query_kernel(
     g = _rows(GRAD + head * g_head, first, end, g_row, E, BE, BM, WIDE)
     out = _rows(OUT + head * E, first, end, heads * E, E, BE, BM, WIDE)
     delta = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
-    place = head.to(tl.int64) * length + rows
+    place = head * length + rows
     tl.store(DELTA + place, delta, mask=rows < end)
     lse = tl.load(LSE + place, mask=rows < end, other=0.0)
     q = _rows(QUERY + head * q_head, first, end, q_row, E, BE, BM, WIDE)
@@ -163,7 +163,7 @@ def backward_key_kernel(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Program (key/value head, item of `PrefixLayout.key_blocks`)."""
-    head, heads = tl.program_id(0), tl.num_programs(0)
+    head, heads = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     ITEMS += tl.program_id(1) * 7
     first, end, last = tl.load(ITEMS), tl.load(ITEMS + 1), tl.load(ITEMS + 2)
     completions, place = tl.load(ITEMS + 3), tl.load(ITEMS + 6)
@@ -181,7 +181,7 @@ def backward_key_kernel(
         ok = rows < last
         # All rows from the block on see a prompt's keys, but only one completion sees its own.
         starts = tl.load(STARTS + rows, mask=ok, other=0) * completions
-        at = tl.cast(query_head, tl.int64) * length + rows
+        at = query_head * length + rows
         lse = tl.load(LSE + at, mask=ok, other=0.0)
         delta = tl.load(DELTA + at, mask=ok, other=0.0)
         q = _rows(QUERY + query_head * q_head, row, last, q_row, E, BE, BM, WIDE)
@@ -208,7 +208,7 @@ def sum_shares_kernel(
     SHARES, GRAD_KEY, GRAD_VALUE, SPLIT, E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr
 ):
     """Program (key/value head, split block): the sum of its items' shares, in their order."""
-    head, heads = tl.program_id(0), tl.num_programs(0)
+    head, heads = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     SPLIT += tl.program_id(1) * 4
     first, end, place, count = (
         tl.load(SPLIT), tl.load(SPLIT + 1), tl.load(SPLIT + 2), tl.load(SPLIT + 3),
