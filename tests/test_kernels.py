@@ -16,7 +16,10 @@ from virft_fast.kernels import (
     selective_log_softmax,
 )
 from virft_fast.kernels import linear as linear_module
+from virft_fast.kernels.layout import make_layout
+from virft_fast.kernels.loss_args import LossArgs
 from virft_fast.kernels.reference import grpo_loss_reference
+from virft_fast.kernels.token_loss import token_loss
 
 N, T, V, D = 4, 5, 17, 6
 NAN, INF = float("nan"), float("inf")
@@ -152,6 +155,13 @@ def test_several_tokens_of_a_row(dtype, temperature):
         (got,) = gradients((ours.where(ours > -INF, 0.0) * up.to(ours.dtype)).sum(), leaf)
         rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, 1e-5)
         torch.testing.assert_close(got.double(), grad, atol=1e-6, rtol=1.01 * rounding)
+
+
+def test_several_tokens_of_no_rows():
+    logits = torch.zeros(2, 0, 5, requires_grad=True)
+    logps = selective_log_softmax(logits, torch.zeros(2, 0, 3, dtype=torch.long))
+    logps.sum().backward()
+    assert logps.shape == (2, 0, 3) and logits.grad.shape == logits.shape
 
 
 def test_gradcheck_of_several_tokens():
@@ -1158,3 +1168,19 @@ def test_no_sequences_or_no_tokens_give_an_empty_gradient(shape):
         assert result == 0
         for leaf, grad in zip(leaves, gradients(result, *leaves), strict=True):
             assert grad.shape == leaf.shape and (grad == 0).all()
+
+
+def test_the_kernels_can_read_the_layout_of_one_sequence():
+    """Kernels read it number by number, without strides."""
+    layout = make_layout(torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3), None)
+    assert layout.sequence.stride() == (1,) and layout.sequence.tolist() == [0, 0, 0]
+
+
+def test_the_gradient_of_sapo_keeps_its_digits_where_the_gate_is_almost_open():
+    log_ratio = torch.tensor([1.5, 2.0, 2.5])
+    args = LossArgs(loss_type="sapo", sapo_temperature_pos=1.25)
+    ours, exact = (
+        token_loss(x, x, None, torch.ones_like(x), args).d_log_ratio
+        for x in (log_ratio, log_ratio.double())
+    )
+    torch.testing.assert_close(ours.double(), exact, atol=0, rtol=1e-5)

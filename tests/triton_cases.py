@@ -296,7 +296,9 @@ def test_the_launch_normalises_rewards_like_group_advantages(group):
 )
 def test_the_pair_of_token_losses(epsilon, delta, loss_type, kl):
     """With epsilon or delta - 1 at 0, the log-ratio of 0 lies exactly on the edge."""
-    log_ratio = torch.cat([torch.linspace(-3, 3, 41), torch.tensor([0.0, -500.0, 500.0, 21.0])])
+    log_ratio = torch.cat(
+        [torch.linspace(-3, 3, 41), torch.tensor([0.0, -500.0, 500.0, 21.0, -INF])]
+    )
     advantage = torch.tensor([-1.5, 0.0, 0.7])
     gap = torch.tensor([-30.0, -1.0, 0.0, 0.5, 30.0])
     grid = torch.cartesian_prod(log_ratio, advantage, gap).to(DEVICE)
@@ -323,6 +325,27 @@ def test_the_pair_of_token_losses(epsilon, delta, loss_type, kl):
     clipped = wanted.clipped_high.float() - wanted.clipped_low.float()
     expected = torch.stack([wanted.loss, wanted.d_log_ratio, wanted.d_logp, wanted.kl, clipped])
     torch.testing.assert_close(out, expected, rtol=2e-6, atol=1e-6)
+
+
+def test_infinite_log_probs_do_not_spoil_the_loss():
+    """A sampled token that is banned now, and one that the reference bans, with and without old
+    log-probs. One sequence, whose layout isn't a view of a single number."""
+    logits, ids = random_logits(1, 3, 37), torch.tensor([[3, 5, 36]], device=DEVICE)
+    logits[0, 0, 3] = -INF
+    mask, ref = torch.ones_like(ids).bool(), torch.full((1, 3), -1.0, device=DEVICE)
+    ref[0, 1] = -INF
+    for old in (None, torch.full((1, 3), -2.0, device=DEVICE)):
+        results = []
+        for dtype in (torch.float64, torch.float32):
+            leaf = logits.clone().to(dtype).requires_grad_()
+            given = {"advantages": torch.ones(1), "old_logps": old, "ref_logps": ref}
+            given = {k: v if v is None else v.to(DEVICE, dtype) for k, v in given.items()}
+            result = grpo_loss(leaf, ids, mask, use_bias_correction_kl=True, **given)
+            result.loss.backward()
+            results.append((result.loss.item(), leaf.grad.double(), result.kl[0, 1].item()))
+        (exact, wanted, _), (loss, grad, kl) = results
+        assert math.isfinite(exact) and loss == pytest.approx(exact, rel=1e-5) and kl == INF
+        torch.testing.assert_close(grad, wanted, atol=1e-6, rtol=1e-5)
 
 
 # How each option is computed: in the fused launch, or from its log-probs.

@@ -58,8 +58,9 @@ class Layout:
         """A packed layout of only the sequences first:last, whose positions are `rows`."""
         offsets, lengths = self.offsets[first : last + 1], self.lengths[first:last]
         mask, sequence = self.mask[rows], self.sequence[rows] - first
-        shape = tuple(mask.shape)
-        return Layout(shape, last - first, mask, sequence, lengths, offsets - offsets[0])
+        return Layout(
+            tuple(mask.shape), last - first, mask, sequence, lengths, offsets - offsets[0]
+        )
 
 
 def make_layout(
@@ -104,10 +105,10 @@ def make_layout(
 def _padded(completion_ids: Tensor, completion_mask: Tensor) -> Layout:
     completion_mask = _as_bool(completion_ids, completion_mask)
     n, t = completion_ids.shape
-    sequence = torch.arange(n, device=completion_ids.device)[:, None].expand(n, t).reshape(-1)
+    # In memory of its own: a reshaped `expand` of one sequence would be a view of one number.
+    sequence = torch.arange(n, device=completion_ids.device).repeat_interleave(t)
     offsets = torch.arange(n + 1, device=completion_ids.device) * t
-    mask = completion_mask.reshape(-1)
-    return Layout((n, t), n, mask, sequence, completion_mask.sum(1), offsets)
+    return Layout((n, t), n, completion_mask.reshape(-1), sequence, completion_mask.sum(1), offsets)
 
 
 def _packed(ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Layout:

@@ -38,7 +38,7 @@ def selective_log_softmax(
             given. On the CPU, also for an id outside V. On the GPU, where a check would
             synchronize, such an id's log-prob is NaN.
     """
-    if index.ndim != logits.ndim or not index.numel():
+    if index.ndim != logits.ndim or not index.shape[-1]:
         return logps_and_entropy(logits, index, temperature=temperature, inplace=inplace)[0]
     check_rows(logits, index[..., 0], temperature)
     check_ids("index", index, logits.shape[-1])

@@ -112,9 +112,9 @@ def _soft(ratio: Tensor, d_ratio: Tensor, advantage: Tensor, args: LossArgs) -> 
     """sapo's sigmoid of the ratio, with slope 1 at a ratio of 1."""
     positive = advantage > 0
     t = torch.where(positive, args.sapo_temperature_pos, args.sapo_temperature_neg).to(ratio)
-    gate = torch.sigmoid(t * (ratio - 1))
-    d_log_ratio = -advantage * d_ratio * (4 * gate * (1 - gate))
-    never = torch.zeros_like(positive)
+    gate, never = torch.sigmoid(t * (ratio - 1)), torch.zeros_like(positive)
+    # 1 - gate would lose its digits where the gate is almost 1.
+    d_log_ratio = -advantage * d_ratio * (4 * gate * torch.sigmoid(t * (1 - ratio)))
     return -gate * 4 / t * advantage, d_log_ratio, torch.zeros_like(ratio), never, never
 
 
@@ -133,4 +133,4 @@ def _exp(x: Tensor) -> tuple[Tensor, Tensor]:
     """exp, continued by its tangent above MAX_EXPONENT, and its derivative."""
     bounded = x.clamp(max=MAX_EXPONENT)
     slope = bounded.exp()
-    return slope * (1 + (x - bounded)), slope
+    return slope * (1 + (x - MAX_EXPONENT).clamp(min=0)), slope  # 0 at -inf

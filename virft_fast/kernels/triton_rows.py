@@ -118,7 +118,7 @@ def _exp(x):
     """exp, continued by its tangent above the largest exponent, and its derivative."""
     bounded = tl.where(x > _MAX_EXPONENT, _MAX_EXPONENT, x)
     slope = tl.exp(bounded)
-    return slope * (1.0 + (x - bounded)), slope
+    return slope * (1.0 + tl.maximum(x - _MAX_EXPONENT, 0.0)), slope  # 0 at -inf
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def token_loss(
         t = tl.where(advantage > 0.0, high, low)
         gate = tl.sigmoid(t * (ratio - 1.0))
         loss = -gate * 4.0 / t * advantage
-        d_log_ratio = -advantage * d_ratio * (4.0 * gate * (1.0 - gate))
+        d_log_ratio = -advantage * d_ratio * (4.0 * gate * tl.sigmoid(t * (1.0 - ratio)))
         d_logp = 0.0 * loss
         clipped = 0.0 * loss
     else:
@@ -182,11 +182,13 @@ def token_loss(
             estimate = value - d - 1.0
             d_estimate = 1.0 - steep
         if KL_RATIO:
-            d_log_ratio = d_log_ratio + beta * estimate * d_ratio
+            if beta > 0.0:
+                d_log_ratio = d_log_ratio + beta * estimate * d_ratio
             estimate = estimate * free_ratio
             d_estimate = d_estimate * free_ratio
-        loss = loss + beta * estimate
-        d_logp = d_logp + beta * d_estimate
+        if beta > 0.0:  # else the KL, even if it is infinite, is only measured
+            loss = loss + beta * estimate
+            d_logp = d_logp + beta * d_estimate
     return loss, d_log_ratio, d_logp, estimate, clipped
 
 
@@ -251,7 +253,7 @@ def grpo_forward_kernel(
             advantage = _group_advantage(ADVANTAGES, sequence, num_generations, EPS, GROUP_BLOCK)
         else:
             advantage = tl.load(ADVANTAGES + sequence)
-        log_ratio = 0.0 * logp
+        log_ratio = tl.where(logp == logp, 0.0, logp)  # NaN stays NaN
         if HAS_OLD:
             log_ratio = logp - tl.load(OLD + row)
         ref = logp
