@@ -96,10 +96,10 @@ def _logp_and_entropy(
     log_s = tl.log(s)
     largest = tl.log(columns.to(tl.float32))
     entropy = log_s - t / s
-    # Rounding can leave the range; nan must stay nan.
-    entropy = tl.where(entropy < 0.0, 0.0, entropy)
-    entropy = tl.where(entropy > largest, largest, entropy)
-    return (z - m) - log_s, m, log_s, entropy
+    # Rounding can leave the ranges, also where a GPU fuses z * inv_temp - m; nan must stay nan.
+    logp = tl.where((z - m) - log_s > 0.0, 0.0, (z - m) - log_s)
+    entropy = tl.where(entropy < 0.0, 0.0, tl.where(entropy > largest, largest, entropy))
+    return logp, m, log_s, entropy
 
 
 @triton.jit
@@ -116,8 +116,7 @@ def _grad_logits(z, cols, index, m, log_s, ENTROPY, g, h, inv_temp, HAS_ENTROPY:
 @triton.jit
 def _exp(x):
     """exp, continued by its tangent above the largest exponent, and its derivative."""
-    bounded = tl.where(x > _MAX_EXPONENT, _MAX_EXPONENT, x)
-    slope = tl.exp(bounded)
+    slope = tl.exp(tl.where(x > _MAX_EXPONENT, _MAX_EXPONENT, x))
     return slope * (1.0 + tl.maximum(x - _MAX_EXPONENT, 0.0)), slope  # 0 at -inf
 
 
