@@ -103,15 +103,15 @@ def take_turns(
         return timer() - start
 
     def warm_up(name: str) -> float:
-        whole, own = time.process_time(), time.thread_time()
-        taken = [call(name)]
-        while sum(taken) < 0.1:
-            taken.append(call(name))
+        whole, own, start = time.process_time(), time.thread_time(), timer()
+        shortest = call(name)
+        while timer() - start < 0.1:
+            shortest = min(shortest, call(name))
         # The calling thread takes an equal share. Calls follow each other, because the kernel
         # counts the time of other threads in steps of milliseconds.
         used = (time.process_time() - whole) / (time.thread_time() - own)
         case.notes.setdefault(name, {})["threads_used"] = round(used, 2)
-        return min(taken) + pause
+        return shortest + pause
 
     try:
         turn = sum(warm_up(name) for name in names)

@@ -79,7 +79,7 @@ def check_rows(logits: Tensor, index: Tensor, temperature: float) -> None:
     if index.shape != logits.shape[:-1] or index.dtype != torch.int64:
         raise ValueError(
             f"index: expected {tuple(logits.shape[:-1])} int64, got {tuple(index.shape)} "
-            f"{index.dtype}; one token id a row of logits, and of selective_log_softmax also k"
+            f"{index.dtype}; one token id per row; selective_log_softmax also takes (..., k)"
         )
     if index.device != logits.device:
         raise ValueError(f"index: expected on {logits.device}, got {index.device}; move it")
