@@ -822,7 +822,7 @@ def test_only_answers_are_kept(llava, tmp_path, asked):
     copy, out = tmp_path / "llava", tmp_path / "pairs"
     shutil.copytree(llava, copy)
     more = ["--shares", "sequence=1", "--sequence_images", "2,4"]
-    none = ["--rollout_cache_tokens", "100", "--min_perplexity", "1e9"]
+    none = ["--rollout_cache_tokens", "84", "--min_perplexity", "1e9"]
     assert main(arguments(copy, out, *more, *none)) == 2
     lines = (tmp_path / ".pairs.answers.jsonl").read_text().splitlines()
     kept = {entry["record"]["index"] for entry in map(json.loads, lines[1:])}
@@ -1017,7 +1017,7 @@ def test_a_journal_that_cant_be_read_is_named_before_the_work(llava, tmp_path, a
 
 def test_a_scene_larger_than_the_rollouts_memory_is_left_out_and_counted(llava, tmp_path, capsys):
     out = tmp_path / "pairs"
-    more = ["--shares", "sequence=1", "--sequence_images", "2,4", "--rollout_cache_tokens", "100"]
+    more = ["--shares", "sequence=1", "--sequence_images", "2,4", "--rollout_cache_tokens", "84"]
     assert main(arguments(llava, out, *more)) == 0
     reason = "more tokens than the rollout holds (--rollout_cache_tokens)"
     assert reason in capsys.readouterr().out

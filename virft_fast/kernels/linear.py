@@ -295,6 +295,7 @@ class _LinearGRPO(torch.autograd.Function):
         ctx.save_for_backward(*output[5:])
         ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
         ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
+        ctx.set_materialize_grads(False)  # else a second gradient of the weight, of zeros
 
     @staticmethod
     @once_differentiable
