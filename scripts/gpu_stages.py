@@ -28,6 +28,7 @@ from virft_fast.models.qwen_vl import Policy, add_lora, load_model
 from virft_fast.models.shared_prefix import Group, PackedAttention
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.native import NativeRollout
+from virft_fast.versions import driver_version
 
 ROOT = Path(__file__).parent.parent
 # What an H200's data sheet gives: bytes/s of its memory, dense bfloat16 operations/s.
@@ -123,7 +124,7 @@ def environment(results: Results) -> None:
             f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB"
         )
         results.note(f"cuDNN {torch.backends.cudnn.version()}")
-        results.note(f"driver for CUDA {torch._C._cuda_getDriverVersion()}")
+        results.note(f"driver for CUDA {driver_version()}")
     query = torch.randn(1, 12, 650, 128, device=results.device, dtype=results.dtype)
     key = torch.randn(1, 2, 650, 128, device=results.device, dtype=results.dtype)
     for cudnn in (True, False):

@@ -117,8 +117,21 @@ def driver(monkeypatch, *, built, supports, present=True):
     """Pretend that torch was built for a CUDA release, and that a driver supports another."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.version, "cuda", built)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: supports, raising=False)
+    monkeypatch.setattr(versions, "driver_version", lambda: supports)
     monkeypatch.setattr(versions.os.path, "exists", lambda path: present)
+
+
+def test_the_drivers_version_is_asked_of_its_library(monkeypatch):
+    class Library:
+        def __init__(self, name):
+            if name != "libcuda.so.1":
+                raise OSError(name)
+
+        def cuDriverGetVersion(self, pointer):
+            pointer._obj.value = 12_020
+
+    monkeypatch.setattr(versions.ctypes, "CDLL", Library)
+    assert versions.driver_version() == 12_020
 
 
 @pytest.mark.parametrize(

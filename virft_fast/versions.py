@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import re
 from collections.abc import Iterator
@@ -42,6 +44,14 @@ def too_old() -> list[str]:
     ]
 
 
+def driver_version() -> int:
+    """The newest CUDA that the NVIDIA driver supports, 12020 for 12.2; 0 without a driver."""
+    version = ctypes.c_int(0)
+    with contextlib.suppress(OSError):  # torch has no public function for it
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
 def unusable_driver() -> tuple[str, str] | None:
     """Why torch can't use the GPU that this machine has, and what to do; None if it can, there is
     none, or CUDA_VISIBLE_DEVICES hides it."""
@@ -53,8 +63,7 @@ def unusable_driver() -> tuple[str, str] | None:
             return None
         why = f"torch {torch.__version__} was built without CUDA, but there is an NVIDIA driver"
         return why, "install torch's CUDA build, or set CUDA_VISIBLE_DEVICES= to use the CPU"
-    # 12020 is CUDA 12.2; 0 is no driver.
-    number = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    number = driver_version()
     driver = (number // 1000, number % 1000 // 10)
     if not number or driver[0] >= release(built)[0]:
         return None
