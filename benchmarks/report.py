@@ -47,6 +47,7 @@ HEADS = {"threads_used": "threads", "peak_mib": "peak MiB", "gb_per_s": "GB/s"}
 def load(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """By suite and case, the newest: {"about": text, "entries": {contender: figures}}."""
     files = path.rglob("*.json") if path.is_dir() else [path]
+    files = [file for file in files if not file.parent.name.startswith("gpu_")]  # of gpu_check.py
     cases: dict[tuple[str, str], dict[str, Any]] = {}
     for run in sorted((json.loads(f.read_text()) for f in files), key=lambda r: r["datetime"]):
         facts = ", ".join(f"{key} {value}" for key, value in run["machine_info"].items())

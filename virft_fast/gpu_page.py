@@ -58,6 +58,6 @@ def draw(results: Sequence[Row], path: Path) -> None:
     drawn = Figure(figsize=(9, 1 + 0.3 * len(ratios)), layout="constrained")
     axis = drawn.subplots()
     axis.bar_label(axis.barh([f["name"] for f in figures], ratios, color="#0072B2"), fmt=" %.2f")
-    axis.axvline(1, color="black", linewidth=1)
+    axis.set_xscale("log")
     axis.set_xlabel("times the limit (1 is the best possible)")
     drawn.savefig(path, dpi=120)
