@@ -300,6 +300,8 @@ class _LinearGRPO(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return (None,) * 9
         # Out of place, so that retain_graph works. Checking for a scale of 1 would synchronize.
         scaled = lambda grad, dtype: (  # noqa: E731
             torch.mul(grad, grad_loss, out=grad.new_empty(grad.shape, dtype=dtype))
