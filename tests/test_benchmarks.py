@@ -3,10 +3,12 @@ entries of pytest-benchmark; and the peers' names are there."""
 
 import importlib.util
 import json
+import os
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from processes import run
@@ -33,7 +35,9 @@ def module(monkeypatch):
 def bench(suite, *options):
     pytest.importorskip("pytest_benchmark")
     argv = [f"{BENCHMARKS}/test_bench_{suite}.py", "-q", "-rs", "--size", "tiny", *options]
-    done = run(*argv, "-p", "no:cacheprovider", "-p", "no:xdist", module="pytest")
+    with mock.patch.dict(os.environ):
+        os.environ.pop("PYTEST_XDIST_WORKER", None)  # pytest-benchmark measures nothing in a worker
+        done = run(*argv, "-p", "no:cacheprovider", "-p", "no:xdist", module="pytest")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr
     return done.stdout
 
