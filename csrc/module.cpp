@@ -18,7 +18,7 @@ namespace {
 namespace py = pybind11;
 using Address = uintptr_t;
 
-constexpr int kInterface = 1;  // counts changes of the functions below, as solver.py knows them
+constexpr int kInterface = 2;  // counts changes of the functions below, as solver.py knows them
 
 // Pairs that are worth another thread; below, starting one costs more than it saves.
 constexpr int64_t kPairsPerThread = 32768;
@@ -102,9 +102,10 @@ void match(Address pred, Address gt, Address num_pred, Address num_gt, int64_t c
 
 template <typename T>
 void assign(Address cost, Address num_rows, Address num_cols, int64_t count, int64_t rows,
-            int64_t cols, bool maximize, Address matches, Address totals, int threads) {
-  const Costs<T> p = {at<T>(cost), at<int64_t>(num_rows), at<int64_t>(num_cols), rows, cols,
-                      maximize};
+            int64_t cols, bool maximize, bool listed, Address matches, Address totals,
+            int threads) {
+  Costs<T> p = {at<T>(cost), at<int64_t>(num_rows), at<int64_t>(num_cols), rows, cols, maximize};
+  if (listed) p.addresses = at<int64_t>(cost);
   check_counts("num_rows", p.num_rows, count, rows);
   check_counts("num_cols", p.num_cols, count, cols);
   const py::gil_scoped_release released;

@@ -125,9 +125,9 @@ def assert_close(got, exact, dtype=torch.float32):
 
 
 @st.composite
-def layouts(draw):
-    """Groups of 0 to 9 completions, lengths of 0 to 300, of at most MOST_TOKENS together."""
-    left, prompts, completions = MOST_TOKENS, [], []
+def layouts(draw, most=MOST_TOKENS):
+    """Groups of 0 to 9 completions, lengths of 0 to 300, of at most `most` tokens together."""
+    left, prompts, completions = most, [], []
 
     def length():
         nonlocal left
@@ -146,7 +146,8 @@ def layouts(draw):
 @given(
     lengths=layouts(), kv_heads=st.integers(1, 2), repeats=st.integers(1, 8),
     size=st.sampled_from([16, 24, 32, 64, 80, 128]), seed=st.integers(0, 99),
-    how=st.sampled_from(["apart", "merged", "by head"]), steps=st.sampled_from([1, 4, 32]),
+    how=st.sampled_from(["apart", "merged", "by head"]),
+    steps=st.sampled_from([1, 4, KERNELS.MIN_STEPS]),
 )  # fmt: skip
 def test_random_rows_against_float64(
     monkeypatch, lengths, kv_heads, repeats, size, seed, how, steps
@@ -154,6 +155,14 @@ def test_random_rows_against_float64(
     monkeypatch.setattr(KERNELS, "MIN_STEPS", steps)
     layout = PrefixLayout.from_lengths(*lengths, device=DEVICE)
     row, grad = make_row(layout, kv_heads * repeats, kv_heads, size, seed=seed, how=how)
+    assert_close(run(row, layout, grad), dense(row, layout, grad))
+
+
+@settings(few, max_examples=2 if INTERPRETED else 10)
+@given(lengths=layouts(most=900), seed=st.integers(0, 99))
+def test_long_rows_against_float64(lengths, seed):
+    layout = PrefixLayout.from_lengths(*lengths, device=DEVICE)
+    row, grad = make_row(layout, 2, 1, 16, seed=seed)
     assert_close(run(row, layout, grad), dense(row, layout, grad))
 
 
@@ -326,6 +335,12 @@ def test_only_output_and_log_sum_exp_are_kept_and_one_derivative():
         (([3, 4], [[1]]), "completion_lengths: expected a list for each of the 2 prompts, got 1"),
         (([-3], [[1]]), "expected lengths of at least 0, got a prompt of -3"),
         (([3], [[1, -1]]), r"expected lengths of at least 0, .* completions of \[1, -1\]"),
+        (
+            ([3], [2]),
+            r"expected .* completion_lengths \[\[C, .* in whole numbers, .* completions of 2",
+        ),
+        (([3.5], [[2]]), "in whole numbers, got a prompt of 3.5 and completions of"),
+        (([3], [[2, 1.0]]), r"in whole numbers, .* completions of \[2, 1.0\]"),
     ],
 )
 def test_impossible_lengths_are_named(lengths, text):
@@ -343,7 +358,8 @@ def test_impossible_lengths_are_named(lengths, text):
         (lambda q, k, v: (q, k[:-1], v), r"key: expected \(113, 2, 16\)"),
         (lambda q, k, v: (q, k, v[..., :8]), r"value: expected \(113, 2, 16\)"),
         (lambda q, k, v: (q[..., :8], k, v), r"query: expected \(113, 4, 16\)"),
-        (lambda q, k, v: (q, k.half(), v), "key: expected the query's floating-point dtype"),
+        (lambda q, k, v: (q, k.half(), v), "key: expected the query's dtype, 16, 32 or 64 bits"),
+        (lambda *row: [x.to(torch.float8_e4m3fn) for x in row], "got torch.float8_e4m3fn"),
         (lambda q, k, v: (q.long(), k.long(), v.long()), "got torch.int64"),
         (lambda q, k, v: (q, k, v.to("meta")), "value: expected on the layout's .*, got meta"),
         (lambda q, k, v: (q.to("meta"), k, v), "query: expected on the layout's .*, got meta"),
@@ -354,6 +370,13 @@ def test_tensors_that_disagree_are_named(change, text):
     row, _ = make_row(layout, 4, 2, 16)
     with pytest.raises(ValueError, match=text):
         prefix_attention(*change(*(states.detach() for states in row)), layout, scaling=1.0)
+
+
+def test_a_scaling_that_is_a_tensor_is_named():
+    layout = PrefixLayout.from_lengths(*ROW, device=DEVICE)
+    row, _ = make_row(layout, 4, 2, 16)
+    with pytest.raises(ValueError, match="scaling: expected a number, got Tensor"):
+        prefix_attention(*row, layout, scaling=torch.tensor(0.25))
 
 
 # ---- work ----------------------------------------------------------------------------------------

@@ -387,6 +387,29 @@ def test_a_list_of_matrices_of_any_kind():
     assert assign(torch.tensor([[[True, False]]]))[0].tolist() == [[1]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("how", ["contiguous", "transposed", "every second"])
+def test_a_list_equals_the_padded_batch(dtype, how):
+    cost, num_rows, num_cols = cost_problems(19, 60, 20, forbidden=0.2)
+    cost = cost.nan_to_num(posinf=7.0).mul(100).to(dtype)
+    matrices = []
+    for matrix, rows, cols in zip(cost, num_rows, num_cols, strict=True):
+        own = matrix[:rows, :cols]
+        if how == "transposed":
+            own = own.T.contiguous().T
+        elif how == "every second":
+            own = torch.stack([own, own + 1], -1)[..., 0]
+        matrices.append(own)
+    assert any(not matrix.is_contiguous() for matrix in matrices) or how == "contiguous"
+    listed, padded = assign(matrices), assign(cost, num_rows, num_cols)
+    assert torch.equal(listed[0], padded[0][:, : int(num_rows.max())])
+    assert torch.equal(listed[1], padded[1])
+
+
+def test_a_list_of_large_integers_keeps_their_digits():
+    assert assign([torch.tensor([[2**30 + 1, 2**30]])])[1].tolist() == [2**30]
+
+
 def test_costs_of_any_size_are_finite_inside():
     for scale in (1e308, 1e-308, 5e-324):
         cost = scale * torch.tensor([[[-1.7, 1.7, 0.0], [1.7, 0.0, -1.7]]], dtype=torch.float64)
@@ -400,6 +423,9 @@ def test_costs_of_any_size_are_finite_inside():
         ((torch.zeros(1, 2, 2), torch.tensor([3])), "num_rows: expected counts in 0..2"),
         ((torch.zeros(1, 2, 2), None, torch.tensor([1, 1])), "num_cols: expected (1,) int64"),
         (([torch.zeros(2)],), "cost[0]: expected a matrix"),
+        (([torch.zeros(1, 1, dtype=torch.complex64)],), "cost[0]: expected a matrix of real"),
+        (([torch.zeros(1, 1), torch.zeros(1, 1, device="meta")],), "cost[1]: expected on cpu"),
+        (([torch.tensor([[1.0, torch.nan]])],), "in problems [0]"),
         (([torch.zeros(2, 2)], torch.tensor([1])), "num_rows, num_cols: expected none"),
         ((torch.tensor([[[1.0, torch.nan]]]),), "in problems [0]"),
         ((torch.tensor([[[1.0, -torch.inf]]]),), "+inf to forbid a pair"),

@@ -154,14 +154,16 @@ VIRFT_INLINE double assign_one(const Costs<T>& p, int64_t n, double* reals, int3
   const bool swapped = num_rows > num_cols;  // the smaller side are the rows
   const int64_t rows = swapped ? num_cols : num_rows, cols = swapped ? num_rows : num_cols;
   const int64_t width = kWidth ? kWidth : padded(cols);
-  const T* cost = p.cost + n * p.max_rows * p.max_cols;
+  const int64_t pitch = p.addresses ? num_cols : p.max_cols;
+  const T* cost = p.addresses ? reinterpret_cast<const T*>(p.addresses[n])
+                              : p.cost + n * p.max_rows * p.max_cols;
   const Workspace<double> w = make_workspace(reals, ints, rows, width);
   CostScale scale = {p.maximize ? 1.0 : -1.0};
   double least = kInfinity<double>, largest = -kInfinity<double>;
   bool forbids = false;
   for (int64_t r = 0; r < num_rows; ++r)
     for (int64_t c = 0; c < num_cols; ++c) {
-      const double given = double(cost[r * p.max_cols + c]), value = scale.sign * given;
+      const double given = double(cost[r * pitch + c]), value = scale.sign * given;
       if (scale.is_invalid(given)) return std::numeric_limits<double>::quiet_NaN();
       if (!is_finite(value)) {
         forbids = true;
@@ -173,8 +175,8 @@ VIRFT_INLINE double assign_one(const Costs<T>& p, int64_t n, double* reals, int3
   scale.set_range(least, largest, forbids, rows);
   for (int64_t r = 0; r < rows; ++r) {
     double* worth = w.worth + r * width;
-    const T* from = swapped ? cost + r : cost + r * p.max_cols;
-    const int64_t stride = swapped ? p.max_cols : 1;
+    const T* from = swapped ? cost + r : cost + r * pitch;
+    const int64_t stride = swapped ? pitch : 1;
     for (int64_t c = 0; c < cols; ++c) worth[c] = scale.worth(double(from[c * stride]));
     std::fill(worth + cols, worth + width, scale.padding());
   }
@@ -186,7 +188,7 @@ VIRFT_INLINE double assign_one(const Costs<T>& p, int64_t n, double* reals, int3
   double total = 0;
   for (int64_t k = 0; k < num_rows; ++k) {
     matches[k] = column_of[k];
-    if (column_of[k] >= 0) total += double(cost[k * p.max_cols + column_of[k]]);
+    if (column_of[k] >= 0) total += double(cost[k * pitch + column_of[k]]);
   }
   return total;
 }

@@ -33,6 +33,7 @@ struct Costs {
   int64_t max_rows;         // K
   int64_t max_cols;         // M
   bool maximize;
+  const int64_t* addresses = nullptr;  // (N,) of matrices without padding, instead of `cost`; CPU
 };
 
 struct MatchOptions {

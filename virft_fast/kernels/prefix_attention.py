@@ -13,6 +13,7 @@ a group, P prompt tokens, C completion tokens.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -28,6 +29,7 @@ from torch.nn import functional as F
 from virft_fast.devices import to_device
 from virft_fast.kernels.backend import triton_for
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_HEAD_SIZE = 128  # of the Triton kernels; larger heads go to the reference
 # Of the work of a block of keys in the backward pass; see `PrefixLayout.key_blocks`.
 MIN_STEPS, MAX_ITEMS = 48, 1024
@@ -106,7 +108,7 @@ class PrefixLayout:
                 group may have no completions.
             device: of the tensors that `prefix_attention` will get.
         Raises:
-            ValueError: the numbers of groups differ, or a length is negative.
+            ValueError: the numbers of groups differ, or lengths are no whole numbers or negative.
         """
         if len(prompt_lengths) != len(completion_lengths):
             raise ValueError(
@@ -115,7 +117,14 @@ class PrefixLayout:
             )
         groups, start = [], 0
         for prompt, completions in zip(prompt_lengths, completion_lengths, strict=True):
-            groups.append(Group(start, int(prompt), tuple(int(length) for length in completions)))
+            try:
+                own = tuple(operator.index(length) for length in completions)
+                groups.append(Group(start, operator.index(prompt), own))
+            except TypeError:
+                raise ValueError(
+                    "expected prompt_lengths [P, ...] and completion_lengths [[C, ...], ...] in "
+                    f"whole numbers, got a prompt of {prompt!r} and completions of {completions!r}"
+                ) from None
             if min(groups[-1].prompt_length, *groups[-1].lengths, 0) < 0:
                 raise ValueError(
                     f"expected lengths of at least 0, got a prompt of {prompt} and completions of "
@@ -271,7 +280,7 @@ def prefix_attention(
             states if states.dtype == torch.float64 else states.to(dtype)
             for states in (query, key, value)
         )
-    _check(query, key, value, layout)
+    _check(query, key, value, layout, scaling)
     kernels = triton_for(query, "triton_prefix_attention")
     if kernels is None or query.shape[2] > MAX_HEAD_SIZE:
         return two_part_attention(query, key, value, layout, scaling=scaling)
@@ -300,7 +309,12 @@ class _PrefixAttention(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, scaling: float) -> None:
+    if not isinstance(scaling, (int, float)):
+        raise ValueError(
+            f"scaling: expected a number, got {type(scaling).__name__}; multiply the query by a "
+            "factor that is a tensor"
+        )
     if query.ndim != 3 or key.ndim != 3 or not key.shape[1] or query.shape[1] % key.shape[1]:
         raise ValueError(
             "query and key: expected (S, H, E) and (S, K, E) with H a multiple of K, got "
@@ -314,10 +328,10 @@ def _check(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout) -> N
                 f"{name}: expected {expected} for the layout's {shape[0]} tokens, got "
                 f"{tuple(states.shape)}; the layout's lengths must add up to the row's"
             )
-        if states.dtype != query.dtype or not states.is_floating_point():
+        if states.dtype != query.dtype or states.dtype not in DTYPES:
             raise ValueError(
-                f"{name}: expected the query's floating-point dtype, got {states.dtype} with a "
-                f"query of {query.dtype}; cast them to one dtype"
+                f"{name}: expected the query's dtype, 16, 32 or 64 bits of floating point, got "
+                f"{states.dtype} with a query of {query.dtype}; cast them to one dtype"
             )
         if states.device != layout.device:
             raise ValueError(

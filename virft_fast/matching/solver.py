@@ -31,7 +31,7 @@ from virft_fast.matching.boxes import (
 from virft_fast.matching.reference import assign_reference, match_reference
 
 METHODS = ("hungarian", "greedy")
-INTERFACE = 1  # of csrc/module.cpp
+INTERFACE = 2  # of csrc/module.cpp
 
 _C: ModuleType | None
 try:
@@ -158,8 +158,13 @@ def assign(
     one is returned in every run, but it may differ between CPU, CUDA and the reference. Source:
     Crouse 2016, doi:10.1109/TAES.2016.140952.
     """
-    problem = _cost_problem(cost, num_rows, num_cols)
-    matches, total = _call("assign", _assign, *problem, maximize)
+    if isinstance(cost, Tensor):
+        problem = _cost_problem(cost, num_rows, num_cols)
+        matches, total = _call("assign", _assign, *problem, maximize)
+    elif num_rows is not None or num_cols is not None:
+        raise ValueError("num_rows, num_cols: expected none with a list of matrices")
+    else:
+        matches, total = _assign_list(_matrices(cost), maximize)
     if total.device.type == "cpu" and not torch.compiler.is_compiling() and total.isnan().any():
         bad = total.isnan().nonzero()[:3, 0].tolist()
         raise ValueError(
@@ -169,25 +174,49 @@ def assign(
     return matches, total
 
 
-def _cost_problem(
-    cost: Tensor | Sequence[Tensor | np.ndarray], num_rows: Tensor | None, num_cols: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Padded costs in float32 or float64, and their counts in int64."""
-    if not isinstance(cost, Tensor):
-        if num_rows is not None or num_cols is not None:
-            raise ValueError("num_rows, num_cols: expected none with a list of matrices")
-        matrices = [torch.as_tensor(matrix).detach() for matrix in cost]
-        for n, matrix in enumerate(matrices):
-            if matrix.ndim != 2:
-                raise ValueError(f"cost[{n}]: expected a matrix, got {tuple(matrix.shape)}")
-        sizes = torch.tensor([m.shape for m in matrices], dtype=torch.int64).view(-1, 2)
-        largest = sizes.amax(0).tolist() if matrices else [0, 0]
-        dtype = functools.reduce(torch.promote_types, (m.dtype for m in matrices), torch.float32)
-        device = matrices[0].device if matrices else torch.device("cpu")
-        cost = torch.zeros(len(matrices), *largest, dtype=dtype, device=device)
+def _matrices(cost: Sequence[Tensor | np.ndarray]) -> list[Tensor]:
+    """The matrices in one dtype, float32 or float64."""
+    matrices = [torch.as_tensor(matrix).detach() for matrix in cost]
+    for n, matrix in enumerate(matrices):
+        if matrix.ndim != 2 or matrix.is_complex():
+            raise ValueError(
+                f"cost[{n}]: expected a matrix of real numbers, got {tuple(matrix.shape)} "
+                f"{matrix.dtype}"
+            )
+        if matrix.device != matrices[0].device:
+            raise ValueError(
+                f"cost[{n}]: expected on {matrices[0].device} like the first, got {matrix.device}"
+            )
+    single = (torch.float32, torch.float16, torch.bfloat16)
+    dtype = torch.float32 if all(m.dtype in single for m in matrices) else torch.float64
+    return [matrix.to(dtype) for matrix in matrices]
+
+
+def _assign_list(matrices: list[Tensor], maximize: bool) -> tuple[Tensor, Tensor]:
+    sizes = torch.tensor([m.shape for m in matrices], dtype=torch.int64).view(-1, 2)
+    rows, cols = sizes.amax(0).tolist() if matrices else (0, 0)
+    num_rows, num_cols = sizes.T.contiguous()
+    device = matrices[0].device if matrices else num_rows.device
+    if _C is None or device.type != "cpu" or torch.compiler.is_compiling():
+        first = matrices[0] if matrices else torch.empty(0)
+        cost = first.new_zeros(len(matrices), rows, cols)
         for padded, matrix in zip(cost, matrices, strict=True):
             padded[: matrix.shape[0], : matrix.shape[1]] = matrix
-        num_rows, num_cols = sizes.to(device).unbind(1)
+        return _call("assign", _assign, cost, num_rows.to(device), num_cols.to(device), maximize)
+    matrices = [matrix.contiguous() for matrix in matrices]  # read where they are
+    double = bool(matrices) and matrices[0].dtype == torch.float64
+    places = torch.tensor([matrix.data_ptr() for matrix in matrices], dtype=torch.int64)
+    matches = torch.empty(len(matrices), rows, dtype=torch.int64)
+    total = torch.empty(len(matrices), dtype=torch.float64)
+    _run("assign", "float64" if double else "float32", places, num_rows, num_cols, len(matrices),
+         rows, cols, maximize, True, matches, total)  # fmt: skip
+    return matches, total
+
+
+def _cost_problem(
+    cost: Tensor, num_rows: Tensor | None, num_cols: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Costs in float32 or float64, and their counts in int64."""
     if cost.ndim != 3 or cost.is_complex():
         raise ValueError(
             f"cost: expected (N, K, M) real numbers, got {tuple(cost.shape)} {cost.dtype}; add a "
@@ -311,8 +340,11 @@ def _assign(
         return assign_reference(cost, num_rows, num_cols, maximize)
     suffix, (c, n, m) = _prepared(cost, num_rows, num_cols)
     matches, total = n.new_empty(c.shape[:2]), c.new_empty(c.shape[:1], dtype=torch.float64)
-    scratch = _C.scratch_bytes(*c.shape, 8) if suffix.startswith("cuda") else 0
-    _run("assign", suffix, c, n, m, *c.shape, maximize, matches, total, scratch=scratch)
+    if suffix.startswith("cuda"):
+        scratch = _C.scratch_bytes(*c.shape, 8)
+        _run("assign", suffix, c, n, m, *c.shape, maximize, matches, total, scratch=scratch)
+    else:
+        _run("assign", suffix, c, n, m, *c.shape, maximize, False, matches, total)
     return _back(cost.device, matches, total)
 
 
