@@ -20,7 +20,7 @@ using Address = uintptr_t;
 
 constexpr int kInterface = 2;  // counts changes of the functions below, as solver.py knows them
 
-// Pairs that are worth another thread; below, starting one costs more than it saves.
+// Pairs of a row and a column worth a thread; starting one for fewer costs more than it saves.
 constexpr int64_t kPairsPerThread = 32768;
 constexpr int kPartsPerThread = 4;  // problems differ in cost
 
@@ -32,8 +32,7 @@ T* at(Address address) {
 // The threads are those of the OpenMP library that torch has loaded; none is linked here.
 template <typename Work>
 void for_problems(int64_t problems, int64_t pairs, int threads, const Work& work) {
-  const int64_t grain = std::max<int64_t>(kPairsPerThread / std::max<int64_t>(pairs, 1), 1);
-  const int64_t team = std::min<int64_t>(threads, (problems + grain - 1) / grain);
+  const int64_t team = std::min<int64_t>({threads, pairs / kPairsPerThread, problems});
   if (team <= 1) return work(0, problems);
   const int64_t parts = std::min<int64_t>(team * kPartsPerThread, problems);
 #pragma omp parallel for num_threads(int(team)) schedule(dynamic, 1)
@@ -41,6 +40,11 @@ void for_problems(int64_t problems, int64_t pairs, int threads, const Work& work
     work(problems * part / parts, problems * (part + 1) / parts);
 }
 
+int64_t count_pairs(const int64_t* rows, const int64_t* cols, int64_t problems) {
+  int64_t pairs = 0;
+  for (int64_t n = 0; n < problems; ++n) pairs += rows[n] * cols[n];
+  return pairs;
+}
 
 // Where each problem of a packed batch begins; checks that the counts add up to `length`.
 std::vector<int64_t> starts(const char* name, const int64_t* counts, int64_t problems,
@@ -74,7 +78,7 @@ void iou(Address pred, Address gt, Address num_pred, Address num_gt, int64_t cou
   check_counts("num_pred", p.num_pred, count, rows);
   check_counts("num_gt", p.num_gt, count, cols);
   const py::gil_scoped_release released;
-  for_problems(count, rows * cols, threads, [&](int64_t begin, int64_t end) {
+  for_problems(count, count * rows * cols, threads, [&](int64_t begin, int64_t end) {
     iou_batch<T>(p, giou ? IouKind::kGiou : IouKind::kIou, at<T>(out), begin, end);
   });
 }
@@ -95,7 +99,8 @@ void match(Address pred, Address gt, Address num_pred, Address num_gt, int64_t c
   }
   const MatchOptions options = {greedy, min_iou, at<double>(scores)};
   const py::gil_scoped_release released;
-  for_problems(count, p.max_pred * p.max_gt, threads, [&](int64_t begin, int64_t end) {
+  const int64_t pairs = count_pairs(p.num_pred, p.num_gt, count);
+  for_problems(count, pairs, threads, [&](int64_t begin, int64_t end) {
     match_batch<T>(p, options, at<int64_t>(matches), at<T>(ious), begin, end);
   });
 }
@@ -109,7 +114,8 @@ void assign(Address cost, Address num_rows, Address num_cols, int64_t count, int
   check_counts("num_rows", p.num_rows, count, rows);
   check_counts("num_cols", p.num_cols, count, cols);
   const py::gil_scoped_release released;
-  for_problems(count, rows * cols, threads, [&](int64_t begin, int64_t end) {
+  const int64_t pairs = count_pairs(p.num_rows, p.num_cols, count);
+  for_problems(count, pairs, threads, [&](int64_t begin, int64_t end) {
     assign_batch<T>(p, at<int64_t>(matches), at<double>(totals), begin, end);
   });
 }

@@ -209,17 +209,10 @@ def prefix_variants(arch: int) -> list[DecodeVariant]:
         most = 128 if dtype == "fp32" else 0
         for kernel, tiles in PREFIX_KERNELS:
             queries, keys, warps, stages = tiles[32 if dtype == "fp32" else 16, min(arch, 90)]
-            shape = {
-                "H": 2 if kernel is prefix.backward_key_kernel else 12,
-                "REPEATS": 6,
-                "E": size,
-                "BE": prefix._pad(size),
-                "BM": queries,
-                "BN": keys,
-                "WIDE": False,
-            }
+            shape = {"REPEATS": 6, "E": size, "BE": prefix._pad(size), "BM": queries, "BN": keys,
+                     "WIDE": False}  # fmt: skip
             found.append(DecodeVariant(kernel, dtype, shape, warps, stages, 255, most))
-        shape = {"H": 2, "E": size, "BE": prefix._pad(size), "BN": keys}
+        shape = {"E": size, "BE": prefix._pad(size), "BN": keys}
         found.append(DecodeVariant(prefix.sum_shares_kernel, dtype, shape, max_registers=255))
     return found
 

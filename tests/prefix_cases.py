@@ -142,6 +142,18 @@ def layouts(draw, most=MOST_TOKENS):
     return prompts, completions
 
 
+@only_interpreted
+def test_many_blocks_take_several_launches(monkeypatch, small_items):
+    from virft_fast.kernels import triton_prefix_attention as kernels
+
+    layout = PrefixLayout.from_lengths(*ROW, device=DEVICE)
+    row, grad = make_row(layout, 4, 2, 16)
+    expected = run(row, layout, grad)
+    monkeypatch.setattr(kernels, "MAX_BLOCKS", 2)
+    for ours, wanted in zip(run(row, layout, grad), expected, strict=True):
+        assert torch.equal(ours, wanted)
+
+
 @few
 @given(
     lengths=layouts(), kv_heads=st.integers(1, 2), repeats=st.integers(1, 8),

@@ -1,10 +1,9 @@
 """Triton kernels of attention over packed rows, and their launches. Only `backend` imports this
 module.
 
-Lengths are in the layout's tables, so a new row compiles nothing. A completion's rows see two
-ranges of keys, its prompt's and its own; `starts` has each row's first own key. A launch has one
-axis, with the heads of a block next to each other: CUDA allows only 65,535 programs on the others.
-H is the number of these heads. Other shapes and letters: see `prefix_attention`.
+Lengths are in the layout's tables, so a new row compiles nothing. Shapes and letters: see
+`prefix_attention`. A completion's rows see two ranges of keys, its prompt's and its own; `starts`
+has each row's first own key.
 """
 
 from __future__ import annotations
@@ -25,6 +24,9 @@ if TYPE_CHECKING:
 
 _PRECISION = tl.constexpr("tf32x3")  # of float32 products: about that of float32
 _LOG2E = tl.constexpr(1.4426950408889634)
+# Blocks of a launch: CUDA has at most 65,535 programs on an axis other than the first, where heads
+# are. A multiple of 16, so that the rest of a table is as aligned as its start.
+MAX_BLOCKS = 65_520
 
 
 # ---- device functions ----------------------------------------------------------------------------
@@ -61,10 +63,10 @@ def _dot(a, b):
 
 
 @triton.jit
-def _query_block(BLOCKS, STARTS, H: tl.constexpr, BM: tl.constexpr):
+def _query_block(BLOCKS, STARTS, BM: tl.constexpr):
     """This program's block of queries: first row and end, first own key, the prompt's first key and
     end, the rows, and the first own key of each."""
-    BLOCKS += tl.program_id(0) // H * 5
+    BLOCKS += tl.program_id(1) * 5
     first, end, own = tl.load(BLOCKS), tl.load(BLOCKS + 1), tl.load(BLOCKS + 2)
     rows = first + tl.arange(0, BM)
     starts = tl.load(STARTS + rows, mask=rows < end, other=0)
@@ -88,12 +90,12 @@ def _sees(rows, starts, cols, end, OWN: tl.constexpr):
 def forward_kernel(
     QUERY, KEY, VALUE, OUT, LSE, STARTS, BLOCKS, scale, length,
     q_row, q_head, k_row, k_head, v_row, v_head,
-    H: tl.constexpr, REPEATS: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, WIDE: tl.constexpr,
+    REPEATS: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program: block of queries and query head."""
-    head = (tl.program_id(0) % H).to(tl.int64)
-    first, end, own, prompt, prompt_end, rows, starts = _query_block(BLOCKS, STARTS, H, BM)
+    """Program (query head, block of queries)."""
+    head, heads = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    first, end, own, prompt, prompt_end, rows, starts = _query_block(BLOCKS, STARTS, BM)
     KEY += head // REPEATS * k_head
     VALUE += head // REPEATS * v_head
     dtype = VALUE.dtype.element_ty
@@ -117,7 +119,7 @@ def forward_kernel(
             p = p.to(dtype).to(v.dtype)  # rounded as the values are
             acc = tl.dot(p, v, acc * alpha[:, None], input_precision=_PRECISION)
             m = new
-    _store_rows(OUT + head * E, first, end, H * E, acc / s[:, None], E, BE, BM)
+    _store_rows(OUT + head * E, first, end, heads * E, acc / s[:, None], E, BE, BM)
     tl.store(LSE + head * length + rows, m + tl.log2(s), mask=rows < end)
 
 
@@ -125,18 +127,18 @@ def forward_kernel(
 def backward_query_kernel(
     QUERY, KEY, VALUE, OUT, GRAD, LSE, DELTA, GRAD_QUERY, STARTS, BLOCKS, scale, length,
     q_row, q_head, k_row, k_head, v_row, v_head, g_row, g_head,
-    H: tl.constexpr, REPEATS: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, WIDE: tl.constexpr,
+    REPEATS: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program: block of queries and query head. Also stores DELTA, each row's product of the output
+    """Program (query head, block of queries). Also stores DELTA, each row's product of the output
     and its gradient."""
-    head = (tl.program_id(0) % H).to(tl.int64)
-    first, end, own, prompt, prompt_end, rows, starts = _query_block(BLOCKS, STARTS, H, BM)
+    head, heads = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    first, end, own, prompt, prompt_end, rows, starts = _query_block(BLOCKS, STARTS, BM)
     KEY += head // REPEATS * k_head
     VALUE += head // REPEATS * v_head
     dtype = KEY.dtype.element_ty
     g = _rows(GRAD + head * g_head, first, end, g_row, E, BE, BM, WIDE)
-    out = _rows(OUT + head * E, first, end, H * E, E, BE, BM, WIDE)
+    out = _rows(OUT + head * E, first, end, heads * E, E, BE, BM, WIDE)
     delta = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
     place = head * length + rows
     tl.store(DELTA + place, delta, mask=rows < end)
@@ -153,19 +155,19 @@ def backward_query_kernel(
             sees = _sees(rows, starts, n + tl.arange(0, BN), stop, OWN)
             d = tl.where(sees, tl.exp2(z), 0.0) * (_dot(g, tl.trans(v)) - delta[:, None])
             acc = tl.dot(d.to(dtype).to(k.dtype), k, acc, input_precision=_PRECISION)
-    _store_rows(GRAD_QUERY + head * E, first, end, H * E, acc * scale, E, BE, BM)
+    _store_rows(GRAD_QUERY + head * E, first, end, heads * E, acc * scale, E, BE, BM)
 
 
 @triton.jit(do_not_specialize=["length"])
 def backward_key_kernel(
     QUERY, KEY, VALUE, GRAD, LSE, DELTA, GRAD_KEY, GRAD_VALUE, SHARES, STARTS, ITEMS, scale, length,
     q_row, q_head, k_row, k_head, v_row, v_head, g_row, g_head,
-    H: tl.constexpr, REPEATS: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, WIDE: tl.constexpr,
+    REPEATS: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program: item of `PrefixLayout.key_blocks` and key/value head."""
-    head = (tl.program_id(0) % H).to(tl.int64)
-    ITEMS += tl.program_id(0) // H * 7
+    """Program (key/value head, item of `PrefixLayout.key_blocks`)."""
+    head, heads = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    ITEMS += tl.program_id(1) * 7
     first, end, last = tl.load(ITEMS), tl.load(ITEMS + 1), tl.load(ITEMS + 2)
     completions, place = tl.load(ITEMS + 3), tl.load(ITEMS + 6)
     steps = tl.cdiv(last - first, BM)  # of a query head
@@ -196,33 +198,32 @@ def backward_key_kernel(
         grad_value = tl.dot(p, g, grad_value, input_precision=_PRECISION)
         grad_key = tl.dot(d, q, grad_key, input_precision=_PRECISION)
     if place < 0:
-        _store_rows(GRAD_KEY + head * E, first, end, H * E, grad_key * scale, E, BE, BN)
-        _store_rows(GRAD_VALUE + head * E, first, end, H * E, grad_value, E, BE, BN)
+        _store_rows(GRAD_KEY + head * E, first, end, heads * E, grad_key * scale, E, BE, BN)
+        _store_rows(GRAD_VALUE + head * E, first, end, heads * E, grad_value, E, BE, BN)
     else:
-        SHARES += (place.to(tl.int64) * H + head) * (2 * BN * E)
+        SHARES += (place.to(tl.int64) * heads + head) * (2 * BN * E)
         _store_rows(SHARES, 0, BN, E, grad_key * scale, E, BE, BN)
         _store_rows(SHARES + BN * E, 0, BN, E, grad_value, E, BE, BN)
 
 
 @triton.jit
 def sum_shares_kernel(
-    SHARES, GRAD_KEY, GRAD_VALUE, SPLIT,
-    H: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Program: split block and key/value head. The sum of its items' shares, in their order."""
-    head = (tl.program_id(0) % H).to(tl.int64)
-    SPLIT += tl.program_id(0) // H * 4
+    SHARES, GRAD_KEY, GRAD_VALUE, SPLIT, E: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr
+):
+    """Program (key/value head, split block): the sum of its items' shares, in their order."""
+    head, heads = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    SPLIT += tl.program_id(1) * 4
     first, end, place, count = (
         tl.load(SPLIT), tl.load(SPLIT + 1), tl.load(SPLIT + 2), tl.load(SPLIT + 3),
     )  # fmt: skip
     grad_key = tl.zeros((BN, BE), tl.float32)
     grad_value = tl.zeros((BN, BE), tl.float32)
     for number in range(count):
-        share = SHARES + ((place + number).to(tl.int64) * H + head) * (2 * BN * E)
+        share = SHARES + ((place + number).to(tl.int64) * heads + head) * (2 * BN * E)
         grad_key += _rows(share, 0, BN, E, E, BE, BN, False)
         grad_value += _rows(share + BN * E, 0, BN, E, E, BE, BN, False)
-    _store_rows(GRAD_KEY + head * E, first, end, H * E, grad_key, E, BE, BN)
-    _store_rows(GRAD_VALUE + head * E, first, end, H * E, grad_value, E, BE, BN)
+    _store_rows(GRAD_KEY + head * E, first, end, heads * E, grad_key, E, BE, BN)
+    _store_rows(GRAD_VALUE + head * E, first, end, heads * E, grad_value, E, BE, BN)
 
 
 # ---- launches ------------------------------------------------------------------------------------
@@ -254,12 +255,11 @@ def forward(
     lse = _empty((heads, length), torch.float32, query.device)
     queries, keys, options = tiles(FORWARD, query)
     blocks = layout.query_blocks(queries)
-    if blocks.numel():
+    for part in blocks.split(MAX_BLOCKS) if len(blocks) else ():
         with _on(query.device):
-            forward_kernel[(heads * len(blocks),)](
-                query, key, value, out, lse, layout.segment_starts, blocks, scaling, length,
-                *_strides(query, key, value), H=heads, BM=queries, BN=keys, **_sizes(query, key),
-                **options,
+            forward_kernel[(heads, len(part))](
+                query, key, value, out, lse, layout.segment_starts, part, scaling, length,
+                *_strides(query, key, value), BM=queries, BN=keys, **_sizes(query, key), **options,
             )  # fmt: skip
     return out, lse
 
@@ -279,22 +279,23 @@ def backward(
     sizes, strides = _sizes(query, key), _strides(query, key, value, grad)
     delta, starts = _empty(lse.shape, torch.float32, query.device), layout.segment_starts
     with _on(query.device):
-        backward_query_kernel[(heads * len(blocks),)](
-            query, key, value, out, grad, lse, delta, grads[0], starts, blocks, scaling, length,
-            *strides, H=heads, BM=queries, BN=keys, **sizes, **options,
-        )  # fmt: skip
+        for part in blocks.split(MAX_BLOCKS):
+            backward_query_kernel[(heads, len(part))](
+                query, key, value, out, grad, lse, delta, grads[0], starts, part, scaling, length,
+                *strides, BM=queries, BN=keys, **sizes, **options,
+            )  # fmt: skip
         queries, keys, options = tiles(BACKWARD_KEY, query)
         items, split, count = layout.key_blocks(queries, keys, heads, heads // kv_heads)
         shares = _empty((count, kv_heads, 2, keys, size), torch.float32, query.device)
-        backward_key_kernel[(kv_heads * len(items),)](
-            query, key, value, grad, lse, delta, *grads[1:], shares, starts, items, scaling, length,
-            *strides, H=kv_heads, BM=queries, BN=keys, **sizes, **options,
-        )  # fmt: skip
-        if len(split):
-            sum_shares_kernel[(kv_heads * len(split),)](
-                shares, *grads[1:], split, H=kv_heads, E=size, BE=_pad(size), BN=keys,
-                enable_fp_fusion=True,
+        for part in items.split(MAX_BLOCKS):
+            backward_key_kernel[(kv_heads, len(part))](
+                query, key, value, grad, lse, delta, *grads[1:], shares, starts, part, scaling,
+                length, *strides, BM=queries, BN=keys, **sizes, **options,
             )  # fmt: skip
+        for part in split.split(MAX_BLOCKS) if len(split) else ():
+            sum_shares_kernel[(kv_heads, len(part))](
+                shares, *grads[1:], part, E=size, BE=_pad(size), BN=keys, enable_fp_fusion=True
+            )
     return grads[0], grads[1], grads[2]
 
 

@@ -232,6 +232,8 @@ def _cost_problem(
             given = torch.full(cost.shape[:1], size, dtype=torch.int64, device=cost.device)
         else:
             check_counts(name, given, len(cost), cost.device)
+            if not (_C and cost.is_cpu) and not torch.compiler.is_compiling():
+                check_count_values(name, given, size)  # natively, the CPU checks them itself
         counts.append(given.long())
     return cost.detach(), counts[0], counts[1]
 
@@ -332,9 +334,6 @@ def _match_boxes(
 def _assign(
     cost: Tensor, num_rows: Tensor, num_cols: Tensor, maximize: bool
 ) -> tuple[Tensor, Tensor]:
-    if not (_C and cost.is_cpu):
-        check_count_values("num_rows", num_rows, cost.shape[1])
-        check_count_values("num_cols", num_cols, cost.shape[2])
     if _C is None:
         _warn_once()
         return assign_reference(cost, num_rows, num_cols, maximize)
