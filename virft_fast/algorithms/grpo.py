@@ -173,10 +173,13 @@ def score_rollouts(state: TrainState, rollouts: Rollouts, log: RewardLog) -> tup
 
 
 def _has_own_rewards(state: TrainState) -> bool:
-    """Whether any reward function is the user's. Built-in ones neither read the run's state nor
-    report values."""
-    modules = (getattr(function, "__module__", "") for _, function in state.reward_funcs)
-    return not all(module.startswith("virft_fast.") for module in modules)
+    """Whether any reward function is the user's or reports values. Built-in ones neither read the
+    run's state nor, but for a judge, report any."""
+    return not all(
+        getattr(function, "__module__", "").startswith("virft_fast.")
+        and not getattr(function, "reports", False)
+        for _, function in state.reward_funcs
+    )
 
 
 def _trainer_state(state: TrainState) -> TrainerState:

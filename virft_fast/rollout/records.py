@@ -11,12 +11,13 @@ from virft_fast.metrics import null_for_nan
 
 
 def reward_arguments(rollouts: Rollouts) -> tuple[list[Json], list[Json], dict[str, list[Json]]]:
-    """Prompts, completions and columns, each of length N, as TRL passes them to reward
-    functions."""
+    """Prompts, completions and columns, each of length N, as TRL passes them to reward functions.
+    The column `images` has each prompt's images."""
     repeated = [p.sample for p in rollouts.prompts for _ in range(rollouts.num_generations)]
     names = {name for sample in repeated for name in sample.columns}
     columns = {name: [sample.columns.get(name) for sample in repeated] for name in sorted(names)}
     grids = [p.image_grid_thw for p in rollouts.prompts for _ in range(rollouts.num_generations)]
+    columns["images"] = [sample.images for sample in repeated]
     columns["image_grid_thw"] = [None if grid is None else grid.tolist() for grid in grids]
     tokens = zip(rollouts.completion_ids, rollouts.completion_mask, strict=True)
     columns["completion_ids"] = [ids[mask].tolist() for ids, mask in tokens]

@@ -144,6 +144,8 @@ def _registered(name: str) -> tuple[str, RewardFunction]:
         return name, REWARDS[name]
     close = difflib.get_close_matches(name, REWARDS, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(REWARDS)}"
+    if "/" in name:  # a model's id, as TRL takes it
+        hint = "a reward model isn't loaded here; ask one on a server with virft_fast.tasks.judge"
     raise ValueError(
         f"--reward_funcs: expected a known name or path/to/file.py:function, got {name!r}; {hint}"
     )

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # Arguments of a reward function that are not columns of the data set.
 _ALWAYS = ("prompts", "completions", "completion_ids", "image_grid_thw")
-RESERVED = frozenset((*_ALWAYS, "trainer_state", "log_extra", "log_metric"))
+RESERVED = frozenset((*_ALWAYS, "images", "trainer_state", "log_extra", "log_metric"))
 LARGEST = torch.finfo(torch.float32).max
 Conversation: TypeAlias = str | Sequence[Row]  # a prompt or a completion: text, or messages
 
@@ -152,7 +152,8 @@ def score(
     """Call every reward function on all N completions and sum their rewards, like TRL 1.16.
 
     Args:
-        columns: the data set's columns, N values each.
+        columns: the data set's columns, N values each. `images` goes only to functions that name
+            it.
         shared: arguments that don't belong to one completion, passed to functions that take them.
             None: the arguments of a `RewardLog` that is discarded.
         section: description of a function -> the context in which it is called.
@@ -168,7 +169,8 @@ def score(
     per_function = []
     for name, function in reward_funcs:
         with section(f"reward function {name}"):
-            per_function.append(_call(name, _given(function, shared), arguments))
+            taken = _taken(function, arguments)
+            per_function.append(_call(name, _given(function, shared), taken))
     rewards = torch.tensor(per_function, dtype=torch.float32).T  # (N, R)
     # A finite double may still overflow float32.
     rewards = rewards.masked_fill(~rewards.isfinite(), torch.nan)
@@ -190,6 +192,15 @@ def _given(
     return partial(function, **taken)
 
 
+def _taken(function: RewardFunction, arguments: _Arguments) -> _Arguments:
+    """The arguments without images, unless the function names them: they are large."""
+    try:
+        named = "images" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a builtin
+        named = False
+    return arguments if named else {k: v for k, v in arguments.items() if k != "images"}
+
+
 def check_arguments(reward_funcs: NamedRewards, columns: Iterable[str]) -> None:
     """Raise ValueError if a function can't be called with the arguments it will get.
 
@@ -200,10 +211,11 @@ def check_arguments(reward_funcs: NamedRewards, columns: Iterable[str]) -> None:
     for name, function in reward_funcs:
         try:
             signature = inspect.signature(_given(function, RewardLog().arguments()))
+            given = _taken(function, dict.fromkeys((*names, "images"), ()))
         except ValueError:  # a builtin without a signature
             continue
         try:
-            signature.bind(**dict.fromkeys(names))
+            signature.bind(**given)
         except TypeError as error:
             raise ValueError(
                 f"--reward_funcs {name}: expected a function that takes {', '.join(names)} by "
@@ -248,9 +260,10 @@ def _call(name: str, function: RewardFunction, arguments: _Arguments) -> list[fl
 def _values(function: RewardFunction, arguments: _Arguments) -> list[SupportsFloat | None]:
     """The return value of a function, awaited if the function is `async`.
 
-    The function gets copies, so that it can't change what the next function sees.
+    The function gets copies, so that it can't change what the next function sees, except of images.
     """
-    values: object = function(**copy.deepcopy(dict(arguments)))
+    same = {id(image): image for images in arguments.get("images", ()) for image in images}
+    values: object = function(**copy.deepcopy(dict(arguments), same))
     if inspect.isawaitable(values):
         values = asyncio.run(_wait(values))
     if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
