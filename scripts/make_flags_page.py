@@ -23,7 +23,8 @@ TRAINING = {
     "LoRA": "use_peft lora_r lora_alpha lora_target_modules lora_dropout",
     "Data": """dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming
         task columns box_space compat_prompt max_prompt_length max_bad_rows""",
-    "Rewards": "reward_funcs reward_weights reward_timeout scale_rewards",
+    "Rewards": """reward_funcs reward_weights reward_clip reward_timeout scale_rewards
+        multi_objective_aggregation advantage_estimator""",
     "Rollout": """num_generations max_completion_length temperature top_p top_k min_p
         repetition_penalty rollout_backend rollout_cache_tokens offload_rollout_weights""",
     "GRPO loss": """beta epsilon_low epsilon_high delta num_iterations loss_type

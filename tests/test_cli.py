@@ -121,6 +121,7 @@ def test_a_command_gets_the_rest_of_the_line(capsys):
         ("loss_type", "gspoo", "expected one of grpo, bnpo, .*did you mean gspo"),
         ("scale_rewards", "std", "expected one of group, batch, none, got 'std'"),
         ("algorithm", "ppo", "expected one of grpo, sft, dpo"),
+        ("advantage_estimator", "reinforce_p", "expected one of grpo, .*did you mean reinforce_pp"),
         ("dtype", "float64", "expected one of auto, float32, bfloat16"),
         ("max_steps", "many", "invalid int value: 'many'"),
     ],
@@ -128,6 +129,21 @@ def test_a_command_gets_the_rest_of_the_line(capsys):
 def test_a_value_that_is_no_choice_is_named_with_those_there_are(flag, value, said):
     with pytest.raises(UsageError, match=f"--{flag}.*{said}"):
         parse_args([f"--{flag}", value])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--reward_clip 1", "expected two numbers, the lower one first, got .1.0."),
+        ("--reward_clip 1 0", "expected two numbers, the lower one first"),
+        ("--reward_clip nan 1", "expected two numbers, the lower one first"),
+        ("--multi_objective_aggregation normalize_then_sum --advantage_estimator rloo",
+         "--advantage_estimator: expected grpo with --multi_objective_aggregation"),
+    ],
+)  # fmt: skip
+def test_what_advantages_need_is_said(line, said):
+    with pytest.raises(UsageError, match=said):
+        parse_args(line.split())
 
 
 def test_switches_work_alone_and_with_a_word():

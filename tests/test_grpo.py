@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from helpers import (
 from virft_fast.algorithms import grpo
 from virft_fast.algorithms.grpo import train_step
 from virft_fast.algorithms.step import TooManyBadSteps
+from virft_fast.config import GRPOConfig
 from virft_fast.kernels import linear
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo"]
@@ -209,6 +211,56 @@ def test_reward_weights_scale_the_sum(processor, prompts):
     state.reward_weights = [0.5]
     metrics, records = train_step(state, prompts)
     assert metrics["reward"] == pytest.approx(0.5 * metrics["rewards/reward"], rel=1e-5)
+
+
+ADVANTAGES = [
+    {"scale_rewards": "batch"}, {"advantage_estimator": "rloo"},
+    {"advantage_estimator": "reinforce_pp"},
+    {"multi_objective_aggregation": "normalize_then_sum"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", ADVANTAGES, ids=lambda options: "-".join(options.values()))
+def test_two_ranks_have_the_advantages_of_one_big_batch(monkeypatch, options):
+    config = GRPOConfig(num_generations=4, **options)
+    state = SimpleNamespace(config=config, reward_weights=[1.0, 0.5])
+    by_function = torch.rand(16, 2, generator=torch.Generator().manual_seed(0))
+    by_function[8:] *= 10
+    by_function[3, 1], by_function[9] = math.nan, math.nan
+    rewards = (by_function * torch.tensor([1.0, 0.5])).nansum(1)
+    rewards[9] = math.nan
+    whole = grpo._advantages(state, by_function, rewards)
+    assert whole[9] == 0 and whole[8] != 0
+    for rank in range(2):
+        mine = slice(8 * rank, 8 * rank + 8)
+        monkeypatch.setattr(grpo.dist, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(
+            grpo.dist, "all_gather_object",
+            lambda own: list((rewards if own.ndim == 1 else by_function).split(8)),
+        )  # fmt: skip
+        own = grpo._advantages(state, by_function[mine], rewards[mine])
+        assert torch.equal(own, whole[mine])
+
+
+def test_a_step_takes_the_estimator_and_clips_each_reward(processor, prompts):
+    """Two rewards whose sums are equal in every group: only normalized one by one, they teach."""
+
+    def place(completions, **columns):
+        return [float(i % 2) for i in range(len(completions))]
+
+    def other(completions, **columns):
+        return [1 - value for value in place(completions)]
+
+    config = {"reward_clip": [0.25, 2.0], "beta": 0.0}
+    for aggregation, silent in (("sum_then_normalize", 1.0), ("normalize_then_sum", 0.0)):
+        given = config | {"multi_objective_aggregation": aggregation}
+        state = make_state(processor, config=given, reward=place, prompts_per_microbatch=4)
+        state.reward_funcs, weights = [("place", place), ("other", other)], [1.0, 1.0]
+        state.reward_weights = weights if silent else [2.0, 1.0]
+        metrics, records = train_step(state, prompts)
+        assert metrics["frac_reward_zero_std"] == silent
+        assert records[0]["rewards"] == {"place": 0.25, "other": 1.0}
+        assert bool(records[1]["advantage"]) is not bool(silent)
 
 
 @pytest.mark.parametrize("value", [float("nan"), None, 1e308, float("-inf")], ids=str)

@@ -13,6 +13,7 @@ from virft_fast.kernels import (
     linear_grpo_loss,
     linear_logps,
     logps_and_entropy,
+    normalize_then_sum,
     selective_log_softmax,
 )
 from virft_fast.kernels import linear as linear_module
@@ -328,20 +329,50 @@ def test_advantages_by_hand():
     torch.testing.assert_close(batch, expected)
 
 
-@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
-def test_equal_rewards_give_exactly_zero(scale_rewards):
+def test_estimators_by_hand():
+    """[1, 3, 5]: the others' means are 4, 3, 2; [0, 4] and an unscored row: 4 and 0. Centered:
+    -2, 0, 2, -2, 2, whose squares sum to 16: unbiased std 2."""
+    rewards = torch.tensor([1.0, 3, 5, 0, 4, NAN])
+    rloo = group_advantages(rewards, 3, advantage_estimator="rloo")
+    torch.testing.assert_close(rloo, torch.tensor([-3.0, 0, 3, -4, 4, 0]))
+    for ignored in ("group", "none"):
+        out = group_advantages(
+            rewards, 3, advantage_estimator="reinforce_pp", scale_rewards=ignored, eps=0.5
+        )
+        torch.testing.assert_close(out, torch.tensor([-2.0, 0, 2, -2, 2, 0]) / 2.5)
+
+
+def test_normalize_then_sum_shows_a_group_whose_sums_are_equal():
+    """Two rewards that add up to 1: each is -1, 1 times 1/sqrt(2) in its group, and weights of 2
+    and 1 leave half of the first. The other group is equal in both."""
+    rewards = torch.tensor([[0.0, 1], [1, 0], [0.3, 0.7], [0.3, 0.7]], dtype=torch.float64)
+    assert (group_advantages(rewards.sum(1), 2) == 0).all()
+    out = normalize_then_sum(rewards, [2.0, 1.0], 2, eps=1e-12)
+    std = math.sqrt(1 / 3)  # of -1, 1, 0, 0 times 1/sqrt(2)
+    wanted = torch.tensor([-1, 1, 0, 0], dtype=torch.float64) * math.sqrt(0.5) / std
+    torch.testing.assert_close(out, wanted)
+    with pytest.raises(ValueError, match=r"expected \(N, 1\), one column for each weight"):
+        normalize_then_sum(rewards, [1.0], 2)
+
+
+SCALINGS = [{"scale_rewards": name} for name in ("group", "batch", "none")]
+SCALINGS += [{"advantage_estimator": name} for name in ("rloo", "reinforce_pp")]
+
+
+@pytest.mark.parametrize("options", SCALINGS)
+def test_equal_rewards_give_exactly_zero(options):
     for value in (0.1, 1 / 3, 0.7, 1e6 + 0.1):
         rewards = torch.tensor([value] * 7 + [0.0, 1, 2, 3, 4, 5, 6])
-        out = group_advantages(rewards, 7, scale_rewards=scale_rewards)
+        out = group_advantages(rewards, 7, **options)
         assert (out[:7] == 0).all() and (out[7:] != 0).sum() == 6
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-@pytest.mark.parametrize("scale_rewards", ["group", "none"])
-def test_unscored_rows_are_excluded(scale_rewards, bad):
+@pytest.mark.parametrize("options", [SCALINGS[0], SCALINGS[2], SCALINGS[3]])
+def test_unscored_rows_are_excluded(options, bad):
     rewards = torch.tensor([1.0, bad, 3.0, 2.0, bad, bad, bad, 5.0, bad, bad, bad, bad])
-    out = group_advantages(rewards, 4, scale_rewards=scale_rewards)
-    alone = group_advantages(torch.tensor([1.0, 3.0, 2.0]), 3, scale_rewards=scale_rewards)
+    out = group_advantages(rewards, 4, **options)
+    alone = group_advantages(torch.tensor([1.0, 3.0, 2.0]), 3, **options)
     assert out[1] == 0 and (out[4:] == 0).all()
     torch.testing.assert_close(out[[0, 2, 3]], alone)
 
@@ -349,7 +380,8 @@ def test_unscored_rows_are_excluded(scale_rewards, bad):
 def test_advantages_edge_shapes():
     assert group_advantages(torch.tensor([3.0, 4.0]), 1).tolist() == [0, 0]
     assert group_advantages(torch.zeros(0), 8).shape == (0,)
-    assert group_advantages(torch.tensor([NAN, 1.0]), 1, scale_rewards="batch").tolist() == [0, 0]
+    for options in SCALINGS:
+        assert group_advantages(torch.tensor([NAN, 1.0]), 1, **options).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("delta", [None, 1.1])
@@ -835,6 +867,8 @@ def test_bad_advantage_input_is_named():
             group_advantages(*arguments)
     with pytest.raises(ValueError, match="scale_rewards: expected"):
         group_advantages(torch.ones(4), 2, scale_rewards="std")
+    with pytest.raises(ValueError, match="advantage_estimator: expected"):
+        group_advantages(torch.ones(4), 2, advantage_estimator="ppo")
     with pytest.raises(ValueError, match="eps: expected"):
         group_advantages(torch.ones(4), 2, eps=0.0)
 

@@ -7,7 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from virft_fast.kernels import group_advantages, grpo_loss, linear_grpo_loss
+from virft_fast.kernels import (
+    group_advantages,
+    grpo_loss,
+    linear_grpo_loss,
+    normalize_then_sum,
+)
+from virft_fast.tasks import RewardLog, score
 
 pytest.importorskip("trl")
 
@@ -323,15 +329,19 @@ def test_new_options_equal_ligers_chunked_loss(loss_type, weighted):
         torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-7)
 
 
-def trl_advantages(rewards, num_generations, scale_rewards):
-    """TRL computes them amid generation: those statements of its method alone are run."""
+def trl_advantages(rewards, num_generations, module="grpo_trainer", **options):
+    """TRL computes them amid generation: those statements of its method alone are run.
+
+    `rewards` are (N,) or (N, R).
+    """
     import ast
+    import importlib
     import inspect
     import textwrap
 
-    from trl.trainer import grpo_trainer
-
-    method = grpo_trainer.GRPOTrainer._generate_and_score_completions
+    names = vars(importlib.import_module(f"trl.trainer.{module}"))
+    trainer = names["GRPOTrainer" if module == "grpo_trainer" else "RLOOTrainer"]
+    method = trainer._generate_and_score_completions
     function = ast.parse(textwrap.dedent(inspect.getsource(method))).body[0]
     wanted = []
     for node in function.body:  # from the reward calls' mask to the clean-up of NaN advantages
@@ -342,30 +352,87 @@ def trl_advantages(rewards, num_generations, scale_rewards):
             break
     else:
         pytest.skip("TRL's advantage lines moved")
-    scope = dict(
-        vars(grpo_trainer),
-        self=SimpleNamespace(
-            scale_rewards=scale_rewards,
-            multi_objective_aggregation="sum_then_normalize",
-            reward_weights=torch.ones(1),
-        ),
-        rewards_per_func=rewards[:, None],
-        num_generations=num_generations,
-        device="cpu",
-    )
+    rewards = rewards.view(len(rewards), -1)
+    own = {
+        "scale_rewards": "group", "multi_objective_aggregation": "sum_then_normalize",
+        "reward_weights": torch.ones(rewards.shape[1]), "reward_funcs": [None] * rewards.shape[1],
+        "reward_clip_range": None, "beta": 0.0, "normalize_advantages": False,
+    }  # fmt: skip
+    scope = {
+        **names, "self": SimpleNamespace(**own | options), "rewards_per_func": rewards,
+        "num_generations": num_generations, "device": "cpu",
+    }  # fmt: skip
     exec(compile(ast.Module(wanted, []), "trl", "exec"), scope)
     return scope["advantages"]
 
 
+def reward_cases():
+    """24 rewards in groups of 4: all scored; some not, up to all of a group but one, and all of a
+    group; and equal ones."""
+    plain = torch.rand(24, generator=torch.Generator().manual_seed(0))
+    holes = plain.clone()
+    holes[torch.tensor([1, 8, 9, 10, 16, 17, 18, 19])] = float("nan")
+    return plain, holes, torch.tensor([0.5] * 4 + [0, 1, 0, 1]).float()
+
+
 @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
 def test_advantages_equal_trl(scale_rewards):
-    nan = float("nan")
-    g = torch.Generator().manual_seed(0)
-    plain = torch.rand(24, generator=g)
-    holes = plain.clone()
-    holes[torch.tensor([1, 8, 9, 10, 16, 17, 18, 19])] = nan  # also one and no row left of a group
-    equal = torch.tensor([0.5] * 4 + [0, 1, 0, 1]).float()
-    for rewards in (plain, holes, equal):
-        theirs = trl_advantages(rewards, 4, scale_rewards)
+    for rewards in reward_cases():
+        theirs = trl_advantages(rewards, 4, scale_rewards=scale_rewards)
         ours = group_advantages(rewards, 4, scale_rewards=scale_rewards)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_rloo_advantages_equal_trls_rloo_trainer():
+    for rewards in reward_cases():
+        ours = group_advantages(rewards, 4, advantage_estimator="rloo")
+        theirs = trl_advantages(rewards, 4, "rloo_trainer")
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_reinforce_pp_is_trls_normalized_rloo_within_a_factor():
+    """TRL's normalized RLOO divides n / (n - 1) times the centered rewards by their std in the
+    batch. Without unscored rows, that factor cancels, apart from TRL's epsilon."""
+    rewards = reward_cases()[0]
+    ours = group_advantages(rewards, 4, advantage_estimator="reinforce_pp", eps=1e-12)
+    theirs = trl_advantages(rewards, 4, "rloo_trainer", normalize_advantages=True)
+    std = group_advantages(rewards, 4, advantage_estimator="rloo").std()
+    torch.testing.assert_close(ours, theirs * (std + 1e-4) / std, rtol=1e-5, atol=1e-6)
+
+
+def test_a_clipped_reward_is_clipped_as_in_trls_rloo_trainer():
+    rewards = reward_cases()[1]
+    values = [None if value.isnan() else float(value) for value in rewards]
+    _, total = score([("r", lambda **_: values)], [1.0], values, values, {}, clip=[0.3, 0.6])
+    ours = group_advantages(total, 4, advantage_estimator="rloo")
+    theirs = trl_advantages(rewards, 4, "rloo_trainer", reward_clip_range=(0.3, 0.6))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [2.0, -0.5, 0.0]])
+def test_normalize_then_sum_equals_trl(weights):
+    """Also where only one function, or none, scored a row, and for equal rewards."""
+    nan, g = float("nan"), torch.Generator().manual_seed(1)
+    rewards = torch.rand(24, 3, generator=g) * torch.tensor([1.0, 100.0, 0.01])
+    rewards[:4] = 0.1
+    rewards[5:8, 0] = rewards[9, 1] = rewards[10:14] = rewards[16:20] = nan
+    for given in (rewards, rewards[:4], rewards[4:8], rewards[16:20], rewards[:, :1].repeat(1, 3)):
+        theirs = trl_advantages(
+            given, 4, multi_objective_aggregation="normalize_then_sum",
+            reward_weights=torch.tensor(weights),
+        )  # fmt: skip
+        ours = normalize_then_sum(given, weights, 4)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (normalize_then_sum(rewards, weights, 4)[:4] == 0).all()
+
+
+def test_a_reward_reports_to_our_log_as_to_trls():
+    """`log_metric` and `log_extra` take the same arguments by position and by name."""
+    trainer, log = trl_trainer(), RewardLog()
+    trainer._pending_metrics, trainer._pending_extra_logs = defaultdict(list), defaultdict(list)
+    theirs = {"log_metric": trainer._log_metric, "log_extra": trainer._log_completion_extra}
+    for given in (theirs, log.arguments()):
+        given["log_metric"](name="hits", value=1)
+        given["log_metric"]("hits", 0.5)
+        given["log_extra"](column="seen", values=["a", "b"])
+    assert log.metrics == trainer._pending_metrics and log.extra == trainer._pending_extra_logs

@@ -18,6 +18,7 @@ from virft_fast.arguments import given_flags as given_flags
 from virft_fast.arguments import unknown_flag_message as unknown_flag_message
 from virft_fast.arguments import usage as usage
 from virft_fast.batch import Row
+from virft_fast.kernels.advantages import AGGREGATIONS, ESTIMATORS, SCALES
 from virft_fast.kernels.loss_args import LEVELS, LOSS_TYPES, LossArgs
 
 logger = logging.getLogger("virft_fast")
@@ -151,6 +152,21 @@ class GRPOConfig:
         "Names, path/to/file.py:function or package.module:function; default: the task's rewards.",
     )
     reward_weights: list[float] = arg([], "One weight for each reward function; default: all 1.")
+    reward_clip: list[float] = arg(
+        [], "Two numbers: clip each reward function's values to this range, before the weights."
+    )
+    multi_objective_aggregation: str = arg(
+        "sum_then_normalize",
+        "normalize_then_sum: normalize each reward in its group, sum, and divide by the batch's "
+        "std (GDPO); ignores --scale_rewards.",
+        choices=AGGREGATIONS,
+    )
+    advantage_estimator: str = arg(
+        "grpo",
+        "rloo: reward minus the mean of the group's others; reinforce_pp: centered in the group, "
+        "divided by the batch's std. Both ignore --scale_rewards.",
+        choices=ESTIMATORS,
+    )
     num_generations: int = arg(8, "Completions per prompt (G).")
     max_completion_length: int = arg(256, "Maximum tokens in a completion.")
     temperature: float = arg(1.0, "Sampling temperature; the loss uses it too.")
@@ -202,7 +218,7 @@ class GRPOConfig:
     scale_rewards: str = arg(
         "group",
         "Divide centered rewards by the std of their group or batch; true: group, false: none.",
-        choices=("group", "batch", "none"),
+        choices=SCALES,
     )
     importance_sampling_level: str = arg(
         "token", "Clip the ratio of each token, or of the whole sequence.", choices=LEVELS
@@ -238,6 +254,16 @@ class GRPOConfig:
             self.weights_of(self.reward_funcs)
         finite = all(math.isfinite(weight) for weight in self.reward_weights)
         require(finite, "reward_weights", "finite numbers", self.reward_weights)
+        clip = self.reward_clip
+        rising = not clip or (len(clip) == 2 and clip[0] < clip[1])
+        require(rising, "reward_clip", "two numbers, the lower one first", clip)
+        summed = self.multi_objective_aggregation == AGGREGATIONS[0]
+        require(
+            summed or self.advantage_estimator == "grpo",
+            "advantage_estimator",
+            "grpo with --multi_objective_aggregation normalize_then_sum, which has its own",
+            self.advantage_estimator,
+        )
         check_limit(self, "a positive number", "max_completion_length rollout_cache_tokens")
         check_limit(self, "a number above 0", "temperature repetition_penalty")
         check_limit(self, "a number in (0, 1]", "top_p")

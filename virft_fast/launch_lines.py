@@ -66,8 +66,7 @@ FOREIGN = (
     Foreign("metric_for_best_model greater_is_better", "*", "no checkpoint is chosen as the best"),
     Foreign("bf16_full_eval fp16_full_eval", "false", "evaluation computes as training does"),
     # Loss and rewards
-    Foreign("multi_objective_aggregation", "sum_then_normalize",
-            "rewards are always summed with --reward_weights, then normalized"),
+    Foreign("reward_clip_range", "", "", "pass --reward_clip, which clips each function's rewards"),
     Foreign("sync_ref_model", "false", "the reference is the model at the start of the run"),
     Foreign("ref_model_mixup_alpha ref_model_sync_steps", "*", "the reference is never updated"),
     Foreign("use_adaptive_entropy", "false", "--entropy_coef stays as it is"),

@@ -37,7 +37,7 @@ from virft_fast.algorithms.step import (
 )
 from virft_fast.batch import Json, Prompt, Rollouts, Row
 from virft_fast.config import GRPOConfig, RunConfig
-from virft_fast.kernels import GRPOLoss, LossArgs, group_advantages
+from virft_fast.kernels import GRPOLoss, LossArgs, group_advantages, normalize_then_sum
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.records import completion_records, reward_arguments
 from virft_fast.tasks import RewardLog, score
@@ -93,7 +93,7 @@ def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[Metrics, l
         with stats.timed("rewards"):
             rewards_per_func, rewards = score_rollouts(state, rollouts, log)  # (N, R), (N,)
     state.engine.free_rollout_weights()
-    advantages = _advantages(rewards, cfg)  # (N,)
+    advantages = _advantages(state, rewards_per_func, rewards)  # (N,)
     with stats.timed("train"):
         microbatches = make_microbatches(state, rollouts, advantages, stats)
         shares = _shares(microbatches, rollouts, cfg)
@@ -112,7 +112,7 @@ def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[Metrics, l
             applied &= update(
                 state, microbatches, shares, learning_rate, stats, note, cfg.temperature
             )
-    _rollout_stats(stats, state, rollouts, rewards_per_func, rewards)
+    _rollout_stats(stats, state, rollouts, rewards_per_func, rewards, advantages)
     _reported_stats(stats, state, log)
     state.step += 1
     metrics = finish(state, stats, rollouts, learning_rate, applied, start)
@@ -160,7 +160,7 @@ def _count_idle(state: TrainState, metrics: Metrics) -> None:
 
 
 def score_rollouts(state: TrainState, rollouts: Rollouts, log: RewardLog) -> tuple[Tensor, Tensor]:
-    """Rewards (N, R), NaN where a function gave none, and their weighted sums (N,)."""
+    """Rewards (N, R), clipped, NaN where a function gave none, and their weighted sums (N,)."""
     shared = log.arguments(_trainer_state(state)) if _has_own_rewards(state) else {}
     arguments = reward_arguments(rollouts)
     return score(
@@ -168,6 +168,7 @@ def score_rollouts(state: TrainState, rollouts: Rollouts, log: RewardLog) -> tup
         state.reward_weights,
         *arguments,
         shared=shared,
+        clip=state.config.reward_clip,
         section=lambda what: state.section(what, state.reward_timeout),
     )
 
@@ -215,10 +216,20 @@ def _sampling(state: TrainState) -> Sampling:
     )
 
 
-def _advantages(rewards: Tensor, cfg: GRPOConfig) -> Tensor:
-    """(N,) advantages. "batch" scales by the spread of all ranks' rewards, so it needs them all."""
-    gathered = torch.tensor([r for rs in dist.all_gather_object(rewards.tolist()) for r in rs])
-    advantages = group_advantages(gathered, cfg.num_generations, scale_rewards=cfg.scale_rewards)
+def _advantages(state: TrainState, by_function: Tensor, rewards: Tensor) -> Tensor:
+    """(N,) advantages. Some scale by the spread in the whole batch, so they need all ranks'
+    rewards."""
+    cfg = state.config
+    if cfg.multi_objective_aggregation == "normalize_then_sum":
+        gathered = torch.cat(dist.all_gather_object(by_function))  # (N of all ranks, R)
+        advantages = normalize_then_sum(gathered, state.reward_weights, cfg.num_generations)
+    else:
+        advantages = group_advantages(
+            torch.cat(dist.all_gather_object(rewards)),
+            cfg.num_generations,
+            scale_rewards=cfg.scale_rewards,
+            advantage_estimator=cfg.advantage_estimator,
+        )
     first = dist.rank() * len(rewards)
     return advantages[first : first + len(rewards)]
 
@@ -306,7 +317,12 @@ def _mismatch_stats(stats: StepStats, out: GRPOLoss, mb: Microbatch) -> None:
 
 
 def _rollout_stats(
-    stats: StepStats, state: TrainState, rollouts: Rollouts, by_function: Tensor, rewards: Tensor
+    stats: StepStats,
+    state: TrainState,
+    rollouts: Rollouts,
+    by_function: Tensor,
+    rewards: Tensor,
+    advantages: Tensor,
 ) -> None:
     groups = rewards.view(-1, state.config.num_generations)  # (B, G)
     scored = rewards[~rewards.isnan()]
@@ -316,7 +332,8 @@ def _rollout_stats(
         stats.add(f"rewards/{name}", float(valid.sum()), len(valid))
     spread = [float(g[~g.isnan()].std()) if (~g.isnan()).sum() > 1 else 0.0 for g in groups]
     stats.add("reward_std", sum(spread), len(spread))
-    stats.add("frac_reward_zero_std", sum(s < 1e-8 for s in spread), len(spread))
+    equal = (advantages.view_as(groups) == 0).all(1)
+    stats.add("frac_reward_zero_std", float(equal.sum()), len(equal))
     stats.add("unscored_fraction", float(rewards.isnan().sum()), len(rewards))
     lengths = rollouts.completion_mask.sum(1)
     stats.add("completion_length", float(lengths.sum()), len(lengths))

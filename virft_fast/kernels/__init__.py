@@ -5,7 +5,7 @@ float64 inputs always use the reference, in float64. Under TRITON_INTERPRET=1, t
 CPU tensors.
 """
 
-from virft_fast.kernels.advantages import group_advantages
+from virft_fast.kernels.advantages import group_advantages, normalize_then_sum
 from virft_fast.kernels.grpo_loss import GRPOLoss, grpo_loss
 from virft_fast.kernels.linear import linear_grpo_loss, linear_logps
 from virft_fast.kernels.logprobs import logps_and_entropy, selective_log_softmax
@@ -13,5 +13,5 @@ from virft_fast.kernels.loss_args import LossArgs
 from virft_fast.kernels.prefix_attention import PrefixLayout, prefix_attention
 
 __all__ = ["GRPOLoss", "LossArgs", "PrefixLayout", "group_advantages", "grpo_loss",
-           "linear_grpo_loss", "linear_logps", "logps_and_entropy", "prefix_attention",
-           "selective_log_softmax"]  # fmt: skip
+           "linear_grpo_loss", "linear_logps", "logps_and_entropy", "normalize_then_sum",
+           "prefix_attention", "selective_log_softmax"]  # fmt: skip

@@ -77,8 +77,8 @@ def grpo_loss(
         completion_ids: (N, T) int64.
         completion_mask: (N, T) bool, or 0/1 numbers. Where false, logits, ids, old and reference
             log-probs are ignored, even NaN, and get no gradient.
-        rewards: (N,) prompt-major, normalized here by `group_advantages` in groups of
-            `num_generations`; or
+        rewards: (N,) prompt-major, normalized here by `group_advantages`, with its defaults, in
+            groups of `num_generations`; or
         advantages: (N,), used unchanged. Pass exactly one of the two.
         num_generations: G; required with `rewards`.
         old_logps: same shape as the ids; log-probs before this step's updates. None: on-policy, the

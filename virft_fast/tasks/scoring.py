@@ -148,6 +148,7 @@ def score(
     columns: Mapping[str, Sequence[Json]],
     shared: Mapping[str, object] | None = None,
     section: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    clip: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor]:
     """Call every reward function on all N completions and sum their rewards, like TRL 1.16.
 
@@ -157,6 +158,7 @@ def score(
         shared: arguments that don't belong to one completion, passed to functions that take them.
             None: the arguments of a `RewardLog` that is discarded.
         section: description of a function -> the context in which it is called.
+        clip: the range (lowest, highest) to which each reward is clipped; empty: unlimited.
     Returns:
         (N, R) float32 rewards, NaN where a function returned None or a non-finite number; and (N,)
         their weighted sums over the functions that did score, NaN if none did.
@@ -174,6 +176,7 @@ def score(
     rewards = torch.tensor(per_function, dtype=torch.float32).T  # (N, R)
     # A finite double may still overflow float32.
     rewards = rewards.masked_fill(~rewards.isfinite(), torch.nan)
+    rewards = rewards.clamp(*clip) if clip else rewards
     total = (rewards * torch.tensor(weights, dtype=torch.float32)).nansum(1)
     unscored = rewards.isnan().all(1) | ~total.isfinite()
     return rewards, total.masked_fill(unscored, torch.nan)
