@@ -30,6 +30,7 @@ from virft_fast.kernels import triton_decode as decode
 from virft_fast.kernels import triton_prefix_attention as prefix
 from virft_fast.kernels import triton_rows as rows
 from virft_fast.kernels import triton_sampling as sampling
+from virft_fast.kernels import triton_speculation as speculation
 
 ARCHS = (80, 90)
 DECODE_ARCHS = (80, 90, 100)
@@ -43,11 +44,12 @@ POINTERS = {
     **dict.fromkeys(
         ["LOGPS", "NORMS", "ENTROPY", "ADVANTAGES", "WEIGHTS", "OLD", "REF", "FACTOR", "KL_OUT",
          "LOSS", "D_LOGPS", "CLIPPED", "GRAD_LOGPS", "GRAD_ENTROPY", "SCALE", "M", "S", "ACC",
-         "LOGITS", "BIAS", "HIGHEST", "LOW", "LSE", "DELTA", "SHARES"], "*fp32",
+         "LOGITS", "BIAS", "HIGHEST", "LOW", "LSE", "DELTA", "SHARES", "ALL_LOGPS"], "*fp32",
     ),
     **dict.fromkeys(["STARTS", "BLOCKS", "ITEMS", "SPLIT"], "*i32"),
     **dict.fromkeys(
-        ["LENGTHS", "FIRST_ROWS", "POSITIONS", "SEEDS", "TOKENS"], "*i64",
+        ["LENGTHS", "FIRST_ROWS", "POSITIONS", "SEEDS", "TOKENS", "POOL", "TABLE", "DRAWN",
+         "COUNTERS", "ACTIVE", "SLOTS", "GOES_ON", "KEPT"], "*i64",
     ),
     "SEEN": "*u8", "SUMS": "*fp64",
 }  # fmt: skip
@@ -191,7 +193,7 @@ def decode_variants(arch: int) -> list[DecodeVariant]:
             warps = decode.norm_warps(block)
             found.append(DecodeVariant(decode.add_rms_norm_kernel, dtype, constants, warps))
     common = {"HIGHEST_BLOCK": 128, "BLOCKS": 128, "GREEDY": False, "HAS_K": True, "TOP_P": 0.9,
-              "BLOCK": sampling.BLOCK}  # fmt: skip
+              "BLOCK": sampling.BLOCK, "Q": 4}  # fmt: skip
     for flags in (common | {"SEEN": None, "LOW": None}, common):
         kernels = (sampling.highest_kernel, sampling.sum_kernel, sampling.draw_kernel)
         found += [DecodeVariant(kernel, "fp32", flags, sampling.WARPS) for kernel in kernels]
@@ -199,6 +201,9 @@ def decode_variants(arch: int) -> list[DecodeVariant]:
         found.append(DecodeVariant(sampling.draw_kernel, "fp32", greedy, sampling.WARPS))
         search = {name: value for name, value in flags.items() if name != "LOW"}
         found.append(DecodeVariant(sampling.filter_kernel, "fp32", search, sampling.SEARCH_WARPS))
+    for flags in ({"Q": 1, "SEEN": None}, {"Q": 8}):
+        found.append(DecodeVariant(speculation.keep_kernel, "fp32", flags, warps=1, wide=False))
+    found.append(DecodeVariant(speculation.guess_kernel, "fp32", {}, warps=1, wide=False))
     return found
 
 

@@ -28,6 +28,7 @@ from virft_fast.models.qwen_vl import Policy, add_lora, load_model
 from virft_fast.models.shared_prefix import Group, PackedAttention
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.native import NativeRollout
+from virft_fast.rollout.speculation import History
 from virft_fast.versions import driver_version
 
 ROOT = Path(__file__).parent.parent
@@ -286,7 +287,7 @@ def attention(results: Results) -> None:
 
 
 def rollout(results: Results) -> None:
-    """Steps in graphs draw what single operations draw; what a capture takes."""
+    """Steps in graphs and with guesses draw what single operations draw; what a capture takes."""
     from vlm import make_processor, make_prompts
 
     processor = make_processor()
@@ -300,16 +301,17 @@ def rollout(results: Results) -> None:
         engines = [
             NativeRollout(
                 lambda policy=policy: nullcontext(policy), processor.tokenizer,
-                device=results.device, graphs=graphs and not results.toy,
+                device=results.device, graphs=graphs and not results.toy, speculation=history,
             )
-            for graphs in (True, False)
+            for graphs, history in ((True, None), (False, None), (True, History()))
         ]  # fmt: skip
         for round_ in range(2 if results.toy else 4):
             sampling = Sampling(12 if results.toy else 96, seed=round_, top_k=20 * (round_ % 2))
             start = time.perf_counter()
             drawn = [engine.generate(prompts, 4, sampling) for engine in engines]
-            same = torch.equal(drawn[0].completion_ids, drawn[1].completion_ids)
-            results.require(same, f"graphs draw the same tokens, {name}, round {round_}")
+            for other, what in ((1, "graphs"), (2, "guesses")):
+                same = torch.equal(drawn[0].completion_ids, drawn[other].completion_ids)
+                results.require(same, f"{what} draw the same tokens, {name}, round {round_}")
             results.note(f"{name}, round {round_}: {time.perf_counter() - start:.2f} s")
             with torch.no_grad():  # the weights move, at the same addresses
                 for parameter in policy.parameters():

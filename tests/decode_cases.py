@@ -17,6 +17,8 @@ from virft_fast.kernels.decode import (
     silu_mul,
 )
 from virft_fast.kernels.sampling import row_seed, sample_tokens, uniform
+from virft_fast.kernels.speculation import CONTEXT, FACTORS, MAX_READ, NOWHERE, Pool, keep_drawn
+from virft_fast.kernels.speculation import look_up as guess_next
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = not INTERPRETED and os.environ.get("VIRFT_CASES") == "gpu"
@@ -50,14 +52,14 @@ def poisoned_outputs():
     if not (INTERPRETED or ON_GPU):
         yield
         return
-    from virft_fast.kernels import triton_decode, triton_sampling
+    from virft_fast.kernels import triton_decode, triton_sampling, triton_speculation
 
     def nans(shape, dtype, device):
         value = NAN if dtype.is_floating_point else -99
         return torch.full(shape, value, dtype=dtype, device=device)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (triton_decode, triton_sampling):
+        for module in (triton_decode, triton_sampling, triton_speculation):
             patch.setattr(module, "_empty", nans)
         yield
 
@@ -480,3 +482,138 @@ def test_launches(monkeypatch):
     assert count(rotate_and_store, qkv, table, table, start, *caches, num_heads=4) == 1
     assert count(add_rms_norm, qkv, qkv, normal(2, 128), 1e-6) == 1
     assert count(silu_mul, qkv) == 1
+
+
+def test_several_tokens_of_a_row_are_drawn_as_one_after_the_other():
+    inputs = make_sampling(6, 300, 5)
+    one = torch.cat([sample_tokens(**inputs | {"positions": inputs["positions"] + t})[0][:, None]
+                     for t in range(3)], 1)  # fmt: skip
+    inputs["logits"] = inputs["logits"].repeat_interleave(3, 0)
+    tokens, _ = sample_tokens(**inputs)
+    assert torch.equal(tokens.view(6, 3), one) and len(one.unique()) > 5
+    with pytest.raises(ValueError, match="logits: expected contiguous"):
+        sample_tokens(**inputs | {"logits": inputs["logits"][:17]})
+
+
+# ---- speculation ---------------------------------------------------------------------------------
+
+
+class Plain:
+    """What `keep_drawn` and `look_up` compute, with lists and a dictionary."""
+
+    def __init__(self, pool, length, goes_on):
+        self.tokens, self.size = pool.tokens.tolist(), pool.table.shape[1]
+        self.first, self.width, self.length = pool.first, pool.width, length
+        self.goes_on, self.latest = goes_on.tolist(), {}
+
+    def entry(self, gram):
+        pairs = zip(reversed(gram), FACTORS, strict=False)
+        return len(gram), sum(token * factor for token, factor in pairs) >> 33 & self.size - 1
+
+    def insert(self, place):
+        for n in (2, 3, 4):
+            gram = self.tokens[place - n : place]
+            if min(gram) >= 0:
+                entry = self.entry(gram)
+                self.latest[entry] = max(place, self.latest.get(entry, 0))
+
+    def guess(self, row, counters):
+        at, end = counters[6], self.first + row * self.width + CONTEXT + counters[2]
+        if self.tokens[at] < 0:
+            at = NOWHERE
+            for n in (4, 3, 2):
+                gram = self.tokens[end - n : end]
+                found = self.latest.get(self.entry(gram), NOWHERE)
+                if min(gram) >= 0 and self.tokens[found - n : found] == gram:
+                    at = found
+                    break
+        counters[6] = at
+        guesses = self.tokens[at : at + MAX_READ]
+        known = guesses.index(-1) if -1 in guesses else MAX_READ
+        return guesses[:known] + [0] * (MAX_READ - known)
+
+    def keep(self, row, drawn, guesses, counters, active):
+        """How many tokens are kept, and whether the row is still active."""
+        if not active:
+            return 0, False
+        kept, right, ended = 0, True, False
+        place = self.first + row * self.width + CONTEXT + counters[2]
+        while right and not ended and kept < len(drawn):
+            right = drawn[kept] == guesses[kept]
+            counters[3] += right
+            self.tokens[place + kept] = drawn[kept]
+            self.insert(place + kept)
+            kept += 1
+            ended = not self.goes_on[drawn[kept - 1]] or counters[2] + kept == self.length
+        for index in range(3):
+            counters[index] += kept
+        counters[4] += kept - 1 if ended else len(drawn) - 1
+        counters[5] += kept - 1
+        counters[6] = counters[6] + kept if right else NOWHERE
+        return kept, not ended
+
+
+@pytest.mark.parametrize(("size", "stride"), [(1 << 18, 0), (1 << 18, 5), (8, 0)])
+def test_kept_tokens_and_guesses_equal_those_of_lists_and_a_dictionary(size, stride):
+    """Rows with a history, of 4 different tokens, so that n-grams repeat. Most guesses come true,
+    token 4 ends a row but for the first, and a table of 8 entries has collisions."""
+    generator = torch.Generator().manual_seed(size + stride)
+
+    def randint(high, *shape):
+        return torch.randint(high, shape, generator=generator)
+
+    rows, slots, length, first = 5, [0, 2, 3, 4, 6], 40, 64
+    width = CONTEXT + length + MAX_READ
+    tokens = torch.full((first + 7 * width + 2 * MAX_READ,), -1)
+    tokens[NOWHERE + 1 : 60] = randint(4, 55)
+    tokens[[20, 21, 40]] = -1
+    own = tokens[first : first + 7 * width].view(7, width)
+    own[:, :CONTEXT] = randint(4, 7, CONTEXT)
+    own[0, :2] = -1  # a prompt of two tokens
+    table = torch.full((3, size), NOWHERE)
+    pool = Pool(tokens.to(DEVICE), table.to(DEVICE), first, width)
+    goes_on = torch.tensor([1, 1, 1, 1, 0])
+    plain = Plain(pool, length, goes_on)
+    pool.insert(torch.arange(NOWHERE, 60, device=DEVICE))
+    for place in range(NOWHERE + 1, 60):
+        if plain.tokens[place] >= 0:
+            plain.insert(place)
+    counters = torch.zeros(7, rows + stride, dtype=torch.long, device=DEVICE)[:, :rows]
+    counters[0] = -1
+    counters[6] = torch.tensor([NOWHERE, 22, 30, NOWHERE, 41])
+    expected = counters.T.tolist()
+    read = torch.zeros(rows, 1 + MAX_READ, dtype=torch.long, device=DEVICE)
+    active, seen = torch.ones(rows, dtype=torch.long), torch.zeros(rows, 5, dtype=torch.bool)
+    active, seen, where = active.to(DEVICE), seen.to(DEVICE), torch.tensor(slots).to(DEVICE)
+    logps = torch.full((7, length + MAX_READ), NAN, device=DEVICE)
+    going, kept_logps = [True] * rows, {}
+    guess_next(pool, read, counters, where)
+    guesses = [plain.guess(slot, row) for slot, row in zip(slots, expected, strict=True)]
+    for count in (1, 2, 8, 4, 1, 8, 8, 2, 4, 8, 1, 8, 8, 4, 8, 8, 8, 8, 8):
+        assert read[:, 1:].tolist() == guesses
+        assert counters.T.tolist() == expected
+        drawn = torch.where(randint(4, rows, count) > 0, torch.tensor(guesses)[:, :count],
+                            randint(5, rows, count))  # fmt: skip
+        drawn[0].clamp_(max=3)
+        new = -torch.rand(rows, count, generator=generator)
+        seen.zero_()
+        kept = keep_drawn(
+            pool, drawn.to(DEVICE), new.to(DEVICE), read, counters, active, where,
+            goes_on.to(DEVICE), logps, length=length, seen=seen,
+        )  # fmt: skip
+        guess_next(pool, read, counters, where)
+        for row, slot in enumerate(slots):
+            at, was = expected[row][2], going[row]
+            number, going[row] = plain.keep(
+                slot, drawn[row].tolist(), guesses[row], expected[row], was
+            )
+            assert int(kept[row]) == number and bool(active[row]) == going[row]
+            kept_logps |= {(slot, at + t): float(new[row, t]) for t in range(number)}
+            if was:
+                assert int(read[row, 0]) == int(drawn[row, number - 1])
+                assert set(seen[row].nonzero()[:, 0].tolist()) == set(drawn[row, :number].tolist())
+        guesses = [plain.guess(slot, row) for slot, row in zip(slots, expected, strict=True)]
+        assert pool.tokens.tolist() == plain.tokens
+    assert not any(going) and expected[0][2] == length > max(row[2] for row in expected[1:])
+    for (slot, at), logp in kept_logps.items():
+        assert float(logps[slot, at]) == logp

@@ -14,7 +14,7 @@ from test_rollout import banned_ids, plain_generate
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from virft_fast.kernels import backend, triton_decode, triton_sampling
+from virft_fast.kernels import backend, triton_decode, triton_sampling, triton_speculation
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import Policy, load_model
 from virft_fast.rollout import Sampling
@@ -22,6 +22,7 @@ from virft_fast.rollout import decoding as decoding_module
 from virft_fast.rollout import graphs as graphs_module
 from virft_fast.rollout.native import NativeRollout
 from virft_fast.rollout.observers import AttentionObserver
+from virft_fast.rollout.speculation import History
 
 FILTERS = {"temperature": 1.4, "top_k": 60, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.2}
 
@@ -124,10 +125,35 @@ class Launches(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_guesses_on_the_kernels_change_no_token(monkeypatch, graphs, policy, processor, prompts):
+    """Of a history that is the answer, with and without the graphs' rule."""
+    sampling, prompts = Sampling(12, seed=4, **FILTERS), prompts[1:]
+
+    def run(history, **options):
+        rollout = rollout_of(policy, processor, speculation=history, **options)
+        return rollout.generate(prompts, 2, sampling), rollout.stats
+
+    class Eager:
+        def __init__(self, run, pool, stream):
+            self.replay = run.__self__._decode
+
+    monkeypatch.setattr(graphs_module, "capture_graph", Eager)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+    history = History()
+    expected, _ = on_torch(monkeypatch, lambda: run(history))
+    history.agreement[:] = 0.8
+    out, stats = run(history, graphs=graphs)
+    assert torch.equal(out.completion_ids, expected.completion_ids)
+    torch.testing.assert_close(out.sampling_logps, expected.sampling_logps, rtol=0, atol=2e-5)
+    assert stats.passes <= 6 and stats.accepted == stats.guessed > 10
+
+
+@pytest.mark.parametrize("read", [None, 1, 4])
 @pytest.mark.parametrize("options", [{}, FILTERS, {"greedy": True}], ids=["plain", "filters", "1"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_step_has_few_launches(monkeypatch, family, options, processor, prompts):
-    """At most 12 a layer and 6, torch's operations counted too."""
+def test_one_step_has_few_launches(monkeypatch, family, options, read, processor, prompts):
+    """At most 12 a layer and 6, torch's operations counted too, and guesses of the next tokens."""
     policy = Policy(random_model(family, processor.tokenizer)).eval()
     launches = Launches()
 
@@ -146,20 +172,25 @@ def test_one_step_has_few_launches(monkeypatch, family, options, processor, prom
 
     def counting(self):
         with monkeypatch.context() as patch, launches:
-            for module in (triton_decode, triton_sampling):
+            for module in (triton_decode, triton_sampling, triton_speculation):
                 for name in [name for name in vars(module) if name.endswith("_kernel")]:
                     patch.setattr(module, name, Counted(name))
             patch.setattr(triton_sampling, "_empty", zeros)  # tokens of the vocabulary
+            self.read, self.guessing = read or 1, read is not None
             decode(self)
         raise StopIteration
 
     monkeypatch.setattr(decoding_module.Decoding, "_decode", counting)
     with pytest.raises(StopIteration):
-        rollout_of(policy, processor).generate(prompts, 2, Sampling(4, seed=0, **options))
+        history = None if read is None else History()
+        rollout = rollout_of(policy, processor, speculation=history)
+        rollout.generate(prompts, 2, Sampling(4, seed=0, **options))
     layers = policy.config.text_config.num_hidden_layers
     counts = +launches.counts  # without those that launch nothing
     attention = ("rotate_kernel", "prompt_attention_kernel", "own_attention_kernel")
     assert all(counts[name] == layers for name in (*attention, "silu_mul_kernel"))
     assert counts["add_rms_norm_kernel"] == 2 * layers + 1
     assert (counts["linear"], counts["mm"]) == (4 * layers, 1)  # the layers' and the head's
+    if read is not None:
+        assert (counts["keep_kernel"], counts["guess_kernel"]) == (1, 1)
     assert counts.total() <= 12 * layers + 6, counts

@@ -18,6 +18,7 @@ from virft_fast.devices import to_device
 from virft_fast.kernels import PrefixLayout, backend, linear_grpo_loss
 from virft_fast.models.qwen_vl import Policy, encode_prompt
 from virft_fast.rollout.native import NativeRollout
+from virft_fast.rollout.speculation import History
 
 # Of a step without its rollout: the losses and the gradient's norm, and the metrics.
 WAITS_OF_TRAINING = 2
@@ -83,19 +84,21 @@ def test_training_waits_twice_a_step(processor, prompts, config):
         assert got[name] == pytest.approx(want[name], rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("length", [20, 70])
-def test_a_step_waits_four_times_and_once_every_16_tokens(processor, prompts, length):
-    """The rollout's own: tokens and log-probs at its end, and checks for finished completions."""
+@pytest.mark.parametrize(("length", "history"), [(20, None), (70, None), (70, History)])
+def test_a_step_waits_four_times_and_once_every_16_tokens(processor, prompts, length, history):
+    """The rollout's own: tokens and log-probs at its end, and checks for finished completions. With
+    speculation, also the counts at its end."""
     config = {"beta": 0.0, "max_completion_length": length}
     state = make_state(processor, config=config, prompts_per_microbatch=4)
     state.rollout = NativeRollout(
         state.engine.whole_weights, processor.tokenizer, device=GPU, max_cache_tokens=10**6,
-        graphs=False,
+        graphs=False, speculation=history and history(),
     )  # fmt: skip
     with on_gpu(state) as gpu:
         _, records = grpo.train_step(state, prompts)
     assert len(records) == 8
-    assert gpu.waits.total() <= WAITS_OF_TRAINING + 2 + math.ceil(length / 16), gpu.waits
+    own = 2 + (history is not None)
+    assert gpu.waits.total() <= WAITS_OF_TRAINING + own + math.ceil(length / 16), gpu.waits
 
 
 def test_sft_and_dpo_wait_twice_a_step(processor, prompts):

@@ -3,7 +3,7 @@
 A token is chosen by looking up a number in (0, 1) in the cumulative probabilities. The number
 depends only on the row's seed and its position.
 
-Shapes: R rows, V vocabulary.
+Shapes: R rows, Q consecutive tokens of each, V vocabulary.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def sample_tokens(
     repetition_penalty: float = 1.0,
     greedy: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One token of each row, in at most three launches.
+    """Q tokens of each row, in at most three launches.
 
     In this order, as in transformers: bias, repetition penalty, temperature, top-k, top-p, min-p.
     Each filter is a lower bound on the scores, so tokens with equal scores stay or go together.
 
     Args:
-        logits: (R, V) float32.
-        seeds: (R,) int64 (`row_seed`). positions: (R,) or () int64, the token's index in its
-            completion. Both are in memory, so a captured graph samples anew.
+        logits: (R * Q, V) float32.
+        seeds: (R,) int64 (`row_seed`). positions: (R,) or () int64, the index of the row's first
+            token in its completion. Both are in memory, so a captured graph samples anew.
         bias: (V,) float32 added to the logits; -inf bans a token.
-        seen: (R, V) bool, the tokens that the penalty applies to; the sampled ones are added.
+        seen: (R * Q, V) bool, the tokens that the penalty applies to; the sampled ones are added.
         temperature: above 0; divides the scores.
         top_k: keep scores at least as high as the k-th highest; 0 is off.
         top_p: keep scores at least as high as the highest bound whose tokens have this share of the
@@ -54,8 +54,8 @@ def sample_tokens(
         repetition_penalty: divides positive scores of `seen` tokens, multiplies the others.
         greedy: take the first of the highest scores; temperature and filters don't apply.
     Returns:
-        Tokens, (R,) int64, and their log-probs, (R,) float32, under the distribution they were
-        sampled from.
+        Tokens, (R * Q,) int64, and their log-probs, (R * Q,) float32, under the distribution they
+        were sampled from.
     Raises:
         ValueError: shapes or dtypes disagree; says what was expected and what was given.
     """
@@ -65,12 +65,12 @@ def sample_tokens(
             f"logits: expected (R, V) float32, got {tuple(logits.shape)} {logits.dtype}; "
             "call .float()"
         )
-    rows, vocab = logits.shape
+    (count, vocab), rows = logits.shape, len(seeds)
     if positions.ndim == 0:
         positions = positions.repeat(rows)
     for name, tensor, shape in (
-        ("seeds", seeds, (rows,)), ("positions", positions, (rows,)), ("bias", bias, (vocab,)),
-        ("seen", seen, (rows, vocab)),
+        ("logits", logits, (count // max(rows, 1) * rows, vocab)), ("seeds", seeds, (rows,)),
+        ("positions", positions, (rows,)), ("bias", bias, (vocab,)), ("seen", seen, (count, vocab)),
     ):  # fmt: skip
         if tensor is not None:
             _check(name, tensor, shape)
@@ -97,7 +97,10 @@ def sample_tokens(
     if greedy:
         tokens, log_norm = scores.argmax(-1), scores.logsumexp(-1)
     else:
-        tokens, log_norm = _draw(scores, uniform(seeds, positions))
+        if count > rows:
+            seeds, steps = seeds[:, None], torch.arange(count // rows, device=seeds.device)
+            positions = positions[:, None] + steps
+        tokens, log_norm = _draw(scores, uniform(seeds, positions).flatten())
     logps = scores.gather(1, tokens[:, None])[:, 0] - log_norm
     if seen is not None:
         seen.scatter_(1, tokens[:, None], True)
@@ -137,7 +140,8 @@ def _draw(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """(R,) float64 in (0, 1), one for each seed and position (splitmix64 in wrapping int64)."""
+    """float64 in (0, 1), one for each seed and position, which broadcast (splitmix64 in wrapping
+    int64)."""
     z = seeds + (positions + 1) * _signed(GOLDEN_GAMMA)
     for shift, factor in MIX:
         z = (z ^ _shifted(z, shift)) * _signed(factor)

@@ -158,7 +158,7 @@ def _pick(weights, at, SIZE: tl.constexpr):
 @triton.jit(do_not_specialize=_RUNTIME)
 def draw_kernel(
     LOGITS, BIAS, SEEN, HIGHEST, LOW, SUMS, SEEDS, POSITIONS, TOKENS, LOGPS,
-    vocab, temperature, penalty, num_highest, blocks,
+    vocab, temperature, penalty, num_highest, blocks, Q: tl.constexpr,
     GREEDY: tl.constexpr, HIGHEST_BLOCK: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -170,8 +170,8 @@ def draw_kernel(
         tops = tl.load(HIGHEST + row * num_highest + index, mask=index < blocks, other=-_INF)
         block = tl.argmax(tops, 0)  # the first of equal ones
     else:
-        position = tl.load(POSITIONS + row)
-        at = total * _uniform(tl.load(SEEDS + row), position)
+        position = tl.load(POSITIONS + row // Q) + row % Q
+        at = total * _uniform(tl.load(SEEDS + row // Q), position)
         block = _pick(sums, at, BLOCKS)
         at -= tl.sum(tl.where(index < block, sums, 0.0), 0)
     inputs = (LOGITS, BIAS, SEEN, vocab, temperature, penalty)
@@ -212,7 +212,7 @@ def sample_tokens(
         sum_kernel[(rows, blocks)](*inputs, highest, low, sums, *sizes, num_highest, **options)
         draw_kernel[(rows,)](
             *inputs, highest, low, sums, seeds, positions, tokens, logps, *sizes, num_highest,
-            blocks, GREEDY=greedy, BLOCKS=triton.next_power_of_2(blocks),
+            blocks, Q=rows // len(seeds), GREEDY=greedy, BLOCKS=triton.next_power_of_2(blocks),
             **options,
         )  # fmt: skip
     return tokens, logps

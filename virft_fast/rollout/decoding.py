@@ -19,6 +19,16 @@ from virft_fast.batch import Prompt
 from virft_fast.devices import to_device
 from virft_fast.kernels.backend import triton_for
 from virft_fast.kernels.decode import DecodeMasks, attention_shares, decode_attention
+from virft_fast.kernels.speculation import (
+    DRAWN_AT,
+    LENGTHS,
+    MAX_READ,
+    PLACE,
+    POSITIONS,
+    Pool,
+    keep_drawn,
+    look_up,
+)
 from virft_fast.models.decode_step import DecodeStep, LayerCache, Take
 from virft_fast.models.families import Tokenizer, core
 from virft_fast.models.inputs import ModelInputs
@@ -36,6 +46,7 @@ from virft_fast.rollout.cache import (
 from virft_fast.rollout.observers import Observer
 from virft_fast.rollout.sampling import Sampler
 from virft_fast.rollout.shrinking import Kept, kept_rectangle, kept_rows
+from virft_fast.rollout.speculation import Speculation, Stats
 
 # Prompt tokens per call of the model. On two CPU cores, 2,048 took 0 to 14 % less time and 60 %
 # less memory than 8,192 (64 prompts of 130 tokens, 16 of 500, 16 of 650; a small model, one run).
@@ -50,17 +61,19 @@ class DecodeState:
     """The tensors of a pass. A smaller batch gets a new state at the start of the same memory.
 
     Attributes:
-        tokens: (R, Q) int64, the tokens that the next pass reads: each row's last, Q = 1.
-        counters: (3, R) int64. `lengths`, how many tokens of the completion have keys and values in
+        tokens: (R, 1) int64, each row's last token, which the next pass reads; with speculation
+            (R, 1 + MAX_READ), guesses after it.
+        counters: (7, R) int64. `lengths`, how many tokens of the completion have keys and values in
             the cache; `positions`, the rotary position of the next token to read; `drawn_at`, the
-            index in its completion of the next token to sample.
+            index in its completion of the next token to sample. The others are those of
+            `kernels.speculation`.
         active: (R,) int64, 1 until the row's completion has ended, then 0.
         slots: (R,) int64, the row of `drawn` and `logps` that each row writes to.
         first_rows: (B + 1,) int64; prompt b has the rows from `first_rows[b]` to
             `first_rows[b + 1]`.
         prompt_lengths: (B,) int64.
-        drawn: (N, max_completion_length) int64, the sampled tokens; after a completion's end they
-            mean nothing. logps: the same shape, float32.
+        drawn: (N, max_completion_length or more) int64, the sampled tokens; after a completion's
+            end they mean nothing. logps: the same shape, float32.
         caches: one per layer; the prefill of the prompts allocates them.
     """
 
@@ -75,13 +88,17 @@ class DecodeState:
     caches: list[LayerCache] = field(default_factory=list)
 
     @classmethod
-    def allocate(cls, plan: CachePlan, length: int, take: Take) -> DecodeState:
+    def allocate(cls, plan: CachePlan, length: int, take: Take, pool: Pool | None) -> DecodeState:
         """The state before the first token."""
         rows, size = plan.groups * plan.num_generations, plan.num_generations
-        counters = take("counters", (3, rows), torch.long).zero_()
-        counters[2] = 1
+        counters = take("counters", (7, rows), torch.long).zero_()
+        counters[LENGTHS] = -1  # the first token isn't read yet
+        if pool is None:
+            drawn = take("drawn", (rows, length), torch.long)
+        else:
+            drawn = pool.completions(rows)
         return cls(
-            tokens=take("tokens", (rows, 1), torch.long),
+            tokens=take("tokens", (rows, 1 if pool is None else 1 + MAX_READ), torch.long).zero_(),
             counters=counters,
             active=take("active", (rows,), torch.long).fill_(1),
             slots=torch.arange(rows, out=take("slots", (rows,), torch.long)),
@@ -89,8 +106,8 @@ class DecodeState:
                 0, rows + 1, size, out=take("first_rows", (plan.groups + 1,), torch.long)
             ),
             prompt_lengths=take("prompt_lengths", (plan.groups,), torch.long),
-            drawn=take("drawn", (rows, length), torch.long),
-            logps=take("logps", (rows, length), torch.float32),
+            drawn=drawn,
+            logps=take("logps", drawn.shape, torch.float32),
         )
 
     def select(self, kept: Kept, used: int) -> tuple[DecodeState, Tensor]:
@@ -132,6 +149,8 @@ class Decoding:
         tokenizer: supplies the padding and EOS tokens.
         graphs: whether steps run as CUDA graphs.
         observer: receives the attention of the rows.
+        speculation: guesses tokens of the rows.
+        stats: counts the passes and guesses.
     """
 
     policy: Policy
@@ -142,8 +161,13 @@ class Decoding:
     tokenizer: Tokenizer
     graphs: bool
     observer: Observer | None
+    speculation: Speculation | None
+    stats: Stats
 
     def __post_init__(self) -> None:
+        self.pool = None if self.speculation is None else self.speculation.pool
+        # How many tokens of each row a pass reads, and whether it guesses the next ones.
+        self.read, self.guessing = 1, self.pool is not None
         self.device = self.buffers.device
         self.length = self.sampler.sampling.max_completion_length
         self.read_tokens = DecodeStep(core(self.policy.model).language_model)
@@ -152,7 +176,7 @@ class Decoding:
         self.ragged = self.graphs or self.device.type == "cuda"
         self.max_rows = self.plan.num_generations
         self.sizes = [self.max_rows] * self.plan.groups  # rows of each prompt
-        self.state = DecodeState.allocate(self.plan, self.length, self.buffers.take)
+        self.state = DecodeState.allocate(self.plan, self.length, self.buffers.take, self.pool)
         stop_ids = (self.tokenizer.eos_token_id, *self.sampler.sampling.stop_token_ids)
         # (V,) int64, 0 at the tokens that end a completion, else 1. A lookup is one operation, and
         # unlike torch.isin it never waits for the device.
@@ -193,10 +217,13 @@ class Decoding:
         state.prompt_lengths.copy_(to_device(torch.tensor(lengths), self.device))
         # No position exceeds the number of tokens, and the graphs' key includes P and T.
         self.read_tokens.prepare(plan.prompt_length + plan.completion_length, take)
-        state.counters[1] = torch.stack(starts).repeat_interleave(plan.num_generations)
+        state.counters[POSITIONS] = torch.stack(starts).repeat_interleave(plan.num_generations) - 1
+        if self.speculation is not None:
+            state.counters[PLACE] = self.speculation.starts
+            look_up(self.speculation.pool, state.tokens, state.counters, state.slots)
         logits = self.policy.head.logits(torch.cat(last_states))  # (B, V)
         logits = logits.repeat_interleave(plan.num_generations, 0)
-        self._sample(logits, torch.zeros_like(state.slots))
+        self._sample(logits, state.tokens[:, :1])
         return features
 
     def _read_prompts(self, inputs: ModelInputs, images: Tensor, first: int) -> Tensor:
@@ -233,15 +260,25 @@ class Decoding:
         """(N, T) tokens and log-probs. They mean nothing after a completion's end."""
         every = for_device(CHECK_EVERY, self.device.type)
         with torch.inference_mode():  # a little cheaper per operation than no_grad
-            for used in range(self.length - 1):  # tokens of a row in the cache, at most
-                if used % every == 0 and not self._shrink(used):
-                    break
+            unchecked = float(every)  # tokens of a row since the last check, as expected
+            for used in range(self.length - 1):  # tokens of a row in the cache, at most, if Q = 1
+                if unchecked >= every:
+                    if not self._check(used):
+                        break
+                    unchecked = 0.0
                 self._run_step()
+                self.stats.passes += 1
+                unchecked += 1 if self.speculation is None else self.speculation.kept
                 progress.mark("rollout")
+            if self.speculation is not None:
+                self._note(self.speculation)
+                self.speculation.finish(self.stats)
         if self.observer is not None:
             self.observer.finish()
         # Copies, because the next rollout reuses the buffers.
-        return self.state.drawn.clone(), self.state.logps.clone()
+        return self.state.drawn[:, : self.length].clone(), self.state.logps[
+            :, : self.length
+        ].clone()
 
     def _run_step(self) -> None:
         state, plan = self.state, self.plan
@@ -252,42 +289,72 @@ class Decoding:
         key = (
             (state.tokens.shape, state.drawn.shape, len(state.prompt_lengths)),
             (plan.num_generations, plan.prompt_length, plan.completion_length),
+            (self.read, self.guessing, None if self.pool is None else self.pool.shape),
             replace(self.sampler.sampling, seed=0),
             None if self.observer is None else self.observer.key,
         )
         changed = [state.tokens, state.counters, state.active, state.drawn, state.logps]
+        if self.pool is not None:
+            changed += [self.pool.tokens, self.pool.table]
         seen = [] if self.sampler.seen is None else [self.sampler.seen]
         self.buffers.graphs.run(key, self._decode, [*changed, *self.observed, *seen])
 
     def _decode(self) -> None:
-        """Read the last token of each row and sample the next. On CUDA, nothing here waits for the
-        device, and no Python number changes that is not part of the graphs' key."""
+        """Read the last token of each row, and maybe guesses, and sample the next. On CUDA, nothing
+        here waits for the device, and no Python number changes that is not part of the graphs'
+        key."""
         state = self.state
-        lengths, positions, drawn_at = state.counters
+        read = state.tokens[:, : self.read]
+        lengths, positions, *_ = state.counters
         attend = CachedAttention(state, self.max_rows, self.observer)
-        states = self.read_tokens(state.tokens, positions, lengths, state.caches, attend)
-        logits = self.policy.head.logits(states[:, -1])
-        self._sample(logits, drawn_at)
-        state.counters.add_(state.tokens.shape[1])
+        states = self.read_tokens(read, positions, lengths, state.caches, attend)
+        logits = self.policy.head.logits(states.flatten(0, 1))
+        attend.tell(self._sample(logits, read))
 
-    def _sample(self, logits: Tensor, drawn_at: Tensor) -> None:
-        """Sample a token of each row, and store it as token `drawn_at`, (R,), of its completion."""
-        state = self.state
-        tokens, logps = self.sampler(logits, drawn_at)
+    def _sample(self, logits: Tensor, read: Tensor) -> Tensor:
+        """Sample a token after each that was read, (R, Q), and store those that are kept.
+
+        Returns:
+            (R,) int64, how many; 0 for rows that had ended.
+        """
+        state, pool = self.state, self.pool
+        drawn_at, kept = state.counters[DRAWN_AT], state.active
+        tokens, logps = self.sampler(logits, drawn_at, read)
+        if pool is not None and self.guessing:
+            kept = keep_drawn(
+                pool, tokens.view(read.shape), logps.view(read.shape), state.tokens,
+                state.counters, kept, state.slots, self.goes_on, state.logps, length=self.length,
+                seen=self.sampler.seen if read.shape[1] > 1 else None,
+            )  # fmt: skip
+            look_up(pool, state.tokens, state.counters, state.slots)
+            return kept
+        if pool is not None or self.observer is not None:
+            kept = kept.clone()
         place = (state.slots, drawn_at)
-        state.drawn.index_put_(place, tokens)
         state.logps.index_put_(place, logps)
+        state.tokens[:, 0] = tokens
         state.active.mul_(self.goes_on[tokens])
-        state.tokens.copy_(tokens[:, None])
+        if pool is None:
+            state.drawn.index_put_(place, tokens)
+            state.counters.add_(1)
+        else:  # rows that have ended stay where they are
+            state.drawn.index_put_(place, torch.where(kept > 0, tokens, -1))
+            state.counters[: DRAWN_AT + 1] += kept
+            state.active.mul_(drawn_at < self.length)
+        return kept
 
-    def _shrink(self, used: int) -> bool:
-        """Drop finished completions if that makes the batch much smaller. Returns False if all have
-        finished.
+    def _check(self, used: int) -> bool:
+        """Drop finished completions if that makes the batch much smaller, and choose how many
+        tokens the next passes read. Returns False if all have finished.
 
         Args:
-            used: no row has more tokens in the cache.
+            used: no row has more tokens in the cache, if each pass reads one of it.
         """
-        active = [bool(flag) for flag in self.state.active.tolist()]
+        speculation = self.speculation
+        if speculation is None:
+            active = [bool(flag) for flag in self.state.active.tolist()]
+        else:
+            active, used = self._note(speculation)
         if not any(active):
             return False
         kept = (kept_rows if self.ragged else kept_rectangle)(active, self.sizes)
@@ -297,7 +364,22 @@ class Decoding:
             if not self.ragged:
                 self.max_rows = self.sizes[0]
             self.sampler.keep(rows)
+        if speculation is not None:
+            if kept is not None:
+                speculation.keep(kept.rows)
+                active = [active[row] for row in kept.rows]
+            state = self.state
+            speculation.choose(active, state.tokens, state.counters, state.slots)
+            self.read, self.guessing = speculation.read, speculation.guessing
         return True
+
+    def _note(self, speculation: Speculation) -> tuple[list[bool], int]:
+        """Tell the counts of the rows. Returns which are active, and the most tokens of a row in
+        the cache."""
+        state = self.state
+        counts = torch.cat([state.active[None], state.counters[DRAWN_AT:PLACE]]).cpu()
+        speculation.note(counts[1:])
+        return counts[0].bool().tolist(), int(counts[1].max()) - 1
 
 
 class CachedAttention:
@@ -306,6 +388,7 @@ class CachedAttention:
     def __init__(self, state: DecodeState, max_rows: int, observer: Observer | None) -> None:
         self.state, self.max_rows, self.observer = state, max_rows, observer
         self.masks: DecodeMasks | None = None
+        self.shares: list[tuple[int, Tensor]] = []
 
     def __call__(self, layer: int, query: Tensor, scaling: float) -> Tensor:
         """(R, Q, H, E) -> (R, Q, H * E)."""
@@ -337,14 +420,28 @@ class CachedAttention:
         )  # fmt: skip
 
     def _observe(self, layer: int, query: Tensor, scaling: float) -> None:
-        """Tell the observer the attention to the prompts."""
-        state, cache, masks = self.state, self.state.caches[layer], self.masks
-        assert self.observer is not None and masks is not None
+        """Remember the attention to the prompts until it's known which tokens are kept."""
+        cache, masks = self.state.caches[layer], self.masks
+        assert masks is not None
         shares = attention_shares(query, cache.prompt_keys, cache.keys, masks, scaling=scaling)
         shares = shares[..., : cache.prompt_keys.shape[2]].transpose(1, 2).flatten(0, 1)
         if masks.places is not None:
-            shares = shares[masks.places]
-        self.observer.step_attention(layer, shares, state.slots, state.active == 0)
+            shares = shares[masks.places]  # (R, K, Q * H / K, P)
+        shares = shares.unflatten(2, (query.shape[1], -1)).transpose(1, 2)
+        self.shares.append((layer, shares.flatten(0, 1)))
+
+    def tell(self, kept: Tensor) -> None:
+        """Tell the observer the attention of the tokens that were read before a kept one.
+
+        Args:
+            kept: (R,) int64, how many tokens each row keeps.
+        """
+        for layer, shares in self.shares:
+            assert self.observer is not None
+            count = len(shares) // len(kept)
+            done = torch.arange(count, device=kept.device) >= kept[:, None]
+            rows = self.state.slots[:, None].expand(-1, count).flatten()
+            self.observer.step_attention(layer, shares, rows, done.flatten())
 
 
 def token_chunks(lengths: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:

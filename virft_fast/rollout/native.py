@@ -3,12 +3,13 @@
 Every prompt of the rank goes through the vision tower and the language model once, in packed rows.
 Its keys and values are stored once, and all its completions read them. One step decodes one token
 of every completion. Attention to the prompt is computed for a whole group at once, then attention
-to the completion itself, with one softmax over both. When enough completions have finished, the
-batch shrinks to the others. On CUDA, a step is a captured graph. Lengths are in memory, so there is
-one graph for each number of rows and padded length of the prompts (the key in
+to the completion itself, with one softmax over both. With speculation, a step also reads guesses of
+the next tokens, and decodes as many as were right, and one. When enough completions have finished,
+the batch shrinks to the others. On CUDA, a step is a captured graph. Lengths are in memory, so
+there is one graph for each number of rows and padded length of the prompts (the key in
 `Decoding._run_step`). The host checks for finished completions only every `CHECK_EVERY` tokens.
-decoding.py contains the steps, shrinking.py chooses the rows that stay, cache.py holds the memory,
-graphs.py the graphs.
+decoding.py contains the steps, speculation.py the guesses, shrinking.py chooses the rows that stay,
+cache.py holds the memory, graphs.py the graphs.
 
 Shapes: B prompts, G completions each, N = B*G; T completion tokens.
 """
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from virft_fast.batch import Prompt, Rollouts
+from virft_fast.kernels.speculation import MAX_READ
 from virft_fast.models.decode_step import lay_out
 from virft_fast.models.families import Tokenizer, core
 from virft_fast.models.inputs import banned_token_ids
@@ -32,6 +34,7 @@ from virft_fast.rollout.cache import Buffers, CachePlan, cache_numbers
 from virft_fast.rollout.decoding import Decoding
 from virft_fast.rollout.observers import Observer
 from virft_fast.rollout.sampling import Sampler, make_rollouts
+from virft_fast.rollout.speculation import History, Speculation, Stats
 
 
 @dataclass(eq=False)
@@ -49,6 +52,10 @@ class NativeRollout:
         graphs: whether to capture steps as CUDA graphs; None: only on CUDA outside autocast. With
             graphs, a rollout's memory is kept for the next one if it is at most `KEPT_SHARE` of the
             GPU's; otherwise it is freed. A model that `DecodeStep` doesn't support never has any.
+        speculation: earlier answers to guess tokens from; `generate` adds its own. The completions
+            are the same as without, but for rounding: a pass multiplies more rows. None: don't.
+    Attributes:
+        stats: counts of the last call of `generate`.
     """
 
     weights: Weights
@@ -57,9 +64,10 @@ class NativeRollout:
     device: torch.device
     max_cache_tokens: int | None = None
     graphs: bool | None = None
+    speculation: History | None = None
 
     def __post_init__(self) -> None:
-        self._buffers = Buffers(self.device)
+        self._buffers, self.stats = Buffers(self.device), Stats()
 
     @torch.no_grad()
     def generate(
@@ -78,7 +86,7 @@ class NativeRollout:
         """
         check_request(prompts, num_generations)
         features: list[Tensor] = []
-        outputs = []
+        outputs, self.stats = [], Stats()
         with evaluating(self.weights) as policy:
             check_reachable(policy)
             if not torch.is_autocast_enabled(self.device.type):  # it would cast them at every step
@@ -98,6 +106,16 @@ class NativeRollout:
                         device=self.device,
                         take=self._buffers.take,
                     )
+                    speculation = None
+                    if self.speculation is not None:
+                        speculation = Speculation(
+                            self.speculation,
+                            batch,
+                            num_generations,
+                            sampling.max_completion_length,
+                            device=self.device,
+                            take=self._buffers.take,
+                        )
                     decoding = Decoding(
                         policy,
                         self._buffers,
@@ -106,6 +124,8 @@ class NativeRollout:
                         tokenizer=self.tokenizer,
                         graphs=self._with_graphs(),
                         observer=observer,
+                        speculation=speculation,
+                        stats=self.stats,
                     )
                     features += decoding.prefill(batch)
                     outputs.append(decoding.run())
@@ -114,7 +134,15 @@ class NativeRollout:
             kept = features if policy.vision_frozen else None
         tokens, logps = (torch.cat(batches) for batches in zip(*outputs, strict=True))
         stops = (self.tokenizer.eos_token_id, *sampling.stop_token_ids)
-        return make_rollouts(prompts, num_generations, tokens, logps, stops, self.tokenizer, kept)
+        out = make_rollouts(prompts, num_generations, tokens, logps, stops, self.tokenizer, kept)
+        lengths = out.completion_mask.sum(1)
+        self.stats.drawn = int(lengths.sum())
+        for first, last in batches:
+            rows = lengths[first * num_generations : last * num_generations]
+            self.stats.longest += int(rows.max())
+        if self.speculation is not None:
+            self.speculation.add(prompts, out)
+        return out
 
     def fits(self, prompt: Prompt, num_generations: int, sampling: Sampling) -> bool:
         """Whether the prompt and its completions fit into the cache; if not, `generate` raises."""
@@ -149,6 +177,7 @@ class NativeRollout:
     ) -> CachePlan:
         longest = max(len(prompt.input_ids) for prompt in prompts)
         length, device = sampling.max_completion_length, self.device.type
+        length += 0 if self.speculation is None else MAX_READ  # also read at a completion's end
         return CachePlan.rounded(len(prompts), num_generations, longest, length, device, limit)
 
     def _cache_limit(self, policy: Policy) -> float:

@@ -46,13 +46,14 @@ class Observer(Protocol):
         with (H, S, E) queries and (K, S, E) keys."""
 
     def step_attention(self, layer: int, shares: Tensor, rows: Tensor, done: Tensor) -> None:
-        """Called in each of `layers` when a token of each row is read. It is part of a CUDA graph,
-        so it must not wait for the device.
+        """Called for each of `layers` after Q tokens of each row were read. It is part of a CUDA
+        graph, so it must not wait for the device.
 
         Args:
-            shares: (R, K, H / K, P) float32, attention of the rows to their prompts.
-            rows: (R,) int64, their indices among the batch's N rows.
-            done: (R,) bool, true where the completion had already ended.
+            shares: (R * Q, K, H / K, P) float32, attention of the rows' tokens to their prompts.
+            rows: (R * Q,) int64, the rows' indices among the batch's N.
+            done: (R * Q,) bool, true for what doesn't count: after the completion's end, and after
+                a wrong guess.
         """
 
     def finish(self) -> None:

@@ -3,7 +3,7 @@
 A draw depends only on (seed, row in the global batch, position). So a completion depends neither on
 the other rows nor on how the batch is divided among ranks, and all backends sample the same tokens.
 
-Shapes: N rows, V vocabulary.
+Shapes: N rows, Q consecutive tokens of each, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from virft_fast.batch import Prompt, Rollouts
 from virft_fast.devices import to_device
 from virft_fast.kernels.sampling import row_seed, sample_tokens
+from virft_fast.kernels.speculation import MAX_READ
 from virft_fast.models.decode_step import Take
 from virft_fast.models.families import Tokenizer
 from virft_fast.models.inputs import control_token_ids
@@ -55,6 +56,9 @@ class Sampler:
         self.seen: Tensor | None = None
         if sampling.repetition_penalty != 1.0:
             self.seen = take("seen", (len(prompts), vocab_size), torch.bool).zero_()
+            # Token t comes after tokens 0 to t of those that were read.
+            read = torch.arange(MAX_READ).repeat(MAX_READ, 1).tril()
+            self.before = take("before", read.shape, torch.long).copy_(to_device(read, device))
             for row, prompt in zip(self.seen, prompts, strict=True):
                 row.index_fill_(0, to_device(prompt.input_ids, device), True)
 
@@ -64,22 +68,31 @@ class Sampler:
         if self.seen is not None:
             self.seen = select(self.seen, rows)
 
-    def __call__(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample the next token of each row.
+    def __call__(
+        self, logits: Tensor, positions: Tensor, read: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Sample the next tokens of each row.
 
         Args:
-            logits: (N, V) float32.
-            positions: (N,) or () int64, index of each row's token in its completion.
+            logits: (N * Q, V) float32.
+            positions: (N,) or () int64, index of each row's first token in its completion.
+            read: (N, Q) int64, the row's last token and Q - 1 guesses, which the logits depend on;
+                needed if Q > 1. With several tokens, those that are kept must be added to `seen`.
         Returns:
-            Tokens, (N,) int64, and their log-probs, (N,) float32, under the distribution they were
-            sampled from.
+            Tokens, (N * Q,) int64, and their log-probs, (N * Q,) float32, under the distribution
+            they were sampled from.
         """
-        return sample_tokens(
+        seen = self.seen
+        if seen is not None and read is not None and read.shape[1] > 1:
+            count = read.shape[1]
+            before = read[:, self.before[:count, :count]]  # (N, Q, Q)
+            seen = seen[:, None].repeat(1, count, 1).scatter_(2, before, True).flatten(0, 1)
+        tokens, logps = sample_tokens(
             logits,
             self.seeds,
             positions,
             bias=self.bias,
-            seen=self.seen,
+            seen=seen,
             temperature=self.sampling.temperature,
             top_k=self.sampling.top_k,
             top_p=self.sampling.top_p,
@@ -87,6 +100,7 @@ class Sampler:
             repetition_penalty=self.sampling.repetition_penalty,
             greedy=self.sampling.greedy,
         )
+        return tokens, logps.float()  # of weights in float64, too
 
 
 def make_rollouts(
