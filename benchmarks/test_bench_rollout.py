@@ -3,21 +3,34 @@
     pytest benchmarks/test_bench_rollout.py               a small model, minutes on a CPU
     pytest benchmarks/test_bench_rollout.py --size 2b     Qwen2-VL's shapes, on a GPU; also 7b
 
-Same model, same prompts, fixed completion length. Greedy tokens are compared first. transformers'
-continuous batching isn't a contender, because it takes no images.
+Same model, same prompts. Greedy tokens are compared first. transformers' continuous batching isn't
+a contender, because it takes no images.
+
+`test_rollout` has random weights and a fixed completion length, so speculation has nothing to
+guess. `test_text` has the demo's test rows, half shapes and half digits, and two models: the
+embedded one, whose answers are short; and one that thinks before it answers, which minutes of SFT
+teach (thinking.py). Both sample at temperature 1, and an answer ends where the model ends it.
+"First epoch" guesses from answers to other prompts; "second epoch" also from answers to the same
+prompts, drawn with another seed. Sampled tokens are equal with speculation and without, and that is
+checked first.
 """
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 
 import pytest
 import torch
 from measure import DEVICE, Case, contenders, peak_mib
+from thinking import encode, examples, teach
 from vlm import SHAPES, FixedLength, cases_of, make_model, make_processor, make_prompts
 
-from virft_fast.models.qwen_vl import Policy, banned_token_ids, core
+from virft_fast.models.processing import load_processor
+from virft_fast.models.qwen_vl import Policy, banned_token_ids, core, load_model
 from virft_fast.rollout import Sampling
+from virft_fast.rollout.native import NativeRollout
+from virft_fast.rollout.speculation import History
 
 G = 8
 PROMPTS = {"tiny": 2, "cpu": 4, "2b": 8, "7b": 8}  # a rank's share of a step
@@ -25,6 +38,18 @@ CASES = cases_of()
 CASES["cpu"]["P500-C64-alone"] = (500, 64, "alone")  # one group
 GENERATE, STATIC = "transformers generate", "transformers generate, static cache"
 WEIGHTS = "a step's weights, copied"
+GUESSING, FIRST, SECOND = (
+    f"ours, with speculation{epoch}" for epoch in ("", ", first epoch", ", second epoch")
+)
+TITLES = {"embedded": "text of the embedded model", "thinking": "text of a model that thinks"}
+LIMIT = 256  # tokens of an answer
+# The models' prompts in a batch.
+TEXT = {
+    "tiny": [("embedded", 2), ("thinking", 2)],
+    "cpu": [("embedded", 2), ("embedded", 8), ("thinking", 1), ("thinking", 2), ("thinking", 8)],
+}
+STEPS = {"tiny": 2, "cpu": 300}  # of SFT
+OTHERS = {"tiny": 2, "cpu": 16}  # prompts answered before
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +62,11 @@ def case(request, size):
     plain = make_model(size).eval()  # the same weights, as transformers builds it
     policy = Policy(model)
     banned = [*banned_token_ids(tokenizer, SHAPES[size]["vocab_size"]), tokenizer.eos_token_id]
-    rollout = FixedLength(lambda: nullcontext(policy), tokenizer, device=torch.device(DEVICE))
+    options = {"device": torch.device(DEVICE)}
+    rollout, guessing = (
+        FixedLength(lambda: nullcontext(policy), tokenizer, **options, speculation=history)
+        for history in (None, History())
+    )
     batch = {
         "input_ids": torch.stack([p.input_ids for p in prompts]).repeat_interleave(G, 0),
         "mm_token_type_ids": torch.stack([p.mm_token_type_ids for p in prompts]).repeat_interleave(
@@ -62,8 +91,8 @@ def case(request, size):
             )
         return out[:, prompt_length:]
 
-    def ours(**options):
-        return rollout.generate(prompts, G, Sampling(completion_length, **options))
+    def ours(engine=rollout, **options):
+        return engine.generate(prompts, G, Sampling(completion_length, **options))
 
     expected, got = generate(do_sample=False), ours(greedy=True).completion_ids
     assert got.shape == expected.shape
@@ -75,17 +104,146 @@ def case(request, size):
         GENERATE: lambda: generate(**sampled),
         STATIC: lambda: generate(**sampled, cache_implementation="static"),
         "ours": ours,
+        GUESSING: lambda: ours(guessing),
     }
-    rollout._buffers.release()  # frees what the check above left, so that the peak counts it
+    equal(ours(), ours(guessing))
+    for engine in (rollout, guessing):
+        engine._buffers.release()  # frees what the checks above left, so that the peak counts it
     notes = {name: {"peak_mib": peak_mib(run)} for name, run in runs.items()}
     runs[WEIGHTS] = weight_traffic(model, completion_length) if DEVICE == "cuda" else "needs a GPU"
     name = f"{size}: {count} x {G} completions, P={prompt_length}, C={completion_length}"
     return Case(name, runs, notes, work={"tokens": count * G * completion_length})
 
 
-@contenders(GENERATE, STATIC, "ours", WEIGHTS)
+def equal(*rollouts):
+    """Check that sampled tokens are equal; in bfloat16 they may differ, because speculation's
+    products have other shapes."""
+    first, *others = (out.completion_ids for out in rollouts)
+    assert DEVICE != "cpu" or all(torch.equal(first, other) for other in others)
+
+
+def pytest_generate_tests(metafunc):
+    """The cases with text; conftest.py adds those of `CASES`."""
+    if "text" in metafunc.fixturenames:
+        cases = TEXT.get(metafunc.config.getoption("--size"), [])
+        names = [f"{kind}-{count}" for kind, count in cases]
+        metafunc.parametrize("text_case", cases, ids=names, scope="module")
+
+
+@contenders(GENERATE, STATIC, "ours", GUESSING, WEIGHTS)
 def test_rollout(race, case, contender):
     race(case, contender)
+
+
+@functools.cache
+def text_model(kind, size):
+    """A policy that answers in text, its processor, and the same weights in transformers' model."""
+    if kind == "thinking":
+        policy, processor = teach(STEPS[size])
+    else:
+        policy = Policy(load_model("tiny").to(DEVICE).eval())
+        processor = load_processor("tiny")
+    model = load_model("tiny")
+    model.resize_token_embeddings(policy.config.text_config.vocab_size, mean_resizing=False)
+    model.load_state_dict(policy.model.state_dict())
+    return policy, processor, model.to(DEVICE).eval()
+
+
+@pytest.fixture(scope="module")
+def text(text_case, size):
+    kind, count = text_case
+    policy, processor, model = text_model(kind, size)
+    half = (count + OTHERS[size] + 1) // 2
+    tasks = ("shapes_detection", "digits_classification")
+    pairs = zip(*(examples(task, "test", half) for task in tasks), strict=True)
+    rows = [row for pair in pairs for row in pair]
+    prompts = encode(processor, rows)
+    batch, others = prompts[:count], prompts[count:]
+
+    def engine(history=None):
+        return NativeRollout(
+            lambda: nullcontext(policy),
+            processor.tokenizer,
+            device=torch.device(DEVICE),
+            speculation=history,
+            remembers=False,
+        )
+
+    plain, first, second = engine(), engine(History()), engine(History())
+    answers = plain.generate(others, G, Sampling(LIMIT, seed=2))
+    first.speculation.add(others, answers)
+    second.speculation.add(others, answers)
+    second.speculation.add(batch, plain.generate(batch, G, Sampling(LIMIT, seed=1)))
+    generate = peer(model, processor, rows[:count])
+    expected = plain.generate(batch, G, Sampling(LIMIT, greedy=True))
+    got = generate(do_sample=False)[:, : expected.completion_ids.shape[1]]
+    same = (got == expected.completion_ids) | ~expected.completion_mask
+    assert same.all() if DEVICE == "cpu" else same.float().mean() > 0.5, float(same.float().mean())
+
+    engines = {"ours": plain, FIRST: first, SECOND: second}
+    drawn = {name: each.generate(batch, G, Sampling(LIMIT)) for name, each in engines.items()}
+    equal(*drawn.values())
+    notes = {name: figures(out, engines[name].stats) for name, out in drawn.items()}
+    runs = {
+        name: lambda each=each: each.generate(batch, G, Sampling(LIMIT))
+        for name, each in engines.items()
+    }
+    sampled = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+    runs[GENERATE] = lambda: generate(**sampled)
+    notes[GENERATE] = {"longest": generate(**sampled).shape[1]}
+    tokens = int(drawn["ours"].completion_mask.sum())
+    name = f"{size}: {TITLES[kind]}, {count} x {G} answers"
+    return Case(name, runs, notes, work={"tokens": tokens})
+
+
+@contenders(GENERATE, "ours", FIRST, SECOND)
+def test_text(race, text, contender):
+    race(text, contender)
+
+
+def peer(model, processor, rows):
+    """transformers' generate for the rows, G answers each, always from the same seed."""
+    tokenizer = processor.tokenizer
+    texts, images = [], []
+    for row in rows:
+        content = [{"type": "image"}, {"type": "text", "text": row["problem"]}]
+        chat = [{"role": "user", "content": content}]
+        texts += G * [
+            processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        ]
+        images += G * [[row["image"]]]
+    batch = processor(text=texts, images=images, padding=True, return_tensors="pt").to(DEVICE)
+    banned = banned_token_ids(tokenizer, model.config.text_config.vocab_size)
+
+    def generate(**options):
+        core(model).rope_deltas = None
+        torch.manual_seed(0)
+        with torch.no_grad():
+            out = model.generate(
+                **batch,
+                max_new_tokens=LIMIT,
+                suppress_tokens=banned,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                disable_compile=DEVICE == "cpu",
+                **options,
+            )
+        return out[:, batch["input_ids"].shape[1] :].cpu()
+
+    return generate
+
+
+def figures(rollouts, stats):
+    """How long the answers are, how certain the model is, and what guessing saved."""
+    mask, lengths = rollouts.completion_mask, rollouts.completion_mask.sum(1)
+    return {
+        "mean_length": round(float(lengths.float().mean()), 1),
+        "longest": int(lengths.max()),
+        "nats_per_token": round(-float(rollouts.sampling_logps[mask].mean()), 3),
+        "passes_per_token": round(stats.passes / stats.longest, 3),
+        "guessed_share": round(stats.accepted / stats.drawn, 3),
+        "right_guesses": round(stats.accepted / max(stats.guessed, 1), 3),
+    }
 
 
 def weight_traffic(model, steps):

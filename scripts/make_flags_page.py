@@ -26,7 +26,8 @@ TRAINING = {
     "Rewards": """reward_funcs reward_weights reward_clip reward_timeout scale_rewards
         multi_objective_aggregation advantage_estimator""",
     "Rollout": """num_generations max_completion_length temperature top_p top_k min_p
-        repetition_penalty rollout_backend rollout_cache_tokens offload_rollout_weights""",
+        repetition_penalty rollout_backend rollout_cache_tokens offload_rollout_weights
+        speculation""",
     "GRPO loss": """beta epsilon_low epsilon_high delta num_iterations loss_type
         importance_sampling_level mask_truncated_completions use_bias_correction_kl
         off_policy_mask_threshold entropy_coef top_entropy_quantile sapo_temperature_neg
@@ -52,7 +53,7 @@ EVALUATION = {
         images allow_missing categories exists_map ask_exists max_samples max_prompt_length
         max_bad_rows""",
     "Answers": """answers reward_funcs sam_path batch_size max_completion_length rollout_backend
-        rollout_cache_tokens""",
+        rollout_cache_tokens speculation""",
     "Output": "output overwrite bootstrap seed pictures local_rank",
 }
 HEAD = """# Flags

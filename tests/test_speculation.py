@@ -166,8 +166,9 @@ def test_all_guesses_are_right_if_the_history_is_the_answer(noted, policy, proce
     assert stats.passes == len(noted[0]) == -(-(int(lengths.max()) - 1) // 8)
     assert asdict(stats) == {
         "passes": stats.passes, "longest": int(lengths.max()), "drawn": int(lengths.sum()),
-        "guessed": stats.guessed, "accepted": stats.accepted,
+        "guessed": stats.guessed, "accepted": stats.accepted, "agreement": stats.agreement,
     }  # fmt: skip
+    assert rollout.speculation.agreement.tolist() == stats.agreement
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

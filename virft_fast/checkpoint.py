@@ -4,7 +4,8 @@ bit-for-bit.
     checkpoint-100/
       config.json, model.safetensors, tokenizer and processor files    the model, or its adapter
       trainer_state.json       step, data order, metric sums, the flags of the run
-      engine/                  weights in full precision and optimizer state, written by the engine
+      engine/                  weights in full precision and optimizer state, written by the engine;
+                               earlier answers, from which rollouts guess
       checksums.json           size and checksum of each of these files, to detect bit rot
 
 A checkpoint is written under another name and renamed once all of it is on disk. It is also renamed
@@ -21,12 +22,14 @@ import re
 import shutil
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from virft_fast import dist, progress
 from virft_fast.arguments import expecting
@@ -40,6 +43,7 @@ from virft_fast.models.qwen_vl import save_model
 logger = logging.getLogger(__name__)
 
 STATE_FILE, CHECKSUMS_FILE = "trainer_state.json", "checksums.json"
+HISTORY_FILE = "engine/history.safetensors"
 ALGORITHM = "xxh3_128"  # as fast as memory; detects bit rot, but not an attacker
 Seals = dict[str, tuple[int, str]]  # file name -> size in bytes, checksum
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -66,6 +70,7 @@ def save_checkpoint(
     processor: Processor,
     engine: Engine,
     state: Row,
+    history: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     only_model: bool = False,
     total_limit: int | None = None,
@@ -74,8 +79,9 @@ def save_checkpoint(
 
     Args:
         state: plain JSON data, the same on every rank.
+        history: `History.state_dict`, the same on every rank; None: there is none.
         dtype: of the saved weights; None keeps the training dtype.
-        only_model: omit the engine's state; such a checkpoint can't be resumed.
+        only_model: omit the engine's state and the history; such a checkpoint can't be resumed.
         total_limit: afterwards keep only this many latest checkpoints.
     Returns:
         The folder, or None if it could not be written, for example because the disk is full. In
@@ -96,6 +102,9 @@ def save_checkpoint(
             with dist.agreed():  # DeepSpeed passes its barriers on all ranks, even if a write fails
                 written += engine.save_state(aside / "engine")
         with dist.agreed(), progress.busy("saving"):
+            if history is not None and dist.is_main() and not only_model:
+                save_file(dict(history), aside / HISTORY_FILE)
+                written.append(aside / HISTORY_FILE)
             seals = _seal(aside, written)
         every_rank = dist.all_gather_object(seals)
         dist.on_main(lambda: _publish_listed(aside, final, every_rank))
@@ -326,6 +335,19 @@ def read_state(checkpoint: Path) -> Row:
         if not isinstance(state, dict):
             raise ValueError(f"a {type(state).__name__}")
         return state
+
+
+def read_history(checkpoint: Path) -> dict[str, Tensor] | None:
+    """What was saved as `history`; None if there is none, as in checkpoints of earlier versions.
+
+    Raises:
+        ValueError: the file can't be read.
+    """
+    path = checkpoint / HISTORY_FILE
+    if not path.is_file():
+        return None
+    with expecting(f"{path}: expected tensors", (SafetensorError, OSError)):
+        return load_file(path)
 
 
 _ROWS = [(COUNT, str)]

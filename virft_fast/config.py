@@ -11,8 +11,8 @@ import logging
 import math
 from dataclasses import asdict, dataclass, field, fields
 
+from virft_fast.arguments import Arguments, arg, check_choices, check_limit, require, was_given
 from virft_fast.arguments import UsageError as UsageError
-from virft_fast.arguments import arg, check_choices, check_limit, require
 from virft_fast.arguments import flag_names as known_flags  # noqa: F401
 from virft_fast.arguments import given_flags as given_flags
 from virft_fast.arguments import unknown_flag_message as unknown_flag_message
@@ -35,13 +35,39 @@ ATTENTIONS = ("sdpa", "eager", "flash_attention_2", *HUB_ATTENTIONS)
 SAVE_DTYPES = (*DTYPES, "float16")
 LOSS_IMPLS = ("fused", "reference")
 ROLLOUT_BACKENDS = ("native", "hf")
+SPECULATION = ("auto", "off")
 PREFIX_ATTENTIONS = ("auto", "fused", "two_part", "flex", "dense")
 
 # GRPO options that also apply to SFT and DPO.
 BESIDE_GRPO = """
     max_completion_length loss_impl prefix_sharing prefix_attention rollout_backend
-    rollout_cache_tokens offload_rollout_weights
+    rollout_cache_tokens offload_rollout_weights speculation
 """.split()
+
+
+class Speculating(Arguments):
+    """Arguments that choose a rollout backend, and whether it speculates."""
+
+    rollout_backend: str
+    speculation: str
+
+    @property
+    def speculates(self) -> bool:
+        return self.speculation == "auto" and self.rollout_backend == "native"
+
+    def settle_speculation(self) -> None:
+        """Turn the default off for a backend that draws one token a pass.
+
+        Raises:
+            UsageError: the user asked for it nevertheless.
+        """
+        if self.speculation == "auto" and not self.speculates:
+            if was_given(self, "speculation"):
+                raise UsageError(
+                    f"--speculation auto: expected --rollout_backend native, got "
+                    f"{self.rollout_backend}, which draws one token a pass; leave out one of them"
+                )
+            self.speculation = "off"
 
 
 @dataclass
@@ -143,7 +169,7 @@ class DataConfig:
 
 
 @dataclass
-class GRPOConfig:
+class GRPOConfig(Speculating):
     """Rollout, rewards and loss. Definitions are those of TRL 1.16's GRPOConfig."""
 
     _argument_group_name = "GRPO"
@@ -185,6 +211,12 @@ class GRPOConfig:
     )
     rollout_cache_tokens: int | None = arg(
         None, "Maximum tokens whose keys and values a rollout keeps; default: what fits."
+    )
+    speculation: str = arg(
+        "auto",
+        "auto: guess tokens from earlier answers and check several in one pass of the model; the "
+        "tokens stay the same. off: one token a pass, as with the hf backend.",
+        choices=SPECULATION,
     )
     offload_rollout_weights: bool = arg(
         False,
@@ -413,7 +445,7 @@ class RunConfig:
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(Speculating):
     """Arguments of `python -m virft_fast.evaluate`."""
 
     _argument_group_name = "Evaluation"
@@ -458,6 +490,7 @@ class EvalConfig:
     max_bad_rows: int = arg(100, "Stop when more rows than this can't be used.")
     rollout_backend: str = arg("native", "As in training.", choices=ROLLOUT_BACKENDS)
     rollout_cache_tokens: int | None = arg(None, "As in training.")
+    speculation: str = arg("auto", "As in training.", choices=SPECULATION)
     dtype: str = arg(
         "auto", "Weights; auto: bfloat16 on a GPU, else float32.", "torch_dtype", choices=DTYPES
     )

@@ -68,6 +68,7 @@ def parse_args(argv: list[str]) -> EvalConfig:
         UsageError: an unknown or misspelled flag, or a value out of range.
     """
     (config,) = parse((EvalConfig,), argv, "python -m virft_fast.evaluate")
+    config.settle_speculation()
     return config
 
 

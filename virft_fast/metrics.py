@@ -249,6 +249,8 @@ def _headline(metrics: dict[str, float]) -> str:
     shown = {first: metrics.get(first, math.nan)}
     shown |= {n.split("/", 1)[1]: v for n, v in metrics.items() if n.startswith("rewards/")}
     text = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
+    if "passes_per_token" in metrics:
+        text += f"  {metrics['passes_per_token']:.2f} passes/tok"
     return f"{text}  {metrics.get('tokens_per_s', math.nan):,.0f} tok/s"
 
 

@@ -16,6 +16,7 @@ from virft_fast.data import BadRows
 from virft_fast.data.prompt_source import PromptSource
 from virft_fast.evaluation.scoring import evaluate_rewards
 from virft_fast.models.families import Tokenizer
+from virft_fast.rollout.backends import with_own_history
 
 
 @dataclass
@@ -133,7 +134,7 @@ class Algorithm(Generic[State]):
         with state.engine.whole_weights():
             pass  # all ranks gather here, before one of them can fail
         means, records = evaluate_rewards(
-            state.rollout,
+            with_own_history(state.rollout),
             data.held_out.load,
             range(num_rows),
             reward_funcs=data.reward_funcs,

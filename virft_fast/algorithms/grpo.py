@@ -39,7 +39,9 @@ from virft_fast.batch import Json, Prompt, Rollouts, Row
 from virft_fast.config import GRPOConfig, RunConfig
 from virft_fast.kernels import GRPOLoss, LossArgs, group_advantages, normalize_then_sum
 from virft_fast.rollout import Sampling
+from virft_fast.rollout.native import NativeRollout
 from virft_fast.rollout.records import completion_records, reward_arguments
+from virft_fast.rollout.speculation import History, answers_of
 from virft_fast.tasks import RewardLog, score
 
 if TYPE_CHECKING:
@@ -114,6 +116,8 @@ def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[Metrics, l
             )
     _rollout_stats(stats, state, rollouts, rewards_per_func, rewards, advantages)
     _reported_stats(stats, state, log)
+    if state.history is not None:
+        _remember(stats, state, state.history, rollouts)
     state.step += 1
     metrics = finish(state, stats, rollouts, learning_rate, applied, start)
     names = [name for name, _ in state.reward_funcs]
@@ -341,6 +345,22 @@ def _rollout_stats(
     size = state.config.num_generations
     texts = [rollouts.texts[i : i + size] for i in range(0, len(rollouts.texts), size)]
     stats.add("distinct_fraction", sum(len(set(t)) / size for t in texts), len(texts))
+
+
+def _remember(stats: StepStats, state: TrainState, history: History, rollouts: Rollouts) -> None:
+    """Report what guessing saved, and add the answers of all ranks to the history, so that it is
+    the same on all of them. Called when the step is complete: a step that fails leaves no trace."""
+    assert isinstance(state.rollout, NativeRollout), "other backends have no history"
+    counts = state.rollout.stats
+    drawn = counts.drawn - len(rollouts.texts)  # reading the prompts draws the first tokens
+    stats.add("tokens_per_pass", drawn, drawn - counts.accepted)
+    stats.add("guessed_fraction", counts.accepted, counts.drawn)
+    stats.add("passes_per_token", counts.passes, counts.longest)
+    mine = answers_of(rollouts.prompts, rollouts), counts.agreement
+    ranks = dist.all_gather_object(mine)
+    history.extend([answer for answers, _ in ranks for answer in answers])
+    agreements = torch.tensor([agreement for _, agreement in ranks], dtype=torch.float64)
+    history.agreement = agreements.mean(0)
 
 
 class GRPO(Algorithm):

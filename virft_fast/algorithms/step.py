@@ -30,6 +30,7 @@ from virft_fast.models.families import Tokenizer
 from virft_fast.models.inputs import ModelInputs
 from virft_fast.models.policy import Policy
 from virft_fast.rollout import Rollout
+from virft_fast.rollout.speculation import History
 
 T = TypeVar("T")
 Metrics = dict[str, float]
@@ -59,6 +60,7 @@ class TrainState:
         bad_steps: number of consecutive non-finite steps so far.
         silent_steps: reward function -> number of consecutive steps so far without a finite value.
         idle_steps: metric in `IDLE` -> number of consecutive steps so far above its limit.
+        history: earlier answers, from which rollouts guess; None: they don't speculate.
         num_tokens: completion tokens so far, on all ranks, including those left out of the loss.
         base_weights: `weights_stamp` of the weights that the run started with.
         adapter: how the policy's adapter started, a `LoraPlan.kind`; None without an adapter.
@@ -88,6 +90,7 @@ class TrainState:
     num_tokens: int = 0
     silent_steps: dict[str, int] = field(default_factory=dict)
     idle_steps: dict[str, int] = field(default_factory=dict)
+    history: History | None = None
     base_weights: list[list[str | int]] | None = None
     adapter: str | None = None
     save_dtype: torch.dtype | None = None

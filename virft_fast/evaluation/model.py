@@ -15,7 +15,13 @@ from virft_fast.evaluation.questions import ExtentFor
 from virft_fast.models.processing import load_processor, resized
 from virft_fast.models.source import find_model
 from virft_fast.rollout import Rollout, Sampling
-from virft_fast.rollout.backends import check_cache_limit, load_policy, make_rollout
+from virft_fast.rollout.backends import (
+    check_cache_limit,
+    load_policy,
+    make_rollout,
+    with_own_history,
+)
+from virft_fast.rollout.speculation import History
 from virft_fast.tasks.coordinates import FAMILY_SPACE
 
 logger = logging.getLogger(__name__)
@@ -37,6 +43,7 @@ class EvaluatedModel:
             max_prompt_length=config.max_prompt_length,
             max_completion_length=config.max_completion_length,
             device=device,
+            speculates=config.speculates,
         )
         self.source = find_model(config.model_name_or_path, config.model_revision)
         self.processor = load_processor(
@@ -60,13 +67,15 @@ class EvaluatedModel:
         """Loaded when the first question is asked: a finished evaluation needs none."""
         with usage():
             policy = self._load_policy()
-        return make_rollout(
+        rollout = make_rollout(
             self.config.rollout_backend,
             lambda: contextlib.nullcontext(policy),
             self.processor.tokenizer,
             device=self.device,
             max_cache_tokens=self.config.rollout_cache_tokens,
+            speculation=History() if self.config.speculates else None,
         )
+        return with_own_history(rollout)
 
     def generate(
         self,

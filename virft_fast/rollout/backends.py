@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import torch
 
 from virft_fast.config import ROLLOUT_BACKENDS
+from virft_fast.kernels.speculation import MAX_READ
 from virft_fast.models.families import Tokenizer
 from virft_fast.models.policy import Policy
 from virft_fast.models.qwen_vl import load_model
@@ -15,6 +17,7 @@ from virft_fast.rollout import Rollout, Weights
 from virft_fast.rollout.cache import CachePlan
 from virft_fast.rollout.hf import HFRollout
 from virft_fast.rollout.native import NativeRollout, check_reachable
+from virft_fast.rollout.speculation import History
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +29,35 @@ def make_rollout(
     *,
     device: torch.device,
     max_cache_tokens: int | None = None,
+    speculation: History | None = None,
 ) -> Rollout:
-    """`native` (see `NativeRollout`) or `hf`: transformers' generate."""
+    """`native` (see `NativeRollout`) or `hf`: transformers' generate, which never speculates.
+
+    Args:
+        speculation: earlier answers to guess from; the caller adds to them. None: don't guess.
+    """
     if backend == "hf":
         return HFRollout(weights, tokenizer, device=device)
     if backend != "native":
         raise ValueError(f"backend: expected one of {ROLLOUT_BACKENDS}, got {backend!r}")
-    return NativeRollout(weights, tokenizer, device=device, max_cache_tokens=max_cache_tokens)
+    return NativeRollout(
+        weights,
+        tokenizer,
+        device=device,
+        max_cache_tokens=max_cache_tokens,
+        speculation=speculation,
+        remembers=False,
+    )
+
+
+def with_own_history(rollout: Rollout) -> Rollout:
+    """The same engine for an evaluation: it guesses from its own earlier answers alone, because the
+    rows of an evaluation aren't those of training."""
+    if not isinstance(rollout, NativeRollout) or rollout.speculation is None:
+        return rollout
+    own = copy.copy(rollout)
+    own.speculation, own.remembers = History(), True
+    return own
 
 
 def load_policy(
@@ -80,6 +105,7 @@ def check_cache_limit(
     max_prompt_length: int | None,
     max_completion_length: int,
     device: torch.device,
+    speculates: bool = False,
 ) -> None:
     """Raise ValueError if the longest prompt that the flags allow and its completions exceed
     `limit` tokens (--rollout_cache_tokens)."""
@@ -88,9 +114,8 @@ def check_cache_limit(
     if backend != "native":
         logger.warning("--rollout_cache_tokens has no effect with --rollout_backend %s", backend)
         return
-    plan = CachePlan.rounded(
-        1, num_generations, max_prompt_length or 1, max_completion_length, device.type, limit
-    )
+    width = max_completion_length + MAX_READ * speculates
+    plan = CachePlan.rounded(1, num_generations, max_prompt_length or 1, width, device.type, limit)
     length = max_prompt_length
     what = "any prompt" if length is None else f"a prompt of --max_prompt_length {length} tokens"
     plan.check(limit, f"--rollout_cache_tokens {limit}: {what}")

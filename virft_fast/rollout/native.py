@@ -52,8 +52,9 @@ class NativeRollout:
         graphs: whether to capture steps as CUDA graphs; None: only on CUDA outside autocast. With
             graphs, a rollout's memory is kept for the next one if it is at most `KEPT_SHARE` of the
             GPU's; otherwise it is freed. A model that `DecodeStep` doesn't support never has any.
-        speculation: earlier answers to guess tokens from; `generate` adds its own. The completions
-            are the same as without, but for rounding: a pass multiplies more rows. None: don't.
+        speculation: earlier answers to guess tokens from. The completions are the same as without,
+            but for rounding: a pass multiplies more rows. None: don't guess.
+        remembers: whether `generate` adds its answers to `speculation`; if not, the caller does.
     Attributes:
         stats: counts of the last call of `generate`.
     """
@@ -65,6 +66,7 @@ class NativeRollout:
     max_cache_tokens: int | None = None
     graphs: bool | None = None
     speculation: History | None = None
+    remembers: bool = True
 
     def __post_init__(self) -> None:
         self._buffers, self.stats = Buffers(self.device), Stats()
@@ -87,6 +89,8 @@ class NativeRollout:
         check_request(prompts, num_generations)
         features: list[Tensor] = []
         outputs, self.stats = [], Stats()
+        if self.speculation is not None:
+            self.stats.agreement = self.speculation.agreement.tolist()
         with evaluating(self.weights) as policy:
             check_reachable(policy)
             if not torch.is_autocast_enabled(self.device.type):  # it would cast them at every step
@@ -113,6 +117,7 @@ class NativeRollout:
                             batch,
                             num_generations,
                             sampling.max_completion_length,
+                            agreement=self.stats.agreement,
                             device=self.device,
                             take=self._buffers.take,
                         )
@@ -140,8 +145,9 @@ class NativeRollout:
         for first, last in batches:
             rows = lengths[first * num_generations : last * num_generations]
             self.stats.longest += int(rows.max())
-        if self.speculation is not None:
+        if self.speculation is not None and self.remembers:
             self.speculation.add(prompts, out)
+            self.speculation.agreement = torch.tensor(self.stats.agreement, dtype=torch.float64)
         return out
 
     def fits(self, prompt: Prompt, num_generations: int, sampling: Sampling) -> bool:

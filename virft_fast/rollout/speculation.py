@@ -12,7 +12,7 @@ Shapes: N rows of a batch, R of them still decoded, Q tokens of each in a pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class Stats:
         drawn: tokens of all completions.
         guessed: guesses that passes have read, up to a completion's end. accepted: those among them
             that were right.
+        agreement: `History.agreement` after the call.
     """
 
     passes: int = 0
@@ -62,6 +63,10 @@ class Stats:
     drawn: int = 0
     guessed: int = 0
     accepted: int = 0
+    agreement: list[float] = field(default_factory=lambda: [0.0, 0.0])
+
+
+Answers = tuple[int, Tensor]  # a row of the data set, and int32 tokens with -1 after each answer
 
 
 class History:
@@ -90,19 +95,15 @@ class History:
 
     def add(self, prompts: Sequence[Prompt], rollouts: Rollouts) -> None:
         """Remember the rollouts' completions, G for each of the B prompts."""
-        lengths = rollouts.completion_mask.sum(1).tolist()
-        size = rollouts.num_generations
-        separator = torch.tensor([-1], dtype=torch.int32)
-        answers = [
-            torch.cat([ids[:length].int(), separator])
-            for ids, length in zip(rollouts.completion_ids.cpu(), lengths, strict=True)
-        ]
-        recent = torch.cat([self.recent, *answers])
+        self.extend(answers_of(prompts, rollouts))
+
+    def extend(self, answers: Sequence[Answers]) -> None:
+        """Remember the `answers_of` rollouts."""
+        recent = torch.cat([self.recent, *(group for _, group in answers)])
         self.recent = recent[max(len(recent) - self.recent_tokens, 0) :].clone()
-        for number, prompt in enumerate(prompts):
-            self._remove(prompt.sample.index)
-            group = torch.cat(answers[number * size : (number + 1) * size])
-            self.stored[prompt.sample.index] = group
+        for row, group in answers:
+            self._remove(row)
+            self.stored[row] = group
             self._total += len(group)
         while self._total > self.stored_tokens:
             self._remove(next(iter(self.stored)))
@@ -165,6 +166,17 @@ class History:
         return torch.cat(parts), torch.tensor(starts)
 
 
+def answers_of(prompts: Sequence[Prompt], rollouts: Rollouts) -> list[Answers]:
+    """Each prompt's row of the data set and its G completions, as a history has them."""
+    size, end = rollouts.num_generations, torch.tensor([-1], dtype=torch.int32)
+    rows = zip(rollouts.completion_ids.int().cpu(), rollouts.completion_mask.cpu(), strict=True)
+    texts = [torch.cat([ids[mask], end]) for ids, mask in rows]
+    return [
+        (prompt.sample.index, torch.cat(texts[number * size : (number + 1) * size]))
+        for number, prompt in enumerate(prompts)
+    ]
+
+
 class Speculation:
     """Guesses for the rows of one batch, and how many of them a pass reads.
 
@@ -177,9 +189,9 @@ class Speculation:
 
     def __init__(
         self, history: History, prompts: Sequence[Prompt], size: int, length: int,
-        *, device: torch.device, take: Take,
+        *, agreement: list[float], device: torch.device, take: Take,
     ) -> None:  # fmt: skip
-        self.history, self.always = history, device.type == "cuda"
+        self.agreement, self.always = agreement, device.type == "cuda"
         self.time = TIMES.get(device.type, TIMES["cpu"])
         texts, starts = history.texts(prompts, size)
         rows, width = len(starts), CONTEXT + length + MAX_READ
@@ -203,7 +215,7 @@ class Speculation:
         # right guesses, which starts with that of the last batch.
         self.rows, self.counts = torch.arange(rows), torch.zeros(4, rows, dtype=torch.long)
         self.known = starts > NOWHERE
-        self.share = history.agreement[self.known.long()]
+        self.share = torch.tensor(agreement, dtype=torch.float64)[self.known.long()]
         self.rate = torch.zeros_like(self.share)  # the share between the last two checks
         self.read, self.kept, self.guessing = 1, 1.0, True
         self.pause, self.resume_at, self.inserted = PAUSES[0], 0, 0
@@ -249,7 +261,7 @@ class Speculation:
         for known in (False, True):
             rows = self.known == known
             if rows.any():
-                self.history.agreement[int(known)] = self.share[rows].mean()
+                self.agreement[int(known)] = float(self.share[rows].mean())
         stats.guessed += int(self.counts[2].sum())
         stats.accepted += int(self.counts[3].sum())
 

@@ -12,6 +12,7 @@ from virft_fast.data import BadRow
 from virft_fast.engine import zero_stage
 from virft_fast.models.adapters import is_reference
 from virft_fast.models.qwen_vl import Policy
+from virft_fast.rollout.speculation import History
 from virft_fast.train.memory import (
     Load,
     activation_bytes,
@@ -78,6 +79,9 @@ def _print_model(blueprint: Blueprint, data: Data, policy: Policy, load: Load) -
     for name, size in sizes.items():
         print(f"{size / 2**20:>12,.1f} MiB  {name}")
     print(f"{sum(sizes.values()) / 2**20:>12,.1f} MiB  in all")
+    if config.grpo.speculates:
+        host = History().num_bytes() / 2**20
+        print(f"{host:>12,.1f} MiB  of the host's memory, at most, for earlier answers")
     if device.type == "cuda":
         print(_room_on_gpu(sizes, world))
 

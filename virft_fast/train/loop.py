@@ -62,6 +62,7 @@ def _train(
             processor=run.processor,
             engine=state.engine,
             state=kept,
+            history=None if state.history is None else state.history.state_dict(),
             dtype=state.save_dtype,
             only_model=only_model,
             total_limit=cfg.save_total_limit,

@@ -19,9 +19,11 @@ from virft_fast.batch import Prompt
 from virft_fast.config import RunConfig
 from virft_fast.deepspeed_config import offloads, zero_stage
 from virft_fast.kernels.linear import MAX_TILE_ROWS, TILE_ELEMENTS
+from virft_fast.kernels.speculation import MAX_READ
 from virft_fast.models.qwen_vl import Policy
 from virft_fast.models.shared_prefix import core_kind
 from virft_fast.rollout.cache import KEPT_SHARE, CachePlan, cache_numbers
+from virft_fast.rollout.speculation import pool_bytes
 from virft_fast.train.model import Blueprint, training_dtype
 
 _CACHE = "keys and values of a rollout"
@@ -236,6 +238,11 @@ def memory_estimate(
         weights = 0
     device, autocast = dist.local_device(), precision_of(config).autocast
     tokens, how = rollout_tokens(config, data, device)
+    guesses = max(
+        (pool_bytes(b, g, prompt_tokens(config), config.grpo.max_completion_length)
+         for b, g in rollout_batches(config, data) if config.grpo.speculates),
+        default=0,
+    )  # fmt: skip
     narrow = config.train.bf16 or config.model.dtype == "bfloat16"
     on_copy = bool(config.train.deepspeed) or autocast or config.model.use_peft
     copied = stage == 3 or (device.type == "cuda" and on_copy)
@@ -248,28 +255,39 @@ def memory_estimate(
         "optimizer state": optimizer,
         "copy of the whole weights for rollouts": copied * total * (2 if autocast else low),
         "copies of the weights in bfloat16 while training": casts,
+        "tokens of earlier answers, to guess from": guesses,
         f"{_CACHE}, {tokens:,} tokens ({how})": cache,
     }
     return {name: size for name, size in sizes.items() if size}
 
 
+def prompt_tokens(config: RunConfig) -> int:
+    """Of the longest prompt that the flags allow, or of a typical one."""
+    return config.data.max_prompt_length or PROMPT_LENGTH
+
+
+def rollout_batches(config: RunConfig, data: Data) -> list[tuple[int, int]]:
+    """Prompts of a process, and completions of each, in a step and in the evaluation."""
+    algorithm, train, world = algorithm_of(config), config.train, dist.world_size()
+    if not algorithm.rolls_out(config):
+        return []
+    evaluation = min(train.eval_batch_size, math.ceil(train.eval_samples / world)), 1
+    step = data.prompts_per_step // world, config.grpo.num_generations
+    return [step, evaluation] if algorithm.draws else [evaluation]
+
+
 def rollout_tokens(config: RunConfig, data: Data, device: torch.device) -> tuple[int, str]:
     """The most tokens whose keys and values a process holds at once, in a step or in the
     evaluation, and a note that explains the number."""
-    grpo, world = config.grpo, dist.world_size()
-    prompt = config.data.max_prompt_length or PROMPT_LENGTH
-    batch = min(config.train.eval_batch_size, math.ceil(config.train.eval_samples / world))
-    batches = [(data.prompts_per_step // world, grpo.num_generations), (batch, 1)]
-    if not algorithm_of(config).rolls_out(config):
+    grpo, prompt = config.grpo, prompt_tokens(config)
+    batches = rollout_batches(config, data)
+    if not batches:
         return 0, "none"
-    batches = batches if algorithm_of(config).draws else batches[1:]
     how = f"prompts of {prompt:,}"
     if grpo.rollout_backend == "hf":
         return max(b * g * (prompt + grpo.max_completion_length) for b, g in batches), how
-    tokens = max(
-        CachePlan.rounded(b, g, prompt, grpo.max_completion_length, device.type).num_tokens
-        for b, g in batches
-    )
+    width = grpo.max_completion_length + MAX_READ * grpo.speculates
+    tokens = max(CachePlan.rounded(b, g, prompt, width, device.type).num_tokens for b, g in batches)
     # The flag caps the cache. Without it, a GPU decodes in batches what doesn't fit.
     tokens = min(tokens, grpo.rollout_cache_tokens or tokens)
     if device.type != "cuda":

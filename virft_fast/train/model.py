@@ -33,6 +33,7 @@ from virft_fast.models.families import Processor, freeze_vision_tower
 from virft_fast.models.qwen_vl import Policy, apply_liger, load_model
 from virft_fast.models.source import ModelSource, find_model
 from virft_fast.rollout.backends import check_model, make_rollout
+from virft_fast.rollout.speculation import History
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def prepare_training(
     call_reference = engine.forward if algorithm.uses_reference(config) else None
     if reference is not None:
         call_reference = make_reference(reference, engine, ds_config)
+    history = History() if grpo.speculates else None
     return algorithm.make_state(
         config,
         policy=policy,
@@ -141,7 +143,9 @@ def prepare_training(
             processor.tokenizer,
             device=device,
             max_cache_tokens=grpo.rollout_cache_tokens,
+            speculation=history,
         ),
+        history=history if algorithm.draws else None,
         tokenizer=processor.tokenizer,
         reward_funcs=data.reward_funcs,
         reward_weights=data.reward_weights,

@@ -81,12 +81,15 @@ def load_checkpoint(
     data: Data,
     config: RunConfig,
 ) -> None:
-    """Restore the engine, counters, data order and bad rows from a checkpoint."""
+    """Restore the engine, counters, data order, bad rows and history from a checkpoint."""
     with usage():
         check_base_weights(folder, saved, state.base_weights, config)
         state.engine.load_state(folder / "engine")
         try:
             _restore(saved, state, sampler, data)
+            history = checkpoints.read_history(folder)
+            if state.history is not None and history is not None:
+                state.history.load_state_dict(history)
         except ValueError as error:
             raise UsageError(
                 f"{folder}: expected the state of this run: {error}; or resume an earlier "

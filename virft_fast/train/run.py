@@ -84,6 +84,7 @@ def parse_args(argv: list[str]) -> RunConfig:
         UsageError: an unknown or misspelled flag or key, or a value out of range.
     """
     config = RunConfig(*parse(TRAIN_GROUPS, argv, "python -m virft_fast.train", launch_lines=True))
+    config.grpo.settle_speculation()
     _warn_of_unused(config)
     return config
 

@@ -151,6 +151,7 @@ def _check_flags(config: RunConfig, device: torch.device) -> None:
             max_prompt_length=config.data.max_prompt_length,
             max_completion_length=config.grpo.max_completion_length,
             device=device,
+            speculates=config.grpo.speculates,
         )
     if not config.train.output_dir.strip():
         raise UsageError("--output_dir: expected a folder, got an empty name")
