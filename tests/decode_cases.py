@@ -491,7 +491,7 @@ def test_several_tokens_of_a_row_are_drawn_as_one_after_the_other():
     inputs["logits"] = inputs["logits"].repeat_interleave(3, 0)
     tokens, _ = sample_tokens(**inputs)
     assert torch.equal(tokens.view(6, 3), one) and len(one.unique()) > 5
-    with pytest.raises(ValueError, match="logits: expected contiguous"):
+    with pytest.raises(ValueError, match="seeds: expected contiguous"):
         sample_tokens(**inputs | {"logits": inputs["logits"][:17]})
 
 

@@ -65,12 +65,13 @@ def sample_tokens(
             f"logits: expected (R, V) float32, got {tuple(logits.shape)} {logits.dtype}; "
             "call .float()"
         )
-    (count, vocab), rows = logits.shape, len(seeds)
+    count, vocab = logits.shape
+    rows = len(seeds) if len(seeds) and count % len(seeds) == 0 else count
     if positions.ndim == 0:
         positions = positions.repeat(rows)
     for name, tensor, shape in (
-        ("logits", logits, (count // max(rows, 1) * rows, vocab)), ("seeds", seeds, (rows,)),
-        ("positions", positions, (rows,)), ("bias", bias, (vocab,)), ("seen", seen, (count, vocab)),
+        ("seeds", seeds, (rows,)), ("positions", positions, (rows,)), ("bias", bias, (vocab,)),
+        ("seen", seen, (count, vocab)),
     ):  # fmt: skip
         if tensor is not None:
             _check(name, tensor, shape)

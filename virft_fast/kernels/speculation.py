@@ -67,23 +67,27 @@ class Pool:
         Args:
             places: (...) int64.
         """
-        back = torch.arange(1, CONTEXT + 1, device=places.device)
-        before = torch.take(self.tokens, places[..., None] - back)
-        known = torch.cat([torch.take(self.tokens, places)[..., None], before], -1) >= 0
-        known = known.long().cumprod(-1)[..., 2:].bool()
+        window, entries = self.entries(places)
+        known = (window >= 0).cumprod(-1)[..., 2:] > 0
         found = torch.where(known, places[..., None], NOWHERE)
-        self.table.view(-1).scatter_reduce_(
-            0, self._entries(before).flatten(), found.flatten(), "amax"
-        )
+        self.table.view(-1).scatter_reduce_(0, entries.flatten(), found.flatten(), "amax")
 
-    def _entries(self, before: Tensor) -> Tensor:
-        """Index into the flattened table of the n-grams of (..., CONTEXT) tokens, latest first:
-        (..., 3)."""
-        size = self.table.shape[1]
-        factors = to_device(torch.tensor(FACTORS), before.device)
-        hashes = (before * factors).cumsum(-1)[..., 1:]
-        offsets = torch.arange(0, 3 * size, size, device=before.device)
-        return ((hashes >> 33) & (size - 1)) + offsets
+    def entries(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """What is before some places.
+
+        Args:
+            places: (...) int64.
+        Returns:
+            (..., 1 + CONTEXT) tokens at the places and before, backwards; and (..., 3), where the
+            flattened table has the n-grams that end before the places.
+        """
+        device, size = places.device, self.table.shape[1]
+        window = torch.take(
+            self.tokens, places[..., None] - torch.arange(CONTEXT + 1, device=device)
+        )
+        hashes = (window * to_device(torch.tensor((0, *FACTORS)), device)).cumsum(-1)[..., 2:]
+        offsets = torch.arange(0, 3 * size, size, device=device)
+        return window, ((hashes >> 33) & (size - 1)) + offsets
 
 
 def keep_drawn(
@@ -135,7 +139,7 @@ def keep_drawn(
         )
     steps = torch.arange(read, device=drawn.device)
     drawn_at = counters[DRAWN_AT]
-    right = (drawn == tokens[:, 1 : 1 + read]).long().cumprod(1).sum(1)
+    right = (drawn == tokens[:, 1 : 1 + read]).cumprod(1).sum(1)
     going = torch.take(goes_on, drawn)
     kept = torch.minimum(torch.minimum(right, going.cumprod(1).sum(1)) + 1, length - drawn_at)
     kept = kept.clamp_(max=read).mul_(active)
@@ -151,11 +155,11 @@ def keep_drawn(
     tokens[:, :1] = drawn.gather(1, last)
     counters[PLACE] = torch.where(right >= kept, counters[PLACE] + kept, NOWHERE)
     accepted = kept - active
-    counters[: DRAWN_AT + 1] += kept
-    active.mul_(going.gather(1, last)[:, 0]).mul_(counters[DRAWN_AT] < length)
-    counters[RIGHT] += torch.minimum(right, kept)
-    counters[GUESSED] += torch.where(active > 0, read - 1, accepted)
-    counters[ACCEPTED] += accepted
+    counters[: DRAWN_AT + 1].add_(kept)  # += would copy the row once more
+    active.mul_(going.gather(1, last)[:, 0]).mul_(drawn_at < length)
+    counters[RIGHT].add_(torch.minimum(right, kept))
+    counters[GUESSED].add_(torch.where(active > 0, read - 1, accepted))
+    counters[ACCEPTED].add_(accepted)
     return kept
 
 
@@ -173,19 +177,17 @@ def look_up(pool: Pool, tokens: Tensor, counters: Tensor, slots: Tensor) -> None
         triton_speculation.look_up(pool, tokens, counters, slots)
         return
     device = tokens.device
-    back = torch.arange(1, CONTEXT + 1, device=device)
     end = slots * pool.width + counters[DRAWN_AT] + (pool.first + CONTEXT)
-    last = torch.take(pool.tokens, end[:, None] - back)  # (R, CONTEXT)
-    found = torch.take(pool.table, pool._entries(last))  # (R, 3)
+    window, entries = pool.entries(end)
+    found = torch.take(pool.table, entries)  # (R, 3)
+    back = torch.arange(1, CONTEXT + 1, device=device)
     before = torch.take(pool.tokens, found[..., None] - back)
-    equal = (before == last[:, None]).long().cumprod(-1).sum(-1)  # (R, 3) leading equal tokens
-    match = torch.where(equal >= back[1:], found, NOWHERE)
-    place = torch.where(match[:, 1] > NOWHERE, match[:, 1], match[:, 0])
-    place = torch.where(match[:, 2] > NOWHERE, match[:, 2], place)
+    equal = (before == window[:, None, 1:]).cumprod(-1).sum(-1)  # (R, 3) leading equal tokens
+    two, three, four = torch.where(equal >= back[1:], found, NOWHERE).unbind(1)
+    place = torch.where(four > NOWHERE, four, torch.where(three > NOWHERE, three, two))
     at = counters[PLACE]
     place = torch.where(torch.take(pool.tokens, at) >= 0, at, place)
     ahead = torch.arange(MAX_READ, device=device)
     guesses = torch.take(pool.tokens, place[:, None] + ahead)
-    known = (guesses >= 0).long().cumprod(1)
-    tokens[:, 1:] = guesses * known
+    tokens[:, 1:] = guesses * (guesses >= 0).cumprod(1)
     counters[PLACE] = place

@@ -212,7 +212,8 @@ def sample_tokens(
         sum_kernel[(rows, blocks)](*inputs, highest, low, sums, *sizes, num_highest, **options)
         draw_kernel[(rows,)](
             *inputs, highest, low, sums, seeds, positions, tokens, logps, *sizes, num_highest,
-            blocks, Q=rows // len(seeds), GREEDY=greedy, BLOCKS=triton.next_power_of_2(blocks),
+            blocks, Q=rows // max(len(seeds), 1), GREEDY=greedy,
+            BLOCKS=triton.next_power_of_2(blocks),
             **options,
         )  # fmt: skip
     return tokens, logps

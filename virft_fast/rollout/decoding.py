@@ -272,7 +272,7 @@ class Decoding:
                 progress.mark("rollout")
             if self.speculation is not None:
                 self._note(self.speculation)
-                self.speculation.finish(self.stats)
+                self.speculation.finish()
         if self.observer is not None:
             self.observer.finish()
         # Copies, because the next rollout reuses the buffers.
@@ -318,29 +318,24 @@ class Decoding:
             (R,) int64, how many; 0 for rows that had ended.
         """
         state, pool = self.state, self.pool
-        drawn_at, kept = state.counters[DRAWN_AT], state.active
+        drawn_at = state.counters[DRAWN_AT]
         tokens, logps = self.sampler(logits, drawn_at, read)
         if pool is not None and self.guessing:
             kept = keep_drawn(
                 pool, tokens.view(read.shape), logps.view(read.shape), state.tokens,
-                state.counters, kept, state.slots, self.goes_on, state.logps, length=self.length,
-                seen=self.sampler.seen if read.shape[1] > 1 else None,
+                state.counters, state.active, state.slots, self.goes_on, state.logps,
+                length=self.length, seen=self.sampler.seen if read.shape[1] > 1 else None,
             )  # fmt: skip
             look_up(pool, state.tokens, state.counters, state.slots)
             return kept
-        if pool is not None or self.observer is not None:
-            kept = kept.clone()
+        kept = state.active if self.observer is None else state.active.clone()
         place = (state.slots, drawn_at)
+        state.drawn.index_put_(place, tokens)
         state.logps.index_put_(place, logps)
-        state.tokens[:, 0] = tokens
+        # With speculation, rows have their own lengths: those that have ended stay where they are.
+        state.counters[: DRAWN_AT + 1].add_(1 if pool is None else state.active)
         state.active.mul_(self.goes_on[tokens])
-        if pool is None:
-            state.drawn.index_put_(place, tokens)
-            state.counters.add_(1)
-        else:  # rows that have ended stay where they are
-            state.drawn.index_put_(place, torch.where(kept > 0, tokens, -1))
-            state.counters[: DRAWN_AT + 1] += kept
-            state.active.mul_(drawn_at < self.length)
+        state.tokens[:, 0] = tokens
         return kept
 
     def _check(self, used: int) -> bool:
@@ -351,10 +346,16 @@ class Decoding:
             used: no row has more tokens in the cache, if each pass reads one of it.
         """
         speculation = self.speculation
-        if speculation is None:
-            active = [bool(flag) for flag in self.state.active.tolist()]
+        if speculation is not None and not self.guessing and speculation.longest >= self.length:
+            # Passes that guess do that themselves. Until now, there was room for MAX_READ more.
+            self.state.active.mul_(self.state.counters[DRAWN_AT] < self.length)
+        choosing = speculation is not None and not speculation.resting
+        if speculation is not None and choosing:
+            active = self._note(speculation)
         else:
-            active, used = self._note(speculation)
+            active = [bool(flag) for flag in self.state.active.tolist()]
+        if speculation is not None:
+            used = speculation.longest - 1
         if not any(active):
             return False
         kept = (kept_rows if self.ragged else kept_rectangle)(active, self.sizes)
@@ -364,22 +365,21 @@ class Decoding:
             if not self.ragged:
                 self.max_rows = self.sizes[0]
             self.sampler.keep(rows)
-        if speculation is not None:
-            if kept is not None:
+            active = [active[row] for row in kept.rows]
+            if speculation is not None:
                 speculation.keep(kept.rows)
-                active = [active[row] for row in kept.rows]
+        if speculation is not None and choosing:
             state = self.state
             speculation.choose(active, state.tokens, state.counters, state.slots)
             self.read, self.guessing = speculation.read, speculation.guessing
         return True
 
-    def _note(self, speculation: Speculation) -> tuple[list[bool], int]:
-        """Tell the counts of the rows. Returns which are active, and the most tokens of a row in
-        the cache."""
+    def _note(self, speculation: Speculation) -> list[bool]:
+        """Tell the counts of the rows. Returns which are active."""
         state = self.state
         counts = torch.cat([state.active[None], state.counters[DRAWN_AT:PLACE]]).cpu()
         speculation.note(counts[1:])
-        return counts[0].bool().tolist(), int(counts[1].max()) - 1
+        return counts[0].bool().tolist()
 
 
 class CachedAttention:

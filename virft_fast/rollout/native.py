@@ -117,7 +117,7 @@ class NativeRollout:
                             batch,
                             num_generations,
                             sampling.max_completion_length,
-                            agreement=self.stats.agreement,
+                            stats=self.stats,
                             device=self.device,
                             take=self._buffers.take,
                         )

@@ -36,11 +36,13 @@ HALF_LIFE = 6
 PAUSES = (32, 256)
 QUIET = 0.5  # share of right guesses between two checks below which a pause begins
 # Time of a pass by the number of tokens that it reads, R * Q, up to a factor. On a CPU, a part is
-# for each pass, and the rest grows with the tokens. An H200 reads weights for 206 tokens in the
-# time of their products in bfloat16 (989 TFLOP/s and 4.8 TB/s by its data sheet, not measured).
+# for each pass, and the rest grows with the tokens: for the embedded model and a model of 256 by 4
+# layers, 4 to 512 tokens on one core, the part is that of 37 to 60 tokens. On an H200, the products
+# of a bfloat16 model take longer than reading its weights from about 180 tokens on (computed from
+# the measured rates in docs/gpu.md; decoding was not measured).
 TIMES: dict[str, Callable[[int], float]] = {
-    "cpu": lambda tokens: 32 + tokens,
-    "cuda": lambda tokens: max(206, tokens),
+    "cpu": lambda tokens: 48 + tokens,
+    "cuda": lambda tokens: max(180, tokens),
 }
 
 
@@ -189,9 +191,9 @@ class Speculation:
 
     def __init__(
         self, history: History, prompts: Sequence[Prompt], size: int, length: int,
-        *, agreement: list[float], device: torch.device, take: Take,
+        *, stats: Stats, device: torch.device, take: Take,
     ) -> None:  # fmt: skip
-        self.agreement, self.always = agreement, device.type == "cuda"
+        self.stats, self.always = stats, device.type == "cuda"
         self.time = TIMES.get(device.type, TIMES["cpu"])
         texts, starts = history.texts(prompts, size)
         rows, width = len(starts), CONTEXT + length + MAX_READ
@@ -215,19 +217,31 @@ class Speculation:
         # right guesses, which starts with that of the last batch.
         self.rows, self.counts = torch.arange(rows), torch.zeros(4, rows, dtype=torch.long)
         self.known = starts > NOWHERE
-        self.share = torch.tensor(agreement, dtype=torch.float64)[self.known.long()]
+        self.share = torch.tensor(stats.agreement, dtype=torch.float64)[self.known.long()]
         self.rate = torch.zeros_like(self.share)  # the share between the last two checks
         self.read, self.kept, self.guessing = 1, 1.0, True
         self.pause, self.resume_at, self.inserted = PAUSES[0], 0, 0
+        self.noted = (0, 0)  # tokens of the longest row, and passes, at the last `note`
 
     def note(self, counts: Tensor) -> None:
         """Take the counts of the rows that are decoded: (4, R) int64 on the host."""
         new, right, *_ = counts - self.counts[:, self.rows]
         self.counts[:, self.rows] = counts
+        self.noted = (int(counts[0].max()), self.stats.passes)
         if self.guessing:
             weight = 1 - 0.5 ** (new.double() / HALF_LIFE)
             self.rate[self.rows] = right / new.clamp(min=1).double()
             self.share[self.rows] += weight * (self.rate[self.rows] - self.share[self.rows])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row; at most so many if passes have read guesses since `note`."""
+        return self.noted[0] + (self.stats.passes - self.noted[1]) * self.read
+
+    @property
+    def resting(self) -> bool:
+        """Whether passes don't guess, and won't before the next check."""
+        return not self.guessing and self.longest < self.resume_at
 
     def keep(self, rows: Sequence[int]) -> None:
         """Continue with only these of the current rows."""
@@ -236,7 +250,7 @@ class Speculation:
     def choose(
         self, active: Sequence[bool], tokens: Tensor, counters: Tensor, slots: Tensor
     ) -> None:
-        """Choose what the next passes read, from counts alone."""
+        """Choose what the next passes read, from counts alone. Not while `resting`."""
         rows = self.rows[torch.tensor(active)]
         drawn = self.counts[0, rows]
         if self.guessing:
@@ -245,25 +259,25 @@ class Speculation:
                 self.pause = PAUSES[0]
             elif not self.always and float(self.rate[rows].mean()) < QUIET:
                 self.guessing, self.inserted = False, int(drawn.min())
-                self.resume_at = int(drawn.max()) + self.pause
+                self.resume_at = self.longest + self.pause
                 self.pause = min(2 * self.pause, PAUSES[1])
-        elif int(drawn.max()) >= self.resume_at:
+        else:
             self.guessing = True
             own = self.pool.completions(len(self.share))
-            steps = torch.arange(self.inserted, int(drawn.max()))
+            steps = torch.arange(self.inserted, self.longest)
             firsts = torch.arange(len(own)) * self.pool.width + self.pool.first + CONTEXT
             self.pool.insert(to_device(firsts[:, None] + steps, tokens.device))
             counters[PLACE] = NOWHERE
             look_up(self.pool, tokens, counters, slots)
 
-    def finish(self, stats: Stats) -> None:
+    def finish(self) -> None:
         """Leave the shares to the next batch, and the counts to the statistics."""
         for known in (False, True):
             rows = self.known == known
             if rows.any():
-                self.agreement[int(known)] = float(self.share[rows].mean())
-        stats.guessed += int(self.counts[2].sum())
-        stats.accepted += int(self.counts[3].sum())
+                self.stats.agreement[int(known)] = float(self.share[rows].mean())
+        self.stats.guessed += int(self.counts[2].sum())
+        self.stats.accepted += int(self.counts[3].sum())
 
 
 def _sizes(texts: int, rows: int, width: int) -> tuple[int, int, int]:
