@@ -243,24 +243,25 @@ def test_two_ranks_have_the_advantages_of_one_big_batch(monkeypatch, options):
 
 
 def test_a_step_takes_the_estimator_and_clips_each_reward(processor, prompts):
-    """Two rewards whose sums are equal in every group: only normalized one by one, they teach."""
+    """Clipped, two rewards are 0.25 and 2, or 1 and 0.5. With weights 2 and 1, all sums are 2.5:
+    only normalized one by one, they teach."""
 
     def place(completions, **columns):
         return [float(i % 2) for i in range(len(completions))]
 
     def other(completions, **columns):
-        return [1 - value for value in place(completions)]
+        return [0.5 if value else 3.0 for value in place(completions)]
 
     config = {"reward_clip": [0.25, 2.0], "beta": 0.0}
     for aggregation, silent in (("sum_then_normalize", 1.0), ("normalize_then_sum", 0.0)):
         given = config | {"multi_objective_aggregation": aggregation}
-        state = make_state(processor, config=given, reward=place, prompts_per_microbatch=4)
-        state.reward_funcs, weights = [("place", place), ("other", other)], [1.0, 1.0]
-        state.reward_weights = weights if silent else [2.0, 1.0]
+        state = make_state(processor, config=given, prompts_per_microbatch=4)
+        state.reward_funcs = [("place", place), ("other", other)]
+        state.reward_weights = [2.0, 1.0]
         metrics, records = train_step(state, prompts)
         assert metrics["frac_reward_zero_std"] == silent
-        assert records[0]["rewards"] == {"place": 0.25, "other": 1.0}
-        assert bool(records[1]["advantage"]) is not bool(silent)
+        assert [list(r["rewards"].values()) for r in records[:2]] == [[0.25, 2.0], [1.0, 0.5]]
+        assert (records[1]["advantage"] > 0) is not bool(silent)
 
 
 @pytest.mark.parametrize("value", [float("nan"), None, 1e308, float("-inf")], ids=str)

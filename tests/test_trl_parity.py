@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_detection_rewards import batch
 
 from virft_fast.kernels import (
     group_advantages,
@@ -13,7 +14,7 @@ from virft_fast.kernels import (
     linear_grpo_loss,
     normalize_then_sum,
 )
-from virft_fast.tasks import RewardLog, score
+from virft_fast.tasks import REWARDS, RewardLog, score
 
 pytest.importorskip("trl")
 
@@ -436,3 +437,21 @@ def test_a_reward_reports_to_our_log_as_to_trls():
         given["log_metric"]("hits", 0.5)
         given["log_extra"](column="seen", values=["a", "b"])
     assert log.metrics == trainer._pending_metrics and log.extra == trainer._pending_extra_logs
+
+
+def test_trl_calls_every_reward():
+    trainer = trl_trainer()
+    for name, function in REWARDS.items():
+        texts, truths, wanted = batch(name)
+        trainer.__dict__.update(
+            accelerator=SimpleNamespace(device=torch.device("cpu"), is_main_process=False),
+            state=SimpleNamespace(global_step=0), reward_funcs=[function],
+            reward_processing_classes=[None], reward_func_names=[name],
+            environments=None, args=SimpleNamespace(report_to=[]),
+            _pending_metrics=defaultdict(list), _pending_extra_logs=defaultdict(list),
+            _metrics=defaultdict(list),
+        )  # fmt: skip
+        inputs = [{"prompt": "p", "solution": truth, "image": None} for truth in truths]
+        talks = [[{"role": "assistant", "content": text}] for text in texts]
+        got = trainer._calculate_rewards(inputs, ["p"] * 4, talks, [[1]] * 4)
+        torch.testing.assert_close(got[:, 0], torch.tensor(wanted, dtype=torch.float32))

@@ -18,6 +18,7 @@ from virft_fast.tasks.answers import (
     marked_answer,
     parse_detection,
     parse_label,
+    parse_points,
     unreadable,
     valid_box,
 )
@@ -37,7 +38,7 @@ __all__ = [
     "ACCURACY_REWARDS", "DEFAULT_REWARDS", "REWARDS", "Detection", "NamedRewards", "RewardError",
     "RewardFunction", "RewardLog", "answer_text", "check_solution", "default_rewards",
     "detect_task", "in_thousandths", "is_ours", "load_reward_funcs", "parse_detection",
-    "parse_label", "score", "unearned", "with_class_set",
+    "parse_label", "parse_points", "score", "unearned", "with_class_set",
 ]  # fmt: skip
 
 REWARDS: dict[str, Callable[..., list[float]]] = {
@@ -50,6 +51,11 @@ REWARDS: dict[str, Callable[..., list[float]]] = {
     "accuracy_math": rewards.accuracy_math,
     "grounding_giou": rewards.grounding_giou,
     "hungarian_iou": rewards.hungarian_iou,
+    "detection_map": rewards.detection_map,
+    "point_in_box": rewards.point_in_box,
+    "point_distance": rewards.point_distance,
+    "accuracy_count": rewards.accuracy_count,
+    "accuracy_presence": rewards.accuracy_presence,
     "visual_rft_accuracy_iou": visual_rft.visual_rft_accuracy_iou,
     "visual_rft_accuracy_iou_v1": visual_rft.visual_rft_accuracy_iou_v1,
     "visual_rft_accuracy_confidence": visual_rft.visual_rft_accuracy_confidence,
@@ -65,7 +71,9 @@ DEFAULT_REWARDS: dict[str, list[str]] = {
 }
 # Name -> the reward that a solution earns when it is given as the answer.
 ACCURACY_REWARDS: dict[str, float] = {
-    name: 2.0 if name == "visual_rft_grounding" else 1.0 for name in REWARDS if name != "format"
+    name: 2.0 if name == "visual_rft_grounding" else 1.0
+    for name in REWARDS
+    if name not in ("format", "accuracy_presence")  # the latter's maximum depends on the row
 }
 CLEAR_MAJORITY = 0.8
 _SECTIONS = re.compile(r"(</?(?:think|answer)>)")

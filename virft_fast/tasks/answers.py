@@ -11,12 +11,13 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from virft_fast.tasks.brackets import BracketGroup, Items, read_groups
 from virft_fast.tasks.coordinates import Box, to_thousand
 from virft_fast.tasks.labels import (  # noqa: F401  (re-exported)
+    MAX_EXTRA_CHARS,
     ClosedSet,
     answer_text,
     marked_answer,
@@ -40,10 +41,13 @@ _SIDE_KEYS = (
     ("topleft", "bottomright"),
 )
 _CONFIDENCE_KEYS = ("confidence", "score", "conf", "scores", "confidences")
-_ABOUT_KEYS = {*_CONFIDENCE_KEYS, "label", "class", "category", "name"}
+_LABEL_KEYS = ("label", "class", "category", "name")
+_ABOUT_KEYS = {*_CONFIDENCE_KEYS, *_LABEL_KEYS}
+_POINT_KEYS = ("point2d", "point", "points")
 _KEYS = {*_BOX_KEYS, *itertools.chain.from_iterable(_SIDE_KEYS)}
 _NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?:\s*(%))?")
 _BETWEEN = re.compile(r"[\s,;()\[\]]+(?!%)")  # between the numbers of one quoted text
+_ESCAPED = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.DOTALL)  # in a quoted text
 _NOTHING = re.compile(r"[\W_]*no[\W_]+objects?[\W_]*", re.IGNORECASE)
 MAX_OBJECTS = 500  # in one answer; later objects are not read
 
@@ -56,14 +60,25 @@ class Detection:
         boxes: xyxy in the 0..1000 space, in the order written. Four NaN stand for an object whose
             box can't be read. Empty for 'No Objects' or an empty list.
         confidences: one per box; None if it is missing or not a number.
+        labels: one per box, from its object's "label", "class", "category" or "name"; "" if it has
+            none. Visual-RFT's own readers leave this empty.
     """
 
     boxes: tuple[Box, ...]
     confidences: tuple[float | None, ...]
+    labels: tuple[str, ...] = ()
+
+    def take(self, places: Sequence[int]) -> Detection:
+        """Only the boxes at these places, in this order."""
+        return Detection(
+            tuple(self.boxes[at] for at in places),
+            tuple(self.confidences[at] for at in places),
+            tuple(self.labels[at] for at in places),
+        )
 
 
 def parse_detection(text: str, extent: Sequence[float] | None = None) -> Detection | None:
-    """Read the boxes and confidences of an answer.
+    """Read the boxes, confidences and labels of an answer.
 
     Returns None if the answer neither has a box nor says that there are none.
 
@@ -85,7 +100,7 @@ def in_thousand(read: Detection | None, extent: Sequence[float] | None) -> Detec
     """Convert boxes from the coordinate space `extent` (see `parse_detection`) to 0..1000."""
     if read is None or extent is None:
         return read
-    return Detection(tuple(to_thousand(box, extent) for box in read.boxes), read.confidences)
+    return replace(read, boxes=tuple(to_thousand(box, extent) for box in read.boxes))
 
 
 def _parse_detection(text: str) -> Detection | None:
@@ -94,11 +109,46 @@ def _parse_detection(text: str) -> Detection | None:
         return Detection((), ())
     objects = _in_row(read_groups(body).items)[:MAX_OBJECTS]
     if objects:
-        return Detection(tuple(p.box for p in objects), tuple(p.confidence for p in objects))
+        boxes, confidences, _, labels = zip(*objects, strict=True)
+        return Detection(boxes, confidences, labels)
     empty = body.replace("```json", "").replace("```", "").strip()
     if empty.startswith("[") and empty.endswith("]") and not empty[1:-1].strip():
         return Detection((), ())
     return None
+
+
+def parse_points(text: str, extent: Sequence[float] | None = None) -> Detection | None:
+    """Read the points of an answer, as boxes (x, y, x, y); or its boxes, if it has no points.
+
+    Points in objects come first, such as Qwen's {"point_2d": [x, y], "label": ...}. Otherwise,
+    (x, y) and [x, y] are points, unless `parse_detection` can read everything as boxes: two bare
+    points in a row are a box.
+
+    Args:
+        extent: as in `parse_detection`.
+    """
+    items = read_groups(marked_answer(text)).items
+    read, points = _parse_detection(text), list(_points(items, keyed=True))
+    if not points and (read is None or any(map(unreadable, read.boxes))):
+        points = list(_points(items, keyed=False))
+    if points:
+        boxes = tuple((x, y, x, y) for x, y in points[:MAX_OBJECTS])
+        read = Detection(boxes, (None,) * len(boxes))
+    return in_thousand(read, extent)
+
+
+def _points(items: Items, *, keyed: bool) -> Iterator[tuple[float, float]]:
+    """Yield the pairs of numbers in brackets; `keyed`: only those that an object calls points."""
+    for group in items:
+        if isinstance(group, BracketGroup):
+            x, y = group.items if not keyed and _is_point(group) else (None, None)
+            if isinstance(x, float) and isinstance(y, float):
+                yield x, y
+            elif group.opening == "{":
+                for name, value in group.fields:
+                    yield from _points(value, keyed=keyed and _letters(name) not in _POINT_KEYS)
+            else:
+                yield from _points(group.items, keyed=keyed)
 
 
 def valid_box(box: Box) -> bool:
@@ -118,6 +168,7 @@ class _Prediction(NamedTuple):
     box: Box = NOT_A_BOX
     confidence: float | None = None
     bare: bool = False
+    label: str = ""
 
 
 def _in_row(items: Items, *, listed: bool = False) -> list[_Prediction]:
@@ -180,7 +231,7 @@ def _in_fields(named: Mapping[str, Items], ended: bool) -> list[_Prediction]:
     announced = keys or not objects and not _ABOUT_KEYS.isdisjoint(named)
     if not own and announced and ended:
         own = [_Prediction()]
-    return [*_scored(own, named, bare=not keys), *objects]
+    return [*_described(own, named, bare=not keys), *objects]
 
 
 def _box_keys(named: Mapping[str, Items]) -> tuple[str, ...]:
@@ -191,20 +242,29 @@ def _box_keys(named: Mapping[str, Items]) -> tuple[str, ...]:
     return ()
 
 
-def _scored(
+def _described(
     boxes: list[_Prediction], named: Mapping[str, Items], *, bare: bool
 ) -> list[_Prediction]:
-    """Add an object's confidences to its boxes: one for all of them, or one for each."""
+    """Add an object's label and confidences to its boxes: one for all of them, or one for each."""
     if not boxes:
         return []
     score = next((named[key] for key in _CONFIDENCE_KEYS if key in named), ())
     numbers = [_number(value) for value in itertools.islice(_values(score), len(boxes) + 1)]
     if len(numbers) != len(boxes):
         numbers = (numbers or [None])[:1] * len(boxes)
+    label = _label(next((named[key] for key in _LABEL_KEYS if key in named), ()))
     return [
-        _Prediction(p.box, n if p.confidence is None else p.confidence, p.bare and bare)
+        _Prediction(
+            p.box, n if p.confidence is None else p.confidence, p.bare and bare, p.label or label
+        )
         for p, n in zip(boxes, numbers, strict=True)
     ]
+
+
+def _label(items: Items) -> str:
+    texts = (f"{value:g}" if isinstance(value, float) else value for value in _values(items))
+    text = " ".join(itertools.islice(texts, MAX_EXTRA_CHARS))[:MAX_EXTRA_CHARS]
+    return _ESCAPED.sub(lambda m: chr(int(m[1], 16)) if m[1] else m[2], text)
 
 
 def _box(items: Items) -> Box | None:

@@ -14,26 +14,37 @@ The functions below take N texts and N true answers; `scored` gives them the sig
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from virft_fast.batch import Json
-from virft_fast.matching import match_boxes, pad_boxes, pairwise_iou
-from virft_fast.tasks.answers import NOT_A_BOX, Detection, parse_detection, valid_box
+from virft_fast.matching import assign, match_boxes, pad_boxes, pairwise_iou
+from virft_fast.tasks.answers import (
+    NOT_A_BOX,
+    Detection,
+    parse_detection,
+    parse_points,
+    valid_box,
+)
 from virft_fast.tasks.coordinates import Box
-from virft_fast.tasks.labels import ClosedSet, answer_text, same_label
+from virft_fast.tasks.labels import ClosedSet, answer_text, key, same_label
 from virft_fast.tasks.scoring import Conversation, RewardFunction
-from virft_fast.tasks.values import option_of, same_formula, same_number
+from virft_fast.tasks.values import number_of, option_of, same_formula, same_number
 
 CHOICE_COLUMNS = ("choices", "options")
 CLASS_COLUMNS = ("class_names", *CHOICE_COLUMNS)  # columns that may list a row's classes
 
 Extents: TypeAlias = Sequence[Sequence[float] | None] | None
 _NO_BOX: Box = (0.0, 0.0, 0.0, 0.0)  # matches nothing
+_MAP_IOUS = [percent / 100 - 1e-9 for percent in range(50, 100, 5)]  # equality counts in COCO
+_RECALLS = torch.from_numpy(np.linspace(0, 1, 101))  # torch's own differ in the last digit
+_NEAR = 200.0  # thousandths
 _THOUGHT_TO_ANSWER = re.compile(r"</think>\s*<answer>")
 
 
@@ -153,6 +164,62 @@ def accuracy_confidence(
         count = len(true.boxes)
         rewards.append(earned / (count + wasted) if count else 1.0 / (1.0 + wasted))
     return rewards
+
+
+@scored
+def detection_map(
+    texts: list[str], truths: list[str], /, extent: Extents = None, **_: object
+) -> list[float]:
+    """COCO's mean average precision of one answer with labels and boxes, in [0, 1].
+
+    The mean over IoU thresholds .50:.05:.95, and over the classes that occur in the answer or in
+    the truth, of AP * min(1, #true / #predicted). AP is COCO's: predictions in order of confidence
+    take the free true box of their class with the best IoU, and precision is averaged at 101
+    recalls. COCO charges nothing for boxes after the last match, and nothing for classes without a
+    true box; the second factor and the choice of classes do. Equal confidences are one step of the
+    curve; a confidence that is not a number in [0, 1] comes last. If no true box has a label,
+    labels don't count. If there is nothing to find, 'No Objects' or an empty list scores 1.
+    """
+    split = [_by_class(p, t) if p and t else None for p, t in _parse_pairs(texts, truths, extent)]
+    flat = [pair for classes in split for pair in classes or ()]
+    values = iter(_answer_precision(flat).tolist() if flat else ())
+    return [
+        sum(itertools.islice(values, len(classes))) / len(classes)
+        if classes
+        else float(classes is not None)
+        for classes in split
+    ]
+
+
+def _by_class(predicted: Detection, true: Detection) -> list[tuple[Detection, Detection]]:
+    """The boxes of each class that occurs in either; of one class if the truth has no labels."""
+    places: dict[str, tuple[list[int], list[int]]] = {}
+    labeled, predicted = any(true.labels), _surest_first(predicted)
+    for side, detection in enumerate((predicted, true)):
+        for at, label in enumerate(detection.labels):
+            places.setdefault(key(label) if labeled else "", ([], []))[side].append(at)
+    return [(predicted.take(p), true.take(t)) for p, t in places.values()]
+
+
+def _answer_precision(pairs: Sequence[tuple[Detection, Detection]]) -> Tensor:
+    """(P,) AP * min(1, #true / #predicted) of pairs of one class each, surest predictions first."""
+    hits = torch.stack([_match(pairs, min_iou=iou, method="greedy")[0] >= 0 for iou in _MAP_IOUS])
+    size = hits.shape[-1]
+    rank = torch.arange(1, size + 1)
+    sure = torch.full((len(pairs), size + 1), -2.0).double()  # the last one ends the others
+    for row, (predicted, _) in zip(sure, pairs, strict=True):
+        values = [c if _usable(c) else -1.0 for c in predicted.confidences]
+        row[: len(values)] = torch.tensor(values, dtype=torch.float64)
+    # Where the step of the curve ends that a prediction is part of: (P, K)
+    ends = torch.where(sure[:, :-1] != sure[:, 1:], rank, size).flip(1).cummin(1).values.flip(1)
+    counts = [[len(predicted.boxes), len(true.boxes)] for predicted, true in pairs]
+    num_pred, num_true = torch.tensor(counts, dtype=torch.float64).T
+    found = hits.cumsum(-1).gather(-1, (ends - 1).expand_as(hits))  # (10, P, K)
+    recall = found / num_true.clamp(min=1)[:, None]
+    best = (found / ends.double()).flip(-1).cummax(-1).values.flip(-1)
+    at = torch.searchsorted(recall, _RECALLS.expand(*recall.shape[:-1], -1).contiguous())
+    precision = torch.nn.functional.pad(best, (0, 1)).gather(-1, at).mean((0, 2))  # (P,)
+    return precision * (num_true / num_pred.clamp(min=1)).clamp(max=1)
 
 
 def format_reward(
@@ -279,6 +346,123 @@ def grounding_giou(
     return torch.where(usable, (giou + 1) / 2, 0.0).tolist()
 
 
+@scored
+def point_in_box(
+    texts: list[str], truths: list[str], /, extent: Extents = None, **_: object
+) -> list[float]:
+    """Points inside true boxes / max(#points, #true boxes), in [0, 1].
+
+    Each point is matched to one box at most, and each box to one point, for the largest number of
+    matches; the edge is inside. A box in the answer counts as its center. If there is nothing to
+    find, 'No Objects' or an empty list scores 1 and anything else 0.
+    """
+    pairs = _parse_pairs(texts, truths, extent, parse_points)
+    return _point_rewards(pairs, [_boxes(true) for _, true in pairs], _inside)
+
+
+@scored
+def point_distance(
+    texts: list[str], truths: list[str], /, extent: Extents = None, **_: object
+) -> list[float]:
+    """Nearness of points to true points, summed over matches / max(#points, #true), in [0, 1].
+
+    Nearness is 1 - distance / 200, at least 0, where distance is Euclidean in thousandths of the
+    image: 0 from a fifth of the image on, so that its center earns nothing for most targets. Points
+    are matched one to one, with the largest possible sum. A box, also in the truth, counts as its
+    center. 'No Objects' as in `point_in_box`.
+    """
+    pairs = _parse_pairs(texts, truths, extent, parse_points, parse_points)
+    return _point_rewards(pairs, [_centers(true) for _, true in pairs], _nearness)
+
+
+def _point_rewards(
+    pairs: list[_Pair], truths: list[list[Box]], worth: Callable[[Tensor, Tensor], Tensor]
+) -> list[float]:
+    """`_per_object` of the best assignment of centers to truths, by `worth`."""
+    points, num_points = pad_boxes([_centers(p) for p, _ in pairs], dtype=torch.float64)
+    boxes, num_boxes = pad_boxes(truths, dtype=torch.float64)
+    worths = worth(points[:, :, None], boxes[:, None])  # (N, K, M)
+    return _per_object(pairs, assign(worths, num_points, num_boxes, maximize=True)[1])
+
+
+def _inside(points: Tensor, boxes: Tensor) -> Tensor:
+    within = (points[..., :2] >= boxes[..., :2]) & (points[..., 2:] <= boxes[..., 2:])
+    return within.all(-1).double()
+
+
+def _nearness(points: Tensor, centers: Tensor) -> Tensor:
+    distance = (points - centers)[..., :2].norm(dim=-1)
+    return (1 - distance / _NEAR).clamp(min=0).nan_to_num(0.0)
+
+
+def _centers(detection: Detection | None) -> list[Box]:
+    """The centers of boxes and points, as (x, y, x, y); NaN for one outside 0..1000."""
+    centers = []
+    for x1, y1, x2, y2 in detection.boxes if detection else ():
+        x, y = (x1 + x2) / 2, (y1 + y2) / 2
+        ok = 0 <= x1 <= x2 <= 1000 and 0 <= y1 <= y2 <= 1000
+        centers.append((x, y, x, y) if ok else NOT_A_BOX)
+    return centers
+
+
+@scored
+def accuracy_count(texts: list[str], truths: list[str], /, **_: object) -> list[float]:
+    """1 - |counted - true| / max(true, 1), at least 0: in [0, 1], and 1 for the right count only.
+
+    Answer and solution are a whole number without a unit, or boxes or points, which are counted;
+    'No Objects' is 0. So the solution of a detection row will do.
+    """
+    counts = zip(map(_count, texts), map(_count, truths), strict=True)
+    return [
+        0.0 if n is None or m is None else max(0.0, 1 - abs(n - m) / max(m, 1)) for n, m in counts
+    ]
+
+
+def _count(text: str) -> int | None:
+    """The count that an answer gives; None if it gives none."""
+    number = number_of(text)
+    if number is None:
+        objects = parse_points(text)
+        return None if objects is None else len(objects.boxes)
+    is_count = number.value.denominator == 1 and number.value >= 0 and not number.is_fraction
+    return int(number.value) if is_count and not number.unit else None
+
+
+@scored
+def accuracy_presence(
+    texts: list[str],
+    truths: list[str],
+    /,
+    extent: Extents = None,
+    negative_share: Sequence[float | None] | None = None,
+    **_: object,
+) -> list[float]:
+    """Whether the answer says rightly if there is anything to find, whatever the boxes. In [0, 1].
+
+    An answer says so by at least one valid box, and denies it by 'No Objects' or an empty list;
+    anything else scores 0. With q the share of rows where there is nothing, a right denial scores
+    min(1, (1 - q) / q), and a right box min(1, q / (1 - q)): over the data set, always denying and
+    never denying both earn min(q, 1 - q), half as much as being right.
+
+    Args:
+        negative_share: a column with q, the same in each row; None: 0.5, where both score 1.
+    Raises:
+        ValueError: q is outside [0, 1].
+    """
+    rewards = []
+    shares = negative_share or [None] * len(texts)
+    for (said, true), share in zip(_parse_pairs(texts, truths, extent), shares, strict=True):
+        q = 0.5 if share is None else float(share)
+        if not 0 <= q <= 1:
+            raise ValueError(f"negative_share: expected a share in [0, 1], got {share!r}")
+        denies, nothing = said is not None and not said.boxes, true is not None and not true.boxes
+        finds = said is not None and any(map(valid_box, said.boxes))
+        right = true is not None and (denies if nothing else finds)
+        rarer, other = (q, 1 - q) if nothing else (1 - q, q)
+        rewards.append(min(1.0, other / rarer) if right and rarer > 0 else float(right))
+    return rewards
+
+
 def _usable(confidence: float | None) -> TypeGuard[float]:
     return confidence is not None and 0.0 <= confidence <= 1.0
 
@@ -286,45 +470,56 @@ def _usable(confidence: float | None) -> TypeGuard[float]:
 def _surest_first(detection: Detection) -> Detection:
     """The same predictions, in an order that doesn't depend on how the text orders them."""
 
-    def rank(pair: tuple[Box, float | None]) -> tuple[float, tuple[float, ...]]:
-        box, confidence = pair
+    def rank(at: int) -> tuple[float, tuple[float, ...]]:
+        box, confidence = detection.boxes[at], detection.confidences[at]
         sureness = confidence if _usable(confidence) else -1.0
         return -sureness, box if valid_box(box) else ()
 
-    pairs = sorted(zip(detection.boxes, detection.confidences, strict=True), key=rank)
-    return Detection(tuple(box for box, _ in pairs), tuple(c for _, c in pairs))
+    return detection.take(sorted(range(len(detection.boxes)), key=rank))
 
 
 def _iou_rewards(
     texts: list[str], truths: list[str], extent: Extents, *, min_iou: float
 ) -> list[float]:
     pairs = _parse_pairs(texts, truths, extent)
-    total = _match(pairs, min_iou=min_iou)[1].sum(1).tolist()
+    return _per_object(pairs, _match(pairs, min_iou=min_iou)[1].sum(1))
+
+
+def _per_object(pairs: list[_Pair], totals: Tensor) -> list[float]:
+    """(N,) totals / max(#predicted, #true), at most 1; 1 if both are 0, and 0 if unreadable."""
     rewards = []
-    for (predicted, true), iou in zip(pairs, total, strict=True):
+    for (predicted, true), total in zip(pairs, totals.tolist(), strict=True):
         if predicted is None or true is None:
             rewards.append(0.0)
             continue
         count = max(len(predicted.boxes), len(true.boxes))
-        rewards.append(min(iou / count, 1.0) if count else 1.0)
+        rewards.append(min(total / count, 1.0) if count else 1.0)
     return rewards
 
 
 _Pair: TypeAlias = tuple[Detection | None, Detection | None]  # predicted, true; None: unreadable
 
 
-def _parse_pairs(texts: list[str], truths: list[str], extent: Extents) -> list[_Pair]:
+def _parse_pairs(
+    texts: list[str],
+    truths: list[str],
+    extent: Extents,
+    read: Callable[..., Detection | None] = parse_detection,
+    read_truth: Callable[..., Detection | None] = parse_detection,
+) -> list[_Pair]:
     return [
-        (parse_detection(text, space), parse_detection(truth, space))
+        (read(text, space), read_truth(truth, space))
         for text, truth, space in zip(texts, truths, extent or [None] * len(texts), strict=True)
     ]
 
 
-def _match(pairs: list[_Pair], *, min_iou: float) -> tuple[Tensor, Tensor]:
+def _match(
+    pairs: Sequence[_Pair], *, min_iou: float, method: str = "hungarian"
+) -> tuple[Tensor, Tensor]:
     """Match all completions at once. Returns (N, K) int64 matches, -1 for none, and their IoU."""
     pred, num_pred = pad_boxes([_boxes(p) for p, _ in pairs], dtype=torch.float64)
     gt, num_gt = pad_boxes([_boxes(t) for _, t in pairs], dtype=torch.float64)
-    return match_boxes(pred, gt, num_pred, num_gt, min_iou=min_iou)
+    return match_boxes(pred, gt, num_pred, num_gt, method=method, min_iou=min_iou)
 
 
 def _boxes(detection: Detection | None) -> list[Box]:
