@@ -163,6 +163,7 @@ def kernels(results: Results) -> None:
         error = float((a.grad.cpu().double() - b.grad).norm() / b.grad.norm())
         results.add(f"error of the loss's gradient, {name}", error, "relative")
         results.require(error < 2e-2, f"gradient of {name} within 2 % of float64")
+    _in_one_graph(results, [part.detach() for part in narrow], *here)
     logps, entropy = linear_logps(*(part.detach() for part in narrow), here[0])
     bound = torch.log(torch.tensor(float(vocab))) * (1 + 1e-4)
     results.require(bool((logps <= 0).all()), "log-probs are at most 0")
@@ -185,6 +186,24 @@ def kernels(results: Results) -> None:
         small = "from virft_fast.doctor import _loss; print(*_loss())"
         status = _run([sanitizer, "--error-exitcode", "9", sys.executable, "-c", small], limit=20)
         results.note(f"compute-sanitizer on a small loss: exit status {status}")
+
+
+def _in_one_graph(results: Results, inputs: list[Tensor], *rest: Tensor) -> None:
+    """torch.compile takes the loss and its gradient without a break in the graph."""
+    ids, mask, advantages = rest
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_grpo_loss(hidden, weight, ids, mask, advantages=advantages).loss
+
+    values = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [part.clone().requires_grad_() for part in inputs]
+        value = function(*leaves)
+        values.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    pairs = zip(*values, strict=True)
+    error = max(float((a - b).float().norm() / a.float().norm()) for a, b in pairs)
+    results.add("loss and gradients in one graph against without", error, "relative")
+    results.require(error < 1e-2, "torch.compile(fullgraph=True) takes the loss")
 
 
 def _run(command: list[str], *, limit: float, folder: Path = ROOT, **environ: str) -> int | None:

@@ -10,6 +10,7 @@ a line for each. Their test files stay in their own repositories.
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -69,6 +70,8 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         from virft_fast.kernels import linear_grpo_loss, linear_logps
 
         beta, ref_logps = self.options["beta"], ref_per_token_logps
+        if ref_logps is not None and ref_input is not None:
+            warnings.warn("Using ref_per_token_logps, not ref_input", stacklevel=2)
         temperature = self.options.get("temperature", 1.0)
         if ref_logps is None and ref_input is not None and beta != 0:
             with torch.no_grad():

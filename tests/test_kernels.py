@@ -791,7 +791,19 @@ MASK, ONES = torch.ones(2, 3, dtype=torch.bool), torch.ones(2)
         ({"completion_mask": None}, "completion_mask: expected .N, T. bool, got None"),
         ({"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens: expected None"),
         ({"advantages": None}, "exactly one of them, got neither"),
-        ({"advantages": [1.0, 2.0]}, "advantages: expected a tensor, got list"),
+        ({"advantages": [1.0, 2.0]}, "advantages: expected Tensor . None, got list"),
+        ({"is_weights": 1.0}, "is_weights: expected Tensor . None, got float; convert it"),
+        ({"old_logps": [[0.0] * 3] * 2}, "old_logps: expected Tensor . None, got list"),
+        ({"logits": LOGITS.numpy()}, "logits: expected Tensor, got ndarray"),
+        ({"logits": LOGITS.tolist()}, "logits: expected Tensor, got list"),
+        ({"completion_ids": IDS.tolist()}, "completion_ids: expected Tensor, got list"),
+        ({"completion_mask": MASK.tolist()}, "completion_mask: expected Tensor . None, got list"),
+        ({"cu_seqlens": [0, 3]}, "cu_seqlens: expected Tensor . None, got list"),
+        ({"beta": None}, "beta: expected float, got NoneType"),
+        ({"delta": "2"}, "delta: expected float . None, got str"),
+        ({"temperature": None}, "temperature: expected float, got NoneType"),
+        ({"num_items": "3"}, "num_items: expected int . float . Tensor . None, got str"),
+        ({"num_generations": 2.0}, "num_generations: expected int . None, got float"),
         ({"rewards": ONES, "num_generations": 2}, "exactly one of them, got both"),
         ({"advantages": None, "rewards": ONES}, "num_generations: expected"),
         ({"advantages": None, "rewards": ONES, "num_generations": 3}, "num_generations: expected"),
@@ -827,6 +839,33 @@ def test_bad_loss_input_is_named(changes, message):
     }
     with pytest.raises(ValueError, match=message):
         grpo_loss(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden": [[0.0]]}, "hidden: expected Tensor, got list"),
+        ({"weight": None}, "weight: expected Tensor, got NoneType"),
+        ({"bias": 0.5}, "bias: expected Tensor . None, got float"),
+        ({"index": IDS.numpy()}, "index: expected Tensor, got ndarray"),
+        ({"chunk_tokens": 1.5}, "chunk_tokens: expected int . None, got float"),
+        ({"temperature": "1"}, "temperature: expected float, got str"),
+    ],
+)
+def test_a_wrong_type_of_a_head_is_named(changes, message):
+    arguments = {"hidden": torch.zeros(2, 3, 5), "weight": torch.zeros(4, 5), "index": IDS}
+    with pytest.raises(ValueError, match=message):
+        linear_logps(**(arguments | changes))
+
+
+def test_whole_numbers_are_advantages_and_rewards_too():
+    for name in ("advantages", "rewards"):
+        given = {"num_generations": 2, name: torch.tensor([1, -1])}
+        whole = grpo_loss(LOGITS, IDS, MASK, **given)
+        given[name] = given[name].float()
+        assert torch.equal(whole.loss, grpo_loss(LOGITS, IDS, MASK, **given).loss)
+    with pytest.raises(ValueError, match="rewards: expected Tensor, got list"):
+        group_advantages([1.0, 2.0], 2)
 
 
 @pytest.mark.parametrize("offsets", [None, [0, 2], [1, 3], [0, 2, 1, 3]])
@@ -1218,3 +1257,24 @@ def test_the_gradient_of_sapo_keeps_its_digits_where_the_gate_is_almost_open():
         for x in (log_ratio, log_ratio.double())
     )
     torch.testing.assert_close(ours.double(), exact, atol=0, rtol=1e-5)
+
+
+def test_float64_keeps_the_digits_of_sapos_and_vespos_numbers():
+    """1.05 and the others have no exact float32."""
+    log_ratio = torch.tensor([-0.3, 0.2], dtype=torch.float64)
+    logits = torch.zeros(2, 1, 2, dtype=torch.float64)
+    given = {"advantages": torch.tensor([-1.0, 1.0], dtype=torch.float64),
+             "old_logps": (-math.log(2) - log_ratio)[:, None]}  # fmt: skip
+    losses = []
+    for options in (
+        {"loss_type": "sapo", "sapo_temperature_pos": 0.9},
+        {"loss_type": "vespo", "vespo_k_pos": 2.1, "vespo_lambda_pos": 3.3, "vespo_k_neg": 1.7,
+         "vespo_lambda_neg": 2.3},
+    ):  # fmt: skip
+        ids, mask = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+        losses.append(grpo_loss(logits, ids, mask, **given, **options).loss.item())
+    sapo = vespo = 0.0
+    for x, advantage, t, k, rate in ((-0.3, -1.0, 1.05, 1.7, 2.3), (0.2, 1.0, 0.9, 2.1, 3.3)):
+        sapo -= advantage * 4 / t / (1 + math.exp(-t * (math.exp(x) - 1))) / 2
+        vespo -= advantage * math.exp(rate + k * x - rate * math.exp(x)) * -math.log(2) / 2
+    assert losses == pytest.approx([sapo, vespo], rel=1e-13)

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -30,10 +31,16 @@ def characters(completions, **columns):
     return [sum(map(ord, c[0]["content"])) % 17 / 17 for c in completions]
 
 
-def make_trainer(trainer_class, folder, peft_config=None, **options):
+def make_trainer(trainer_class, folder, peft_config=None, model=None, **options):
+    """A trainer of the embedded model on digits, or of a `model` of text on their questions."""
     from trl import GRPOConfig
 
     data = build_demo("digits_classification", folder / "data", num_train=8, num_test=2)
+    processor = load_processor("tiny")
+    if model is not None:
+        data = data.remove_columns("image")
+        processor.tokenizer.chat_template = processor.chat_template
+        processor = processor.tokenizer
     data = data.map(
         lambda row: {"prompt": [{"role": "user", "content": row["problem"]}]},
         remove_columns=["problem"],
@@ -45,8 +52,8 @@ def make_trainer(trainer_class, folder, peft_config=None, **options):
         "bf16": False, "temperature": 0.9, "per_device_eval_batch_size": 4,
     }  # fmt: skip
     return trainer_class(
-        model=load_model("tiny"),
-        processing_class=load_processor("tiny"),
+        model=model or load_model("tiny"),
+        processing_class=processor,
         args=GRPOConfig(output_dir=str(folder / "out"), **(settings | options)),
         reward_funcs=[characters, REWARDS["format"]],
         train_dataset=data["train"],
@@ -104,12 +111,48 @@ def test_evaluation_and_lora_give_trls_own_losses(tmp_path):
     assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"use_liger_kernel": True}, "use_liger_kernel"),
-    ],
-)
-def test_what_it_does_not_cover_is_refused(tmp_path, options, named):
-    with pytest.raises(ValueError, match=f"expected a run without {named}"):
-        make_trainer(example().FusedGRPOTrainer, tmp_path, **options)
+def text_model(kind):
+    """A small model that changes its head's output."""
+    import transformers
+
+    sizes = {"vocab_size": load_model("tiny").config.text_config.vocab_size, "hidden_size": 32,
+             "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "head_dim": 16}  # fmt: skip
+    torch.manual_seed(1)
+    if kind == "scaled":
+        config = transformers.Cohere2Config(**sizes, logit_scale=0.5, pad_token_id=0)
+        return transformers.Cohere2ForCausalLM(config)
+    config = transformers.Gemma2Config(**sizes, final_logit_softcapping=0.3, pad_token_id=0)
+    return transformers.Gemma2ForCausalLM(config)
+
+
+@pytest.mark.parametrize("kind", ["saved", "scaled", "capped"])
+def test_logits_give_trls_own_losses_where_the_head_cant_be_fused(tmp_path, caplog, kind):
+    from peft import LoraConfig
+    from trl import GRPOTrainer
+
+    results = []
+    for trainer_class in (GRPOTrainer, example().FusedGRPOTrainer):
+        torch.manual_seed(0)
+        with caplog.at_level("WARNING"):
+            results.append(train(
+                trainer_class, tmp_path / trainer_class.__name__, max_steps=2, num_iterations=2,
+                model=None if kind == "saved" else text_model(kind),
+                peft_config=LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+                if kind == "saved" else None,
+            ))  # fmt: skip
+    (wanted, reference), (losses, weights) = results
+    assert len(losses) == 2 and losses == pytest.approx(wanted, abs=1e-5)
+    for name, value in reference.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)
+    said = [r.message for r in caplog.records if "the loss is computed from logits" in r.message]
+    assert len(said) == 1
+
+
+# FSDP2 by torch's own functions: accelerate has it on GPUs only.
+@pytest.mark.parametrize("kind", ["ddp", "zero3", "fsdp2"])
+def test_two_ranks_give_trls_own_losses(tmp_path, kind):
+    done = processes.run(tmp_path, kind, module="trl_two_ranks", processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for wanted, got in zip(*torch.load(tmp_path / f"{kind}.pt"), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)

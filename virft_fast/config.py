@@ -305,7 +305,10 @@ class GRPOConfig(Speculating):
         check_limit(self, "0 or more", "epsilon_high")
         check_limit(self, "a ratio above 1", "delta")
         check_limit(self, "at least 1", "num_iterations")
-        self.loss_args()  # checks the rest
+        try:
+            self.loss_args()  # checks the rest
+        except ValueError as error:
+            raise ValueError(f"--{error}") from None
 
     def loss_args(self) -> LossArgs:
         """The flags that are arguments of the loss."""

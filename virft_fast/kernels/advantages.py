@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from virft_fast.kernels.loss_args import check_tensors, check_type
+
 SCALES = ("group", "batch", "none")
 ESTIMATORS = ("grpo", "rloo", "reinforce_pp")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
@@ -122,11 +124,13 @@ def _std(values: Tensor, valid: Tensor) -> Tensor:
 
 def check_rewards(rewards: Tensor, num_generations: int) -> None:
     """Raise ValueError unless rewards are (N,) floating point, in groups of `num_generations`."""
+    check_tensors(rewards=rewards)
     if rewards.ndim != 1 or not rewards.is_floating_point():
         raise ValueError(
             f"rewards: expected (N,) floating point, got {tuple(rewards.shape)} {rewards.dtype}; "
             "flatten prompt-major, sum over reward functions first"
         )
+    check_type("num_generations", num_generations, "int")
     if num_generations < 1 or rewards.shape[0] % num_generations:
         raise ValueError(
             f"num_generations: expected a divisor of the {rewards.shape[0]} rewards, got "

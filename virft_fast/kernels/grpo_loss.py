@@ -27,8 +27,8 @@ from virft_fast.kernels.logprobs import (
     rows_backward,
     rows_forward,
 )
-from virft_fast.kernels.loss_args import LossArgs, takes_loss_args
-from virft_fast.kernels.token_loss import token_loss
+from virft_fast.kernels.loss_args import LossArgs, check_tensors, takes_loss_args
+from virft_fast.kernels.token_loss import by_sign, token_loss
 
 Number = float | Tensor  # a tensor is 0-d and stays on its device
 LOG_WEIGHTS = (math.log(1e-8), 20.0)  # vespo's bounds, as in TRL 1.16
@@ -140,6 +140,7 @@ def grpo_loss(
     2512.02556, entropy quantile 2506.01939, KL estimators: Schulman 2020,
     joschu.net/blog/kl-approx.html.
     """
+    check_tensors(logits=logits)
     layout = make_layout(completion_ids, completion_mask, cu_seqlens)
     check_rows(_predicting(logits, layout), completion_ids, temperature)
     ids = completion_ids.reshape(-1).masked_fill(~layout.mask, 0)
@@ -305,8 +306,8 @@ class LossTerms:
             log_w = log_w + layout.sequence_sum(self.factor)
         log_w = log_w.clamp(*LOG_WEIGHTS)
         positive = self.advantages >= 0
-        k = torch.where(positive, args.vespo_k_pos, args.vespo_k_neg).to(log_w)
-        rate = torch.where(positive, args.vespo_lambda_pos, args.vespo_lambda_neg).to(log_w)
+        k = by_sign(positive, args.vespo_k_pos, args.vespo_k_neg, log_w)
+        rate = by_sign(positive, args.vespo_lambda_pos, args.vespo_lambda_neg, log_w)
         rate = rate.clamp(min=1e-4)
         phi = (rate + k * log_w - rate * log_w.exp()).exp()
         return layout.per_token(phi.nan_to_num(nan=0.0))
@@ -441,8 +442,6 @@ def _rewards_or_advantages(layout: Layout, dtype: torch.dtype, args: LossArgs) -
     else:
         got = "neither" if rewards is None else "both"
         raise ValueError(f"rewards, advantages: expected exactly one of them, got {got}")
-    if not isinstance(given, Tensor):
-        raise ValueError(f"{name}: expected a tensor, got {type(given).__name__}")
     if given.shape != (layout.num_sequences,) or given.device != layout.mask.device:
         raise ValueError(
             f"{name}: expected ({layout.num_sequences},) on {layout.mask.device}, one a sequence, "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from virft_fast.devices import to_device
+from virft_fast.kernels.loss_args import check_tensors, check_type
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,9 @@ def make_layout(
         ValueError: wrong shapes, dtypes or devices; or offsets that don't ascend from 0 to S
             (checked only on the CPU, because reading them would synchronize a GPU).
     """
+    check_tensors(completion_ids=completion_ids)
+    check_type("completion_mask", completion_mask, "Tensor | None")
+    check_type("cu_seqlens", cu_seqlens, "Tensor | None")
     if completion_ids.dtype != torch.int64 or completion_ids.ndim not in (1, 2):
         raise ValueError(
             f"completion_ids: expected (N, T) int64, or (S,) with cu_seqlens, got "

@@ -26,14 +26,13 @@ from virft_fast.kernels.grpo_loss import (
 from virft_fast.kernels.layout import Layout, make_layout
 from virft_fast.kernels.logprobs import (
     check_ids,
-    check_plain,
     check_temperature,
     compute_dtype,
     pick,
     rows_backward,
     rows_forward,
 )
-from virft_fast.kernels.loss_args import LossArgs, takes_loss_args
+from virft_fast.kernels.loss_args import LossArgs, check_tensors, check_type, takes_loss_args
 
 # Elements in one tile of logits: 32 MiB of float32 on a CPU; 1.2 GiB on a GPU, enough at V = 152k
 # for the 2,048 rows that keep its matrix units busy. The GPU value is an estimate, not tuned.
@@ -485,7 +484,8 @@ def _check(
     temperature: float,
     chunk_tokens: int | None,
 ) -> None:
-    check_plain(hidden=hidden, weight=weight, bias=bias)
+    check_tensors(hidden=hidden, weight=weight, index=index)
+    check_type("bias", bias, "Tensor | None")
     if weight.ndim != 2 or weight.shape[0] < 1 or not weight.is_floating_point():
         raise ValueError(
             f"weight: expected (V, D) floating point, got {tuple(weight.shape)} {weight.dtype}; "
@@ -510,6 +510,7 @@ def _check(
             f"bias: expected ({weight.shape[0]},) floating point, got {tuple(bias.shape)} "
             f"{bias.dtype}"
         )
+    check_type("chunk_tokens", chunk_tokens, "int | None")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: expected >= 1 or None, got {chunk_tokens}")
     check_temperature(temperature)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from virft_fast.kernels.backend import triton_for
+from virft_fast.kernels.loss_args import check_tensors, check_type
 
 # Elements that the reference processes at a time; they fit in a core's cache. Measured on 2 cores.
 BLOCK_ELEMENTS = 2**18
@@ -38,6 +39,7 @@ def selective_log_softmax(
             given. On the CPU, also for an id outside V. On the GPU, where a check would
             synchronize, such an id's log-prob is NaN.
     """
+    check_tensors(logits=logits, index=index)
     if index.ndim != logits.ndim or not index.shape[-1]:
         return logps_and_entropy(logits, index, temperature=temperature, inplace=inplace)[0]
     check_rows(logits, index[..., 0], temperature)
@@ -70,7 +72,7 @@ def logps_and_entropy(
 
 def check_rows(logits: Tensor, index: Tensor, temperature: float) -> None:
     """The checks of both functions above that need only shapes and dtypes, not values."""
-    check_plain(logits=logits)
+    check_tensors(logits=logits, index=index)
     if logits.ndim < 1 or logits.shape[-1] < 1 or not logits.is_floating_point():
         raise ValueError(
             f"logits: expected (..., V) floating point with V >= 1, got {tuple(logits.shape)} "
@@ -86,18 +88,9 @@ def check_rows(logits: Tensor, index: Tensor, temperature: float) -> None:
     check_temperature(temperature)
 
 
-def check_plain(**tensors: Tensor | None) -> None:
-    """Raise ValueError for a DTensor, which would be computed with all its communication."""
-    for name, tensor in tensors.items():
-        if hasattr(tensor, "full_tensor"):
-            raise ValueError(
-                f"{name}: expected a plain tensor, got a DTensor, as FSDP2 leaves parameters "
-                f"outside their module's forward pass; pass {name}.full_tensor()"
-            )
-
-
 def check_temperature(temperature: float) -> None:
     """Raise ValueError unless 0 < temperature < inf."""
+    check_type("temperature", temperature, "float")
     if not 0.0 < temperature < math.inf:
         raise ValueError(
             f"temperature: expected a finite number > 0, got {temperature}; greedy decoding has no "

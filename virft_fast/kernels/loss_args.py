@@ -7,8 +7,10 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "luspo", "vespo")
@@ -64,6 +66,8 @@ class LossArgs:
     num_entropy_items: int | float | Tensor | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            check_type(field.name, getattr(self, field.name), str(field.type))
         choices = {"loss_type": LOSS_TYPES, "importance_sampling_level": LEVELS, "kl": KL_KINDS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -112,6 +116,30 @@ class LossArgs:
             return "call"
         whole = self.by_sequence or self.loss_type == "vespo"
         return "sequence" if whole or self.off_policy_mask_threshold is not None else "token"
+
+
+def check_tensors(**tensors: object) -> None:
+    """Raise ValueError for what is no plain tensor. A DTensor would be computed with all its
+    communication."""
+    for name, tensor in tensors.items():
+        check_type(name, tensor, "Tensor")
+        if hasattr(tensor, "full_tensor"):
+            raise ValueError(
+                f"{name}: expected a plain tensor, got a DTensor, as FSDP2 leaves parameters "
+                f"outside their module's forward pass; pass {name}.full_tensor()"
+            )
+
+
+def check_type(name: str, value: object, expected: str) -> None:
+    """Raise ValueError unless the value is of a type in `expected`, such as "int | None"."""
+    if not torch.compiler.is_compiling() and not isinstance(value, _types(expected)):
+        raise ValueError(f"{name}: expected {expected}, got {type(value).__name__}; convert it")
+
+
+@functools.cache
+def _types(words: str) -> tuple[type, ...]:
+    types = {"Tensor": Tensor, "float": Real, "int": Integral, "str": str, "None": type(None)}
+    return tuple(types.get(word, object) for word in words.split(" | "))
 
 
 def takes_loss_args(function: Callable[P, R]) -> Callable[P, R]:

@@ -111,11 +111,16 @@ def _weighted(
 def _soft(ratio: Tensor, d_ratio: Tensor, advantage: Tensor, args: LossArgs) -> Policy:
     """sapo's sigmoid of the ratio, with slope 1 at a ratio of 1."""
     positive = advantage > 0
-    t = torch.where(positive, args.sapo_temperature_pos, args.sapo_temperature_neg).to(ratio)
+    t = by_sign(positive, args.sapo_temperature_pos, args.sapo_temperature_neg, ratio)
     gate, never = torch.sigmoid(t * (ratio - 1)), torch.zeros_like(positive)
     # 1 - gate would lose its digits where the gate is almost 1.
     d_log_ratio = -advantage * d_ratio * (4 * gate * torch.sigmoid(t * (1 - ratio)))
     return -gate * 4 / t * advantage, d_log_ratio, torch.zeros_like(ratio), never, never
+
+
+def by_sign(positive: Tensor, above: float, below: float, like: Tensor) -> Tensor:
+    """One of two numbers for each token, in the dtype of `like`."""
+    return torch.full_like(like, below).masked_fill(positive, above)
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, kl: str) -> tuple[Tensor, Tensor]:
