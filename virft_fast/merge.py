@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from virft_fast import train_extra  # noqa: F401
 from virft_fast.checkpoint import write_whole_model
 from virft_fast.cli import exit_status
 from virft_fast.commands import end_process
