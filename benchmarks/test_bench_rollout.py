@@ -48,7 +48,7 @@ TEXT = {
     "tiny": [("embedded", 2), ("thinking", 2)],
     "cpu": [("embedded", 2), ("embedded", 8), ("thinking", 1), ("thinking", 2), ("thinking", 8)],
 }
-STEPS = {"tiny": 2, "cpu": 300}  # of SFT
+STEPS = {"tiny": 2, "cpu": 500}  # of SFT
 OTHERS = {"tiny": 2, "cpu": 16}  # prompts answered before
 
 
