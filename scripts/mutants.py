@@ -40,6 +40,7 @@ GRPO, STEP = "algorithms/grpo.py", "algorithms/step.py"
 ENGINE, SAMPLER = "engine.py", "rollout/sampling.py"
 SAMPLING = "kernels/sampling.py"
 DECODING, SHRINKING = "rollout/decoding.py", "rollout/shrinking.py"
+GUESSES = "kernels/speculation.py"
 PREFIX = "models/shared_prefix.py"
 PACKED = "kernels/prefix_attention.py"
 PACKED_TRITON = "kernels/triton_prefix_attention.py"
@@ -225,6 +226,22 @@ MUTANTS = [
            "tests/test_rollout.py -k stay_apart"),
     Mutant("rows start at the old first rows", DECODING, "first_rows.append(first_rows[-1] + size)",
            "first_rows.append(first_rows[-1] + 1)", "tests/test_rollout.py -k graph"),
+    Mutant("the draw after a wrong guess is lost", GUESSES,
+           "kept = torch.minimum(torch.minimum(right, going.cumprod(1).sum(1)) + 1, length - drawn_at)",
+           "kept = torch.minimum(torch.minimum(right, going.cumprod(1).sum(1)), length - drawn_at)",
+           "tests/test_decode.py -k lists"),
+    Mutant("a completion goes on after its end", GUESSES,
+           "torch.minimum(right, going.cumprod(1).sum(1)) + 1", "right + 1",
+           "tests/test_decode.py -k lists"),
+    Mutant("other n-grams match", GUESSES, "torch.where(equal >= back[1:], found, NOWHERE)", "found",
+           "tests/test_decode.py -k lists"),
+    Mutant("guesses see no repetition penalty of those before", SAMPLER,
+           "read = torch.arange(MAX_READ).repeat(MAX_READ, 1).tril()",
+           "read = torch.zeros(MAX_READ, MAX_READ, dtype=torch.long)", "tests/test_speculation.py -k penalty"),
+    Mutant("the attention of wrong guesses counts", DECODING,
+           "torch.arange(count, device=kept.device) >= kept[:, None]",
+           "torch.arange(count, device=kept.device) >= 8 * kept[:, None]",
+           "tests/test_speculation.py -k attention"),
     # Rewards, matching, data
     Mutant("accuracy_confidence at 0.4", REWARDS,
            "matched = _match(pairs, min_iou=0.5)[0] >= 0", "matched = _match(pairs, min_iou=0.4)[0] >= 0",

@@ -36,12 +36,12 @@ HALF_LIFE = 6
 PAUSES = (32, 256)
 QUIET = 0.5  # share of right guesses between two checks below which a pause begins
 # Time of a pass by the number of tokens that it reads, R * Q, up to a factor. On a CPU, a part is
-# for each pass, and the rest grows with the tokens: for the embedded model and a model of 256 by 4
-# layers, 4 to 512 tokens on one core, the part is that of 37 to 60 tokens. On an H200, the products
+# for each pass, and the rest grows with the tokens. 80 took the least time of 48 to 100 for 64 rows
+# of benchmarks/thinking.py; for 16 rows, they differed less than the runs did. On an H200, products
 # of a bfloat16 model take longer than reading its weights from about 180 tokens on (computed from
-# the measured rates in docs/gpu.md; decoding was not measured).
+# the measured rates in docs/gpu.md; speculation was not measured).
 TIMES: dict[str, Callable[[int], float]] = {
-    "cpu": lambda tokens: 48 + tokens,
+    "cpu": lambda tokens: 80 + tokens,
     "cuda": lambda tokens: max(180, tokens),
 }
 
