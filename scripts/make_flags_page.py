@@ -35,6 +35,7 @@ TRAINING = {
         loss_impl""",
     "DPO": "dpo_beta label_smoothing dpo_gamma precompute_ref_log_probs",
     "Batch and length": """per_device_train_batch_size gradient_accumulation_steps
+        steps_per_generation dynamic_sampling dynamic_sampling_max_rounds curriculum
         max_tokens_per_microbatch num_train_epochs max_steps""",
     "Optimizer": """learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay
         adam_beta1 adam_beta2 adam_epsilon max_grad_norm max_bad_steps""",

@@ -37,6 +37,7 @@ class Mutant(NamedTuple):
 
 
 GRPO, STEP = "algorithms/grpo.py", "algorithms/step.py"
+GROUPS = "algorithms/groups.py"
 ENGINE, SAMPLER = "engine.py", "rollout/sampling.py"
 SAMPLING = "kernels/sampling.py"
 DECODING, SHRINKING = "rollout/decoding.py", "rollout/shrinking.py"
@@ -108,13 +109,22 @@ MUTANTS = [
     Mutant("the policy is its own reference", STEP,
            "with adapters.as_reference(state.policy.model):", "if True:",
            "tests/test_stages.py -k reference"),
-    Mutant("old log-probs move with the policy", GRPO, "logps if cfg.num_iterations > 1 else None", "None",
+    Mutant("old log-probs move with the policy", GRPO, "logps if several else None", "None",
            "tests/test_grpo.py -k several_iterations"),
+    Mutant("all updates are one minibatch's", GRPO,
+           "for indices in deal(list(chosen.values()), count, (state.seed, state.step)):",
+           "for indices in [list(range(len(chosen)))] * count:",
+           "tests/test_minibatches.py -k one_update"),
+    Mutant("a later round draws the same rows", GRPO, "(number * dist.world_size() + ", "(0 + ",
+           "tests/test_minibatches.py -k later_round"),
+    Mutant("groups that teach don't come first", GROUPS,
+           "key=lambda g: not teaches[g[0]][g[1]][g[2]]", "key=len",
+           "tests/test_minibatches.py -k chosen"),
     Mutant("the same seed in every step", GRPO,
            "seed=state.seed * 1_000_003 + state.step", "seed=state.seed * 1_000_003",
            "tests/test_grpo.py -k draws_anew"),
     Mutant("all ranks draw the same rows", GRPO,
-           "first_row=dist.rank() * len(prompts) * cfg.num_generations", "first_row=0",
+           " + dist.rank()) * len(prompts) * size", ") * len(prompts) * size",
            "tests/test_distributed.py -k two_ranks_equal"),
     Mutant("a rank guesses from its own answers alone", GRPO,
            "[answer for answers, _ in ranks for answer in answers]", "mine[0]",
@@ -278,8 +288,10 @@ MUTANTS = [
            "tests/test_native_matching.py tests/test_matching.py"),
     Mutant("every epoch in the same order", ORDER, "np.random.default_rng((self.seed, self._epoch))",
            "np.random.default_rng(self.seed)", "tests/test_data.py -k epoch"),
-    Mutant("bad rows are tried again", ORDER, "if index not in self._bad:", "if True:",
+    Mutant("bad rows are tried again", ORDER, "index not in self._bad and", "",
            "tests/test_data.py"),
+    Mutant("rows that teach again stay rare", ORDER, "+ 1 if equal else 0", "+ equal",
+           "tests/test_minibatches.py -k teaches_again"),
     # Checkpoints
     Mutant("no fsync", CHECKPOINT, "        os.fsync(descriptor)", "        pass",
            "tests/test_checkpoint.py -k on_disk_before"),

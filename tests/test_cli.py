@@ -202,7 +202,7 @@ ROLLOUTS = """
     --output_dir out --use_vllm=false --vllm_mode colocate --vllm_gpu_memory_utilization 0.3
     --log_completions --num_completions_to_print 4 --shuffle_dataset --disable_dropout false
     --gradient_checkpointing_kwargs '{"use_reentrant": false}' --epsilon 0.2 --loss_type dapo
-    --scale_rewards True --eval_strategy no --trust_remote_code false --steps_per_generation None
+    --scale_rewards True --eval_strategy no --trust_remote_code false --generation_batch_size None
     --max_prompt_length 1024 --temperature 0.9 --seed 7
 """
 

@@ -12,10 +12,10 @@ from processes import run
 
 # (ZeRO stage, kind of run), see two_ranks.py, by the number of processes.
 RUNS = {
-    1: [(-1, kind) for kind in ("images", "lora", "dropped", "frozen", "sft")],
+    1: [(-1, kind) for kind in ("images", "lora", "dropped", "frozen", "sft", "rounds")],
     2: [(-1, "images"), (0, "images"), (3, "images"), (3, "lora"), (3, "mixed"), (0, "nan"),
         (3, "nan"), (-1, "dropped"), (0, "dropped"), (2, "dropped"), (3, "dropped"), (3, "frozen"),
-        (3, "sft")],
+        (3, "sft"), (-1, "rounds"), (3, "rounds")],
 }  # fmt: skip
 
 
@@ -91,6 +91,26 @@ def test_ranks_with_unequal_microbatches_and_dropped_groups(results, stage, kind
     made = [[rank[step][1] for rank in noted["plans"]] for step in range(3)]
     assert own[0][1] == 0 and own[2][0] == 0 and 0 < own[1][1] < own[1][0]
     assert own[0][0] > 2 and made == [[max(step)] * 2 for step in own]
+
+
+@pytest.mark.parametrize("stage", [-1, 3])
+def test_rounds_and_minibatches_of_two_ranks_are_those_of_one(results, stage):
+    """Three of rank 0's groups of the first round teach, and all eight of rank 1's; of the second
+    round, the first five that teach: two of rank 0's and three of rank 1's."""
+    start, end, noted = results[2, stage, "rounds"]
+    _, expected, alone = results[1, -1, "rounds"]
+    assert largest_difference(start, end) > 1e-4
+    assert largest_difference(end, expected) <= 1e-5
+    assert_metrics_equal(noted, alone, "loss", "grad_norm", "num_tokens")
+    assert_metrics_equal(
+        {"metrics": noted["metrics"][::2]}, {"metrics": alone["metrics"][::2]},
+        "reward", "frac_reward_zero_std", "sampling_rounds", "prompts_used", "prompts_wasted",
+    )  # fmt: skip
+    assert [m["sampling_rounds"] for m in noted["metrics"][::2]] == [2, 2]
+    rows = sorted(alone["chosen"][0][0])
+    assert rows == sorted(sum((rank[0] for rank in noted["chosen"]), []))
+    assert noted["chosen"][0][0] == [5, 6, 7, 22, 23]
+    assert noted["chosen"][1][0] == [*range(8, 16), 24, 25, 26]
 
 
 def test_fine_tuning_with_a_frozen_tower_and_unequal_microbatches_hangs_nobody(results):

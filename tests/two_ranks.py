@@ -7,8 +7,9 @@ STAGE is a ZeRO stage, or -1 for the plain engine; BATCH is this rank's number o
 `lora` (an adapter is trained, with gradient checkpointing and the adapter off as the reference),
 `dropped` (no KL term, microbatches by tokens, and groups of equal rewards: rank 1's in the first
 step, most of rank 1's in the second, rank 0's in the third), `frozen` (as `dropped`, with the
-vision tower frozen) or `sft` (fine-tuning with the tower frozen, rank 1 with text only and fewer
-microbatches). One run after another, each with a model of its own.
+vision tower frozen), `sft` (fine-tuning with the tower frozen, rank 1 with text only and fewer
+microbatches) or `rounds` (dynamic sampling, rollouts of two steps, and most groups of equal rewards
+are rank 0's). One run after another, each with a model of its own.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ STEPS = 3
 # The step's prompts whose completions all get the same reward.
 EQUAL = [{4, 5, 6, 7}, {0, 4, 6, 7}, {0, 1, 2, 3}]
 DROPPING = ("dropped", "frozen")
+# Of a rollout's 16 prompts and the 16 of its second round; with two ranks, 0 to 7 and 16 to 23 are
+# rank 0's. The first round has 11 groups that teach, 3 of them rank 0's. The next 5 are 22 to 26.
+EQUAL_ROUNDS = {0, 1, 2, 3, 4, *range(16, 22)}
 
 
 def make_engine(stage, policy, settings, config, kind):
@@ -96,7 +100,9 @@ def prepare(stage, batch, kind, processor):
 
     def reward(prompts, completions, problem, **columns):
         values = letter_count(prompts, completions)
-        equal = EQUAL[state.step] if kind in DROPPING else ()
+        if kind == "rounds":  # the two completions of a prompt differ
+            values = [value + 0.01 * (n % 2) for n, value in enumerate(values)]
+        equal = EQUAL[state.step] if kind in DROPPING else EQUAL_ROUNDS if kind == "rounds" else ()
         return [
             1.0 if index_of(text) in equal else value
             for text, value in zip(problem, values, strict=True)
@@ -106,6 +112,8 @@ def prepare(stage, batch, kind, processor):
     settings_of = {
         "num_generations": 2, "max_completion_length": 6, "beta": beta, "loss_type": "dapo"
     }  # fmt: skip
+    if kind == "rounds":
+        settings_of |= {"dynamic_sampling": True, "steps_per_generation": 4, "temperature": 1.5}
     state = TrainState(
         config=GRPOConfig(**settings_of),
         policy=policy,
@@ -122,6 +130,22 @@ def prepare(stage, batch, kind, processor):
         max_tokens_per_microbatch=60 if kind in ("sft", *DROPPING) else None,
     )
     return state
+
+
+def take_rounds(state, batch, processor):
+    """The metrics of some steps. Each rollout is of the same 16 prompts, then of 16 others."""
+    size, rank = 2 * batch, dist.rank()
+    sizes = [[(56, 84)], [(84, 56)], [(56, 56), (84, 84)], []]
+    samples = [make_sample(n, sizes[n % 4], f"Detect {n}.") for n in range(32)]
+    prompts = make_prompts(processor, *samples)
+    first, second = (prompts[n + rank * size : n + (rank + 1) * size] for n in (0, 16))
+    state.more_prompts = lambda: second
+    metrics, chosen = [], []
+    for _ in range(STEPS):
+        ours, records = train_step(state, [] if state.pending else first)
+        metrics.append(ours)
+        chosen.append([r["index"] for r in records[::2] if r["advantage"] is not None])
+    return metrics, dist.all_gather_object(chosen)
 
 
 def index_of(problem):
@@ -166,15 +190,18 @@ def take_steps(out, stage, batch, kind, processor):
         spoil(engine)
     original = step_module.plan_microbatches
     plans = count_plans(engine)
-    step = sft.train_step if kind == "sft" else train_step
-    metrics = [step(state, mine)[0] for _ in range(STEPS)]
+    step, chosen = sft.train_step if kind == "sft" else train_step, []
+    if kind == "rounds":
+        metrics, chosen = take_rounds(state, batch, processor)
+    else:
+        metrics = [step(state, mine)[0] for _ in range(STEPS)]
     step_module.plan_microbatches = original
     plans = dist.all_gather_object(plans)
     end = engine.model_state(model, torch.float32)
     if dist.is_main():
         torch.save({"start": start, "end": end}, f"{out}-{stage}-{kind}.pt")
         with open(f"{out}-{stage}-{kind}.json", "w") as file:
-            json.dump({"metrics": metrics, "plans": plans}, file)
+            json.dump({"metrics": metrics, "plans": plans, "chosen": chosen}, file)
     dist.barrier()
 
 

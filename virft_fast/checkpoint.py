@@ -364,6 +364,8 @@ _STATE: Row = {
 _MAY_BE_MISSING: Row = {
     "silent_steps": {str: COUNT},
     "idle_steps": {str: COUNT},
+    "num_prompts": COUNT,
+    "curriculum": [(COUNT, COUNT)],
     "before": {"means": {str: MEAN}, "answers": {str: str}, "num_samples": COUNT},
     "config": dict,
     "weights": [(str, COUNT, COUNT)],

@@ -241,6 +241,23 @@ class GRPOConfig(Speculating):
     )
     delta: float | None = arg(None, "Upper bound of the unclipped ratio (two-sided clipping).")
     num_iterations: int = arg(1, "Updates from one batch of rollouts (mu).")
+    steps_per_generation: int | None = arg(
+        None,
+        "Microbatches that share one rollout, a multiple of --gradient_accumulation_steps; a step "
+        "is then one optimizer update. Default: a step is one rollout with all its updates.",
+    )
+    dynamic_sampling: bool = arg(
+        False,
+        "Sample for new prompts until a step has enough groups whose rewards differ (DAPO).",
+    )
+    dynamic_sampling_max_rounds: int = arg(
+        4, "Sample at most this often in a step; then groups of equal rewards fill it up."
+    )
+    curriculum: int = arg(
+        0,
+        "Use a row less often once its completions got equal rewards this many times in a row; "
+        "0: off.",
+    )
     loss_type: str = arg("grpo", "A token's loss, and how it is averaged.", choices=LOSS_TYPES)
     loss_impl: str = arg(
         "fused",
@@ -304,7 +321,9 @@ class GRPOConfig(Speculating):
         check_limit(self, "a number, 0 or more", "beta")
         check_limit(self, "0 or more", "epsilon_high")
         check_limit(self, "a ratio above 1", "delta")
-        check_limit(self, "at least 1", "num_iterations")
+        check_limit(self, "at least 1", "num_iterations dynamic_sampling_max_rounds")
+        check_limit(self, "at least 1", "steps_per_generation")
+        check_limit(self, "0 (off) or more", "curriculum")
         try:
             self.loss_args()  # checks the rest
         except ValueError as error:

@@ -52,9 +52,9 @@ FOREIGN = (
             "ds3_gather_for_generation", "*", "the rollout engine manages its own cache"),
     Foreign("generation_kwargs", "", "", "pass --temperature, --top_p, --top_k, --min_p or "
             "--repetition_penalty"),
-    Foreign("generation_batch_size steps_per_generation", "", "",
-            "a rollout is one step's: its prompts are --per_device_train_batch_size times "
-            "--gradient_accumulation_steps; --num_iterations uses it several times"),
+    Foreign("generation_batch_size", "", "",
+            "pass --steps_per_generation: a rollout has that many times "
+            "--per_device_train_batch_size prompts on each process"),
     Foreign("num_generations_eval per_device_eval_batch_size eval_accumulation_steps eval_steps "
             "eval_delay eval_do_concat_batches eval_use_gather_object prediction_loss_only "
             "include_for_metrics include_inputs_for_metrics batch_eval_metrics", "*",

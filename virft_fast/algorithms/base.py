@@ -24,7 +24,8 @@ class Data:
     """The training rows and their order, the held-out rows, and how answers are scored.
 
     Attributes:
-        prompts_per_step: over all ranks. total_steps: of the whole run.
+        prompts_per_step: over all ranks; with --steps_per_generation, of one rollout instead.
+        total_steps: of the whole run.
         table: lines that say which rows were skipped or converted.
     """
 

@@ -1,11 +1,14 @@
 """GRPO: one step, readable top to bottom.
 
 A step samples G completions per prompt, scores them, computes advantages within each group, and
-trains on them with the clipped loss, `num_iterations` times. Unlike Visual-RFT's trainer, it keeps
-images with their prompts, handles truncated and unscorable completions, and counts tokens over all
-microbatches and ranks before the first backward pass. Unlike TRL's trainer, it sizes microbatches
-by prompts or tokens, so that a group stays together and its prompt is read once. It also skips
-completions that cannot affect the gradient.
+trains on them with the clipped loss, `num_iterations` times. With `dynamic_sampling`, groups of
+equal rewards are replaced by those of new prompts. With `steps_per_generation`, one rollout lasts
+for several steps of one update each, over minibatches of its groups.
+
+Unlike Visual-RFT's trainer, it keeps images with their prompts, handles truncated and unscorable
+completions, and counts tokens over all microbatches and ranks before the first backward pass.
+Unlike TRL's trainer, it sizes microbatches by prompts or tokens, so that a group stays together and
+its prompt is read once. It also skips completions that cannot affect the gradient.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,9 +26,11 @@ from torch import Tensor
 
 from virft_fast import dist
 from virft_fast.algorithms.base import Algorithm
+from virft_fast.algorithms.groups import choose_groups, deal
 from virft_fast.algorithms.step import (
     Metrics,
     Microbatch,
+    Minibatch,
     StepStats,
     TooManyBadSteps,
     TrainState,
@@ -40,8 +46,8 @@ from virft_fast.config import GRPOConfig, RunConfig
 from virft_fast.kernels import GRPOLoss, LossArgs, group_advantages, normalize_then_sum
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.native import NativeRollout
-from virft_fast.rollout.records import completion_records, reward_arguments
-from virft_fast.rollout.speculation import History, answers_of
+from virft_fast.rollout.records import completion_records, join_groups, reward_arguments
+from virft_fast.rollout.speculation import History, Stats, answers_of
 from virft_fast.tasks import RewardLog, score
 
 if TYPE_CHECKING:
@@ -73,63 +79,168 @@ IDLE = {
 def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[Metrics, list[Row]]:
     """One GRPO step on this rank's B prompts.
 
+    Args:
+        prompts: not read while `state.pending` has minibatches of an earlier rollout.
     Returns:
-        Metrics, the same on all ranks, and a record for each of this rank's N completions.
+        Metrics, the same on all ranks, and a record for each completion that this rank sampled.
     Raises:
         TooManyBadSteps: for `max_bad_steps` steps in a row, the update was skipped, or one reward
             function returned no finite value.
     """
     cfg, stats, start = state.config, StepStats(), time.perf_counter()
     torch.manual_seed(state.seed + state.step)
-    log = RewardLog()
-    with stats.timed("rollout"), state.engine.whole_weights():
-        pass  # all ranks gather the weights here, before one of them can fail below
-    with dist.agreed():
-        with stats.timed("rollout"), state.section("rollout", None):
-            rollouts = state.rollout.generate(
-                prompts,
-                cfg.num_generations,
-                _sampling(state),
-                first_row=dist.rank() * len(prompts) * cfg.num_generations,
-            )
-        with stats.timed("rewards"):
-            rewards_per_func, rewards = score_rollouts(state, rollouts, log)  # (N, R), (N,)
-    state.engine.free_rollout_weights()
-    advantages = _advantages(state, rewards_per_func, rewards)  # (N,)
+    log, draws, records = RewardLog(), list[Draw](), list[Row]()
+    if not state.pending:
+        draws, records = _roll_out(state, prompts, stats, log)
+    count = 1 if cfg.steps_per_generation else cfg.num_iterations
+    minibatches, state.pending = state.pending[:count], state.pending[count:]
+    learning_rate, applied = state.learning_rate(state.step), True
     with stats.timed("train"):
-        microbatches = make_microbatches(state, rollouts, advantages, stats)
-        shares = _shares(microbatches, rollouts, cfg)
-        shares = _frozen_passes(state, microbatches, shares)
-        learning_rate = state.learning_rate(state.step)
-        applied = True
-        for iteration in range(cfg.num_iterations):
+        for batch in minibatches:
 
             def note(
-                stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: Tensor, first=iteration == 0
+                stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: Tensor, fresh=batch.fresh
             ) -> None:
-                _loss_stats(stats, out, mb, loss.double() / cfg.num_iterations)
-                if first:  # later, the weights differ from the rollout's
+                _loss_stats(stats, out, mb, loss.double() / count)
+                if fresh:  # later, the weights differ from the rollout's
                     _mismatch_stats(stats, out, mb)
 
             applied &= update(
-                state, microbatches, shares, learning_rate, stats, note, cfg.temperature
+                state, batch.microbatches, batch.shares, learning_rate, stats, note, cfg.temperature
             )
-    _rollout_stats(stats, state, rollouts, rewards_per_func, rewards, advantages)
-    _reported_stats(stats, state, log)
-    if state.history is not None:
-        _remember(stats, state, state.history, rollouts)
+    trained = minibatches[0].rollouts
+    drawn = join_groups([draw.rollouts for draw in draws] or [trained], None if draws else [])
+    if draws:
+        _reported_stats(stats, state, log)
+    for draw in draws:
+        if state.history is not None:
+            _remember(stats, state.history, draw)
     state.step += 1
-    metrics = finish(state, stats, rollouts, learning_rate, applied, start)
-    names = [name for name, _ in state.reward_funcs]
-    _count_silent(state, metrics, names)
-    _count_idle(state, metrics)
-    records = completion_records(rollouts, names, rewards_per_func)
-    for record, advantage in zip(records, advantages.tolist(), strict=True):
-        record["advantage"] = advantage
+    metrics = finish(state, stats, trained, learning_rate, applied, start, drawn=drawn)
+    if draws:
+        _count_silent(state, metrics, [name for name, _ in state.reward_funcs])
+        _count_idle(state, metrics)
+    return metrics, records
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One round of sampling, scored: rewards (N, R), their sums (N,), advantages (N,), and what
+    guessing saved."""
+
+    rollouts: Rollouts
+    by_function: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    guesses: Stats | None
+
+
+def _roll_out(
+    state: TrainState, prompts: Sequence[Prompt], stats: StepStats, log: RewardLog
+) -> tuple[list[Draw], list[Row]]:
+    """Sample and score completions, and divide those to train on into `state.pending`.
+
+    Returns:
+        The rounds of sampling, and a record of each completion.
+    """
+    size, names = state.config.num_generations, [name for name, _ in state.reward_funcs]
+    draws, chosen = _draw_rounds(state, prompts, stats, log)
+    rows, advantages = [g * size + i for g in chosen for i in range(size)], draws[0].advantages
+    if len(draws) > 1:  # some depend on the rewards of all that is trained on
+        by_function = torch.cat([draw.by_function for draw in draws])
+        rewards = torch.cat([draw.rewards for draw in draws])
+        advantages = _advantages(state, by_function[rows], rewards[rows])
+    parts = [draw.rollouts for draw in draws]
+    with stats.timed("train"):
+        state.pending = _minibatches(state, parts, chosen, advantages, stats)
+    records = [r for d in draws for r in completion_records(d.rollouts, names, d.by_function)]
+    known = dict(zip(rows, advantages.tolist(), strict=True))
+    for row, record in enumerate(records):
+        record["advantage"] = known.get(row)
     for column, values in log.extra.items():
         for record, value in zip(records, values, strict=False):
             record.setdefault(column, _plain(value))
-    return metrics, records
+    return draws, records
+
+
+def _draw_rounds(
+    state: TrainState, prompts: Sequence[Prompt], stats: StepStats, log: RewardLog
+) -> tuple[list[Draw], dict[int, int]]:
+    """Sample and score completions. With `dynamic_sampling`, repeat it with new prompts until the
+    ranks together have as many groups with advantages as prompts in a round.
+
+    Returns:
+        The rounds, and the groups to train on, as `choose_groups` returns them.
+    """
+    cfg, world, draws = state.config, dist.world_size(), list[Draw]()
+    teaches: list[list[list[bool]]] = []
+    equal: dict[int, bool] = {}
+    with stats.timed("rollout"), state.engine.whole_weights():
+        pass  # all ranks gather the weights here, before one of them can fail below
+    while True:
+        draws.append(_draw(state, prompts, len(draws), stats, log))
+        groups = (draws[-1].advantages.view(-1, cfg.num_generations) != 0).any(1).tolist()
+        found = zip((prompt.sample.index for prompt in prompts), groups, strict=True)
+        ranks = dist.all_gather_object(list(found))
+        teaches.append([[teach for _, teach in of_rank] for of_rank in ranks])
+        for row, teach in (group for of_rank in ranks for group in of_rank):
+            equal[row] = equal.get(row, True) and not teach
+        enough = sum(sum(map(sum, of_round)) for of_round in teaches) >= world * len(prompts)
+        if enough or not cfg.dynamic_sampling or len(draws) == cfg.dynamic_sampling_max_rounds:
+            break
+        prompts = state.more_prompts()
+    state.engine.free_rollout_weights()
+    if state.note_equal is not None:
+        state.note_equal(equal)
+    if cfg.dynamic_sampling:
+        used = float(len(draws) * len(prompts) * world)
+        stats.add_total("sampling_rounds", float(len(draws)))
+        stats.add_total("prompts_used", used)
+        stats.add_total("prompts_wasted", used - len(prompts) * world)
+    return draws, choose_groups(teaches, dist.rank())
+
+
+def _draw(
+    state: TrainState, prompts: Sequence[Prompt], number: int, stats: StepStats, log: RewardLog
+) -> Draw:
+    """A round of sampling. Its rows follow those of earlier rounds, so they have other seeds."""
+    size = state.config.num_generations
+    first_row = (number * dist.world_size() + dist.rank()) * len(prompts) * size
+    with dist.agreed():
+        with stats.timed("rollout"), state.section("rollout", None):
+            rollouts = state.rollout.generate(prompts, size, _sampling(state), first_row=first_row)
+        with stats.timed("rewards"):
+            by_function, rewards = score_rollouts(state, rollouts, log)
+    advantages = _advantages(state, by_function, rewards)
+    _rollout_stats(stats, state, rollouts, by_function, rewards, advantages)
+    guesses = state.rollout.stats if isinstance(state.rollout, NativeRollout) else None
+    return Draw(rollouts, by_function, rewards, advantages, guesses)
+
+
+def _minibatches(
+    state: TrainState,
+    parts: Sequence[Rollouts],
+    chosen: dict[int, int],
+    advantages: Tensor,
+    stats: StepStats,
+) -> list[Minibatch]:
+    """What each optimizer update trains on. With `num_iterations`, the minibatches come again, in
+    the same order.
+
+    Args:
+        chosen: see `choose_groups`. advantages: of their rows.
+    """
+    cfg, groups, minibatches = state.config, list(chosen), list[Minibatch]()
+    count = (cfg.steps_per_generation or 1) // state.gradient_accumulation_steps or 1
+    by_group = advantages.view(-1, cfg.num_generations)
+    for indices in deal(list(chosen.values()), count, (state.seed, state.step)):
+        rollouts = join_groups(parts, [groups[index] for index in indices])
+        microbatches = make_microbatches(state, rollouts, by_group[indices].flatten(), stats)
+        shares = _shares(microbatches, rollouts, cfg)
+        shares = _frozen_passes(state, microbatches, shares, count * cfg.num_iterations > 1)
+        minibatches.append(Minibatch(rollouts, microbatches, shares))
+    updates = enumerate(minibatches * cfg.num_iterations)
+    return [replace(minibatch, fresh=number == 0) for number, minibatch in updates]
 
 
 def _plain(value: object) -> Json:
@@ -190,10 +301,8 @@ def _has_own_rewards(state: TrainState) -> bool:
 def _trainer_state(state: TrainState) -> TrainerState:
     from transformers import TrainerState
 
-    done = state.step * state.prompts_per_step * dist.world_size()
-    return TrainerState(
-        global_step=state.step, max_steps=state.max_steps, epoch=done / max(state.num_rows, 1)
-    )
+    epoch = state.num_prompts / max(state.num_rows, 1)
+    return TrainerState(global_step=state.step, max_steps=state.max_steps, epoch=epoch)
 
 
 def _reported_stats(stats: StepStats, state: TrainState, log: RewardLog) -> None:
@@ -224,17 +333,19 @@ def _advantages(state: TrainState, by_function: Tensor, rewards: Tensor) -> Tens
     """(N,) advantages. Some scale by the spread in the whole batch, so they need all ranks'
     rewards."""
     cfg = state.config
-    if cfg.multi_objective_aggregation == "normalize_then_sum":
-        gathered = torch.cat(dist.all_gather_object(by_function))  # (N of all ranks, R)
+    separate = cfg.multi_objective_aggregation == "normalize_then_sum"
+    ranks = dist.all_gather_object(by_function if separate else rewards)
+    if separate:
+        gathered = torch.cat(ranks)  # (N of all ranks, R)
         advantages = normalize_then_sum(gathered, state.reward_weights, cfg.num_generations)
     else:
         advantages = group_advantages(
-            torch.cat(dist.all_gather_object(rewards)),
+            torch.cat(ranks),
             cfg.num_generations,
             scale_rewards=cfg.scale_rewards,
             advantage_estimator=cfg.advantage_estimator,
         )
-    first = dist.rank() * len(rewards)
+    first = sum(map(len, ranks[: dist.rank()]))
     return advantages[first : first + len(rewards)]
 
 
@@ -274,18 +385,21 @@ def _shares(
 
 @torch.no_grad()
 def _frozen_passes(
-    state: TrainState, microbatches: list[Microbatch], shares: list[tuple[LossArgs, float]]
+    state: TrainState,
+    microbatches: list[Microbatch],
+    shares: list[tuple[LossArgs, float]],
+    several: bool,
 ) -> list[tuple[LossArgs, float]]:
-    """Add what stays fixed during the step: the reference's log-probs, the policy's own if the
-    rollouts are used for several updates, and the entropy that selects the step's tokens."""
+    """Add what stays fixed after the rollout: the reference's log-probs, the policy's own if there
+    are `several` updates, and the entropy that selects the minibatch's tokens."""
     cfg, entropies = state.config, []
     for mb in microbatches:
         shared = {"temperature": cfg.temperature, "image_features": mb.image_features}
         if cfg.beta > 0:
             mb.ref_logps = reference_pass(state, mb.inputs, **shared)
-        if cfg.num_iterations > 1 or cfg.top_entropy_quantile < 1:
+        if several or cfg.top_entropy_quantile < 1:
             logps, entropy = state.engine.forward(mb.inputs, **shared)
-            mb.old_logps = logps if cfg.num_iterations > 1 else None
+            mb.old_logps = logps if several else None
             entropies.append(entropy if mb.loss_mask is None else entropy[mb.loss_mask])
     if cfg.top_entropy_quantile == 1:
         return shares
@@ -347,11 +461,11 @@ def _rollout_stats(
     stats.add("distinct_fraction", sum(len(set(t)) / size for t in texts), len(texts))
 
 
-def _remember(stats: StepStats, state: TrainState, history: History, rollouts: Rollouts) -> None:
+def _remember(stats: StepStats, history: History, draw: Draw) -> None:
     """Report what guessing saved, and add the answers of all ranks to the history, so that it is
     the same on all of them. Called when the step is complete: a step that fails leaves no trace."""
-    assert isinstance(state.rollout, NativeRollout), "other backends have no history"
-    counts = state.rollout.stats
+    counts, rollouts = draw.guesses, draw.rollouts
+    assert counts is not None, "other backends have no history"
     drawn = counts.drawn - len(rollouts.texts)  # reading the prompts draws the first tokens
     stats.add("tokens_per_pass", drawn, drawn - counts.accepted)
     stats.add("guessed_fraction", counts.accepted, counts.drawn)

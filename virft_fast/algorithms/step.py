@@ -40,6 +40,10 @@ def _no_limit(what: str, limit: float | None) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def _no_prompts() -> Sequence[Prompt]:
+    raise ValueError("TrainState.more_prompts: expected a source of prompts, got none; set it")
+
+
 class TooManyBadSteps(RuntimeError):
     """Too many steps in a row had no finite gradient, or no finite value from a reward function."""
 
@@ -52,7 +56,7 @@ class TrainState:
         reference: callable like the policy; with LoRA, the policy itself; None if no step needs it.
             Call it through `reference_pass`.
         prompts_per_microbatch, gradient_accumulation_steps: their product is the number of prompts
-            per step on this rank.
+            per optimizer update on this rank.
         max_tokens_per_microbatch: limit on the tokens that the model reads in a microbatch; if set,
             it replaces the limit on prompts.
         learning_rate: step -> rate.
@@ -62,6 +66,11 @@ class TrainState:
         idle_steps: metric in `IDLE` -> number of consecutive steps so far above its limit.
         history: earlier answers, from which rollouts guess; None: they don't speculate.
         num_tokens: completion tokens so far, on all ranks, including those left out of the loss.
+        num_prompts: prompts so far, on all ranks.
+        pending: what is left of the last rollout, for the next steps; checkpoints don't store it.
+        more_prompts: this rank's next prompts, as many as in the step; all ranks call it.
+        note_equal: called in each step that samples with {row of the data set: whether all its
+            completions got the same reward}, the same on all ranks.
         base_weights: `weights_stamp` of the weights that the run started with.
         adapter: how the policy's adapter started, a `LoraPlan.kind`; None without an adapter.
         save_dtype: dtype of saved weights; None: the dtype they are trained in.
@@ -88,6 +97,10 @@ class TrainState:
     bad_steps: int = 0
     skipped_steps: int = 0
     num_tokens: int = 0
+    num_prompts: int = 0
+    pending: list[Minibatch] = field(default_factory=list)
+    more_prompts: Callable[[], Sequence[Prompt]] = _no_prompts
+    note_equal: Callable[[dict[int, bool]], None] | None = None
     silent_steps: dict[str, int] = field(default_factory=dict)
     idle_steps: dict[str, int] = field(default_factory=dict)
     history: History | None = None
@@ -98,10 +111,6 @@ class TrainState:
     num_rows: int = 0
     section: Callable[[str, float | None], AbstractContextManager[object]] = _no_limit
     reward_timeout: float | None = None
-
-    @property
-    def prompts_per_step(self) -> int:
-        return self.prompts_per_microbatch * self.gradient_accumulation_steps
 
 
 # Loss types that average over sequences; the others average over tokens.
@@ -131,6 +140,22 @@ class Microbatch:
         """Tokens that count."""
         mask = self.loss_mask
         return len(self.inputs.completion_ids) if mask is None else mask.sum()
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """What one optimizer update trains on.
+
+    Attributes:
+        rollouts: of its groups.
+        shares: from `loss_shares`.
+        fresh: whether the weights are those that sampled it.
+    """
+
+    rollouts: Rollouts
+    microbatches: list[Microbatch]
+    shares: list[tuple[LossArgs, float]]
+    fresh: bool = True
 
 
 @dataclass
@@ -419,31 +444,40 @@ def finish(
     learning_rate: float,
     applied: bool,
     start: float,
+    *,
+    drawn: Rollouts | None = None,
 ) -> Metrics:
-    """The step's metrics, reduced over the ranks; also counts tokens and bad steps in `state`.
+    """The step's metrics, reduced over the ranks; also counts prompts, tokens and bad steps in
+    `state`.
 
+    Args:
+        rollouts: what the step trained on.
+        drawn: what it sampled or read for the first time; None: `rollouts`.
     Raises:
         TooManyBadSteps: `max_bad_steps` steps in a row were skipped.
     """
     world = dist.world_size()
-    stats.add_total("num_tokens", float(rollouts.completion_mask.sum()) * world)
+    drawn = rollouts if drawn is None else drawn
+    stats.add_total("num_tokens", float(drawn.completion_mask.sum()) * world)
+    stats.add_total("trained", float(rollouts.completion_mask.sum()) * world)
     metrics = stats.reduce(state.engine.device)
-    state.num_tokens += round(metrics.pop("num_tokens"))
+    tokens = {"rollout": metrics.pop("num_tokens"), "train": metrics.pop("trained")}
+    state.num_prompts += len(drawn.prompts) * world
+    state.num_tokens += round(tokens["rollout"])
     state.bad_steps = 0 if applied else state.bad_steps + 1
     state.skipped_steps += 0 if applied else 1
     step_time_s = time.perf_counter() - start
-    step_tokens = metrics["completion_length"] * len(rollouts.texts) * world
-    for phase in ("rollout", "train"):
-        if f"time/{phase}_s" in metrics:  # not every algorithm has a rollout
+    for phase, count in tokens.items():
+        if f"time/{phase}_s" in metrics:  # not every step has a rollout
             seconds = max(metrics[f"time/{phase}_s"], 1e-9)
-            metrics[f"{phase}_tokens_per_s"] = step_tokens / seconds
+            metrics[f"{phase}_tokens_per_s"] = count / seconds
             metrics[f"time/{phase}_share"] = seconds / step_time_s
     metrics |= {
         "learning_rate": learning_rate,
         "num_tokens": float(state.num_tokens),
         "skipped_steps": float(state.skipped_steps),
         "step_time_s": step_time_s,
-        "tokens_per_s": step_tokens / step_time_s,
+        "tokens_per_s": tokens["train"] / step_time_s,
     }
     if state.bad_steps >= state.max_bad_steps:
         raise TooManyBadSteps(

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -87,6 +87,8 @@ class PromptSampler:
         shuffle: False: use the rows in their original order.
         permutation: generator -> an epoch's rows in order, the same on all ranks. None: all orders
             are equally likely. `ParquetRows.permutation` reads each file once.
+        curriculum: a row that `note_equal` reported this many times in a row is used in every
+            second epoch only, then in every third, and so on; 0: off.
     Raises:
         ValueError: there are no rows, the batch is empty, or the rank is out of range.
     """
@@ -101,6 +103,7 @@ class PromptSampler:
         world_size: int = 1,
         shuffle: bool = True,
         permutation: Callable[[np.random.Generator], np.ndarray] | None = None,
+        curriculum: int = 0,
     ) -> None:
         if num_rows < 1 or batch_size < 1:
             raise ValueError(f"expected rows and a batch, got {num_rows=}, {batch_size=}")
@@ -113,6 +116,8 @@ class PromptSampler:
         self._summed: tuple[np.ndarray, int] | None = None
         self._order = self._epoch_order()
         self._bad: dict[int, str] = {}
+        self.curriculum = curriculum
+        self._streaks = np.zeros(num_rows if curriculum else 0, dtype=np.int64)
 
     def next_batch(
         self,
@@ -169,8 +174,45 @@ class PromptSampler:
                 self._order = self._epoch_order()
             index = int(self._order[self._position])
             self._position += 1
-            if index not in self._bad:
+            if index not in self._bad and not self._rests(index):
                 batch.append(index)
+
+    def _rests(self, index: int) -> bool:
+        """Whether the curriculum leaves the row out of this epoch. Rows take turns, so that those
+        with the same count don't return together."""
+        period = self._streaks[index] - self.curriculum + 2 if self.curriculum else 1
+        return bool(period > 1 and (self._epoch + index) % period)
+
+    def note_equal(self, rows: Mapping[int, bool]) -> None:
+        """Count, for the curriculum, how often in a row a row's completions got equal rewards.
+
+        Args:
+            rows: row -> whether they did; the same on all ranks.
+        """
+        for index, equal in rows.items():
+            self._streaks[index] = self._streaks[index] + 1 if equal else 0
+
+    @property
+    def num_rarer(self) -> int:
+        """The number of rows that the curriculum uses less often at present."""
+        return int((self._streaks >= self.curriculum).sum()) if self.curriculum else 0
+
+    def streaks(self) -> list[list[int]]:
+        """The curriculum's state, as JSON values: [row, count], without rows whose count is 0."""
+        rows = np.flatnonzero(self._streaks)
+        return np.stack([rows, self._streaks[rows]], axis=1).tolist()
+
+    def load_streaks(self, streaks: list[list[int]]) -> None:
+        """Resume from `streaks`; without a curriculum, they are dropped.
+
+        Raises:
+            ValueError: they belong to another data set.
+        """
+        last = max((row for row, _ in streaks), default=0)
+        if last >= self.num_rows:
+            raise ValueError(f"curriculum: expected rows below {self.num_rows}, got {last}")
+        for row, count in streaks if self.curriculum else ():
+            self._streaks[row] = count
 
     def _epoch_order(self) -> np.ndarray:
         if not self.shuffle:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from virft_fast.batch import Json, Rollouts, Row
 from virft_fast.metrics import null_for_nan
@@ -23,6 +27,39 @@ def reward_arguments(rollouts: Rollouts) -> tuple[list[Json], list[Json], dict[s
     columns["completion_ids"] = [ids[mask].tolist() for ids, mask in tokens]
     completions = [[{"role": "assistant", "content": text}] for text in rollouts.texts]
     return [list(sample.messages) for sample in repeated], completions, columns
+
+
+_OF_GROUPS = ("prompts", "image_features")  # one entry for each prompt; other fields: for each row
+
+
+def join_groups(parts: Sequence[Rollouts], groups: Sequence[int] | None = None) -> Rollouts:
+    """Groups of one or more rollouts as one, padded to the longest completion of all.
+
+    Args:
+        groups: their indices, counted over all parts; None: all.
+    """
+    size = parts[0].num_generations
+    everything = list(range(sum(len(part.prompts) for part in parts)))
+    groups = everything if groups is None else list(groups)
+    if len(parts) == 1 and groups == everything:
+        return parts[0]
+    rows = [group * size + g for group in groups for g in range(size)]
+    longest = max(part.completion_ids.shape[1] for part in parts)
+
+    def join(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        chosen = groups if name in _OF_GROUPS else rows
+        if any(value is None for value in values):
+            return None
+        if isinstance(values[0], tuple):
+            joined = [entry for value in values for entry in value]
+            return tuple(joined[index] for index in chosen)
+        if values[0].dim() == 2:
+            values = [pad(value, (0, longest - value.shape[1])) for value in values]
+        return torch.cat(values)[torch.tensor(chosen, dtype=torch.long)]
+
+    names = [entry.name for entry in fields(Rollouts) if entry.name != "num_generations"]
+    return replace(parts[0], **{name: join(name) for name in names})
 
 
 def completion_records(rollouts: Rollouts, names: Sequence[str], rewards: Tensor) -> list[Row]:

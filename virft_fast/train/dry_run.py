@@ -44,8 +44,9 @@ def dry_run(
     print("# configuration")
     print(yaml.safe_dump(config.flat(), sort_keys=False))
     print(f"task: {data.task}; rewards: {', '.join(name for name, _ in data.reward_funcs)}")
-    print(f"rows: {len(data.train)}; steps: {data.total_steps}; prompts a step: "
-          f"{data.prompts_per_step}; completions a step: "
+    per = "rollout" if config.grpo.steps_per_generation else "step"
+    print(f"rows: {len(data.train)}; steps: {data.total_steps}; prompts a {per}: "
+          f"{data.prompts_per_step}; completions a {per}: "
           f"{data.prompts_per_step * config.grpo.num_generations}")  # fmt: skip
     load = load_of(config, policy, max_tokens, image_patches(prompt))
     _print_model(blueprint, data, policy, load)

@@ -71,19 +71,24 @@ def _train(
             run.saved_step = kept["step"]
         return written is not None
 
+    state.more_prompts = partial(_next_prompts, run, ahead)
+    if run.sampler.curriculum:
+        state.note_equal = run.sampler.note_equal
     while state.step < data.total_steps:
-        kept = _state_dict(config, run, before)
-        if dist.any_rank(watch.stopped, state.engine.device):
-            # With engine state, even under --save_only_model: a stopped run should be resumable.
-            return "saved" if save(kept) else "lost"
-        updates = state.engine.updates
+        if not state.pending:  # a rollout that isn't used up can't be resumed
+            kept, updates = _state_dict(config, run, before), state.engine.updates
+            if dist.any_rank(watch.stopped, state.engine.device):
+                # With engine state, even under --save_only_model: a stopped run should be
+                # resumable.
+                return "saved" if save(kept) else "lost"
         try:
-            prompts = _next_prompts(run, ahead)
+            prompts = [] if state.pending else _next_prompts(run, ahead)
             metrics, records = algorithm.step(state, prompts)
         except BaseException as error:
             together = dist.is_agreed(error) or isinstance(error, AGREED_ERRORS)
             hurried = isinstance(error, KeyboardInterrupt)  # asked to stop a second time
-            if isinstance(error, AGREED_ERRORS) and state.step > kept["step"]:
+            whole = not state.pending and state.step > kept["step"]
+            if isinstance(error, AGREED_ERRORS) and whole:
                 # The step was complete before the error was raised.
                 kept, updates = _state_dict(config, run, before), state.engine.updates
             saved = together and updates == state.engine.updates and not hurried and save(kept)
@@ -92,12 +97,15 @@ def _train(
                 return "saved" if saved else "lost"
             say(f"ended in step {kept['step'] + 1}; {where_to_resume(output_dir)}")
             raise
-        metrics["epoch"] = state.step * data.prompts_per_step / len(data.train)
+        metrics["epoch"] = state.num_prompts / len(data.train)
         metrics["bad_rows"] = float(len(data.bad_rows))
+        if run.sampler.curriculum:
+            metrics["rarer_rows"] = float(run.sampler.num_rarer)
         every_rank = dist.all_gather_object(records)
         writer.step(state.step, metrics)
         writer.completions(state.step, [record for rank in every_rank for record in rank])
-        if cfg.save_steps and state.step % cfg.save_steps == 0:
+        due = cfg.save_steps and state.step // cfg.save_steps > kept["step"] // cfg.save_steps
+        if due and not state.pending:
             complete &= save(_state_dict(config, run, before), cfg.save_only_model)
     return "done" if complete else "incomplete"
 
@@ -150,10 +158,12 @@ def where_to_resume(output_dir: Path) -> str:
 
 
 def _state_dict(config: RunConfig, run: Run, before: HeldOut | None) -> Row:
-    counters = ("step", "bad_steps", "silent_steps", "idle_steps", "skipped_steps", "num_tokens")
+    counters = ("step", "bad_steps", "silent_steps", "idle_steps", "skipped_steps", "num_tokens",
+                "num_prompts")  # fmt: skip
     return {name: getattr(run.state, name) for name in counters} | {
         "world_size": dist.world_size(),
         "sampler": run.sampler.state_dict(),
+        "curriculum": run.sampler.streaks(),
         "bad_rows": run.data.bad_rows.state_dict(),
         "writer": run.writer.state_dict(),
         "before": before,

@@ -140,5 +140,8 @@ def _restore(saved: Row, state: TrainState, sampler: PromptSampler, data: Data) 
     state.skipped_steps, state.num_tokens = saved["skipped_steps"], saved["num_tokens"]
     state.silent_steps = dict(saved.get("silent_steps") or {})
     state.idle_steps = dict(saved.get("idle_steps") or {})
+    prompts = saved.get("num_prompts")  # an earlier version's steps had equally many
+    state.num_prompts = state.step * data.prompts_per_step if prompts is None else prompts
     sampler.load_state_dict(saved["sampler"])
+    sampler.load_streaks(saved.get("curriculum") or [])
     data.bad_rows.load_state_dict(saved["bad_rows"])

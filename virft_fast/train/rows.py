@@ -9,6 +9,7 @@ from functools import partial
 from virft_fast import dist, tasks
 from virft_fast.algorithms import algorithm_of
 from virft_fast.algorithms.base import Data
+from virft_fast.arguments import require
 from virft_fast.config import RunConfig, column_names
 from virft_fast.data import BadRow, BadRows, ParquetRows, load_rows
 from virft_fast.data.prompt_source import PromptSource
@@ -79,13 +80,25 @@ def prepare_data(config: RunConfig, processor: Processor) -> Data:
 
 
 def _schedule(config: RunConfig, num_rows: int) -> tuple[int, int]:
-    """The prompts of one step, on all ranks, and the number of steps."""
-    train = config.train
-    num_prompts = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    num_prompts *= dist.world_size()
+    """The prompts of one rollout, or of one step without rollouts, on all ranks; and the number of
+    steps."""
+    train, grpo, updates = config.train, config.grpo, 1
+    accumulated = microbatches = train.gradient_accumulation_steps
+    if grpo.steps_per_generation and algorithm_of(config).draws:
+        microbatches = grpo.steps_per_generation
+        updates = grpo.num_iterations * (microbatches // accumulated)
+        expected = f"a multiple of --gradient_accumulation_steps {accumulated}"
+        require(microbatches % accumulated == 0, "steps_per_generation", expected, microbatches)
+    if train.save_steps % updates:
+        logger.warning(
+            "--save_steps %d: checkpoints are written where a rollout ends, after a multiple of %d "
+            "steps", train.save_steps, updates,
+        )  # fmt: skip
+    num_prompts = train.per_device_train_batch_size * microbatches * dist.world_size()
     if train.max_steps > 0:
         return num_prompts, train.max_steps
-    return num_prompts, max(1, math.ceil(num_rows * train.num_train_epochs / num_prompts))
+    rollouts = max(1, math.ceil(num_rows * train.num_train_epochs / num_prompts))
+    return num_prompts, rollouts * updates
 
 
 def warn_of_unearned(data: Data) -> None:

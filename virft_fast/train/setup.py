@@ -98,11 +98,12 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
         state.max_tokens_per_microbatch = max_tokens
     sampler = PromptSampler(
         len(data.train),
-        state.prompts_per_step,
+        data.prompts_per_step // dist.world_size(),
         seed=config.train.seed,
         rank=dist.rank(),
         world_size=dist.world_size(),
         permutation=data.permutation,
+        curriculum=config.grpo.curriculum if algorithm.draws else 0,
     )
     if resume:
         load_checkpoint(resume, saved, state, sampler, data, config)
