@@ -387,7 +387,7 @@ def test_odd_values_in_a_state_are_usage_errors_never_tracebacks(tmp_path):
             base_weights=SAVED["weights"],
             history=None,
         )
-        data = SimpleNamespace(bad_rows=BadRows(10))
+        data = SimpleNamespace(bad_rows=BadRows(10), prompts_per_step=2)
         writer = MetricsWriter(tmp_path, total_steps=4, report_to=["none"], run_name="", config={})
         try:
             with usage():
