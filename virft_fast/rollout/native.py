@@ -110,17 +110,6 @@ class NativeRollout:
                         device=self.device,
                         take=self._buffers.take,
                     )
-                    speculation = None
-                    if self.speculation is not None:
-                        speculation = Speculation(
-                            self.speculation,
-                            batch,
-                            num_generations,
-                            sampling.max_completion_length,
-                            stats=self.stats,
-                            device=self.device,
-                            take=self._buffers.take,
-                        )
                     decoding = Decoding(
                         policy,
                         self._buffers,
@@ -129,7 +118,7 @@ class NativeRollout:
                         tokenizer=self.tokenizer,
                         graphs=self._with_graphs(),
                         observer=observer,
-                        speculation=speculation,
+                        speculation=self._speculation(batch, num_generations, sampling),
                         stats=self.stats,
                     )
                     features += decoding.prefill(batch)
@@ -149,6 +138,21 @@ class NativeRollout:
             self.speculation.add(prompts, out)
             self.speculation.agreement = torch.tensor(self.stats.agreement, dtype=torch.float64)
         return out
+
+    def _speculation(
+        self, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling
+    ) -> Speculation | None:
+        if self.speculation is None:
+            return None
+        return Speculation(
+            self.speculation,
+            prompts,
+            num_generations,
+            sampling.max_completion_length,
+            stats=self.stats,
+            device=self.device,
+            take=self._buffers.take,
+        )
 
     def fits(self, prompt: Prompt, num_generations: int, sampling: Sampling) -> bool:
         """Whether the prompt and its completions fit into the cache; if not, `generate` raises."""
