@@ -20,7 +20,7 @@ PAGE = Path(__file__).parent.parent / "docs/flags.md"
 TRAINING = {
     "Model": """model_name_or_path model_revision dtype bf16 attn_implementation
         freeze_vision_tower min_pixels max_pixels""",
-    "LoRA": "use_peft lora_r lora_alpha lora_target_modules lora_dropout",
+    "LoRA": "use_peft load_in_4bit lora_r lora_alpha lora_target_modules lora_dropout",
     "Data": """dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming
         task columns box_space compat_prompt max_prompt_length max_bad_rows""",
     "Rewards": """reward_funcs reward_weights reward_clip reward_timeout scale_rewards
@@ -37,10 +37,10 @@ TRAINING = {
     "Batch and length": """per_device_train_batch_size gradient_accumulation_steps
         steps_per_generation dynamic_sampling dynamic_sampling_max_rounds curriculum
         max_tokens_per_microbatch num_train_epochs max_steps""",
-    "Optimizer": """learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay
+    "Optimizer": """optim learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay
         adam_beta1 adam_beta2 adam_epsilon max_grad_norm max_bad_steps""",
-    "Speed and memory": """prefix_sharing prefix_attention gradient_checkpointing use_liger_kernel
-        deepspeed""",
+    "Speed and memory": """prefix_sharing prefix_attention gradient_checkpointing
+        offload_activations use_liger_kernel deepspeed""",
     "Logs and evaluation": """logging_steps report_to run_name log_completions_steps eval_samples
         eval_batch_size""",
     "Checkpoints": """save_steps save_dtype save_only_model save_total_limit

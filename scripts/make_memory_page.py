@@ -33,8 +33,16 @@ MODELS = {
     "Qwen3-VL-4B": ("qwen3_vl", 4_437_815_808, (151_936, 2560, 9728, 36, 32, 8, 128), SMALL),
     "Qwen3-VL-8B": ("qwen3_vl", 8_767_123_696, (151_936, 4096, 12_288, 36, 32, 8, 128), LARGE),
 }
+QLORA = "--use_peft --load_in_4bit"
 # Title, processes, ZeRO stage, flags.
 SETUPS = [
+    (
+        "QLoRA, 1 GPU, checkpointing",
+        1,
+        0,
+        f"{QLORA} --gradient_checkpointing --offload_activations",
+    ),
+    ("QLoRA, 1 GPU", 1, 0, QLORA),
     ("LoRA, 1 GPU", 1, 2, "--use_peft --deepspeed configs/zero2.json"),
     ("LoRA, 1 GPU, float32", 1, 0, "--use_peft"),
     ("full, 1 GPU, no KL", 1, 2, "--beta 0 --deepspeed configs/zero2.json"),

@@ -12,10 +12,10 @@ from processes import run
 
 # (ZeRO stage, kind of run), see two_ranks.py, by the number of processes.
 RUNS = {
-    1: [(-1, kind) for kind in ("images", "lora", "dropped", "frozen", "sft", "rounds")],
-    2: [(-1, "images"), (0, "images"), (3, "images"), (3, "lora"), (3, "mixed"), (0, "nan"),
-        (3, "nan"), (-1, "dropped"), (0, "dropped"), (2, "dropped"), (3, "dropped"), (3, "frozen"),
-        (3, "sft"), (-1, "rounds"), (3, "rounds")],
+    1: [(-1, kind) for kind in ("images", "lora", "4bit", "dropped", "frozen", "sft", "rounds")],
+    2: [(-1, "images"), (-1, "4bit"), (0, "images"), (3, "images"), (3, "lora"), (3, "mixed"),
+        (0, "nan"), (3, "nan"), (-1, "dropped"), (0, "dropped"), (2, "dropped"), (3, "dropped"),
+        (3, "frozen"), (3, "sft"), (-1, "rounds"), (3, "rounds")],
 }  # fmt: skip
 
 
@@ -52,9 +52,10 @@ def test_two_ranks_equal_one_rank_with_twice_the_batch(results, stage):
     assert_metrics_equal(noted, alone, *names)
 
 
-def test_lora_under_zero3_equals_one_plain_rank(results):
+@pytest.mark.parametrize(("stage", "kind"), [(3, "lora"), (-1, "4bit")])
+def test_two_ranks_train_an_adapter_as_one_plain_rank(results, stage, kind):
     """With gradient checkpointing, and the model without its adapter as the reference."""
-    one, two = results[1, -1, "lora"], results[2, 3, "lora"]
+    one, two = results[1, -1, kind], results[2, stage, kind]
     assert one[0].keys() == two[0].keys() and largest_difference(one[0], two[0]) == 0
     assert largest_difference(one[0], one[1]) > 1e-4
     assert largest_difference(one[1], two[1]) <= 1e-5

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from virft_fast import dist
 from virft_fast.arguments import was_given
 from virft_fast.kernels import linear
-from virft_fast.models import shared_prefix
+from virft_fast.models import qwen_vl, shared_prefix
 from virft_fast.models.qwen_vl import Policy, load_model
 from virft_fast.models.shared_prefix import Group, PackedAttention, read
 from virft_fast.train import memory, parse_args, setup
@@ -154,14 +154,35 @@ class Fused:
         return tuple(states.new_empty(states.shape) for states in (query, key, value))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(
-    ("family", "size", "run", "kind"),
+class Elsewhere(torch.autograd.graph.saved_tensors_hooks):
+    """As `save_on_cpu`: what is kept leaves the memory that is counted, and comes back."""
+
+    def __init__(self, pin_memory):
+        super().__init__(
+            lambda tensor: (tensor.shape, tensor.dtype, tensor.device),
+            lambda kept: torch.empty(kept[0], dtype=kept[1], device=kept[2]),
+        )
+
+
+# Whether layers are recomputed, and whether their inputs wait in CPU memory.
+RECOMPUTED = [(False, False), (True, False), (True, True)]
+
+
+LANGUAGE = (
     [(family, size, "bfloat16", "two_part") for family in NAMES for size in SIZES]
     + [("qwen2_vl", size, run, "two_part") for size in SIZES for run in ("float32", "autocast")]
-    + [("qwen2_vl", size, run, "auto") for size in SIZES for run in RUNS],
+    + [("qwen2_vl", size, run, "auto") for size in SIZES for run in RUNS]
 )
-def test_activations_of_the_language_model(monkeypatch, family, size, run, kind, checkpointing):
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "run", "kind", "checkpointing", "offload"),
+    [(*case, *how) for case in LANGUAGE for how in RECOMPUTED[:2]]
+    + [(*case, True, True) for case in LANGUAGE if case[1] == "2B"],
+)
+def test_activations_of_the_language_model(
+    monkeypatch, family, size, run, kind, checkpointing, offload
+):
     """A row of two groups of 8, forward and backward: the most bytes at one time."""
     precision, device = RUNS[run], CUDA if run == "float32" or kind == "auto" else CPU
     monkeypatch.setattr(KERNELS, "triton_for", lambda *_: Fused)
@@ -186,7 +207,8 @@ def test_activations_of_the_language_model(monkeypatch, family, size, run, kind,
         model = made(make_model, config, dtype)
         shared_prefix.install(model)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            monkeypatch.setattr(qwen_vl, "save_on_cpu", Elsewhere)
+            qwen_vl.checkpoint_layers(model, offload=offload)
         tokens = groups[-1].end
         embeds = torch.empty(1, tokens, config.hidden_size, dtype=dtype).requires_grad_()
         positions = torch.zeros(3, 1, tokens, dtype=torch.long)
@@ -198,24 +220,25 @@ def test_activations_of_the_language_model(monkeypatch, family, size, run, kind,
     casts = 2 * linear * precision.autocast  # counted by `memory_estimate`
     load = memory.Load(tokens, 2 * 8 * (prompt + length), 2 * 8 * length, 0)
     estimate = memory._language_bytes(
-        stub(family, config, prefix_attention=kind), load, precision, checkpointing, device
+        stub(family, config, prefix_attention=kind), load, precision, checkpointing, offload, device
     )  # fmt: skip
     # Autocast's copies are only all there while a checkpointed forward pass runs.
     least = 0.6 if precision.autocast and checkpointing else 0.96
     assert least * (estimate + casts) <= counted.most <= 1.04 * (estimate + casts)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("checkpointing", "offload"), RECOMPUTED)
 @pytest.mark.parametrize("run", ["bfloat16", "float32"])
 @pytest.mark.parametrize("family", NAMES)
-def test_activations_of_the_vision_tower(family, run, checkpointing):
+def test_activations_of_the_vision_tower(monkeypatch, family, run, checkpointing, offload):
     num, precision = 1564, RUNS[run]
     *_, make_config, make_model = parts(family)
     config = make_config(**TOWERS[family], **PATCHES, num_heads=16, depth=DEPTH)
     with torch.device("meta"):
         model = made(make_model, config, getattr(torch, run))
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            monkeypatch.setattr(qwen_vl, "save_on_cpu", Elsewhere)
+            qwen_vl.checkpoint_layers(model, offload=offload)
         dim = config.embed_dim if family == "qwen2_vl" else config.hidden_size
         rotation = tuple(torch.empty(num, dim // 16) for _ in range(2))
         hidden = torch.empty(num, dim, dtype=getattr(torch, run)).requires_grad_()
@@ -227,7 +250,9 @@ def test_activations_of_the_vision_tower(family, run, checkpointing):
         out = model.merger(states)
         out.backward(torch.empty_like(out))
     load = memory.Load(0, 0, 0, num)
-    estimate = memory._tower_bytes(stub(family, vision=config), load, precision, checkpointing)
+    estimate = memory._tower_bytes(
+        stub(family, vision=config), load, precision, checkpointing, offload
+    )
     assert estimate == pytest.approx(counted.most, rel=0.06)
 
 

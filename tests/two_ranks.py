@@ -5,6 +5,7 @@
 STAGE is a ZeRO stage, or -1 for the plain engine; BATCH is this rank's number of prompts; KIND is
 `images`, `mixed` (rank 1 has text only), `nan` (rank 1 alone gets a loss that is not finite),
 `lora` (an adapter is trained, with gradient checkpointing and the adapter off as the reference),
+`4bit` (as `lora`, on a base in 4 bits and with the layers' inputs in CPU memory),
 `dropped` (no KL term, microbatches by tokens, and groups of equal rewards: rank 1's in the first
 step, most of rank 1's in the second, rank 0's in the third), `frozen` (as `dropped`, with the
 vision tower frozen), `sft` (fine-tuning with the tower frozen, rank 1 with text only and fewer
@@ -36,7 +37,14 @@ from virft_fast.engine import (
     resolve_deepspeed_config,
 )
 from virft_fast.models.processing import load_processor
-from virft_fast.models.qwen_vl import Policy, add_lora, freeze_vision_tower, load_model
+from virft_fast.models.qwen_vl import (
+    Policy,
+    add_lora,
+    base,
+    checkpoint_layers,
+    freeze_vision_tower,
+    load_model,
+)
 from virft_fast.models.tiny import resolve_model_path
 from virft_fast.rollout.backends import make_rollout
 
@@ -46,6 +54,7 @@ STEPS = 3
 # The step's prompts whose completions all get the same reward.
 EQUAL = [{4, 5, 6, 7}, {0, 4, 6, 7}, {0, 1, 2, 3}]
 DROPPING = ("dropped", "frozen")
+ADAPTED = ("lora", "4bit")
 # Of a rollout's 16 prompts and the 16 of its second round; with two ranks, 0 to 7 and 16 to 23 are
 # rank 0's. The first round has 11 groups that teach, 3 of them rank 0's. The next 5 are 22 to 26.
 EQUAL_ROUNDS = {0, 1, 2, 3, 4, *range(16, 22)}
@@ -67,11 +76,11 @@ def all_prompts(processor, kind):
 
 
 def make_policy(kind, empty=False):
-    model = load_model("tiny", empty=empty).train()
-    if kind == "lora":
+    model = load_model("tiny", empty=empty, load_in_4bit=kind == "4bit").train()
+    if kind in ADAPTED:
         torch.manual_seed(0)  # of the adapter
         model = add_lora(model, r=4, alpha=8, target_modules=["q_proj", "down_proj"])
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(base(model), offload=kind == "4bit")
         model.train()
     if kind in ("frozen", "sft"):
         freeze_vision_tower(model)
@@ -93,7 +102,7 @@ def prepare(stage, batch, kind, processor):
     )
     alive = prepare_deepspeed(config, CPU) if stage >= 0 else None
     policy = make_policy(kind)
-    reference = None if kind in ("lora", "sft", *DROPPING) else Policy(load_model("tiny"))
+    reference = None if kind in ("sft", *ADAPTED, *DROPPING) else Policy(load_model("tiny"))
     del alive
     engine = make_engine(stage, policy, settings, config, kind)
     call_reference = make_reference(reference, engine, config) if reference else engine.forward

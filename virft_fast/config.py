@@ -36,6 +36,7 @@ SAVE_DTYPES = (*DTYPES, "float16")
 LOSS_IMPLS = ("fused", "reference")
 ROLLOUT_BACKENDS = ("native", "hf")
 SPECULATION = ("auto", "off")
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit")
 PREFIX_ATTENTIONS = ("auto", "fused", "two_part", "flex", "dense")
 
 # GRPO options that also apply to SFT and DPO.
@@ -43,6 +44,8 @@ BESIDE_GRPO = """
     max_completion_length loss_impl prefix_sharing prefix_attention rollout_backend
     rollout_cache_tokens offload_rollout_weights speculation
 """.split()
+
+NEEDED = {"load_in_4bit": "use_peft", "offload_activations": "gradient_checkpointing"}
 
 
 class Speculating(Arguments):
@@ -92,6 +95,12 @@ class ModelConfig:
         False, "Train the language model only.", "freeze_vision_modules"
     )
     gradient_checkpointing: bool = arg(False, "Recompute activations, which saves memory.")
+    offload_activations: bool = arg(
+        False,
+        "Keep the layers' inputs in CPU memory until the backward pass; needs "
+        "--gradient_checkpointing.",
+        "activation_offloading",
+    )
     use_liger_kernel: bool = arg(False, "Patch the model with liger-kernel (CUDA).", "use_liger")
     min_pixels: int | None = arg(None, "Scale smaller images up to at least this many pixels.")
     max_pixels: int | None = arg(None, "Scale larger images down to at most this many pixels.")
@@ -109,11 +118,20 @@ class ModelConfig:
         "language model.",
     )
 
+    load_in_4bit: bool = arg(
+        False,
+        "QLoRA: store the language model's linear layers in 4 bits (NF4); needs --use_peft and "
+        "bitsandbytes.",
+    )
+
     def __post_init__(self) -> None:
         check_choices(self)
         check_limit(self, "a positive number of pixels", "min_pixels max_pixels")
         _check_pixels(self.min_pixels, self.max_pixels)
         check_limit(self, "a positive number", "lora_r lora_alpha")
+        for flag, needed in NEEDED.items():
+            met = getattr(self, needed) or not getattr(self, flag)
+            require(met, flag, f"--{needed} as well", f"it without --{needed}")
         check_limit(self, "a share in [0, 1)", "lora_dropout")
         if self.lora_dropout:
             logger.warning(
@@ -395,6 +413,11 @@ class TrainConfig:
     )
     num_train_epochs: float = arg(1.0, "Passes over the data.")
     max_steps: int = arg(-1, "Number of steps; if positive, overrides --num_train_epochs.")
+    optim: str = arg(
+        "adamw_torch_fused",
+        "How AdamW computes; those with 8-bit state need a GPU and bitsandbytes.",
+        choices=OPTIMIZERS,
+    )
     learning_rate: float = arg(1e-6, "Peak learning rate of AdamW.")
     weight_decay: float = arg(0.0, "AdamW's decoupled weight decay.")
     adam_beta1: float = arg(0.9, "AdamW's beta 1.")

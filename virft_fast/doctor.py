@@ -29,6 +29,7 @@ TESTED = {
 # Packages that only some runs need -> (what needs them, the extra that installs them).
 OPTIONAL = {
     "peft": ("--use_peft", "peft"),
+    "bitsandbytes": ("--load_in_4bit and --optim adamw_8bit", "4bit"),
     "flash-attn": (
         "--attn_implementation flash_attention_2 (pip compiles it for up to an hour)",
         "flash-attn",

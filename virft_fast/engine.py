@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,9 @@ from virft_fast.batch import Row
 from virft_fast.deepspeed_config import engine_dtype, offloads, zero_stage
 from virft_fast.deepspeed_config import load_deepspeed_config as load_deepspeed_config
 from virft_fast.deepspeed_config import resolve_deepspeed_config as resolve_deepspeed_config
-from virft_fast.models.adapters import has_adapter, is_trained_adapter
+from virft_fast.models.adapters import has_adapter, in_4bit, is_reference, is_trained_adapter
 from virft_fast.models.policy import Policy
-from virft_fast.optimizer import OptimizerSettings, make_optimizer
+from virft_fast.optimizer import GuardedAdamW, OptimizerSettings, make_optimizer
 from virft_fast.rollout.weights import RolloutWeights
 
 Stored = dict[str, Tensor]  # weights by their names in a saved model
@@ -93,7 +93,8 @@ class PlainEngine:
         self.settings = settings
         self.optimizer = make_optimizer(policy, settings, fused=True)
         self._copy: RolloutWeights | None = None
-        if device.type == "cuda" and (bf16 or has_adapter(policy.model)):
+        self._in_4bit = in_4bit(policy.model)  # rollouts use the 4-bit weights
+        if device.type == "cuda" and not self._in_4bit and (bf16 or has_adapter(policy.model)):
             dtype = torch.bfloat16 if bf16 else policy.head.weight.dtype
             self._copy = RolloutWeights(
                 policy, device=device, dtype=dtype, offload=offload_rollout_weights
@@ -182,16 +183,25 @@ class PlainEngine:
         """
         if not dist.is_main():
             return []
-        state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"module": self._module_state(), "optimizer": self.optimizer.state_dict()}
         with progress.busy("saving"):
             torch.save(state, folder / "state.pt")
         return [folder / "state.pt"]
+
+    def _module_state(self) -> Stored:
+        """The weights to save. In 4 bits only the adapters': a run that resumes reads its base
+        model and quantizes it again, with the same result."""
+        state: Stored = self.module.state_dict()
+        adapters = {n: w for n, w in state.items() if is_trained_adapter(n) or is_reference(n)}
+        return adapters if self._in_4bit else state
 
     def load_state(self, folder: Path) -> None:
         path = find_state(folder, deepspeed=False)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            self.module.load_state_dict(state["module"])
+            if odd := state["module"].keys() ^ self._module_state().keys():
+                raise KeyError(*sorted(odd)[:3])
+            self.module.load_state_dict(state["module"], strict=False)
             self.optimizer.load_state_dict(state["optimizer"])
             if self._copy is not None:
                 self._copy.update(frozen=True)
@@ -231,7 +241,7 @@ class DeepSpeedEngine:
         self._norm, self._veto = 0.0, False
         self.engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
         # Set only now, because `initialize` makes one step without gradients to allocate the state.
-        self.optimizer.guard = self._guard
+        cast("GuardedAdamW", self.optimizer).guard = self._guard
         self.engine.checkpoint_engine = _plain_checkpoint_engine()
         # Don't copy its weight-gathering script: model.safetensors has the weights, and a copy that
         # fails would raise on one rank only.

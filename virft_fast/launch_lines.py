@@ -107,8 +107,6 @@ FOREIGN = (
     Foreign("max_anyres_num", "*", "it belongs to InternVL"),
     Foreign("pad_to_multiple_of", "*", "padding doesn't change results"),
     # Optimizer and precision
-    Foreign("optim", "adamw_torch adamw_torch_fused adamw_hf", "the optimizer is AdamW",
-            "drop it: the optimizer is AdamW; --deepspeed configs/zero3_offload.json saves memory"),
     Foreign("adafactor", "false", "the optimizer is AdamW"),
     Foreign("optim_args optim_target_modules", "", "", "drop it: the optimizer is AdamW with "
             "--adam_beta1, --adam_beta2, --adam_epsilon and --weight_decay"),
@@ -135,9 +133,9 @@ FOREIGN = (
             "adapters are plain LoRA, with --lora_r and --lora_alpha"),
     Foreign("lora_target_parameters lora_modules_to_save", "", "",
             "name linear layers with --lora_target_modules"),
-    Foreign("load_in_8bit load_in_4bit", "false", "weights are not quantized",
-            "drop it: weights are not quantized; --use_peft and --deepspeed save memory"),
-    Foreign("bnb_* use_bnb_nested_quant", "*", "weights are not quantized"),
+    Foreign("load_in_8bit", "false", "weights have 4, 16 or 32 bits", "pass --load_in_4bit"),
+    Foreign("bnb_4bit_quant_type", "nf4", "--load_in_4bit stores NF4"),
+    Foreign("bnb_* use_bnb_nested_quant", "*", "--load_in_4bit sets it, from --dtype and --bf16"),
     Foreign("trust_remote_code", "false", "no code of a checkpoint is run",
             "drop it: no code of a checkpoint is run; transformers has the Qwen-VL families"),
     Foreign("model_init_kwargs", "", "", "pass --dtype, --attn_implementation or --model_revision"),

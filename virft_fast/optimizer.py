@@ -10,6 +10,12 @@ import torch
 from torch import nn
 from torch.optim.optimizer import StateDict
 
+from virft_fast.arguments import need_package
+from virft_fast.batch import Row
+
+# Dettmers et al. 2021, arXiv:2110.02861: name -> bitsandbytes' class.
+EIGHT_BIT = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -20,6 +26,7 @@ class OptimizerSettings:
     epsilon: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    optim: str = "adamw_torch_fused"
 
     def __post_init__(self) -> None:
         numbers = (self.learning_rate, self.weight_decay, *self.betas)
@@ -67,12 +74,19 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, objec
 
 def make_optimizer(
     policy: nn.Module, settings: OptimizerSettings, fused: bool | None = None
-) -> GuardedAdamW:
-    """AdamW over the trainable parameters.
+) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters, as `settings.optim` says.
 
     Args:
         fused: compute a step in one kernel, without temporary copies of the parameters; None: as
-            torch chooses, which is never fused.
+            torch chooses, which is never fused. For adamw_torch_fused only.
+    Raises:
+        ValueError: bitsandbytes, which has the ones with 8-bit state, is not installed.
     """
-    groups, lr = decay_groups(policy, settings.weight_decay), settings.learning_rate
-    return GuardedAdamW(groups, lr=lr, betas=settings.betas, eps=settings.epsilon, fused=fused)
+    groups = decay_groups(policy, settings.weight_decay)
+    options: Row = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.epsilon}
+    if settings.optim in EIGHT_BIT:
+        bnb = need_package(f"--optim {settings.optim}", "bitsandbytes", "bitsandbytes", "4bit")
+        return getattr(bnb.optim, EIGHT_BIT[settings.optim])(groups, **options)
+    fused = fused if settings.optim == "adamw_torch_fused" else None
+    return GuardedAdamW(groups, **options, fused=fused)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
 
 logger = logging.getLogger(__name__)
+# peft imports it, and it then warns that a kernel for rollouts on CPUs is missing.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 TRAINED, REFERENCE = "default", "reference"  # names of the adapters in a model
 
@@ -300,6 +302,11 @@ def _load_weights(model: PeftModel, folder: str) -> None:
 
 def has_adapter(model: nn.Module) -> TypeGuard[PeftModel]:
     return hasattr(model, "peft_config")
+
+
+def in_4bit(model: nn.Module) -> bool:
+    """Whether linear layers of the model are stored in 4 bits."""
+    return getattr(base(model), "is_loaded_in_4bit", False)
 
 
 def is_trained_adapter(name: str) -> bool:

@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 
 from virft_fast.arguments import expecting, need_package
 from virft_fast.batch import Row
@@ -33,6 +36,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
     empty: bool = False,
+    load_in_4bit: bool = False,
 ) -> nn.Module:
     """A Qwen-VL model from a folder, a hub id or `tiny`, in `dtype`, on the CPU. It is partitioned
     if a DeepSpeed ZeRO-3 configuration is active.
@@ -40,7 +44,8 @@ def load_model(
     Args:
         name_or_path: for an adapter's folder, the base model is loaded and the adapter merged into
             it in float32.
-        empty: create the model without weights, on the meta device.
+        empty: create the model without weights, on the meta device. Never quantized.
+        load_in_4bit: quantize a whole model, see `_to_4bit`; on the GPU if there is one.
     Raises:
         FileNotFoundError: the folder or hub id doesn't exist.
         ValueError: it isn't a Qwen-VL model, or can't be read.
@@ -57,6 +62,7 @@ def load_model(
     for folder, _ in adapters:
         lora.peft_config(folder)
     options: Row = {"attn_implementation": usable_attention(attn_implementation), "dtype": dtype}
+    assert not (load_in_4bit and adapters), "an adapter can't be merged into 4 bits"
     file, hint = ("config.json", "") if empty else ("weights", "; is the folder complete?")
     expected = f"expected the {file} of a {config.model_type} model"
     with expecting(f"--model_name_or_path {source.name!r}: {expected}", hint=hint):
@@ -66,6 +72,8 @@ def load_model(
         # Other formats than safetensors are pickles.
         options |= {"revision": revision, "use_safetensors": True, "output_loading_info": True}
         options["dtype"] = torch.float32 if adapters else dtype
+        if load_in_4bit:
+            options["quantization_config"] = _to_4bit(dtype)
         with lora.undivided() if adapters else contextlib.nullcontext():
             loaded: Any = AutoModel.from_pretrained(path, trust_remote_code=False, **options)
     model, info = loaded
@@ -74,6 +82,11 @@ def load_model(
             f"--model_name_or_path {source.name!r}: expected all weights of the model, but "
             f"{len(missing)} are missing ({', '.join(missing[:3])}, ...); is the folder complete?"
         )
+    for module in model.modules() if load_in_4bit else ():
+        # bitsandbytes 0.50 packs weights anew when a CPU with AVX512-BF16 decodes; the packed ones
+        # have no backward pass.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     for folder, _ in reversed(adapters):
         model = lora.merge_adapter(model, folder)
     if adapters:
@@ -86,6 +99,40 @@ def load_model(
     vars(model)["shipped_generation_config"] = base(model).generation_config
     base(model).generation_config = GenerationConfig()
     return model
+
+
+def _to_4bit(dtype: torch.dtype) -> Any:
+    """QLoRA's quantization (Dettmers et al. 2023, arXiv:2305.14314) with TRL's defaults: linear
+    layers of the language model in NF4, one float32 scale for 64 weights; products in `dtype`.
+
+    Embeddings, norms, the head and the vision tower keep `dtype`.
+    """
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["model.visual", "lm_head"],
+    )
+
+
+def checkpoint_layers(model: Any, *, offload: bool) -> None:
+    """Keep only each layer's input for the backward pass, which computes the rest again.
+
+    Args:
+        offload: keep the inputs in CPU memory.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules() if offload else ():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = _offloading_checkpoint
+
+
+def _offloading_checkpoint(layer: Callable[..., Any], *inputs: Tensor) -> Any:
+    # The layer's own tensors go through the checkpoint's hooks, so only the inputs reach this one.
+    with save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return checkpoint(layer, *inputs, use_reentrant=False)
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:

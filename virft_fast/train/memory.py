@@ -22,12 +22,14 @@ from virft_fast.kernels.linear import MAX_TILE_ROWS, TILE_ELEMENTS
 from virft_fast.kernels.speculation import MAX_READ
 from virft_fast.models.qwen_vl import Policy
 from virft_fast.models.shared_prefix import core_kind
+from virft_fast.optimizer import EIGHT_BIT
 from virft_fast.rollout.cache import KEPT_SHARE, CachePlan, cache_numbers
 from virft_fast.rollout.speculation import pool_bytes
 from virft_fast.train.model import Blueprint, training_dtype
 
 _CACHE = "keys and values of a rollout"
 MARGIN = 0.1  # of a GPU, for CUDA itself and fragmentation: a rule of thumb, not measured
+QUANTIZED = 1 / 2 + 4 / 64  # bytes of a number in 4 bits, with its share of a float32 scale
 MOST_TOKENS, TOKEN_STEP = 16_384, 1024  # of a microbatch that `fitting_tokens` chooses
 PROMPT_LENGTH = 1024  # where no flag limits it
 # Tensors of the MLP's width that a block of the vision tower keeps.
@@ -103,9 +105,9 @@ def activation_bytes(
 ) -> dict[str, float]:
     """Bytes of a training pass that are not the model's, its gradients' or the optimizer's."""
     precision = precision_of(config)
-    checkpointing = config.model.gradient_checkpointing
-    language = _language_bytes(policy, load, precision, checkpointing, device)
-    tower = 0.0 if policy.vision_frozen else _tower_bytes(policy, load, precision, checkpointing)
+    recomputed = config.model.gradient_checkpointing, config.model.offload_activations
+    language = _language_bytes(policy, load, precision, *recomputed, device)
+    tower = 0.0 if policy.vision_frozen else _tower_bytes(policy, load, precision, *recomputed)
     return {
         f"activations of the language model, {load.tokens:,.0f} tokens": language,
         f"activations of the vision tower, {load.patches:,.0f} patches": tower,
@@ -114,7 +116,12 @@ def activation_bytes(
 
 
 def _language_bytes(
-    policy: Policy, load: Load, precision: Precision, checkpointing: bool, device: torch.device
+    policy: Policy,
+    load: Load,
+    precision: Precision,
+    checkpointing: bool,
+    offload: bool,
+    device: torch.device,
 ) -> float:
     text: Any = policy.config.get_text_config()
     depth, dim, inner, width = (
@@ -135,12 +142,14 @@ def _language_bytes(
     layer = load.tokens * token + (load.tokens + (0 if fused else load.joined)) * attended
     kept = depth * layer
     if checkpointing:
-        kept = depth * load.tokens * dim * precision.residual + layer
+        kept = layer + (0 if offload else depth * load.tokens * dim * precision.residual)
     # The last norm, and the gradients that exist at one time.
     return kept + load.tokens * ((4 + 2 * width) * dim + width * (inner + 6 * dim))
 
 
-def _tower_bytes(policy: Policy, load: Load, precision: Precision, checkpointing: bool) -> float:
+def _tower_bytes(
+    policy: Policy, load: Load, precision: Precision, checkpointing: bool, offload: bool
+) -> float:
     vision: Any = policy.config.vision_config
     family, width = policy.config.model_type, precision.width
     if family == "qwen2_vl":  # where hidden_size is the language model's
@@ -154,7 +163,8 @@ def _tower_bytes(policy: Policy, load: Load, precision: Precision, checkpointing
     block = load.patches * (dim * (norms + 7 * width) + _TOWER_MLP[family] * inner * width)
     kept = vision.depth * block + load.patches * 8 * dim * width  # with the merger
     if checkpointing:
-        kept = vision.depth * load.patches * dim * precision.residual + block
+        inputs = 0 if offload else vision.depth * load.patches * dim * precision.residual
+        kept = block + inputs
     return kept + load.patches * width * (inner + 6 * dim)
 
 
@@ -229,9 +239,14 @@ def memory_estimate(
     low = training_dtype(config).itemsize
     masters = 4 if config.train.bf16 and config.train.deepspeed else 0
     copies = 2 if blueprint.keeps_reference else 1
-    weights = copies * total * low / (world if stage == 3 else 1)
-    gradients = trainable * low / (world if stage >= 2 else 1)
-    optimizer = trainable * (8 + masters) / (world if stage >= 1 else 1)
+    quantized, matrix = _linear_numbers(policy) if config.model.load_in_4bit else (0, 0)
+    trained = 4 if quantized else low  # then only the adapter, in float32
+    model = total * low + trainable * (trained - low) - quantized * (low - QUANTIZED)
+    weights = copies * model / (world if stage == 3 else 1)
+    gradients = trainable * trained / (world if stage >= 2 else 1)
+    # Beside 8 bits, a float32 scale for each 256 numbers of both moments.
+    moments = 2 + 2 * 4 / 256 if config.train.optim in EIGHT_BIT else 8
+    optimizer = trainable * (moments + masters) / (world if stage >= 1 else 1)
     if offloads(blueprint.ds_config, "offload_optimizer"):
         optimizer = 0
     if offloads(blueprint.ds_config, "offload_param"):
@@ -247,8 +262,9 @@ def memory_estimate(
     on_copy = bool(config.train.deepspeed) or autocast or config.model.use_peft
     copied = stage == 3 or (device.type == "cuda" and on_copy)
     copied &= algorithm_of(config).rolls_out(config) and not config.grpo.offload_rollout_weights
+    copied &= not quantized
     cache = tokens * cache_numbers(policy.config.get_text_config()) * (2 if narrow else 4)
-    casts = 2 * total if autocast else 0
+    casts = 2 * (total - quantized) if autocast else 0
     sizes = {
         "weights" + (" (with the reference)" if copies == 2 else ""): weights,
         "gradients": gradients,
@@ -256,6 +272,7 @@ def memory_estimate(
         "copy of the whole weights for rollouts": copied * total * (2 if autocast else low),
         "copies of the weights in bfloat16 while training": casts,
         "tokens of earlier answers, to guess from": guesses,
+        "the largest 4-bit matrix while a product reads it": matrix * low,
         f"{_CACHE}, {tokens:,} tokens ({how})": cache,
     }
     return {name: size for name, size in sizes.items() if size}
@@ -274,6 +291,15 @@ def rollout_batches(config: RunConfig, data: Data) -> list[tuple[int, int]]:
     evaluation = min(train.eval_batch_size, math.ceil(train.eval_samples / world)), 1
     step = data.prompts_per_step // world, config.grpo.num_generations
     return [step, evaluation] if algorithm.draws else [evaluation]
+
+
+def _linear_numbers(policy: Policy) -> tuple[int, int]:
+    """Numbers in the linear layers that --load_in_4bit quantizes: in all, and in the largest."""
+    text: Any = policy.config.get_text_config()
+    dim, inner, depth = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    keys_values = cache_numbers(text) // depth
+    heads = keys_values // 2 // text.num_key_value_heads * text.num_attention_heads
+    return depth * dim * (2 * heads + keys_values + 3 * inner), dim * max(inner, heads)
 
 
 def rollout_tokens(config: RunConfig, data: Data, device: torch.device) -> tuple[int, str]:

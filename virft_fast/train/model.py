@@ -30,7 +30,7 @@ from virft_fast.engine import (
 )
 from virft_fast.models.adapters import BASE_FOLDER, LoraPlan, attach
 from virft_fast.models.families import Processor, freeze_vision_tower
-from virft_fast.models.qwen_vl import Policy, apply_liger, load_model
+from virft_fast.models.qwen_vl import Policy, apply_liger, checkpoint_layers, load_model
 from virft_fast.models.source import ModelSource, find_model
 from virft_fast.rollout.backends import check_model, make_rollout
 from virft_fast.rollout.speculation import History
@@ -174,6 +174,7 @@ def deepspeed_config(
         epsilon=train.adam_epsilon,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
+        optim=train.optim,
     )
     if train.deepspeed is None:
         return None, settings
@@ -191,10 +192,11 @@ def deepspeed_config(
 def training_dtype(config: RunConfig) -> torch.dtype:
     """The dtype in which weights are loaded. With --bf16, DeepSpeed keeps float32 master copies of
     bf16 weights. Without DeepSpeed the weights are the masters themselves, and only the forward and
-    backward passes run in bf16."""
+    backward passes run in bf16; with --load_in_4bit, the masters are the adapter's alone."""
     if config.model.dtype != "auto":
         return getattr(torch, config.model.dtype)
-    return torch.bfloat16 if config.train.bf16 and config.train.deepspeed else torch.float32
+    narrow = config.train.deepspeed or config.model.load_in_4bit
+    return torch.bfloat16 if config.train.bf16 and narrow else torch.float32
 
 
 def stored_dtype(config: RunConfig, source: ModelSource) -> torch.dtype | None:
@@ -254,6 +256,7 @@ def build_policy(
         dtype=dtype,
         attn_implementation=model.attn_implementation,
         empty=empty,
+        load_in_4bit=model.load_in_4bit,
     )
     if model.use_liger_kernel:
         apply_liger(base, device)
@@ -261,8 +264,7 @@ def build_policy(
     if model.freeze_vision_tower:
         freeze_vision_tower(trained)
     if checkpointing and model.gradient_checkpointing:
-        kwargs = {"use_reentrant": False}
-        base.gradient_checkpointing_enable(kwargs)  # type: ignore[operator]  # typed as a Tensor
+        checkpoint_layers(base, offload=model.offload_activations)
     return Policy(
         trained.train(),
         loss_impl=grpo.loss_impl,

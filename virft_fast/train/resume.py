@@ -26,6 +26,7 @@ SAME_ON_RESUME = """
     algorithm per_device_train_batch_size gradient_accumulation_steps num_generations seed
     dataset_name dataset_train_split dataset_config dataset_streaming compat_prompt
     model_name_or_path freeze_vision_tower bf16 use_peft lora_r lora_alpha lora_target_modules
+    load_in_4bit optim
 """.split()
 UNNAMED_ON_RESUME = """
     output_dir overwrite_output_dir run_name config dry_run logging_steps report_to

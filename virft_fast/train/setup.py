@@ -14,7 +14,7 @@ from virft_fast import dist
 from virft_fast.algorithms import algorithm_of, find_algorithm
 from virft_fast.algorithms.base import Data
 from virft_fast.algorithms.step import TrainState
-from virft_fast.arguments import was_given
+from virft_fast.arguments import need_package, was_given
 from virft_fast.batch import Prompt, Row
 from virft_fast.config import ALGORITHMS, RunConfig, UsageError, usage
 from virft_fast.console import say
@@ -26,6 +26,7 @@ from virft_fast.models.families import Processor
 from virft_fast.models.policy import Policy
 from virft_fast.models.processing import load_processor
 from virft_fast.models.source import BASE_FOLDER, ModelSource, find_model
+from virft_fast.optimizer import EIGHT_BIT
 from virft_fast.output_lock import OutputLock
 from virft_fast.rollout.backends import check_cache_limit
 from virft_fast.tasks.scoring import check_arguments
@@ -141,8 +142,8 @@ def microbatch_tokens(
 
 
 def _check_flags(config: RunConfig, device: torch.device) -> None:
-    """Raise ValueError if trackers are missing, no rollout can fit into its cache, or the output
-    folder has no name."""
+    """Raise ValueError if trackers are missing, no rollout can fit into its cache, the output
+    folder has no name, or flags don't go together."""
     check_trackers(config.train.report_to)
     if algorithm_of(config).rolls_out(config):
         check_cache_limit(
@@ -154,8 +155,22 @@ def _check_flags(config: RunConfig, device: torch.device) -> None:
             device=device,
             speculates=config.grpo.speculates,
         )
+    _check_bits(config, device)
     if not config.train.output_dir.strip():
         raise UsageError("--output_dir: expected a folder, got an empty name")
+
+
+def _check_bits(config: RunConfig, device: torch.device) -> None:
+    """Raise ValueError if this run can't use the few bits of --load_in_4bit or --optim."""
+    eight_bit, deepspeed = config.train.optim in EIGHT_BIT, config.train.deepspeed
+    if not eight_bit and not config.model.load_in_4bit:
+        return
+    flag = f"--optim {config.train.optim}" if eight_bit else "--load_in_4bit"
+    if deepspeed:
+        raise UsageError(f"{flag}: expected a run without --deepspeed, got {deepspeed}; drop one")
+    if eight_bit and device.type != "cuda":
+        raise UsageError(f"{flag}: expected a GPU, got the {device.type}; pass adamw_torch")
+    need_package(flag, "bitsandbytes", "bitsandbytes", "4bit")
 
 
 def _open_writer(config: RunConfig, total_steps: int, step: int) -> MetricsWriter:
