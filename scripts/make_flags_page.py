@@ -29,7 +29,9 @@ TRAINING = {
         repetition_penalty rollout_backend rollout_cache_tokens offload_rollout_weights
         speculation""",
     "GRPO loss": """beta epsilon_low epsilon_high delta num_iterations loss_type
-        importance_sampling_level mask_truncated_completions use_bias_correction_kl
+        importance_sampling_level importance_sampling_correction importance_sampling_mode
+        importance_sampling_clip_max importance_sampling_clip_min mask_truncated_completions
+        use_bias_correction_kl
         off_policy_mask_threshold entropy_coef top_entropy_quantile sapo_temperature_neg
         sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg
         loss_impl""",

@@ -322,10 +322,10 @@ def test_the_shares_of_two_ranks_are_one_big_batch(processor, prompts, monkeypat
     rollouts = state.rollout.generate(prompts, 2, grpo._sampling(state))
     advantages = torch.linspace(-1, 1, len(rollouts.texts))
     microbatches = grpo.make_microbatches(state, rollouts, advantages, grpo.StepStats())
-    alone = grpo._shares(microbatches, rollouts, state.config)
+    alone = grpo._shares(state, microbatches, rollouts)
     monkeypatch.setattr(grpo.dist, "world_size", lambda: 2)
     monkeypatch.setattr(grpo.dist, "all_reduce_sum", lambda counts: counts * 2)
-    shared = grpo._shares(microbatches, rollouts, state.config)
+    shared = grpo._shares(state, microbatches, rollouts)
     # Averaged over two ranks, 2 * (scale / num_items) / 2 has to be half of what it is alone.
     for (one, scale), (two, shared_scale) in zip(alone, shared, strict=True):
         factor = shared_scale / (two.num_items or 1) / 2
@@ -344,7 +344,7 @@ def test_truncated_completions_are_not_counted_where_they_are_masked(processor, 
     microbatches = grpo.make_microbatches(
         state, rollouts, torch.ones(len(rollouts.texts)), grpo.StepStats()
     )
-    ((args, _), *_) = grpo._shares(microbatches, rollouts, state.config)
+    ((args, _), *_) = grpo._shares(state, microbatches, rollouts)
     kept = rollouts.completion_mask[1::2]
     assert args.num_items == int(kept.sum()) < int(rollouts.completion_mask.sum())
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from virft_fast.tasks import judge as module
 from virft_fast.tasks import load_reward_funcs, score
+from virft_fast.tasks.adapters import swift_orm, verl_score
 from virft_fast.tasks.judge import Judge, grade_in
 from virft_fast.tasks.scoring import RewardError, RewardLog, check_arguments
 
@@ -212,6 +213,35 @@ def test_without_httpx(monkeypatch):
     monkeypatch.setitem(sys.modules, "httpx", None)
     with pytest.raises(ValueError, match=r"pip install httpx, or '.\[judge\]'"):
         Judge("http://x/v1", "m")
+
+
+@pytest.mark.parametrize("around", ["\n", "\r\n", " "])
+def test_a_key_with_space_around_it_works(server, monkeypatch, around):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET + around)
+    assert rewards(Judge(server.url, "m"), "a")[0] == [0.7]
+    assert set(server.keys) == {f"Bearer {SECRET}"}
+
+
+@pytest.mark.parametrize("key", ["sk-\r\nsecret", "sk-ä"])
+def test_a_key_that_no_header_takes_is_not_shown(server, monkeypatch, caplog, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(RewardError, match="printable ASCII characters in OPENAI_API_KEY") as error:
+        rewards(Judge(server.url, "m"), "a")
+    assert key not in str(error.value) + caplog.text and not server.asked
+
+
+def test_images_of_any_mode(server):
+    assert rewards(Judge(server.url, "m"), "a", images=[(Image.new("CMYK", (2, 2)),)])[0] == [0.7]
+
+
+def test_in_other_trainers(server, tmp_path):
+    """It is asynchronous; verl and ms-swift call a reward as a plain function."""
+    path = tmp_path / "grades.py"
+    path.write_text(
+        f"from virft_fast.tasks.judge import Judge\nquality = Judge({server.url!r}, 'm')\n"
+    )
+    assert verl_score(f"{path}:quality")("data", "a", "S") == 0.7
+    assert swift_orm(f"{path}:quality")()(completions=["a", "b"], solution=["S"] * 2) == [0.7] * 2
 
 
 def test_named_in_a_file(server, tmp_path):

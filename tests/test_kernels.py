@@ -477,6 +477,13 @@ def more_options(problem):
         {"is_weights": weights},
         {"is_weights": weights[:, :1], "loss_type": "sapo", "sapo_temperature_pos": 2.0},
         {"off_policy_mask_threshold": 0.01, "sampling_logps": ref},
+        {"importance_sampling_mode": "sequence_mask", "sampling_logps": ref},
+        {
+            "importance_sampling_mode": "token_truncate",
+            "sampling_logps": ref,
+            "importance_sampling_clip_max": 1.01,
+            "loss_type": "luspo",
+        },
         {"entropy_coef": 0.3},
         {"entropy_coef": 0.3, "top_entropy_quantile": 0.5, "loss_type": "luspo"},
         {"entropy_coef": 0.3, "entropy_threshold": 2.0, "num_entropy_items": 5, "beta": 0.0},
@@ -484,7 +491,7 @@ def more_options(problem):
     ]
 
 
-NUM_OPTIONS = 10
+NUM_OPTIONS = 12
 
 
 @pytest.mark.parametrize("number", range(NUM_OPTIONS))
@@ -505,7 +512,8 @@ def test_gradcheck_of_every_option(number):
     plain = linear_grpo_loss(
         hidden, weight, ids, mask, bias=bias,
         **options | dict.fromkeys(["is_weights", "sampling_logps", "delta"])
-        | {"use_bias_correction_kl": False, "off_policy_mask_threshold": None, "entropy_coef": 0,
+        | {"importance_sampling_mode": None, "use_bias_correction_kl": False,
+           "off_policy_mask_threshold": None, "entropy_coef": 0,
            "top_entropy_quantile": 1.0, "entropy_threshold": None},
     ).loss  # fmt: skip
     assert abs(linear(*inputs) - plain) > 1e-4  # the option changes something here
@@ -823,6 +831,23 @@ MASK, ONES = torch.ones(2, 3, dtype=torch.bool), torch.ones(2)
         ({"sampling_logps": torch.ones(2)}, "sampling_logps: expected"),
         ({"sapo_temperature_neg": 0.0}, "sapo_temperature_neg: expected a number > 0, got 0"),
         ({"vespo_k_pos": -1.0}, "vespo_k_pos: expected a number >= 0"),
+        (
+            {"importance_sampling_mode": "sequence_mask"},
+            "sampling_logps: expected .2, 3. log-probs",
+        ),
+        (
+            {"importance_sampling_mode": "token"},
+            "importance_sampling_mode: expected None or, .*'token",
+        ),
+        (
+            {"importance_sampling_mode": "sequence_mask", "loss_type": "vespo"},
+            "loss_type vespo, one",
+        ),
+        ({"importance_sampling_mode": "token_mask", "is_weights": torch.ones(2, 3)}, "got both"),
+        (
+            {"importance_sampling_clip_max": 0.0},
+            "importance_sampling_clip_max: expected a number > 0",
+        ),
         ({"off_policy_mask_threshold": -0.1}, "off_policy_mask_threshold: expected a number > 0"),
         ({"top_entropy_quantile": 1.5}, "top_entropy_quantile: expected a share"),
         ({"top_entropy_quantile": 0.5, "entropy_threshold": 1.0}, "leave top_entropy_quantile at"),

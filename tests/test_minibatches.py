@@ -230,6 +230,15 @@ def test_rounds_end_and_equal_groups_fill_the_step(processor, many):
     assert metrics["dropped_fraction"] == 3 / 4  # nothing to learn without a KL term
 
 
+def test_rows_without_rewards_are_neither_drawn_again_nor_equal(processor, many):
+    """As when a server of rewards is down for a step."""
+    noted = []
+    state = sampling_state(processor, many[4:], (), config={"beta": 0.1}, note_equal=noted.append)
+    state.reward_funcs = [("reward", lambda completions, **_: [None] * len(completions))]
+    metrics, _ = train_step(state, many[:4])
+    assert metrics["sampling_rounds"] == 1 and noted == [{}]
+
+
 def test_a_full_step_needs_one_round(processor, many):
     """And is then a step without dynamic sampling, bit for bit."""
     one, other = (

@@ -182,12 +182,27 @@ def test_rows_end_at_the_maximum_length_without_guesses(monkeypatch, policy, pro
         turns = itertools.chain([(8, 1.0)] * 2, itertools.repeat((1, 1.0)))
         rollout = rollout_of(policy, processor, speculation=History())
         sampling = Sampling(length, seed=1)
-        expected = rollout_of(policy, processor).generate(prompts, 3, sampling)
+        plain, observer = AttentionObserver(1), AttentionObserver(1)
+        expected = rollout_of(policy, processor).generate(prompts, 3, sampling, observer=plain)
         wrong = torch.rand(expected.completion_ids.shape, generator=seeded) < 0.2
         answers = expected.completion_ids.masked_fill(wrong, 7)
         rollout.speculation.add(prompts, replace(expected, completion_ids=answers))
-        assert_equal(rollout.generate(prompts, 3, sampling), expected)
+        assert_equal(rollout.generate(prompts, 3, sampling, observer=observer), expected)
         assert rollout.stats.accepted > 0
+        for pair in zip(observer.attention, plain.attention, strict=True):
+            torch.testing.assert_close(*pair, rtol=0, atol=1e-6)
+
+
+def test_no_guesses_where_their_room_would_cost_another_batch(policy, processor, prompts):
+    """16 tokens are allocated for 16, and 24 with guesses."""
+    longest, sampling = max(len(prompt.input_ids) for prompt in prompts), Sampling(16, seed=1)
+    expected = rollout_of(policy, processor).generate(prompts, 2, sampling)
+    for limit, guesses in ((4 * (longest + 2 * 16), False), (4 * (longest + 2 * 24), True)):
+        rollout = rollout_of(policy, processor, speculation=History(), max_cache_tokens=limit)
+        for _ in range(2):
+            assert_equal(rollout.generate(prompts, 2, sampling), expected)
+        assert (rollout.stats.guessed > 0) == guesses
+        assert rollout.stats.longest == expected.completion_mask.sum(1).max()  # one batch
 
 
 def test_all_guesses_are_right_if_the_history_is_the_answer(noted, policy, processor, prompts):
@@ -339,6 +354,36 @@ def test_a_history_continues_where_its_state_was_saved(policy, processor, prompt
         History().load_state_dict({**state, "lengths": state["lengths"][1:]})
     with pytest.raises(ValueError, match="history: expected tensors .*'agreement'.*got"):
         History().load_state_dict({})
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"lengths": torch.tensor([4, -1])},
+        {"lengths": torch.tensor([1.0, 2.0])},
+        {"lengths": torch.tensor([[1, 2]])},
+        {"rows": torch.tensor([5])},
+        {"rows": torch.tensor([5, 5])},
+        {"stored": torch.ones(3, 1, dtype=torch.int32)},
+        {"recent": torch.tensor(1, dtype=torch.int32)},
+        {"recent": torch.ones(4)},
+        {"agreement": torch.tensor([0.5], dtype=torch.float64)},
+        {"agreement": torch.tensor([0.5, float("nan")], dtype=torch.float64)},
+        {"agreement": torch.tensor([0.5, 5.0], dtype=torch.float64)},
+    ],
+    ids=str,
+)
+def test_a_broken_state_changes_nothing(broken):
+    ids = torch.arange(3, dtype=torch.int32)
+    state = {
+        "recent": ids, "rows": torch.tensor([5, 6]), "lengths": torch.tensor([1, 2]),
+        "stored": ids, "agreement": torch.tensor([0.1, 0.2], dtype=torch.float64),
+    }  # fmt: skip
+    history = History()
+    history.load_state_dict(state)
+    with pytest.raises(ValueError, match="history: expected .* pass --speculation off to resume"):
+        history.load_state_dict(state | broken)
+    assert all(torch.equal(history.state_dict()[name], state[name]) for name in state)
 
 
 def test_memory_of_guesses_is_stated(monkeypatch, policy, processor, prompts):

@@ -298,15 +298,15 @@ def cache_of_dry_run(capsys, *argv):
 
 
 def test_dry_run_counts_the_cache_as_it_is_allocated(digits, tmp_path, capsys):
-    """Places of 32 tokens for completions of 12 and 8 guesses; the evaluation's batch where that is
+    """Places of 20 tokens for completions of 12 and 8 guesses; the evaluation's batch where that is
     larger."""
     argv = arguments(digits, tmp_path / "o", "--max_prompt_length", 100)
     argv += ["--per_device_train_batch_size", 2]
     config = load_model("tiny", empty=True).config.text_config
     tokens, mib = cache_of_dry_run(capsys, *argv)
-    assert tokens == 2 * (100 + 4 * 32)
+    assert tokens == 2 * (100 + 4 * 20)
     assert mib == pytest.approx(tokens * cache_numbers(config) * 4 / 2**20, abs=0.05)
-    assert cache_of_dry_run(capsys, *argv, "--eval_samples", 8)[0] == 8 * (100 + 32)
+    assert cache_of_dry_run(capsys, *argv, "--eval_samples", 8)[0] == 8 * (100 + 20)
     assert cache_of_dry_run(capsys, *argv, "--speculation", "off")[0] == 2 * (100 + 4 * 16)
     limited = [*argv, "--rollout_cache_tokens", 300]
     assert cache_of_dry_run(capsys, *limited)[0] == 300
@@ -321,11 +321,11 @@ def test_dry_run_counts_the_cache_as_it_is_allocated(digits, tmp_path, capsys):
 def test_cache_that_is_too_small_is_named_before_anything_is_loaded(
     digits, tmp_path, capsys, dry_run
 ):
-    """100 + 4 * 32 tokens, as they are allocated."""
+    """100 + 4 * 16 tokens, as they are allocated; guesses are left out where they don't fit."""
     argv = arguments(digits, tmp_path / "o", "--max_prompt_length", 100, *dry_run)
-    said = fails(capsys, *argv, "--rollout_cache_tokens", 227)
-    for text in ("--rollout_cache_tokens 227", "--max_prompt_length 100", "228 tokens",
-                 "expected at most 227", "raise --rollout_cache_tokens"):  # fmt: skip
+    said = fails(capsys, *argv, "--rollout_cache_tokens", 163)
+    for text in ("--rollout_cache_tokens 163", "--max_prompt_length 100", "164 tokens",
+                 "expected at most 163", "raise --rollout_cache_tokens"):  # fmt: skip
         assert text in said
     assert not (tmp_path / "o").exists()
     argv = arguments(digits, tmp_path / "o", *dry_run)

@@ -14,6 +14,7 @@ from virft_fast.kernels import (
     linear_grpo_loss,
     normalize_then_sum,
 )
+from virft_fast.kernels.loss_args import CORRECTIONS
 from virft_fast.tasks import REWARDS, RewardLog, score
 
 pytest.importorskip("trl")
@@ -252,6 +253,72 @@ def test_every_option_equals_trl_padded_packed_and_from_a_head(loss_type, level)
         if "kl" in metrics:
             kl = result.kl.sum() / mask.sum()
             assert kl.item() == pytest.approx(metrics["kl"][0], abs=1e-5)
+
+
+def trl_weights(trainer, old, sampled, mask):
+    """The weights of another sampler, by the statement of TRL's trainer that computes them."""
+    import ast
+    import inspect
+    import textwrap
+
+    from trl.trainer import grpo_trainer
+
+    source = inspect.getsource(grpo_trainer.GRPOTrainer._generate_and_score_completions)
+    (statement,) = (
+        node
+        for node in ast.walk(ast.parse(textwrap.dedent(source)))
+        if isinstance(node, ast.If)
+        and ast.unparse(node.test) == "self.use_vllm and self.vllm_importance_sampling_correction"
+        and "masked_fill(invalid_mis_mask" in ast.unparse(node)
+    )
+    names = {
+        "self": trainer, "completion_mask": mask.long(), "tool_mask": None,
+        "old_per_token_logps": old, "sampling_per_token_logps": sampled,
+    }  # fmt: skip
+    exec(compile(ast.Module([statement], []), "trl", "exec"), vars(grpo_trainer), names)
+    return names["vllm_importance_sampling_ratio"]
+
+
+LIMITS = [(3.0, None), (1.1, 0.9), (None, 0.8), (None, None)]
+
+
+@pytest.mark.parametrize("mode", CORRECTIONS)
+@pytest.mark.parametrize("loss_type", ["grpo", "cispo", "luspo", "vespo"])
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_the_correction_of_another_sampler_equals_trls(mode, loss_type, on_policy):
+    if loss_type == "vespo" and mode.startswith("sequence"):
+        pytest.skip("TRL refuses it, and so do we")
+    lost = 0
+    for seed, (high, low) in enumerate(LIMITS):
+        if mode.endswith("truncate") and high is low is None:
+            continue  # TRL's clamp needs a limit
+        logits, inputs = make_inputs(seed)
+        mask = inputs["completion_mask"].bool()
+        g = torch.Generator().manual_seed(seed)
+        logps = logits.log_softmax(-1).gather(-1, inputs["completion_ids"][..., None])[..., 0]
+        old = logps if on_policy else inputs["old_per_token_logps"]
+        sampled = old + 0.2 * torch.randn(N, T, generator=g)
+        sampled[0, 0] = float("nan")  # a token that the sampler couldn't score
+        limits = {"importance_sampling_clip_max": high, "importance_sampling_clip_min": low}
+        trainer = trl_trainer(
+            loss_type=loss_type, beta=0.1, use_vllm=True, vllm_importance_sampling_correction=True,
+            vllm_importance_sampling_mode=mode, **{f"vllm_{k}": v for k, v in limits.items()},
+        )  # fmt: skip
+        weights = trl_weights(trainer, old, sampled, mask)
+        lost += int((weights == 0).sum())
+        inputs["importance_sampling_ratio"] = weights
+        inputs["old_per_token_logps"] = None if on_policy else old
+        theirs, wanted = trl_and_gradient(logits, inputs, trainer)
+        results = our_losses(
+            logits, inputs, old_logps=inputs["old_per_token_logps"], sampling_logps=sampled,
+            ref_logps=inputs["ref_per_token_logps"], beta=0.1, importance_sampling_mode=mode,
+            num_items=NUM_ITEMS if loss_type in ("cispo", "vespo") else None,
+            loss_type=loss_type, **limits,
+        )  # fmt: skip
+        for result, grad in results:
+            torch.testing.assert_close(result.loss, theirs, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-7)
+    assert (lost > 0) == mode.endswith("mask")
 
 
 @pytest.mark.parametrize("loss_type", ["cispo", "sapo", "luspo", "vespo"])

@@ -355,6 +355,8 @@ OPTIONS = [
     {"is_weights": "sequence", "delta": 1.1, "use_bias_correction_kl": True},
     {"loss_type": "vespo", "is_weights": "sequence"},
     {"loss_type": "luspo", "off_policy_mask_threshold": 0.01},
+    {"importance_sampling_mode": "sequence_mask", "delta": 1.1},
+    {"importance_sampling_mode": "token_truncate", "loss_type": "vespo"},
     {"top_entropy_quantile": 0.5, "entropy_coef": 0.2},
     {"entropy_threshold": 3.0, "is_weights": "token", "entropy_coef": 0.2, "num_entropy_items": 3},
 ]  # fmt: skip
@@ -372,6 +374,8 @@ def test_options_against_float64(linear, number):
     tensors = {"advantages": rewards, "old_logps": old, "ref_logps": ref}
     if weights is not None:
         tensors["is_weights"] = weights
+    if "importance_sampling_mode" in options:
+        tensors["sampling_logps"] = old + 0.3 * (noise - 1)
     results = []
     for dtype in (torch.float64, torch.float32):
         leaf = logits.detach().to(dtype).requires_grad_()

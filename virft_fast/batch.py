@@ -80,6 +80,8 @@ class Rollouts:
         texts: N completions without control tokens, but with markers such as `<|box_start|>`.
         sampling_logps: (N, T) float32, log-prob of each token in the distribution it was drawn
             from; 0 where masked.
+        plain_logps: the same under temperature alone; None: no filter or penalty applied, so both
+            are equal.
         image_features: for each prompt, (its image tokens, features); None if the vision tower may
             have changed since.
     """
@@ -92,6 +94,7 @@ class Rollouts:
     texts: tuple[str, ...]
     sampling_logps: Tensor
     image_features: tuple[Tensor, ...] | None = None
+    plain_logps: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:

@@ -19,7 +19,7 @@ from virft_fast.arguments import unknown_flag_message as unknown_flag_message
 from virft_fast.arguments import usage as usage
 from virft_fast.batch import Row
 from virft_fast.kernels.advantages import AGGREGATIONS, ESTIMATORS, SCALES
-from virft_fast.kernels.loss_args import LEVELS, LOSS_TYPES, LossArgs
+from virft_fast.kernels.loss_args import CORRECTIONS, LEVELS, LOSS_TYPES, LossArgs
 
 logger = logging.getLogger("virft_fast")
 
@@ -290,6 +290,24 @@ class GRPOConfig(Speculating):
     importance_sampling_level: str = arg(
         "token", "Clip the ratio of each token, or of the whole sequence.", choices=LEVELS
     )
+    importance_sampling_correction: bool | None = arg(
+        None,
+        "Weight completions by the policy's probability over the sampler's; default: in bfloat16, "
+        "where they round differently.",
+        "vllm_importance_sampling_correction",
+    )
+    importance_sampling_mode: str = arg(
+        "sequence_mask",
+        "Whose weights, and whether they are truncated to the limits below, or 0 outside them.",
+        "vllm_importance_sampling_mode",
+        choices=CORRECTIONS,
+    )
+    importance_sampling_clip_max: float | None = arg(
+        3.0, "Upper limit of these weights.", "vllm_importance_sampling_clip_max"
+    )
+    importance_sampling_clip_min: float | None = arg(
+        None, "Lower limit of these weights.", "vllm_importance_sampling_clip_min"
+    )
     mask_truncated_completions: bool = arg(False, "Leave completions without EOS out of the loss.")
     use_bias_correction_kl: bool = arg(False, "Multiply the KL term by the ratio (DeepSeek-V3.2).")
     off_policy_mask_threshold: float | None = arg(
@@ -347,10 +365,22 @@ class GRPOConfig(Speculating):
         except ValueError as error:
             raise ValueError(f"--{error}") from None
 
-    def loss_args(self) -> LossArgs:
-        """The flags that are arguments of the loss."""
+    def loss_args(self, differs: bool = False) -> LossArgs:
+        """The flags that are arguments of the loss.
+
+        Args:
+            differs: whether the sampler computes its log-probs in another way than training. Then
+                the correction is on by default, where the loss has one.
+        """
         names = {entry.name for entry in fields(LossArgs)} - {"num_generations"}
-        return LossArgs(**{k: v for k, v in vars(self).items() if k in names})
+        known = {k: v for k, v in vars(self).items() if k in names}
+        corrects = self.importance_sampling_correction
+        if corrects is None:
+            whole = self.importance_sampling_mode.startswith("sequence")
+            corrects = differs and not (whole and self.loss_type == "vespo")
+        if not corrects:
+            known["importance_sampling_mode"] = None
+        return LossArgs(**known)
 
     @property
     def equal_rewards_train(self) -> bool:

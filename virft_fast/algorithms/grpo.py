@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from virft_fast import dist
-from virft_fast.algorithms.base import Algorithm
+from virft_fast.algorithms.base import Algorithm, Data
 from virft_fast.algorithms.groups import choose_groups, deal
 from virft_fast.algorithms.step import (
     Metrics,
@@ -179,12 +179,17 @@ def _draw_rounds(
         pass  # all ranks gather the weights here, before one of them can fail below
     while True:
         draws.append(_draw(state, prompts, len(draws), stats, log))
-        groups = (draws[-1].advantages.view(-1, cfg.num_generations) != 0).any(1).tolist()
-        found = zip((prompt.sample.index for prompt in prompts), groups, strict=True)
-        ranks = dist.all_gather_object(list(found))
-        teaches.append([[teach for _, teach in of_rank] for of_rank in ranks])
-        for row, teach in (group for of_rank in ranks for group in of_rank):
-            equal[row] = equal.get(row, True) and not teach
+        teach = (draws[-1].advantages.view(-1, cfg.num_generations) != 0).any(1).tolist()
+        scores = draws[-1].rewards.view(-1, cfg.num_generations).isfinite().sum(1).tolist()
+        rows = (prompt.sample.index for prompt in prompts)
+        ranks = dist.all_gather_object(list(zip(rows, teach, scores, strict=True)))
+        teaches.append([[teaching for _, teaching, _ in of_rank] for of_rank in ranks])
+        found = [group for of_rank in ranks for group in of_rank]
+        for row, teaching, num_scores in found:
+            if num_scores > 1:  # else nothing is known of its rewards
+                equal[row] = equal.get(row, True) and not teaching
+        if not any(num_scores for _, _, num_scores in found):
+            break  # for example, a server of rewards is down
         enough = sum(sum(map(sum, of_round)) for of_round in teaches) >= world * len(prompts)
         if enough or not cfg.dynamic_sampling or len(draws) == cfg.dynamic_sampling_max_rounds:
             break
@@ -236,7 +241,7 @@ def _minibatches(
     for indices in deal(list(chosen.values()), count, (state.seed, state.step)):
         rollouts = join_groups(parts, [groups[index] for index in indices])
         microbatches = make_microbatches(state, rollouts, by_group[indices].flatten(), stats)
-        shares = _shares(microbatches, rollouts, cfg)
+        shares = _shares(state, microbatches, rollouts)
         shares = _frozen_passes(state, microbatches, shares, count * cfg.num_iterations > 1)
         minibatches.append(Minibatch(rollouts, microbatches, shares))
     updates = enumerate(minibatches * cfg.num_iterations)
@@ -377,10 +382,16 @@ def _counted(rollouts: Rollouts, cfg: GRPOConfig) -> Tensor:
 
 
 def _shares(
-    microbatches: list[Microbatch], rollouts: Rollouts, cfg: GRPOConfig
+    state: TrainState, microbatches: list[Microbatch], rollouts: Rollouts
 ) -> list[tuple[LossArgs, float]]:
     """`loss_shares` with the loss arguments from the flags."""
-    return loss_shares(microbatches, _counted(rollouts, cfg), cfg.loss_args())
+    return loss_shares(microbatches, _counted(rollouts, state.config), _loss_args(state))
+
+
+def _loss_args(state: TrainState) -> LossArgs:
+    """In 16 bits, sampling rounds differently from training, even with the same weights."""
+    narrow = getattr(state.engine, "bf16", False) or state.policy.head.weight.element_size() == 2
+    return state.config.loss_args(differs=narrow)
 
 
 @torch.no_grad()
@@ -424,7 +435,12 @@ def _loss_stats(stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: Tensor) -
 
 def _mismatch_stats(stats: StepStats, out: GRPOLoss, mb: Microbatch) -> None:
     """Add how far the rollout's log-probs differ from training's under the same weights."""
-    difference = out.logps - mb.sampling_logps
+    plain = mb.sampling_logps if mb.plain_logps is None else mb.plain_logps
+    if mb.plain_logps is not None:
+        kept = (plain - mb.sampling_logps).exp()
+        kept = kept if mb.loss_mask is None else torch.where(mb.loss_mask, kept, 0.0)
+        stats.add("sampling_kept_mass", kept.sum(), mb.num_tokens)
+    difference = out.logps - plain
     largest = difference
     if mb.loss_mask is not None:
         difference = torch.where(mb.loss_mask, difference, 0.0)
@@ -481,6 +497,14 @@ class GRPO(Algorithm):
     name = flags = "grpo"
     step = staticmethod(train_step)
     draws = True
+
+    def begin(self, config: RunConfig, state: TrainState, data: Data, *, resumed: bool) -> None:
+        if _sampling(state).filtered and _loss_args(state).importance_sampling_mode is None:
+            logger.warning(
+                "--top_p, --top_k, --min_p and --repetition_penalty change what is sampled, but "
+                "the loss takes it as drawn from the whole distribution; "
+                "--importance_sampling_correction weights completions by the difference"
+            )
 
     def uses_reference(self, config: RunConfig) -> bool:
         return config.grpo.beta > 0

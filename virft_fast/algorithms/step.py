@@ -123,7 +123,7 @@ class Microbatch:
 
     Attributes:
         advantages: (n,). loss_mask: (S,) bool; None: all tokens count.
-        sampling_logps, ref_logps, old_logps: (S,), or None.
+        sampling_logps, ref_logps, old_logps: (S,), or None. plain_logps: see `Rollouts`.
         image_features: see `Policy.forward`; None: the tower computes them.
     """
 
@@ -131,6 +131,7 @@ class Microbatch:
     advantages: Tensor
     loss_mask: Tensor | None
     sampling_logps: Tensor
+    plain_logps: Tensor | None = None
     ref_logps: Tensor | None = None
     old_logps: Tensor | None = None
     image_features: Tensor | None = None
@@ -311,6 +312,9 @@ def microbatch(
         to_device(advantages[rows], device),
         None if bool(counts.all()) else to_device(counts, device),
         to_device(rollouts.sampling_logps[rows][real], device),
+        None
+        if rollouts.plain_logps is None
+        else to_device(rollouts.plain_logps[rows][real], device),
         image_features=features,
     )
 
@@ -402,7 +406,7 @@ def update(
     finite = torch.ones((), dtype=torch.bool, device=state.engine.device)
     for number, (mb, (args, scale)) in enumerate(zip(microbatches, shares, strict=True), 1):
         args = replace(args, advantages=mb.advantages, old_logps=mb.old_logps)
-        if args.off_policy_mask_threshold is not None:
+        if args.off_policy_mask_threshold is not None or args.importance_sampling_mode is not None:
             args = replace(args, sampling_logps=mb.sampling_logps)
         fields = state.engine.forward(
             mb.inputs,

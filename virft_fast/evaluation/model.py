@@ -43,7 +43,6 @@ class EvaluatedModel:
             max_prompt_length=config.max_prompt_length,
             max_completion_length=config.max_completion_length,
             device=device,
-            speculates=config.speculates,
         )
         self.source = find_model(config.model_name_or_path, config.model_revision)
         self.processor = load_processor(

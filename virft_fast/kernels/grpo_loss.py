@@ -117,7 +117,14 @@ def grpo_loss(
         off_policy_mask_threshold: leave the policy term out of sequences with a negative advantage
             whose mean of `sampling_logps` - log-probs is above it. None: leave out none.
         sampling_logps: same shape as the ids; log-probs as the sampler reported them, for that
-            mask; NaN counts as no difference. None: `old_logps`.
+            mask and the next argument; NaN counts as no difference. None: `old_logps`.
+        importance_sampling_mode: multiply the policy term by exp(log-probs - `sampling_logps`), a
+            constant: the trained policy's probability over the sampler's, where the two differ in
+            engine, precision or filters. The log-probs are `old_logps`, or without them those of
+            this call. "token_truncate", "token_mask": one weight for each token; "sequence_...":
+            the product of a sequence's. Truncated to the two limits below, or 0 outside them.
+            None: no weight. vespo takes a token's only.
+        importance_sampling_clip_max, importance_sampling_clip_min: limits of that weight, or None.
         top_entropy_quantile: keep the policy term and the bonus of this share of the call's tokens,
             those of the highest entropy. 1: all.
         entropy_threshold: keep those of tokens with at least this entropy in nats instead; a number
@@ -189,6 +196,7 @@ class LossTerms:
         clips = args.loss_type not in ("cispo", "sapo", "vespo")
         clips &= self.old_logps is not None or args.delta is not None
         masks = args.selects or args.off_policy_mask_threshold is not None
+        masks |= args.importance_sampling_mode is not None
         return args.beta == 0 and (clips or masks or self.factor is not None)
 
     @property
@@ -230,7 +238,8 @@ class LossTerms:
             log_ratio = torch.zeros_like(logps)
         else:
             log_ratio = logps - self.old_logps
-        phi = self._vespo_phi(log_ratio) if args.loss_type == "vespo" else None
+        factor = self._factor(logps)
+        phi = self._vespo_phi(log_ratio, factor) if args.loss_type == "vespo" else None
         if args.by_sequence:
             lengths = layout.lengths.clamp(min=1)
             log_ratio = layout.per_token(layout.sequence_sum(log_ratio) / lengths)
@@ -241,7 +250,7 @@ class LossTerms:
             self.ref_logps,
             layout.per_token(self.advantages),
             args,
-            weight=self._policy_weight(logps, selected),
+            weight=self._policy_weight(logps, selected, factor),
             phi=phi,
         )
         d_log_ratio = token.d_log_ratio * self.weights
@@ -283,10 +292,33 @@ class LossTerms:
             threshold = bounds[0].lerp(bounds[1], rank - below)
         return mask & (entropy >= threshold)
 
-    def _policy_weight(self, logps: Tensor, selected: Tensor) -> Tensor | None:
-        """(R,) factor of the policy term, or None."""
+    def _factor(self, logps: Tensor) -> Tensor | None:
+        """(R,) `factor`, or the weights of `importance_sampling_mode` in its place."""
         args, layout = self.args, self.layout
-        weight = None if args.loss_type == "vespo" else self.factor
+        if args.importance_sampling_mode is None or self.sampling_logps is None:
+            return self.factor
+        level, action = args.importance_sampling_mode.split("_")
+        low, high = args.importance_sampling_clip_min, args.importance_sampling_clip_max
+        low, high = 0.0 if low is None else low, math.inf if high is None else high
+        trained = logps if self.old_logps is None else self.old_logps
+        weight = (trained - self.sampling_logps).nan_to_num(nan=0.0)
+        if level == "sequence":
+            weight = layout.per_token(layout.sequence_sum(weight))
+        weight = weight.exp()
+        if action == "truncate":
+            weight = weight.clamp(low, high)
+        else:
+            weight = weight.masked_fill((weight < low) | (weight > high), 0.0)
+        if args.loss_type == "vespo":
+            weight = weight.log().clamp(*LOG_WEIGHTS)
+        return torch.where(layout.mask, weight, 0.0)
+
+    def _policy_weight(
+        self, logps: Tensor, selected: Tensor, factor: Tensor | None
+    ) -> Tensor | None:
+        """(R,) weight of the policy term, or None."""
+        args, layout = self.args, self.layout
+        weight = None if args.loss_type == "vespo" else factor
         if args.selects:
             weight = selected.to(logps) if weight is None else weight * selected
         sampled = self.old_logps if self.sampling_logps is None else self.sampling_logps
@@ -298,12 +330,12 @@ class LossTerms:
             weight = keep if weight is None else weight * keep
         return weight
 
-    def _vespo_phi(self, log_ratio: Tensor) -> Tensor:
+    def _vespo_phi(self, log_ratio: Tensor, factor: Tensor | None) -> Tensor:
         """(R,) exp(lambda) w^k exp(-lambda w) of the sequence's weight w."""
         args, layout = self.args, self.layout
         log_w = layout.sequence_sum(log_ratio.clamp(-LOG_WEIGHTS[1], LOG_WEIGHTS[1]))
-        if self.factor is not None:
-            log_w = log_w + layout.sequence_sum(self.factor)
+        if factor is not None:
+            log_w = log_w + layout.sequence_sum(factor)
         log_w = log_w.clamp(*LOG_WEIGHTS)
         positive = self.advantages >= 0
         k = by_sign(positive, args.vespo_k_pos, args.vespo_k_neg, log_w)
@@ -417,6 +449,11 @@ def make_terms(layout: Layout, dtype: torch.dtype, args: LossArgs) -> LossTerms:
         name: _flat_logps(name, getattr(args, name), layout, dtype)
         for name in ("old_logps", "ref_logps", "sampling_logps")
     }
+    if args.importance_sampling_mode is not None and args.sampling_logps is None:
+        raise ValueError(
+            f"sampling_logps: expected {layout.shape} log-probs of the sampler because of "
+            f"importance_sampling_mode={args.importance_sampling_mode!r}, got None"
+        )
     count, bonus = args.num_entropy_items, None
     if args.entropy_coef != 0 and not (count is None and args.selects):
         bonus = _divisor("num_entropy_items", count, layout, dtype)

@@ -16,12 +16,15 @@ from torch import Tensor
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "luspo", "vespo")
 LEVELS = ("token", "sequence")
 KL_KINDS = ("k1", "k2", "k3")
+CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 # Numbers that may not be negative, and those that may not be 0 either. LIMITS may be infinite.
-NOT_NEGATIVE = ("beta", "epsilon_low", "epsilon_high", "vespo_k_pos", "vespo_k_neg")
+NOT_NEGATIVE = ("beta", "epsilon_low", "epsilon_high", "vespo_k_pos", "vespo_k_neg",
+                "importance_sampling_clip_min")  # fmt: skip
 POSITIVE = ("delta", "off_policy_mask_threshold", "sapo_temperature_neg", "sapo_temperature_pos",
-            "vespo_lambda_pos", "vespo_lambda_neg")  # fmt: skip
-LIMITS = ("epsilon_low", "epsilon_high", "delta", "off_policy_mask_threshold")
+            "vespo_lambda_pos", "vespo_lambda_neg", "importance_sampling_clip_max")  # fmt: skip
+LIMITS = ("epsilon_low", "epsilon_high", "delta", "off_policy_mask_threshold",
+          "importance_sampling_clip_max")  # fmt: skip
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,6 +63,9 @@ class LossArgs:
     vespo_lambda_neg: float = 2.0
     off_policy_mask_threshold: float | None = None
     sampling_logps: Tensor | None = None
+    importance_sampling_mode: str | None = None
+    importance_sampling_clip_max: float | None = 3.0
+    importance_sampling_clip_min: float | None = None
     top_entropy_quantile: float = 1.0
     entropy_threshold: float | Tensor | None = None
     entropy_coef: float = 0.0
@@ -80,6 +86,18 @@ class LossArgs:
                 raise ValueError(f"{name}: expected a number {sign} 0, got {value}")
             if value == math.inf and name not in LIMITS:
                 raise ValueError(f"{name}: expected a finite number, got {value}")
+        mode = self.importance_sampling_mode
+        # vespo's own weight is already a sequence's.
+        modes = CORRECTIONS[:2] if self.loss_type == "vespo" else CORRECTIONS
+        if mode is not None and mode not in modes:
+            raise ValueError(
+                f"importance_sampling_mode: expected None or, with loss_type {self.loss_type}, one "
+                f"of {modes}, got {mode!r}"
+            )
+        if mode is not None and self.is_weights is not None:
+            raise ValueError(
+                "importance_sampling_mode, is_weights: expected at most one of them, got both"
+            )
         if not 0 <= self.top_entropy_quantile <= 1:
             raise ValueError(
                 f"top_entropy_quantile: expected a share of the tokens, 0 to 1, got "
@@ -114,7 +132,7 @@ class LossArgs:
         counts = self.entropy_coef != 0 and self.num_entropy_items is None
         if self.top_entropy_quantile < 1 or (self.selects and counts):
             return "call"
-        whole = self.by_sequence or self.loss_type == "vespo"
+        whole = self.by_sequence or self.loss_type == "vespo" or self.importance_sampling_mode
         return "sequence" if whole or self.off_policy_mask_threshold is not None else "token"
 
 

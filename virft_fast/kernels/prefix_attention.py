@@ -17,6 +17,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from numbers import Real
 from types import ModuleType
 from typing import Any, TypeVar, cast
 
@@ -310,7 +311,7 @@ class _PrefixAttention(torch.autograd.Function):
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, scaling: float) -> None:
-    if not isinstance(scaling, (int, float)):
+    if not isinstance(scaling, Real):
         raise ValueError(
             f"scaling: expected a number, got {type(scaling).__name__}; multiply the query by a "
             "factor that is a tensor"

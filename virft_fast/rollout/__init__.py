@@ -46,6 +46,13 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
 
+    @property
+    def filtered(self) -> bool:
+        """Whether tokens are drawn from another distribution than the policy's at this
+        temperature."""
+        filters = self.top_k or self.top_p < 1 or self.min_p or self.repetition_penalty != 1
+        return bool(filters) and not self.greedy
+
     def __post_init__(self) -> None:
         for name, expected in _LIMITS.items():
             if not LIMITS[expected](getattr(self, name)):

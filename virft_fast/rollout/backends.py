@@ -8,7 +8,6 @@ import logging
 import torch
 
 from virft_fast.config import ROLLOUT_BACKENDS
-from virft_fast.kernels.speculation import MAX_READ
 from virft_fast.models.families import Tokenizer
 from virft_fast.models.policy import Policy
 from virft_fast.models.qwen_vl import load_model
@@ -105,7 +104,6 @@ def check_cache_limit(
     max_prompt_length: int | None,
     max_completion_length: int,
     device: torch.device,
-    speculates: bool = False,
 ) -> None:
     """Raise ValueError if the longest prompt that the flags allow and its completions exceed
     `limit` tokens (--rollout_cache_tokens)."""
@@ -114,8 +112,8 @@ def check_cache_limit(
     if backend != "native":
         logger.warning("--rollout_cache_tokens has no effect with --rollout_backend %s", backend)
         return
-    width = max_completion_length + MAX_READ * speculates
-    plan = CachePlan.rounded(1, num_generations, max_prompt_length or 1, width, device.type, limit)
+    sizes = (1, num_generations, max_prompt_length or 1, max_completion_length)
+    plan = CachePlan.rounded(*sizes, device.type, limit)
     length = max_prompt_length
     what = "any prompt" if length is None else f"a prompt of --max_prompt_length {length} tokens"
     plan.check(limit, f"--rollout_cache_tokens {limit}: {what}")

@@ -60,14 +60,18 @@ class CachePlan:
         completion_length: int,
         device_type: str,
         limit: float = math.inf,
+        *,
+        extra: int = 0,
     ) -> CachePlan:
         """The plan for prompts and completions of at most these lengths, in tokens.
 
         Args:
             limit: on the plan's tokens; if they exceed it, the prompts are rounded up less.
+            extra: tokens that a pass may read after a completion's end, because they are guesses.
         """
         width = for_device(WIDTH_STEP, device_type)
-        completion_length = -(-completion_length // width) * width
+        rounded = -(-completion_length // width) * width
+        completion_length = max(rounded, completion_length + extra)
         if device_type != "cuda":
             return cls(groups, num_generations, prompt_length, completion_length)
         size = max(PROMPT_LENGTH, bucket(prompt_length))

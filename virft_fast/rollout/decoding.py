@@ -73,7 +73,8 @@ class DecodeState:
             `first_rows[b + 1]`.
         prompt_lengths: (B,) int64.
         drawn: (N, max_completion_length or more) int64, the sampled tokens; after a completion's
-            end they mean nothing. logps: the same shape, float32.
+            end they mean nothing. logps: the same shape, float32. plain: the same under temperature
+            alone, or None if that is equal.
         caches: one per layer; the prefill of the prompts allocates them.
     """
 
@@ -85,10 +86,13 @@ class DecodeState:
     prompt_lengths: Tensor
     drawn: Tensor
     logps: Tensor
+    plain: Tensor | None
     caches: list[LayerCache] = field(default_factory=list)
 
     @classmethod
-    def allocate(cls, plan: CachePlan, length: int, take: Take, pool: Pool | None) -> DecodeState:
+    def allocate(
+        cls, plan: CachePlan, length: int, take: Take, pool: Pool | None, *, filtered: bool
+    ) -> DecodeState:
         """The state before the first token."""
         rows, size = plan.groups * plan.num_generations, plan.num_generations
         counters = take("counters", (7, rows), torch.long).zero_()
@@ -108,6 +112,7 @@ class DecodeState:
             prompt_lengths=take("prompt_lengths", (plan.groups,), torch.long),
             drawn=drawn,
             logps=take("logps", drawn.shape, torch.float32),
+            plain=take("plain", drawn.shape, torch.float32) if filtered else None,
         )
 
     def select(self, kept: Kept, used: int) -> tuple[DecodeState, Tensor]:
@@ -176,7 +181,10 @@ class Decoding:
         self.ragged = self.graphs or self.device.type == "cuda"
         self.max_rows = self.plan.num_generations
         self.sizes = [self.max_rows] * self.plan.groups  # rows of each prompt
-        self.state = DecodeState.allocate(self.plan, self.length, self.buffers.take, self.pool)
+        self.state = DecodeState.allocate(
+            self.plan, self.length, self.buffers.take, self.pool,
+            filtered=self.sampler.sampling.filtered,
+        )  # fmt: skip
         stop_ids = (self.tokenizer.eos_token_id, *self.sampler.sampling.stop_token_ids)
         # (V,) int64, 0 at the tokens that end a completion, else 1. A lookup is one operation, and
         # unlike torch.isin it never waits for the device.
@@ -256,8 +264,9 @@ class Decoding:
 
     # Decoding
 
-    def run(self) -> tuple[Tensor, Tensor]:
-        """(N, T) tokens and log-probs. They mean nothing after a completion's end."""
+    def run(self) -> tuple[Tensor, ...]:
+        """(N, T) tokens and log-probs, the latter also under temperature alone if that differs.
+        They mean nothing after a completion's end."""
         every = for_device(CHECK_EVERY, self.device.type)
         with torch.inference_mode():  # a little cheaper per operation than no_grad
             unchecked = float(every)  # tokens of a row since the last check, as expected
@@ -276,9 +285,8 @@ class Decoding:
         if self.observer is not None:
             self.observer.finish()
         # Copies, because the next rollout reuses the buffers.
-        return self.state.drawn[:, : self.length].clone(), self.state.logps[
-            :, : self.length
-        ].clone()
+        found = (self.state.drawn, self.state.logps, self.state.plain)
+        return tuple(whole[:, : self.length].clone() for whole in found if whole is not None)
 
     def _run_step(self) -> None:
         state, plan = self.state, self.plan
@@ -319,7 +327,10 @@ class Decoding:
         """
         state, pool = self.state, self.pool
         drawn_at = state.counters[DRAWN_AT]
-        tokens, logps = self.sampler(logits, drawn_at, read)
+        tokens, logps, plain = self.sampler(logits, drawn_at, read)
+        if state.plain is not None and plain is not None:
+            at = drawn_at[:, None] + torch.arange(read.shape[1], device=self.device)
+            state.plain.index_put_((state.slots[:, None], at), plain.view(read.shape))
         if pool is not None and self.guessing:
             kept = keep_drawn(
                 pool, tokens.view(read.shape), logps.view(read.shape), state.tokens,
@@ -335,6 +346,8 @@ class Decoding:
         # With speculation, rows have their own lengths: those that have ended stay where they are.
         state.counters[: DRAWN_AT + 1].add_(1 if pool is None else state.active)
         state.active.mul_(self.goes_on[tokens])
+        if pool is not None:
+            state.active.mul_(drawn_at < self.length)
         state.tokens[:, 0] = tokens
         return kept
 
@@ -346,9 +359,6 @@ class Decoding:
             used: no row has more tokens in the cache, if each pass reads one of it.
         """
         speculation = self.speculation
-        if speculation is not None and not self.guessing and speculation.longest >= self.length:
-            # Passes that guess do that themselves. Until now, there was room for MAX_READ more.
-            self.state.active.mul_(self.state.counters[DRAWN_AT] < self.length)
         choosing = speculation is not None and not speculation.resting
         if speculation is not None and choosing:
             active = self._note(speculation)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-# One training run needs about ten for each padded length of its prompts.
-MAX_GRAPHS = 64
+# One training run needs about ten for each padded length of its prompts; with speculation, several
+# times as many, one for each number of tokens that a pass reads.
+MAX_GRAPHS = 128
 
 
 class Graphs:

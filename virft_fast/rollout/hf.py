@@ -82,7 +82,10 @@ class HFRollout:
             )
             kept = inputs.per_prompt(features) if policy.vision_frozen else None
         logps = torch.stack(draws.logps, 1)
-        return make_rollouts(prompts, num_generations, tokens, logps, stops, self.tokenizer, kept)
+        plain = torch.stack(draws.plain, 1) if draws.plain else None
+        return make_rollouts(
+            prompts, num_generations, tokens, logps, stops, self.tokenizer, kept, plain
+        )
 
 
 @dataclass
@@ -91,9 +94,12 @@ class _Draws:
 
     sampler: Sampler
     logps: list[Tensor] = field(default_factory=list)
+    plain: list[Tensor] = field(default_factory=list)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         position = torch.full((), len(self.logps), device=scores.device)
-        tokens, logps = self.sampler(scores.float(), position)
+        tokens, logps, plain = self.sampler(scores.float(), position)
         self.logps.append(logps)
+        if plain is not None:
+            self.plain.append(plain)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)

@@ -16,6 +16,7 @@ Shapes: B prompts, G completions each, N = B*G; T completion tokens.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -97,7 +98,7 @@ class NativeRollout:
                 lay_out(core(policy.model).language_model)
             self._buffers.graphs.use_weights(list(policy.parameters()))
             limit = self._cache_limit(policy)
-            batches = list(self._batches(limit, prompts, num_generations, sampling))
+            batches, extra = self._divide(limit, prompts, num_generations, sampling)
             try:
                 for first, last in batches:
                     batch = prompts[first:last]
@@ -114,11 +115,11 @@ class NativeRollout:
                         policy,
                         self._buffers,
                         sampler,
-                        plan=self._plan(batch, num_generations, sampling, limit),
+                        plan=self._plan(batch, num_generations, sampling, limit, extra),
                         tokenizer=self.tokenizer,
                         graphs=self._with_graphs(),
                         observer=observer,
-                        speculation=self._speculation(batch, num_generations, sampling),
+                        speculation=self._speculation(batch, num_generations, sampling, extra),
                         stats=self.stats,
                     )
                     features += decoding.prefill(batch)
@@ -126,9 +127,11 @@ class NativeRollout:
             finally:
                 self._buffers.release(keep_small=self._with_graphs())
             kept = features if policy.vision_frozen else None
-        tokens, logps = (torch.cat(batches) for batches in zip(*outputs, strict=True))
+        tokens, logps, *plain = (torch.cat(parts) for parts in zip(*outputs, strict=True))
         stops = (self.tokenizer.eos_token_id, *sampling.stop_token_ids)
-        out = make_rollouts(prompts, num_generations, tokens, logps, stops, self.tokenizer, kept)
+        out = make_rollouts(
+            prompts, num_generations, tokens, logps, stops, self.tokenizer, kept, *plain
+        )
         lengths = out.completion_mask.sum(1)
         self.stats.drawn = int(lengths.sum())
         for first, last in batches:
@@ -140,9 +143,9 @@ class NativeRollout:
         return out
 
     def _speculation(
-        self, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling
+        self, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling, extra: int
     ) -> Speculation | None:
-        if self.speculation is None:
+        if self.speculation is None or not extra:
             return None
         return Speculation(
             self.speculation,
@@ -160,8 +163,27 @@ class NativeRollout:
             limit = self._cache_limit(policy)
         return self._plan([prompt], num_generations, sampling, limit).num_tokens <= limit
 
-    def _batches(
+    def _divide(
         self, limit: float, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling
+    ) -> tuple[list[tuple[int, int]], int]:
+        """The batches, and how many tokens a pass may read after a completion's end: 0, without
+        guesses, if room for them would make it more batches."""
+        arguments = (limit, prompts, num_generations, sampling)
+        batches = list(self._batches(*arguments))
+        if self.speculation is not None:
+            with contextlib.suppress(ValueError):
+                guessing = list(self._batches(*arguments, MAX_READ))
+                if len(guessing) == len(batches):
+                    return guessing, MAX_READ
+        return batches, 0
+
+    def _batches(
+        self,
+        limit: float,
+        prompts: Sequence[Prompt],
+        num_generations: int,
+        sampling: Sampling,
+        extra: int = 0,
     ) -> Iterator[tuple[int, int]]:
         """(first, last) of each batch of prompts that are decoded together.
 
@@ -171,8 +193,9 @@ class NativeRollout:
         first = 0
         for last, prompt in enumerate(prompts):
             what = f"rollout: row {prompt.sample.index} has a prompt of {len(prompt.input_ids)}"
-            self._plan([prompt], num_generations, sampling, limit).check(limit, f"{what} tokens")
-            together = self._plan(prompts[first : last + 1], num_generations, sampling, limit)
+            arguments = (num_generations, sampling, limit, extra)
+            self._plan([prompt], *arguments).check(limit, f"{what} tokens")
+            together = self._plan(prompts[first : last + 1], *arguments)
             if together.num_tokens > limit:
                 yield first, last
                 first = last
@@ -184,11 +207,12 @@ class NativeRollout:
         num_generations: int,
         sampling: Sampling,
         limit: float = math.inf,
+        extra: int = 0,
     ) -> CachePlan:
         longest = max(len(prompt.input_ids) for prompt in prompts)
         length, device = sampling.max_completion_length, self.device.type
-        length += 0 if self.speculation is None else MAX_READ  # also read at a completion's end
-        return CachePlan.rounded(len(prompts), num_generations, longest, length, device, limit)
+        sizes = (len(prompts), num_generations, longest, length)
+        return CachePlan.rounded(*sizes, device, limit, extra=extra)
 
     def _cache_limit(self, policy: Policy) -> float:
         if self.max_cache_tokens is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from virft_fast.batch import Prompt, Rollouts
 from virft_fast.devices import to_device
+from virft_fast.kernels.logprobs import selective_log_softmax
 from virft_fast.kernels.sampling import row_seed, sample_tokens
 from virft_fast.kernels.speculation import MAX_READ
 from virft_fast.models.decode_step import Take
@@ -70,7 +71,7 @@ class Sampler:
 
     def __call__(
         self, logits: Tensor, positions: Tensor, read: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Sample the next tokens of each row.
 
         Args:
@@ -79,8 +80,8 @@ class Sampler:
             read: (N, Q) int64, the row's last token and Q - 1 guesses, which the logits depend on;
                 needed if Q > 1. With several tokens, those that are kept must be added to `seen`.
         Returns:
-            Tokens, (N * Q,) int64, and their log-probs, (N * Q,) float32, under the distribution
-            they were sampled from.
+            Tokens, (N * Q,) int64; their log-probs, (N * Q,) float32, under the distribution they
+            were sampled from; and the same under temperature alone, or None if that is the same.
         """
         seen = self.seen
         if seen is not None and read is not None and read.shape[1] > 1:
@@ -100,7 +101,12 @@ class Sampler:
             repetition_penalty=self.sampling.repetition_penalty,
             greedy=self.sampling.greedy,
         )
-        return tokens, logps.float()  # of weights in float64, too
+        plain = None
+        if self.sampling.filtered:
+            temperature = self.sampling.temperature
+            plain = selective_log_softmax(logits, tokens[:, None], temperature=temperature)[:, 0]
+            plain = plain.float()
+        return tokens, logps.float(), plain  # of weights in float64, too
 
 
 def make_rollouts(
@@ -111,10 +117,11 @@ def make_rollouts(
     stop_ids: Sequence[int],
     tokenizer: Tokenizer,
     image_features: Sequence[Tensor] | None,
+    plain: Tensor | None = None,
 ) -> Rollouts:
     """Cut the (N, T) sampled tokens and log-probs after the first token that ends a completion.
     The result is on the CPU, but for the image features."""
-    tokens, logps = tokens.cpu(), logps.cpu()
+    tokens, logps, plain = tokens.cpu(), logps.cpu(), None if plain is None else plain.cpu()
     ends = torch.isin(tokens, torch.tensor(list(stop_ids)))
     ended = ends.any(1)
     length = torch.where(ended, ends.int().argmax(1) + 1, tokens.shape[1])
@@ -133,4 +140,5 @@ def make_rollouts(
         texts=tuple(tokenizer.batch_decode(text_ids)),
         sampling_logps=logps[:, :longest].masked_fill(~mask, 0.0),
         image_features=None if image_features is None else tuple(image_features),
+        plain_logps=None if plain is None else plain[:, :longest].masked_fill(~mask, 0.0),
     )

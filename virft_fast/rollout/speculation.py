@@ -129,12 +129,14 @@ class History:
         Raises:
             ValueError: the state isn't one of a history; says what was expected and what came.
         """
-        names = set(self.state_dict())
-        if set(state) != names or int(state["lengths"].sum()) != len(state["stored"]):
+        expected = {name: (t.dtype, t.ndim) for name, t in self.state_dict().items()}
+        found = {name: (t.dtype, t.ndim) for name, t in state.items()}
+        if found != expected or not _is_consistent(state):
             raise ValueError(
-                f"history: expected tensors {sorted(names)} with as many stored tokens as their "
-                f"lengths say, got { ({n: tuple(t.shape) for n, t in state.items()}) }; delete the "
-                "file to continue without earlier answers"
+                f"history: expected tensors {sorted(expected)}, one length for each row, as many "
+                "stored tokens as these say, and two shares of right guesses, got "
+                f"{ ({n: (*tuple(t.shape), t.dtype) for n, t in state.items()}) }; pass "
+                "--speculation off to resume without earlier answers"
             )
         groups = state["stored"].split(state["lengths"].tolist())
         self.recent, self.agreement = state["recent"].clone(), state["agreement"].clone()
@@ -177,6 +179,17 @@ def answers_of(prompts: Sequence[Prompt], rollouts: Rollouts) -> list[Answers]:
         (prompt.sample.index, torch.cat(texts[number * size : (number + 1) * size]))
         for number, prompt in enumerate(prompts)
     ]
+
+
+def _is_consistent(state: Mapping[str, Tensor]) -> bool:
+    rows, lengths, agreement = (state[name] for name in ("rows", "lengths", "agreement"))
+    return (
+        len(rows) == len(lengths) == len(rows.unique())
+        and bool((lengths > 0).all())
+        and int(lengths.sum()) == len(state["stored"])
+        and len(agreement) == 2
+        and bool(((agreement >= 0) & (agreement <= 1)).all())  # not so for NaN
+    )
 
 
 class Speculation:

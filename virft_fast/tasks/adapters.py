@@ -16,7 +16,7 @@ from functools import partial
 
 from virft_fast.batch import Json
 from virft_fast.tasks import load_reward_funcs
-from virft_fast.tasks.scoring import Conversation, RewardFunction
+from virft_fast.tasks.scoring import Conversation, RewardFunction, call
 
 
 def verl_score(name: str) -> Callable[..., float]:
@@ -45,7 +45,7 @@ def _verl_score(
     # Lists read from parquet are arrays.
     columns = {k: [v.tolist() if hasattr(v, "tolist") else v] for k, v in given}
     columns |= {"prompts": [""], "completions": [solution_str], "solution": [ground_truth]}
-    (value,) = reward(**columns)
+    (value,) = call(reward, columns)
     return 0.0 if value is None else float(value)
 
 
@@ -63,8 +63,9 @@ def swift_orm(name: str) -> type:
         def __call__(
             self, completions: Sequence[Conversation], **columns: Json
         ) -> list[float | None]:
-            columns.setdefault("prompts", columns.get("messages"))
-            return list(reward(completions=completions, **columns))
+            columns.setdefault("prompts", columns.get("messages") or [""] * len(completions))
+            values = call(reward, {"completions": completions, **columns})
+            return [None if value is None else float(value) for value in values]
 
     Reward.__name__ = Reward.__qualname__ = name.rpartition(":")[2]
     return Reward

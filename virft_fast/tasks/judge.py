@@ -126,8 +126,14 @@ class Judge:
         """
         import httpx
 
-        secret = os.environ.get(self.key_variable)
-        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
+        headers = {}
+        if secret := os.environ.get(self.key_variable, "").strip():
+            if not (secret.isascii() and secret.isprintable()):
+                raise ValueError(
+                    f"Judge: expected a key of printable ASCII characters in {self.key_variable}, "
+                    "got others"
+                )
+            headers["Authorization"] = f"Bearer {secret}"
         limit = asyncio.Semaphore(self.concurrency)
         questions, answers = completion_texts(prompts), completion_texts(completions)
         shown = images if self.images and images is not None else [()] * len(prompts)
@@ -187,7 +193,7 @@ class Judge:
             try:
                 response = await client.post(f"{self.base_url}/chat/completions", json=body)
             except httpx.TransportError as error:
-                problem = f"{type(error).__name__}: {error}"
+                problem = type(error).__name__  # its text may have a header
                 continue
             status = response.status_code
             if status in REFUSED:
@@ -229,7 +235,7 @@ def _reply_of(response: Any) -> str | None:
 
 def _data_url(image: Image) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.convert("RGB").save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

@@ -232,7 +232,7 @@ _Arguments: TypeAlias = Mapping[str, Sequence[Json]]  # columns, prompts, comple
 def _call(name: str, function: RewardFunction, arguments: _Arguments) -> list[float]:
     """The rewards of a function, with NaN for None."""
     try:
-        values = _values(function, arguments)
+        values = call(function, arguments)
     except (Exception, SystemExit) as error:  # a bug in the reward, not a bad answer: end the run
         raise RewardError(_blame(name, function, arguments)) from error
     completions = arguments["completions"]
@@ -260,7 +260,7 @@ def _call(name: str, function: RewardFunction, arguments: _Arguments) -> list[fl
     return clean
 
 
-def _values(function: RewardFunction, arguments: _Arguments) -> list[SupportsFloat | None]:
+def call(function: RewardFunction, arguments: _Arguments) -> list[SupportsFloat | None]:
     """The return value of a function, awaited if the function is `async`.
 
     The function gets copies, so that it can't change what the next function sees, except of images.
@@ -284,7 +284,7 @@ def _blame(name: str, function: RewardFunction, arguments: _Arguments) -> str:
     for row, completion in enumerate(arguments["completions"]):
         one = {key: [values[row]] for key, values in arguments.items()}
         try:
-            _values(function, one)
+            call(function, one)
         except (Exception, SystemExit) as error:
             columns = {key: one[key] for key in one if key not in ("prompts", "completions")}
             sample = {key: repr(value)[:500] for key, (value,) in columns.items()}

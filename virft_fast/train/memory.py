@@ -312,8 +312,9 @@ def rollout_tokens(config: RunConfig, data: Data, device: torch.device) -> tuple
     how = f"prompts of {prompt:,}"
     if grpo.rollout_backend == "hf":
         return max(b * g * (prompt + grpo.max_completion_length) for b, g in batches), how
-    width = grpo.max_completion_length + MAX_READ * grpo.speculates
-    tokens = max(CachePlan.rounded(b, g, prompt, width, device.type).num_tokens for b, g in batches)
+    lengths, extra = (prompt, grpo.max_completion_length), MAX_READ * grpo.speculates
+    plans = [CachePlan.rounded(*batch, *lengths, device.type, extra=extra) for batch in batches]
+    tokens = max(plan.num_tokens for plan in plans)
     # The flag caps the cache. Without it, a GPU decodes in batches what doesn't fit.
     tokens = min(tokens, grpo.rollout_cache_tokens or tokens)
     if device.type != "cuda":

@@ -153,7 +153,6 @@ def _check_flags(config: RunConfig, device: torch.device) -> None:
             max_prompt_length=config.data.max_prompt_length,
             max_completion_length=config.grpo.max_completion_length,
             device=device,
-            speculates=config.grpo.speculates,
         )
     _check_bits(config, device)
     if not config.train.output_dir.strip():
