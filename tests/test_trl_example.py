@@ -31,13 +31,17 @@ def characters(completions, **columns):
     return [sum(map(ord, c[0]["content"])) % 17 / 17 for c in completions]
 
 
-def make_trainer(trainer_class, folder, peft_config=None, model=None, **options):
-    """A trainer of the embedded model on digits, or of a `model` of text on their questions."""
+def make_trainer(trainer_class, folder, peft_config=None, model=None, processor=None, **options):
+    """A trainer of the embedded model on digits, or of a `model` of text on their questions.
+
+    A `model` with a `processor` of its own sees the digits too.
+    """
     from trl import GRPOConfig
 
     data = build_demo("digits_classification", folder / "data", num_train=8, num_test=2)
-    processor = load_processor("tiny")
-    if model is not None:
+    sees = model is None or processor is not None
+    processor = processor or load_processor("tiny")
+    if not sees:
         data = data.remove_columns("image")
         processor.tokenizer.chat_template = processor.chat_template
         processor = processor.tokenizer
@@ -147,6 +151,85 @@ def test_logits_give_trls_own_losses_where_the_head_cant_be_fused(tmp_path, capl
         torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)
     said = [r.message for r in caplog.records if "the loss is computed from logits" in r.message]
     assert len(said) == 1
+
+
+IMAGE_TOKENS = {
+    "gemma3": {"image_token": "<image>", "boi_token": "<start_of_image>", "eoi_token": "<eoi>"},
+    "llava_next": {"image_token": "<image>"},
+    "idefics3": {"image_token": "<image>"},
+}
+
+
+def vision_model(kind):
+    """A small model of another family and its processor, which needs no torchvision."""
+    import transformers
+    import trl
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+    from transformers.models.idefics3.image_processing_pil_idefics3 import (
+        Idefics3ImageProcessorPil,
+    )
+    from transformers.models.llava_next.image_processing_pil_llava_next import (
+        LlavaNextImageProcessorPil,
+    )
+
+    template = Path(trl.__file__).parent / f"chat_templates/{kind}.jinja"
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=load_processor("tiny").tokenizer._tokenizer, padding_side="left",
+        bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        extra_special_tokens=IMAGE_TOKENS[kind],
+    )  # fmt: skip
+    options = {"tokenizer": tokenizer, "chat_template": template.read_text()}
+    size, pinpoints = {"height": 28, "width": 28}, [[28, 56], [56, 28]]
+    if kind == "gemma3":
+        images = Gemma3ImageProcessorPil(size=size)
+        processor = transformers.Gemma3Processor(images, image_seq_length=4, **options)
+        own = {"mm_tokens_per_image": 4}
+    elif kind == "llava_next":
+        images = LlavaNextImageProcessorPil(
+            size={"shortest_edge": 28}, crop_size=size, image_grid_pinpoints=pinpoints
+        )
+        processor = transformers.LlavaNextProcessor(
+            images, patch_size=14, vision_feature_select_strategy="default",
+            num_additional_image_tokens=1, **options,
+        )  # fmt: skip
+        own = {"image_grid_pinpoints": pinpoints}
+    else:
+        edges = {"longest_edge": 56}, {"longest_edge": 28}
+        images = Idefics3ImageProcessorPil(size=edges[0], max_image_size=edges[1])
+        processor = transformers.Idefics3Processor(images, image_seq_len=1, **options)
+        own = {"scale_factor": 2}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 2}  # fmt: skip
+    text = {"vocab_size": len(tokenizer), "num_key_value_heads": 1, "head_dim": 16, **sizes}
+    token, names = tokenizer.convert_tokens_to_ids("<image>"), ("index", "id")
+    config = transformers.AutoConfig.for_model(
+        kind, text_config=text | {"pad_token_id": tokenizer.pad_token_id},
+        vision_config={"image_size": 28, "patch_size": 14, **sizes},
+        **own, **{f"image_token_{name}": token for name in names},
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    if kind == "gemma3":  # transformers leaves it at 0, and no image would be seen
+        torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
+    return {"model": model, "processor": processor}
+
+
+# Each has inputs of its own: token types, the images' sizes, several tiles an image.
+@pytest.mark.parametrize("kind", ["gemma3", "llava_next", "idefics3"])
+def test_other_families_give_trls_own_losses_and_weights(tmp_path, kind):
+    from trl import GRPOTrainer
+
+    trained, start = [], dict(vision_model(kind)["model"].named_parameters())
+    for trainer_class in (GRPOTrainer, example().FusedGRPOTrainer):
+        folder = tmp_path / trainer_class.__name__
+        trained.append(train(trainer_class, folder, max_steps=2, **vision_model(kind)))
+    (wanted, reference), (losses, weights) = trained
+    assert len(losses) == 2 and losses == pytest.approx(wanted, abs=1e-5)
+    vision = [name for name in start if "vision" in name or "projector" in name]
+    for names in (start, vision):  # what the images give must train too
+        moved = torch.cat([(reference[name] - start[name]).flatten() for name in names])
+        apart = torch.cat([(reference[name] - weights[name]).flatten() for name in names])
+        assert moved.norm() > 0 and apart.norm() < 1e-4 * moved.norm()
 
 
 # FSDP2 by torch's own functions: accelerate has it on GPUs only.
