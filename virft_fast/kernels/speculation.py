@@ -113,9 +113,8 @@ def keep_drawn(
         counters: (7, R) int64, in the order of the constants above. The first three advance by the
             number of kept tokens. `RIGHT` counts kept tokens that were guessed, read or not,
             `GUESSED` the guesses that were read and that a completion's end didn't make useless,
-            and `ACCEPTED` those among them that were kept. `PLACE`, where
-            the first guess is in the pool, follows the kept tokens if all were guessed, else it is
-            `NOWHERE`.
+            and `ACCEPTED` those among them that were kept. `PLACE`, where the first guess is in the
+            pool, follows the kept tokens if all were guessed, else it is `NOWHERE`.
         active: (R,) int64, 1 until the completion has ended, then 0.
         slots: (R,) int64, each row's number among the N.
         goes_on: (V,) int64, 0 for tokens that end a completion, else 1.

@@ -56,7 +56,7 @@ def keep_kernel(
     kept = tl.minimum(tl.minimum(right, end) + 1, tl.minimum(length - drawn_at, Q)) * active
     keep = t < kept
 
-    # The table's entries of the n-grams before each kept token, read before they are overwritten.
+    # Enter the n-grams before each kept token into the table.
     base = first + slot * width + _CONTEXT + drawn_at
     before = _before(POOL, DRAWN, base, t, 1)
     known, hashes = keep & (before >= 0), before * _F1
