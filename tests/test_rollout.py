@@ -91,7 +91,7 @@ def test_banned_tokens_are_never_drawn(greedy):
         Sampling(1, greedy=greedy), vocab_size=7, banned=[3], first_row=0, prompts=[None] * 50,
         device=CPU,
     )  # fmt: skip
-    tokens, logps = sampler(logits, torch.tensor(0))
+    tokens, logps, _ = sampler(logits, torch.tensor(0))
     assert 3 not in tokens
     torch.testing.assert_close(logps, -torch.tensor(6.0).log().expand(50))
 
@@ -808,7 +808,7 @@ def draws(logits, sampling, n, prompts=None):
         prompts=prompts or [None] * n,
         device=CPU,
     )
-    return sampler(logits.expand(n, -1), torch.tensor(5))
+    return sampler(logits.expand(n, -1), torch.tensor(5))[:2]
 
 
 @pytest.mark.parametrize(
@@ -887,7 +887,7 @@ def test_repetition_penalty_is_transformers_own(prompts):
             processor(ids[None], row[None].clone())[0].argmax()
             for ids, row in zip(seen, logits, strict=True)
         ]
-        tokens, _ = sampler(logits, torch.tensor(position))
+        tokens, *_ = sampler(logits, torch.tensor(position))
         assert tokens.tolist() == [int(token) for token in expected]
         seen = [torch.cat([ids, token[None]]) for ids, token in zip(seen, tokens, strict=True)]
 

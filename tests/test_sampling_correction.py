@@ -19,6 +19,7 @@ from virft_fast.rollout import Sampling
 from virft_fast.rollout.hf import HFRollout
 from virft_fast.rollout.native import NativeRollout
 from virft_fast.rollout.speculation import History
+from virft_fast.train import parse_args
 
 FILTERS = [
     {"top_p": 0.7}, {"top_k": 3, "temperature": 1.3}, {"min_p": 0.2},
@@ -83,6 +84,13 @@ def test_the_correction_is_on_where_sampler_and_trainer_differ(flags, differs, m
     args = GRPOConfig(**flags).loss_args(differs)
     assert args.importance_sampling_mode == mode
     assert (args.importance_sampling_clip_max, args.importance_sampling_clip_min) == (3.0, None)
+
+
+def test_trls_spellings_are_taken():
+    argv = ["--vllm_importance_sampling_correction", "true", "--vllm_importance_sampling_mode",
+            "token_mask", "--vllm_importance_sampling_clip_max", "2"]  # fmt: skip
+    args = parse_args(argv).grpo.loss_args()
+    assert (args.importance_sampling_mode, args.importance_sampling_clip_max) == ("token_mask", 2)
 
 
 def test_limits_from_flags():

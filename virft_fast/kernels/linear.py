@@ -485,6 +485,7 @@ def _check(
     chunk_tokens: int | None,
 ) -> None:
     check_tensors(hidden=hidden, weight=weight, index=index)
+    check_type("bias", bias, "Tensor | None")
     if bias is not None:
         check_tensors(bias=bias)
     if weight.ndim != 2 or weight.shape[0] < 1 or not weight.is_floating_point():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from virft_fast.batch import Prompt, Rollouts
 from virft_fast.devices import to_device
-from virft_fast.kernels.logprobs import selective_log_softmax
+from virft_fast.kernels.logprobs import rows_forward
 from virft_fast.kernels.sampling import row_seed, sample_tokens
 from virft_fast.kernels.speculation import MAX_READ
 from virft_fast.models.decode_step import Take
@@ -103,9 +103,7 @@ class Sampler:
         )
         plain = None
         if self.sampling.filtered:
-            temperature = self.sampling.temperature
-            plain = selective_log_softmax(logits, tokens[:, None], temperature=temperature)[:, 0]
-            plain = plain.float()
+            plain = rows_forward(logits, tokens, 1 / self.sampling.temperature)[0].float()
         return tokens, logps.float(), plain  # of weights in float64, too
 
 
