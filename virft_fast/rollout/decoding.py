@@ -329,8 +329,13 @@ class Decoding:
         drawn_at = state.counters[DRAWN_AT]
         tokens, logps, plain = self.sampler(logits, drawn_at, read)
         if state.plain is not None and plain is not None:
-            at = drawn_at[:, None] + torch.arange(read.shape[1], device=self.device)
-            state.plain.index_put_((state.slots[:, None], at), plain.view(read.shape))
+            slots, at = state.slots, drawn_at
+            if read.shape[1] > 1:
+                slots, at = (
+                    slots[:, None],
+                    at[:, None] + torch.arange(read.shape[1], device=at.device),
+                )
+            state.plain.index_put_((slots, at), plain.view(at.shape))
         if pool is not None and self.guessing:
             kept = keep_drawn(
                 pool, tokens.view(read.shape), logps.view(read.shape), state.tokens,
