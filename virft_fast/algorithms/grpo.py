@@ -108,14 +108,14 @@ def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[Metrics, l
             applied &= update(
                 state, batch.microbatches, batch.shares, learning_rate, stats, note, cfg.temperature
             )
-    trained = minibatches[0].rollouts
-    drawn = join_groups([draw.rollouts for draw in draws] or [trained], None if draws else [])
     if draws:
         _reported_stats(stats, state, log)
     for draw in draws:
         if state.history is not None:
             _remember(stats, state.history, draw)
     state.step += 1
+    drawn = [draw.rollouts for draw in draws]
+    trained = minibatches[0].rollouts
     metrics = finish(state, stats, trained, learning_rate, applied, start, drawn=drawn)
     if draws:
         _count_silent(state, metrics, [name for name, _ in state.reward_funcs])

@@ -449,24 +449,25 @@ def finish(
     applied: bool,
     start: float,
     *,
-    drawn: Rollouts | None = None,
+    drawn: Sequence[Rollouts] | None = None,
 ) -> Metrics:
     """The step's metrics, reduced over the ranks; also counts prompts, tokens and bad steps in
     `state`.
 
     Args:
         rollouts: what the step trained on.
-        drawn: what it sampled or read for the first time; None: `rollouts`.
+        drawn: what it sampled or read for the first time, maybe nothing; None: `rollouts`.
     Raises:
         TooManyBadSteps: `max_bad_steps` steps in a row were skipped.
     """
     world = dist.world_size()
-    drawn = rollouts if drawn is None else drawn
-    stats.add_total("num_tokens", float(drawn.completion_mask.sum()) * world)
+    drawn = [rollouts] if drawn is None else drawn
+    tokens_drawn = sum(float(part.completion_mask.sum()) for part in drawn)
+    stats.add_total("num_tokens", tokens_drawn * world)
     stats.add_total("trained", float(rollouts.completion_mask.sum()) * world)
     metrics = stats.reduce(state.engine.device)
     tokens = {"rollout": metrics.pop("num_tokens"), "train": metrics.pop("trained")}
-    state.num_prompts += len(drawn.prompts) * world
+    state.num_prompts += sum(len(part.prompts) for part in drawn) * world
     state.num_tokens += round(tokens["rollout"])
     state.bad_steps = 0 if applied else state.bad_steps + 1
     state.skipped_steps += 0 if applied else 1
