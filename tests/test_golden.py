@@ -12,8 +12,7 @@ from virft_fast import train
 from virft_fast.rollout.sampling import make_rollouts
 
 GOLDEN = Path(__file__).parent / "golden"
-ARGUMENTS = ["--config", str(GOLDEN.parents[1] / "virft_fast/demo.yaml"), "--eval_samples", "8",
-             "--speculation", "off"]  # fmt: skip
+ARGUMENTS = ["--config", str(GOLDEN.parents[1] / "virft_fast/demo.yaml"), "--eval_samples", "8"]
 
 
 class Replay:

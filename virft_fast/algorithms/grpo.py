@@ -111,8 +111,8 @@ def train_step(state: TrainState, prompts: Sequence[Prompt]) -> tuple[Metrics, l
     if draws:
         _reported_stats(stats, state, log)
     for draw in draws:
-        if state.history is not None:
-            _remember(stats, state.history, draw)
+        if state.history is not None and draw.guesses is not None:
+            _remember(stats, state.history, draw.rollouts, draw.guesses)
     state.step += 1
     drawn = [draw.rollouts for draw in draws]
     trained = minibatches[0].rollouts
@@ -477,11 +477,9 @@ def _rollout_stats(
     stats.add("distinct_fraction", sum(len(set(t)) / size for t in texts), len(texts))
 
 
-def _remember(stats: StepStats, history: History, draw: Draw) -> None:
+def _remember(stats: StepStats, history: History, rollouts: Rollouts, counts: Stats) -> None:
     """Report what guessing saved, and add the answers of all ranks to the history, so that it is
     the same on all of them. Called when the step is complete: a step that fails leaves no trace."""
-    counts, rollouts = draw.guesses, draw.rollouts
-    assert counts is not None, "other backends have no history"
     drawn = counts.drawn - len(rollouts.texts)  # reading the prompts draws the first tokens
     stats.add("tokens_per_pass", drawn, drawn - counts.accepted)
     stats.add("guessed_fraction", counts.accepted, counts.drawn)
