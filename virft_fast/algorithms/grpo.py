@@ -175,6 +175,7 @@ def _draw_rounds(
     cfg, world, draws = state.config, dist.world_size(), list[Draw]()
     teaches: list[list[list[bool]]] = []
     equal: dict[int, bool] = {}
+    asks = cfg.dynamic_sampling or state.note_equal is not None
     with stats.timed("rollout"), state.engine.whole_weights():
         pass  # all ranks gather the weights here, before one of them can fail below
     while True:
@@ -182,7 +183,9 @@ def _draw_rounds(
         teach = (draws[-1].advantages.view(-1, cfg.num_generations) != 0).any(1).tolist()
         scores = draws[-1].rewards.view(-1, cfg.num_generations).isfinite().sum(1).tolist()
         rows = (prompt.sample.index for prompt in prompts)
-        ranks = dist.all_gather_object(list(zip(rows, teach, scores, strict=True)))
+        mine = list(zip(rows, teach, scores, strict=True))
+        # Otherwise all groups are trained on, whatever the other ranks found.
+        ranks = dist.all_gather_object(mine) if asks else [mine] * world
         teaches.append([[teaching for _, teaching, _ in of_rank] for of_rank in ranks])
         found = [group for of_rank in ranks for group in of_rank]
         for row, teaching, num_scores in found:
