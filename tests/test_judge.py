@@ -141,6 +141,14 @@ def test_images_are_sent_only_to_functions_that_name_them(server):
     assert rewards(needs, "a", images=[(image,)])[0] == [1.0]  # the image itself, not a copy
 
 
+def test_an_image_is_encoded_once(server, monkeypatch):
+    encoded, encode = [], module._data_url
+    monkeypatch.setattr(module, "_data_url", lambda image: encoded.append(1) or encode(image))
+    image = Image.new("RGB", (5, 3))
+    rewards(Judge(server.url, "m"), "a", "b", "c", images=[(image,)] * 3)
+    assert len(encoded) == 1 and len(server.asked) == 3
+
+
 def test_equal_questions_are_asked_once_and_kept(server, tmp_path):
     cache = tmp_path / "cache"
     judge = Judge(server.url, "m", cache=cache)

@@ -136,7 +136,11 @@ class Judge:
             headers["Authorization"] = f"Bearer {secret}"
         limit = asyncio.Semaphore(self.concurrency)
         questions, answers = completion_texts(prompts), completion_texts(completions)
-        shown = images if self.images and images is not None else [()] * len(prompts)
+        # Each image once: all completions of a prompt share them.
+        every = images if self.images and images is not None else [()] * len(prompts)
+        distinct = {id(image): image for of_row in every for image in of_row}
+        urls = {key: _data_url(image) for key, image in distinct.items()}
+        shown = [[urls[id(image)] for image in of_row] for of_row in every]
         known = {name: values for name, values in columns.items() if name not in RESERVED}
         asked: dict[str, asyncio.Task[str | None]] = {}
         async with httpx.AsyncClient(headers=headers, timeout=self.timeout) as client:
@@ -168,7 +172,7 @@ class Judge:
                 log_metric("judge/failed", float(value is None))
         return [value for value, _ in graded]
 
-    def _request(self, fields: Row, images: Sequence[Image]) -> Row:
+    def _request(self, fields: Row, urls: Sequence[str]) -> Row:
         try:
             text = self.question.format_map(fields)
         except (KeyError, IndexError, ValueError) as error:
@@ -177,7 +181,7 @@ class Judge:
                 f"Judge: expected a question with fields of {names}, got an unknown or broken one: "
                 f"{error}"
             ) from error
-        content = [{"type": "image_url", "image_url": {"url": _data_url(i)}} for i in images]
+        content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         content.append({"type": "text", "text": text})
         messages = [{"role": "user", "content": content}]
         return {"model": self.model, "messages": messages, **self.options}
