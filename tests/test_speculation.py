@@ -22,7 +22,7 @@ from virft_fast.rollout import speculation as speculation_module
 from virft_fast.rollout.cache import Buffers
 from virft_fast.rollout.native import NativeRollout
 from virft_fast.rollout.observers import AttentionObserver
-from virft_fast.rollout.speculation import History, best_choice, pool_bytes
+from virft_fast.rollout.speculation import RECENT_TOKENS, History, best_choice, pool_bytes
 from virft_fast.rollout.weights import RolloutWeights
 
 OFTEN = tuple(range(0, 1024, 16))  # stop tokens: about one draw in 16 of a hot distribution
@@ -396,8 +396,11 @@ def test_memory_of_guesses_is_stated(monkeypatch, policy, processor, prompts):
 
     monkeypatch.setattr(Buffers, "take", noted)
     rollout = rollout_of(policy, processor, speculation=History())
-    longest = max(len(prompt.input_ids) for prompt in prompts)
+    longest, sampling = max(len(prompt.input_ids) for prompt in prompts), Sampling(40, seed=1)
     for _ in range(2):
-        rollout.generate(prompts, 2, Sampling(40, seed=1, stop_token_ids=OFTEN))
-        total = taken["pool"] + taken["ngrams"]
-        assert total <= pool_bytes(len(prompts), 2, longest, 40) <= 20 * total
+        rollout.generate(prompts, 2, sampling)
+        assert taken["pool"] + taken["ngrams"] <= pool_bytes(len(prompts), 2, longest, 40)
+    rollout.speculation.recent = torch.zeros(RECENT_TOKENS, dtype=torch.int32)  # a full ring
+    rollout.generate(prompts, 2, sampling)
+    total = taken["pool"] + taken["ngrams"]
+    assert total <= pool_bytes(len(prompts), 2, longest, 40) <= 2 * total
