@@ -8,7 +8,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 # Compiling every file of all packages takes longer than compiling only what is imported.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
-NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/matching/*)
+NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/matching/* csrc/speculation/*)
 # The stamp changes with everything that the setup depends on.
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml setup.py virft_fast/__init__.py constraints.txt Makefile $(NATIVE) | cksum | cut -d' ' -f1)
 FUZZ_SECONDS ?= 60

@@ -6,19 +6,20 @@
 Same model, same prompts. Greedy tokens are compared first. transformers' continuous batching isn't
 a contender, because it takes no images.
 
-`test_rollout` has random weights and a fixed completion length, so speculation has nothing to
-guess. `test_text` has the demo's test rows, half shapes and half digits, and two models: the
-embedded one, whose answers are short; and one that thinks before it answers, which minutes of SFT
-teach (thinking.py). Both sample at temperature 1, and an answer ends where the model ends it.
-"First epoch" guesses from answers to other prompts; "second epoch" also from answers to the same
-prompts, drawn with another seed. Sampled tokens are equal with speculation and without, and that is
-checked first.
+`test_rollout` has random weights and a fixed completion length. Its history has answers to the same
+prompts, drawn with another seed, and they have nothing in common with the new ones. `test_text` has
+the demo's test rows, half shapes and half digits, and two models: the embedded one, whose answers
+are short; and one that thinks before it answers, which minutes of SFT teach (thinking.py). Both
+sample at temperature 1, and an answer ends where the model ends it. "First epoch" guesses from
+answers to other prompts; "second epoch" also from answers to the same prompts, drawn with another
+seed. Sampled tokens are equal with speculation and without, and that is checked first.
 """
 
 from __future__ import annotations
 
 import functools
 from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import Policy, banned_token_ids, core, load_model
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.native import NativeRollout
-from virft_fast.rollout.speculation import History
+from virft_fast.rollout.speculation import TIMES, History
 
 G = 8
 PROMPTS = {"tiny": 2, "cpu": 4, "2b": 8, "7b": 8}  # a rank's share of a step
@@ -64,7 +65,9 @@ def case(request, size):
     banned = [*banned_token_ids(tokenizer, SHAPES[size]["vocab_size"]), tokenizer.eos_token_id]
     options = {"device": torch.device(DEVICE)}
     rollout, guessing = (
-        FixedLength(lambda: nullcontext(policy), tokenizer, **options, speculation=history)
+        FixedLength(
+            lambda: nullcontext(policy), tokenizer, **options, speculation=history, remembers=False
+        )
         for history in (None, History())
     )
     batch = {
@@ -106,6 +109,8 @@ def case(request, size):
         "ours": ours,
         GUESSING: lambda: ours(guessing),
     }
+    earlier = rollout.generate(prompts, G, Sampling(completion_length, seed=1))
+    guessing.speculation.add(prompts, earlier)
     equal(ours(), ours(guessing))
     for engine in (rollout, guessing):
         engine._buffers.release()  # frees what the checks above left, so that the peak counts it
@@ -184,6 +189,10 @@ def text(text_case, size):
     drawn = {name: each.generate(batch, G, Sampling(LIMIT)) for name, each in engines.items()}
     equal(*drawn.values())
     notes = {name: figures(out, engines[name].stats) for name, out in drawn.items()}
+    with mock.patch.dict(TIMES, cpu=TIMES["cuda"]):  # counts are those of a GPU, times are not
+        for name in (FIRST, SECOND):
+            equal(drawn["ours"], engines[name].generate(batch, G, Sampling(LIMIT)))
+            notes[name]["passes_per_token_on_gpu"] = passes_per_token(engines[name].stats)
     runs = {
         name: lambda each=each: each.generate(batch, G, Sampling(LIMIT))
         for name, each in engines.items()
@@ -240,10 +249,14 @@ def figures(rollouts, stats):
         "mean_length": round(float(lengths.float().mean()), 1),
         "longest": int(lengths.max()),
         "nats_per_token": round(-float(rollouts.sampling_logps[mask].mean()), 3),
-        "passes_per_token": round(stats.passes / stats.longest, 3),
+        "passes_per_token": passes_per_token(stats),
         "guessed_share": round(stats.accepted / stats.drawn, 3),
         "right_guesses": round(stats.accepted / max(stats.guessed, 1), 3),
     }
+
+
+def passes_per_token(stats):
+    return round(stats.passes / stats.longest, 3)
 
 
 def weight_traffic(model, steps):

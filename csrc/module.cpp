@@ -1,16 +1,19 @@
-// virft_fast._C: the matcher on addresses. Python allocates, checks and registers the operators (see
-// virft_fast/matching/solver.py), so this file needs no torch and one build serves every version.
+// virft_fast._C: the matcher, and the CPU's part of speculation, on addresses. Python allocates and
+// checks (virft_fast/matching/solver.py, virft_fast/kernels/speculation.py), so this file needs no
+// torch and one build serves every version.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "matching/batch.h"
 #ifdef VIRFT_CUDA
 #include "matching/device.h"
 #endif
+#include "speculation/speculation.h"
 
 namespace virft_fast {
 namespace {
@@ -18,7 +21,7 @@ namespace {
 namespace py = pybind11;
 using Address = uintptr_t;
 
-constexpr int kInterface = 2;  // counts changes of the functions below, as solver.py knows them
+constexpr int kInterface = 3;  // counts changes of the functions below, as native.py knows them
 
 // Pairs of a row and a column worth a thread; starting one for fewer costs more than it saves.
 constexpr int64_t kPairsPerThread = 32768;
@@ -120,6 +123,32 @@ void assign(Address cost, Address num_rows, Address num_cols, int64_t count, int
   });
 }
 
+using PoolArguments = std::tuple<Address, Address, int64_t, int64_t, int64_t>;
+using RowArguments = std::tuple<int64_t, Address, Address, int64_t, Address>;
+
+Pool pool_of(const PoolArguments& given) {
+  const auto [tokens, table, size, first, width] = given;
+  return {at<int64_t>(tokens), at<int64_t>(table), size, first, width};
+}
+
+Rows rows_of(const RowArguments& given) {
+  const auto [count, tokens, counters, stride, slots] = given;
+  return {count, at<int64_t>(tokens), at<int64_t>(counters), stride, at<int64_t>(slots)};
+}
+
+void keep(const PoolArguments& pool, const RowArguments& rows, Address drawn, Address logps,
+          int64_t read, Address active, Address goes_on, Address all_logps, int64_t width,
+          int64_t length, Address seen, int64_t vocabulary, Address kept) {
+  const Drawn own = {at<int64_t>(drawn), at<float>(logps), read};
+  const Completions all = {at<int64_t>(active), at<int64_t>(goes_on), at<float>(all_logps), width,
+                           length, at<bool>(seen), vocabulary};
+  keep_drawn(pool_of(pool), own, rows_of(rows), all, at<int64_t>(kept));
+}
+
+void guess(const PoolArguments& pool, const RowArguments& rows) {
+  look_up(pool_of(pool), rows_of(rows));
+}
+
 #ifdef VIRFT_CUDA
 template <typename T>
 void iou_cuda(Address pred, Address gt, Address num_pred, Address num_gt, int64_t count,
@@ -167,7 +196,9 @@ void define(py::module_& m, const std::string& suffix) {
 }  // namespace virft_fast
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "virft_fast's native matcher, on addresses";
+  m.doc() = "virft_fast's native matcher and guesses, on addresses";
+  m.def("keep_drawn", &virft_fast::keep);
+  m.def("look_up", &virft_fast::guess);
   virft_fast::define<float>(m, "float32");
   virft_fast::define<double>(m, "float64");
 #ifdef VIRFT_CUDA

@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from virft_fast import native
 from virft_fast.kernels.backend import triton_for
 from virft_fast.kernels.decode import (
     DecodeMasks,
@@ -553,6 +554,16 @@ class Plain:
         return kept, not ended
 
 
+@pytest.fixture(params=["native", "reference"])
+def implementation(request, monkeypatch):
+    """CPU tensors with the compiled module, and without it. Others have Triton's kernels."""
+    if request.param == "native" and native.module is None:
+        pytest.skip("virft_fast._C is not built")
+    if request.param == "reference":
+        monkeypatch.setattr(native, "module", None)
+
+
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize(("size", "stride"), [(1 << 18, 0), (1 << 18, 5), (8, 0)])
 def test_kept_tokens_and_guesses_equal_those_of_lists_and_a_dictionary(size, stride):
     """Rows with a history, of 4 different tokens, so that n-grams repeat. Most guesses come true,

@@ -70,7 +70,6 @@ def any_read(monkeypatch):
     """Passes read 8, 2, 1, 4, 8, ... tokens, whatever is right."""
     turns = itertools.cycle((8, 2, 1, 4))
     monkeypatch.setattr(speculation_module, "best_choice", lambda *_: (next(turns), 1.0))
-    monkeypatch.setattr(speculation_module, "PAUSES", (3, 3))
 
 
 SAMPLINGS = {
@@ -227,26 +226,16 @@ def test_all_guesses_are_right_if_the_history_is_the_answer(noted, policy, proce
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_one_token_a_pass_within_32_of_random_text(monkeypatch, noted, policy, processor, prompts,
                                                    device):  # fmt: skip
-    """After a history that was always right; and guesses on the CPU nearly end."""
+    """After a history that was always right."""
     for table in (speculation_module.TIMES, decoding_module.CHECK_EVERY):
         monkeypatch.setitem(table, "cpu", table[device])
-    history, guessed = History(), []
+    history = History()
     history.agreement[:] = 1.0
-    decode = decoding_module.Decoding._decode
-
-    def decode_noted(self):
-        guessed.append(self.guessing)
-        decode(self)
-
-    monkeypatch.setattr(decoding_module.Decoding, "_decode", decode_noted)
     rollout = rollout_of(policy, processor, speculation=history)
     rollout.generate(prompts, 2, Sampling(100, seed=1, temperature=8.0))
     passes, _ = noted
     assert passes[0] > 2 and set(passes[32:]) == {1}
-    assert (
-        sum(guessed[32:]) <= decoding_module.CHECK_EVERY["cpu"]
-        and float(history.agreement[0]) < 0.3
-    )
+    assert float(history.agreement[0]) < 0.3
 
 
 def test_guesses_return_with_agreement(noted, policy, processor, prompts):

@@ -2,8 +2,9 @@
 
 All tokens that guesses come from are in one flat pool, least specific first. The latest place that
 continues the longest equal n-gram gives the guess. CUDA tensors go to Triton
-(`triton_speculation`), one launch for each of `keep_drawn` and `look_up`; CPU tensors to the torch
-references here. Both are deterministic, and give equal guesses.
+(`triton_speculation`), one launch for each of `keep_drawn` and `look_up`; CPU tensors to the
+compiled module (csrc/speculation/), or without it to the torch references here. All are
+deterministic, and give equal guesses.
 
 Shapes: N rows of the batch, R of them still decoded, each of which reads Q tokens in a pass; L
 places in the pool; V vocabulary.
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from virft_fast import native
 from virft_fast.devices import to_device
 from virft_fast.kernels.backend import triton_for
 from virft_fast.kernels.decode import _check
@@ -59,6 +61,12 @@ class Pool:
         """(N, width - CONTEXT) view of what the rows have drawn."""
         own = self.tokens[self.first : self.first + rows * self.width].view(rows, self.width)
         return own[:, CONTEXT:]
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """The pool as the compiled module takes it."""
+        size = self.table.shape[1]
+        return self.tokens.data_ptr(), self.table.data_ptr(), size, self.first, self.width
 
     def insert(self, places: Tensor) -> None:
         """Add the n-grams before some places to the table. Places without a token, or after fewer
@@ -136,6 +144,14 @@ def keep_drawn(
         return triton_speculation.keep_drawn(
             pool, drawn, logps, tokens, counters, active, slots, goes_on, all_logps, length, seen
         )
+    if _compiled(drawn):
+        kept = torch.empty_like(slots)
+        drawn, logps = drawn.contiguous(), logps.contiguous()
+        _call(
+            "keep_drawn", pool, tokens, counters, slots, drawn, logps, read, active, goes_on,
+            all_logps, all_logps.shape[1], length, seen, len(goes_on), kept,
+        )  # fmt: skip
+        return kept
     steps = torch.arange(read, device=drawn.device)
     drawn_at = counters[DRAWN_AT]
     right = (drawn == tokens[:, 1 : 1 + read]).cumprod(1).sum(1)
@@ -175,6 +191,9 @@ def look_up(pool: Pool, tokens: Tensor, counters: Tensor, slots: Tensor) -> None
     if triton_speculation is not None:
         triton_speculation.look_up(pool, tokens, counters, slots)
         return
+    if _compiled(tokens):
+        _call("look_up", pool, tokens, counters, slots)
+        return
     device = tokens.device
     end = slots * pool.width + counters[DRAWN_AT] + (pool.first + CONTEXT)
     window, entries = pool.entries(end)
@@ -190,3 +209,21 @@ def look_up(pool: Pool, tokens: Tensor, counters: Tensor, slots: Tensor) -> None
     guesses = torch.take(pool.tokens, place[:, None] + ahead)
     tokens[:, 1:] = guesses * (guesses >= 0).cumprod(1)
     counters[PLACE] = place
+
+
+def _compiled(tensor: Tensor) -> bool:
+    return native.module is not None and tensor.device.type == "cpu"
+
+
+def _call(
+    name: str, pool: Pool, tokens: Tensor, counters: Tensor, slots: Tensor, *arguments: object
+) -> None:
+    """Call a function of the compiled module with the tensors' addresses."""
+    whole = [
+        t for t in (pool.tokens, pool.table, tokens, slots, *arguments) if isinstance(t, Tensor)
+    ]
+    assert counters.stride(1) == 1 and all(t.is_contiguous() for t in whole)
+    rows = (len(tokens), tokens.data_ptr(), counters.data_ptr(), counters.stride(0),
+            slots.data_ptr())  # fmt: skip
+    places = (v.data_ptr() if isinstance(v, Tensor) else v or 0 for v in arguments)
+    getattr(native.module, name)(pool.addresses, rows, *places)

@@ -8,17 +8,15 @@ same, but if several assignments are best, it may choose a different one.
 from __future__ import annotations
 
 import functools
-import importlib
 import warnings
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from virft_fast import __version__
+from virft_fast import native
 from virft_fast.matching.boxes import (
     IOU_KINDS,
     as_computed,
@@ -31,32 +29,18 @@ from virft_fast.matching.boxes import (
 from virft_fast.matching.reference import assign_reference, match_reference
 
 METHODS = ("hungarian", "greedy")
-INTERFACE = 2  # of csrc/module.cpp
-
-_C: ModuleType | None
-try:
-    _C = importlib.import_module("virft_fast._C")
-except ImportError as error:
-    _C, _WHY_NOT = None, str(error)
-else:
-    _BUILT = _C.build_info()
-    if (_BUILT["version"], _BUILT.get("interface")) != (__version__, INTERFACE):
-        _WHY_NOT = (
-            f"it was built for another virft_fast, {_BUILT['version']}; this is {__version__}"
-        )
-        _C = None
-_WITH_CUDA = _C is not None and _BUILT["cuda_archs"] != "none"
+_C = native.module
 
 
 def is_native(device: torch.device | str = "cpu") -> bool:
     """Whether the native module matches tensors on `device` without copying them elsewhere."""
     kind = torch.device(device).type
-    return _C is not None and (kind == "cpu" or (kind == "cuda" and _WITH_CUDA))
+    return _C is not None and (kind == "cpu" or (kind == "cuda" and native.with_cuda))
 
 
 def why_not_native() -> str:
     """Why the native module isn't available; "" if it is."""
-    return "" if _C is not None else _WHY_NOT
+    return native.why_not
 
 
 def pairwise_iou(
@@ -352,7 +336,7 @@ def _warn_once() -> None:
     warnings.warn(
         "virft_fast: the native matcher is missing, so the Python reference matches boxes (same "
         "totals, many times slower); to build it, run `pip install -e .` with a C++ compiler: "
-        f"{_WHY_NOT}",
+        f"{native.why_not}",
         stacklevel=3,
     )
 

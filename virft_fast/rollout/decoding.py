@@ -171,8 +171,7 @@ class Decoding:
 
     def __post_init__(self) -> None:
         self.pool = None if self.speculation is None else self.speculation.pool
-        # How many tokens of each row a pass reads, and whether it guesses the next ones.
-        self.read, self.guessing = 1, self.pool is not None
+        self.read = 1  # how many tokens of each row a pass reads
         self.device = self.buffers.device
         self.length = self.sampler.sampling.max_completion_length
         self.read_tokens = DecodeStep(core(self.policy.model).language_model)
@@ -297,7 +296,7 @@ class Decoding:
         key = (
             (state.tokens.shape, state.drawn.shape, len(state.prompt_lengths)),
             (plan.num_generations, plan.prompt_length, plan.completion_length),
-            (self.read, self.guessing, None if self.pool is None else self.pool.shape),
+            (self.read, None if self.pool is None else self.pool.shape),
             replace(self.sampler.sampling, seed=0),
             None if self.observer is None else self.observer.key,
         )
@@ -336,7 +335,7 @@ class Decoding:
                     at[:, None] + torch.arange(read.shape[1], device=at.device),
                 )
             state.plain.index_put_((slots, at), plain.view(at.shape))
-        if pool is not None and self.guessing:
+        if pool is not None:
             kept = keep_drawn(
                 pool, tokens.view(read.shape), logps.view(read.shape), state.tokens,
                 state.counters, state.active, state.slots, self.goes_on, state.logps,
@@ -348,11 +347,8 @@ class Decoding:
         place = (state.slots, drawn_at)
         state.drawn.index_put_(place, tokens)
         state.logps.index_put_(place, logps)
-        # With speculation, rows have their own lengths: those that have ended stay where they are.
-        state.counters[: DRAWN_AT + 1].add_(1 if pool is None else state.active)
+        state.counters[: DRAWN_AT + 1].add_(1)
         state.active.mul_(self.goes_on[tokens])
-        if pool is not None:
-            state.active.mul_(drawn_at < self.length)
         state.tokens[:, 0] = tokens
         return kept
 
@@ -364,12 +360,10 @@ class Decoding:
             used: no row has more tokens in the cache, if each pass reads one of it.
         """
         speculation = self.speculation
-        choosing = speculation is not None and not speculation.resting
-        if speculation is not None and choosing:
-            active = self._note(speculation)
-        else:
+        if speculation is None:
             active = [bool(flag) for flag in self.state.active.tolist()]
-        if speculation is not None:
+        else:
+            active = self._note(speculation)
             used = speculation.longest - 1
         if not any(active):
             return False
@@ -383,10 +377,9 @@ class Decoding:
             active = [active[row] for row in kept.rows]
             if speculation is not None:
                 speculation.keep(kept.rows)
-        if speculation is not None and choosing:
-            state = self.state
-            speculation.choose(active, state.tokens, state.counters, state.slots)
-            self.read, self.guessing = speculation.read, speculation.guessing
+        if speculation is not None:
+            speculation.choose(active)
+            self.read = speculation.read
         return True
 
     def _note(self, speculation: Speculation) -> list[bool]:
@@ -422,7 +415,9 @@ class CachedAttention:
     def _make_masks(self, query: Tensor, cache: LayerCache) -> DecodeMasks:
         lengths, width = self.state.counters[0], None
         if not query.is_cuda:  # else the host would wait
-            longest = int(lengths.max())
+            # What an ended row attends to doesn't matter. Guesses leave it behind the others.
+            longest = int((lengths * self.state.active).max())
+            lengths = lengths.where(self.state.active > 0, longest)
             # Memory of changing sizes is slower on a CPU.
             step = WIDTH_STEP["cpu"]
             width = min(-(-(longest + query.shape[1]) // step) * step, cache.keys.shape[2])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from virft_fast.batch import Prompt, Rollouts
 from virft_fast.devices import to_device
-from virft_fast.kernels.speculation import CONTEXT, MAX_READ, NOWHERE, PLACE, Pool, look_up
+from virft_fast.kernels.speculation import CONTEXT, MAX_READ, NOWHERE, Pool
 from virft_fast.models.decode_step import Take
 
 # Tokens of a `History`, each of 4 bytes: the last answers of the run, and answers by data set row.
@@ -31,10 +31,6 @@ CHOICES = (1, 2, 4, 8)
 MARGIN = 1.1
 # Tokens after which a row's share of right guesses is half forgotten.
 HALF_LIFE = 6
-# On a CPU, passes of one token don't guess, but for a few tokens after so many; then after twice so
-# many, up to the largest number. On a GPU, guessing is part of launches that are there anyway.
-PAUSES = (32, 256)
-QUIET = 0.5  # share of right guesses between two checks below which a pause begins
 # Time of a pass by the number of tokens that it reads, R * Q, up to a factor. On a CPU, a part is
 # for each pass, and the rest grows with the tokens. 80 took the least time of 48 to 100 for 64 rows
 # of benchmarks/thinking.py; for 16 rows, they differed less than the runs did. On an H200, products
@@ -199,14 +195,13 @@ class Speculation:
         pool: see `kernels.speculation`.
         starts: (N,) int64 places of the rows' first guesses.
         read: Q of the next passes. kept: how many of these tokens a row is expected to keep.
-        guessing: whether the next passes guess, read or not.
     """
 
     def __init__(
         self, history: History, prompts: Sequence[Prompt], size: int, length: int,
         *, stats: Stats, device: torch.device, take: Take,
     ) -> None:  # fmt: skip
-        self.stats, self.always = stats, device.type == "cuda"
+        self.stats = stats
         self.time = TIMES.get(device.type, TIMES["cpu"])
         texts, starts = history.texts(prompts, size)
         rows, width = len(starts), CONTEXT + length + MAX_READ
@@ -231,9 +226,7 @@ class Speculation:
         self.rows, self.counts = torch.arange(rows), torch.zeros(4, rows, dtype=torch.long)
         self.known = starts > NOWHERE
         self.share = torch.tensor(stats.agreement, dtype=torch.float64)[self.known.long()]
-        self.rate = torch.zeros_like(self.share)  # the share between the last two checks
-        self.read, self.kept, self.guessing = 1, 1.0, True
-        self.pause, self.resume_at, self.inserted = PAUSES[0], 0, 0
+        self.read, self.kept = 1, 1.0
         self.noted = (0, 0)  # tokens of the longest row, and passes, at the last `note`
 
     def note(self, counts: Tensor) -> None:
@@ -241,47 +234,23 @@ class Speculation:
         new, right, *_ = counts - self.counts[:, self.rows]
         self.counts[:, self.rows] = counts
         self.noted = (int(counts[0].max()), self.stats.passes)
-        if self.guessing:
-            weight = 1 - 0.5 ** (new.double() / HALF_LIFE)
-            self.rate[self.rows] = right / new.clamp(min=1).double()
-            self.share[self.rows] += weight * (self.rate[self.rows] - self.share[self.rows])
+        weight = 1 - 0.5 ** (new.double() / HALF_LIFE)
+        rate = right / new.clamp(min=1).double()
+        self.share[self.rows] += weight * (rate - self.share[self.rows])
 
     @property
     def longest(self) -> int:
         """Tokens of the longest row; at most so many if passes have read guesses since `note`."""
         return self.noted[0] + (self.stats.passes - self.noted[1]) * self.read
 
-    @property
-    def resting(self) -> bool:
-        """Whether passes don't guess, and won't before the next check."""
-        return not self.guessing and self.longest < self.resume_at
-
     def keep(self, rows: Sequence[int]) -> None:
         """Continue with only these of the current rows."""
         self.rows = self.rows[list(rows)]
 
-    def choose(
-        self, active: Sequence[bool], tokens: Tensor, counters: Tensor, slots: Tensor
-    ) -> None:
-        """Choose what the next passes read, from counts alone. Not while `resting`."""
-        rows = self.rows[torch.tensor(active)]
-        drawn = self.counts[0, rows]
-        if self.guessing:
-            self.read, self.kept = best_choice(self.share[rows], len(active), self.time)
-            if self.read > 1:
-                self.pause = PAUSES[0]
-            elif not self.always and float(self.rate[rows].mean()) < QUIET:
-                self.guessing, self.inserted = False, int(drawn.min())
-                self.resume_at = self.longest + self.pause
-                self.pause = min(2 * self.pause, PAUSES[1])
-        else:
-            self.guessing = True
-            own = self.pool.completions(len(self.share))
-            steps = torch.arange(self.inserted, self.longest)
-            firsts = torch.arange(len(own)) * self.pool.width + self.pool.first + CONTEXT
-            self.pool.insert(to_device(firsts[:, None] + steps, tokens.device))
-            counters[PLACE] = NOWHERE
-            look_up(self.pool, tokens, counters, slots)
+    def choose(self, active: Sequence[bool]) -> None:
+        """Choose what the next passes read, from counts alone."""
+        share = self.share[self.rows[torch.tensor(active)]]
+        self.read, self.kept = best_choice(share, len(active), self.time)
 
     def finish(self) -> None:
         """Leave the shares to the next batch, and the counts to the statistics."""
