@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -288,6 +289,32 @@ def test_gradcheck_of_linear_logps():
         return linear_logps(h, w, ids, bias=b, temperature=0.8, chunk_tokens=3)
 
     assert torch.autograd.gradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_soft_capped_logits_equal_those_that_are_formed(level):
+    """Log-probs, losses and gradients; the largest logits are far beyond the cap."""
+    problem = make_problem(seed=3)
+    hidden, weight, bias, ids, mask, *_ = problem
+    inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
+    options = {"temperature": 0.9, "importance_sampling_level": level}
+    options = loss_options(problem, **options)
+    head = {"bias": bias, "softcap": 1.5}
+    logits = 1.5 * ((hidden @ weight.T + bias) / 1.5).tanh()
+    expected = grpo_loss(logits, ids, mask, **options)
+    wanted = gradients(expected.loss, *inputs)
+    for function in (partial(linear_grpo_loss, chunk_tokens=3), grpo_loss_reference):
+        result = function(hidden, weight, ids, mask, **head, **options)
+        torch.testing.assert_close(result.loss, expected.loss)
+        torch.testing.assert_close(gradients(result.loss, *inputs), wanted)
+    logps, entropy = linear_logps(hidden, weight, ids, **head, temperature=0.9, chunk_tokens=3)
+    logits = 1.5 * ((hidden @ weight.T + bias) / 1.5).tanh()
+    formed, spread = logps_and_entropy(logits, ids, temperature=0.9)
+    torch.testing.assert_close((logps, entropy), (formed, spread))
+    wanted = gradients(formed.sum() + spread.sum(), *inputs)
+    torch.testing.assert_close(gradients(logps.sum() + entropy.sum(), *inputs), wanted)
+    with pytest.raises(ValueError, match="softcap: expected a number above 0 or None, got 0.0"):
+        linear_logps(hidden, weight, ids, softcap=0.0)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 80.0, 1e4])
@@ -1239,8 +1266,9 @@ def test_the_two_losses_have_the_same_defaults():
         {name: p.default for name, p in inspect.signature(function).parameters.items()}
         for function in (grpo_loss, linear_grpo_loss)
     )
+    own = ("hidden", "weight", "bias", "softcap", "chunk_tokens")
     assert {k: v for k, v in from_logits.items() if k not in ("logits", "inplace")} == {
-        k: v for k, v in linear.items() if k not in ("hidden", "weight", "bias", "chunk_tokens")
+        k: v for k, v in linear.items() if k not in own
     }
     assert from_logits["epsilon_low"] == 0.2 and "kwargs" not in from_logits
 

@@ -48,6 +48,7 @@ def linear_logps(
     index: Tensor,
     *,
     bias: Tensor | None = None,
+    softcap: float | None = None,
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -58,6 +59,7 @@ def linear_logps(
         weight: (V, D) floating point, same device.
         index: (...) int64, in [0, V).
         bias: (V,), or None.
+        softcap: above 0; turns logits into softcap * tanh(logits / softcap), as Gemma does.
         temperature: above 0; divides the logits.
         chunk_tokens: rows per tile; None: chosen from V and the device.
     Returns:
@@ -67,12 +69,12 @@ def linear_logps(
     Raises:
         ValueError: wrong shapes, dtypes or numbers; says what was expected and what was given.
     """
-    _check(hidden, weight, index, bias, temperature, chunk_tokens)
+    _check(hidden, weight, index, bias, softcap, temperature, chunk_tokens)
     check_ids("index", index, weight.shape[0])
     rows = chunk_tokens or _tile_rows(weight)
     logps, _, entropy = _LinearLogps.apply(
         hidden.flatten(0, -2), weight, bias, index.reshape(-1), 1 / temperature,
-        max(1, min(rows, index.numel())), factor_dtype(hidden, weight),
+        max(1, min(rows, index.numel())), factor_dtype(hidden, weight), softcap,
     )  # fmt: skip
     return logps.view(index.shape), entropy.view(index.shape)
 
@@ -93,6 +95,7 @@ def linear_grpo_loss(
     completion_mask: Tensor | None = None,
     *,
     bias: Tensor | None = None,
+    softcap: float | None = None,
     temperature: float = 1.0,
     cu_seqlens: Tensor | None = None,
     chunk_tokens: int | None = None,
@@ -110,6 +113,7 @@ def linear_grpo_loss(
             `cu_seqlens`. Masked rows may hold anything, NaN included.
         weight: (V, D), same device; its dtype may differ.
         bias: (V,), or None.
+        softcap: as in `linear_logps`.
         chunk_tokens: rows per tile; None: chosen from V and the device.
         The rest: see `grpo_loss`.
     Returns:
@@ -119,13 +123,13 @@ def linear_grpo_loss(
             was given.
     """
     layout = make_layout(completion_ids, completion_mask, cu_seqlens)
-    _check(hidden, weight, completion_ids, bias, temperature, chunk_tokens)
+    _check(hidden, weight, completion_ids, bias, softcap, temperature, chunk_tokens)
     terms = make_terms(layout, compute_dtype(hidden, weight), LossArgs(**loss))
     ids = completion_ids.reshape(-1).masked_fill(~layout.mask, 0)
     check_ids("completion_ids", ids, weight.shape[0])
     values = _LinearGRPO.apply(
         hidden.flatten(0, -2), weight, bias, ids, 1 / temperature,
-        chunk_tokens or _tile_rows(weight), factor_dtype(hidden, weight), terms,
+        chunk_tokens or _tile_rows(weight), factor_dtype(hidden, weight), softcap, terms,
         [_wants_gradient(x) for x in (hidden, weight, bias)],
     )  # fmt: skip
     return make_result(terms, *values[:5])
@@ -188,10 +192,11 @@ class _Head:
         dtype: torch.dtype,
         factor: torch.dtype,
         tile_rows: int,
+        softcap: float | None = None,
         wants_weight: bool = False,
         wants_bias: bool = False,
     ) -> None:
-        self.dtype, self.factor = dtype, factor
+        self.dtype, self.factor, self.softcap = dtype, factor, softcap
         self.weight = weight.detach().to(factor)
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.buffer = torch.empty((tile_rows, weight.shape[0]), dtype=dtype, device=weight.device)
@@ -202,7 +207,9 @@ class _Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, D) -> (n, V), valid until the next call."""
         tile = _mm(hidden.to(self.factor), self.weight.T, self.buffer[: len(hidden)])
-        return tile if self.bias is None else tile.add_(self.bias)
+        if self.bias is not None:
+            tile.add_(self.bias)
+        return tile if self.softcap is None else tile.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def backward(self, tile: Tensor, hidden: Tensor, *gradient: Tensor | float | None) -> Tensor:
         """Add a tile's gradients to those of weight and bias. `gradient` holds arguments of
@@ -226,24 +233,27 @@ class _Head:
     def _grad_logits(self, tile, ids, norms, entropy, grad_logps, grad_entropy, inv_temp) -> Tensor:
         triton_rows = triton_for(tile)
         compiling = torch.compiler.is_compiling()
-        if triton_rows is not None and self.factor != self.dtype and not compiling:
+        fits = self.factor != self.dtype and self.softcap is None
+        if triton_rows is not None and fits and not compiling:
             return triton_rows.tile_backward(
                 tile, ids, norms, entropy, grad_logps, grad_entropy, inv_temp, self.factor
             )
+        slope = None if self.softcap is None else 1 - (tile / self.softcap).square()
         rows_backward(tile, ids, norms, entropy, grad_logps, grad_entropy, inv_temp, tile)
-        return tile.to(self.factor)
+        return (tile if slope is None else tile.mul_(slope)).to(self.factor)
 
 
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
-    def forward(hidden, weight, bias, index, inv_temp, tile_rows, factor):
+    def forward(hidden, weight, bias, index, inv_temp, tile_rows, factor, softcap):
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(weight, bias, compute_dtype(hidden, weight), factor, tile_rows)
+            dtype = compute_dtype(hidden, weight)
+            head = _Head(weight, bias, dtype, factor, tile_rows, softcap)
             return _all_logps(head, hidden.detach(), index, inv_temp)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.inv_temp, ctx.tile_rows, ctx.factor = inputs
+        *tensors, ctx.inv_temp, ctx.tile_rows, ctx.factor, ctx.softcap = inputs
         ctx.save_for_backward(*tensors, *output[1:])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -253,11 +263,11 @@ class _LinearLogps(torch.autograd.Function):
     def backward(ctx, grad_logps, _, grad_entropy):
         hidden, weight, bias, index, norms, entropy = ctx.saved_tensors
         if grad_logps is None and grad_entropy is None:
-            return (None,) * 7
+            return (None,) * 8
         wants_hidden, *wants = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
             dtype = compute_dtype(hidden, weight)
-            head = _Head(weight, bias, dtype, ctx.factor, ctx.tile_rows, *wants)
+            head = _Head(weight, bias, dtype, ctx.factor, ctx.tile_rows, ctx.softcap, *wants)
             grad_hidden = torch.empty_like(hidden) if wants_hidden else None
             for rows in _tiles(len(index), ctx.tile_rows):
                 chunk = hidden.detach()[rows]
@@ -272,17 +282,17 @@ class _LinearLogps(torch.autograd.Function):
             None if grad is None else grad.to(parameter.dtype)
             for grad, parameter in ((head.grad_weight, weight), (head.grad_bias, bias))
         ]
-        return (grad_hidden, *grads, None, None, None, None)
+        return (grad_hidden, *grads, *[None] * 5)
 
 
 class _LinearGRPO(torch.autograd.Function):
     """The forward pass computes the loss, statistics and, if an input needs them, gradients."""
 
     @staticmethod
-    def forward(hidden, weight, bias, ids, inv_temp, tile_rows, factor, terms, wants):
+    def forward(hidden, weight, bias, ids, inv_temp, tile_rows, factor, softcap, terms, wants):
         with torch.autocast(hidden.device.type, enabled=False):
-            tile_rows = max(1, min(tile_rows, len(ids)))
-            head = _Head(weight, bias, compute_dtype(hidden, weight), factor, tile_rows, *wants[1:])
+            tile_rows, dtype = max(1, min(tile_rows, len(ids))), compute_dtype(hidden, weight)
+            head = _Head(weight, bias, dtype, factor, tile_rows, softcap, *wants[1:])
             run = _GRPORun(head, hidden.detach(), ids, inv_temp, tile_rows, terms, wants)
             run.all()
         rest = (run.logps, run.entropy, run.kl, run.clipped)
@@ -300,14 +310,14 @@ class _LinearGRPO(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, *_):
         if grad_loss is None:
-            return (None,) * 9
+            return (None,) * 10
         # Out of place, so that retain_graph works. Checking for a scale of 1 would synchronize.
         scaled = lambda grad, dtype: (  # noqa: E731
             torch.mul(grad, grad_loss, out=grad.new_empty(grad.shape, dtype=dtype))
         )
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         grads = [None if grad is None else scaled(grad, dtype) for grad, dtype in pairs]
-        return (*grads, None, None, None, None, None, None)
+        return (*grads, *[None] * 7)
 
 
 class _GRPORun:
@@ -481,6 +491,7 @@ def _check(
     weight: Tensor,
     index: Tensor,
     bias: Tensor | None,
+    softcap: float | None,
     temperature: float,
     chunk_tokens: int | None,
 ) -> None:
@@ -515,4 +526,7 @@ def _check(
     check_type("chunk_tokens", chunk_tokens, "int | None")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: expected >= 1 or None, got {chunk_tokens}")
+    check_type("softcap", softcap, "float | None")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap: expected a number above 0 or None, got {softcap}")
     check_temperature(temperature)

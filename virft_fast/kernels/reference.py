@@ -17,11 +17,22 @@ from virft_fast.kernels.loss_args import LossArgs, takes_loss_args
 
 
 def logps_reference(
-    hidden: Tensor, weight: Tensor, index: Tensor, *, temperature: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """`linear_logps`, with the (..., V) logits and their log-softmax held in memory."""
     dtype = compute_dtype(hidden, weight)
-    log_p = ((hidden @ weight.T).to(dtype) / temperature).log_softmax(-1)
+    logits = (hidden @ weight.T).to(dtype)
+    if bias is not None:
+        logits = logits + bias
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    log_p = (logits / temperature).log_softmax(-1)
     logps = log_p.gather(-1, index[..., None])[..., 0]
     return logps, -(log_p.exp() * log_p).sum(-1)
 
@@ -33,6 +44,8 @@ def grpo_loss_reference(
     completion_ids: Tensor,
     completion_mask: Tensor | None = None,
     *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
     temperature: float = 1.0,
     cu_seqlens: Tensor | None = None,
     **loss: Any,
@@ -44,7 +57,9 @@ def grpo_loss_reference(
     mask = layout.mask.view(layout.shape)
     hidden = torch.where(mask[..., None], hidden, 0.0)
     ids = completion_ids.masked_fill(~mask, 0)
-    logps, entropy = logps_reference(hidden, weight, ids, temperature=temperature)
+    logps, entropy = logps_reference(
+        hidden, weight, ids, bias=bias, softcap=softcap, temperature=temperature
+    )
     logps = logps.reshape(-1).masked_fill(~layout.mask, 0.0)
     entropy = entropy.reshape(-1).masked_fill(~layout.mask, 0.0)
     evaluated = terms.evaluate(logps, entropy.detach())
