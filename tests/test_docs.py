@@ -61,7 +61,7 @@ TOOLS = {
     "target",
 }  # pip, cmake, pytest
 GPU_CHECK = {"out", "cpu"}
-OTHERS = {*TORCHRUN, *SLURM, *TOOLS, *GPU_CHECK}
+OTHERS = {"model", *TORCHRUN, *SLURM, *TOOLS, *GPU_CHECK}
 
 
 def parser_flags(parser):
@@ -308,10 +308,12 @@ def strings_of(path):
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("name", ["flags", "memory"])
+@pytest.mark.parametrize("name", ["flags", "memory", "models"])
 def test_generated_pages_are_up_to_date(name):
     made = load_script(f"make_{name}_page")
     assert made.page() == made.PAGE.read_text(), f"run python scripts/make_{name}_page.py"
+    if name == "models":
+        assert made.readme() == made.README.read_text(), "run python scripts/make_models_page.py"
 
 
 def test_metrics_page_lists_what_runs_log(tmp_path):

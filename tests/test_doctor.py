@@ -65,9 +65,20 @@ def test_an_installed_package_that_cannot_be_imported_is_a_problem(monkeypatch):
 
 def test_a_problem_is_the_exit_status(monkeypatch, capsys):
     bad = Finding("problem", "no disk", "buy one")
-    monkeypatch.setattr(doctor, "findings", lambda: iter([Finding("ok", "torch"), bad]))
+    monkeypatch.setattr(doctor, "findings", lambda model: iter([Finding("ok", "torch"), bad]))
     assert doctor.main([]) == 1
     assert "problem no disk\n        -> buy one" in capsys.readouterr().out
+
+
+def test_a_model_is_described(capsys):
+    """What it gets; or why it can't be trained, as a problem."""
+    (first, *rest) = doctor._model("tiny")
+    assert first == Finding("ok", "model tiny: qwen2_vl") and {f.level for f in rest} == {"ok"}
+    assert "LoRA: yes, on down_proj, gate_proj" in rest[-1].what
+    assert doctor.main(["--model", "/nowhere"]) == 1
+    shown = capsys.readouterr().out
+    assert "expected a folder with config.json, a hub id or `tiny`, got '/nowhere'" in shown
+    assert "docs/models.md lists what can be trained" in shown
 
 
 def test_a_run_is_checked_with_its_flags(capsys):

@@ -47,16 +47,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sample as the model reads it: unpadded tokens and image patches, all on the CPU.
+    """A sample as the model reads it: unpadded tokens and images, all on the CPU.
 
     Attributes:
         sample: the sample that it was made from.
         text: the rendered chat, one placeholder per image.
         input_ids: (P,) int64, image placeholders expanded.
         mm_token_type_ids: (P,) int64, 1 at image tokens, else 0.
-        pixel_values: (patches of all images, patch size) float32, or None without images. In a
-            step of training, they are on the model's device, in the vision tower's dtype.
+        pixel_values: (patches of all images, patch size) float32, or the shape that another
+            family's processor makes; None without images. In a step of training, they are on the
+            model's device, in the vision tower's dtype.
         image_grid_thw: (images, 3) int64, or None.
+        image_inputs: what else the processor makes of the images, such as `image_sizes`.
+        token_inputs: (P,) each, what else it makes of the tokens, such as `token_type_ids`.
     """
 
     sample: Sample
@@ -65,6 +68,8 @@ class Prompt:
     mm_token_type_ids: Tensor
     pixel_values: Tensor | None = None
     image_grid_thw: Tensor | None = None
+    image_inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    token_inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

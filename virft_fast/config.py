@@ -58,6 +58,14 @@ class Speculating(Arguments):
     def speculates(self) -> bool:
         return self.speculation == "auto" and self.rollout_backend == "native"
 
+    def settle_backend(self, why_not_native: str | None) -> None:
+        """Turn the default, native, into hf for a model that can't use it."""
+        native = self.rollout_backend == "native"
+        if why_not_native and native and not was_given(self, "rollout_backend"):
+            logger.warning("--rollout_backend hf, because %s", why_not_native)
+            self.rollout_backend = "hf"
+            self.settle_speculation()
+
     def settle_speculation(self) -> None:
         """Turn the default off for a backend that draws one token a pass.
 

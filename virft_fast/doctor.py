@@ -1,5 +1,6 @@
-"""`virft-fast doctor [flags of a run]`: checks what this machine and its packages allow, and says
-how to get what is missing. Followed by a run's flags, it also checks whether that run fits."""
+"""`virft-fast doctor [--model X] [flags of a run]`: checks what this machine and its packages
+allow, and says how to get what is missing. With --model, it says what that model gets, and why not
+more. Followed by a run's flags, it also checks whether that run fits."""
 
 from __future__ import annotations
 
@@ -57,10 +58,13 @@ class Finding(NamedTuple):
 @unbreakable()
 def main(argv: list[str] | None = None) -> int:
     """Print all findings; returns 1 if one of them is a problem, 2 for unusable flags."""
-    parser = argparse.ArgumentParser(prog="virft-fast doctor", description=__doc__)
-    _, argv = parser.parse_known_args(argv)  # all of it is the run's, but for --help
+    parser = argparse.ArgumentParser(
+        prog="virft-fast doctor", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--model", help="a folder, a hub id or tiny: what does it get?")
+    arguments, argv = parser.parse_known_args(argv)  # the rest is the run's
     worst = 0
-    for finding in findings():
+    for finding in findings(model=arguments.model):
         print(f"{finding.level:8}{finding.what}")
         if finding.remedy:
             print(f"{'':8}-> {finding.remedy}")
@@ -77,14 +81,16 @@ def main(argv: list[str] | None = None) -> int:
     return train([*argv, "--dry_run"]) or int(worst)
 
 
-def findings(folder: Path = Path()) -> Iterator[Finding]:
-    """Check packages, the native matcher, GPUs, collectives, disk and the loss, in this order. A
-    check that fails is also a finding."""
+def findings(folder: Path = Path(), model: str | None = None) -> Iterator[Finding]:
+    """Check packages, the native matcher, GPUs, collectives, disk, the loss and a model, in this
+    order. A check that fails is also a finding."""
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "Python and packages": _packages, "optional packages": _optional_packages,
         "the matcher": _matcher, "GPUs": _gpus, "collectives": _collectives,
         "the disk": partial(_disk, folder), "the fused loss": _loss,
     }  # fmt: skip
+    if model is not None:
+        checks["the model"] = partial(_model, model)
     for name, check in checks.items():
         try:
             yield from check()
@@ -235,6 +241,22 @@ def _loss() -> Iterator[Finding]:
         yield Finding("ok", text)
     else:
         yield Finding("problem", text, "train with --loss_impl reference, and report it")
+
+
+def _model(name: str) -> Iterator[Finding]:
+    """What the model gets; reads its configuration, not its weights."""
+    from virft_fast.models.qwen_vl import Policy, find_model, load_model
+    from virft_fast.models.support import supports
+
+    try:
+        source = find_model(name)
+        policy = Policy(load_model(source, empty=True), prefix_sharing="off")
+    except (ValueError, OSError) as error:
+        yield Finding("problem", str(error), "docs/models.md lists what can be trained")
+        return
+    yield Finding("ok", f"model {name}: {source.config.model_type}")
+    for feature, given, why in supports(policy):
+        yield Finding("ok" if given else "note", f"{feature}: {'yes' if given else 'no'}, {why}")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ class PromptSource:
             prompt = encode_prompt(self.processor, sample)
         except ValueError as error:
             return BadRow(index, str(error))
-        wrong = _other_space(sample, prompt, self.processor.image_processor.patch_size)
+        patch = getattr(self.processor.image_processor, "patch_size", 0)
+        wrong = _other_space(sample, prompt, patch)
         wrong = wrong or (self.check(sample) if self.check else None)
         if wrong:
             return BadRow(index, wrong)

@@ -12,6 +12,7 @@ import torch
 from virft_fast.batch import Prompt, Rollouts
 from virft_fast.config import EvalConfig, usage
 from virft_fast.evaluation.questions import ExtentFor
+from virft_fast.models.families import why_plain
 from virft_fast.models.processing import load_processor, resized
 from virft_fast.models.source import find_model
 from virft_fast.rollout import Rollout, Sampling
@@ -22,7 +23,7 @@ from virft_fast.rollout.backends import (
     with_own_history,
 )
 from virft_fast.rollout.speculation import History
-from virft_fast.tasks.coordinates import FAMILY_SPACE
+from virft_fast.tasks.coordinates import space_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class EvaluatedModel:
             device=device,
         )
         self.source = find_model(config.model_name_or_path, config.model_revision)
+        config.settle_backend(why_plain(self.source.config.model_type))
         self.processor = load_processor(
             self.source,
             min_pixels=config.min_pixels,
@@ -89,7 +91,7 @@ class EvaluatedModel:
 
     def extent_for(self) -> ExtentFor | None:
         """The coordinate space of boxes in the model's family; None: 0..1000."""
-        if FAMILY_SPACE[self.family] != "pixels":
+        if space_of(self.family) != "pixels":
             return None
         images = self.processor.image_processor
         low, high = images.size["shortest_edge"], images.size["longest_edge"]
@@ -98,7 +100,7 @@ class EvaluatedModel:
 
     def warn_of_space(self, *, in_pixels: bool) -> None:
         """Warn if boxes of the data set and of the model's family differ in coordinate space."""
-        if in_pixels != (FAMILY_SPACE[self.family] == "pixels"):
+        if in_pixels != (space_of(self.family) == "pixels"):
             own, other = ("0..1000", "pixels") if in_pixels else ("pixels", "0..1000")
             logger.warning(
                 f"{self.family} answers with boxes in {own}, but {self.config.dataset_name} has "

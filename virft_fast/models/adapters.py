@@ -25,7 +25,7 @@ from torch import nn
 from virft_fast.arguments import expecting, need_package
 from virft_fast.batch import Json, Row
 from virft_fast.config import ModelConfig
-from virft_fast.models.families import base, core
+from virft_fast.models.families import base, core, in_tower, tower_names
 from virft_fast.models.source import BASE_FOLDER, CONFIG_FILE, ModelSource
 from virft_fast.models.tiny import resolve_model_path
 
@@ -39,7 +39,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 TRAINED, REFERENCE = "default", "reference"  # names of the adapters in a model
 
 _LAYERS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
-LORA_DEFAULTS: Row = {"r": 16, "alpha": 32, "target_modules": _LAYERS}
+LORA_DEFAULTS: Row = {"r": 16, "alpha": 32, "target_modules": _LAYERS}  # of Qwen2 to 3-VL
 
 # Settings that a continued adapter may have: peft applies them in the layers and saves them again.
 _KEPT = {
@@ -114,8 +114,11 @@ def plan_lora(model: ModelConfig, source: ModelSource) -> tuple[ModelConfig, Lor
 def _plan(source: ModelSource, given: Row) -> LoraPlan:
     name, own = source.name, source.adapter
     requested: Row = {key: value for key, value in given.items() if value}
+    default = LORA_DEFAULTS
+    if not given["target_modules"] and (own is None or isinstance(own.get("target_modules"), str)):
+        default = LORA_DEFAULTS | {"target_modules": source.linear_layers}
     if own is None:
-        return LoraPlan("new", name, source, **{**LORA_DEFAULTS, **requested})
+        return LoraPlan("new", name, source, **{**default, **requested})
     settings = _settings(own)
     agree = all(settings.get(key) == value for key, value in requested.items())
     if agree and len(source.chain) == 2:
@@ -124,7 +127,7 @@ def _plan(source: ModelSource, given: Row) -> LoraPlan:
         return LoraPlan("continued", name, base, **settings)
     if isinstance(own.get("target_modules"), str):  # a pattern, which may not match this model
         settings.pop("target_modules")
-    return LoraPlan("stacked", name, source, **{**LORA_DEFAULTS, **settings, **requested})
+    return LoraPlan("stacked", name, source, **{**default, **settings, **requested})
 
 
 def _settings(config: Row) -> Row:
@@ -166,13 +169,14 @@ def add_lora(
 ) -> PeftModel:
     """The model with a new LoRA adapter on its language model; everything else is frozen."""
     peft = need_package("--use_peft", "peft", "peft", "peft")
-    _check_targets(model, target_modules)
+    tower = tower_names(model)
+    _check_targets(model, target_modules, tower)
     config = peft.LoraConfig(
         r=r,
         lora_alpha=alpha,
         target_modules=list(target_modules),
         # The vision tower of Qwen2.5-VL has layers with the same names.
-        exclude_modules=r".*\bvisual\b.*",
+        exclude_modules=rf".*\b({'|'.join(tower)})\b.*",
         revision=revision,
     )
     adapted = peft.get_peft_model(model, config)
@@ -181,10 +185,10 @@ def add_lora(
     return adapted
 
 
-def _check_targets(model: nn.Module, target_modules: Sequence[str]) -> None:
+def _check_targets(model: nn.Module, target_modules: Sequence[str], tower: Sequence[str]) -> None:
     """Raise ValueError if any name matches no layer; peft raises only if no name matches."""
     linear = [f".{name}" for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    layers = [name for name in linear if "visual" not in name.split(".")]
+    layers = [name for name in linear if not in_tower(tower, name)]
     for target in target_modules:
         if not any(name.endswith(f".{target}") for name in layers):
             names = sorted({name.rsplit(".", 1)[1] for name in layers} - {"lm_head"})

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from virft_fast.batch import Row
-from virft_fast.models.families import Processor
+from virft_fast.models.families import FAMILIES, Processor
 
 if TYPE_CHECKING:
     from _typeshed import TraceFunction
@@ -68,6 +68,7 @@ def render(processor: Processor, messages: Sequence[Row]) -> str:
         ValueError: the template fails, or takes longer than `LIMIT_S` between two operations.
     """
     ends = time.thread_time() + LIMIT_S
+    in_parts = getattr(processor, "model_type", "qwen2_vl") not in FAMILIES
 
     def trace(frame: FrameType, event: str, arg: object) -> TraceFunction | None:
         if time.thread_time() > ends:
@@ -80,15 +81,21 @@ def render(processor: Processor, messages: Sequence[Row]) -> str:
     try:
         sys.settrace(trace)  # works in every thread, unlike a signal
         try:
-            return processor.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
+            chat = [_in_parts(message) for message in messages] if in_parts else list(messages)
+            return processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         finally:
             sys.settrace(before)
     except _TooLong:
         raise ValueError(f"the chat template fails: no end after {LIMIT_S:g} s") from None
     except Exception as error:  # a template can raise anything
         raise ValueError(f"the chat template fails: {_describe(error)}") from error
+
+
+def _in_parts(message: Row) -> Row:
+    """A message whose text is a list of parts: many templates read nothing else."""
+    content = message["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return {**message, "content": parts}
 
 
 def _in_child(function: Callable[[], str]) -> str:

@@ -1,11 +1,13 @@
-"""Qwen's vision-language families: a table of their differences, and types for their common parts.
+"""The families of vision-language models: a table of what is special, and types for common parts.
 
+The table holds Qwen's families, whose prompts are shared. Any other model of transformers'
+`AutoModelForImageTextToText` is `PLAIN`: `models/plain.py` runs it through transformers' own code.
 The types are transformers' classes, reduced to the attributes that this package uses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -26,23 +28,42 @@ class Family:
     """The properties that distinguish a family.
 
     Attributes:
-        processor, video_processor: names of transformers' classes.
+        processor, video_processor: names of transformers' classes; empty: its files say.
         flat: a released config.json has the language model's fields at its top level, not in
             `text_config`.
         deepstack: the vision tower also computes features for the first language layers.
     """
 
-    processor: str
-    video_processor: str
+    processor: str = ""
+    video_processor: str = ""
     flat: bool = True
     deepstack: bool = False
 
+    @property
+    def is_qwen(self) -> bool:
+        """Whether it has Qwen-VL's parts: patches with a grid, `visual`, rotary positions."""
+        return bool(self.processor)
 
+
+PLAIN = Family()
+# Plain families whose losses, rollouts and files the tests compare with transformers' own.
+CHECKED = ("gemma3", "internvl", "idefics3", "smolvlm", "llava_onevision", "glm4v")
 FAMILIES = {
     "qwen2_vl": Family("Qwen2VLProcessor", "Qwen2VLVideoProcessor"),
     "qwen2_5_vl": Family("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
     "qwen3_vl": Family("Qwen3VLProcessor", "Qwen3VLVideoProcessor", flat=False, deepstack=True),
 }
+
+
+def family_of(model_type: str) -> Family:
+    return FAMILIES.get(model_type, PLAIN)
+
+
+def why_plain(model_type: str) -> str | None:
+    """Why neither training nor rollouts share a family's prompts; None if they may."""
+    if family_of(model_type).is_qwen:
+        return None
+    return f"{model_type} runs through transformers' own code, without shared prompts"
 
 
 class TextConfig(Protocol):
@@ -70,10 +91,14 @@ class QwenConfig(Protocol):
 
 class QwenCore(Protocol):
     visual: nn.Module
+    forward: Callable[..., Json]
     language_model: Qwen3VLTextModel  # or its counterpart in another family
     get_input_embeddings: Callable[[], nn.Embedding]
     get_image_features: Callable[..., Json]
     get_rope_index: Callable[..., tuple[Tensor, Tensor]]
+    get_decoder: Callable[[], nn.Module]
+    named_children: Callable[[], Iterator[tuple[str, nn.Module]]]
+    parameters: Callable[[], Iterator[nn.Parameter]]
 
 
 class QwenVL(Protocol):
@@ -93,17 +118,33 @@ def base(model: nn.Module) -> QwenVL:
 
 
 def core(model: nn.Module) -> QwenCore:
-    """The part that holds `visual` and `language_model`."""
+    """The part that holds the vision tower and the language model: everything but the head."""
     return base(model).model
 
 
+def tower_names(model: nn.Module) -> list[str]:
+    """The modules beside the language model: the vision tower and its projector."""
+    language = core(model).get_decoder()
+    return [name for name, module in core(model).named_children() if module is not language]
+
+
+def in_tower(names: Collection[str], name: str) -> bool:
+    """Whether the module or parameter `name` belongs to one of `tower_names`."""
+    return not set(names).isdisjoint(name.split("."))
+
+
+def tower_parameters(model: nn.Module) -> list[nn.Parameter]:
+    language = {id(parameter) for parameter in core(model).get_decoder().parameters()}
+    return [p for p in core(model).parameters() if id(p) not in language]
+
+
 def freeze_vision_tower(model: nn.Module) -> None:
-    for parameter in core(model).visual.parameters():
+    for parameter in tower_parameters(model):
         parameter.requires_grad_(False)
 
 
 class Processor(Protocol):
-    """The interface of `ImageOnlyQwen2VLProcessor`, which documents it."""
+    """The interface of `processing.ImageOnlyQwen2VLProcessor` and `processing.image_only`."""
 
     tokenizer: Tokenizer
     image_processor: Any
@@ -111,6 +152,7 @@ class Processor(Protocol):
     chat_template: str | dict[str, str] | None
     base_files: dict[str, bytes]
     model_type: str
+    placeholder: str
 
     def __call__(self, *args: Any, **options: Any) -> BatchEncoding: ...
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...

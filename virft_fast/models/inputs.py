@@ -6,8 +6,9 @@ Shapes: B prompts, N completions of any lengths, S completion tokens in all, R r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class ModelInputs:
     Attributes:
         input_ids: (R, L) int64.
         attention_mask: (R, L) int64, 0 at padding; None for a packed row.
-        position_ids: (3, R, L) int64, multimodal rotary positions.
+        position_ids: (3, R, L) int64, multimodal rotary positions; (1, R, L) without those.
         image_places: (image tokens,) int64, which of the R * L tokens are image tokens.
         pixel_values, image_grid_thw: the images of the B prompts, each once; None without images.
             The grid is on the CPU. Never change them in place, because they may belong to a
@@ -38,6 +39,7 @@ class ModelInputs:
         cu_seqlens: (N + 1,) int32 on the CPU, the start of each completion, followed by S.
         groups: the groups' positions in a packed row; empty if each completion has its own row.
         vision: `vision_metadata` of the images, on the model's device; empty without images.
+        image_inputs, token_inputs: as in Prompt; of all prompts, and (R, L) each.
     """
 
     input_ids: Tensor
@@ -52,12 +54,27 @@ class ModelInputs:
     cu_seqlens: Tensor
     groups: tuple[Group, ...] = ()
     vision: Row = field(default_factory=dict)
+    image_inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    token_inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def images(self) -> dict[str, Tensor]:
+        """The processor's tensors of the images, by name; empty without images."""
+        own = {"pixel_values": self.pixel_values, "image_grid_thw": self.image_grid_thw}
+        found = {name: value for name, value in own.items() if value is not None}
+        return {**found, **self.image_inputs}
 
     def per_prompt(self, image_features: Tensor) -> tuple[Tensor, ...]:
         """Split `Policy.image_features` by prompt. A blank image's features belong to no prompt."""
         if self.pixel_values is None:
             image_features = image_features[:0]
         return image_features.split([tokens for tokens, _ in self.image_copies])
+
+    def per_row(self, image_features: Tensor) -> Tensor:
+        """Repeat a prompt's features for each row that reads it."""
+        copies = (copies for _, copies in self.image_copies)
+        per_prompt = zip(self.per_prompt(image_features), copies, strict=True)
+        return torch.cat([features for features, n in per_prompt for _ in range(n)])
 
     def to(self, device: torch.device) -> ModelInputs:
         """The inputs on the device, except `vision` and what only the host reads."""
@@ -66,6 +83,9 @@ class ModelInputs:
             for name, value in vars(self).items()
             if isinstance(value, Tensor) and name not in ("image_grid_thw", "cu_seqlens")
         }
+        for name in ("image_inputs", "token_inputs"):
+            values = getattr(self, name).items()
+            moved[name] = {key: to_device(value, device) for key, value in values}
         return replace(self, **moved)
 
 
@@ -77,26 +97,36 @@ def encode_prompt(processor: Processor, sample: Sample) -> Prompt:
             can't be processed.
     """
     text = chat_template.render(processor, sample.messages)
-    image_token = processor.image_token
-    if text.count(image_token) != len(sample.images):
-        raise ValueError(
-            f"expected {len(sample.images)} image placeholders in the prompt, got "
-            f"{text.count(image_token)}; the text must not hold {image_token} itself"
-        )
+    image_token, tokenizer = processor.image_token, processor.tokenizer
+    placeholder = getattr(processor, "placeholder", image_token)
+    for token, expected in {placeholder: 0, image_token: len(sample.images)}.items():
+        if text.count(token) != expected:
+            raise ValueError(
+                f"expected {expected} image placeholders in the prompt, got {text.count(token)}; "
+                f"the text must not hold {token} itself"
+            )
     images = list(sample.images) or None
-    encoded = processor(text=[text], images=images, return_tensors="pt")
-    input_ids = encoded["input_ids"][0]
-    is_image = input_ids == processor.tokenizer.convert_tokens_to_ids(image_token)
+    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    # The tokenizer would add BOS again.
+    options: Row = {"add_special_tokens": False} if begins else {}
+    encoded = processor(text=[text], images=images, return_tensors="pt", **options)
+    ids = encoded["input_ids"]
+    made = {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
+    others = {name: value for name, value in made.items() if name not in _OWN_FIELDS}
     return Prompt(
         sample=sample,
         text=text,
-        input_ids=input_ids,
-        mm_token_type_ids=is_image.long(),
-        pixel_values=encoded["pixel_values"] if images else None,
-        image_grid_thw=encoded["image_grid_thw"] if images else None,
+        input_ids=ids[0],
+        mm_token_type_ids=(ids[0] == tokenizer.convert_tokens_to_ids(placeholder)).long(),
+        pixel_values=made["pixel_values"] if images else None,
+        image_grid_thw=made.get("image_grid_thw") if images else None,
+        image_inputs={n: value for n, value in others.items() if value.shape != ids.shape},
+        token_inputs={n: value[0] for n, value in others.items() if value.shape == ids.shape},
     )
 
 
+# A prompt has fields for these, or makes them itself.
+_OWN_FIELDS = {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"}
 # Special tokens that are never text: those of the chat format, and image and video placeholders.
 _CONTROL_TOKENS = {
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -110,7 +140,8 @@ def control_token_ids(tokenizer: Tokenizer) -> set[int]:
     added count as text."""
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     added = tokenizer.added_tokens_decoder.items()
-    control = {i for i, token in added if token.content in _CONTROL_TOKENS}
+    names = vars(tokenizer).get("control_tokens", _CONTROL_TOKENS)  # see `load_processor`
+    control = {i for i, token in added if token.content in names}
     return control | {i for i in ends if i is not None}
 
 
@@ -142,7 +173,7 @@ def collate(
     """Like `Policy.collate`, on the CPU.
 
     Args:
-        positions: (3, P) rotary positions of each prompt.
+        positions: (3, P) or (1, P) rotary positions of each prompt.
     """
     given = (prompts, positions, completions)
     rows = _pack(*given) if packed else _pad(*given, pad_token_id)
@@ -150,29 +181,38 @@ def collate(
     flat = [ids for group in completions for ids in group]
     copies = [1 if packed else len(group) for group in completions]
     tokens = [int(prompt.mm_token_type_ids.sum()) for prompt in prompts]
-    pixels, grid = _images(prompts)
     return ModelInputs(
         **rows,
         image_places=is_image.flatten().nonzero()[:, 0],
-        pixel_values=pixels,
-        image_grid_thw=grid,
+        pixel_values=_join(prompt.pixel_values for prompt in prompts),
+        image_grid_thw=_join(prompt.image_grid_thw for prompt in prompts),
         image_copies=tuple(zip(tokens, copies, strict=True)),
         completion_ids=torch.cat([*flat, torch.zeros(0, dtype=torch.long)]),
         cu_seqlens=torch.tensor([0, *(len(ids) for ids in flat)]).cumsum(0).int(),
+        image_inputs={
+            name: _join(prompt.image_inputs.get(name) for prompt in prompts)
+            for name in sorted({name for prompt in prompts for name in prompt.image_inputs})
+        },
     )
 
 
-def _images(prompts: Sequence[Prompt]) -> tuple[Tensor | None, Tensor | None]:
-    pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
-    grids = [p.image_grid_thw for p in prompts if p.image_grid_thw is not None]
-    if len(pixels) == 1:  # not copied: it is the largest tensor
-        return pixels[0], grids[0]
-    return (torch.cat(pixels), torch.cat(grids)) if pixels else (None, None)
+def _join(tensors: Iterable[Tensor | None]) -> Any:
+    """The prompts' tensors along the first axis, zeros behind shorter ones on other axes; None if
+    there is none."""
+    parts = [tensor for tensor in tensors if tensor is not None]
+    if len(parts) < 2:  # not copied: pixels are the largest tensor
+        return parts[0] if parts else None
+    shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    for number, part in enumerate(parts):
+        missing = [size - own for size, own in zip(shape, part.shape[1:], strict=True)]
+        if any(missing):
+            parts[number] = F.pad(part, [n for size in reversed(missing) for n in (0, size)])
+    return torch.cat(parts)
 
 
 def _following(positions: Tensor, length: int) -> Tensor:
     """(3, length) rotary positions of a completion, given its prompt's."""
-    return (int(positions.max()) + 1 + torch.arange(length)).expand(3, -1)
+    return (int(positions.max()) + 1 + torch.arange(length)).expand(len(positions), -1)
 
 
 def _pack(
@@ -228,10 +268,19 @@ def _pad(
             others = (F.pad(row, pad) for row in (torch.ones_like(whole), places, is_image))
             rows.append((F.pad(whole, pad, value=pad_token_id), *others))
     input_ids, attention_mask, position_ids, images = map(torch.stack, zip(*rows, strict=True))
+    repeated = [p for p, group in zip(prompts, completions, strict=True) for _ in group]
     return dict(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=position_ids.transpose(0, 1).contiguous(),
         is_image=images,
         predictors=torch.cat(predictors),
-    )
+        token_inputs={
+            name: torch.stack([
+                F.pad(p.token_inputs.get(name, torch.zeros_like(p.input_ids)),
+                      (before - len(p.input_ids), after))
+                for p in repeated
+            ])
+            for name in sorted({name for p in prompts for name in p.token_inputs})
+        },
+    )  # fmt: skip

@@ -1,9 +1,9 @@
-"""`Policy`: a Qwen-VL model with the calls that training needs.
+"""`Policy`: a vision-language model with the calls that training needs.
 
 One module call computes the hidden states of the completion tokens and the kernels' results from
-them. The vision tower runs once per prompt image. The language model also reads each prompt once,
-packed with its completions (`shared_prefix`). If its attention can't be replaced, it rereads the
-prompt for every completion.
+them. The vision tower runs once per prompt image. The language model of a Qwen-VL also reads each
+prompt once, packed with its completions (`shared_prefix`). If its attention can't be replaced, and
+in other families (`plain`), it rereads the prompt for every completion.
 
 Shapes: B prompts, N completions of any lengths, S completion tokens in all, R rows of L tokens
 (packed: R = 1), D hidden size, V vocabulary.
@@ -27,8 +27,15 @@ from virft_fast.devices import to_device
 from virft_fast.kernels import GRPOLoss, LossArgs, linear_grpo_loss, linear_logps
 from virft_fast.kernels.linear import linear_logits
 from virft_fast.kernels.reference import grpo_loss_reference, logps_reference
-from virft_fast.models import shared_prefix
-from virft_fast.models.families import FAMILIES, QwenConfig, base, core
+from virft_fast.models import plain, shared_prefix
+from virft_fast.models.families import (
+    QwenConfig,
+    base,
+    core,
+    family_of,
+    tower_parameters,
+    why_plain,
+)
 from virft_fast.models.inputs import ModelInputs, collate
 from virft_fast.models.shared_prefix import PackedAttention, read
 from virft_fast.models.vision_metadata import vision_metadata
@@ -66,12 +73,13 @@ def _add_deepstack(language_model: Any, states: Tensor, places: Tensor, features
 
 
 class Policy(nn.Module):
-    """A Qwen-VL model with the calls that training needs, each of them one module call.
+    """A vision-language model with the calls that training needs, each of them one module call.
 
     DeepSpeed wraps this module. The head owns the lm_head weight, which may be tied, so that ZeRO-3
     gathers it for the fused loss like any layer's weight.
 
     Attributes:
+        family: what is special about the model.
         unreachable: the reason why training and rollout can't share prompts; None if they can.
         vision_frozen: whether the whole vision tower is frozen.
     """
@@ -84,8 +92,9 @@ class Policy(nn.Module):
         prefix_sharing: str = "auto",
         prefix_attention: str = "auto",
     ) -> None:
-        """Wrap `model` and change it in place: route its attention through `shared_prefix.attend`,
-        which gives the same results, and turn its patch embedding into one matrix product.
+        """Wrap `model`. A Qwen-VL is changed in place: its attention goes through
+        `shared_prefix.attend`, which gives the same results, and its patch embedding becomes one
+        matrix product.
 
         Also turns off cuDNN's attention in this process. It builds a plan, which takes up to half a
         second, for every new combination of sizes and strides; packed rows rarely repeat one.
@@ -96,20 +105,28 @@ class Policy(nn.Module):
                 "on", "off", or "auto" (on if the model's attention can be replaced).
             prefix_attention: of packed rows; see `shared_prefix.core_kind`.
         Raises:
-            ValueError: prefix_sharing is "on", but the attention can't be replaced.
+            ValueError: prefix_sharing is "on", but the attention can't be replaced; or the model
+                lacks a part that is needed.
         """
         super().__init__()
         torch.backends.cuda.enable_cudnn_sdp(False)
         self.model = model
-        self.head = Head(base(model).lm_head, loss_impl)
-        visual = core(model).visual
-        _project_patches(visual)
-        language_model: Any = core(model).language_model
-        if hasattr(language_model, "_deepstack_process"):
-            language_model._deepstack_process = MethodType(_add_deepstack, language_model)
-        self.vision_frozen = not any(p.requires_grad for p in visual.parameters())
-        # Install even with prefix_sharing "off", because the rollout also shares prompts.
-        self.unreachable = reason = shared_prefix.install(core(model).language_model)
+        self.family = family_of(base(model).config.model_type)
+        self.vision_frozen = not any(p.requires_grad for p in tower_parameters(model))
+        rule: tuple[float, float | None] = (1.0, None)
+        if self.family.is_qwen:
+            _project_patches(core(model).visual)
+            language_model: Any = core(model).language_model
+            if hasattr(language_model, "_deepstack_process"):
+                language_model._deepstack_process = MethodType(_add_deepstack, language_model)
+            # Install even with prefix_sharing "off", because the rollout also shares prompts.
+            self.unreachable = shared_prefix.install(language_model)
+        else:
+            plain.check_usable(model)
+            rule = plain.logits_rule(model)
+            self.unreachable = why_plain(base(model).config.model_type)
+        self.head = Head(base(model).lm_head, loss_impl, *rule)
+        reason = self.unreachable
         if reason is not None and prefix_sharing == "on":
             raise ValueError(
                 f"--prefix_sharing on: expected a model whose attention can be reached, but "
@@ -147,7 +164,9 @@ class Policy(nn.Module):
         return self.head(hidden, inputs, temperature, loss, loss_mask)
 
     def _completion_hidden(self, inputs: ModelInputs, image_features: Tensor) -> Tensor:
-        if not inputs.groups:
+        if not self.family.is_qwen:
+            states = plain.hidden_states(self.model, inputs, image_features)
+        elif not inputs.groups:
             mask = inputs.attention_mask
             states = self.language(inputs, image_features, attention_mask=mask)
         else:
@@ -181,10 +200,7 @@ class Policy(nn.Module):
             # the features with weight 0 gives the tower's parameters zero gradients instead of
             # none.
             return embeds + 0.0 * image_features.sum(), None
-        copies = (copies for _, copies in inputs.image_copies)
-        per_prompt = zip(inputs.per_prompt(image_features), copies, strict=True)
-        repeated = torch.cat([features for features, n in per_prompt for _ in range(n)])
-        features, *deepstack = repeated.split(embeds.shape[-1], -1)
+        features, *deepstack = inputs.per_row(image_features).split(embeds.shape[-1], -1)
         flat = embeds.flatten(0, 1).index_copy(0, inputs.image_places, features)
         embeds = flat.view(embeds.shape)
         return embeds, [features.contiguous() for features in deepstack] or None
@@ -195,38 +211,34 @@ class Policy(nn.Module):
 
         For a family with DeepStack, each row continues with the features for the first layers.
         """
-        pixel_values, grid, vision = inputs.pixel_values, inputs.image_grid_thw, inputs.vision
-        if pixel_values is None:
-            pixel_values, grid, vision = self._blank_image(inputs.input_ids.device)
-        context = torch.no_grad() if self.vision_frozen else contextlib.nullcontext()
-        with context:
-            output = core(self.model).get_image_features(
-                pixel_values, grid, return_dict=True, **vision
-            )
+        with torch.no_grad() if self.vision_frozen else contextlib.nullcontext():
+            if not self.family.is_qwen:
+                return plain.image_features(self.model, inputs)
+            images, vision = inputs.images, inputs.vision
+            if not images:
+                images, vision = self._blank_image(inputs.input_ids.device)
+            output = core(self.model).get_image_features(**images, return_dict=True, **vision)
         features = [output.pooler_output]
-        if FAMILIES[self.config.model_type].deepstack:
+        if self.family.deepstack:
             features += output.deepstack_features
         return torch.cat([f if isinstance(f, Tensor) else torch.cat(list(f)) for f in features], -1)
 
     def place_images(self, prompts: Sequence[Prompt], device: torch.device) -> list[Prompt]:
         """The prompts, with their pixels on the device in the tower's dtype. All passes of a step
         then read one copy."""
-        visual: Any = core(self.model).visual
+        dtype = next(p.dtype for p in tower_parameters(self.model) if p.is_floating_point())
         return [
-            replace(prompt, pixel_values=to_device(prompt.pixel_values, device).to(visual.dtype))
+            replace(prompt, pixel_values=to_device(prompt.pixel_values, device).to(dtype))
             if prompt.pixel_values is not None
             else prompt
             for prompt in prompts
         ]
 
-    def _blank_image(self, device: torch.device) -> tuple[Tensor, Tensor, Row]:
-        vision = self.config.vision_config
-        merge = vision.spatial_merge_size
-        channels = getattr(vision, "in_channels", getattr(vision, "in_chans", 3))
-        patch = channels * vision.temporal_patch_size * vision.patch_size**2
-        pixels = torch.zeros(merge * merge, patch, device=device)
-        grid = torch.tensor([[1, merge, merge]])
-        return pixels, grid, vision_metadata(core(self.model).visual, grid, device)
+    def _blank_image(self, device: torch.device) -> tuple[dict[str, Tensor], Row]:
+        images = plain.blank_patches(self.config.vision_config)
+        images["pixel_values"] = images["pixel_values"].to(device)
+        grid = images["image_grid_thw"]
+        return images, vision_metadata(core(self.model).visual, grid, device)
 
     def collate(
         self,
@@ -249,13 +261,16 @@ class Policy(nn.Module):
         packed = self.shares_prefix if packed is None else packed
         positions = [self.prompt_positions(prompt) for prompt in prompts]
         cpu = collate(prompts, positions, completions, pad_token_id=pad_token_id, packed=packed)
-        if cpu.image_grid_thw is not None:
+        if self.family.is_qwen and cpu.image_grid_thw is not None:
             vision = vision_metadata(core(self.model).visual, cpu.image_grid_thw, device)
             cpu = replace(cpu, vision=vision)
         return cpu.to(device)
 
     def prompt_positions(self, prompt: Prompt) -> Tensor:
-        """(3, P) rotary positions; a completion continues from their maximum plus 1 on all axes."""
+        """(3, P) rotary positions; a completion continues from their maximum plus 1 on all axes.
+        (1, P) for a model without multimodal positions."""
+        if not hasattr(core(self.model), "get_rope_index"):
+            return torch.arange(len(prompt.input_ids))[None]
         positions, _ = core(self.model).get_rope_index(
             prompt.input_ids[None],
             mm_token_type_ids=prompt.mm_token_type_ids[None],
@@ -265,11 +280,23 @@ class Policy(nn.Module):
 
 
 class Head(nn.Module):
-    """The lm_head's weight, and everything computed with it. "fused" never forms full logits."""
+    """The lm_head's weight and bias, and everything computed with them. "fused" never forms full
+    logits.
 
-    def __init__(self, lm_head: nn.Linear, loss_impl: str) -> None:
+    Attributes:
+        scale, softcap: see `plain.logits_rule`.
+    """
+
+    def __init__(
+        self, lm_head: nn.Linear, loss_impl: str, scale: float = 1.0, softcap: float | None = None
+    ) -> None:
         super().__init__()
-        self.weight = lm_head.weight
+        self.weight, self.bias, self.scale, self.softcap = (
+            lm_head.weight,
+            lm_head.bias,
+            scale,
+            softcap,
+        )
         fused = loss_impl == "fused"
         self._logps = linear_logps if fused else logps_reference
         self._loss = linear_grpo_loss if fused else grpo_loss_reference
@@ -283,14 +310,16 @@ class Head(nn.Module):
         loss_mask: Tensor | None,
     ) -> tuple[Tensor, ...]:
         hidden = hidden.to(self.weight.dtype)
+        cap = self.softcap and self.softcap / self.scale  # of the head's own output
+        options: Row = {"bias": self.bias, "softcap": cap, "temperature": temperature / self.scale}
         if loss is None:
-            return self._logps(hidden, self.weight, inputs.completion_ids, temperature=temperature)
-        options = {**vars(loss), "cu_seqlens": inputs.cu_seqlens, "temperature": temperature}
+            return self._logps(hidden, self.weight, inputs.completion_ids, **options)
+        options |= {**vars(loss), "cu_seqlens": inputs.cu_seqlens}
         out = self._loss(hidden, self.weight, inputs.completion_ids, loss_mask, **options)
         # A tuple, because ZeRO-3's hooks don't find tensors in a dataclass.
         return tuple(getattr(out, field.name) for field in fields(GRPOLoss))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(n, D) -> (n, V) float32, for sampling a few tokens."""
+        """(n, D) -> (n, V) float32, for sampling a few tokens of a Qwen-VL."""
         with torch.autocast(hidden.device.type, enabled=False):
             return linear_logits(hidden.to(self.weight.dtype), self.weight)

@@ -1,4 +1,4 @@
-"""Loads Qwen's vision-language models and prepares them for training.
+"""Loads vision-language models and prepares them for training.
 
 Some names from other modules (the imports with noqa) can also be imported from here.
 """
@@ -22,7 +22,13 @@ from virft_fast.batch import Row
 from virft_fast.config import HUB_ATTENTIONS
 from virft_fast.models import adapters as lora
 from virft_fast.models.adapters import add_lora  # noqa: F401
-from virft_fast.models.families import FAMILIES, base, core, freeze_vision_tower  # noqa: F401
+from virft_fast.models.families import (  # noqa: F401
+    FAMILIES,
+    base,
+    core,
+    freeze_vision_tower,
+    tower_names,
+)
 from virft_fast.models.inputs import banned_token_ids, control_tokens_in, encode_prompt  # noqa: F401
 from virft_fast.models.policy import Policy  # noqa: F401
 from virft_fast.models.saving import save_model  # noqa: F401
@@ -38,8 +44,8 @@ def load_model(
     empty: bool = False,
     load_in_4bit: bool = False,
 ) -> nn.Module:
-    """A Qwen-VL model from a folder, a hub id or `tiny`, in `dtype`, on the CPU. It is partitioned
-    if a DeepSpeed ZeRO-3 configuration is active.
+    """A vision-language model from a folder, a hub id or `tiny`, in `dtype`, on the CPU. It is
+    partitioned if a DeepSpeed ZeRO-3 configuration is active.
 
     Args:
         name_or_path: for an adapter's folder, the base model is loaded and the adapter merged into
@@ -48,7 +54,7 @@ def load_model(
         load_in_4bit: quantize a whole model, see `_to_4bit`; on the GPU if there is one.
     Raises:
         FileNotFoundError: the folder or hub id doesn't exist.
-        ValueError: it isn't a Qwen-VL model, or can't be read.
+        ValueError: it isn't a model of `AutoModelForImageTextToText`, or can't be read.
     """
     from transformers import AutoModelForImageTextToText as AutoModel
     from transformers import GenerationConfig
@@ -73,7 +79,10 @@ def load_model(
         options |= {"revision": revision, "use_safetensors": True, "output_loading_info": True}
         options["dtype"] = torch.float32 if adapters else dtype
         if load_in_4bit:
-            options["quantization_config"] = _to_4bit(dtype)
+            with torch.device("meta"):
+                empty_model = AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False)
+            tower = tower_names(empty_model)
+            options["quantization_config"] = _to_4bit(dtype, tower)
         with lora.undivided() if adapters else contextlib.nullcontext():
             loaded: Any = AutoModel.from_pretrained(path, trust_remote_code=False, **options)
     model, info = loaded
@@ -101,7 +110,7 @@ def load_model(
     return model
 
 
-def _to_4bit(dtype: torch.dtype) -> Any:
+def _to_4bit(dtype: torch.dtype, tower: list[str]) -> Any:
     """QLoRA's quantization (Dettmers et al. 2023, arXiv:2305.14314) with TRL's defaults: linear
     layers of the language model in NF4, one float32 scale for 64 weights; products in `dtype`.
 
@@ -113,7 +122,7 @@ def _to_4bit(dtype: torch.dtype) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["model.visual", "lm_head"],
+        llm_int8_skip_modules=[*(f"model.{name}" for name in tower), "lm_head"],
     )
 
 
@@ -175,7 +184,11 @@ def apply_liger(model: nn.Module, device: torch.device) -> None:
     # What LigerRMSNorm's forward reads beside the weight and epsilon that transformers' has.
     settings = {"offset": 0.0, "casting_mode": "llama", "in_place": True, "row_mode": None}
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
+        # Gemma's, and others with `eps`, multiply by 1 + weight.
+        if type(module).__name__.endswith("RMSNorm") and "variance_epsilon" in vars(module):
             vars(module).update(settings, forward=MethodType(norm.forward, module))
-        elif hasattr(module, "gate_proj") and "SiLU" in type(module.act_fn).__name__:
+        elif (
+            hasattr(module, "gate_proj")
+            and "SiLU" in type(getattr(module, "act_fn", None)).__name__
+        ):
             vars(module)["forward"] = MethodType(mlp.forward, module)

@@ -96,7 +96,8 @@ def save_model(
     finally:
         inner.generation_config = current
     if not has_adapter(model):
-        _rewrite(folder / "config.json", lambda config: released_config(config, dtype))
+        if inner.config.model_type in FAMILIES:
+            _rewrite(folder / "config.json", lambda config: released_config(config, dtype))
         for name, content in processor.base_files.items():
             if name not in PROCESSOR_FILES:
                 (folder / name).write_bytes(content)

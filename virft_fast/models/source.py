@@ -8,15 +8,18 @@ import functools
 import json
 import logging
 import zlib
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
+from torch import nn
 
 from virft_fast.arguments import expecting
 from virft_fast.batch import Row
-from virft_fast.models.families import FAMILIES, QwenConfig
+from virft_fast.models.families import QwenConfig, in_tower, tower_names
 from virft_fast.models.tiny import resolve_model_path
 from virft_fast.models.trust import AsksForCode, refuse_code
 
@@ -27,7 +30,8 @@ CONFIG_FILE = "adapter_config.json"
 IMAGE, VIDEO = "preprocessor_config.json", "video_preprocessor_config.json"
 BOTH = "processor_config.json"
 PROCESSOR_FILES = {
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt",
+    "added_tokens.json",
     "special_tokens_map.json", "chat_template.json", "chat_template.jinja", IMAGE, VIDEO, BOTH,
 }  # fmt: skip
 
@@ -55,7 +59,7 @@ class ModelSource:
     @cached_property
     def config(self) -> QwenConfig:
         """See `read_config`."""
-        from transformers import AutoConfig
+        from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
 
         *adapters, (path, revision) = self.chain
         try:
@@ -69,12 +73,28 @@ class ModelSource:
                 f"--model_name_or_path: expected a folder with config.json, a hub id or `tiny`, "
                 f"got {named}: {' '.join(str(error).split())[:300]}"
             ) from error
-        if config.model_type not in FAMILIES:
+        has_images = getattr(config, "image_token_id", None) is not None
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or not has_images:
             raise ValueError(
-                f"--model_name_or_path {self.name!r}: expected one of the families "
-                f"{', '.join(FAMILIES)}, got model_type {config.model_type!r}"
+                f"--model_name_or_path {self.name!r}: expected a vision-language model of "
+                "transformers' AutoModelForImageTextToText with an image token, such as a Qwen-VL, "
+                f"got model_type {config.model_type!r}; see docs/models.md"
+            )
+        if config.is_encoder_decoder:
+            raise ValueError(
+                f"--model_name_or_path {self.name!r}: expected a model whose language model only "
+                f"decodes, got {config.model_type!r} with an encoder; see docs/models.md"
             )
         return config
+
+    @cached_property
+    def linear_layers(self) -> tuple[str, ...]:
+        """The names of the language model's linear layers, sorted. Reads no weights."""
+        from transformers import AutoModelForImageTextToText as AutoModel
+
+        with torch.device("meta"):
+            model = AutoModel.from_config(deepcopy(self.config), trust_remote_code=False)
+        return linear_layers(model)
 
     def check_weights(self) -> None:
         """Check that the weight files in its folders are complete. Reads only headers; skips hub
@@ -86,7 +106,7 @@ class ModelSource:
         for folder in (name for name, _ in self.chain if Path(name).is_dir()):
             pickles = sorted(file.name for file in Path(folder).glob("*.bin"))
             hint = f"; {pickles[0]} is a pickle and not opened, convert it" if pickles else ""
-            expected = "expected the weights of a Qwen-VL model or of an adapter in safetensors"
+            expected = "expected the weights of a model or of an adapter in safetensors"
             with expecting(
                 f"--model_name_or_path {folder!r}: {expected}",
                 hint=hint or "; is the folder complete?",
@@ -109,6 +129,14 @@ class ModelSource:
             files = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin")]
             stamp += sorted([f.name, f.stat().st_size, _crc_of_blocks(f)] for f in files)
         return stamp
+
+
+def linear_layers(model: nn.Module) -> tuple[str, ...]:
+    """The names of a loaded model's linear layers in its language model, sorted."""
+    tower = tower_names(model)
+    linear = (name for name, m in model.named_modules() if isinstance(m, nn.Linear))
+    names = {name.rpartition(".")[2] for name in linear if not in_tower(tower, name)}
+    return tuple(sorted(names - {"lm_head"}))
 
 
 def find_model(name: str | ModelSource, revision: str | None = None) -> ModelSource:
@@ -222,7 +250,7 @@ def find_base_folder(name_or_path: str, revision: str | None = None) -> Path:
 
 
 def read_config(name_or_path: str, revision: str | None = None) -> QwenConfig:
-    """The configuration of a Qwen-VL model; for a LoRA adapter, its base model's.
+    """The configuration of a model; for a LoRA adapter, its base model's.
 
     Raises:
         FileNotFoundError, ValueError: as for `load_model`.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor
 
-from virft_fast.batch import Prompt, Rollouts
+from virft_fast.batch import Prompt, Rollouts, Row
 from virft_fast.models.families import Tokenizer, base
-from virft_fast.models.inputs import banned_token_ids
+from virft_fast.models.inputs import ModelInputs, banned_token_ids
+from virft_fast.models.plain import features_given, row_inputs
+from virft_fast.models.policy import Policy
 from virft_fast.rollout import Sampling, Weights, check_request, evaluating
 from virft_fast.rollout.sampling import Sampler, make_rollouts
 
@@ -52,7 +55,7 @@ class HFRollout:
             )
             # Encode the images here, once per prompt; `generate` gets embeddings instead.
             features = policy.image_features(inputs)
-            vocab_size = policy.config.text_config.vocab_size
+            vocab_size = policy.config.get_text_config().vocab_size
             sampler = Sampler(
                 sampling,
                 vocab_size=vocab_size,
@@ -62,30 +65,58 @@ class HFRollout:
                 device=self.device,
             )
             draws = _Draws(sampler)
-            embeds, deepstack = policy.embed(inputs, features)
-            if deepstack is not None:
-                raise ValueError(
-                    f"--rollout_backend hf: expected a family whose images enter as embeddings "
-                    f"alone, got {policy.config.model_type}; use the native backend"
-                )
-            mask = inputs.attention_mask
-            assert mask is not None, "rows that are not packed have an attention mask"
-            text_positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            is_qwen = policy.family.is_qwen
+            given = (_embedded if is_qwen else _as_made)(policy, inputs, features)
+            images = (
+                contextlib.nullcontext()
+                if is_qwen
+                else features_given(policy.model, inputs, features)
+            )
             limits = {"max_new_tokens": sampling.max_completion_length, "eos_token_id": stops}
             config = GenerationConfig(do_sample=False, pad_token_id=pad, **limits)
-            tokens = base(policy.model).generate(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                position_ids=torch.cat([text_positions[None], inputs.position_ids]),  # (4, N, P)
-                generation_config=config,
-                logits_processor=LogitsProcessorList([draws]),
-            )
+            with images:
+                tokens = base(policy.model).generate(
+                    **given,
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList([draws]),
+                )
+            tokens = tokens[:, -len(draws.logps) :]  # without the prompts
             kept = inputs.per_prompt(features) if policy.vision_frozen else None
         logps = torch.stack(draws.logps, 1)
         plain = torch.stack(draws.plain, 1) if draws.plain else None
         return make_rollouts(
             prompts, num_generations, tokens, logps, stops, self.tokenizer, kept, plain
         )
+
+
+def _embedded(policy: Policy, inputs: ModelInputs, features: Tensor) -> Row:
+    """What `generate` reads of a Qwen-VL's rows: embeddings, with the images in place."""
+    embeds, deepstack = policy.embed(inputs, features)
+    if deepstack is not None:
+        raise ValueError(
+            f"--rollout_backend hf: expected a family whose images enter as embeddings "
+            f"alone, got {policy.config.model_type}; use the native backend"
+        )
+    return {
+        "inputs_embeds": embeds,
+        "attention_mask": inputs.attention_mask,
+        "position_ids": _with_text_positions(inputs),
+    }
+
+
+def _as_made(policy: Policy, inputs: ModelInputs, features: Tensor) -> Row:
+    """What `generate` reads of another family's rows: the processor's own tensors."""
+    rows = row_inputs(inputs)
+    multimodal = len(inputs.position_ids) > 1
+    return rows | ({"position_ids": _with_text_positions(inputs)} if multimodal else {})
+
+
+def _with_text_positions(inputs: ModelInputs) -> Tensor:
+    """(4, N, P): the tokens' numbers, then their multimodal positions."""
+    mask = inputs.attention_mask
+    assert mask is not None, "rows that are not packed have an attention mask"
+    text_positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return torch.cat([text_positions[None], inputs.position_ids])
 
 
 @dataclass

@@ -154,7 +154,7 @@ def _make_copy(
         empty = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
     merged = {
         id(linear)
-        for layer in core(empty).language_model.layers
+        for layer in (core(empty).language_model.layers if policy.family.is_qwen else ())
         for linears in merged_linears(cast("Any", layer))
         for linear in linears
     }
@@ -183,7 +183,8 @@ def _make_copy(
             module._buffers[name] = original._buffers[name]
     whole = Policy(empty, prefix_sharing="off").eval()
     whole.vision_frozen = policy.vision_frozen
-    lay_out(core(empty).language_model)
+    if policy.family.is_qwen:
+        lay_out(core(empty).language_model)
     return whole, copied
 
 

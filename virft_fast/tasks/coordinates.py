@@ -23,6 +23,12 @@ FAMILY_SPACE: dict[str, str] = {
     "qwen3_vl": "thousand",
 }
 
+
+def space_of(family: str) -> str:
+    """The unit of a family's boxes; thousandths for one that isn't in the table."""
+    return FAMILY_SPACE.get(family, "thousand")
+
+
 Extent: TypeAlias = tuple[float, float]  # coordinates of the image's right and lower edge
 Box: TypeAlias = tuple[float, float, float, float]
 

@@ -11,6 +11,7 @@ from virft_fast.batch import Prompt
 from virft_fast.data import BadRow
 from virft_fast.engine import zero_stage
 from virft_fast.models.adapters import is_reference
+from virft_fast.models.families import in_tower, tower_names
 from virft_fast.models.qwen_vl import Policy
 from virft_fast.rollout.speculation import History
 from virft_fast.train.memory import (
@@ -61,10 +62,11 @@ def dry_run(
 
 def _print_model(blueprint: Blueprint, data: Data, policy: Policy, load: Load) -> None:
     groups: dict[str, list[int]] = {}
+    tower = tower_names(policy.model)
     for name, parameter in policy.model.named_parameters():
         if is_reference(name):
             continue
-        component = "vision tower" if "visual" in name else "language model"
+        component = "vision tower" if in_tower(tower, name) else "language model"
         counts = groups.setdefault("LoRA adapter" if "lora_" in name else component, [0, 0])
         counts[0] += parameter.numel()
         counts[1] += parameter.numel() if parameter.requires_grad else 0

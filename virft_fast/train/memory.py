@@ -20,6 +20,7 @@ from virft_fast.config import RunConfig
 from virft_fast.deepspeed_config import offloads, zero_stage
 from virft_fast.kernels.linear import MAX_TILE_ROWS, TILE_ELEMENTS
 from virft_fast.kernels.speculation import MAX_READ
+from virft_fast.models.families import family_of
 from virft_fast.models.qwen_vl import Policy
 from virft_fast.models.shared_prefix import core_kind
 from virft_fast.optimizer import EIGHT_BIT
@@ -107,10 +108,13 @@ def activation_bytes(
     precision = precision_of(config)
     recomputed = config.model.gradient_checkpointing, config.model.offload_activations
     language = _language_bytes(policy, load, precision, *recomputed, device)
-    tower = 0.0 if policy.vision_frozen else _tower_bytes(policy, load, precision, *recomputed)
+    is_qwen = family_of(policy.config.model_type).is_qwen
+    known = "" if is_qwen else ", not estimated for this family"
+    counted = is_qwen and not policy.vision_frozen
+    tower = _tower_bytes(policy, load, precision, *recomputed) if counted else 0.0
     return {
         f"activations of the language model, {load.tokens:,.0f} tokens": language,
-        f"activations of the vision tower, {load.patches:,.0f} patches": tower,
+        f"activations of the vision tower, {load.patches:,.0f} patches{known}": tower,
         "logits and the gradient of the head": _head_bytes(config, policy, load, device),
     }
 

@@ -22,7 +22,7 @@ from virft_fast.data import PromptSampler
 from virft_fast.data.writing import make_folder
 from virft_fast.metrics import COMPLETIONS_FILE, METRICS_FILE, MetricsWriter, check_trackers
 from virft_fast.models.adapters import plan_lora
-from virft_fast.models.families import Processor
+from virft_fast.models.families import Processor, why_plain
 from virft_fast.models.policy import Policy
 from virft_fast.models.processing import load_processor
 from virft_fast.models.source import BASE_FOLDER, ModelSource, find_model
@@ -71,6 +71,7 @@ def set_up(config: RunConfig, device: torch.device, watch: Watch, lock: OutputLo
         source = find_model(config.model.model_name_or_path, config.model.model_revision)
         config.model, plan = plan_lora(config.model, source)
         resume = prepare_output_dir(config, lock, source)
+        config.grpo.settle_backend(why_plain(source.config.model_type))
         adapter = plan.kind if plan else None
         saved = read_resumed(resume, config, source, adapter) if resume else {}
         processor = load_processor(

@@ -1,0 +1,438 @@
+"""Families without shared prompts: results equal transformers' own, one completion at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import CPU, largest_difference, make_prompts, make_sample, read_jsonl
+from plain_models import write_family
+from processes import run
+from torch import nn
+
+from virft_fast.kernels import LossArgs
+from virft_fast.models.families import CHECKED, base, core, freeze_vision_tower, tower_parameters
+from virft_fast.models.inputs import banned_token_ids, control_tokens_in
+from virft_fast.models.plain import logits_rule
+from virft_fast.models.processing import load_processor
+from virft_fast.models.qwen_vl import Policy, load_model, save_model
+from virft_fast.models.source import find_model
+from virft_fast.rollout import Sampling
+from virft_fast.rollout.backends import check_model, make_rollout
+
+G = 2
+
+
+@pytest.fixture(scope="module", params=CHECKED)
+def folder(request, tmp_path_factory):
+    return write_family(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    return write_family("gemma3", tmp_path_factory.mktemp("gemma"))
+
+
+@pytest.fixture(scope="module")
+def made(folder):
+    """(policy, processor, prompts): images of one size and of two, and none."""
+    return _made(folder)
+
+
+def _made(folder):
+    processor = load_processor(str(folder))
+    samples = (
+        make_sample(0, [(112, 60)]),
+        make_sample(1, [(56, 84), (112, 56)], "Which one is larger?"),
+        make_sample(2, [], "Detect every blue."),
+    )
+    return Policy(load_model(str(folder))), processor, make_prompts(processor, *samples)
+
+
+def _completions(prompts, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [3, 1, 4, 2, 5, 3]
+    drawn = [torch.randint(300, 500, (n,), generator=generator) for n in lengths]
+    return [drawn[G * i : G * i + G] for i in range(len(prompts))]
+
+
+def _alone(model, processor, prompt, completion, banned=()):
+    """(C,) log-probs of a completion, from the model's own forward on the processor's tensors."""
+    images = list(prompt.sample.images) or None
+    begins = processor.tokenizer.bos_token and prompt.text.startswith(processor.tokenizer.bos_token)
+    given = dict(processor(
+        text=[prompt.text], images=images, return_tensors="pt", add_special_tokens=not begins
+    ))  # fmt: skip
+    ids, count = given["input_ids"], len(completion)
+    for name, value in given.items():
+        if isinstance(value, torch.Tensor) and value.shape == ids.shape:
+            end = (
+                completion[None] if name == "input_ids" else torch.zeros(1, count, dtype=ids.dtype)
+            )
+            given[name] = torch.cat([value, end + (name == "attention_mask")], 1)
+    if prompt.image_grid_thw is not None:
+        given["mm_token_type_ids"] = (given["input_ids"] == model.config.image_token_id).long()
+    logits = model(**given).logits[0, -count - 1 : -1].float()
+    logits = logits.index_fill(1, torch.tensor(banned, dtype=torch.long), -torch.inf)
+    return logits.log_softmax(-1).gather(1, completion[:, None])[:, 0]
+
+
+def _gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_grpo_step_equals_a_plain_loop(made):
+    policy, processor, prompts = made
+    model, completions = policy.model, _completions(prompts)
+    advantages = torch.tensor([1.0, -0.5, 0.3, -2.0, 0.7, 1.1])
+    loss = torch.zeros(())
+    rows = [(p, c) for p, group in zip(prompts, completions, strict=True) for c in group]
+    for (prompt, completion), advantage in zip(rows, advantages, strict=True):
+        logps = _alone(model, processor, prompt, completion)
+        loss = loss - advantage * (logps - logps.detach()).exp().mean() / len(rows)
+    loss.backward()
+    expected = _gradients(model)
+    model.zero_grad()
+    inputs = policy.collate(prompts, completions, pad_token_id=0, device=CPU)
+    ours, *_ = policy(inputs, loss=LossArgs(loss_type="grpo", advantages=advantages))
+    ours.backward()
+    found = _gradients(model)
+    model.zero_grad()
+    torch.testing.assert_close(ours, loss, rtol=1e-5, atol=1e-6)
+    used = {name for name, grad in expected.items() if grad.abs().max() > 1e-7}
+    assert used <= found.keys() and any(name.startswith("model.vis") for name in used)
+    norm = torch.stack([expected[name].norm() for name in used]).norm()
+    difference = torch.stack([(found[name] - expected[name]).norm() for name in used]).norm()
+    assert difference <= 1e-5 * norm
+
+
+def test_the_tower_runs_once_per_image(made, monkeypatch):
+    policy, _, prompts = made
+    calls = []
+    own = core(policy.model).get_image_features
+
+    @functools.wraps(own)  # its signature says which tensors it takes
+    def counted(**options):
+        calls.append(options["pixel_values"].shape)
+        return own(**options)
+
+    def inputs(chosen):
+        groups = _completions(chosen)
+        return policy.collate(chosen, groups, pad_token_id=0, device=CPU)
+
+    together = inputs(prompts)
+    monkeypatch.setitem(vars(core(policy.model)), "get_image_features", counted)
+    policy(together)
+    assert calls == [together.pixel_values.shape]
+    features = policy.image_features(together)
+    policy(together, image_features=features)
+    assert len(calls) == 2
+    policy(inputs(prompts[2:]))[0].sum().backward()  # all ranks call the tower
+    assert len(calls) == 3 and together.images.keys() >= {"pixel_values"}
+    monkeypatch.undo()
+    grads = [p.grad for p in tower_parameters(policy.model)]
+    assert sum(grad is not None for grad in grads) > len(grads) / 2
+    assert not any(grad.any() for grad in grads if grad is not None)
+    policy.model.zero_grad()
+
+
+def test_a_neighbor_changes_nothing(made):
+    """Padding to other prompts' lengths, tiles and images leaves a prompt as it is."""
+    policy, _, prompts = made
+    groups = _completions(prompts)
+    with torch.no_grad():
+        together, _ = policy(policy.collate(prompts, groups, pad_token_id=0, device=CPU))
+        alone = [
+            policy(policy.collate([prompt], [group], pad_token_id=0, device=CPU))[0]
+            for prompt, group in zip(prompts, groups, strict=True)
+        ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
+
+
+def test_greedy_rollouts_equal_generate(made):
+    policy, processor, prompts = made
+    rollout = make_rollout(
+        "hf", lambda: contextlib.nullcontext(policy), processor.tokenizer, device=CPU
+    )
+    out = rollout.generate(prompts, G, Sampling(5, greedy=True))
+    tokenizer, model = processor.tokenizer, base(policy.model)
+    banned = banned_token_ids(tokenizer, model.config.get_text_config().vocab_size)
+    for row, mask in enumerate(out.completion_mask):
+        completion, prompt = out.completion_ids[row][mask], prompts[row // G]
+        with torch.no_grad():
+            logps = _alone(model, processor, prompt, completion, banned)
+        torch.testing.assert_close(out.sampling_logps[row][mask], logps, rtol=0, atol=1e-4)
+    given = dict(processor(
+        text=[prompts[1].text], images=list(prompts[1].sample.images), return_tensors="pt",
+        add_special_tokens=False,
+    ))  # fmt: skip
+    tokens = model.generate(
+        **given, do_sample=False, max_new_tokens=5, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, suppress_tokens=banned,
+    )[0, given["input_ids"].shape[1] :]  # fmt: skip
+    for row in (G, G + 1):
+        assert torch.equal(out.completion_ids[row][out.completion_mask[row]], tokens)
+
+
+def test_the_native_backend_is_refused_with_the_reason(made):
+    with pytest.raises(ValueError, match="--rollout_backend native: .*own code.*hf"):
+        check_model("native", made[0])
+
+
+def test_the_doctor_says_what_the_family_gets(folder):
+    from virft_fast.doctor import _model
+
+    found = {f.what.split(":")[0]: f for f in _model(str(folder))}
+    assert [name for name, f in found.items() if f.level == "note"] == [
+        "shared training", "native rollout",
+    ]  # fmt: skip
+    assert "--rollout_backend hf is used" in found["native rollout"].what
+
+
+def test_saved_folders_are_the_familys_own(made, folder, tmp_path):
+    """Plain transformers reads them: the weights, and files as in the base model's folder."""
+    import transformers
+
+    policy, processor, prompts = made
+    save_model(policy.model, dict(policy.model.state_dict()), processor, tmp_path)
+    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    own = dict(policy.model.state_dict())
+    assert own.keys() == again.state_dict().keys()
+    assert all(torch.equal(own[name], value) for name, value in again.state_dict().items())
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".jinja") and path.name != "config.json":
+            assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+    if policy.config.model_type in ("gemma3", "idefics3"):  # others need torchvision, for videos
+        read = transformers.AutoProcessor.from_pretrained(tmp_path)
+        assert type(read).__name__ == type(processor).__name__
+        images = list(prompts[0].sample.images)
+        given = {"text": [prompts[0].text], "images": images, "return_tensors": "pt"}
+        ours, theirs = processor(**given), read(**given)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ("input_ids", "pixel_values"))
+
+
+def test_a_turn_ends_with_the_chat_formats_token(gemma):
+    """And not with the first of generation_config.json; no control token is sampled as text."""
+    tokenizer = load_processor(str(gemma)).tokenizer
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert control_tokens_in(tokenizer, "a <image_soft_token> <|im_start|> <|box_start|>") == [
+        "<image_soft_token>", "<|im_start|>",
+    ]  # fmt: skip
+
+
+def test_a_prompt_begins_with_one_bos_token(gemma):
+    _, processor, prompts = _made(gemma)
+    bos = processor.tokenizer.bos_token_id
+    assert prompts[0].input_ids.tolist().count(bos) == 1 and prompts[0].input_ids[0] == bos
+
+
+def test_a_text_with_image_tokens_is_refused(gemma):
+    processor = load_processor(str(gemma))
+    for token in ("<start_of_image>", "<image_soft_token>"):
+        with pytest.raises(ValueError, match=f"the text must not hold {token}"):
+            make_prompts(processor, make_sample(0, text=f"what is {token}?"))
+
+
+@pytest.mark.parametrize("loss_impl", ["fused", "reference"])
+@pytest.mark.parametrize(
+    ("scale", "cap", "bias"),
+    [(0.25, None, False), (1.0, 3.0, False), (0.5, 2.0, True), (1, None, True)],
+)
+def test_scaled_and_capped_logits(gemma, monkeypatch, scale, cap, bias, loss_impl):
+    """The log-probs and gradients are those of the logits that the model itself makes."""
+    import transformers
+
+    kind = transformers.Gemma3ForConditionalGeneration
+    forward = kind.forward
+
+    def changed(self, *arguments: Any, **options: Any) -> Any:
+        output = forward(self, *arguments, **options)
+        logits = output.logits * scale
+        output.logits = logits if cap is None else cap * (logits / cap).tanh()
+        return output
+
+    monkeypatch.setattr(kind, "forward", changed)
+    model = load_model(str(gemma))
+    if bias:
+        head = nn.Linear(*reversed(model.lm_head.weight.shape))
+        head.weight = model.lm_head.weight
+        model.lm_head = head
+    found = logits_rule(model)
+    assert found[0] == pytest.approx(scale) and found[1] == (cap and pytest.approx(cap))
+    policy, processor = Policy(model, loss_impl=loss_impl), load_processor(str(gemma))
+    prompts = make_prompts(processor, make_sample(0))
+    completion = torch.tensor([400, 450, 350])
+    logps = _alone(model, processor, prompts[0], completion)
+    (-logps.mean()).backward()
+    expected = _gradients(model)
+    model.zero_grad()
+    inputs = policy.collate(prompts, [[completion]], pad_token_id=0, device=CPU)
+    torch.testing.assert_close(policy(inputs)[0], logps, rtol=1e-5, atol=1e-5)
+    policy(inputs, loss=LossArgs(loss_type="grpo", advantages=torch.ones(1)))[0].backward()
+    for name, grad in _gradients(model).items():
+        if name in expected:
+            torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-6)
+
+
+def test_other_logits_are_refused(gemma, monkeypatch):
+    import transformers
+
+    kind = transformers.Gemma3ForConditionalGeneration
+    forward = kind.forward
+
+    def shifted(self, *arguments: Any, **options: Any) -> Any:
+        output = forward(self, *arguments, **options)
+        output.logits = output.logits + 1
+        return output
+
+    monkeypatch.setattr(kind, "forward", shifted)
+    with pytest.raises(ValueError, match="scale or soft-cap its head's output at most"):
+        Policy(load_model(str(gemma), empty=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "llama"}, "a vision-language model.*got model_type 'llama'"),
+        ({"model_type": "t5gemma2"}, "only decodes, got 't5gemma2'"),
+    ],
+)
+def test_models_that_cannot_work_are_refused(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load_model(str(tmp_path), empty=True)
+
+
+def test_a_model_without_image_features_is_refused(gemma):
+    model = load_model(str(gemma), empty=True)
+    model.lm_head = nn.Sequential()
+    with pytest.raises(ValueError, match="a linear `lm_head`, got Gemma3ForConditionalGeneration"):
+        Policy(model)
+
+
+def test_pixel_bounds_are_qwens_alone(gemma):
+    with pytest.raises(ValueError, match="expected a Qwen-VL, got gemma3"):
+        load_processor(str(gemma), max_pixels=10_000)
+
+
+def test_an_adapter_covers_the_language_models_linear_layers(folder):
+    from virft_fast.models.adapters import add_lora
+
+    source = find_model(str(folder))
+    names = source.linear_layers
+    assert {"q_proj", "o_proj", "down_proj"} <= set(names) and "lm_head" not in names
+    model = add_lora(load_model(source), r=2, alpha=4, target_modules=names)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    text = {n for n, m in core(model).get_decoder().named_modules() if n.endswith("base_layer")}
+    assert len(trained) == 2 * len(text) > 0 and Policy(model).vision_frozen
+
+
+def test_a_frozen_tower_leaves_the_rest_trainable(folder):
+    model = load_model(str(folder))
+    freeze_vision_tower(model)
+    policy = Policy(model)
+    assert policy.vision_frozen and base(model).lm_head.weight.requires_grad
+    assert all(p.requires_grad for p in core(model).get_decoder().parameters())
+
+
+# (family, ZeRO stage); -1 is the plain engine. LLaVA-OneVision's core has a parameter of its own.
+RANKS = [("internvl", -1), ("gemma3", 3), ("llava_onevision", 3)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """By the number of processes and family: parameters before and after two steps, and losses."""
+    folder = tmp_path_factory.mktemp("ranks")
+    folders = {family: write_family(family, folder / family) for family, _ in RANKS}
+    results = {}
+    for processes in (1, 2):
+        stages = {family: stage if processes == 2 else -1 for family, stage in RANKS}
+        names = [f"{folders[family]}:{stage}" for family, stage in stages.items()]
+        out = folder / str(processes)
+        done = run(out, 4 // processes, *names, module="plain_ranks", processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        for family, stage in stages.items():
+            saved = torch.load(f"{out}-{family}-{stage}.pt", weights_only=True)
+            results[processes, family] = saved
+    return results
+
+
+@pytest.mark.parametrize("family", [family for family, _ in RANKS])
+def test_two_ranks_equal_one(ranks, family):
+    """One of them has images, the other text alone; nobody waits for the other's vision tower."""
+    one, two = ranks[1, family], ranks[2, family]
+    assert largest_difference(one["start"], two["start"]) == 0
+    assert largest_difference(one["start"], one["end"]) > 1e-4
+    assert largest_difference(one["end"], two["end"]) <= 1e-5
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3, abs=1e-5)
+
+
+def _train(capsys, *argv):
+    from virft_fast.train import main
+
+    status = main([*map(str, argv), "--report_to", "none"])
+    said = capsys.readouterr()
+    assert status == 0, said.err[-3000:]
+    return said
+
+
+def test_a_run_from_sft_to_evaluation(tmp_path, digits, capsys, caplog):
+    """SFT, then GRPO with an adapter that is resumed, then an evaluation of the adapter's folder,
+    from the commands' own flags; `native`, the default, becomes `hf`, and says so."""
+    from virft_fast import evaluate
+
+    base_folder = write_family("internvl", tmp_path / "base")
+    common = ["--dataset_name", digits, "--max_completion_length", 6, "--logging_steps", 1,
+              "--per_device_train_batch_size", 2]  # fmt: skip
+    sft, out = tmp_path / "sft", tmp_path / "grpo"
+    _train(capsys, "--algorithm", "sft", "--model_name_or_path", base_folder, "--output_dir", sft,
+           "--max_steps", 1, *common)  # fmt: skip
+    argv = ["--model_name_or_path", sft, "--output_dir", out, "--use_peft", "--num_generations", 2,
+            "--save_steps", 1, "--beta", 0.1, *common]  # fmt: skip
+    _train(capsys, *argv, "--max_steps", 1)
+    assert "--rollout_backend hf, because internvl runs through" in caplog.text
+    said = _train(capsys, *argv, "--max_steps", 2, "--resume_from_checkpoint", "latest")
+    assert "layers down_proj, gate_proj, k_proj, o_proj, q_proj" in said.out + said.err
+    assert [line["step"] for line in read_jsonl(out / "metrics.jsonl")] == [1, 2]
+    result = tmp_path / "answers.jsonl"
+    assert evaluate.main([
+        "--model_name_or_path", str(out), "--dataset_name", str(digits), "--split", "test",
+        "--output", str(result), "--max_completion_length", "4",
+    ]) == 0  # fmt: skip
+    assert len(read_jsonl(result)) == 8
+
+
+def test_preferences_train(tmp_path, gemma, capsys):
+    """DPO on rows with and without an image; two steps lower the loss, which starts at log 2."""
+    import datasets
+
+    texts = [("red", "blue"), ("one", "two"), ("cat", "dog"), ("left", "right")]
+    rows = datasets.Dataset.from_list([
+        {
+            "images": [make_sample(n).images[0]] * (n % 2),
+            "prompt": [{"role": "user", "content": "Which?"}],
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected}],
+        }
+        for n, (chosen, rejected) in enumerate(texts)
+    ]).cast_column("images", datasets.List(datasets.Image()))  # fmt: skip
+    rows.save_to_disk(tmp_path / "rows")
+    out = tmp_path / "out"
+    _train(capsys, "--algorithm", "dpo", "--model_name_or_path", gemma, "--output_dir", out,
+           "--dataset_name", tmp_path / "rows", "--per_device_train_batch_size", 4,
+           "--gradient_accumulation_steps", 1, "--learning_rate", 1e-3,
+           "--lr_scheduler_type", "constant", "--max_steps", 3)  # fmt: skip
+    losses = [line["loss"] for line in read_jsonl(out / "metrics.jsonl")]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[2] < losses[0]
+
+
+def test_a_dry_run_names_the_tower(tmp_path, gemma, digits, capsys):
+    said = _train(capsys, "--dry_run", "--model_name_or_path", gemma, "--dataset_name", digits,
+                  "--output_dir", tmp_path / "out").out  # fmt: skip
+    assert "vision tower" in said and "not estimated for this family" in said
+    assert "<start_of_image>" in said
