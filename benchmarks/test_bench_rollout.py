@@ -37,6 +37,7 @@ G = 8
 PROMPTS = {"tiny": 2, "cpu": 4, "2b": 8, "7b": 8}  # a rank's share of a step
 CASES = cases_of()
 CASES["cpu"]["P500-C64-alone"] = (500, 64, "alone")  # one group
+CASES["cpu"]["P500-C64-qwen3_5"] = (500, 64, "qwen3_5")
 GENERATE, STATIC = "transformers generate", "transformers generate, static cache"
 WEIGHTS = "a step's weights, copied"
 GUESSING, FIRST, SECOND = (
@@ -55,12 +56,13 @@ OTHERS = {"tiny": 2, "cpu": 16}  # prompts answered before
 
 @pytest.fixture(scope="module")
 def case(request, size):
-    prompt_length, completion_length, *alone = request.param
-    count = 1 if alone else PROMPTS[size]
+    prompt_length, completion_length, *kind = request.param
+    count = 1 if kind == ["alone"] else PROMPTS[size]
+    family = [name for name in kind if name != "alone"]
     prompts = make_prompts(make_processor(), count, prompt_length)
     tokenizer = make_processor().tokenizer
-    model = make_model(size).eval()
-    plain = make_model(size).eval()  # the same weights, as transformers builds it
+    model = make_model(size, *family).eval()
+    plain = make_model(size, *family).eval()  # the same weights, as transformers builds it
     policy = Policy(model)
     banned = [*banned_token_ids(tokenizer, SHAPES[size]["vocab_size"]), tokenizer.eos_token_id]
     options = {"device": torch.device(DEVICE)}
@@ -117,6 +119,7 @@ def case(request, size):
     notes = {name: {"peak_mib": peak_mib(run)} for name, run in runs.items()}
     runs[WEIGHTS] = weight_traffic(model, completion_length) if DEVICE == "cuda" else "needs a GPU"
     name = f"{size}: {count} x {G} completions, P={prompt_length}, C={completion_length}"
+    name += f", {family[0]}" if family else ""
     return Case(name, runs, notes, work={"tokens": count * G * completion_length})
 
 

@@ -30,6 +30,7 @@ trl = pytest.importorskip("trl", reason="TRL: not installed; pip install trl")
 G = 8
 RATE = 1e-6
 CASES = cases_of()
+CASES["cpu"]["P500-C64-qwen3_5"] = (500, 64, "qwen3_5")
 
 
 def reward(completions, **columns):
@@ -151,14 +152,16 @@ def flat_gradient(model):
 
 @pytest.fixture(scope="module")
 def case(request, size, tmp_path_factory):
-    prompt_length, completion_length = request.param
+    prompt_length, completion_length, *family = request.param
     processor = make_processor()
     sample = make_sample(processor, 0, prompt_length)
     trainer, examples = trl_trainer(
-        make_model(size), processor, sample, completion_length, tmp_path_factory.mktemp("trl")
-    )
+        make_model(size, *family), processor, sample, completion_length,
+        tmp_path_factory.mktemp("trl"),
+    )  # fmt: skip
     shared, unshared = (
-        our_state(make_model(size), processor, completion_length, how) for how in ("on", "off")
+        our_state(make_model(size, *family), processor, completion_length, how)
+        for how in ("on", "off")
     )
     check(trainer, examples, (shared, unshared), processor, sample)
     steps = {
@@ -172,6 +175,7 @@ def case(request, size, tmp_path_factory):
             step.metrics.clear()
             notes[name] |= {"train_ms": step.training, "rollout_share": step.rollout_share}
     name = f"{size}: a step, G={G}, P={prompt_length}, C={completion_length}"
+    name += f", {family[0]}" if family else ""
     return Case(name, steps, notes, work={"tokens": G * completion_length})
 
 

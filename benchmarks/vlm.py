@@ -1,4 +1,4 @@
-"""Random Qwen2-VL models and prompts of a given length, for the suites that run a whole model."""
+"""Random Qwen models and prompts of a given length, for the suites that run a whole model."""
 
 from __future__ import annotations
 
@@ -45,6 +45,22 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Qwen3.5 of the size "cpu": three layers of gated DeltaNet and one with attention, in the released
+# models' proportions.
+QWEN3_5: dict[str, Any] = {
+    "head_dim": 64, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
+    "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e7, "mrope_section": [4, 2, 2],
+        "partial_rotary_factor": 0.25,
+    },
+}  # fmt: skip
+QWEN3_5_VISION = {
+    "depth": 2, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4,
+    "num_position_embeddings": 2304,
+}  # fmt: skip
+
+
 class FixedLength(NativeRollout):
     """A rollout that never draws EOS."""
 
@@ -58,28 +74,35 @@ def cases_of(lengths: list[tuple[int, int]] = LENGTHS) -> dict[str, dict[str, tu
     return {"tiny": {"P60-C8": (60, 8)}} | {size: dict(full) for size in ("cpu", "2b", "7b")}
 
 
-def make_model(size: str) -> torch.nn.Module:
-    """A Qwen2-VL with random weights: float32 on a CPU, bfloat16 on a GPU."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+def make_model(size: str, family: str = "qwen2_vl") -> torch.nn.Module:
+    """A model with random weights: float32 on a CPU, bfloat16 on a GPU.
+
+    Args:
+        family: qwen2_vl, or qwen3_5 of the size "cpu".
+    """
+    import transformers as hf
 
     shape = dict(SHAPES[size])
     token_id = load_processor("tiny").tokenizer.convert_tokens_to_ids
     vision, section = shape.pop("vision"), shape.pop("mrope_section")
-    tied = shape["tie_word_embeddings"]
-    config = Qwen2VLConfig(
+    tied, vision["hidden_size"] = shape["tie_word_embeddings"], shape["hidden_size"]
+    shape["rope_parameters"] = {
+        "rope_type": "default", "rope_theta": 1e6, "mrope_section": section
+    }  # fmt: skip
+    make_config, make = hf.Qwen2VLConfig, hf.Qwen2VLForConditionalGeneration
+    if family == "qwen3_5":
+        shape, vision = shape | QWEN3_5, QWEN3_5_VISION | {"out_hidden_size": shape["hidden_size"]}
+        make_config, make = hf.Qwen3_5Config, hf.Qwen3_5ForConditionalGeneration
+    config = make_config(
         text_config={
             **shape,
             "max_position_embeddings": 4096,
-            "rope_parameters": {
-                "rope_type": "default", "rope_theta": 1e6, "mrope_section": section,
-            },
             "bos_token_id": token_id("<|endoftext|>"),
             "eos_token_id": token_id("<|im_end|>"),
             "pad_token_id": token_id("<|endoftext|>"),
         },
         vision_config={
-            **vision, "hidden_size": shape["hidden_size"], "patch_size": 14,
-            "spatial_merge_size": 2, "temporal_patch_size": 2,
+            **vision, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2
         },
         image_token_id=token_id("<|image_pad|>"),
         video_token_id=token_id("<|video_pad|>"),
@@ -93,7 +116,7 @@ def make_model(size: str) -> torch.nn.Module:
     torch.set_default_dtype(dtype)
     try:
         with torch.device(DEVICE):
-            model = Qwen2VLForConditionalGeneration(config)
+            model = make(config)
     finally:
         torch.set_default_dtype(before)
     with torch.no_grad():

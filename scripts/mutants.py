@@ -43,6 +43,7 @@ SAMPLING = "kernels/sampling.py"
 DECODING, SHRINKING = "rollout/decoding.py", "rollout/shrinking.py"
 GUESSES = "kernels/speculation.py"
 PREFIX = "models/shared_prefix.py"
+RECURRENT = "models/recurrent.py"
 PACKED = "kernels/prefix_attention.py"
 PACKED_TRITON = "kernels/triton_prefix_attention.py"
 TOKEN, LOSS, LINEAR = "kernels/token_loss.py", "kernels/grpo_loss.py", "kernels/linear.py"
@@ -214,8 +215,18 @@ MUTANTS = [
     Mutant("shares of a split block are lost", PACKED_TRITON, "for number in range(count):",
            "for number in range(1, count):", "tests/test_prefix_attention.py -k interpreted"),
     Mutant("a layer that bypasses the routing is not noticed", PREFIX,
-           "if len(self.layers) < num_layers:", "if False:",
+           "if len(layers) < num_layers:", "if False:",
            "tests/test_shared_prefix.py -k bypasses"),
+    Mutant("padding changes a recurrent state", RECURRENT, "view(*self.shape, -1) * self._real",
+           "view(*self.shape, -1)", "tests/test_hybrids.py -k layer_of_any"),
+    Mutant("the convolution reads the row before", RECURRENT, ".index_fill_(0, self._blank, 0.0)", "",
+           "tests/test_hybrids.py -k layer_of_any"),
+    Mutant("a completion starts from the state of another prompt", RECURRENT,
+           "state.index_select(0, self.parents)", "state.index_select(0, 0 * self.parents)",
+           "tests/test_hybrids.py -k layer_of_any"),
+    Mutant("a shrunk batch keeps other rows' states", "rollout/cache.py",
+           "select(cache.states, rows)", "cache.states[: len(rows)]",
+           "tests/test_hybrids.py -k batches_that_shrink"),
     Mutant("the nucleus' boundary", SAMPLING, "searchsorted(mass, top_p * mass[:, -1:])",
            "searchsorted(mass, top_p * mass[:, -1:], right=True)", "tests/test_rollout.py -k nucleus"),
     Mutant("top_k keeps one too few", SAMPLING, "scores < low", "scores <= low",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +51,20 @@ def make_state(
     reward: Any = letter_count,
     policy: dict[str, Any] | None = None,
     backend: str = "native",
+    make_model: Callable[[], Any] = lambda: load_model("tiny"),
     **state: Any,
 ) -> TrainState:
-    """A state to take steps with on the embedded model, on the CPU in float32."""
+    """A state to take steps with, on the CPU in float32."""
     torch.manual_seed(0)
     grpo = GRPOConfig(**{"num_generations": 2, "max_completion_length": 6, **(config or {})})
-    policy = Policy(load_model("tiny").train(), **(policy or {}))
+    policy = Policy(make_model().train(), **(policy or {}))
     optimizer = OptimizerSettings(
         **{"learning_rate": 1e-3, "max_grad_norm": 1.0, **(settings or {})}
     )
     engine = PlainEngine(policy, optimizer, device=CPU)
     reference = None
     if grpo.beta > 0:
-        reference = make_reference(Policy(load_model("tiny")), engine, None)
+        reference = make_reference(Policy(make_model()), engine, None)
     return TrainState(
         config=grpo,
         policy=policy,

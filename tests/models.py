@@ -7,6 +7,10 @@ from typing import Any
 import torch
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+# With layers of gated DeltaNet, or with experts.
+NEWER = ("qwen3_5", "qwen3_5_moe", "qwen3_vl_moe")
+CLASSES = {"qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe", "qwen3_5": "Qwen3_5",
+           "qwen3_5_moe": "Qwen3_5Moe"}  # fmt: skip
 
 
 def random_model(family: str, tokenizer: Any, *, seed: int = 0, **text: Any) -> torch.nn.Module:
@@ -43,13 +47,34 @@ def random_model(family: str, tokenizer: Any, *, seed: int = 0, **text: Any) -> 
     else:
         vision = {
             "depth": 3, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64,
-            "num_heads": 2, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
+            "num_heads": 2, "num_position_embeddings": 64,
         }  # fmt: skip
-        config = hf.Qwen3VLConfig(text_config=text, vision_config=vision | patches, **ids)
-        model = hf.Qwen3VLForConditionalGeneration(config)
+        if family.startswith("qwen3_vl"):
+            vision["deepstack_visual_indexes"] = [0, 1]
+        else:
+            text |= {
+                "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+                "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+                "linear_value_head_dim": 16,
+                "rope_parameters": {
+                    **rope, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]
+                },
+            }  # fmt: skip
+        if family.endswith("moe"):
+            text |= {
+                "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                "shared_expert_intermediate_size": 40,
+            }  # fmt: skip
+        name = CLASSES[family]
+        config = getattr(hf, f"{name}Config")
+        config = config(text_config=text, vision_config=vision | patches, **ids)
+        model = getattr(hf, f"{name}ForConditionalGeneration")(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):  # smaller than Qwen's start: sums of decays round less
+                rates = torch.rand(parameter.shape, generator=generator) * 0.2 + 0.01
+                parameter.copy_(rates.log())
+            elif parameter.ndim > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
     return model.eval()

@@ -23,6 +23,7 @@ from virft_fast.arguments import was_given
 from virft_fast.kernels import linear
 from virft_fast.models import qwen_vl, shared_prefix
 from virft_fast.models.qwen_vl import Policy, load_model
+from virft_fast.models.recurrent import PackedRecurrence
 from virft_fast.models.shared_prefix import Group, PackedAttention, read
 from virft_fast.train import memory, parse_args, setup
 from virft_fast.train.memory import Precision
@@ -43,12 +44,19 @@ TOWERS = {
                    "fullatt_block_indexes": []},
     "qwen3_vl": {"hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2048,
                  "deepstack_visual_indexes": [0]},
+    "qwen3_5": {"hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2048},
 }  # fmt: skip
 NAMES = {  # of transformers' classes: before TextConfig, VisionConfig, TextModel; the tower
     "qwen2_vl": ("Qwen2VL", "Qwen2VisionTransformerPretrainedModel"),
     "qwen2_5_vl": ("Qwen2_5_VL", "Qwen2_5_VisionTransformerPretrainedModel"),
     "qwen3_vl": ("Qwen3VL", "Qwen3VLVisionModel"),
+    "qwen3_5": ("Qwen3_5", "Qwen3_5VisionModel"),
 }
+HYBRID = {  # three layers of gated DeltaNet, and one with attention
+    "head_dim": 128, "linear_num_key_heads": 12, "linear_num_value_heads": 24,
+    "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    "rope_parameters": {**ROPE, "partial_rotary_factor": 0.25, "mrope_section": [8, 4, 4]},
+}  # fmt: skip
 DEPTH = 4
 
 
@@ -195,13 +203,14 @@ def test_activations_of_the_language_model(
     groups = [Group(0, prompt, (length,) * 8)]
     groups.append(Group(groups[0].end, prompt, (length,) * 8))
     make_config, make_model, *_ = parts(family)
-    given = {} if family != "qwen3_vl" else {"head_dim": 128}
+    given = {"qwen3_vl": {"head_dim": 128}, "qwen3_5": HYBRID}.get(family, {})
     config = make_config(
-        **SIZES[size], **given, vocab_size=8, num_hidden_layers=DEPTH, rope_parameters=ROPE,
+        **SIZES[size], **{"rope_parameters": ROPE, **given}, vocab_size=8, num_hidden_layers=DEPTH,
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     core = PackedAttention(groups, CPU, shared_prefix.core_kind(kind, device))
     assert core._core.keywords["layout"].two_part  # made outside of the fake tensors
+    rows = PackedRecurrence(groups, CPU, width=4)
     dtype = torch.bfloat16 if run == "bfloat16" else torch.float32
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = made(make_model, config, dtype)
@@ -214,7 +223,7 @@ def test_activations_of_the_language_model(
         positions = torch.zeros(3, 1, tokens, dtype=torch.long)
         with Counted() as counted:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision.autocast):
-                out = read(model, embeds * 1, positions, attention_core=core)
+                out = read(model, embeds * 1, positions, attention_core=core, recurrent_core=rows)
             out.backward(torch.empty_like(out))
     linear = sum(p.numel() for name, p in model.named_parameters() if "proj" in name)
     casts = 2 * linear * precision.autocast  # counted by `memory_estimate`

@@ -264,8 +264,9 @@ class Recorded:
         self.run = decoding._decode
         self.pool, self.replays = pool, 0
         state = decoding.state
-        tensors = [state.tokens, state.drawn, state.first_rows, decoding.read_tokens.rotation[0]]
-        tensors += [state.caches[0].prompt_keys, state.caches[0].keys]
+        tensors = [state.tokens, state.drawn, state.first_rows]
+        tensors += decoding.read_tokens.rotation or ()
+        tensors += [part for cache in state.caches.values() for part in vars(cache).values()]
         self.addresses = [(tuple(t.shape), t.data_ptr()) for t in tensors]
         self.made.append(self)
 

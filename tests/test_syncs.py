@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from virft_fast.config import DPOConfig
 from virft_fast.devices import to_device
 from virft_fast.kernels import PrefixLayout, backend, linear_grpo_loss
 from virft_fast.models.qwen_vl import Policy, encode_prompt
+from virft_fast.rollout import Sampling
 from virft_fast.rollout.native import NativeRollout
 from virft_fast.rollout.speculation import History
 
@@ -119,7 +121,19 @@ def test_sft_and_dpo_wait_twice_a_step(processor, prompts):
         assert gpu.waits.total() == WAITS_OF_TRAINING, gpu.waits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_rollouts_of_recurrent_layers_wait_no_more_than_others(processor, prompts):
+    policy = Policy(random_model("qwen3_5", processor.tokenizer)).eval()
+    rollout = NativeRollout(
+        lambda: nullcontext(policy), processor.tokenizer, device=GPU, max_cache_tokens=10**6,
+        graphs=False,
+    )  # fmt: skip
+    with PretendGPU() as gpu:
+        gpu.adopt(policy)
+        rollout.generate(prompts, 2, Sampling(40, seed=1))
+    assert gpu.waits.total() <= 2 + math.ceil(40 / 16), gpu.waits
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_5"])
 def test_no_pass_of_any_family_waits(processor, prompts, family):
     policy = Policy(random_model(family, processor.tokenizer)).train()
     answers = [[torch.tensor([5, 6, 7]), torch.tensor([5])]] * len(prompts)

@@ -9,17 +9,20 @@ STAGE is a ZeRO stage, or -1 for the plain engine; BATCH is this rank's number o
 `dropped` (no KL term, microbatches by tokens, and groups of equal rewards: rank 1's in the first
 step, most of rank 1's in the second, rank 0's in the third), `frozen` (as `dropped`, with the
 vision tower frozen), `sft` (fine-tuning with the tower frozen, rank 1 with text only and fewer
-microbatches) or `rounds` (dynamic sampling, rollouts of two steps, and most groups of equal rewards
-are rank 0's). One run after another, each with a model of its own.
+microbatches), `rounds` (dynamic sampling, rollouts of two steps, and most groups of equal rewards
+are rank 0's) or a family of `models.NEWER` (its small model, without a KL term). One run after
+another, each with a model of its own.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from helpers import CPU, letter_count, make_prompts, make_sample
+from models import NEWER, random_model
 
 from virft_fast import dist
 from virft_fast.algorithms import sft
@@ -45,6 +48,7 @@ from virft_fast.models.qwen_vl import (
     freeze_vision_tower,
     load_model,
 )
+from virft_fast.models.saving import save_model
 from virft_fast.models.tiny import resolve_model_path
 from virft_fast.rollout.backends import make_rollout
 
@@ -75,8 +79,18 @@ def all_prompts(processor, kind):
     )
 
 
-def make_policy(kind, empty=False):
-    model = load_model("tiny", empty=empty, load_in_4bit=kind == "4bit").train()
+def folder_of(kind):
+    """A model's name. That of a family in `NEWER` is made here, by rank 0."""
+    folder = Path(f"{sys.argv[1]}-{kind}")
+    if kind in NEWER and dist.is_main():
+        model = random_model(kind, processor.tokenizer)
+        save_model(model, dict(model.named_parameters()), processor, folder)
+    dist.barrier()
+    return str(folder) if kind in NEWER else "tiny"
+
+
+def make_policy(kind, folder):
+    model = load_model(folder, load_in_4bit=kind == "4bit").train()
     if kind in ADAPTED:
         torch.manual_seed(0)  # of the adapter
         model = add_lora(model, r=4, alpha=8, target_modules=["q_proj", "down_proj"])
@@ -100,9 +114,11 @@ def prepare(stage, batch, kind, processor):
         hidden_size=128,
         world_size=dist.world_size(),
     )
+    folder = folder_of(kind)
     alive = prepare_deepspeed(config, CPU) if stage >= 0 else None
-    policy = make_policy(kind)
-    reference = None if kind in ("sft", *ADAPTED, *DROPPING) else Policy(load_model("tiny"))
+    policy = make_policy(kind, folder)
+    on_policy = kind in (*DROPPING, *NEWER)
+    reference = None if on_policy or kind in ("sft", *ADAPTED) else Policy(load_model("tiny"))
     del alive
     engine = make_engine(stage, policy, settings, config, kind)
     call_reference = make_reference(reference, engine, config) if reference else engine.forward
@@ -117,7 +133,7 @@ def prepare(stage, batch, kind, processor):
             for text, value in zip(problem, values, strict=True)
         ]
 
-    beta = 0.0 if kind in DROPPING else 0.1
+    beta = 0.0 if on_policy else 0.1
     settings_of = {
         "num_generations": 2, "max_completion_length": 6, "beta": beta, "loss_type": "dapo"
     }  # fmt: skip

@@ -74,7 +74,7 @@ class EvaluatedModel:
             self.processor.tokenizer,
             device=self.device,
             max_cache_tokens=self.config.rollout_cache_tokens,
-            speculation=History() if self.config.speculates else None,
+            speculation=History() if self.config.speculates and not policy.recurrent else None,
         )
         return with_own_history(rollout)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from virft_fast.kernels.backend import triton_for
 from virft_fast.kernels.decode import add_rms_norm, find_places, rotate_and_store, silu_mul
+from virft_fast.models.recurrent import supported
 from virft_fast.models.shared_prefix import read
 
 if TYPE_CHECKING:  # other families' classes match, but lack the two norms
@@ -33,6 +34,8 @@ SUPPORTED_NORMS = ("Qwen2VLRMSNorm", "Qwen2_5_VLRMSNorm", "Qwen3VLTextRMSNorm")
 
 # (layer, query (R, Q, H, E), scaling) -> (R, Q, H * E); this pass's keys are in the cache already
 Attend = Callable[[int, Tensor, float], Tensor]
+# a `LayerCache` or a `RecurrentCache` by the layer's index
+Caches = dict[int, Any]
 # (name, shape, dtype) -> a tensor at the same address in every rollout
 Take = Callable[[str, Sequence[int], torch.dtype], Tensor]
 
@@ -94,12 +97,17 @@ class DecodeStep:
     Args:
         text: the language model, after `shared_prefix.install`.
     Attributes:
-        supported: whether the pass runs on the kernels. If not, it may also wait for the device.
+        supported: whether the pass runs on the kernels.
+        waits: whether it may wait for the device, as transformers' own forward passes do, except
+            for hybrids without experts.
     """
 
     def __init__(self, text: qwen.Qwen3VLTextModel) -> None:
         self.text = text
         self.supported = _supported(text)
+        default = getattr(text.rotary_emb, "rope_type", None) == "default"
+        experts = any(hasattr(layer.mlp, "experts") for layer in text.layers)
+        self.waits = not (self.supported or (supported(text) and default and not experts))
         self.rotation: tuple[Tensor, Tensor] | None = None  # cosine and sine, (length, E) each
         layers = cast("list[qwen.Qwen3VLTextDecoderLayer]", text.layers)
         self.layers = [_Layer.of(layer) for layer in layers] if self.supported else []
@@ -124,13 +132,13 @@ class DecodeStep:
         tokens: Tensor,
         positions: Tensor,
         lengths: Tensor,
-        caches: Sequence[LayerCache],
+        caches: Caches,
         attend: Attend,
     ) -> Tensor:
         """Read some tokens of each row, and store their keys and values.
 
         Args:
-            tokens: (R, Q) int64.
+            tokens: (R, Q) int64. Recurrent layers read one: no state could be taken back.
             positions: (R,) int64, the rotary position of each row's first token, the same on all
                 axes; the next tokens continue from it.
             lengths: (R,) int64, each row's tokens in the cache; the new ones go after them.
@@ -149,7 +157,8 @@ class DecodeStep:
         if triton_for(hidden, "triton_decode") is None:
             keys = caches[0].keys
             places = find_places(cos, sin, positions, keys, lengths, num_tokens=count)
-        for number, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+        for number, layer in enumerate(self.layers):
+            cache = caches[number]
             q_norm, k_norm = layer.head_norms
             query = rotate_and_store(
                 layer.qkv(normed).view(rows, count, -1), cos, sin, positions, cache.keys,
@@ -170,7 +179,7 @@ class DecodeStep:
         tokens: Tensor,
         positions: Tensor,
         lengths: Tensor,
-        caches: Sequence[LayerCache],
+        caches: Caches,
         attend: Attend,
     ) -> Tensor:
         rows, steps = (torch.arange(n, device=tokens.device) for n in tokens.shape)
@@ -183,9 +192,12 @@ class DecodeStep:
             query = query.transpose(1, 2).to(cache.keys.dtype).contiguous()
             return attend(layer, query, scaling).view(query.shape)
 
+        def recur(layer: Any, *inputs: Tensor) -> Tensor:
+            return caches[layer.layer_idx].read(layer, *inputs)
+
         embeds = self.text.get_input_embeddings()(tokens)
         axes = (positions[:, None] + steps).expand(3, -1, -1)
-        return read(self.text, embeds, axes, attention_core=core)
+        return read(self.text, embeds, axes, attention_core=core, recurrent_core=recur)
 
 
 def _supported(text: qwen.Qwen3VLTextModel) -> bool:
@@ -200,9 +212,10 @@ def _supported(text: qwen.Qwen3VLTextModel) -> bool:
 
 def merged_linears(layer: qwen.Qwen3VLTextDecoderLayer) -> Iterator[tuple[nn.Linear, ...]]:
     """The layer's projections that read the same states: of the attention, then of the MLP."""
-    attention, mlp = layer.self_attn, layer.mlp
-    yield attention.q_proj, attention.k_proj, attention.v_proj
-    yield mlp.gate_proj, mlp.up_proj
+    parts = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
+    for module, names in parts.items():
+        if hasattr(getattr(layer, module, None), names[0]):  # else recurrent, or experts
+            yield tuple(getattr(getattr(layer, module), name) for name in names)
 
 
 def lay_out(text: qwen.Qwen3VLTextModel) -> None:

@@ -52,6 +52,9 @@ FAMILIES = {
     "qwen2_vl": Family("Qwen2VLProcessor", "Qwen2VLVideoProcessor"),
     "qwen2_5_vl": Family("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
     "qwen3_vl": Family("Qwen3VLProcessor", "Qwen3VLVideoProcessor", flat=False, deepstack=True),
+    "qwen3_vl_moe": Family("Qwen3VLProcessor", "Qwen3VLVideoProcessor", flat=False, deepstack=True),
+    "qwen3_5": Family("Qwen3VLProcessor", "Qwen3VLVideoProcessor", flat=False),
+    "qwen3_5_moe": Family("Qwen3VLProcessor", "Qwen3VLVideoProcessor", flat=False),
 }
 
 

@@ -27,7 +27,7 @@ from virft_fast.devices import to_device
 from virft_fast.kernels import GRPOLoss, LossArgs, linear_grpo_loss, linear_logps
 from virft_fast.kernels.linear import linear_logits
 from virft_fast.kernels.reference import grpo_loss_reference, logps_reference
-from virft_fast.models import plain, shared_prefix
+from virft_fast.models import plain, recurrent, shared_prefix
 from virft_fast.models.families import (
     QwenConfig,
     base,
@@ -37,6 +37,7 @@ from virft_fast.models.families import (
     why_plain,
 )
 from virft_fast.models.inputs import ModelInputs, collate
+from virft_fast.models.recurrent import Keep, PackedRecurrence
 from virft_fast.models.shared_prefix import PackedAttention, read
 from virft_fast.models.vision_metadata import vision_metadata
 
@@ -82,6 +83,7 @@ class Policy(nn.Module):
         family: what is special about the model.
         unreachable: the reason why training and rollout can't share prompts; None if they can.
         vision_frozen: whether the whole vision tower is frozen.
+        recurrent: whether layers have a recurrent state, so that rollouts can't take tokens back.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Policy(nn.Module):
         self.model = model
         self.family = family_of(base(model).config.model_type)
         self.vision_frozen = not any(p.requires_grad for p in tower_parameters(model))
+        self.recurrent = False
         rule: tuple[float, float | None] = (1.0, None)
         if self.family.is_qwen:
             _project_patches(core(model).visual)
@@ -121,6 +124,7 @@ class Policy(nn.Module):
                 language_model._deepstack_process = MethodType(_add_deepstack, language_model)
             # Install even with prefix_sharing "off", because the rollout also shares prompts.
             self.unreachable = shared_prefix.install(language_model)
+            self.recurrent = bool(recurrent.recurrent_layers(language_model))
         else:
             plain.check_usable(model)
             rule = plain.logits_rule(model)
@@ -173,17 +177,34 @@ class Policy(nn.Module):
             device = inputs.input_ids.device
             attention = PackedAttention(inputs.groups, device, self.prefix_attention)
             states = self.language(inputs, image_features, attention_core=attention)
-            attention.check(self.config.text_config.num_hidden_layers)
+            attention.check(len(shared_prefix.attention_layers(self.config.text_config)))
         return states.flatten(0, 1).index_select(0, inputs.predictors)  # (S, D)
 
-    def language(self, inputs: ModelInputs, image_features: Tensor, **options: object) -> Tensor:
-        """(R, L, D) last hidden states; `options` are passed on to the transformers model."""
+    def language(
+        self,
+        inputs: ModelInputs,
+        image_features: Tensor,
+        keep_states: Keep | None = None,
+        **options: object,
+    ) -> Tensor:
+        """(R, L, D) last hidden states; `options` are passed on to the transformers model.
+
+        Args:
+            keep_states: receives the recurrent layers' states after the prompts of a packed row.
+        """
         embeds, deepstack = self.embed(inputs, image_features)
         if deepstack is not None:
             options["visual_pos_masks"] = inputs.image_places  # see `_add_deepstack`
             options["deepstack_visual_embeds"] = deepstack
         language_model = core(self.model).language_model
-        return read(language_model, embeds, inputs.position_ids, **options)
+        if not (self.recurrent and inputs.groups):
+            return read(language_model, embeds, inputs.position_ids, **options)
+        layers = recurrent.recurrent_layers(language_model)
+        width = layers[0].conv_kernel_size
+        rows = PackedRecurrence(inputs.groups, embeds.device, width, keep_states)
+        states = read(language_model, embeds, inputs.position_ids, recurrent_core=rows, **options)
+        shared_prefix.check_calls(rows.layers, len(layers))
+        return states
 
     def embed(
         self, inputs: ModelInputs, image_features: Tensor

@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,9 +93,10 @@ def save_model(
         if has_adapter(model):
             model.save_pretrained(str(folder), state_dict=state_dict, selected_adapters=[TRAINED])
         else:
-            inner.save_pretrained(folder, state_dict=state_dict)
+            inner.save_pretrained(folder, state_dict=_released_experts(inner, state_dict))
     finally:
         inner.generation_config = current
+        vars(inner).pop("_weight_conversions", None)
     if not has_adapter(model):
         if inner.config.model_type in FAMILIES:
             _rewrite(folder / "config.json", lambda config: released_config(config, dtype))
@@ -106,6 +108,21 @@ def save_model(
     own.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):  # by default, only their owner can read them
         path.chmod(next(folder.glob("*config.json")).stat().st_mode)
+
+
+def _released_experts(model: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in the layout of the released Qwen3-VL-MoE, whose experts' matrices are (experts,
+    inputs, outputs).
+
+    transformers (5.23) writes its own layout and reads both, but under ZeRO-3 only the released
+    one. Also turns off its conversion for the next `save_pretrained`.
+    """
+    if model.config.model_type != "qwen3_vl_moe":
+        return state_dict
+    vars(model)["_weight_conversions"] = []
+    for name in [name for name in state_dict if ".mlp.experts." in name]:
+        state_dict[name] = state_dict[name].transpose(1, 2).contiguous()
+    return state_dict
 
 
 def released_config(config: Row, dtype: torch.dtype) -> Row:

@@ -3,7 +3,7 @@
 A packed row holds whole groups, [prompt | completion 1 | ... | completion G | next prompt | ...].
 Every completion attends to its prompt and to itself, and its rotary positions continue from the
 prompt's. The transformers model's code is unchanged: its attention interface calls `attend`, which
-passes the row to the core given with the call.
+passes the row to the core given with the call. Layers with a recurrent state: see `recurrent`.
 
 Shapes: S tokens of the row, H query heads, K key/value heads, E numbers per head, G completions of
 a group, P prompt tokens, C completion tokens that the model reads: all but the last, which predicts
@@ -29,6 +29,7 @@ from virft_fast.kernels.prefix_attention import (
     prefix_attention,
     two_part_attention,
 )
+from virft_fast.models import recurrent
 
 if TYPE_CHECKING:
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel as TextModel
@@ -47,20 +48,30 @@ def install(language_model: TextModel) -> str | None:
     reason, config = unreachable(language_model), language_model.config
     if reason is None and not config._attn_implementation.startswith(_PREFIX):
         config._attn_implementation = _register(config._attn_implementation)
+        recurrent.install(language_model)
     return reason
 
 
 def unreachable(language_model: TextModel) -> str | None:
     """The reason why prompts can't be shared in this model; None if they can."""
-    config = language_model.config
-    if not getattr(language_model, "_supports_attention_backend", False):
+    config, hybrid = language_model.config, recurrent.supported(language_model)
+    # Qwen3.5 doesn't declare that its attention can be replaced, but it can.
+    if not (hybrid or getattr(language_model, "_supports_attention_backend", False)):
         return f"{type(language_model).__name__} has its attention built in"
     if dropout := getattr(config, "attention_dropout", 0.0):
         return f"attention_dropout is {dropout}, and two passes would differ"
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if hybrid:
+        others.discard("linear_attention")
     if others:
         return f"it has layers of another kind than full attention: {', '.join(sorted(others))}"
     return None
+
+
+def attention_layers(config: Any) -> list[int]:
+    """The indices of a language model's layers with attention, from its configuration."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [layer for layer, kind in enumerate(kinds) if kind != "linear_attention"]
 
 
 @functools.cache
@@ -166,11 +177,16 @@ class PackedAttention:
 
     def check(self, num_layers: int) -> None:
         """Raise RuntimeError if a layer bypassed this core."""
-        if len(self.layers) < num_layers:
-            raise RuntimeError(
-                f"expected {num_layers} layers to share the prompt, {len(self.layers)} did; pass "
-                "--prefix_sharing off for this model"
-            )
+        check_calls(self.layers, num_layers)
+
+
+def check_calls(layers: set[int], num_layers: int) -> None:
+    """Raise RuntimeError if not all layers called the core."""
+    if len(layers) < num_layers:
+        raise RuntimeError(
+            f"expected {num_layers} layers to share the prompt, {len(layers)} did; pass "
+            "--prefix_sharing off for this model"
+        )
 
 
 def _segments(groups: tuple[Group, ...], length: int, device: torch.device) -> tuple[Tensor, ...]:

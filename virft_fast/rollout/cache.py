@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from virft_fast.models.decode_step import LayerCache, Take
 from virft_fast.models.families import TextConfig
+from virft_fast.models.recurrent import RecurrentCache
+from virft_fast.models.shared_prefix import attention_layers
 from virft_fast.rollout.graphs import Graphs
 
 # The completion cache is allocated in multiples of this many tokens.
@@ -44,12 +47,14 @@ class CachePlan:
     Attributes:
         groups: B. num_generations: G.
         prompt_length: P. completion_length: T.
+        state: the memory of a completion's recurrent states, in tokens; see `state_tokens`.
     """
 
     groups: int
     num_generations: int
     prompt_length: int
     completion_length: int
+    state: int = 0
 
     @classmethod
     def rounded(
@@ -62,36 +67,40 @@ class CachePlan:
         limit: float = math.inf,
         *,
         extra: int = 0,
+        state: int = 0,
     ) -> CachePlan:
         """The plan for prompts and completions of at most these lengths, in tokens.
 
         Args:
             limit: on the plan's tokens; if they exceed it, the prompts are rounded up less.
             extra: tokens that a pass may read after a completion's end, because they are guesses.
+            state: see `CachePlan`.
         """
         width = for_device(WIDTH_STEP, device_type)
         rounded = -(-completion_length // width) * width
         completion_length = max(rounded, completion_length + extra)
         if device_type != "cuda":
-            return cls(groups, num_generations, prompt_length, completion_length)
+            return cls(groups, num_generations, prompt_length, completion_length, state)
         size = max(PROMPT_LENGTH, bucket(prompt_length))
-        plan = cls(groups, num_generations, size, completion_length)
+        plan = cls(groups, num_generations, size, completion_length, state)
         if plan.num_tokens <= limit:
             return plan
         return replace(plan, prompt_length=-(-prompt_length // PROMPT_STEP) * PROMPT_STEP)
 
     @property
     def num_tokens(self) -> int:
-        return self.groups * (self.prompt_length + self.num_generations * self.completion_length)
+        own = self.completion_length + self.state
+        return self.groups * (self.prompt_length + self.num_generations * own)
 
     def check(self, limit: float, what: str) -> None:
         """Raise ValueError, its message starting with `what`, if this exceeds `limit` tokens."""
         if self.num_tokens > limit:
+            own = self.completion_length + self.state
             raise ValueError(
                 f"{what}: with {self.num_generations} completions it needs a cache of "
                 f"{self.num_tokens:,} tokens ({self.prompt_length:,} + {self.num_generations} * "
-                f"{self.completion_length:,}, as they are allocated), expected at most {limit:,}; "
-                "lower --max_prompt_length, --num_generations or --max_completion_length, or raise "
+                f"{own:,}, as they are allocated), expected at most {limit:,}; lower "
+                "--max_prompt_length, --num_generations or --max_completion_length, or raise "
                 "--rollout_cache_tokens"
             )
 
@@ -100,7 +109,21 @@ def cache_numbers(text_config: TextConfig) -> int:
     """How many numbers one token's keys and values hold, over all layers."""
     heads = text_config.num_attention_heads
     size = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    return 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * size
+    return 2 * len(attention_layers(text_config)) * text_config.num_key_value_heads * size
+
+
+def state_tokens(text_config: TextConfig, itemsize: int) -> int:
+    """The memory of a completion's recurrent states, as a number of tokens whose keys and values,
+    of `itemsize` bytes a number, take as much."""
+    config: Any = text_config
+    layers = config.num_hidden_layers - len(attention_layers(config))
+    if not layers:
+        return 0
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    window = (2 * keys + values) * (config.linear_conv_kernel_dim - 1) * itemsize
+    size = layers * (4 * values * config.linear_key_head_dim + window)
+    return math.ceil(size / (itemsize * cache_numbers(config)))
 
 
 class Buffers:
@@ -153,13 +176,36 @@ def allocate_layer(plan: CachePlan, layer: int, value: Tensor, take: Take) -> La
     return LayerCache(*(take(f"{name}{layer}", shape, dtype) for name, shape in names.items()))
 
 
-def select_rows(cache: LayerCache, rows: Tensor, prompts: Tensor | None, used: int) -> LayerCache:
+def store_states(
+    plan: CachePlan, layer: int, inputs: Tensor, states: Tensor, first: int, take: Take
+) -> RecurrentCache:
+    """The cache of a recurrent layer, after it has been filled for all completions of some prompts.
+
+    Args:
+        inputs, states: as `recurrent.Keep` gets them. first: the number of their first prompt.
+    """
+    size, rows = plan.num_generations, plan.groups * plan.num_generations
+    cache = RecurrentCache(
+        take(f"inputs{layer}", (rows, *inputs.shape[1:]), inputs.dtype),
+        take(f"states{layer}", (rows, *states.shape[1:]), states.dtype),
+    )
+    place = slice(first * size, (first + len(states)) * size)
+    cache.inputs[place] = inputs.repeat_interleave(size, 0)
+    cache.states[place] = states.repeat_interleave(size, 0)
+    return cache
+
+
+def select_rows(
+    cache: LayerCache | RecurrentCache, rows: Tensor, prompts: Tensor | None, used: int
+) -> LayerCache | RecurrentCache:
     """The cache of some rows, at the start of the same memory.
 
     Args:
         rows: (R',) int64. prompts: (B',) int64, or None to leave all prompts in place.
         used: how many of a row's tokens are copied at most.
     """
+    if isinstance(cache, RecurrentCache):
+        return RecurrentCache(select(cache.inputs, rows), select(cache.states, rows))
     kept = [cache.prompt_keys, cache.prompt_values]
     if prompts is not None:
         kept = [select(whole, prompts) for whole in kept]

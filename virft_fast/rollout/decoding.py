@@ -29,11 +29,12 @@ from virft_fast.kernels.speculation import (
     keep_drawn,
     look_up,
 )
-from virft_fast.models.decode_step import DecodeStep, LayerCache, Take
+from virft_fast.models.decode_step import Caches, DecodeStep, LayerCache, Take
 from virft_fast.models.families import Tokenizer, core
 from virft_fast.models.inputs import ModelInputs
 from virft_fast.models.policy import Policy
-from virft_fast.models.shared_prefix import PackedAttention
+from virft_fast.models.recurrent import RecurrentCache
+from virft_fast.models.shared_prefix import PackedAttention, attention_layers
 from virft_fast.rollout.cache import (
     WIDTH_STEP,
     Buffers,
@@ -42,6 +43,7 @@ from virft_fast.rollout.cache import (
     for_device,
     select,
     select_rows,
+    store_states,
 )
 from virft_fast.rollout.observers import Observer
 from virft_fast.rollout.sampling import Sampler
@@ -75,7 +77,7 @@ class DecodeState:
         drawn: (N, max_completion_length or more) int64, the sampled tokens; after a completion's
             end they mean nothing. logps: the same shape, float32. plain: the same under temperature
             alone, or None if that is equal.
-        caches: one per layer; the prefill of the prompts allocates them.
+        caches: one per layer; the prefill of the prompts allocates and fills them.
     """
 
     tokens: Tensor
@@ -87,7 +89,7 @@ class DecodeState:
     drawn: Tensor
     logps: Tensor
     plain: Tensor | None
-    caches: list[LayerCache] = field(default_factory=list)
+    caches: Caches = field(default_factory=dict)
 
     @classmethod
     def allocate(
@@ -135,7 +137,10 @@ class DecodeState:
             active=select(self.active, rows),
             slots=select(self.slots, rows),
             first_rows=self.first_rows[: len(starts)].copy_(starts),
-            caches=[select_rows(cache, rows, prompts, used) for cache in self.caches],
+            caches={
+                layer: select_rows(cache, rows, prompts, used)
+                for layer, cache in self.caches.items()
+            },
         )
         if prompts is not None:
             state = replace(state, prompt_lengths=select(self.prompt_lengths, prompts))
@@ -175,7 +180,7 @@ class Decoding:
         self.device = self.buffers.device
         self.length = self.sampler.sampling.max_completion_length
         self.read_tokens = DecodeStep(core(self.policy.model).language_model)
-        self.graphs &= self.read_tokens.supported
+        self.graphs &= not self.read_tokens.waits
         # The kernels take any number of rows of a prompt; torch's products need equal numbers.
         self.ragged = self.graphs or self.device.type == "cuda"
         self.max_rows = self.plan.num_generations
@@ -242,22 +247,24 @@ class Decoding:
             (prompts, D) last hidden states, at each prompt's last token.
         """
         attention = PackedAttention(inputs.groups, self.device, self.policy.prefix_attention)
-        caches = self.state.caches
+        caches, plan, take = self.state.caches, self.plan, self.buffers.take
 
         def store(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-            if layer == len(caches):
-                # Use the values' dtype, because rotated keys are float32 under autocast.
-                caches.append(allocate_layer(self.plan, layer, value, self.buffers.take))
+            # Use the values' dtype, because rotated keys are float32 under autocast.
+            cache = caches[layer] = allocate_layer(plan, layer, value, take)
             for number, group in enumerate(inputs.groups, first):
                 place = slice(group.start, group.first)
-                caches[layer].prompt_keys[number, :, : group.prompt_length] = key[0, :, place]
-                caches[layer].prompt_values[number, :, : group.prompt_length] = value[0, :, place]
+                cache.prompt_keys[number, :, : group.prompt_length] = key[0, :, place]
+                cache.prompt_values[number, :, : group.prompt_length] = value[0, :, place]
                 if self.observer is not None:
                     self.observer.prompt_attention(layer, number, query[0], key[0], group, scaling)
             return attention(layer, query, key, value, scaling)
 
-        states = self.policy.language(inputs, images, attention_core=store)
-        attention.check(self.policy.config.text_config.num_hidden_layers)
+        def keep(layer: int, last: Tensor, states: Tensor) -> None:
+            caches[layer] = store_states(plan, layer, last, states, first, take)
+
+        states = self.policy.language(inputs, images, keep, attention_core=store)
+        attention.check(len(attention_layers(self.policy.config.text_config)))
         ends = torch.tensor([group.first - 1 for group in inputs.groups])
         return states[0].index_select(0, to_device(ends, self.device))
 
@@ -303,6 +310,8 @@ class Decoding:
         changed = [state.tokens, state.counters, state.active, state.drawn, state.logps]
         if self.pool is not None:
             changed += [self.pool.tokens, self.pool.table]
+        for cache in state.caches.values():
+            changed += [cache.inputs, cache.states] if isinstance(cache, RecurrentCache) else []
         seen = [] if self.sampler.seen is None else [self.sampler.seen]
         self.buffers.graphs.run(key, self._decode, [*changed, *self.observed, *seen])
 

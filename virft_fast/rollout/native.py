@@ -31,7 +31,7 @@ from virft_fast.models.families import Tokenizer, core
 from virft_fast.models.inputs import banned_token_ids
 from virft_fast.models.policy import Policy
 from virft_fast.rollout import Sampling, Weights, check_request, evaluating
-from virft_fast.rollout.cache import Buffers, CachePlan, cache_numbers
+from virft_fast.rollout.cache import Buffers, CachePlan, cache_numbers, state_tokens
 from virft_fast.rollout.decoding import Decoding
 from virft_fast.rollout.observers import Observer
 from virft_fast.rollout.sampling import Sampler, make_rollouts
@@ -52,7 +52,7 @@ class NativeRollout:
             prompts fit, they are decoded in several batches, with the same result.
         graphs: whether to capture steps as CUDA graphs; None: only on CUDA outside autocast. With
             graphs, a rollout's memory is kept for the next one if it is at most `KEPT_SHARE` of the
-            GPU's; otherwise it is freed. A model that `DecodeStep` doesn't support never has any.
+            GPU's; otherwise it is freed. A model whose pass may wait for the device has none.
         speculation: earlier answers to guess tokens from. The completions are the same as without,
             but for rounding: a pass multiplies more rows. None: don't guess.
         remembers: whether `generate` adds its answers to `speculation`; if not, the caller does.
@@ -71,6 +71,7 @@ class NativeRollout:
 
     def __post_init__(self) -> None:
         self._buffers, self.stats = Buffers(self.device), Stats()
+        self._state = 0  # `CachePlan.state`; `_cache_limit` sets it
 
     @torch.no_grad()
     def generate(
@@ -167,10 +168,11 @@ class NativeRollout:
         self, limit: float, prompts: Sequence[Prompt], num_generations: int, sampling: Sampling
     ) -> tuple[list[tuple[int, int]], int]:
         """The batches, and how many tokens a pass may read after a completion's end: 0, without
-        guesses, if room for them would make it more batches."""
+        guesses, if room for them would make it more batches, or for a model with recurrent layers,
+        whose state couldn't be taken back after a wrong guess."""
         arguments = (limit, prompts, num_generations, sampling)
         batches = list(self._batches(*arguments))
-        if self.speculation is not None:
+        if self.speculation is not None and not self._state:
             with contextlib.suppress(ValueError):
                 guessing = list(self._batches(*arguments, MAX_READ))
                 if len(guessing) == len(batches):
@@ -212,13 +214,14 @@ class NativeRollout:
         longest = max(len(prompt.input_ids) for prompt in prompts)
         length, device = sampling.max_completion_length, self.device.type
         sizes = (len(prompts), num_generations, longest, length)
-        return CachePlan.rounded(*sizes, device, limit, extra=extra)
+        return CachePlan.rounded(*sizes, device, limit, extra=extra, state=self._state)
 
     def _cache_limit(self, policy: Policy) -> float:
+        text, size = policy.config.text_config, policy.head.weight.element_size()
+        self._state = state_tokens(text, size)
         if self.max_cache_tokens is not None:
             return self.max_cache_tokens
-        size = policy.head.weight.element_size()
-        return self._buffers.capacity(cache_numbers(policy.config.text_config) * size)
+        return self._buffers.capacity(cache_numbers(text) * size)
 
     def _with_graphs(self) -> bool:
         default = self.device.type == "cuda" and not torch.is_autocast_enabled("cuda")

@@ -21,6 +21,9 @@ FAMILY_SPACE: dict[str, str] = {
     "qwen2_vl": "thousand",
     "qwen2_5_vl": "pixels",
     "qwen3_vl": "thousand",
+    "qwen3_vl_moe": "thousand",
+    "qwen3_5": "thousand",
+    "qwen3_5_moe": "thousand",
 }
 
 

@@ -82,7 +82,7 @@ def _print_model(blueprint: Blueprint, data: Data, policy: Policy, load: Load) -
     for name, size in sizes.items():
         print(f"{size / 2**20:>12,.1f} MiB  {name}")
     print(f"{sum(sizes.values()) / 2**20:>12,.1f} MiB  in all")
-    if config.grpo.speculates:
+    if config.grpo.speculates and not policy.recurrent:
         host = History().num_bytes() / 2**20
         print(f"{host:>12,.1f} MiB  of the host's memory, at most, for earlier answers")
     if device.type == "cuda":

@@ -15,16 +15,16 @@ import torch
 from virft_fast import dist
 from virft_fast.algorithms import algorithm_of
 from virft_fast.algorithms.base import Data
-from virft_fast.batch import Prompt
+from virft_fast.batch import Prompt, Row
 from virft_fast.config import RunConfig
 from virft_fast.deepspeed_config import offloads, zero_stage
 from virft_fast.kernels.linear import MAX_TILE_ROWS, TILE_ELEMENTS
 from virft_fast.kernels.speculation import MAX_READ
-from virft_fast.models.families import family_of
+from virft_fast.models.families import TextConfig, family_of
 from virft_fast.models.qwen_vl import Policy
-from virft_fast.models.shared_prefix import core_kind
+from virft_fast.models.shared_prefix import attention_layers, core_kind
 from virft_fast.optimizer import EIGHT_BIT
-from virft_fast.rollout.cache import KEPT_SHARE, CachePlan, cache_numbers
+from virft_fast.rollout.cache import KEPT_SHARE, CachePlan, cache_numbers, state_tokens
 from virft_fast.rollout.speculation import pool_bytes
 from virft_fast.train.model import Blueprint, training_dtype
 
@@ -34,7 +34,7 @@ QUANTIZED = 1 / 2 + 4 / 64  # bytes of a number in 4 bits, with its share of a f
 MOST_TOKENS, TOKEN_STEP = 16_384, 1024  # of a microbatch that `fitting_tokens` chooses
 PROMPT_LENGTH = 1024  # where no flag limits it
 # Tensors of the MLP's width that a block of the vision tower keeps.
-_TOWER_MLP = {"qwen2_vl": 3, "qwen2_5_vl": 4, "qwen3_vl": 2}
+_TOWER_MLP = {"qwen2_vl": 3, "qwen2_5_vl": 4}  # of the others 2
 
 
 @dataclass(frozen=True)
@@ -128,27 +128,52 @@ def _language_bytes(
     device: torch.device,
 ) -> float:
     text: Any = policy.config.get_text_config()
-    depth, dim, inner, width = (
-        text.num_hidden_layers, text.hidden_size, text.intermediate_size, precision.width,
-    )  # fmt: skip
-    keys_values = cache_numbers(text) // depth
+    depth, dim, width = text.num_hidden_layers, text.hidden_size, precision.width
+    full, read, inner = len(attention_layers(text)), 0, getattr(text, "intermediate_size", 0)
+    if hasattr(text, "num_experts"):
+        read = text.num_experts_per_tok
+        inner = read * text.moe_intermediate_size
+        inner += getattr(text, "shared_expert_intermediate_size", 0)
+    keys_values = cache_numbers(text) // full
     keys = keys_values // 2
     heads = keys // text.num_key_value_heads * text.num_attention_heads
     fused = policy.shares_prefix and core_kind(policy.prefix_attention, device) == "fused"
-    # Queries and attention's output, which two_part keeps as its parts and whole; the MLP.
-    token = precision.rms_norms(readers=5) * dim + width * ((3 - fused) * heads + 4 * inner)
+    # The norms and the MLP, and for each expert that a token visits, its inputs and outputs.
+    shared = precision.rms_norms(readers=5) * dim + width * (4 * inner + 3 * read * dim)
+    # Queries and attention's output, which two_part keeps as its parts and whole.
+    token = shared + width * (3 - fused) * heads
     token += 4 * text.num_attention_heads  # the log-sum-exp of attention
-    if policy.config.model_type == "qwen3_vl":  # norms of queries and keys
+    if policy.config.model_type not in ("qwen2_vl", "qwen2_5_vl"):  # norms of queries and keys
         token += (heads + keys) * (4 + width)
     # See `prefix_attention.for_query_heads`. The fused kernel reads the row where it is.
     copied = not policy.shares_prefix or (device.type == "cuda" and width == 4 and not fused)
     attended = width * (2 * heads if copied else keys_values)
     layer = load.tokens * token + (load.tokens + (0 if fused else load.joined)) * attended
-    kept = depth * layer
+    kept = full * layer
+    if full < depth:  # the gate of attention, and the other layers
+        other = load.tokens * (shared + _recurrent_bytes(text, width))
+        layer += 3 * width * heads * load.tokens
+        kept, layer = full * layer + (depth - full) * other, max(layer, other)
     if checkpointing:
         kept = layer + (0 if offload else depth * load.tokens * dim * precision.residual)
     # The last norm, and the gradients that exist at one time.
     return kept + load.tokens * ((4 + 2 * width) * dim + width * (inner + 6 * dim))
+
+
+def _widths(text: Any) -> tuple[int, int]:
+    """Channels of a gated DeltaNet's convolution, and numbers of its values."""
+    values = text.linear_num_value_heads * text.linear_value_head_dim
+    return 2 * text.linear_num_key_heads * text.linear_key_head_dim + values, values
+
+
+def _recurrent_bytes(text: Any, width: int) -> float:
+    """What a layer of gated DeltaNet keeps for each token, by transformers' torch functions;
+    flash-linear-attention keeps less. The factors are a fit to counted bytes."""
+    key, value = text.linear_key_head_dim, text.linear_value_head_dim
+    channels, values = _widths(text)
+    rule = 9 * key + 7 * value + 6 * 64 + key * value / 64  # float32, in chunks of 64 tokens
+    mixing = 2 * text.hidden_size + 3 * channels + 2 * values
+    return width * mixing + 4 * text.linear_num_value_heads * rule
 
 
 def _tower_bytes(
@@ -164,7 +189,7 @@ def _tower_bytes(
     if family == "qwen2_5_vl":
         norms = precision.rms_norms(readers=3)
     # Queries, keys and values before their rotation, queries and keys after it, and two outputs.
-    block = load.patches * (dim * (norms + 7 * width) + _TOWER_MLP[family] * inner * width)
+    block = load.patches * (dim * (norms + 7 * width) + _TOWER_MLP.get(family, 2) * inner * width)
     kept = vision.depth * block + load.patches * 8 * dim * width  # with the merger
     if checkpointing:
         inputs = 0 if offload else vision.depth * load.patches * dim * precision.residual
@@ -256,18 +281,19 @@ def memory_estimate(
     if offloads(blueprint.ds_config, "offload_param"):
         weights = 0
     device, autocast = dist.local_device(), precision_of(config).autocast
-    tokens, how = rollout_tokens(config, data, device)
+    text = policy.config.get_text_config()
+    width = 2 if config.train.bf16 or config.model.dtype == "bfloat16" else 4
+    tokens, how = rollout_tokens(config, data, text, width, device)
     guesses = max(
         (pool_bytes(b, g, prompt_tokens(config), config.grpo.max_completion_length)
-         for b, g in rollout_batches(config, data) if config.grpo.speculates),
+         for b, g in rollout_batches(config, data) if _guesses(config, text)),
         default=0,
     )  # fmt: skip
-    narrow = config.train.bf16 or config.model.dtype == "bfloat16"
     on_copy = bool(config.train.deepspeed) or autocast or config.model.use_peft
     copied = stage == 3 or (device.type == "cuda" and on_copy)
     copied &= algorithm_of(config).rolls_out(config) and not config.grpo.offload_rollout_weights
     copied &= not quantized
-    cache = tokens * cache_numbers(policy.config.get_text_config()) * (2 if narrow else 4)
+    cache = tokens * cache_numbers(text) * width
     casts = 2 * (total - quantized) if autocast else 0
     sizes = {
         "weights" + (" (with the reference)" if copies == 2 else ""): weights,
@@ -300,15 +326,35 @@ def rollout_batches(config: RunConfig, data: Data) -> list[tuple[int, int]]:
 def _linear_numbers(policy: Policy) -> tuple[int, int]:
     """Numbers in the linear layers that --load_in_4bit quantizes: in all, and in the largest."""
     text: Any = policy.config.get_text_config()
-    dim, inner, depth = text.hidden_size, text.intermediate_size, text.num_hidden_layers
-    keys_values = cache_numbers(text) // depth
+    dim, depth = text.hidden_size, text.num_hidden_layers
+    inner = getattr(text, "shared_expert_intermediate_size", None)  # not in the other experts
+    if inner is None:
+        inner = 0 if hasattr(text, "num_experts") else text.intermediate_size
+    full = len(attention_layers(text))
+    keys_values = cache_numbers(text) // full
     heads = keys_values // 2 // text.num_key_value_heads * text.num_attention_heads
-    return depth * dim * (2 * heads + keys_values + 3 * inner), dim * max(inner, heads)
+    queries = heads if full == depth else 2 * heads  # Qwen3.5's have a gate beside them
+    numbers, largest = full * (heads + queries + keys_values), max(inner, queries)
+    if full < depth:
+        channels, values = _widths(text)
+        numbers += (depth - full) * (channels + 2 * values + 2 * text.linear_num_value_heads)
+        largest = max(largest, channels)
+    return dim * (numbers + 3 * depth * inner), dim * largest
 
 
-def rollout_tokens(config: RunConfig, data: Data, device: torch.device) -> tuple[int, str]:
+def _guesses(config: RunConfig, text: TextConfig) -> bool:
+    return config.grpo.speculates and len(attention_layers(text)) == text.num_hidden_layers
+
+
+def rollout_tokens(
+    config: RunConfig, data: Data, text: TextConfig, width: int, device: torch.device
+) -> tuple[int, str]:
     """The most tokens whose keys and values a process holds at once, in a step or in the
-    evaluation, and a note that explains the number."""
+    evaluation, and a note that explains the number.
+
+    Args:
+        width: bytes of a number in the cache.
+    """
     grpo, prompt = config.grpo, prompt_tokens(config)
     batches = rollout_batches(config, data)
     if not batches:
@@ -316,8 +362,12 @@ def rollout_tokens(config: RunConfig, data: Data, device: torch.device) -> tuple
     how = f"prompts of {prompt:,}"
     if grpo.rollout_backend == "hf":
         return max(b * g * (prompt + grpo.max_completion_length) for b, g in batches), how
-    lengths, extra = (prompt, grpo.max_completion_length), MAX_READ * grpo.speculates
-    plans = [CachePlan.rounded(*batch, *lengths, device.type, extra=extra) for batch in batches]
+    lengths = (prompt, grpo.max_completion_length)
+    options: Row = {
+        "extra": MAX_READ * _guesses(config, text),
+        "state": state_tokens(text, width),
+    }
+    plans = [CachePlan.rounded(*batch, *lengths, device.type, **options) for batch in batches]
     tokens = max(plan.num_tokens for plan in plans)
     # The flag caps the cache. Without it, a GPU decodes in batches what doesn't fit.
     tokens = min(tokens, grpo.rollout_cache_tokens or tokens)

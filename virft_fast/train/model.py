@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -34,6 +35,8 @@ from virft_fast.models.qwen_vl import Policy, apply_liger, checkpoint_layers, lo
 from virft_fast.models.source import ModelSource, find_model
 from virft_fast.rollout.backends import check_model, make_rollout
 from virft_fast.rollout.speculation import History
+
+logger = logging.getLogger("virft_fast")
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,9 @@ def prepare_training(
     call_reference = engine.forward if algorithm.uses_reference(config) else None
     if reference is not None:
         call_reference = make_reference(reference, engine, ds_config)
-    history = History() if grpo.speculates else None
+    history = History() if grpo.speculates and not policy.recurrent else None
+    if policy.recurrent and grpo.speculates:
+        logger.info("rollouts guess no tokens: a recurrent state can't be taken back")
     return algorithm.make_state(
         config,
         policy=policy,
