@@ -42,6 +42,7 @@ from virft_fast.rollout.backends import make_rollout
 from virft_fast.rollout.cache import CachePlan, cache_numbers, state_tokens
 from virft_fast.rollout.native import NativeRollout
 from virft_fast.rollout.speculation import History
+from virft_fast.rollout.weights import RolloutWeights
 from virft_fast.train import main
 
 RULE = "torch_chunk_gated_delta_rule"
@@ -276,6 +277,26 @@ def test_hf_rollouts_draw_the_same(policies, processor, prompts):
     )
     out, expected = (rollout.generate(prompts, 2, sampling) for rollout in (native, hf))
     assert out.texts == expected.texts
+
+
+@pytest.mark.parametrize("family", NEWER)
+def test_rollouts_on_a_copy_of_the_weights_draw_the_same(processor, prompts, family):
+    """As under ZeRO-3 and with an adapter on a GPU. The copy's configuration names our attention
+    already."""
+    torch.manual_seed(0)
+    model = add_lora(
+        random_model(family, processor.tokenizer), r=2, alpha=4, target_modules=["q_proj"]
+    )
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    policy = Policy(model).eval()
+    copied = RolloutWeights(policy, device=CPU, dtype=torch.float32).policy()
+    out, expected = (
+        rollout_of(one, processor).generate(prompts, 2, Sampling(8, seed=1))
+        for one in (copied, policy)
+    )
+    assert torch.equal(out.completion_ids, expected.completion_ids)
 
 
 def test_recurrent_layers_are_not_asked_to_read_guesses(policies, processor, prompts):

@@ -46,9 +46,10 @@ def install(language_model: TextModel) -> str | None:
         None, or the reason why its attention can't be replaced.
     """
     reason, config = unreachable(language_model), language_model.config
-    if reason is None and not config._attn_implementation.startswith(_PREFIX):
-        config._attn_implementation = _register(config._attn_implementation)
+    if reason is None:
         recurrent.install(language_model)
+        if not config._attn_implementation.startswith(_PREFIX):  # as in a copied configuration
+            config._attn_implementation = _register(config._attn_implementation)
     return reason
 
 
