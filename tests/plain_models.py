@@ -1,5 +1,5 @@
-"""Small random models of families without shared prompts, each with its own processor, as folders
-that transformers could have written."""
+"""Small random models of families other than Qwen-VL, each with its own processor, as folders that
+transformers could have written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Child of test_plain.py: two steps of GRPO on plain families; rank 0 saves the parameters.
+"""Child of test_plain.py: two steps of GRPO on other families; rank 0 saves the parameters.
 
     torchrun --nproc_per_node W -m plain_ranks OUT BATCH FOLDER:STAGE [FOLDER:STAGE ...]
 
@@ -49,12 +49,13 @@ def take_steps(out, batch, folder, stage):
         if stage < 0
         else DeepSpeedEngine(policy, settings, config=config, device=CPU)
     )
+    backend = "native" if policy.family.shares else "hf"
     state = TrainState(
         config=GRPOConfig(num_generations=2, max_completion_length=6, beta=0.0, loss_type="dapo"),
         policy=policy,
         engine=engine,
         reference=None,
-        rollout=make_rollout("hf", engine.whole_weights, processor.tokenizer, device=CPU),
+        rollout=make_rollout(backend, engine.whole_weights, processor.tokenizer, device=CPU),
         tokenizer=processor.tokenizer,
         reward_funcs=[("letters", letter_count)],
         reward_weights=[1.0],

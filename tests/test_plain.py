@@ -1,4 +1,4 @@
-"""Families without shared prompts: results equal transformers' own, one completion at a time."""
+"""Families other than Qwen-VL: results equal transformers' own, one completion at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from processes import run
 from torch import nn
 
 from virft_fast.kernels import LossArgs
-from virft_fast.models.families import CHECKED, base, core, freeze_vision_tower, tower_parameters
+from virft_fast.models.families import (
+    CHECKED,
+    FAMILIES,
+    base,
+    core,
+    freeze_vision_tower,
+    tower_parameters,
+)
 from virft_fast.models.inputs import banned_token_ids, control_tokens_in
 from virft_fast.models.plain import logits_rule
 from virft_fast.models.processing import load_processor
@@ -28,7 +35,10 @@ from virft_fast.rollout.backends import check_model, make_rollout
 G = 2
 
 
-@pytest.fixture(scope="module", params=CHECKED)
+PLAIN = [*CHECKED, *(name for name, family in FAMILIES.items() if not family.is_qwen)]
+
+
+@pytest.fixture(scope="module", params=PLAIN)
 def folder(request, tmp_path_factory):
     return write_family(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -89,6 +99,7 @@ def _gradients(model):
 def test_a_grpo_step_equals_a_plain_loop(made):
     policy, processor, prompts = made
     model, completions = policy.model, _completions(prompts)
+    assert policy.shares_prefix == policy.family.shares
     advantages = torch.tensor([1.0, -0.5, 0.3, -2.0, 0.7, 1.1])
     loss = torch.zeros(())
     rows = [(p, c) for p, group in zip(prompts, completions, strict=True) for c in group]
@@ -154,10 +165,15 @@ def test_a_neighbor_changes_nothing(made):
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
 
 
-def test_greedy_rollouts_equal_generate(made):
+@pytest.mark.parametrize("backend", ["hf", "native"])
+def test_greedy_rollouts_equal_generate(made, backend):
     policy, processor, prompts = made
+    if backend == "native" and not policy.family.shares:
+        with pytest.raises(ValueError, match="--rollout_backend native: .*own code.*hf"):
+            check_model("native", policy)
+        return
     rollout = make_rollout(
-        "hf", lambda: contextlib.nullcontext(policy), processor.tokenizer, device=CPU
+        backend, lambda: contextlib.nullcontext(policy), processor.tokenizer, device=CPU
     )
     out = rollout.generate(prompts, G, Sampling(5, greedy=True))
     tokenizer, model = processor.tokenizer, base(policy.model)
@@ -179,19 +195,16 @@ def test_greedy_rollouts_equal_generate(made):
         assert torch.equal(out.completion_ids[row][out.completion_mask[row]], tokens)
 
 
-def test_the_native_backend_is_refused_with_the_reason(made):
-    with pytest.raises(ValueError, match="--rollout_backend native: .*own code.*hf"):
-        check_model("native", made[0])
-
-
 def test_the_doctor_says_what_the_family_gets(folder):
     from virft_fast.doctor import _model
 
     found = {f.what.split(":")[0]: f for f in _model(str(folder))}
-    assert [name for name, f in found.items() if f.level == "note"] == [
-        "shared training", "native rollout",
-    ]  # fmt: skip
-    assert "--rollout_backend hf is used" in found["native rollout"].what
+    notes = [name for name, f in found.items() if f.level == "note"]
+    if folder.name.startswith(CHECKED):
+        assert notes == ["shared training", "native rollout"]
+        assert "--rollout_backend hf is used" in found["native rollout"].what
+    else:
+        assert notes == []
 
 
 def test_saved_folders_are_the_familys_own(made, folder, tmp_path):
@@ -386,7 +399,7 @@ def test_a_run_from_sft_to_evaluation(tmp_path, digits, capsys, caplog):
     from the commands' own flags; `native`, the default, becomes `hf`, and says so."""
     from virft_fast import evaluate
 
-    base_folder = write_family("internvl", tmp_path / "base")
+    base_folder = write_family("gemma3", tmp_path / "base")
     common = ["--dataset_name", digits, "--max_completion_length", 6, "--logging_steps", 1,
               "--per_device_train_batch_size", 2]  # fmt: skip
     sft, out = tmp_path / "sft", tmp_path / "grpo"
@@ -395,7 +408,7 @@ def test_a_run_from_sft_to_evaluation(tmp_path, digits, capsys, caplog):
     argv = ["--model_name_or_path", sft, "--output_dir", out, "--use_peft", "--num_generations", 2,
             "--save_steps", 1, "--beta", 0.1, *common]  # fmt: skip
     _train(capsys, *argv, "--max_steps", 1)
-    assert "--rollout_backend hf, because internvl runs through" in caplog.text
+    assert "--rollout_backend hf, because gemma3 runs through" in caplog.text
     said = _train(capsys, *argv, "--max_steps", 2, "--resume_from_checkpoint", "latest")
     assert "layers down_proj, gate_proj, k_proj, o_proj, q_proj" in said.out + said.err
     assert [line["step"] for line in read_jsonl(out / "metrics.jsonl")] == [1, 2]

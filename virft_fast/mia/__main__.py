@@ -25,6 +25,7 @@ from virft_fast.mia.pairs import write_pairs
 from virft_fast.mia.scenes import SceneLayout, Scenes, source_groups
 from virft_fast.mia.selection import Selection, edit_distance, reasons_against, table
 from virft_fast.mia.sheet import attention_sheet
+from virft_fast.models.families import family_of
 from virft_fast.models.processing import load_processor
 from virft_fast.models.source import ModelSource, find_model
 from virft_fast.rollout.backends import check_cache_limit, load_policy
@@ -211,6 +212,11 @@ def _answering(
     arguments: argparse.Namespace, source: ModelSource, device: torch.device
 ) -> Answering:
     pixels = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
+    if not family_of(source.config.model_type).is_qwen:
+        raise ValueError(
+            f"{source.name!r}: expected a Qwen-VL, whose images are a grid of patches, to measure "
+            f"attention, got {source.config.model_type}; answer with another model"
+        )
     processor = load_processor(source, **pixels)
     limits = {n: getattr(arguments, n) for n in ("max_completion_length", "max_prompt_length")}
     cache = arguments.rollout_cache_tokens

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from virft_fast.batch import Row
-from virft_fast.models.families import FAMILIES, Processor
+from virft_fast.models.families import Processor, family_of
 
 if TYPE_CHECKING:
     from _typeshed import TraceFunction
@@ -68,7 +68,7 @@ def render(processor: Processor, messages: Sequence[Row]) -> str:
         ValueError: the template fails, or takes longer than `LIMIT_S` between two operations.
     """
     ends = time.thread_time() + LIMIT_S
-    in_parts = getattr(processor, "model_type", "qwen2_vl") not in FAMILIES
+    in_parts = not family_of(getattr(processor, "model_type", "qwen2_vl")).is_qwen
 
     def trace(frame: FrameType, event: str, arg: object) -> TraceFunction | None:
         if time.thread_time() > ends:

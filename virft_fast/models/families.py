@@ -1,7 +1,8 @@
 """The families of vision-language models: a table of what is special, and types for common parts.
 
-The table holds Qwen's families, whose prompts are shared. Any other model of transformers'
-`AutoModelForImageTextToText` is `PLAIN`: `models/plain.py` runs it through transformers' own code.
+The table holds the families whose prompts are shared: Qwen's, and others that merge images into
+their embeddings as usual. Any other model of transformers' `AutoModelForImageTextToText` is
+`PLAIN`: `models/plain.py` runs it through transformers' own code.
 The types are transformers' classes, reduced to the attributes that this package uses.
 """
 
@@ -32,12 +33,15 @@ class Family:
         flat: a released config.json has the language model's fields at its top level, not in
             `text_config`.
         deepstack: the vision tower also computes features for the first language layers.
+        shares: whether a prompt may be read once for all its completions: the language model gets
+            nothing but embeddings, in which the images' features replace the image tokens.
     """
 
     processor: str = ""
     video_processor: str = ""
     flat: bool = True
     deepstack: bool = False
+    shares: bool = True
 
     @property
     def is_qwen(self) -> bool:
@@ -45,9 +49,9 @@ class Family:
         return bool(self.processor)
 
 
-PLAIN = Family()
+PLAIN = Family(shares=False)
 # Plain families whose losses, rollouts and files the tests compare with transformers' own.
-CHECKED = ("gemma3", "internvl", "idefics3", "smolvlm", "llava_onevision", "glm4v")
+CHECKED = ("gemma3",)
 FAMILIES = {
     "qwen2_vl": Family("Qwen2VLProcessor", "Qwen2VLVideoProcessor"),
     "qwen2_5_vl": Family("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
@@ -55,6 +59,11 @@ FAMILIES = {
     "qwen3_vl_moe": Family("Qwen3VLProcessor", "Qwen3VLVideoProcessor", flat=False, deepstack=True),
     "qwen3_5": Family("Qwen3VLProcessor", "Qwen3VLVideoProcessor", flat=False),
     "qwen3_5_moe": Family("Qwen3VLProcessor", "Qwen3VLVideoProcessor", flat=False),
+    "internvl": Family(),
+    "llava_onevision": Family(),
+    "idefics3": Family(),
+    "smolvlm": Family(),
+    "glm4v": Family(),
 }
 
 
@@ -64,7 +73,7 @@ def family_of(model_type: str) -> Family:
 
 def why_plain(model_type: str) -> str | None:
     """Why neither training nor rollouts share a family's prompts; None if they may."""
-    if family_of(model_type).is_qwen:
+    if family_of(model_type).shares:
         return None
     return f"{model_type} runs through transformers' own code, without shared prompts"
 
@@ -99,7 +108,7 @@ class QwenCore(Protocol):
     get_input_embeddings: Callable[[], nn.Embedding]
     get_image_features: Callable[..., Json]
     get_rope_index: Callable[..., tuple[Tensor, Tensor]]
-    get_decoder: Callable[[], nn.Module]
+    get_decoder: Callable[[], Any]  # the language model
     named_children: Callable[[], Iterator[tuple[str, nn.Module]]]
     parameters: Callable[[], Iterator[nn.Parameter]]
 

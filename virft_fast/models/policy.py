@@ -1,9 +1,9 @@
 """`Policy`: a vision-language model with the calls that training needs.
 
 One module call computes the hidden states of the completion tokens and the kernels' results from
-them. The vision tower runs once per prompt image. The language model of a Qwen-VL also reads each
-prompt once, packed with its completions (`shared_prefix`). If its attention can't be replaced, and
-in other families (`plain`), it rereads the prompt for every completion.
+them. The vision tower runs once per prompt image. In many families, the language model also reads
+each prompt once, packed with its completions (`shared_prefix`). If its attention can't be replaced,
+and in other families (`plain`), it rereads the prompt for every completion.
 
 Shapes: B prompts, N completions of any lengths, S completion tokens in all, R rows of L tokens
 (packed: R = 1), D hidden size, V vocabulary.
@@ -94,9 +94,9 @@ class Policy(nn.Module):
         prefix_sharing: str = "auto",
         prefix_attention: str = "auto",
     ) -> None:
-        """Wrap `model`. A Qwen-VL is changed in place: its attention goes through
-        `shared_prefix.attend`, which gives the same results, and its patch embedding becomes one
-        matrix product.
+        """Wrap `model`. If it shares prompts, it is changed in place: its attention goes through
+        `shared_prefix.attend`, which gives the same results. So is a Qwen-VL: its patch embedding
+        becomes one matrix product.
 
         Also turns off cuDNN's attention in this process. It builds a plan, which takes up to half a
         second, for every new combination of sizes and strides; packed rows rarely repeat one.
@@ -115,22 +115,20 @@ class Policy(nn.Module):
         self.model = model
         self.family = family_of(base(model).config.model_type)
         self.vision_frozen = not any(p.requires_grad for p in tower_parameters(model))
-        self.recurrent = False
+        language_model: Any = core(model).get_decoder()
         rule: tuple[float, float | None] = (1.0, None)
         if self.family.is_qwen:
             _project_patches(core(model).visual)
-            language_model: Any = core(model).language_model
             if hasattr(language_model, "_deepstack_process"):
                 language_model._deepstack_process = MethodType(_add_deepstack, language_model)
-            # Install even with prefix_sharing "off", because the rollout also shares prompts.
-            self.unreachable = shared_prefix.install(language_model)
-            self.recurrent = bool(recurrent.recurrent_layers(language_model))
         else:
             plain.check_usable(model)
             rule = plain.logits_rule(model)
-            self.unreachable = why_plain(base(model).config.model_type)
+        # Install even with prefix_sharing "off", because the rollout also shares prompts.
+        reason = why_plain(base(model).config.model_type)
+        self.unreachable = reason = reason or shared_prefix.install(language_model)
+        self.recurrent = self.family.shares and bool(recurrent.recurrent_layers(language_model))
         self.head = Head(base(model).lm_head, loss_impl, *rule)
-        reason = self.unreachable
         if reason is not None and prefix_sharing == "on":
             raise ValueError(
                 f"--prefix_sharing on: expected a model whose attention can be reached, but "
@@ -168,7 +166,7 @@ class Policy(nn.Module):
         return self.head(hidden, inputs, temperature, loss, loss_mask)
 
     def _completion_hidden(self, inputs: ModelInputs, image_features: Tensor) -> Tensor:
-        if not self.family.is_qwen:
+        if not inputs.groups and not self.family.is_qwen:
             states = plain.hidden_states(self.model, inputs, image_features)
         elif not inputs.groups:
             mask = inputs.attention_mask
@@ -196,7 +194,7 @@ class Policy(nn.Module):
         if deepstack is not None:
             options["visual_pos_masks"] = inputs.image_places  # see `_add_deepstack`
             options["deepstack_visual_embeds"] = deepstack
-        language_model = core(self.model).language_model
+        language_model = core(self.model).get_decoder()
         if not (self.recurrent and inputs.groups):
             return read(language_model, embeds, inputs.position_ids, **options)
         layers = recurrent.recurrent_layers(language_model)
@@ -341,6 +339,11 @@ class Head(nn.Module):
         return tuple(getattr(out, field.name) for field in fields(GRPOLoss))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(n, D) -> (n, V) float32, for sampling a few tokens of a Qwen-VL."""
+        """(n, D) -> (n, V) float32, for sampling a few tokens."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return linear_logits(hidden.to(self.weight.dtype), self.weight)
+            logits = linear_logits(hidden.to(self.weight.dtype), self.weight)
+        if self.bias is not None:
+            logits = logits + self.bias
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()

@@ -26,7 +26,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from virft_fast.batch import Row
 from virft_fast.models.chat_template import check_chat_template, render
-from virft_fast.models.families import FAMILIES, Processor, Tokenizer
+from virft_fast.models.families import Processor, Tokenizer, family_of
 from virft_fast.models.saving import read_base_files, save_processor
 from virft_fast.models.source import BOTH, IMAGE, PROCESSOR_FILES, ModelSource, find_model
 from virft_fast.models.tiny import CHAT_TEMPLATE
@@ -123,7 +123,7 @@ def load_processor(
     source = find_model(name_or_path, revision)
     name = source.name
     try:
-        is_qwen = _model_type(source.folder, "qwen2_vl") in FAMILIES
+        is_qwen = family_of(_model_type(source.folder, "qwen2_vl")).is_qwen
     except OSError:
         is_qwen = True  # `_load` reports it
     config: Any = None if is_qwen else source.config  # raises unless it is a family with images

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from virft_fast.batch import Row
 from virft_fast.models.adapters import TRAINED, has_adapter
-from virft_fast.models.families import FAMILIES, Family, Processor, base
+from virft_fast.models.families import FAMILIES, Family, Processor, base, family_of
 from virft_fast.models.source import BOTH, IMAGE, PROCESSOR_FILES, VIDEO, find_base_folder  # noqa: F401
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def save_model(
         inner.generation_config = current
         vars(inner).pop("_weight_conversions", None)
     if not has_adapter(model):
-        if inner.config.model_type in FAMILIES:
+        if family_of(inner.config.model_type).is_qwen:
             _rewrite(folder / "config.json", lambda config: released_config(config, dtype))
         for name, content in processor.base_files.items():
             if name not in PROCESSOR_FILES:

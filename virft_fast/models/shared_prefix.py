@@ -126,7 +126,8 @@ class _View:
 
 
 def read(model: TextModel, embeds: Tensor, positions: Tensor, **options: object) -> Tensor:
-    """(R, L, D) last hidden states for embeddings (R, L, D) at rotary positions (3, R, L).
+    """(R, L, D) last hidden states for embeddings (R, L, D) at rotary positions (3, R, L); a model
+    without multimodal positions reads the first axis.
 
     Args:
         options: passed to transformers' model. Without an `attention_mask`, `attention_core` is
@@ -135,6 +136,8 @@ def read(model: TextModel, embeds: Tensor, positions: Tensor, **options: object)
     if options.get("attention_mask") is None:
         # Four dimensions, so that transformers doesn't build its own mask.
         options["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
+    if "mrope_section" not in (model.config.rope_parameters or {}):  # one axis
+        positions = positions[0]
     options |= {"inputs_embeds": embeds, "position_ids": positions, "use_cache": False}
     return model(**options).last_hidden_state
 

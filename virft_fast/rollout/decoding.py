@@ -179,7 +179,7 @@ class Decoding:
         self.read = 1  # how many tokens of each row a pass reads
         self.device = self.buffers.device
         self.length = self.sampler.sampling.max_completion_length
-        self.read_tokens = DecodeStep(core(self.policy.model).language_model)
+        self.read_tokens = DecodeStep(core(self.policy.model).get_decoder())
         self.graphs &= not self.read_tokens.waits
         # The kernels take any number of rows of a prompt; torch's products need equal numbers.
         self.ragged = self.graphs or self.device.type == "cuda"

@@ -96,7 +96,7 @@ class NativeRollout:
         with evaluating(self.weights) as policy:
             check_reachable(policy)
             if not torch.is_autocast_enabled(self.device.type):  # it would cast them at every step
-                lay_out(core(policy.model).language_model)
+                lay_out(core(policy.model).get_decoder())
             self._buffers.graphs.use_weights(list(policy.parameters()))
             limit = self._cache_limit(policy)
             batches, extra = self._divide(limit, prompts, num_generations, sampling)

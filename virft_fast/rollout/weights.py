@@ -152,9 +152,10 @@ def _make_copy(
     model = cast("Any", base(policy.model))
     with torch.device("meta"):
         empty = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    text: Any = core(empty).get_decoder()
     merged = {
         id(linear)
-        for layer in (core(empty).language_model.layers if policy.family.is_qwen else ())
+        for layer in (text.layers if policy.unreachable is None else ())
         for linears in merged_linears(cast("Any", layer))
         for linear in linears
     }
@@ -183,8 +184,8 @@ def _make_copy(
             module._buffers[name] = original._buffers[name]
     whole = Policy(empty, prefix_sharing="off").eval()
     whole.vision_frozen = policy.vision_frozen
-    if policy.family.is_qwen:
-        lay_out(core(empty).language_model)
+    if policy.unreachable is None:
+        lay_out(text)
     return whole, copied
 
 
