@@ -130,8 +130,9 @@ def plot(cases: dict[tuple[str, str], dict[str, Any]], path: Path) -> None:
 
 def plot_step(steps: dict[str, dict[str, Any]], path: Path) -> None:
     """Time and peak memory of a whole training step: ours next to TRL's."""
-    labels = ["\n".join(case.split("G=8, ")[1].split(", ")) for case in steps]
-    labels = [label.replace("P=", "prompt ").replace("C=", "answer ") for label in labels]
+    parts = [case.split("G=8, ")[1].split(", ") for case in steps]
+    labels = [f"prompt {p[2:]}\nanswer {c[2:]}" + "".join(more) for p, c, *more in parts]
+    labels = [label.replace("qwen3_5", "\nQwen3.5") for label in labels]
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     units = ("Time (seconds)", "ms", 1e3), ("Peak memory (MiB)", "peak_mib", 1)
     for axes, (title, key, unit) in zip(panels, units, strict=True):
@@ -145,14 +146,15 @@ def plot_step(steps: dict[str, dict[str, Any]], path: Path) -> None:
         bars = axes.bar([x + 0.2 for x in places], ours, 0.38, color="#2563eb", label="virft_fast")
         ratios = [f"{t / o:.1f}x less" for t, o in zip(theirs, ours, strict=True)]
         axes.bar_label(bars, ratios, padding=2, fontsize=8)
-        axes.set_xticks(places, [f"{label} tokens" for label in labels], fontsize=8)
+        axes.set_xticks(places, labels, fontsize=8)
         axes.set_title(title, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False, fontsize=9)
     about = next(iter(steps.values()))["about"]
     about = about.split(", ", 2)[2].split(", python")[0]  # processor and threads
     figure.suptitle(
-        f"One GRPO step, 8 completions of an image prompt, small model ({about})", fontsize=10
+        f"One GRPO step, 8 completions of an image prompt, small model, in tokens ({about})",
+        fontsize=10,
     )
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -212,6 +212,14 @@ def test_16_bits(processor, prompts, completions, autocast):
     assert 0 < error[0] <= 2 * error[1]
 
 
+def test_missing_kernels_are_named_on_a_gpu(monkeypatch, caplog, processor):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    Policy(random_model("qwen3_vl_moe", processor.tokenizer))
+    assert not caplog.text
+    Policy(random_model("qwen3_5", processor.tokenizer))
+    assert "slow without flash-linear-attention and causal-conv1d" in caplog.text
+
+
 def test_a_layer_that_bypasses_the_recurrence_is_noticed(processor, prompts, completions):
     policy = Policy(random_model("qwen3_5", processor.tokenizer))
     del recurrent_layers(core(policy.model).language_model)[1].forward

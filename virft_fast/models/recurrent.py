@@ -15,9 +15,11 @@ head's keys and values, R rows in decoding.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import MethodType
 from typing import Any
 
@@ -28,8 +30,13 @@ from torch.nn import functional as F
 from virft_fast.devices import to_device
 from virft_fast.kernels.prefix_attention import Group
 
+logger = logging.getLogger(__name__)
+
 # transformers' classes whose forward pass `_forward` can replace.
 SUPPORTED = ("Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
+
+# What transformers' functions run much faster with on a GPU, and the modules' names.
+PACKAGES = {"flash-linear-attention": "fla", "causal-conv1d": "causal_conv1d"}
 
 # (layer, inputs of the convolution (rows, tokens, C), log decay and beta (rows, tokens, H))
 # -> (rows, tokens, H, V)
@@ -51,7 +58,11 @@ def supported(language_model: Any) -> bool:
 
 def install(language_model: Any) -> None:
     """Let recurrent layers accept a `recurrent_core` with a call, in place."""
-    for layer in recurrent_layers(language_model):
+    layers = recurrent_layers(language_model)
+    missing = [package for package, module in PACKAGES.items() if not find_spec(module)]
+    if layers and missing and torch.cuda.is_available():
+        logger.warning("recurrent layers are slow without %s; install them", " and ".join(missing))
+    for layer in layers:
         layer.forward = MethodType(_forward, layer)
 
 
