@@ -6,6 +6,7 @@ import itertools
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import CPU
@@ -272,11 +273,11 @@ def test_what_a_pass_reads():
         # 64 rows: 8 times the tokens take 7 times as long.
         (0.9, 64, costly, 1), (1.0, 64, costly, 8),
     ):  # fmt: skip
-        shares = torch.tensor([share] * 3).double()
+        shares = np.array([share] * 3)
         kept = sum(share**power for power in range(read))
         assert best_choice(shares, rows, time) == (read, pytest.approx(kept)), (share, rows)
     # Half of the rows need 8 passes for 8 tokens, the others one.
-    assert best_choice(torch.tensor([0.0, 1.0]).double(), 2, free)[1] == pytest.approx(16 / 9)
+    assert best_choice(np.array([0.0, 1.0]), 2, free)[1] == pytest.approx(16 / 9)
 
 
 class Drawn:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -221,21 +222,21 @@ class Speculation:
         self.pool.tokens[: len(texts)] = to_device(texts, device)
         self.pool.insert(torch.arange(CONTEXT, len(texts), device=device))
         self.starts = to_device(starts, device)
-        # On the host, by row of the batch: drawn, right, guessed and accepted, and the share of
-        # right guesses, which starts with that of the last batch.
-        self.rows, self.counts = torch.arange(rows), torch.zeros(4, rows, dtype=torch.long)
-        self.known = starts > NOWHERE
-        self.share = torch.tensor(stats.agreement, dtype=torch.float64)[self.known.long()]
+        # By row of the batch: drawn, right, guessed and accepted, and the share of right guesses,
+        # which starts with that of the last batch. In NumPy, whose small operations are faster.
+        self.rows, self.counts = np.arange(rows), np.zeros((4, rows), np.int64)
+        self.known = (starts > NOWHERE).numpy()
+        self.share = np.array(stats.agreement)[self.known.astype(int)]
         self.read, self.kept = 1, 1.0
         self.noted = (0, 0)  # tokens of the longest row, and passes, at the last `note`
 
     def note(self, counts: Tensor) -> None:
         """Take the counts of the rows that are decoded: (4, R) int64 on the host."""
-        new, right, *_ = counts - self.counts[:, self.rows]
-        self.counts[:, self.rows] = counts
-        self.noted = (int(counts[0].max()), self.stats.passes)
-        weight = 1 - 0.5 ** (new.double() / HALF_LIFE)
-        rate = right / new.clamp(min=1).double()
+        now = counts.numpy()
+        new, right, *_ = now - self.counts[:, self.rows]
+        self.counts[:, self.rows] = now
+        self.noted = (int(now[0].max()), self.stats.passes)
+        weight, rate = 1 - 0.5 ** (new / HALF_LIFE), right / np.maximum(new, 1)
         self.share[self.rows] += weight * (rate - self.share[self.rows])
 
     @property
@@ -249,7 +250,7 @@ class Speculation:
 
     def choose(self, active: Sequence[bool]) -> None:
         """Choose what the next passes read, from counts alone."""
-        share = self.share[self.rows[torch.tensor(active)]]
+        share = self.share[self.rows[np.array(active)]]
         self.read, self.kept = best_choice(share, len(active), self.time)
 
     def finish(self) -> None:
@@ -279,7 +280,7 @@ def pool_bytes(groups: int, size: int, prompt_length: int, length: int) -> int:
     return 8 * (places + 3 * entries)
 
 
-def best_choice(share: Tensor, rows: int, time: Callable[[int], float]) -> tuple[int, float]:
+def best_choice(share: np.ndarray, rows: int, time: Callable[[int], float]) -> tuple[int, float]:
     """How many tokens of each row a pass should read, and how many it will keep.
 
     A guess of row r is right with probability `share[r]`, so that a pass of Q tokens keeps the sum
@@ -291,7 +292,7 @@ def best_choice(share: Tensor, rows: int, time: Callable[[int], float]) -> tuple
         rows: R, the rows that a pass reads.
         time: of a pass, by its number of tokens.
     """
-    kept = share.pow(torch.arange(MAX_READ)[:, None]).cumsum(0)
+    kept = (share ** np.arange(MAX_READ)[:, None]).cumsum(0)
     passes = (1 / kept).mean(1).tolist()  # per token
     times = {
         read: passes[read - 1] * time(rows * read) * (MARGIN if read > 1 else 1) for read in CHOICES
