@@ -27,7 +27,8 @@ from virft_fast.rollout.native import NativeRollout
 from virft_fast.rollout.speculation import History
 
 NUM_IMAGES = {"tiny": 6, "cpu": 512, "2b": 512, "7b": 512}
-BATCH_SIZE = 64
+# By size and id: images in a batch. 16 is the default of `python -m virft_fast.evaluate`.
+CASES = {"tiny": {"B4": 4}} | {size: {"B16": 16, "B64": 64} for size in ("cpu", "2b", "7b")}
 MAX_COMPLETION_LENGTH = 64
 ONE_BY_ONE = "transformers generate, one by one"
 GUESSING = "ours, with speculation"
@@ -52,7 +53,7 @@ def describe(rollouts):
 
 
 @pytest.fixture(scope="module")
-def case(size):
+def case(request, size):
     samples, processor = SampleDataset(rows(NUM_IMAGES[size])), load_processor("tiny")
     tokenizer = processor.tokenizer
     plain, policy = make(size).to(DEVICE).eval(), Policy(make(size).to(DEVICE)).eval()
@@ -101,7 +102,7 @@ def case(size):
             range(len(samples)),
             describe,
             bad_rows=BadRows(0),
-            batch_size=BATCH_SIZE,
+            batch_size=request.param,
             max_completion_length=MAX_COMPLETION_LENGTH,
         )
         return [record["completion"] for record in records]
@@ -116,7 +117,7 @@ def case(size):
         "ours": lambda: ours(rollout),
         GUESSING: lambda: ours(guessing),
     }
-    name = f"{size}: {len(samples)} images, batches of {BATCH_SIZE}"
+    name = f"{size}: {len(samples)} images, batches of {request.param}"
     return Case(name, runs, work={"images": len(samples)})
 
 
