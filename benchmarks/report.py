@@ -24,8 +24,8 @@ them up.
 
 The contenders of a table are timed in turns in one run, after their results were compared. Compare
 times within a table only: tables may come from different days. The column ms has the time of the
-fastest round in milliseconds, because other programs can only make a round slower. In parentheses is that
-time divided by ours: above 1, ours is faster. The column threads says how many threads a
+fastest round in milliseconds, because other programs can only make a round slower. In parentheses
+is that time divided by ours: above 1, ours is faster. The column threads says how many threads a
 contender keeps busy: the CPU time of the process divided by that of the calling thread. P and C are
 the tokens of a prompt and of a completion, G is the number of completions per prompt.
 
