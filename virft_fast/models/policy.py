@@ -255,7 +255,7 @@ class Policy(nn.Module):
 
     def _blank_image(self, device: torch.device) -> tuple[dict[str, Tensor], Row]:
         images = plain.blank_patches(self.config.vision_config)
-        images["pixel_values"] = images["pixel_values"].to(device)
+        images["pixel_values"] = to_device(images["pixel_values"], device)
         grid = images["image_grid_thw"]
         return images, vision_metadata(core(self.model).visual, grid, device)
 
