@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from virft_fast.algorithms.grpo import train_step
 from virft_fast.data.demo import build_demo
 from virft_fast.engine import OptimizerSettings, PlainEngine
 from virft_fast.kernels import LossArgs
-from virft_fast.models import qwen_vl
+from virft_fast.models import adapters, qwen_vl
 from virft_fast.models.adapters import add_lora, as_reference
 from virft_fast.models.policy import Policy
 from virft_fast.models.qwen_vl import base, checkpoint_layers, core, load_model
@@ -299,6 +300,16 @@ def test_flags_that_do_not_go_together_are_refused(tmp_path, capsys, flags, erro
     assert main(["--output_dir", str(tmp_path / "out"), *flags]) == 2
     assert error in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_other_libraries_keep_their_log_levels():
+    """bitsandbytes is silenced while peft imports it, no longer."""
+    logger = logging.getLogger("bitsandbytes")
+    assert logger.level == logging.NOTSET
+    with pytest.raises(ValueError, match="lora_target_modules"), adapters._quiet():
+        assert logger.level == logging.ERROR
+        add_lora(load_model("tiny"), r=4, alpha=8, target_modules=["nowhere"])
+    assert logger.level == logging.NOTSET
 
 
 def test_without_bitsandbytes_the_extra_is_named(monkeypatch, tmp_path, capsys):

@@ -386,8 +386,10 @@ def test_odd_values_in_a_state_are_usage_errors_never_tracebacks(tmp_path):
             adapter=None,
             base_weights=SAVED["weights"],
             history=None,
+            prompts_per_microbatch=2,
+            gradient_accumulation_steps=1,
         )
-        data = SimpleNamespace(bad_rows=BadRows(10), prompts_per_step=2)
+        data = SimpleNamespace(bad_rows=BadRows(10))
         writer = MetricsWriter(tmp_path, total_steps=4, report_to=["none"], run_name="", config={})
         try:
             with usage():
@@ -405,6 +407,28 @@ def test_odd_values_in_a_state_are_usage_errors_never_tracebacks(tmp_path):
     for path, odd in accepted - fitting - {(None, None)}:
         assert odd in (None, "null", '"x"') or path[0] in ("config", "before"), (path, odd)
     assert refused > 400
+
+
+def test_prompts_so_far_of_a_checkpoint_that_does_not_have_them(tmp_path):
+    """As of an earlier version, whose steps used the prompts of one update; the run that resumes
+    may use 12 for a rollout."""
+    folder = tmp_path / "checkpoint-3"
+    (folder / "engine").mkdir(parents=True)
+    argv = ["--output_dir", str(tmp_path), "--per_device_train_batch_size", "2",
+            "--gradient_accumulation_steps", "3", "--steps_per_generation", "6"]  # fmt: skip
+    state = SimpleNamespace(
+        engine=SimpleNamespace(load_state=lambda folder: None),
+        base_weights=SAVED["weights"],
+        history=None,
+        prompts_per_microbatch=2,
+        gradient_accumulation_steps=3,
+    )
+    sampler = PromptSampler(24, 12, seed=42)
+    data = SimpleNamespace(bad_rows=BadRows(10), prompts_per_step=12)
+    for number, known in ((18, {}), (18, {"num_prompts": None}), (40, {"num_prompts": 40})):
+        saved = SAVED | {"sampler": sampler.state_dict()} | known
+        load_checkpoint(folder, saved, state, sampler, data, parse_args(argv))
+        assert state.num_prompts == number
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", '"x"', "[[1, 2]]", "{" * 10_000, "\0", "{}"])

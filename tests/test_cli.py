@@ -214,6 +214,25 @@ def test_public_launch_lines_start(line, caplog):
     assert config.train.output_dir == "out" and "without effect: --" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--advantage_estimator rloo",
+        "--advantage_estimator reinforce_pp",
+        "--multi_objective_aggregation normalize_then_sum",
+    ],
+)
+def test_scale_rewards_is_without_effect_on_advantages_with_a_scale_of_their_own(flags, caplog):
+    """TRL ignores it as well; the default is no choice of the user's."""
+    parse_args(flags.split())
+    parse_args(["--scale_rewards", "batch"])
+    assert not caplog.records
+    for given in ("batch", "group"):
+        caplog.clear()
+        parse_args([*flags.split(), "--scale_rewards", given])
+        assert f"without effect with {flags}: --scale_rewards" in caplog.text
+
+
 def test_what_a_launch_line_says_is_kept(caplog):
     """Flags of ours beside those that are set aside, and the two that are changed or used."""
     with caplog.at_level(logging.WARNING):

@@ -19,8 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_rewards import HUGE, reward
 
-from virft_fast.tasks import REWARDS, parse_detection, parse_points
+from virft_fast.tasks import REWARDS, is_ours, negative_share, parse_detection, parse_points
 from virft_fast.tasks.adapters import swift_orm, verl_score
+from virft_fast.train import parse_args
+from virft_fast.train.rows import prepare_data
 
 OBJECTS = ("detection_map", "point_in_box", "point_distance", "accuracy_count", "accuracy_presence")
 A, B, FAR = [0, 0, 100, 100], [500, 500, 700, 700], [800, 0, 900, 100]
@@ -264,6 +266,26 @@ def test_one_answer_to_all_rows_earns_half_of_what_being_right_does(share):
         assert denying == pytest.approx(finding) == pytest.approx(min(share, 1 - share))
     else:
         assert min(denying, finding) == 0
+
+
+def test_a_run_balances_presence_by_the_share_in_its_rows(processor, tmp_path, capsys):
+    """Two of eight rows have no objects: a right denial earns 1, a right box 1/3."""
+    file = tmp_path / "rows.jsonl"
+    solutions = [NOTHING, *[TRUTH] * 3, NOTHING, *[TRUTH] * 3]
+    file.write_text("".join(json.dumps({"problem": "?", "solution": s}) + "\n" for s in solutions))
+    argv = ["--dataset_name", str(file), "--reward_funcs", "accuracy_presence", "--task",
+            "detection"]  # fmt: skip
+    data = prepare_data(parse_args(argv), processor)
+    assert "  without objects: 25.0%, for accuracy_presence" in data.table
+    ((name, function),) = data.reward_funcs
+    assert is_ours(name, function)
+    values = partial(function, None, [TRUTH, NOTHING], solution=[TRUTH, NOTHING])
+    assert values() == [pytest.approx(1 / 3), 1]
+    assert values(negative_share=[0.8, 0.8]) == [1, pytest.approx(0.25)]  # the rows' column wins
+    with_unreadable = negative_share([NOTHING, TRUTH, "?", TRUTH])
+    assert with_unreadable == pytest.approx(1 / 3)
+    # Nothing to balance: every right answer earns 1.
+    assert negative_share([TRUTH]) is negative_share([NOTHING]) is negative_share([]) is None
 
 
 def test_a_share_outside_0_to_1_is_an_error():

@@ -11,13 +11,16 @@ from helpers import largest_difference
 from models import NEWER
 from processes import run
 
+OPTIONS = ("rloo", "reinforce_pp", "gdpo", "bf16")
 # (ZeRO stage, kind of run), see two_ranks.py, by the number of processes.
 RUNS = {
-    1: [(-1, kind)
-        for kind in ("images", "lora", "4bit", "dropped", "frozen", "sft", "rounds", *NEWER)],
-    2: [(-1, "images"), (-1, "4bit"), (0, "images"), (3, "images"), (3, "lora"), (3, "mixed"),
-        (0, "nan"), (3, "nan"), (-1, "dropped"), (0, "dropped"), (2, "dropped"), (3, "dropped"),
-        (3, "frozen"), (3, "sft"), (-1, "rounds"), (3, "rounds"), *((3, kind) for kind in NEWER)],
+    1: [(-1, kind) for kind in ("images", "lora", "4bit", "dropped", "frozen", "sft", "rounds",
+                                *OPTIONS, *NEWER)],
+    # ZeRO-3 replaces torch's linear layers until the process ends, which rounds bfloat16 otherwise.
+    2: [*((-1, kind) for kind in OPTIONS), (-1, "images"), (-1, "4bit"), (0, "images"),
+        (3, "images"), (3, "lora"), (3, "mixed"), (0, "nan"), (3, "nan"), (-1, "dropped"),
+        (0, "dropped"), (2, "dropped"), (3, "dropped"), (3, "frozen"), (3, "sft"), (-1, "rounds"),
+        (3, "rounds"), *((3, kind) for kind in NEWER)],
 }  # fmt: skip
 
 
@@ -114,6 +117,25 @@ def test_rounds_and_minibatches_of_two_ranks_are_those_of_one(results, stage):
     assert rows == sorted(sum((rank[0] for rank in noted["chosen"]), []))
     assert noted["chosen"][0][0] == [5, 6, 7, 22, 23]
     assert noted["chosen"][1][0] == [*range(8, 16), 24, 25, 26]
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_two_ranks_take_the_same_steps_with_the_options(results, kind):
+    """Estimators of advantages, whose std is over all ranks; clipped rewards; the correction in its
+    four modes, of filtered draws and of draws in bfloat16."""
+    start, end, noted = results[2, -1, kind]
+    begin, expected, alone = results[1, -1, kind]
+    assert largest_difference(start, begin) == 0 and largest_difference(start, end) > 1e-4
+    assert largest_difference(end, expected) <= 1e-5
+    names = ("loss", "reward", "rewards/letters", "rewards/length", "entropy", "grad_norm",
+             "num_tokens", "sampling_logp_difference", "sampling_ratio_max")  # fmt: skip
+    assert_metrics_equal(noted, alone, *names)
+    last = noted["metrics"][-1]
+    if kind == "bf16":
+        assert last["sampling_logp_difference"] > 1e-4
+    else:
+        assert_metrics_equal(noted, alone, "sampling_kept_mass")
+        assert 0.2 < last["sampling_kept_mass"] < 0.9
 
 
 def test_fine_tuning_with_a_frozen_tower_and_unequal_microbatches_hangs_nobody(results):

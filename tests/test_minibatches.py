@@ -10,6 +10,7 @@ from dataclasses import fields
 import pytest
 import torch
 from helpers import (
+    CPU,
     largest_difference,
     letter_count,
     make_prompts,
@@ -18,6 +19,7 @@ from helpers import (
     parameters,
     read_jsonl,
 )
+from processes import run
 from safetensors.torch import load_file
 from trl.trainer.utils import RepeatSampler
 
@@ -27,7 +29,10 @@ from virft_fast.algorithms.grpo import train_step
 from virft_fast.batch import Rollouts
 from virft_fast.config import RunConfig
 from virft_fast.data import PromptSampler
+from virft_fast.data.demo import build_demo
+from virft_fast.engine import PlainEngine
 from virft_fast.rollout.records import join_groups
+from virft_fast.rollout.weights import RolloutWeights
 from virft_fast.train import main, parse_args
 from virft_fast.train.rows import _schedule
 
@@ -461,6 +466,16 @@ RUNS = {
     "dynamic": ["--dynamic_sampling", "--dynamic_sampling_max_rounds", "3", "--curriculum", "1"],
     "minibatches": ["--steps_per_generation", "3", "--num_iterations", "2"],
 }
+# Rewards, advantages and corrections of the sampler: each needs nothing of earlier steps.
+FILTERED = ["--top_k=3", "--temperature=1.5", "--importance_sampling_correction",
+            "--importance_sampling_clip_min=0.7", "--importance_sampling_mode"]  # fmt: skip
+OPTIONS = {
+    "rloo": ["--advantage_estimator", "rloo", "--reward_clip", "0.5", "1.7", *FILTERED,
+             "token_truncate"],
+    "reinforce_pp": ["--advantage_estimator", "reinforce_pp", *FILTERED, "sequence_truncate"],
+    "gdpo": ["--multi_objective_aggregation", "normalize_then_sum", *FILTERED, "token_mask"],
+    "bf16": ["--bf16", "--importance_sampling_clip_max", "1"],  # sequence_mask
+}  # fmt: skip
 
 
 def comparable(path):
@@ -468,32 +483,100 @@ def comparable(path):
             for record in read_jsonl(path)]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_resumed_run_equals_the_uninterrupted_one(digits, tmp_path, name):
-    whole, rest = tmp_path / "whole", tmp_path / "rest"
-    argv = ["--dataset_name", str(digits), "--max_steps", "8", "--save_steps", "4", *SMALL,
-            "--reward_funcs", "accuracy", *RUNS[name]]  # fmt: skip
+def resume_in_the_middle(digits, folder, *flags):
+    """Run, and resume from its first checkpoint: same records and weights, bit for bit.
+
+    Returns:
+        The metrics, and the steps with checkpoints.
+    """
+    whole, rest = folder / "whole", folder / "rest"
+    argv = ["--dataset_name", str(digits), *SMALL, *flags]
     assert main([*argv, "--output_dir", str(whole)]) == 0
     saved = sorted(int(path.name.split("-")[1]) for path in whole.glob("checkpoint-*"))
-    # With six steps a rollout: the first rollout that ends at 4 or later. Step 8 is in the second.
-    assert saved == ([4, 8] if name == "dynamic" else [6])
-    middle, start = whole / f"checkpoint-{saved[0]}", saved[0]
+    middle = whole / f"checkpoint-{saved[0]}"
     again = [*argv, "--output_dir", str(rest), "--resume_from_checkpoint", str(middle)]
     assert main(again) == 0
     for records in ("metrics.jsonl", "completions.jsonl"):
-        expected = [record for record in comparable(whole / records) if record["step"] > start]
+        expected = [record for record in comparable(whole / records) if record["step"] > saved[0]]
         assert expected and comparable(rest / records) == expected
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (whole, rest))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    metrics = comparable(whole / "metrics.jsonl")
+    return comparable(whole / "metrics.jsonl"), saved
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resumed_run_equals_the_uninterrupted_one(digits, tmp_path, name):
+    flags = ["--max_steps", "8", "--save_steps", "4", "--reward_funcs", "accuracy", *RUNS[name]]
+    metrics, saved = resume_in_the_middle(digits, tmp_path, *flags)
+    # With six steps a rollout: the first rollout that ends at 4 or later. Step 8 is in the second.
+    assert saved == ([4, 8] if name == "dynamic" else [6])
     if name == "dynamic":
         used = sum(record["prompts_used"] for record in metrics)
         assert metrics[-1]["epoch"] == used / 24 and used > 8 and metrics[-1]["rarer_rows"] > 0
-        streaks = json.loads((middle / "trainer_state.json").read_text())["curriculum"]
+        state = tmp_path / "whole/checkpoint-4/trainer_state.json"
+        streaks = json.loads(state.read_text())["curriculum"]
         assert streaks and all(count >= 1 for _, count in streaks)
     else:
         rolled = [record["step"] for record in metrics if "reward" in record]
         assert rolled == [1, 7] and metrics[-1]["epoch"] == 6 / 24
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_resumed_run_with_the_options_equals_the_uninterrupted_one(
+    digits, tmp_path, monkeypatch, name
+):
+    made = PlainEngine.__init__
+
+    def with_copy(self, policy, *args, **options):
+        made(self, policy, *args, **options)
+        if self.bf16:  # as on a GPU
+            self._copy = RolloutWeights(policy, device=CPU, dtype=torch.bfloat16)
+
+    monkeypatch.setattr(PlainEngine, "__init__", with_copy)
+    reward = tmp_path / "mine.py"
+    reward.write_text(
+        "def letters(completions, **columns):\n"
+        "    return [len(set(c[0]['content'])) / 10 for c in completions]\n"
+    )
+    flags = ["--max_steps", "4", "--save_steps", "2", "--per_device_train_batch_size", "2",
+             "--beta", "0", "--reward_funcs", "accuracy", f"{reward}:letters"]  # fmt: skip
+    metrics, saved = resume_in_the_middle(digits, tmp_path, *flags, *OPTIONS[name])
+    assert saved == [2, 4] and all(record["grad_norm"] > 0 for record in metrics)
+    if name == "bf16":
+        assert metrics[-1]["sampling_logp_difference"] > 1e-4
+    else:
+        assert 0.5 < metrics[-1]["sampling_kept_mass"] < 0.98
+
+
+def test_two_processes_use_the_rows_of_a_curriculum_that_one_does(tmp_path):
+    """Rows 0 to 5 in each epoch; from the second on, those whose answers got equal rewards rest in
+    turns."""
+    data = tmp_path / "data"
+    build_demo("digits_classification", data, num_train=6, num_test=1)
+    out = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        argv = ["--dataset_name", data, "--output_dir", folder, *SMALL, "--max_steps", 6,
+                "--reward_funcs", "accuracy", "--curriculum", 1, "--save_steps", 6,
+                "--adam_epsilon", 1e-3,
+                "--per_device_train_batch_size", 2 // processes]  # fmt: skip
+        if processes == 1:
+            assert main([str(word) for word in argv]) == 0
+        else:
+            done = run(*argv, processes=processes)
+            assert done.returncode == 0, done.stderr[-3000:]
+        state = json.loads((folder / "checkpoint-6/trainer_state.json").read_text())
+        out[processes] = (
+            comparable(folder / "metrics.jsonl"), comparable(folder / "completions.jsonl"),
+            load_file(folder / "model.safetensors"), state["curriculum"], state["sampler"],
+        )  # fmt: skip
+    for alone, together in zip(out[1][0], out[2][0], strict=True):
+        assert together["rarer_rows"] == alone["rarer_rows"]
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-3, abs=1e-6)
+    assert largest_difference(out[1][2], out[2][2]) <= 1e-5
+    assert out[2][1] == out[1][1] and out[2][3:] == out[1][3:] and out[1][3]
+    rows = [record["index"] for record in out[1][1][::4]]
+    assert sorted(rows[:6]) == [*range(6)] != sorted(rows[6:])
 
 
 def test_what_does_not_fit_is_named_and_an_epoch_has_whole_rollouts(capsys):

@@ -13,6 +13,7 @@ from processes import run
 from safetensors.torch import load_file, save_file
 
 from virft_fast import checkpoint, evaluate
+from virft_fast.algorithms import step as step_module
 from virft_fast.config import EvalConfig, GRPOConfig
 from virft_fast.models.qwen_vl import Policy, load_model
 from virft_fast.rollout import Sampling
@@ -138,6 +139,35 @@ def test_a_step_that_fails_leaves_no_trace(digits, tmp_path):
     (saved,) = (tmp_path / "run").glob("checkpoint-*")
     history = load_file(saved / checkpoint.HISTORY_FILE)
     assert saved.name == "checkpoint-2" and len(history["rows"]) == 8
+
+
+def test_a_rollout_that_taught_nothing_leaves_no_trace(digits, tmp_path, monkeypatch):
+    """Each rollout is for two steps. The first update of the second is skipped, and the run ends:
+    its checkpoint is that of before the rollout, which the resumed run repeats."""
+    flags = ["--dataset_name", digits, *SMALL, "--steps_per_generation", 2, "--max_steps", 6,
+             "--save_steps", 6]  # fmt: skip
+    argv = [*map(str, flags), "--output_dir"]
+    backward = step_module.backward
+
+    def spoiled(state, loss, *, last):
+        return backward(state, loss * torch.nan if state.step == 2 else loss, last=last)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step_module, "backward", spoiled)
+        assert main([*argv, str(tmp_path / "run"), "--max_bad_steps", "1"]) == 1
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
+    assert saved.name == "checkpoint-2"
+    assert len(load_file(saved / checkpoint.HISTORY_FILE)["rows"]) == 8
+    assert main([*argv, str(tmp_path / "run"), "--resume_from_checkpoint", "latest"]) == 0
+    assert main([*argv, str(tmp_path / "whole")]) == 0
+    ours, theirs = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("run", "whole"))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert without(mine, "time|per_s") == without(other, "time|per_s")
+    saved, again = (
+        load_file(tmp_path / name / "checkpoint-6" / checkpoint.HISTORY_FILE)
+        for name in ("run", "whole")
+    )
+    assert saved.keys() == again.keys() and all(torch.equal(saved[k], again[k]) for k in saved)
 
 
 def test_an_evaluation_guesses_from_its_own_answers(processor):

@@ -10,8 +10,8 @@ STAGE is a ZeRO stage, or -1 for the plain engine; BATCH is this rank's number o
 step, most of rank 1's in the second, rank 0's in the third), `frozen` (as `dropped`, with the
 vision tower frozen), `sft` (fine-tuning with the tower frozen, rank 1 with text only and fewer
 microbatches), `rounds` (dynamic sampling, rollouts of two steps, and most groups of equal rewards
-are rank 0's) or a family of `models.NEWER` (its small model, without a KL term). One run after
-another, each with a model of its own.
+are rank 0's), one of `OPTIONS`, or a family of `models.NEWER` (its small model, without a KL term).
+One run after another, each with a model of its own.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ from virft_fast.models.qwen_vl import (
 from virft_fast.models.saving import save_model
 from virft_fast.models.tiny import resolve_model_path
 from virft_fast.rollout.backends import make_rollout
+from virft_fast.rollout.records import join_groups
+from virft_fast.rollout.weights import RolloutWeights
 
 STEPS = 3
 
@@ -59,6 +61,19 @@ STEPS = 3
 EQUAL = [{4, 5, 6, 7}, {0, 4, 6, 7}, {0, 1, 2, 3}]
 DROPPING = ("dropped", "frozen")
 ADAPTED = ("lora", "4bit")
+# Runs with two rewards and without a KL term. Some weights of the correction exceed its limit. The
+# groups of `rloo` have equal rewards as those of `dropped`.
+LIMITED = {"top_k": 3, "temperature": 1.5, "importance_sampling_correction": True,
+           "importance_sampling_clip_min": 0.7}  # fmt: skip
+OPTIONS = {
+    "rloo": {"advantage_estimator": "rloo", "reward_clip": [1.2, 8.0],
+             "importance_sampling_mode": "token_truncate", **LIMITED},
+    "reinforce_pp": {"advantage_estimator": "reinforce_pp", "num_iterations": 2,
+                     "importance_sampling_mode": "sequence_truncate", **LIMITED},
+    "gdpo": {"multi_objective_aggregation": "normalize_then_sum", "reward_clip": [1.2, 24.0],
+             "importance_sampling_mode": "token_mask", **LIMITED},
+    "bf16": {"temperature": 1.5, "importance_sampling_clip_max": 1.0},  # `sequence_mask`
+}  # fmt: skip
 # Of a rollout's 16 prompts and the 16 of its second round; with two ranks, 0 to 7 and 16 to 23 are
 # rank 0's. The first round has 11 groups that teach, 3 of them rank 0's. The next 5 are 22 to 26.
 EQUAL_ROUNDS = {0, 1, 2, 3, 4, *range(16, 22)}
@@ -66,7 +81,10 @@ EQUAL_ROUNDS = {0, 1, 2, 3, 4, *range(16, 22)}
 
 def make_engine(stage, policy, settings, config, kind):
     if stage < 0:
-        return PlainEngine(policy, settings, device=CPU)
+        engine = PlainEngine(policy, settings, device=CPU, bf16=kind == "bf16")
+        if kind == "bf16":  # as on a GPU
+            engine._copy = RolloutWeights(policy, device=CPU, dtype=torch.bfloat16)
+        return engine
     return DeepSpeedEngine(policy, settings, config=config, device=CPU)
 
 
@@ -117,21 +135,28 @@ def prepare(stage, batch, kind, processor):
     folder = folder_of(kind)
     alive = prepare_deepspeed(config, CPU) if stage >= 0 else None
     policy = make_policy(kind, folder)
-    on_policy = kind in (*DROPPING, *NEWER)
+    on_policy = kind in (*DROPPING, *OPTIONS, *NEWER)
     reference = None if on_policy or kind in ("sft", *ADAPTED) else Policy(load_model("tiny"))
     del alive
     engine = make_engine(stage, policy, settings, config, kind)
     call_reference = make_reference(reference, engine, config) if reference else engine.forward
 
-    def reward(prompts, completions, problem, **columns):
-        values = letter_count(prompts, completions)
-        if kind == "rounds":  # the two completions of a prompt differ
-            values = [value + 0.01 * (n % 2) for n, value in enumerate(values)]
-        equal = EQUAL[state.step] if kind in DROPPING else EQUAL_ROUNDS if kind == "rounds" else ()
+    def equalized(values, problem):
+        equal = EQUAL_ROUNDS if kind == "rounds" else ()
+        equal = EQUAL[state.step] if kind in (*DROPPING, "rloo") else equal
         return [
             1.0 if index_of(text) in equal else value
             for text, value in zip(problem, values, strict=True)
         ]
+
+    def reward(prompts, completions, problem, **columns):
+        values = letter_count(prompts, completions)
+        if kind == "rounds":  # the two completions of a prompt differ
+            values = [value + 0.01 * (n % 2) for n, value in enumerate(values)]
+        return equalized(values, problem)
+
+    def length(prompts, completions, problem, **columns):
+        return equalized([float(len(c[0]["content"])) for c in completions], problem)
 
     beta = 0.0 if on_policy else 0.1
     settings_of = {
@@ -139,6 +164,8 @@ def prepare(stage, batch, kind, processor):
     }  # fmt: skip
     if kind == "rounds":
         settings_of |= {"dynamic_sampling": True, "steps_per_generation": 4, "temperature": 1.5}
+    settings_of |= OPTIONS.get(kind, {})
+    rewards = [("letters", reward), ("length", length)][: 2 if kind in OPTIONS else 1]
     state = TrainState(
         config=GRPOConfig(**settings_of),
         policy=policy,
@@ -146,15 +173,30 @@ def prepare(stage, batch, kind, processor):
         reference=call_reference,
         rollout=make_rollout("native", engine.whole_weights, processor.tokenizer, device=CPU),
         tokenizer=processor.tokenizer,
-        reward_funcs=[("letters", reward)],
-        reward_weights=[1.0],
+        reward_funcs=rewards,
+        reward_weights=[1.0, 0.1][: len(rewards)],
         learning_rate=lambda step: settings.learning_rate,
-        prompts_per_microbatch=batch // 2,
+        prompts_per_microbatch=2 if kind == "bf16" else batch // 2,
         gradient_accumulation_steps=2,
         # The longest group is split; of the short ones two fit.
         max_tokens_per_microbatch=60 if kind in ("sft", *DROPPING) else None,
     )
+    if kind == "bf16":
+        state.rollout.generate = one_by_one(state.rollout.generate)
     return state
+
+
+def one_by_one(generate):
+    """Sample for one prompt after another: in bfloat16, a batch of another size may round in
+    another way. For the same reason, microbatches are equally large on any number of ranks."""
+
+    def generate_each(prompts, size, sampling, *, first_row=0):
+        rows = range(first_row, first_row + len(prompts) * size, size)
+        return join_groups(
+            [generate([p], size, sampling, first_row=n) for p, n in zip(prompts, rows, strict=True)]
+        )
+
+    return generate_each
 
 
 def take_rounds(state, batch, processor):
@@ -219,7 +261,8 @@ def take_steps(out, stage, batch, kind, processor):
     if kind == "rounds":
         metrics, chosen = take_rounds(state, batch, processor)
     else:
-        metrics = [step(state, mine)[0] for _ in range(STEPS)]
+        # After an update, weights that differ by 1e-8 may round to other numbers in bfloat16.
+        metrics = [step(state, mine)[0] for _ in range(1 if kind == "bf16" else STEPS)]
     step_module.plan_microbatches = original
     plans = dist.all_gather_object(plans)
     end = engine.model_state(model, torch.float32)

@@ -63,6 +63,8 @@ class Parser(HfArgumentParser):
             if action.choices is not None:  # shown here; the dataclass checks them
                 action.metavar = f"{{{','.join(action.choices)}}}"
                 action.choices = None
+            if action.type is string_to_bool:  # the base class forgets it if the default is None
+                action.nargs, action.const = "?", True
 
 
 def parse(

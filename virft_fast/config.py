@@ -360,14 +360,13 @@ class GRPOConfig(Speculating):
         check_limit(self, "a positive number", "max_completion_length rollout_cache_tokens")
         check_limit(self, "a number above 0", "temperature repetition_penalty")
         check_limit(self, "a number in (0, 1]", "top_p")
-        check_limit(self, "0 (off) or more", "top_k")
+        check_limit(self, "0 (off) or more", "top_k curriculum")
         check_limit(self, "a number in [0, 1)", "min_p epsilon_low")
         check_limit(self, "a number, 0 or more", "beta")
         check_limit(self, "0 or more", "epsilon_high")
         check_limit(self, "a ratio above 1", "delta")
-        check_limit(self, "at least 1", "num_iterations dynamic_sampling_max_rounds")
-        check_limit(self, "at least 1", "steps_per_generation")
-        check_limit(self, "0 (off) or more", "curriculum")
+        counts = "num_iterations dynamic_sampling_max_rounds steps_per_generation"
+        check_limit(self, "at least 1", counts)
         try:
             self.loss_args()  # checks the rest
         except ValueError as error:
@@ -493,12 +492,10 @@ class TrainConfig:
         check_limit(self, "seconds above 0", "ddp_timeout reward_timeout")
         if str(self.resume_from_checkpoint).lower() in ("false", "none"):
             self.resume_from_checkpoint = None
-        check_limit(self, "at least 1", "per_device_train_batch_size gradient_accumulation_steps")
-        check_limit(self, "at least 1", "logging_steps max_bad_steps eval_batch_size")
-        check_limit(self, "at least 1", "save_total_limit")
-        check_limit(self, "a number, 0 or more", "learning_rate weight_decay max_grad_norm")
-        check_limit(self, "a number, 0 or more", "save_steps log_completions_steps eval_samples")
-        check_limit(self, "a number, 0 or more", "warmup_steps")
+        counts = "per_device_train_batch_size gradient_accumulation_steps logging_steps"
+        check_limit(self, "at least 1", f"{counts} max_bad_steps eval_batch_size save_total_limit")
+        amounts = "learning_rate weight_decay max_grad_norm save_steps log_completions_steps"
+        check_limit(self, "a number, 0 or more", f"{amounts} eval_samples warmup_steps")
         check_limit(self, "a number in [0, 1)", "adam_beta1 adam_beta2")
         check_limit(self, "a number above 0", "adam_epsilon")
         check_limit(self, "a share in [0, 1]", "warmup_ratio")

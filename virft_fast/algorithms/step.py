@@ -280,8 +280,8 @@ def lay_out(
         split=split,
     )
     made = [microbatch(state, rollouts, chunks, advantages, mask) for chunks in plan]
-    tower = rollouts.image_features is None
-    return equally_many(made, lambda: empty_microbatch(state, tower=tower))
+    others = {"tower": rollouts.image_features is None, "plain": rollouts.plain_logps is not None}
+    return equally_many(made, lambda: empty_microbatch(state, **others))
 
 
 def microbatch(
@@ -319,12 +319,13 @@ def microbatch(
     )
 
 
-def empty_microbatch(state: TrainState, *, tower: bool) -> Microbatch:
+def empty_microbatch(state: TrainState, *, tower: bool, plain: bool = False) -> Microbatch:
     """A microbatch with one prompt and no completion token: under ZeRO-3, all ranks must make the
-    same calls.
+    same calls, and always count the same metrics.
 
     Args:
-        tower: whether the other ranks call the vision tower.
+        tower: whether the other ranks call the vision tower. plain: whether they have
+            `plain_logps`.
     """
     device = state.engine.device
     pad = torch.tensor([state.tokenizer.pad_token_id])
@@ -337,7 +338,8 @@ def empty_microbatch(state: TrainState, *, tower: bool) -> Microbatch:
     )
     zero = torch.zeros(1, device=device)
     features = None if tower else torch.zeros(0, 1, device=device)
-    return Microbatch(inputs, zero, None, zero[:0], image_features=features)
+    none = zero[:0]
+    return Microbatch(inputs, zero, None, none, none if plain else None, image_features=features)
 
 
 def reference_pass(state: TrainState, inputs: ModelInputs, **options: object) -> Tensor:

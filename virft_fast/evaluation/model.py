@@ -16,12 +16,7 @@ from virft_fast.models.families import why_plain
 from virft_fast.models.processing import load_processor, resized
 from virft_fast.models.source import find_model
 from virft_fast.rollout import Rollout, Sampling
-from virft_fast.rollout.backends import (
-    check_cache_limit,
-    load_policy,
-    make_rollout,
-    with_own_history,
-)
+from virft_fast.rollout.backends import check_cache_limit, load_policy, make_rollout
 from virft_fast.rollout.speculation import History
 from virft_fast.tasks.coordinates import space_of
 
@@ -68,15 +63,15 @@ class EvaluatedModel:
         """Loaded when the first question is asked: a finished evaluation needs none."""
         with usage():
             policy = self._load_policy()
-        rollout = make_rollout(
+        return make_rollout(
             self.config.rollout_backend,
             lambda: contextlib.nullcontext(policy),
             self.processor.tokenizer,
             device=self.device,
             max_cache_tokens=self.config.rollout_cache_tokens,
             speculation=History() if self.config.speculates and not policy.recurrent else None,
+            remembers=True,
         )
-        return with_own_history(rollout)
 
     def generate(
         self,

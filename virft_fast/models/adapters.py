@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
 
 logger = logging.getLogger(__name__)
-# peft imports it, and it then warns that a kernel for rollouts on CPUs is missing.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 TRAINED, REFERENCE = "default", "reference"  # names of the adapters in a model
 
@@ -56,7 +54,11 @@ _BASE_KEEPING_STARTS = (None, True, False, "gaussian", "orthogonal")
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Hide peft's warnings that ask the user for nothing."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.ExitStack() as at_end:
+        # peft imports it, and it then warns that a kernel for 4-bit rollouts on CPUs is missing.
+        bitsandbytes = logging.getLogger("bitsandbytes")
+        at_end.callback(bitsandbytes.setLevel, bitsandbytes.level)
+        bitsandbytes.setLevel(logging.ERROR)
         # An attribute that transformers 5 has renamed; peft 0.21 reads the old name.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated")
         # `merge_adapter` ties the weights again if they are equal.
@@ -236,6 +238,7 @@ def attach(model: nn.Module, plan: LoraPlan, *, reference: bool = False) -> Peft
     return adapted
 
 
+@_quiet()
 def peft_config(folder: str) -> PeftConfig:
     """The peft configuration of the adapter in a folder.
 

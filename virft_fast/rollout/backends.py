@@ -29,11 +29,13 @@ def make_rollout(
     device: torch.device,
     max_cache_tokens: int | None = None,
     speculation: History | None = None,
+    remembers: bool = False,
 ) -> Rollout:
     """`native` (see `NativeRollout`) or `hf`: transformers' generate, which never speculates.
 
     Args:
-        speculation: earlier answers to guess from; the caller adds to them. None: don't guess.
+        speculation: earlier answers to guess from; None: don't guess.
+        remembers: add the answers to them; False: the caller does.
     """
     if backend == "hf":
         return HFRollout(weights, tokenizer, device=device)
@@ -45,7 +47,7 @@ def make_rollout(
         device=device,
         max_cache_tokens=max_cache_tokens,
         speculation=speculation,
-        remembers=False,
+        remembers=remembers,
     )
 
 

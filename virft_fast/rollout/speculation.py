@@ -100,6 +100,7 @@ class History:
         """Remember the `answers_of` rollouts."""
         recent = torch.cat([self.recent, *(group for _, group in answers)])
         self.recent = recent[max(len(recent) - self.recent_tokens, 0) :].clone()
+        self.stored = self.stored.copy()  # so that a shallow copy of the history keeps its answers
         for row, group in answers:
             self._remove(row)
             self.stored[row] = group

@@ -37,31 +37,20 @@ from virft_fast.tasks.values import import_math_verify, number_of, option_of
 __all__ = [
     "ACCURACY_REWARDS", "DEFAULT_REWARDS", "REWARDS", "Detection", "NamedRewards", "RewardError",
     "RewardFunction", "RewardLog", "answer_text", "check_solution", "default_rewards",
-    "detect_task", "in_thousandths", "is_ours", "load_reward_funcs", "parse_detection",
-    "parse_label", "parse_points", "score", "unearned", "with_class_set",
+    "detect_task", "in_thousandths", "is_ours", "load_reward_funcs", "negative_share",
+    "parse_detection", "parse_label", "parse_points", "score", "unearned", "with_class_set",
 ]  # fmt: skip
 
-REWARDS: dict[str, Callable[..., list[float]]] = {
-    "accuracy_iou": rewards.accuracy_iou,
-    "accuracy_confidence": rewards.accuracy_confidence,
-    "format": rewards.format_reward,
-    "accuracy": rewards.accuracy,
-    "accuracy_choice": rewards.accuracy_choice,
-    "accuracy_number": rewards.accuracy_number,
-    "accuracy_math": rewards.accuracy_math,
-    "grounding_giou": rewards.grounding_giou,
-    "hungarian_iou": rewards.hungarian_iou,
-    "detection_map": rewards.detection_map,
-    "point_in_box": rewards.point_in_box,
-    "point_distance": rewards.point_distance,
-    "accuracy_count": rewards.accuracy_count,
-    "accuracy_presence": rewards.accuracy_presence,
-    "visual_rft_accuracy_iou": visual_rft.visual_rft_accuracy_iou,
-    "visual_rft_accuracy_iou_v1": visual_rft.visual_rft_accuracy_iou_v1,
-    "visual_rft_accuracy_confidence": visual_rft.visual_rft_accuracy_confidence,
-    "visual_rft_accuracy": visual_rft.visual_rft_accuracy,
-    "visual_rft_grounding": visual_rft.visual_rft_grounding,
-}
+_FUNCTIONS: tuple[Callable[..., list[float]], ...] = (
+    rewards.accuracy_iou, rewards.accuracy_confidence, rewards.format_reward, rewards.accuracy,
+    rewards.accuracy_choice, rewards.accuracy_number, rewards.accuracy_math,
+    rewards.grounding_giou, rewards.hungarian_iou, rewards.detection_map, rewards.point_in_box,
+    rewards.point_distance, rewards.accuracy_count, rewards.accuracy_presence,
+    visual_rft.visual_rft_accuracy_iou, visual_rft.visual_rft_accuracy_iou_v1,
+    visual_rft.visual_rft_accuracy_confidence, visual_rft.visual_rft_accuracy,
+    visual_rft.visual_rft_grounding,
+)  # fmt: skip
+REWARDS = {reward.__name__.removesuffix("_reward"): reward for reward in _FUNCTIONS}
 DEFAULT_REWARDS: dict[str, list[str]] = {
     "detection": ["accuracy_iou", "accuracy_confidence", "format"],
     "classification": ["accuracy", "format"],
@@ -101,14 +90,26 @@ def is_ours(name: str, function: RewardFunction) -> bool:
     return name in REWARDS and inspect.unwrap(function) is inspect.unwrap(REWARDS[name])
 
 
+def negative_share(solutions: Sequence[str]) -> float | None:
+    """The share of solutions without objects among those with readable boxes or none, for
+    `accuracy_presence`; None if it is 0 or 1, where there is nothing to balance."""
+    read = [parse_detection(solution) for solution in solutions]
+    empty = [not detection.boxes for detection in read if detection is not None]
+    return sum(empty) / len(empty) if len(set(empty)) == 2 else None
+
+
 def with_class_set(
-    reward_funcs: NamedRewards, classes: ClosedSet | None
+    reward_funcs: NamedRewards, classes: ClosedSet | None, share: float | None = None
 ) -> list[tuple[str, RewardFunction]]:
-    """The rewards, where our `accuracy` uses the class set of the split."""
-    return [
-        (name, rewards.knowing_classes(f, classes) if is_ours("accuracy", f) else f)
-        for name, f in reward_funcs
-    ]
+    """The rewards, where our `accuracy` uses the class set of the split, and our
+    `accuracy_presence` its `negative_share`."""
+
+    def informed(f: RewardFunction) -> RewardFunction:
+        if is_ours("accuracy", f):
+            return rewards.knowing_classes(f, classes)
+        return rewards.knowing(f, share, "negative_share") if is_ours("accuracy_presence", f) else f
+
+    return [(name, informed(f)) for name, f in reward_funcs]
 
 
 def unearned(

@@ -255,14 +255,19 @@ def accuracy(
 
 def knowing_classes(reward: RewardFunction, classes: ClosedSet | None) -> RewardFunction:
     """The class reward, made to use a split's class set for rows that list no classes."""
+    return knowing(reward, classes, "classes", *CLASS_COLUMNS)
+
+
+def knowing(reward: RewardFunction, value: object, *names: str) -> RewardFunction:
+    """The reward, given `value` as the first of these columns if the rows have none of them."""
 
     @functools.wraps(reward)
-    def with_classes(*arguments: Json, **columns: Json) -> Sequence[float | None]:
-        if all(columns.get(name) is None for name in ("classes", *CLASS_COLUMNS)):
-            columns["classes"] = classes
+    def with_value(*arguments: Json, **columns: Json) -> Sequence[float | None]:
+        if all(columns.get(name) is None for name in names):
+            columns[names[0]] = value
         return reward(*arguments, **columns)
 
-    return with_classes if classes is not None else reward
+    return with_value if value is not None else reward
 
 
 def _is_class(text: str, truth: str, classes: ClosedSet | None) -> bool:
@@ -434,7 +439,7 @@ def accuracy_presence(
     truths: list[str],
     /,
     extent: Extents = None,
-    negative_share: Sequence[float | None] | None = None,
+    negative_share: float | Sequence[float | None] | None = None,
     **_: object,
 ) -> list[float]:
     """Whether the answer says rightly if there is anything to find, whatever the boxes. In [0, 1].
@@ -445,13 +450,15 @@ def accuracy_presence(
     never denying both earn min(q, 1 - q), half as much as being right.
 
     Args:
-        negative_share: a column with q, the same in each row; None: 0.5, where both score 1.
+        negative_share: q, or a column with it in each row; None: 0.5, where both score 1. A run
+            counts it in its rows, see `negative_share` in `virft_fast.tasks`.
     Raises:
         ValueError: q is outside [0, 1].
     """
-    rewards = []
-    shares = negative_share or [None] * len(texts)
-    for (said, true), share in zip(_parse_pairs(texts, truths, extent), shares, strict=True):
+    rewards, pairs = [], _parse_pairs(texts, truths, extent)
+    if not isinstance(negative_share, Sequence):
+        negative_share = [negative_share] * len(texts)
+    for (said, true), share in zip(pairs, negative_share, strict=True):
         q = 0.5 if share is None else float(share)
         if not 0 <= q <= 1:
             raise ValueError(f"negative_share: expected a share in [0, 1], got {share!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -61,8 +62,8 @@ def _train(
             model=state.policy.model,
             processor=run.processor,
             engine=state.engine,
-            state=kept,
-            history=None if state.history is None else state.history.state_dict(),
+            state={name: value for name, value in kept.items() if name != "history"},
+            history=kept["history"] and kept["history"].state_dict(),
             dtype=state.save_dtype,
             only_model=only_model,
             total_limit=cfg.save_total_limit,
@@ -164,6 +165,7 @@ def _state_dict(config: RunConfig, run: Run, before: HeldOut | None) -> Row:
         "world_size": dist.world_size(),
         "sampler": run.sampler.state_dict(),
         "curriculum": run.sampler.streaks(),
+        "history": copy(run.state.history),
         "bad_rows": run.data.bad_rows.state_dict(),
         "writer": run.writer.state_dict(),
         "before": before,

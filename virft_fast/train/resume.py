@@ -141,8 +141,11 @@ def _restore(saved: Row, state: TrainState, sampler: PromptSampler, data: Data) 
     state.skipped_steps, state.num_tokens = saved["skipped_steps"], saved["num_tokens"]
     state.silent_steps = dict(saved.get("silent_steps") or {})
     state.idle_steps = dict(saved.get("idle_steps") or {})
-    prompts = saved.get("num_prompts")  # an earlier version's steps had equally many
-    state.num_prompts = state.step * data.prompts_per_step if prompts is None else prompts
+    prompts = saved.get("num_prompts")
+    if prompts is None:  # an earlier version's steps were rollouts with one update's prompts
+        per_microbatch = state.prompts_per_microbatch * dist.world_size()
+        prompts = state.step * state.gradient_accumulation_steps * per_microbatch
+    state.num_prompts = prompts
     sampler.load_state_dict(saved["sampler"])
     sampler.load_streaks(saved.get("curriculum") or [])
     data.bad_rows.load_state_dict(saved["bad_rows"])

@@ -55,6 +55,9 @@ def prepare_data(config: RunConfig, processor: Processor) -> Data:
     if not names and not preferences:
         names = tasks.default_rewards(task, seen.solutions)
     table = seen.table(flags.dataset_train_split, "" if config.grpo.reward_funcs else task)
+    share = tasks.negative_share(seen.solutions) if "accuracy_presence" in names else None
+    if share is not None:
+        table.append(f"  without objects: {share:.1%}, for accuracy_presence")
     test = None
     if config.train.eval_samples:
         held_out, _ = opened(load(flags.dataset_test_split), task)
@@ -69,7 +72,7 @@ def prepare_data(config: RunConfig, processor: Processor) -> Data:
         train=prompts_of(samples),
         test=test,
         task=task,
-        reward_funcs=tasks.with_class_set(tasks.load_reward_funcs(names), classes),
+        reward_funcs=tasks.with_class_set(tasks.load_reward_funcs(names), classes, share),
         reward_weights=config.grpo.weights_of(names),
         bad_rows=BadRows(flags.max_bad_rows),
         prompts_per_step=num_prompts,

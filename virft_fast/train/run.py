@@ -18,6 +18,7 @@ from virft_fast import dist
 from virft_fast.algorithms import algorithm_of
 from virft_fast.algorithms.base import Data, HeldOut
 from virft_fast.algorithms.step import TrainState
+from virft_fast.arguments import was_given
 from virft_fast.cli import parse
 from virft_fast.config import TRAIN_GROUPS, RunConfig, UsageError, given_flags, usage
 from virft_fast.console import say, unbreakable
@@ -105,12 +106,16 @@ def _check_versions(config: RunConfig) -> None:
 
 
 def _warn_of_unused(config: RunConfig) -> None:
-    """Warn about flags without effect: another algorithm's, or those of an unused adapter."""
-    algorithm = config.train.algorithm
-    lora = [] if config.model.use_peft else given_flags(config.model)
-    lora = [name for name in lora if name.startswith("lora_")]
-    unused = algorithm_of(config).without_effect(config)
-    for names, what in ((unused, f"on --algorithm {algorithm}"), (lora, "without --use_peft")):
+    """Warn about flags without effect: another algorithm's, those of an unused adapter, or
+    --scale_rewards where advantages have a scale of their own."""
+    grpo, algorithm = config.grpo, algorithm_of(config)
+    unused = {f"on --algorithm {algorithm.name}": algorithm.without_effect(config)}
+    lora = [name for name in given_flags(config.model) if name.startswith("lora_")]
+    unused["without --use_peft"] = [] if config.model.use_peft else lora
+    own = {"advantage_estimator", "multi_objective_aggregation"} & {*given_flags(grpo)}
+    for name in own if was_given(grpo, "scale_rewards") else ():
+        unused[f"with --{name} {getattr(grpo, name)}"] = ["scale_rewards"]
+    for what, names in unused.items():
         if names:
             flags = ", ".join(f"--{name}" for name in names)
             logger.warning("without effect %s: %s", what, flags)
