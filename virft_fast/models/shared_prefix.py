@@ -61,7 +61,10 @@ def unreachable(language_model: TextModel) -> str | None:
         return f"{type(language_model).__name__} has its attention built in"
     if dropout := getattr(config, "attention_dropout", 0.0):
         return f"attention_dropout is {dropout}, and two passes would differ"
-    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None and (window := getattr(config, "sliding_window", None)):
+        return f"its layers attend to the last {window} tokens alone"
+    others = set(kinds or ()) - {"full_attention"}
     if hybrid:
         others.discard("linear_attention")
     if others:
