@@ -245,13 +245,15 @@ def _loss() -> Iterator[Finding]:
 
 def _model(name: str) -> Iterator[Finding]:
     """What the model gets; reads its configuration, not its weights."""
+    from virft_fast.models.processing import load_processor
     from virft_fast.models.qwen_vl import Policy, find_model, load_model
     from virft_fast.models.support import supports
 
     try:
         source = find_model(name)
+        load_processor(source)
         policy = Policy(load_model(source, empty=True), prefix_sharing="off")
-    except (ValueError, OSError) as error:
+    except (ImportError, ValueError, OSError) as error:
         yield Finding("problem", str(error), "docs/models.md lists what can be trained")
         return
     yield Finding("ok", f"model {name}: {source.config.model_type}")
