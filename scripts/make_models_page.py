@@ -1,4 +1,5 @@
 """Writes the tables of docs/models.md and README.md from what the code decides for each family.
+Fused head, tower and ZeRO are the same for every model that can be trained.
 
 python scripts/make_models_page.py
 
@@ -47,7 +48,7 @@ def readme() -> str:
         alike.setdefault(tuple(map(_cell, row)), []).append(name)
     lines = _heads("")
     for cells, names in alike.items():
-        others = [] if names[-1] in FAMILIES else ["others of transformers'"]
+        others = [] if names[-1] in FAMILIES else ["others (untested)"]
         shown = ", ".join([*(NAMES[name] for name in names), *others])
         lines.append(f"| {shown} | {' | '.join(cells)} |")
     return _updated(README, lines)

@@ -72,6 +72,26 @@ def _gemma3(text: dict[str, Any]) -> tuple[Any, Any]:
     return config, processor
 
 
+def _paligemma(text: dict[str, Any]) -> tuple[Any, Any]:
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    tokenizer = _tokenizer(["<bos>"], image_token="<image>")
+    config = hf.PaliGemmaConfig(
+        text_config={
+            "model_type": "gemma", **text, "head_dim": 16, "vocab_size": len(tokenizer)
+        },
+        vision_config={"model_type": "siglip_vision_model", **_siglip(vision_use_head=False)},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        projection_dim=32,
+    )  # fmt: skip
+    images = SiglipImageProcessorPil(size={"height": SIZE, "width": SIZE})
+    images.image_seq_length = (SIZE // 14) ** 2
+    processor = image_only(hf.PaliGemmaProcessor)(
+        images, tokenizer, chat_template=_template("<image>")
+    )
+    return config, processor
+
+
 def _internvl(text: dict[str, Any]) -> tuple[Any, Any]:
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
@@ -168,14 +188,40 @@ def _glm4v(text: dict[str, Any]) -> tuple[Any, Any]:
     return config, processor
 
 
-def write_family(family: str, folder: Path, *, seed: int = 0) -> Path:
-    """A random model of two layers in float32, and its processor, in `folder`."""
+def gemma4_config() -> Any:
+    """Image tokens see each other in it. Its patches have 4 x 4 pixels, and 3 x 3 make a token."""
     text = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "global_head_dim": 16,
+        "layer_types": ["sliding_attention", "full_attention"], "vocab_size_per_layer_input": 64,
+        "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
+        "use_bidirectional_attention": "vision",
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "global_head_dim": 16, "patch_size": 4,
+    }  # fmt: skip
+    tokens = {f"{name}_token_id": number for number, name in enumerate(
+        ("image", "boi", "eoi", "video", "audio"), 1
+    )}  # fmt: skip
+    return hf.Gemma4Config(text_config=text, vision_config=vision, audio_config=None, **tokens)
+
+
+def write_family(
+    family: str, folder: Path, *, seed: int = 0, text: dict[str, Any] | None = None
+) -> Path:
+    """A random model of two layers in float32, and its processor, in `folder`.
+
+    Args:
+        text: more of the language model's configuration.
+    """
+    text = {
+        **(text or {}), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048,
     }  # fmt: skip
     make = {
-        "gemma3": _gemma3, "internvl": _internvl, "idefics3": _idefics3, "glm4v": _glm4v,
+        "gemma3": _gemma3, "paligemma": _paligemma, "internvl": _internvl,
+        "idefics3": _idefics3, "glm4v": _glm4v,
         "smolvlm": lambda text: _idefics3(text, smol=True), "llava_onevision": _llava_onevision,
     }[family]  # fmt: skip
     config, processor = make(text)

@@ -6,14 +6,17 @@ import contextlib
 import functools
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from helpers import CPU, largest_difference, make_prompts, make_sample, read_jsonl
-from plain_models import write_family
+from plain_models import gemma4_config, write_family
 from processes import run
 from torch import nn
+from torch.nn import functional as F
 
 from virft_fast.kernels import LossArgs
 from virft_fast.models.families import (
@@ -81,10 +84,12 @@ def _alone(model, processor, prompt, completion, banned=()):
     ids, count = given["input_ids"], len(completion)
     for name, value in given.items():
         if isinstance(value, torch.Tensor) and value.shape == ids.shape:
-            end = (
-                completion[None] if name == "input_ids" else torch.zeros(1, count, dtype=ids.dtype)
+            # PaliGemma's `generate` gives new tokens type 1, others' type 0.
+            one = name == "attention_mask" or (
+                name == "token_type_ids" and model.config.model_type == "paligemma"
             )
-            given[name] = torch.cat([value, end + (name == "attention_mask")], 1)
+            end = completion[None] if name == "input_ids" else torch.full((1, count), int(one))
+            given[name] = torch.cat([value, end], 1)
     if prompt.image_grid_thw is not None:
         given["mm_token_type_ids"] = (given["input_ids"] == model.config.image_token_id).long()
     logits = model(**given).logits[0, -count - 1 : -1].float()
@@ -94,6 +99,80 @@ def _alone(model, processor, prompt, completion, banned=()):
 
 def _gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _logps(policy, prompts, completions, **options):
+    with torch.no_grad():
+        rows = policy.collate(prompts, completions, pad_token_id=0, device=CPU, **options)
+        return policy(rows)[0]
+
+
+def _expected(policy, processor, prompts, completions):
+    pairs = [(p, c) for p, group in zip(prompts, completions, strict=True) for c in group]
+    with torch.no_grad():
+        return torch.cat([_alone(policy.model, processor, *pair) for pair in pairs])
+
+
+def test_an_answer_never_sees_what_follows(tmp_path):
+    """PaliGemma reads tokens of type 0 in both directions; only its prompts have that type."""
+    folder = str(write_family("paligemma", tmp_path))
+    processor, policy = load_processor(folder), Policy(load_model(folder))
+    samples = (make_sample(0, [(112, 60)]), make_sample(1, [(56, 84)], "Which one is larger?"))
+    prompts = make_prompts(processor, *samples)
+    completions = _completions(prompts)
+    found = _logps(policy, prompts, completions)
+    expected = _expected(policy, processor, prompts, completions)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    changed = [[torch.cat([ids[:-1], ids[-1:] - 250]) for ids in group] for group in completions]
+    lengths = [len(ids) for group in completions for ids in group]
+    both = zip(found.split(lengths), _logps(policy, prompts, changed).split(lengths), strict=True)
+    for before, after in both:
+        torch.testing.assert_close(before[:-1], after[:-1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "phi3"])
+def test_a_sliding_window_without_layer_types_is_not_shared(tmp_path, kind):
+    """These configurations have a window, but don't say which layers use it."""
+    text = {"model_type": kind, "sliding_window": 8, "pad_token_id": 0}
+    folder = str(write_family("internvl", tmp_path, text=text))
+    policy, processor, prompts = _made(folder)
+    assert policy.unreachable == "its layers attend to the last 8 tokens alone"
+    assert not policy.shares_prefix
+    completions = _completions(prompts)
+    found = _logps(policy, prompts, completions)
+    expected = _expected(policy, processor, prompts, completions)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_gemma_4_gets_its_token_types(tmp_path):
+    """Its image tokens see each other, which it learns from the processor's token types."""
+    processor = load_processor(str(write_family("glm4v", tmp_path)))
+    (prompt,) = make_prompts(processor, make_sample(0, [(112, 60)]))
+    assert torch.equal(prompt.token_inputs["mm_token_type_ids"], prompt.mm_token_type_ids)
+    torch.manual_seed(0)
+    model = hf.AutoModelForImageTextToText.from_config(gemma4_config()).eval()
+    is_image = torch.tensor([0, 0, *[1] * 4, 0, 0])
+    ids = torch.where(is_image > 0, model.config.image_token_id, torch.arange(10, 18))
+    pixels = torch.rand(1, 36, 48)
+    places = {"image_position_ids": torch.cartesian_prod(torch.arange(6), torch.arange(6))[None]}
+    completion = torch.tensor([20, 21, 22])
+    types = {"mm_token_type_ids": is_image}
+    prompt = replace(
+        prompt, input_ids=ids, pixel_values=pixels, image_grid_thw=None, image_inputs=places,
+        token_inputs=types, **types,
+    )  # fmt: skip
+    found = _logps(Policy(model), [prompt], [[completion]])
+
+    def own(**types):
+        whole = torch.cat([ids, completion])[None]
+        mask = torch.ones_like(whole)
+        out = model(input_ids=whole, attention_mask=mask, pixel_values=pixels, **places, **types)
+        return out.logits[0, -4:-1].log_softmax(-1).gather(1, completion[:, None])[:, 0]
+
+    with torch.no_grad():
+        expected, without = own(mm_token_type_ids=F.pad(is_image, (0, 3))[None]), own()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (found - without).abs().max() > 1e-3
 
 
 def test_a_grpo_step_equals_a_plain_loop(made):
@@ -193,6 +272,15 @@ def test_greedy_rollouts_equal_generate(made, backend):
     )[0, given["input_ids"].shape[1] :]  # fmt: skip
     for row in (G, G + 1):
         assert torch.equal(out.completion_ids[row][out.completion_mask[row]], tokens)
+
+
+def test_the_doctor_finds_what_a_run_would_refuse(tmp_path):
+    from virft_fast.doctor import _model
+
+    folder = write_family("internvl", tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    (finding,) = _model(str(folder))
+    assert finding.level == "problem" and "chat template" in finding.what
 
 
 def test_the_doctor_says_what_the_family_gets(folder):

@@ -35,6 +35,7 @@ class Family:
         deepstack: the vision tower also computes features for the first language layers.
         shares: whether a prompt may be read once for all its completions: the language model gets
             nothing but embeddings, in which the images' features replace the image tokens.
+        completion_type: the number of a completion's tokens in `token_type_ids`, if it has those.
     """
 
     processor: str = ""
@@ -42,6 +43,7 @@ class Family:
     flat: bool = True
     deepstack: bool = False
     shares: bool = True
+    completion_type: int = 0
 
     @property
     def is_qwen(self) -> bool:
@@ -65,10 +67,12 @@ FAMILIES = {
     "smolvlm": Family(),
     "glm4v": Family(),
 }
+# Plain families with a peculiarity.
+UNSHARED = {"paligemma": Family(shares=False, completion_type=1)}
 
 
 def family_of(model_type: str) -> Family:
-    return FAMILIES.get(model_type, PLAIN)
+    return FAMILIES.get(model_type) or UNSHARED.get(model_type, PLAIN)
 
 
 def why_plain(model_type: str) -> str | None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from virft_fast.batch import Prompt, Row, Sample
 from virft_fast.devices import to_device
 from virft_fast.models import chat_template
-from virft_fast.models.families import Processor, Tokenizer
+from virft_fast.models.families import Processor, Tokenizer, family_of
 from virft_fast.models.shared_prefix import Group
 
 
@@ -112,7 +112,10 @@ def encode_prompt(processor: Processor, sample: Sample) -> Prompt:
     encoded = processor(text=[text], images=images, return_tensors="pt", **options)
     ids = encoded["input_ids"]
     made = {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
-    others = {name: value for name, value in made.items() if name not in _OWN_FIELDS}
+    own = _OWN_FIELDS
+    if family_of(getattr(processor, "model_type", "qwen2_vl")).is_qwen:
+        own = own | {"mm_token_type_ids"}
+    others = {name: value for name, value in made.items() if name not in own}
     return Prompt(
         sample=sample,
         text=text,
@@ -125,8 +128,8 @@ def encode_prompt(processor: Processor, sample: Sample) -> Prompt:
     )
 
 
-# A prompt has fields for these, or makes them itself.
-_OWN_FIELDS = {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"}
+# A prompt has fields for these, makes them itself, or doesn't need them.
+_OWN_FIELDS = {"input_ids", "attention_mask", "pixel_values", "image_grid_thw", "labels"}
 # Special tokens that are never text: those of the chat format, and image and video placeholders.
 _CONTROL_TOKENS = {
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -169,14 +172,16 @@ def collate(
     *,
     pad_token_id: int,
     packed: bool,
+    completion_type: int = 0,
 ) -> ModelInputs:
     """Like `Policy.collate`, on the CPU.
 
     Args:
         positions: (3, P) or (1, P) rotary positions of each prompt.
+        completion_type: see `Family`.
     """
     given = (prompts, positions, completions)
-    rows = _pack(*given) if packed else _pad(*given, pad_token_id)
+    rows = _pack(*given) if packed else _pad(*given, pad_token_id, completion_type)
     is_image = rows.pop("is_image")
     flat = [ids for group in completions for ids in group]
     copies = [1 if packed else len(group) for group in completions]
@@ -251,6 +256,7 @@ def _pad(
     positions: Sequence[Tensor],
     completions: Sequence[Sequence[Tensor]],
     pad_token_id: int,
+    completion_type: int,
 ) -> Row:
     """As `_pack`, but one row per completion: prompts are left-padded, completions right-padded."""
     before = max(len(prompt.input_ids) for prompt in prompts)
@@ -268,7 +274,15 @@ def _pad(
             others = (F.pad(row, pad) for row in (torch.ones_like(whole), places, is_image))
             rows.append((F.pad(whole, pad, value=pad_token_id), *others))
     input_ids, attention_mask, position_ids, images = map(torch.stack, zip(*rows, strict=True))
-    repeated = [p for p, group in zip(prompts, completions, strict=True) for _ in group]
+    repeated = [(p, len(ids)) for p, g in zip(prompts, completions, strict=True) for ids in g]
+
+    def types(name: str, prompt: Prompt, length: int) -> Tensor:
+        own = prompt.token_inputs.get(name, torch.zeros_like(prompt.input_ids))
+        value = completion_type if name == "token_type_ids" else 0
+        row = F.pad(own, (before - len(own), length))
+        row[before:] = value
+        return F.pad(row, (0, after - length))
+
     return dict(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -276,11 +290,7 @@ def _pad(
         is_image=images,
         predictors=torch.cat(predictors),
         token_inputs={
-            name: torch.stack([
-                F.pad(p.token_inputs.get(name, torch.zeros_like(p.input_ids)),
-                      (before - len(p.input_ids), after))
-                for p in repeated
-            ])
+            name: torch.stack([types(name, *row) for row in repeated])
             for name in sorted({name for p in prompts for name in p.token_inputs})
         },
-    )  # fmt: skip
+    )

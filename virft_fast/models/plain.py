@@ -61,7 +61,7 @@ def image_features(model: nn.Module, inputs: ModelInputs) -> Tensor:
 def hidden_states(model: nn.Module, inputs: ModelInputs, features: Tensor) -> Tensor:
     """(R, L, D) last hidden states of padded rows, with the result of `image_features`."""
     read: Any = core(model)
-    given = row_inputs(inputs) | {"position_ids": rotary_positions(inputs)}
+    given = row_inputs(read, inputs) | {"position_ids": rotary_positions(inputs)}
     given = {name: value for name, value in given.items() if name in _takes(read.forward)}
     with features_given(model, inputs, features):
         states = read(**given, use_cache=False).last_hidden_state
@@ -71,12 +71,14 @@ def hidden_states(model: nn.Module, inputs: ModelInputs, features: Tensor) -> Te
     return states
 
 
-def row_inputs(inputs: ModelInputs) -> dict[str, Tensor | None]:
-    """The arguments of transformers' model that say what the rows hold."""
+def row_inputs(model: Any, inputs: ModelInputs) -> dict[str, Tensor | None]:
+    """The arguments of transformers' model that say what the rows hold. Of what the processor makes
+    of tokens, the ones that the model's forward names."""
     device = inputs.input_ids.device
     rows = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
     images = {name: value.to(device) for name, value in inputs.images.items()}
-    return rows | images | dict(inputs.token_inputs)
+    tokens = {n: v for n, v in inputs.token_inputs.items() if n in _takes(model.forward)}
+    return rows | images | tokens
 
 
 def rotary_positions(inputs: ModelInputs) -> Tensor:

@@ -279,7 +279,10 @@ class Policy(nn.Module):
         """
         packed = self.shares_prefix if packed is None else packed
         positions = [self.prompt_positions(prompt) for prompt in prompts]
-        cpu = collate(prompts, positions, completions, pad_token_id=pad_token_id, packed=packed)
+        cpu = collate(
+            prompts, positions, completions, pad_token_id=pad_token_id, packed=packed,
+            completion_type=self.family.completion_type,
+        )  # fmt: skip
         if self.family.is_qwen and cpu.image_grid_thw is not None:
             vision = vision_metadata(core(self.model).visual, cpu.image_grid_thw, device)
             cpu = replace(cpu, vision=vision)

@@ -106,7 +106,7 @@ def _embedded(policy: Policy, inputs: ModelInputs, features: Tensor) -> Row:
 
 def _as_made(policy: Policy, inputs: ModelInputs, features: Tensor) -> Row:
     """What `generate` reads of another family's rows: the processor's own tensors."""
-    rows = row_inputs(inputs)
+    rows = row_inputs(base(policy.model), inputs)
     multimodal = len(inputs.position_ids) > 1
     return rows | ({"position_ids": _with_text_positions(inputs)} if multimodal else {})
 
