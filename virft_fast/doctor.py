@@ -251,8 +251,8 @@ def _model(name: str) -> Iterator[Finding]:
 
     try:
         source = find_model(name)
-        load_processor(source)
         policy = Policy(load_model(source, empty=True), prefix_sharing="off")
+        load_processor(source)
     except (ImportError, ValueError, OSError) as error:
         yield Finding("problem", str(error), "docs/models.md lists what can be trained")
         return
