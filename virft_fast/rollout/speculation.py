@@ -197,6 +197,7 @@ class Speculation:
         pool: see `kernels.speculation`.
         starts: (N,) int64 places of the rows' first guesses.
         read: Q of the next passes. kept: how many of these tokens a row is expected to keep.
+        longest: tokens of the longest of the decoded rows, at the last `note`.
     """
 
     def __init__(
@@ -229,21 +230,16 @@ class Speculation:
         self.known = (starts > NOWHERE).numpy()
         self.share = np.array(stats.agreement)[self.known.astype(int)]
         self.read, self.kept = 1, 1.0
-        self.noted = (0, 0)  # tokens of the longest row, and passes, at the last `note`
+        self.longest = 0
 
     def note(self, counts: Tensor) -> None:
         """Take the counts of the rows that are decoded: (4, R) int64 on the host."""
         now = counts.numpy()
         new, right, *_ = now - self.counts[:, self.rows]
         self.counts[:, self.rows] = now
-        self.noted = (int(now[0].max()), self.stats.passes)
+        self.longest = int(now[0].max())
         weight, rate = 1 - 0.5 ** (new / HALF_LIFE), right / np.maximum(new, 1)
         self.share[self.rows] += weight * (rate - self.share[self.rows])
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row; at most so many if passes have read guesses since `note`."""
-        return self.noted[0] + (self.stats.passes - self.noted[1]) * self.read
 
     def keep(self, rows: Sequence[int]) -> None:
         """Continue with only these of the current rows."""
