@@ -224,9 +224,9 @@ class Speculation:
         self.pool.tokens[: len(texts)] = to_device(texts, device)
         self.pool.insert(torch.arange(CONTEXT, len(texts), device=device))
         self.starts = to_device(starts, device)
-        # The rows that are decoded, and what they have drawn, right, guessed and accepted. By row of
-        # the batch, the share of right guesses, which starts with that of the last batch. In NumPy,
-        # whose small operations are faster.
+        # The rows that are decoded: drawn, right, guessed and accepted tokens. By row of the batch:
+        # the share of right guesses, which starts with that of the last batch. In NumPy, whose
+        # small operations are faster.
         self.rows, self.counts = np.arange(rows), np.zeros((4, rows), np.int64)
         self.known = (starts > NOWHERE).numpy()
         self.share = np.array(stats.agreement)[self.known.astype(int)]
