@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
@@ -192,52 +193,13 @@ def _data_url(image: Image.Image) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem;
-       color: #222; background: #fff; }
-table { border-collapse: collapse; margin: 0 0 2rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .75rem; border-bottom: 1px solid #ddd; text-align: left; }
-.scroll { overflow-x: auto; }
-.pictures { display: grid; gap: 1.25rem;
-            grid-template-columns: repeat(auto-fill, minmax({{ width }}px, 1fr)); }
-.models { display: flex; gap: .5rem; }
-figure { margin: 0; } figure img { max-width: 100%; }
-code { display: block; font-size: 12px; white-space: pre-wrap; overflow-wrap: anywhere; }
-.pink { color: #c2187a; }
-</style></head><body>
-<h1>{{ title }}</h1>
-{% for table in tables %}
-<h2>{{ table.title }}</h2>
-<div class="scroll"><table>
-<tr>{% for cell in table.header %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for row in table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table></div>
-{% endfor %}
-{% if pictures %}
-<h2>Some answers</h2>
-<p>True boxes are white, <span class="pink">predicted ones pink</span> with their confidence.</p>
-<div class="pictures">
-{% for picture in pictures %}
-<div><b>{{ picture.caption }}</b><div class="models">
-{% for url, text in picture.shown %}
-<figure><img src="{{ url }}" alt="">
-{% if models|length > 1 %}<div>{{ models[loop.index0] }}</div>{% endif %}
-<code class="pink">{{ text }}</code></figure>
-{% endfor %}</div><code>{{ picture.solution }}</code></div>
-{% endfor %}</div>
-{% endif %}
-</body></html>
-"""
-
-
 def html(
     title: str, shown: Sequence[Table], drawn: Sequence[Picture], models: Sequence[str]
 ) -> str:
     """A self-contained page."""
     import jinja2
 
-    template = jinja2.Environment(autoescape=True).from_string(_PAGE)
+    page = Path(__file__).with_name("page.html").read_text("utf-8")
+    template = jinja2.Environment(autoescape=True).from_string(page)
     width = 240 * max(1, len(models))
     return template.render(title=title, tables=shown, pictures=drawn, models=models, width=width)
