@@ -1,8 +1,8 @@
 """The engines, which own parameters, gradients and optimizer state. Only this file uses DeepSpeed.
 
-`PlainEngine` runs one process or replicas, `DeepSpeedEngine` any ZeRO stage; `Engine` is their
-common interface. A step whose gradient is not finite is skipped on every rank. The file is long
-because no other module may import deepspeed.
+`PlainEngine` runs one process or replicas, `DeepSpeedEngine` any ZeRO stage; an `Engine` is either.
+A step whose gradient is not finite is skipped on every rank. The file is long because no other
+module may import deepspeed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol, cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,8 @@ class StepResult:
     applied: bool
 
 
-class Engine(Protocol):
-    """The interface of an engine; `PlainEngine`'s docstrings describe the methods.
+class _EngineBase:
+    """What both engines have.
 
     Attributes:
         module: the policy that is trained.
@@ -55,28 +55,29 @@ class Engine(Protocol):
     module: Policy
     device: torch.device
     settings: OptimizerSettings
-    zero_stage: int
-    updates: int
+    optimizer: torch.optim.Optimizer
+    zero_stage = 0
+    updates = 0
+    _copy: RolloutWeights | None = None
 
-    def forward(self, *args: object, **options: object) -> tuple[Tensor, ...]: ...
-    def backward(self, loss: Tensor, *, last: bool) -> None: ...
-    def step(self, learning_rate: float, *, veto: bool | Tensor = False) -> StepResult: ...
-    def autocast(self) -> contextlib.AbstractContextManager[object]: ...
-    def whole_weights(self) -> contextlib.AbstractContextManager[Policy]: ...
-    def free_rollout_weights(self) -> None: ...
-    def model_state(self, model: nn.Module, dtype: torch.dtype | None = None) -> Stored | None: ...
-    def save_state(self, folder: Path) -> list[Path]: ...
-    def load_state(self, folder: Path) -> None: ...
+    def free_rollout_weights(self) -> None:
+        """Free the copy until the next rollout, with `offload_rollout_weights`."""
+        if self._copy is not None:
+            self._copy.release()
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _clip(self) -> Tensor:
+        """Clip the gradient; returns its norm before that."""
+        return nn.utils.clip_grad_norm_(self._trained(), self.settings.max_grad_norm or math.inf)
 
 
-class PlainEngine:
+class PlainEngine(_EngineBase):
     """One process, or replicas that average their gradients at the step.
 
     The weights keep their dtype; with `bf16`, forward passes run under autocast.
     """
-
-    zero_stage = 0
-    updates = 0
 
     def __init__(
         self,
@@ -92,7 +93,6 @@ class PlainEngine:
         self.bf16 = bf16
         self.settings = settings
         self.optimizer = make_optimizer(policy, settings, fused=True)
-        self._copy: RolloutWeights | None = None
         self._in_4bit = in_4bit(policy.model)  # rollouts use the 4-bit weights
         if device.type == "cuda" and not self._in_4bit and (bf16 or has_adapter(policy.model)):
             dtype = torch.bfloat16 if bf16 else policy.head.weight.dtype
@@ -125,10 +125,8 @@ class PlainEngine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self._average_gradients(parameters)
-        max_norm = self.settings.max_grad_norm or math.inf
-        total = nn.utils.clip_grad_norm_(parameters, max_norm).double()
+        self._average_gradients()
+        total = self._clip().double()
         norm, veto = torch.stack([total, torch.zeros_like(total) + veto]).tolist()
         applied = math.isfinite(norm) and not veto
         if applied:
@@ -139,11 +137,10 @@ class PlainEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(norm, applied)
 
-    @staticmethod
-    def _average_gradients(parameters: list[nn.Parameter]) -> None:
+    def _average_gradients(self) -> None:
         if dist.world_size() == 1:
             return
-        for parameter in parameters:
+        for parameter in self._trained():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce_sum(parameter.grad).div_(dist.world_size())
@@ -156,11 +153,6 @@ class PlainEngine:
         policy = self.module if self._copy is None else self._copy.policy()
         with self.autocast() if policy is self.module else contextlib.nullcontext():
             yield policy
-
-    def free_rollout_weights(self) -> None:
-        """Free the copy until the next rollout, with `offload_rollout_weights`."""
-        if self._copy is not None:
-            self._copy.release()
 
     def model_state(self, model: nn.Module, dtype: torch.dtype | None = None) -> Stored | None:
         """The weights of `model` on the CPU, in the main process; None in the others.
@@ -209,7 +201,7 @@ class PlainEngine:
             raise ValueError(unreadable_state(path, error)) from error
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(_EngineBase):
     """The policy under DeepSpeed, any ZeRO stage.
 
     Args:
@@ -228,7 +220,6 @@ class DeepSpeedEngine:
     ) -> None:
         deepspeed = import_deepspeed()
         self.device = device
-        self.updates = 0
         self.settings = settings
         self.zero_stage = zero_stage(config)
         fused = device.type == "cuda" and not offloads(config, "offload_optimizer")
@@ -247,7 +238,6 @@ class DeepSpeedEngine:
         # fails would raise on one rank only.
         self.engine._copy_recovery_script = lambda folder: None
         self.module = policy
-        self._copy: RolloutWeights | None = None
         if self.zero_stage == 3 or device.type == "cuda":
             gather = deepspeed.zero.GatheredParameters if self.zero_stage == 3 else None
             self._copy = RolloutWeights(
@@ -261,9 +251,7 @@ class DeepSpeedEngine:
     def _guard(self) -> bool:
         """Whether the optimizer may step. DeepSpeed has computed the gradient's norm by now."""
         if self._clips_here:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            max_norm = self.settings.max_grad_norm or math.inf
-            self._norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
+            self._norm = float(self._clip())
         else:
             self._norm = float(getattr(self.engine.optimizer, "_global_grad_norm", None) or 0.0)
         applies = math.isfinite(self._norm) and not self._veto
@@ -306,11 +294,6 @@ class DeepSpeedEngine:
         """
         yield self.module if self._copy is None else self._copy.policy()
 
-    def free_rollout_weights(self) -> None:
-        """As `PlainEngine.free_rollout_weights`."""
-        if self._copy is not None:
-            self._copy.release()
-
     def model_state(self, model: nn.Module, dtype: torch.dtype | None = None) -> Stored | None:
         """As `PlainEngine.model_state`; all ranks call."""
         deepspeed = import_deepspeed()
@@ -347,6 +330,9 @@ class DeepSpeedEngine:
             )
 
 
+Engine: TypeAlias = PlainEngine | DeepSpeedEngine
+
+
 def find_state(folder: Path, *, deepspeed: bool) -> Path:
     """The file or folder that an engine's `save_state` wrote into `folder`.
 
@@ -372,7 +358,7 @@ def unreadable_state(path: Path, error: Exception) -> str:
 
 
 def make_reference(
-    policy: Policy, engine: PlainEngine | DeepSpeedEngine, config: Row | None
+    policy: Policy, engine: Engine, config: Row | None
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Freeze a copy of the policy and place it: partitioned under ZeRO-3, otherwise on this
     process's device.
