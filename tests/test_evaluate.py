@@ -19,7 +19,7 @@ from processes import run
 from virft_fast.data.__main__ import main as data_main
 from virft_fast.data.demo import _split_examples, build_demo
 from virft_fast.evaluate import main
-from virft_fast.evaluation.scoring import average_precision, task_measures
+from virft_fast.evaluation.scoring import task_measures
 from virft_fast.rollout.native import NativeRollout
 
 
@@ -923,7 +923,3 @@ def test_detection_measures_by_hand():
 def test_unreadable_answers_find_nothing():
     records = [{"completion": "what?", "solution": answer(([0, 0, 9, 9], 1))}]
     assert task_measures("detection", records) == {"ap50": 0.0, "mean_iou": 0.0}
-
-
-def test_average_precision_of_nothing_is_zero():
-    assert average_precision(torch.zeros(0), torch.zeros(0, dtype=torch.bool), 3) == 0

@@ -217,7 +217,7 @@ class Curve:
                 continue
             weight = count[self.image]  # (D,)
             hits, misses = (true * weight).cumsum(1), (false * weight).cumsum(1)  # (T, D)
-            precision = hits / (hits + misses + np.spacing(1))
+            precision = hits / np.maximum(hits + misses, 1)
             best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
             best = np.concatenate([best, np.zeros((len(best), 1))], axis=1)
             for threshold, recall in enumerate(hits / total):

@@ -14,7 +14,7 @@ from virft_fast.evaluation.bootstrap import Array, Interval, Measures, Ratios
 from virft_fast.evaluation.classification import Confusion
 from virft_fast.evaluation.detection import Precisions, Truth
 from virft_fast.evaluation.journal import Record
-from virft_fast.evaluation.scoring import match_answers, task_measures
+from virft_fast.evaluation.scoring import match_answers, pooled_curve, task_measures
 from virft_fast.tasks import BOX_TASKS
 from virft_fast.tasks.labels import ClosedSet
 
@@ -125,13 +125,8 @@ class _Matched:
         matched = match_answers(records)
         sums = zip(matched.iou_sum.tolist(), matched.num_true.tolist(), strict=True)
         ratios.add("mean_iou", [(u, *both) for u, both in zip(images, sums, strict=True)])
-        order = matched.scores.argsort(descending=True, stable=True)
         numbers = np.array([ratios.units[image] for image in images])
-        num_true = np.zeros(len(ratios.units))
-        np.add.at(num_true, numbers, matched.num_true.numpy())
-        hit = matched.hit[order].numpy()[None]
-        image = numbers[matched.answer[order].numpy()]
-        self.curve = detection.Curve(image, hit, np.zeros_like(hit), num_true)
+        self.curve = pooled_curve(matched, numbers, len(ratios.units))
         self.pooled = task == "detection"
 
     def __call__(self, counts: Array) -> dict[str, Array]:

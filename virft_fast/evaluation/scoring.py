@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from virft_fast import dist, progress
 from virft_fast.batch import Json, Rollouts, Sample
 from virft_fast.data import BadRow, BadRows
 from virft_fast.evaluation.answering import Load, Section, answer
+from virft_fast.evaluation.detection import Curve
 from virft_fast.evaluation.journal import Record
 from virft_fast.evaluation.reading import predicted_boxes, scores_of, true_boxes
 from virft_fast.matching import match_boxes, pad_boxes
@@ -159,11 +162,23 @@ def task_measures(task: str, records: Sequence[Record]) -> dict[str, float]:
     if task not in BOX_TASKS or not records:
         return {}
     matched = match_answers(records)
-    total = max(int(matched.num_true.sum()), 1)
-    measures = {"mean_iou": float(matched.iou_sum.sum()) / total}
+    measures = {"mean_iou": float(matched.iou_sum.sum()) / max(int(matched.num_true.sum()), 1)}
     if task == "detection":
-        measures["ap50"] = average_precision(matched.scores, matched.hit, total)
+        curve = pooled_curve(matched, np.zeros(len(records), np.int64), 1)
+        measures["ap50"] = float(np.nan_to_num(curve(np.ones((1, 1))))[0, 0])
     return measures
+
+
+def pooled_curve(matched: Matched, images: NDArray[np.int64], num_images: int) -> Curve:
+    """The predictions of all answers as one class, at IoU > 0.5.
+
+    Args:
+        images: (N,) number of each answer's image, below `num_images`.
+    """
+    order = matched.scores.argsort(descending=True, stable=True)
+    hit = matched.hit[order].numpy()[None]
+    num_true = np.bincount(images, matched.num_true.numpy(), num_images)
+    return Curve(images[matched.answer[order].numpy()], hit, np.zeros_like(hit), num_true)
 
 
 def _confidences(predicted: Sequence[Detection | None], width: int) -> torch.Tensor:
@@ -173,20 +188,3 @@ def _confidences(predicted: Sequence[Detection | None], width: int) -> torch.Ten
         if read:
             scores[row, : len(read.boxes)] = torch.tensor(scores_of(read))
     return scores
-
-
-def average_precision(scores: torch.Tensor, hit: torch.Tensor, num_true: int) -> float:
-    """Area under the interpolated precision-recall curve at recalls 0, 0.01, ..., 1.
-
-    Args:
-        scores: (S,) confidence of each prediction. hit: (S,) bool, whether it matches a true box.
-        num_true: true boxes in all.
-    """
-    order = scores.argsort(descending=True, stable=True)
-    hits = hit[order].double().cumsum(0)
-    precision = hits / torch.arange(1, len(order) + 1, dtype=torch.float64)
-    recall = hits / num_true
-    best = precision.flip(0).cummax(0).values.flip(0) if len(order) else precision
-    at = torch.searchsorted(recall, torch.linspace(0, 1, 101, dtype=torch.float64))
-    padded = torch.cat([best, torch.zeros(1, dtype=torch.float64)])
-    return float(padded[at].mean())
