@@ -177,7 +177,7 @@ def pooled_curve(matched: Matched, images: NDArray[np.int64], num_images: int) -
     """
     order = matched.scores.argsort(descending=True, stable=True)
     hit = matched.hit[order].numpy()[None]
-    num_true = np.bincount(images, matched.num_true.numpy(), num_images)
+    num_true = np.bincount(images, matched.num_true.numpy(), num_images).astype(float)
     return Curve(images[matched.answer[order].numpy()], hit, np.zeros_like(hit), num_true)
 
 
