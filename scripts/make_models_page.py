@@ -1,5 +1,6 @@
-"""Writes the tables of docs/models.md and README.md from what the code decides for each family.
-Fused head, tower and ZeRO are the same for every model that can be trained.
+"""Writes the tables of docs/models.md and README.md: what the code decides for each family. A "yes"
+needs a test in tests/test_families.py that shows it with this family; without one, the table says
+"untested".
 
 python scripts/make_models_page.py
 
@@ -9,12 +10,13 @@ A family is built from transformers' default configuration with a few layers, wi
 from __future__ import annotations
 
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from virft_fast.models.families import CHECKED, FAMILIES
+from virft_fast.models.families import FAMILIES
 from virft_fast.models.policy import Policy
 from virft_fast.models.support import Support, supports
 
@@ -32,20 +34,19 @@ NAMES = {
 
 def page() -> str:
     """The text of docs/models.md with an updated table."""
-    found = families()
     lines = _heads("`model_type`")
-    for name, row in found.items():
-        layers = f"`{'`, `'.join(row[-1].why.removeprefix('on ').split(', '))}`"
-        cells = [_cell(entry) for entry in row[:-1]]
-        lines.append(f"| {NAMES[name]}, `{name}` | {' | '.join(cells)} | {layers} |")
+    for name, cells in families().items():
+        layers = f"`{'`, `'.join(support_of(name)[-1].why.removeprefix('on ').split(', '))}`"
+        last = layers if cells[-1] == "yes" else cells[-1]
+        lines.append(f"| {NAMES[name]}, `{name}` | {' | '.join((*cells[:-1], last))} |")
     return _updated(PAGE, lines)
 
 
 def readme() -> str:
     """The text of README.md with an updated table: one row for families that get the same."""
     alike: dict[tuple[str, ...], list[str]] = {}
-    for name, row in families().items():
-        alike.setdefault(tuple(map(_cell, row)), []).append(name)
+    for name, cells in families().items():
+        alike.setdefault(cells, []).append(name)
     lines = _heads("")
     for cells, names in alike.items():
         others = [] if names[-1] in FAMILIES else ["others (untested)"]
@@ -55,10 +56,20 @@ def readme() -> str:
 
 
 @functools.cache
-def families() -> dict[str, list[Support]]:
-    return {name: support_of(name) for name in (*FAMILIES, *CHECKED)}
+def families() -> dict[str, tuple[str, ...]]:
+    """The cells of each family's row."""
+    sys.path.append(str(ROOT / "tests"))
+    import test_families  # noqa: F401  # its decorators fill `SHOWN`
+    from family_models import EVERY, SHOWN
+
+    def cell(name: str, entry: Support) -> str:
+        tested = name in SHOWN.get(entry.feature, ())
+        return ("yes" if tested else "untested") if entry.given else "no"
+
+    return {name: tuple(cell(name, entry) for entry in support_of(name)) for name in EVERY}
 
 
+@functools.cache
 def support_of(model_type: str) -> list[Support]:
     """What a family gets, on its default configuration."""
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -81,12 +92,8 @@ def _shorten(part: Any) -> None:
         part.deepstack_visual_indexes = [0, 1, 2]
 
 
-def _cell(entry: Support) -> str:
-    return "yes" if entry.given else "no"
-
-
 def _heads(first: str) -> list[str]:
-    features = [entry.feature for entry in next(iter(families().values()))]
+    features = [entry.feature for entry in support_of(next(iter(families())))]
     return [f"| {first} | {' | '.join(features)} |", "|---" * (len(features) + 1) + "|"]
 
 

@@ -314,6 +314,8 @@ def test_generated_pages_are_up_to_date(name):
     assert made.page() == made.PAGE.read_text(), f"run python scripts/make_{name}_page.py"
     if name == "models":
         assert made.readme() == made.README.read_text(), "run python scripts/make_models_page.py"
+        cells = {cell for row in made.families().values() for cell in row}
+        assert cells == {"yes", "no"}, "a family lacks a test in tests/test_families.py"
 
 
 def test_metrics_page_lists_what_runs_log(tmp_path):

@@ -10,7 +10,7 @@ STAGE is a ZeRO stage, or -1 for the plain engine; BATCH is this rank's number o
 step, most of rank 1's in the second, rank 0's in the third), `frozen` (as `dropped`, with the
 vision tower frozen), `sft` (fine-tuning with the tower frozen, rank 1 with text only and fewer
 microbatches), `rounds` (dynamic sampling, rollouts of two steps, and most groups of equal rewards
-are rank 0's), one of `OPTIONS`, or a family of `models.NEWER` (its small model, without a KL term).
+are rank 0's) or one of `OPTIONS`.
 One run after another, each with a model of its own.
 """
 
@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import torch
 from helpers import CPU, letter_count, make_prompts, make_sample
-from models import NEWER, random_model
 
 from virft_fast import dist
 from virft_fast.algorithms import sft
@@ -48,7 +46,6 @@ from virft_fast.models.qwen_vl import (
     freeze_vision_tower,
     load_model,
 )
-from virft_fast.models.saving import save_model
 from virft_fast.models.tiny import resolve_model_path
 from virft_fast.rollout.backends import make_rollout
 from virft_fast.rollout.records import join_groups
@@ -97,18 +94,8 @@ def all_prompts(processor, kind):
     )
 
 
-def folder_of(kind):
-    """A model's name. That of a family in `NEWER` is made here, by rank 0."""
-    folder = Path(f"{sys.argv[1]}-{kind}")
-    if kind in NEWER and dist.is_main():
-        model = random_model(kind, processor.tokenizer)
-        save_model(model, dict(model.named_parameters()), processor, folder)
-    dist.barrier()
-    return str(folder) if kind in NEWER else "tiny"
-
-
-def make_policy(kind, folder):
-    model = load_model(folder, load_in_4bit=kind == "4bit").train()
+def make_policy(kind):
+    model = load_model("tiny", load_in_4bit=kind == "4bit").train()
     if kind in ADAPTED:
         torch.manual_seed(0)  # of the adapter
         model = add_lora(model, r=4, alpha=8, target_modules=["q_proj", "down_proj"])
@@ -132,10 +119,9 @@ def prepare(stage, batch, kind, processor):
         hidden_size=128,
         world_size=dist.world_size(),
     )
-    folder = folder_of(kind)
     alive = prepare_deepspeed(config, CPU) if stage >= 0 else None
-    policy = make_policy(kind, folder)
-    on_policy = kind in (*DROPPING, *OPTIONS, *NEWER)
+    policy = make_policy(kind)
+    on_policy = kind in (*DROPPING, *OPTIONS)
     reference = None if on_policy or kind in ("sft", *ADAPTED) else Policy(load_model("tiny"))
     del alive
     engine = make_engine(stage, policy, settings, config, kind)

@@ -1,5 +1,5 @@
-"""Small random models of families other than Qwen-VL, each with its own processor, as folders that
-transformers could have written."""
+"""Small random models of every family, each with its own processor, as folders that transformers
+could have written."""
 
 from __future__ import annotations
 
@@ -8,13 +8,26 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
+from models import random_model
 
+from virft_fast.models.families import CHECKED, FAMILIES, family_of
 from virft_fast.models.processing import image_only, load_processor
+from virft_fast.models.saving import save_model
 
+EVERY = (*FAMILIES, *CHECKED)  # those that docs/models.md lists
+# The columns of docs/models.md, and the families for which a test shows what stands there.
+SHOWN: dict[str, tuple[str, ...]] = {}
 SIZE = 56  # of an image, or of a tile of one
 BEGIN, END = "<|im_start|>", "<|im_end|>"  # of a turn
+
+
+def shows(column: str, families: tuple[str, ...] = EVERY) -> Any:
+    """Decorator: run a test once per family; docs/models.md says "yes" where there is one."""
+    SHOWN[column] = families
+    return pytest.mark.parametrize("family", families, indirect=True)
 
 
 def _template(image: str) -> str:
@@ -215,6 +228,11 @@ def write_family(
     Args:
         text: more of the language model's configuration.
     """
+    if family_of(family).is_qwen:
+        processor = load_processor("tiny")
+        model = random_model(family, processor.tokenizer, seed=seed)
+        save_model(model, dict(model.named_parameters()), processor, folder)
+        return folder
     text = {
         **(text or {}), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048,

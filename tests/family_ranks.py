@@ -1,6 +1,6 @@
-"""Child of test_plain.py: two steps of GRPO on other families; rank 0 saves the parameters.
+"""Child of test_families.py: two steps of GRPO on several families; rank 0 saves the parameters.
 
-    torchrun --nproc_per_node W -m plain_ranks OUT BATCH FOLDER:STAGE [FOLDER:STAGE ...]
+    torchrun --nproc_per_node W -m family_ranks OUT BATCH FOLDER:STAGE [FOLDER:STAGE ...]
 
 STAGE is a ZeRO stage, or -1 for the plain engine; BATCH is this rank's number of prompts. The
 second half of the prompts has no images: with two ranks, they are rank 1's.
@@ -9,6 +9,7 @@ second half of the prompts has no images: with two ranks, they are rank 1's.
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 from pathlib import Path
 
@@ -67,15 +68,17 @@ def take_steps(out, batch, folder, stage):
     mine = slice(dist.rank() * batch, (dist.rank() + 1) * batch)
     prompts = make_prompts(processor, *samples)[mine]
     start = copy.deepcopy(engine.model_state(policy.model, torch.float32))
-    metrics = [train_step(state, prompts)[0]["loss"] for _ in range(2)]
+    steps = [train_step(state, prompts)[0] for _ in range(2)]
+    metrics = [{name: step[name] for name in ("loss", "grad_norm", "num_tokens")} for step in steps]
     end = engine.model_state(policy.model, torch.float32)
     if dist.is_main():
         name = f"{out}-{Path(folder).name}-{stage}.pt"
-        torch.save({"start": start, "end": end, "losses": metrics}, name)
+        torch.save({"start": start, "end": end, "metrics": metrics}, name)
     dist.barrier()
 
 
 torch.set_num_threads(1)
+gc.freeze()  # ZeRO-3 collects garbage while it starts, and the libraries are not
 dist.init()
 for run in sys.argv[3:]:
     folder, stage = run.split(":")
