@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
-LONG = ["triton", "distributed", "stages", "train", "crash_campaign", "dpo", "stopping"]
+LONG = ["triton", "distributed", "families", "stages", "train", "crash_campaign", "dpo", "stopping"]
 
 
 def pytest_collection_modifyitems(items):
