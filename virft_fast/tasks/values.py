@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -35,21 +36,8 @@ _LATIN = "[a-z0-9\u00c0-\u024f\u1e00-\u1eff]"
 _ALONE = re.compile(rf"(?<!{_LATIN})(?:[ivx]{{2,4}}|[a-z]|\d{{1,2}})(?!'?{_LATIN}|\.\d| ?=|\()")
 _ARTICLE = re.compile(r"[ai] [^\W\d_]{2}")
 # Words after an option's letter that retract it or express doubt.
-_TAKEN_BACK = frozenset(
-    """
-    not no nor never none neither nobody nothing hardly unlikely untrue invalid rejected cannot
-    isnt dont except excluding excluded without wrong incorrect false nope nah but both either
-    beide ambos maybe perhaps rather else other instead opposite ruled eliminated discarded
-    dismissed impossible refuted nicht kein keine keinen keiner keinem nie niemals weder außer ohne
-    falsch inkorrekt nein keinesfalls keineswegs mitnichten ausgeschlossen unmöglich
-    unwahrscheinlich sondern pas ne non aucun aucune jamais ni sauf sans faux fausse incorrecte
-    exclu exclue éliminé éliminée nunca ningún ninguno ninguna sin excepto salvo falso falsa
-    incorrecto incorrecta tampoco menos imposible descartado descartada não nenhum nenhuma nem sem
-    exceto errado errada incorreto impossível nessun nessuno nessuna senza tranne eccetto sbagliato
-    escluso esclusa impossibile не нет ни без кроме неверно неправильно исключено исключён исключен
-    невозможно नहीं न ना मत बिना सिवा सिवाय अलावा गलत ग़लत không chẳng chưa sai trừ
-    """.casefold().split()
-)
+_RETRACTIONS = Path(__file__).with_name("retractions.txt").read_text("utf-8")
+_TAKEN_BACK = frozenset(_RETRACTIONS.casefold().split())
 _TAKEN_BACK_WITHIN = re.compile(
     r"n't|\bn'|[≠¬❌✗✘]|[不没沒非无無未否错錯除别別違誤]|以外|ない|なく|なし|ませ|"
     r"じゃな|あらず|ちが|아[니닌님닙닐]|않|못|없|제외|틀[렸린림]|말고|빼고"
