@@ -19,12 +19,15 @@ from virft_fast.batch import Sample
 from virft_fast.data.demo import digit_glyphs, digits, shapes
 from virft_fast.models.processing import ImageOnlyQwen2VLProcessor, load_processor
 from virft_fast.models.qwen_vl import Policy, load_model
-from virft_fast.models.tiny import SPECIAL_TOKENS, TAGS, TINY_PATH, resolve_model_path
+from virft_fast.models.tiny import TINY_PATH, resolve_model_path
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.backends import make_rollout
 from virft_fast.tasks import REWARDS
 
 ROOT = Path(__file__).parent.parent
+SCRIPT = str(ROOT / "scripts/make_tiny_model.py")
+made = runpy.run_path(SCRIPT, run_name="make_tiny_model")
+SPECIAL_TOKENS, TAGS = made["SPECIAL_TOKENS"], made["TAGS"]
 
 # The template of Qwen2-VL-2B-Instruct, without its video branch and its image numbering. The
 # embedded model's differs in one thing only: it adds no default system prompt.
@@ -220,8 +223,7 @@ def test_the_warm_start_is_miscalibrated_but_not_ignorant(processor):
 
 def test_its_maker_runs(tmp_path, monkeypatch, capsys):
     """All three stages on a handful of images: what comes out loads and is no copy of the start."""
-    script = str(ROOT / "scripts/make_tiny_model.py")
-    argv = [script, "--out", str(tmp_path / "blurred"),
+    argv = [SCRIPT, "--out", str(tmp_path / "blurred"),
             "--clean_out", str(tmp_path / "clean"),
             "--steps", "2", "--more_steps", "1", "--blur_steps", "2",
             "--max_examples", "8"]  # fmt: skip
@@ -229,7 +231,7 @@ def test_its_maker_runs(tmp_path, monkeypatch, capsys):
     threads = torch.get_num_threads()
     try:
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(script, run_name="__main__")
+            runpy.run_path(SCRIPT, run_name="__main__")
     finally:
         torch.set_num_threads(threads)
     assert ended.value.code == 0 and "saved " in capsys.readouterr().out

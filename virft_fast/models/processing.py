@@ -29,7 +29,6 @@ from virft_fast.models.chat_template import check_chat_template, render
 from virft_fast.models.families import Processor, Tokenizer, family_of
 from virft_fast.models.saving import read_base_files, save_processor
 from virft_fast.models.source import BOTH, IMAGE, PROCESSOR_FILES, ModelSource, find_model
-from virft_fast.models.tiny import CHAT_TEMPLATE
 from virft_fast.models.trust import AsksForCode
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
@@ -195,12 +194,6 @@ def resized(
     """
     new_height, new_width = smart_resize(height, width, factor, min_pixels, max_pixels)
     return new_width, new_height
-
-
-def build_tiny_processor(tokenizer: Tokenizer) -> ImageOnlyQwen2VLProcessor:
-    """The embedded model's processor; it resizes images to an area of 56x56 to 168x168 pixels."""
-    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 56**2, "longest_edge": 168**2})
-    return ImageOnlyQwen2VLProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
 def _holder(source: ModelSource) -> Path:
