@@ -393,11 +393,8 @@ def check_state(checkpoint: Path, state: Row) -> None:
 
 def set_later_aside(output_dir: Path, step: int) -> list[Path]:
     """Rename the checkpoints after `step`, because a run resumed there writes them again."""
-    moved = []
-    for number, path in _numbered(output_dir):
-        if number > step:
-            moved.append(path.rename(path.with_name(f"abandoned-{path.name}-{time.time_ns()}")))
-    return moved
+    later = [path for number, path in _numbered(output_dir) if number > step]
+    return [p.rename(p.with_name(f"abandoned-{p.name}-{time.time_ns()}")) for p in later]
 
 
 def delete(path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import logging
 import math
 import re
+import statistics
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,7 +107,7 @@ def write_curves(path: Path, runs: Mapping[str, Sequence[Row]], key: str = "rewa
     """Plot one measure of several runs over their steps in one figure."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(8, 4.5), dpi=110, layout="constrained")
-    for (name, curve), color in zip(runs.items(), _cycle(len(runs)), strict=True):
+    for (name, curve), color in zip(runs.items(), itertools.cycle(COLORS), strict=False):
         _draw_line(axis, curve, key, name, color)
     axis.set(xlabel="step", ylabel=key)
     axis.legend(frameon=False)
@@ -133,16 +135,12 @@ def _errors_logged(path: Path) -> Iterator[None]:
         logger.error("COULD NOT WRITE %s: %s: %s", path, type(error).__name__, error)
 
 
-def _cycle(count: int) -> list[str]:
-    return [COLORS[i % len(COLORS)] for i in range(count)]
-
-
 def _draw_curve(axis: Axes, curve: Sequence[Row]) -> None:
     names = sorted({key for record in curve for key in record if key.startswith("rewards/")})
     keys = ["reward", *names] if len(names) > 1 else ["reward"]
     rewarded = any("reward" in record for record in curve)
     keys = keys if rewarded else ["loss"]
-    for key, color in zip(keys, _cycle(len(keys)), strict=True):
+    for key, color in zip(keys, itertools.cycle(COLORS), strict=False):
         _draw_line(axis, curve, key, key.removeprefix("rewards/"), color)
     if rewarded:
         axis.set(xlabel="step", ylabel="mean over sampled completions")
@@ -162,10 +160,8 @@ def _draw_line(axis: Axes, curve: Sequence[Row], key: str, name: str, color: str
         return
     steps, values = zip(*points, strict=True)
     axis.plot(steps, values, color=color, alpha=0.25, linewidth=1)
-    means = []
-    for at in range(len(values)):
-        window = values[max(0, at - SMOOTHING + 1) : at + 1]
-        means.append(sum(window) / len(window))
+    ends = range(1, len(values) + 1)
+    means = [statistics.fmean(values[max(0, end - SMOOTHING) : end]) for end in ends]
     axis.plot(steps, means, color=color, linewidth=2, label=name)
 
 

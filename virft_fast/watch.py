@@ -27,10 +27,7 @@ logger = logging.getLogger("virft_fast")
 # Asks the main thread to leave a section; no launcher or library sends it.
 WAKE = getattr(signal, "SIGRTMIN", signal.SIGUSR2) + (5 if hasattr(signal, "SIGRTMIN") else 0)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-EXIT_STATUS: dict[int, int] = {
-    signal.SIGINT: 130,
-    signal.SIGHUP: 129,
-}
+EXIT_STATUS: dict[int, int] = {signal.SIGINT: 130, signal.SIGHUP: 129}
 TICK = 0.5
 STOP_SECONDS = 10.0  # from a signal until a section is given up; the run ends within 20 s
 DEAF_SECONDS = 5.0  # from then until the process is ended

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 
-from virft_fast.batch import Prompt, Rollouts
+from virft_fast.batch import Rollouts
 from virft_fast.config import EvalConfig, usage
 from virft_fast.evaluation.questions import ExtentFor
 from virft_fast.models.families import why_plain
 from virft_fast.models.processing import load_processor, resized
 from virft_fast.models.source import find_model
-from virft_fast.rollout import Rollout, Sampling
+from virft_fast.rollout import Rollout
 from virft_fast.rollout.backends import check_cache_limit, load_policy, make_rollout
 from virft_fast.rollout.speculation import History
 from virft_fast.tasks.coordinates import space_of
@@ -43,9 +43,7 @@ class EvaluatedModel:
         self.source = find_model(config.model_name_or_path, config.model_revision)
         config.settle_backend(why_plain(self.source.config.model_type))
         self.processor = load_processor(
-            self.source,
-            min_pixels=config.min_pixels,
-            max_pixels=config.max_pixels,
+            self.source, min_pixels=config.min_pixels, max_pixels=config.max_pixels
         )
         self._load_policy = partial(
             load_policy,
@@ -73,16 +71,9 @@ class EvaluatedModel:
             remembers=True,
         )
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        num_generations: int,
-        sampling: Sampling,
-        *,
-        first_row: int = 0,
-    ) -> Rollouts:
+    def generate(self, *arguments: Any, **options: Any) -> Rollouts:
         """See `virft_fast.rollout.Rollout.generate`."""
-        return self.rollout.generate(prompts, num_generations, sampling, first_row=first_row)
+        return self.rollout.generate(*arguments, **options)
 
     def extent_for(self) -> ExtentFor | None:
         """The coordinate space of boxes in the model's family; None: 0..1000."""

@@ -93,9 +93,10 @@ def tables(results: Sequence[Result]) -> list[Table]:
         shown.append(_category_table(results))
     for result in results:
         if result.confusions:
-            rows = []
-            for c in result.confusions:
-                rows.append([c["true"], c["predicted"], str(c["count"]), f"{c['share']:.0%}"])
+            rows = [
+                [c["true"], c["predicted"], str(c["count"]), f"{c['share']:.0%}"]
+                for c in result.confusions
+            ]
             header = ["true", "predicted", "images", "of the true class"]
             shown.append(Table(f"Confusions of {result.model}", header, rows))
     counts = dict.fromkeys(name for result in results for name in result.counts)
@@ -140,10 +141,7 @@ def _plain(text: str) -> str:
 
 
 def pictures(
-    results: Sequence[Result],
-    limit: int,
-    load: LoadSample,
-    question: Callable[[Sample], str],
+    results: Sequence[Result], limit: int, load: LoadSample, question: Callable[[Sample], str]
 ) -> list[Picture]:
     """Up to `limit` of the questions that all models answered, evenly spread.
 

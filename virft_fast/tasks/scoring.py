@@ -186,10 +186,7 @@ def _given(
     function: Callable[..., Sequence[float | None]], shared: Mapping[str, object]
 ) -> RewardFunction:
     """The function, with those shared arguments bound that it takes."""
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # a builtin
-        return function
+    parameters = _parameters(function)
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     taken = {name: value for name, value in shared.items() if takes_all or name in parameters}
     return partial(function, **taken)
@@ -197,11 +194,16 @@ def _given(
 
 def _taken(function: RewardFunction, arguments: _Arguments) -> _Arguments:
     """The arguments without images, unless the function names them: they are large."""
+    if "images" in _parameters(function):
+        return arguments
+    return {name: values for name, values in arguments.items() if name != "images"}
+
+
+def _parameters(function: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
     try:
-        named = "images" in inspect.signature(function).parameters
+        return inspect.signature(function).parameters
     except (TypeError, ValueError):  # a builtin
-        named = False
-    return arguments if named else {k: v for k, v in arguments.items() if k != "images"}
+        return {}
 
 
 def check_arguments(reward_funcs: NamedRewards, columns: Iterable[str]) -> None:
