@@ -101,11 +101,8 @@ def findings(folder: Path = Path(), model: str | None = None) -> Iterator[Findin
 
 def _packages() -> Iterator[Finding]:
     system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    yield (
-        Finding("ok", system)
-        if sys.version_info >= (3, 10)
-        else Finding("problem", system, "use Python 3.10 or later")
-    )
+    old = sys.version_info < (3, 10)
+    yield Finding("problem" if old else "ok", system, "use Python 3.10 or later" if old else "")
     if not (required := list(requirements())):
         yield Finding("note", "virft_fast is not installed", "pip install -e '.[train]'")
     missing = []

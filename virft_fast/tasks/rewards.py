@@ -25,13 +25,7 @@ from torch import Tensor
 
 from virft_fast.batch import Json
 from virft_fast.matching import assign, match_boxes, pad_boxes, pairwise_iou
-from virft_fast.tasks.answers import (
-    NOT_A_BOX,
-    Detection,
-    parse_detection,
-    parse_points,
-    valid_box,
-)
+from virft_fast.tasks.answers import NOT_A_BOX, Detection, parse_detection, parse_points, valid_box
 from virft_fast.tasks.coordinates import Box
 from virft_fast.tasks.labels import ClosedSet, answer_text, key, same_label
 from virft_fast.tasks.scoring import Conversation, RewardFunction

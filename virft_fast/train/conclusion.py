@@ -68,11 +68,7 @@ def conclude(
     if state.step < FEW_STEPS:
         print(f"{state.step} steps are too few to tell a change from noise\n")
     write_report(
-        output_dir / REPORT_FILE,
-        curve=curve,
-        before=first,
-        after=shown,
-        examples=examples,
+        output_dir / REPORT_FILE, curve=curve, before=first, after=shown, examples=examples
     )
     print(f"model and processor  {output_dir}")
     print(f"metrics              {output_dir / METRICS_FILE}")
