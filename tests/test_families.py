@@ -622,3 +622,17 @@ def test_a_dry_run_names_the_tower(tmp_path, gemma, digits, capsys):
                   "--output_dir", tmp_path / "out").out  # fmt: skip
     assert "vision tower" in said and "not estimated for this family" in said
     assert "<start_of_image>" in said
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_native_rollouts_are_an_error_where_a_family_has_none(tmp_path, digits, capsys, command):
+    """Of the flag; the default becomes `hf`."""
+    from virft_fast import evaluate, train
+
+    folder = write_family("paligemma", tmp_path / "base")
+    argv = ["--model_name_or_path", folder, "--dataset_name", digits, "--rollout_backend", "native"]
+    own = {"train": ["--output_dir", tmp_path / "out"], "evaluate": ["--output", tmp_path / "a"]}
+    main = {"train": train.main, "evaluate": evaluate.main}[command]
+    assert main([*map(str, argv), *map(str, own[command])]) == 2
+    said = capsys.readouterr().err
+    assert "--rollout_backend native: expected" in said and "pass --rollout_backend hf" in said

@@ -71,6 +71,22 @@ class Prompt:
     image_inputs: Mapping[str, Tensor] = field(default_factory=dict)
     token_inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def opened(self) -> str:
+        """The tag of thoughts at the prompt's end if the chat template opens it, as Qwen3.5's does,
+        with the space behind it, or else ""."""
+        _, tag, space = self.text.rpartition("<think>")
+        return "" if space.strip() else tag + space
+
+    def continued(self, answer: str) -> str:
+        """A given answer as it continues the prompt: without the tag that is open already. One
+        without thoughts closes it first, as Qwen3.5's template does for an answer without any."""
+        if not self.opened:
+            return answer
+        if not answer.startswith("<think>"):
+            return f"\n</think>\n\n{answer}"
+        return answer.removeprefix(self.opened if answer.startswith(self.opened) else "<think>")
+
 
 @dataclass(frozen=True)
 class Rollouts:
@@ -82,7 +98,8 @@ class Rollouts:
         completion_ids: (N, T) int64, padded after the end.
         completion_mask: (N, T) bool, true up to and including EOS.
         truncated: (N,) bool, true where no EOS came within the length limit.
-        texts: N completions without control tokens, but with markers such as `<|box_start|>`.
+        texts: N completions without control tokens, but with markers such as `<|box_start|>`, and
+            with the tag that the prompt opens (`Prompt.opened`) in front.
         sampling_logps: (N, T) float32, log-prob of each token in the distribution it was drawn
             from; 0 where masked.
         plain_logps: the same under temperature alone; None: no filter or penalty applied, so both

@@ -7,10 +7,10 @@ torchrun divides the samples among the ranks. A killed evaluation resumes where 
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -81,7 +81,8 @@ def run(config: EvalConfig, device: torch.device) -> int:
     outputs = files.of_models(output, models) if several else [output]
     todo = []
     for model, path in zip(models, outputs, strict=True):  # finds wrong names before any work
-        one = replace(config, model_name_or_path=model, compare=[])
+        one = copy.copy(config)  # with the memory of which flags were given
+        one.model_name_or_path, one.compare = model, []
         todo.append(ModelEvaluation(one, path, device))
     while todo:
         evaluation = todo.pop(0)

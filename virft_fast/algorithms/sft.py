@@ -93,7 +93,11 @@ def given_answers(
 ) -> Rollouts:
     """The given answers, the same number for each prompt, as if they had been sampled."""
     flat = [text for answers in texts for text in answers]
-    rows = [answer_ids(tokenizer, text) for text in flat]
+    rows = [
+        answer_ids(tokenizer, prompt.continued(text))
+        for prompt, answers in zip(prompts, texts, strict=True)
+        for text in answers
+    ]
     pad = tokenizer.pad_token_id
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
     mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]

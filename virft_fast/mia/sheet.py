@@ -75,7 +75,7 @@ def _picture(answering: Answering, scene: Scene, prompt: Prompt, answer: Answer)
 def attention_again(answering: Answering, prompt: Prompt, answer: Answer) -> Tensor:
     """The answer's attention to its prompt, (P,), recomputed from the answer's text."""
     tokenizer = answering.processor.tokenizer
-    ids = answer_ids(tokenizer, answer.text)
+    ids = answer_ids(tokenizer, prompt.continued(answer.text))
     ids = ids[:-1] if answer.truncated and len(ids) > 1 else ids
     inputs = answering.policy.collate(
         [prompt], [[ids]], pad_token_id=tokenizer.pad_token_id, device=answering.device, packed=True

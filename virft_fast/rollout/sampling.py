@@ -129,13 +129,15 @@ def make_rollouts(
     rows = [row[:n] for row, n in zip(ids.tolist(), length.tolist(), strict=True)]
     control = control_token_ids(tokenizer)
     text_ids = [[token for token in row if token not in control] for row in rows]
+    opened = [prompt.opened for prompt in prompts for _ in range(num_generations)]
+    texts = zip(opened, tokenizer.batch_decode(text_ids), strict=True)
     return Rollouts(
         prompts=tuple(prompts),
         num_generations=num_generations,
         completion_ids=ids,
         completion_mask=mask,
         truncated=~ended,
-        texts=tuple(tokenizer.batch_decode(text_ids)),
+        texts=tuple(map("".join, texts)),
         sampling_logps=logps[:, :longest].masked_fill(~mask, 0.0),
         image_features=None if image_features is None else tuple(image_features),
         plain_logps=None if plain is None else plain[:, :longest].masked_fill(~mask, 0.0),
