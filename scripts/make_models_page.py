@@ -28,7 +28,7 @@ NAMES = {
     "qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL",
     "qwen3_vl_moe": "Qwen3-VL MoE", "qwen3_5": "Qwen3.5", "qwen3_5_moe": "Qwen3.5 MoE",
     "gemma3": "Gemma 3", "internvl": "InternVL", "idefics3": "Idefics3", "smolvlm": "SmolVLM",
-    "llava_onevision": "LLaVA-OneVision", "glm4v": "GLM-4V",
+    "llava_onevision": "LLaVA-OneVision", "glm4v": "GLM-4V", "paligemma": "PaliGemma",
 }  # fmt: skip
 
 

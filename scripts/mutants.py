@@ -41,8 +41,9 @@ GROUPS = "algorithms/groups.py"
 ENGINE, SAMPLER = "engine.py", "rollout/sampling.py"
 SAMPLING = "kernels/sampling.py"
 DECODING, SHRINKING = "rollout/decoding.py", "rollout/shrinking.py"
+DECODE = "kernels/decode.py"
 GUESSES = "kernels/speculation.py"
-PREFIX = "models/shared_prefix.py"
+PREFIX, INPUTS = "models/shared_prefix.py", "models/inputs.py"
 RECURRENT = "models/recurrent.py"
 PACKED = "kernels/prefix_attention.py"
 PACKED_TRITON = "kernels/triton_prefix_attention.py"
@@ -202,13 +203,19 @@ MUTANTS = [
            "hidden = hidden[keep]", "tests/test_kernels.py -k moved_rows"),
     # Shared prompts and rollouts
     Mutant("completions see each other", PREFIX,
-           "own = (sequence[None] == 0) | (sequence[:, None] == sequence[None])",
-           "own = sequence[None] >= 0", "tests/test_shared_prefix.py -k core_against_a_loop"),
+           "own = (sequence[k] == 0) | (sequence[q] == sequence[k])",
+           "own = sequence[k] >= 0", "tests/test_shared_prefix.py -k core_against_a_loop"),
     Mutant("a completion sees its future", PACKED, "return mask.tril(group.prompt_length)",
            "return mask.tril(group.prompt_length + 1)",
            "tests/test_shared_prefix.py -k core_against_a_loop"),
-    Mutant("prompts are not causal", PACKED, "is_causal=True", "is_causal=False",
+    Mutant("prompts are not causal", PACKED, "is_causal=mask is None", "is_causal=False",
            "tests/test_shared_prefix.py -k core_against_a_loop"),
+    Mutant("a window is a token longer", PACKED, "return mask.triu(1 - window)",
+           "return mask.triu(-window)", "tests/test_windows.py -k logps"),
+    Mutant("a completion's window is a token longer", DECODE, "(own <= ends - window)",
+           "(own < ends - window)", "tests/test_windows.py -k greedy"),
+    Mutant("an image doesn't see itself whole", INPUTS, "is_image & image_blocks", "is_image & False",
+           "tests/test_windows.py -k logps"),
     Mutant("the kernel's completions see each other", PACKED_TRITON,
            "return (cols[None] <= rows[:, None]) & (cols[None] >= starts[:, None])",
            "return cols[None] <= rows[:, None]",

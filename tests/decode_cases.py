@@ -116,7 +116,17 @@ def attend(arguments, **more):
     return decode_attention(**arguments, scaling=size**-0.5, max_rows=int(counts.max()), **more)
 
 
-def dense(query, prompt_keys, prompt_values, prompt_lengths, first_rows, keys, values, lengths):
+def dense(
+    query,
+    prompt_keys,
+    prompt_values,
+    prompt_lengths,
+    first_rows,
+    keys,
+    values,
+    lengths,
+    window=None,
+):
     """The same in float64, one row and token at a time."""
     rows, tokens, heads, size = query.shape
     kv_heads = keys.shape[1]
@@ -128,6 +138,7 @@ def dense(query, prompt_keys, prompt_values, prompt_lengths, first_rows, keys, v
             known = slice(int(prompt_lengths[group]))
             k = torch.cat([prompt_keys[group][:, known], keys[row][:, :seen]], 1).double()
             v = torch.cat([prompt_values[group][:, known], values[row][:, :seen]], 1).double()
+            k, v = (x if window is None else x[:, -window:] for x in (k, v))
             q = query[row, t].view(kv_heads, -1, size).double()
             shares = (q @ k.mT * size**-0.5).softmax(-1)
             out[row, t] = (shares @ v).flatten(0, 1)
@@ -135,12 +146,12 @@ def dense(query, prompt_keys, prompt_values, prompt_lengths, first_rows, keys, v
 
 
 @few
-@given(shapes=attention_shapes(), dtype=DTYPES)
-def test_attention_against_float64(shapes, dtype):
+@given(shapes=attention_shapes(), dtype=DTYPES, window=st.sampled_from([None, None, 1, 7, 90]))
+def test_attention_against_float64(shapes, dtype, window):
     arguments = make_attention(**shapes, dtype=dtype)
-    got = attend(arguments)
+    got = attend(arguments, window=window)
     assert got.dtype == dtype
-    close(got, dense(**arguments), dtype)
+    close(got, dense(**arguments, window=window), dtype)
 
 
 @pytest.mark.parametrize("dtype", list(LIMITS))

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node W -m family_ranks OUT BATCH FOLDER:STAGE [FOLDER:STAGE ...]
 
 STAGE is a ZeRO stage, or -1 for the plain engine; BATCH is this rank's number of prompts. The
-second half of the prompts has no images: with two ranks, they are rank 1's.
+second half of the prompts has no images: with two ranks, they are rank 1's. PaliGemma needs one.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def take_steps(out, batch, folder, stage):
         learning_rate=lambda step: settings.learning_rate,
         prompts_per_microbatch=batch,
     )
-    sizes = [[(112, 60)], [(56, 84), (112, 56)], [], []]
+    last = [(56, 56)] * (policy.config.model_type == "paligemma")
+    sizes = [[(112, 60)], [(56, 84), (112, 56)], last, last]
     samples = [make_sample(n, own, f"Detect {n}.") for n, own in enumerate(sizes)]
     mine = slice(dist.rank() * batch, (dist.rank() + 1) * batch)
     prompts = make_prompts(processor, *samples)[mine]

@@ -7,6 +7,7 @@ PREFIX_EXAMPLES=N PREFIX_TOKENS=S TRITON_INTERPRET=1 pytest tests/prefix_cases.p
 
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,16 +89,22 @@ def run(row, layout, grad, **options):
 
 
 def sees(layout):
-    """(S, S) bool: a token sees earlier ones of its group, in the prompt or its own completion."""
+    """(S, S) bool: a token sees earlier ones of its group, in the prompt or its own completion, and
+    its whole block, but nothing before the window."""
     segments = [
-        (number, own)
+        (number, own, place + group.prompt_length * (own > 0))
         for number, group in enumerate(layout.groups)
         for own, length in enumerate((group.prompt_length, *group.lengths))
-        for _ in range(length)
+        for place in range(length)
     ]
-    group, own = torch.tensor(segments, device=DEVICE).view(-1, 2).T
-    visible = (own == 0) | (own[:, None] == own)
-    return ((group[:, None] == group) & visible).tril()
+    group, own, place = torch.tensor(segments, device=DEVICE).view(-1, 3).T
+    visible = (group[:, None] == group) & ((own == 0) | (own[:, None] == own))
+    near = place > place[:, None] - (layout.window or len(segments) + 1)
+    causal = torch.ones_like(visible).tril()
+    for g in layout.groups:
+        for first, end in g.blocks:
+            causal[g.start + first : g.start + end, g.start + first : g.start + end] = True
+    return visible & near & causal
 
 
 def dense(row, layout, grad):
@@ -190,6 +197,25 @@ def test_float64_goes_to_the_reference():
     layout = PrefixLayout.from_lengths([3], [[2, 0, 3]], device=DEVICE)
     row, _ = make_row(layout, 2, 1, 8, torch.float64)
     assert torch.autograd.gradcheck(lambda *row: prefix_attention(*row, layout, scaling=0.3), row)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 20, 74])
+@pytest.mark.parametrize("blocks", [(), ((0, 6), (7, 8), (60, 70))])
+def test_windows_and_blocks_against_float64(window, blocks):
+    """A window shorter than a block, than a completion, than a prompt, and than both together."""
+    lengths = [70, 5], [[3, 80, 0, 20], [9]]
+    groups = PrefixLayout.from_lengths(*lengths).groups
+    groups = (replace(groups[0], blocks=blocks), groups[1])
+    layout = PrefixLayout(groups, torch.device(DEVICE), window)
+    row, grad = make_row(layout, 4, 2, 16)
+    assert layout.causal == (window is None and not blocks)
+    assert_close(run(row, layout, grad), dense(row, layout, grad))
+
+
+def test_an_empty_window_is_refused():
+    groups = PrefixLayout.from_lengths([3], [[2]]).groups
+    with pytest.raises(ValueError, match="window: expected at least 1 token or None, got 0"):
+        PrefixLayout(groups, torch.device(DEVICE), 0)
 
 
 def test_large_heads_go_to_the_reference():

@@ -35,7 +35,7 @@ from virft_fast.algorithms import grpo
 from virft_fast.kernels import LossArgs, linear
 from virft_fast.models.adapters import add_lora
 from virft_fast.models.families import (
-    CHECKED,
+    UNSHARED,
     base,
     core,
     freeze_vision_tower,
@@ -71,7 +71,7 @@ def gemma(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(folder):
-    """(policy, processor, prompts): images of one size and of two, and none."""
+    """(policy, processor, prompts): images of one size and of two, and none (PaliGemma: one)."""
     return _made(folder)
 
 
@@ -80,7 +80,7 @@ def _made(folder):
     samples = (
         make_sample(0, [(112, 60)]),
         make_sample(1, [(56, 84), (112, 56)], "Which one is larger?"),
-        make_sample(2, [], "Detect every blue."),
+        make_sample(2, [(56, 56)] * folder.name.startswith("paligemma"), "Detect every blue."),
     )
     return Policy(load_model(str(folder))), processor, make_prompts(processor, *samples)
 
@@ -148,18 +148,29 @@ def test_an_answer_never_sees_what_follows(tmp_path):
         torch.testing.assert_close(before[:-1], after[:-1], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["mistral", "phi3"])
-def test_a_sliding_window_without_layer_types_is_not_shared(tmp_path, kind):
-    """These configurations have a window, but don't say which layers use it."""
-    text = {"model_type": kind, "sliding_window": 8, "pad_token_id": 0}
-    folder = str(write_family("internvl", tmp_path, text=text))
-    policy, processor, prompts = _made(folder)
-    assert policy.unreachable == "its layers attend to the last 8 tokens alone"
-    assert not policy.shares_prefix
+# InternVL's language models with a window in all layers, in the second one, and one that isn't
+# tested: its configuration has a window, but doesn't say in which layers.
+WINDOWS = {
+    "mistral": {"model_type": "mistral"},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+    "phi3": {"model_type": "phi3", "pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_sliding_windows_of_language_models(tmp_path, kind):
+    text = {"sliding_window": 8, **WINDOWS[kind]}
+    policy, processor, prompts = _made(write_family("internvl", tmp_path, text=text))
     completions = _completions(prompts)
+    assert policy.shares_prefix == (kind != "phi3")
     found = _logps(policy, prompts, completions)
     expected = _expected(policy, processor, prompts, completions)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    if kind == "phi3":
+        reason = "it has layers of another kind than full attention: sliding_attention"
+        assert policy.unreachable == reason
+    else:
+        test_greedy_rollouts_equal_generate((policy, processor, prompts), "native")
 
 
 def test_gemma_4_gets_its_token_types(tmp_path):
@@ -278,6 +289,9 @@ def test_the_tower_runs_once_per_image(made, monkeypatch):
     features = policy.image_features(together)
     policy(together, image_features=features)
     assert len(calls) == 2
+    if prompts[2].pixel_values is not None:  # PaliGemma has no prompts without images
+        monkeypatch.undo()
+        return
     policy(inputs(prompts[2:]))[0].sum().backward()  # all ranks call the tower
     assert len(calls) == 3 and together.images.keys() >= {"pixel_values"}
     monkeypatch.undo()
@@ -347,7 +361,7 @@ def test_the_doctor_says_what_the_family_gets(folder):
 
     found = {f.what.split(":")[0]: f for f in _model(str(folder))}
     notes = [name for name, f in found.items() if f.level == "note"]
-    if folder.name.startswith(CHECKED):
+    if folder.name in UNSHARED:
         assert notes == ["shared training", "native rollout"]
         assert "--rollout_backend hf is used" in found["native rollout"].what
     else:
@@ -572,7 +586,7 @@ def test_a_run_from_sft_to_evaluation(tmp_path, digits, capsys, caplog):
     from the commands' own flags; `native`, the default, becomes `hf`, and says so."""
     from virft_fast import evaluate
 
-    base_folder = write_family("gemma3", tmp_path / "base")
+    base_folder = write_family("paligemma", tmp_path / "base")
     common = ["--dataset_name", digits, "--max_completion_length", 6, "--logging_steps", 1,
               "--per_device_train_batch_size", 2]  # fmt: skip
     sft, out = tmp_path / "sft", tmp_path / "grpo"
@@ -581,7 +595,7 @@ def test_a_run_from_sft_to_evaluation(tmp_path, digits, capsys, caplog):
     argv = ["--model_name_or_path", sft, "--output_dir", out, "--use_peft", "--num_generations", 2,
             "--save_steps", 1, "--beta", 0.1, *common]  # fmt: skip
     _train(capsys, *argv, "--max_steps", 1)
-    assert "--rollout_backend hf, because gemma3 runs through" in caplog.text
+    assert "--rollout_backend hf, because paligemma runs through" in caplog.text
     said = _train(capsys, *argv, "--max_steps", 2, "--resume_from_checkpoint", "latest")
     assert "layers down_proj, gate_proj, k_proj, o_proj, q_proj" in said.out + said.err
     assert [line["step"] for line in read_jsonl(out / "metrics.jsonl")] == [1, 2]

@@ -110,7 +110,7 @@ def flash(monkeypatch):
         return Flash.apply(query, key, value)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
-    monkeypatch.setattr(KERNELS, "_suffix_mask", lambda group, device: None)  # as on CUDA
+    monkeypatch.setattr(KERNELS, "_suffix_mask", lambda group, *rest: None)  # as on CUDA
 
 
 def parts(family):
@@ -195,7 +195,7 @@ def test_activations_of_the_language_model(
     precision, device = RUNS[run], CUDA if run == "float32" or kind == "auto" else CPU
     monkeypatch.setattr(KERNELS, "triton_for", lambda *_: Fused)
     if run == "float32":  # as on CUDA
-        copied = lambda query, *rest: tuple(  # noqa: E731
+        copied = lambda query, *rest, masked: tuple(  # noqa: E731
             states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in rest
         )
         monkeypatch.setattr(KERNELS, "for_query_heads", copied)
@@ -209,7 +209,8 @@ def test_activations_of_the_language_model(
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     core = PackedAttention(groups, CPU, shared_prefix.core_kind(kind, device))
-    assert core._core.keywords["layout"].two_part  # made outside of the fake tensors
+    core._cores[None] = inner = core._make(None)
+    assert inner.keywords["layout"].two_part  # made outside of the fake tensors
     rows = PackedRecurrence(groups, CPU, width=4)
     dtype = torch.bfloat16 if run == "bfloat16" else torch.float32
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -736,7 +736,7 @@ def test_any_observer_is_told_what_happens_in_order(native, policy, prompts):
             self.events.append(("start", len(prompts)))
             return ()
 
-        def prompt_attention(self, layer, number, query, key, group, scaling):
+        def prompt_attention(self, layer, number, query, key, group, scaling, window):
             assert query.shape[1:] == (key.shape[1], key.shape[2])
             assert group.prompt_length == len(prompts[number].input_ids)
             self.events.append(("prompt", layer, number))

@@ -99,9 +99,9 @@ def test_rollouts_read_prompts_with_the_same_kind(monkeypatch, processor, prompt
     policy, kinds = Policy(load_model("tiny"), prefix_attention=kind), []
     make = PackedAttention.__init__
 
-    def noted(self, groups, device, kind="auto"):
+    def noted(self, groups, device, kind="auto", *rest):
         kinds.append(kind)
-        make(self, groups, device, kind)
+        make(self, groups, device, kind, *rest)
 
     monkeypatch.setattr(PackedAttention, "__init__", noted)
     made = draw(policy, processor, prompts, length=4)

@@ -116,6 +116,7 @@ def decode_attention(
     *,
     scaling: float,
     max_rows: int,
+    window: int | None = None,
     masks: DecodeMasks | None = None,
 ) -> Tensor:
     """Attention of each row's tokens to its prompt and to its own tokens up to themselves.
@@ -135,6 +136,8 @@ def decode_attention(
         lengths: (R,) int64, own tokens before this pass. Token t sees own keys up to `lengths + t`.
         scaling: factor of the scores.
         max_rows: no prompt has more rows. If R == B * max_rows, each must have exactly so many.
+        window: how many tokens of its prompt and own ones, itself included, a token sees at most.
+            With a window, the torch reference computes on any device. None: all.
         masks: `DecodeMasks.make` of this pass, for the torch reference to compute once for all
             layers.
     Returns:
@@ -157,7 +160,7 @@ def decode_attention(
             f"and {heads}; cast it to the caches' dtype"
         )
     triton_decode = triton_for(query, "triton_decode")
-    if triton_decode is not None:
+    if triton_decode is not None and window is None:
         return triton_decode.decode_attention(
             query, prompt_keys, prompt_values, prompt_lengths, first_rows, keys, values, lengths,
             scaling, max_rows,
@@ -165,7 +168,7 @@ def decode_attention(
     if masks is None:
         masks = DecodeMasks.make(
             prompt_keys, prompt_lengths, first_rows, keys, lengths,
-            num_tokens=tokens, num_heads=heads, max_rows=max_rows,
+            num_tokens=tokens, num_heads=heads, max_rows=max_rows, window=window,
         )  # fmt: skip
     device = query.device.type  # entering autocast takes longer than asking
     on = torch.is_autocast_enabled(device)
@@ -179,7 +182,8 @@ class DecodeMasks:
     """What the torch reference of `decode_attention` needs of the lengths.
 
     Attributes:
-        prompt_bias: (B * K, 1, P) float32, 0 at a prompt's tokens and -inf after them.
+        prompt_bias: (B * K, 1 or G * Q * H / K, P) float32, 0 at the prompt's tokens that a token
+            sees and -inf elsewhere.
         own_bias: (R * K or 1, 1 or Q * H / K, W) float32, the same for the own tokens that a token
             sees.
         padded: (B * G,) int64, the row in each place of groups padded to G = max_rows rows; None if
@@ -205,6 +209,7 @@ class DecodeMasks:
         num_heads: int,
         max_rows: int,
         width: int | None = None,
+        window: int | None = None,
     ) -> DecodeMasks:
         """The masks for a pass over `num_tokens` tokens of each row.
 
@@ -216,21 +221,32 @@ class DecodeMasks:
         groups, kv_heads, length, _ = prompt_keys.shape
         rows, device = len(keys), keys.device
         width = keys.shape[2] if width is None else width
-        outside = torch.arange(length, device=device) >= prompt_lengths[:, None]
-        prompt_bias = _bias(outside[:, None].expand(-1, kv_heads, -1).flatten(0, 1)[:, None])
-        ends = lengths[:, None, None] + torch.arange(num_tokens, device=device)[:, None]
-        hidden = (torch.arange(width, device=device) > ends)[:, None]  # (R, 1, Q, W)
+        places, steps = (torch.arange(n, device=device) for n in (length, num_tokens))
+        outside = (places >= prompt_lengths[:, None])[:, None, None]  # (B, 1, 1, P)
+        ends = lengths[:, None, None] + steps[:, None]
+        own = torch.arange(width, device=device)
+        hidden = (own > ends)[:, None]  # (R, 1, Q, W)
+        if window is not None:
+            hidden = hidden | (own <= ends - window)[:, None]
         repeats = 1 if num_tokens == 1 else num_heads // kv_heads
         copies = kv_heads if len(lengths) == rows else 1
         hidden = hidden[:, :, :, None].expand(-1, copies, -1, repeats, -1)
         own_bias = _bias(hidden.flatten(0, 1).flatten(1, 2))
-        if rows == groups * max_rows:
-            return cls(prompt_bias, own_bias, None, None)
-        row = torch.arange(rows, device=device)
-        group = torch.searchsorted(first_rows, row, right=True).sub_(1).clamp_(max=groups - 1)
-        places = group * max_rows + (row - first_rows[group]).clamp_(max=max_rows - 1)
-        padded = first_rows[:-1, None] + torch.arange(max_rows, device=device)
-        return cls(prompt_bias, own_bias, padded.flatten().clamp_(max=rows - 1), places)
+        padded = at = None
+        if rows != groups * max_rows:
+            row = torch.arange(rows, device=device)
+            group = torch.searchsorted(first_rows, row, right=True).sub_(1).clamp_(max=groups - 1)
+            at = group * max_rows + (row - first_rows[group]).clamp_(max=max_rows - 1)
+            padded = first_rows[:-1, None] + torch.arange(max_rows, device=device)
+            padded = padded.flatten().clamp_(max=rows - 1)
+        if window is not None:
+            lengths = lengths.expand(rows)
+            lengths = (lengths if padded is None else lengths[padded]).view(groups, -1, 1)
+            last = prompt_lengths[:, None, None] + lengths + steps - window  # (B, G, Q)
+            outside = outside | (places <= last[..., None])
+            outside = outside.repeat_interleave(num_heads // kv_heads, 2).flatten(1, 2)[:, None]
+        prompt_bias = _bias(outside.expand(-1, kv_heads, -1, -1).flatten(0, 1))
+        return cls(prompt_bias, own_bias, padded, at)
 
 
 def attention_shares(

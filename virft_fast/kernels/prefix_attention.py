@@ -4,7 +4,8 @@ The row holds whole groups, [prompt | completion 1 | ... | completion G | next p
 completion sees its prompt and, causally, itself. CUDA tensors go to Triton
 (`triton_prefix_attention`), which reads the row where it is: no copies of keys and values, no
 padding, one launch for all groups. CPU and float64 tensors go to the torch reference here, with two
-calls of PyTorch's attention for each group.
+calls of PyTorch's attention for each group; so do rows with a sliding window or with blocks of
+tokens that see each other, as in Gemma 3.
 
 Shapes: S tokens of the row, H query heads, K key/value heads, E numbers per head, G completions of
 a group, P prompt tokens, C completion tokens.
@@ -46,11 +47,14 @@ class Group:
         start: position of the prompt's first token.
         prompt_length: P.
         lengths: C of each completion, in order after the prompt; 0 is allowed.
+        blocks: (first, end) of each block of the prompt's tokens that see each other in both
+            directions, counted from the prompt's start.
     """
 
     start: int
     prompt_length: int
     lengths: tuple[int, ...]
+    blocks: tuple[tuple[int, int], ...] = ()
 
     @property
     def first(self) -> int:
@@ -60,6 +64,11 @@ class Group:
     @property
     def end(self) -> int:
         return self.first + sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """P and the longest C."""
+        return self.prompt_length + max(self.lengths, default=0)
 
 
 def _once(method: _Method) -> _Method:
@@ -83,15 +92,22 @@ class PrefixLayout:
     Attributes:
         groups: in order and without gaps.
         device: of the row.
+        window: how many tokens of its prompt and completion, its own included, a token sees at
+            most; None: all.
     """
 
     groups: tuple[Group, ...]
     device: torch.device
+    window: int | None = None
     _kept: dict[tuple[object, ...], Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # With the number of the GPU, as tensors have it.
         object.__setattr__(self, "device", torch.empty(0, device=self.device).device)
+        if self.window is not None and self.window < 1:
+            raise ValueError(
+                f"window: expected at least 1 token or None, got {self.window}; a token sees itself"
+            )
 
     @classmethod
     def from_lengths(
@@ -140,11 +156,21 @@ class PrefixLayout:
         return self.groups[-1].end if self.groups else 0
 
     @functools.cached_property
-    def two_part(self) -> list[tuple[Padding, Tensor]]:
+    def causal(self) -> bool:
+        """Whether a token sees all tokens before it, and none after it."""
+        width = self.window
+        return not any(g.blocks or (width and g.longest > width) for g in self.groups)
+
+    @functools.cached_property
+    def two_part(self) -> list[tuple[Padding, Tensor | None, Tensor]]:
         """For each group, what the reference needs of its lengths."""
+        limits = (self.device, self.window)
         with torch.inference_mode(False):  # else a later backward pass couldn't use them
-            return [(_padding(group, self.device), _suffix_mask(group, self.device))
-                    for group in self.groups]  # fmt: skip
+            return [
+                (_padding(group, self.device), _prompt_mask(group, *limits),
+                 _suffix_mask(group, *limits))
+                for group in self.groups
+            ]  # fmt: skip
 
     @functools.cached_property
     def segment_starts(self) -> Tensor:
@@ -252,7 +278,8 @@ def prefix_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, *, scaling: float
 ) -> Tensor:
     """Attention of every prompt to itself, and of every completion to its prompt and itself, both
-    causally: softmax(scaling * query @ key.T) @ value over what a token sees.
+    causally, up to the layout's window and blocks: softmax(scaling * query @ key.T) @ value over
+    what a token sees.
 
     Differentiable once. Keeps its arguments, its result and the log-sum-exp of the scores, (H, S)
     float32, for the backward pass. The same inputs give the same bits: nothing is summed by
@@ -283,7 +310,7 @@ def prefix_attention(
         )
     _check(query, key, value, layout, scaling)
     kernels = triton_for(query, "triton_prefix_attention")
-    if kernels is None or query.shape[2] > MAX_HEAD_SIZE:
+    if kernels is None or query.shape[2] > MAX_HEAD_SIZE or not layout.causal:
         return two_part_attention(query, key, value, layout, scaling=scaling)
     rows = (states if states.stride(2) == 1 else states.contiguous()
             for states in (query, key, value))  # fmt: skip
@@ -353,15 +380,15 @@ def two_part_attention(
     Completions are padded to the longest. The padding comes last, so the causal mask hides it.
     """
     query, key, value = (states.transpose(0, 1) for states in (query, key, value))
-    both = for_query_heads(query[None], key[None], value[None])
+    both = for_query_heads(query[None], key[None], value[None], masked=not layout.causal)
     key, value = (states[0] for states in both)
     outputs = []
-    for group, (padding, mask) in zip(layout.groups, layout.two_part, strict=True):
+    for group, (padding, own, mask) in zip(layout.groups, layout.two_part, strict=True):
         prompt = slice(group.start, group.first)
-        outputs.append(_causal(query[:, prompt], key[:, prompt], value[:, prompt], scaling))
+        outputs.append(_prompt(query[:, prompt], key[:, prompt], value[:, prompt], scaling, own))
         if group.end > group.first:
             outputs.append(_suffix(group, padding, mask, (query, key, value), scaling))
-    return torch.cat(outputs) if outputs else _causal(query, key, value, scaling)
+    return torch.cat(outputs) if outputs else _prompt(query, key, value, scaling)
 
 
 def _suffix(
@@ -390,25 +417,32 @@ def _suffix(
     return out if padding is None else out.index_select(0, padding[1])
 
 
-def for_query_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def for_query_heads(
+    query: Tensor, key: Tensor, value: Tensor, *, masked: bool = False
+) -> tuple[Tensor, Tensor]:
     """(B, K, S, E) keys and values as they are, or copied for each of the H query heads.
 
     Of torch's fused kernels on CUDA, only flash attention shares keys among query heads, and it
-    takes 16-bit numbers only. With shared keys, other numbers would go to the unfused kernel.
+    takes 16-bit numbers only, and no mask. With shared keys, others would go to the unfused kernel.
     """
     options = (None, 0.0, False, True)  # no mask or dropout; not causal; with shared keys
-    if query.is_cuda and not can_use_flash_attention(SDPAParams(query, key, value, *options)):
+    if query.is_cuda and (
+        masked or not can_use_flash_attention(SDPAParams(query, key, value, *options))
+    ):
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     return key, value
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention: (H, n, E) queries, (H or K, n, E) keys and values -> (n, H, E)."""
-    gqa = len(query) != len(key)
+def _prompt(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None
+) -> Tensor:
+    """Attention of (H, n, E) queries to (H or K, n, E) keys and values, (n, H, E): causal unless
+    there is a mask."""
     out = F.scaled_dot_product_attention(
-        query[None], key[None], value[None], is_causal=True, scale=scaling, enable_gqa=gqa
-    )
+        query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None,
+        scale=scaling, enable_gqa=len(query) != len(key),
+    )  # fmt: skip
     return out[0].transpose(0, 1)
 
 
@@ -426,13 +460,28 @@ def _padding(group: Group, device: torch.device) -> Padding:
     return to_device(places[0], device), to_device(places[1], device)
 
 
-def _suffix_mask(group: Group, device: torch.device) -> Tensor:
-    """(longest C, P + longest C) mask: all of the prompt, and the completion causally."""
-    longest = max(group.lengths, default=0)
-    if device.type == "cuda":
+def _prompt_mask(group: Group, device: torch.device, window: int | None) -> Tensor | None:
+    """(P, P) mask of the prompt, or None if it's causal. A block ignores what comes after a token,
+    but not the window, as in transformers' `create_masks_for_vision_model`."""
+    count = group.prompt_length
+    window = count if window is None else window
+    if window >= count and not group.blocks:
+        return None
+    mask = torch.ones(count, count, dtype=torch.bool, device=device).tril()
+    for first, end in group.blocks:
+        mask[first:end, first:end] = True
+    return mask.triu(1 - window)
+
+
+def _suffix_mask(group: Group, device: torch.device, window: int | None) -> Tensor:
+    """(longest C, P + longest C) mask: all of the prompt, and the completion causally, both within
+    the window."""
+    longest = group.longest - group.prompt_length
+    window = group.longest if window is None else window
+    if device.type == "cuda" and window >= group.longest:
         from torch.nn.attention.bias import causal_lower_right
 
         # The same mask in a form that the flash kernels accept.
         return causal_lower_right(longest, group.prompt_length + longest)
     mask = torch.ones(longest, group.prompt_length + longest, dtype=torch.bool, device=device)
-    return mask.tril(group.prompt_length)
+    return mask.tril(group.prompt_length).triu(group.prompt_length + 1 - window)

@@ -35,6 +35,7 @@ class Family:
         deepstack: the vision tower also computes features for the first language layers.
         shares: whether a prompt may be read once for all its completions: the language model gets
             nothing but embeddings, in which the images' features replace the image tokens.
+        image_blocks: whether the tokens of an image see each other in both directions.
         completion_type: the number of a completion's tokens in `token_type_ids`, if it has those.
     """
 
@@ -43,6 +44,7 @@ class Family:
     flat: bool = True
     deepstack: bool = False
     shares: bool = True
+    image_blocks: bool = False
     completion_type: int = 0
 
     @property
@@ -52,8 +54,6 @@ class Family:
 
 
 PLAIN = Family(shares=False)
-# Plain families whose losses, rollouts and files the tests compare with transformers' own.
-CHECKED = ("gemma3",)
 FAMILIES = {
     "qwen2_vl": Family("Qwen2VLProcessor", "Qwen2VLVideoProcessor"),
     "qwen2_5_vl": Family("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
@@ -66,6 +66,7 @@ FAMILIES = {
     "idefics3": Family(),
     "smolvlm": Family(),
     "glm4v": Family(),
+    "gemma3": Family(image_blocks=True),
 }
 # Plain families with a peculiarity.
 UNSHARED = {"paligemma": Family(shares=False, completion_type=1)}

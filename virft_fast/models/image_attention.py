@@ -27,9 +27,8 @@ class _Enough(Exception):
 class _Watched:
     """A packed-attention core that measures attention at `layer`, then stops the pass."""
 
-    def __init__(self, groups: Sequence[Group], device: torch.device, layer: int) -> None:
-        self.groups, self.layer = groups, layer
-        self.inner = PackedAttention(groups, device)
+    def __init__(self, inner: PackedAttention, layer: int) -> None:
+        self.inner, self.layer = inner, layer
         self.attention: list[Tensor] = []
 
     def __call__(
@@ -37,17 +36,20 @@ class _Watched:
     ) -> Tensor:
         if layer < self.layer:
             return self.inner(layer, query, key, value, scaling)
-        for group in self.groups:
-            self.attention.append(attention_to_prompt(query[0], key[0], group, scaling))
+        window = self.inner.windows.get(layer)
+        for group in self.inner.groups:
+            self.attention.append(attention_to_prompt(query[0], key[0], group, scaling, window))
         raise _Enough
 
 
-def attention_to_prompt(query: Tensor, key: Tensor, group: Group, scaling: float) -> Tensor:
+def attention_to_prompt(
+    query: Tensor, key: Tensor, group: Group, scaling: float, window: int | None = None
+) -> Tensor:
     """(P,) float32 attention to the prompt, averaged over the heads and the completion's queries;
     for an empty completion, the attention of the prompt's last token.
 
     Args:
-        query: (H, S, E). key: (K, S, E).
+        query: (H, S, E). key: (K, S, E). window: see `PrefixLayout`.
     """
     length = sum(group.lengths)
     first = group.first if length else group.first - 1
@@ -58,6 +60,8 @@ def attention_to_prompt(query: Tensor, key: Tensor, group: Group, scaling: float
     places = torch.arange(keys.shape[1], device=key.device)
     last = first - group.start + torch.arange(count, device=key.device)
     hidden = places > last[:, None]
+    if window is not None:
+        hidden |= places <= last[:, None] - window
     repeats = len(queries) // len(keys)
     total = torch.zeros(group.prompt_length, device=key.device)
     for number, heads in enumerate(queries.split(repeats)):  # that share keys
@@ -91,7 +95,7 @@ def attention_to_prompts(policy: Policy, inputs: ModelInputs, layer: int) -> lis
         )
     if any(len(group.lengths) != 1 for group in inputs.groups):
         raise ValueError("expected one completion a prompt")
-    watched = _Watched(inputs.groups, inputs.input_ids.device, layer)
+    watched = _Watched(policy.attention(inputs), layer)
     with contextlib.suppress(_Enough):
         policy.language(inputs, policy.image_features(inputs), attention_core=watched)
     return watched.attention

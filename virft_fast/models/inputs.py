@@ -172,16 +172,17 @@ def collate(
     *,
     pad_token_id: int,
     packed: bool,
+    image_blocks: bool = False,
     completion_type: int = 0,
 ) -> ModelInputs:
     """Like `Policy.collate`, on the CPU.
 
     Args:
         positions: (3, P) or (1, P) rotary positions of each prompt.
-        completion_type: see `Family`.
+        image_blocks, completion_type: see `Family`.
     """
     given = (prompts, positions, completions)
-    rows = _pack(*given) if packed else _pad(*given, pad_token_id, completion_type)
+    rows = _pack(*given, image_blocks) if packed else _pad(*given, pad_token_id, completion_type)
     is_image = rows.pop("is_image")
     flat = [ids for group in completions for ids in group]
     copies = [1 if packed else len(group) for group in completions]
@@ -221,7 +222,10 @@ def _following(positions: Tensor, length: int) -> Tensor:
 
 
 def _pack(
-    prompts: Sequence[Prompt], positions: Sequence[Tensor], completions: Sequence[Sequence[Tensor]]
+    prompts: Sequence[Prompt],
+    positions: Sequence[Tensor],
+    completions: Sequence[Sequence[Tensor]],
+    image_blocks: bool,
 ) -> Row:
     """The fields of one packed row and `is_image`, (R, L) bool. Omits completions' last tokens,
     which predict nothing."""
@@ -230,10 +234,13 @@ def _pack(
     for prompt, own_positions, group in zip(prompts, positions, completions, strict=True):
         inputs = [completion[:-1] for completion in group]
         lengths = tuple(map(len, inputs))
-        groups.append(Group(start, len(prompt.input_ids), lengths))
+        is_image = prompt.mm_token_type_ids.bool()
+        edges = F.pad(is_image & image_blocks, (1, 1)).int().diff().nonzero().view(-1, 2)
+        blocks = tuple((first, end) for first, end in edges.tolist())
+        groups.append(Group(start, len(prompt.input_ids), lengths, blocks))
         ids += [prompt.input_ids, *inputs]
         position_ids += [own_positions, *(_following(own_positions, n) for n in lengths)]
-        images += [prompt.mm_token_type_ids.bool(), torch.zeros(sum(lengths), dtype=torch.bool)]
+        images += [is_image, torch.zeros(sum(lengths), dtype=torch.bool)]
         position = groups[-1].first
         for length, completion in zip(lengths, group, strict=True):
             if len(completion):  # the prompt's last token predicts its first

@@ -172,11 +172,17 @@ class Policy(nn.Module):
             mask = inputs.attention_mask
             states = self.language(inputs, image_features, attention_mask=mask)
         else:
-            device = inputs.input_ids.device
-            attention = PackedAttention(inputs.groups, device, self.prefix_attention)
+            attention = self.attention(inputs)
             states = self.language(inputs, image_features, attention_core=attention)
             attention.check(len(shared_prefix.attention_layers(self.config.text_config)))
         return states.flatten(0, 1).index_select(0, inputs.predictors)  # (S, D)
+
+    def attention(self, inputs: ModelInputs) -> PackedAttention:
+        """The core of a packed row."""
+        longest = max((group.longest for group in inputs.groups), default=0)
+        windows = shared_prefix.windows(self.config.text_config, longest)
+        device = inputs.input_ids.device
+        return PackedAttention(inputs.groups, device, self.prefix_attention, windows)
 
     def language(
         self,
@@ -281,7 +287,7 @@ class Policy(nn.Module):
         positions = [self.prompt_positions(prompt) for prompt in prompts]
         cpu = collate(
             prompts, positions, completions, pad_token_id=pad_token_id, packed=packed,
-            completion_type=self.family.completion_type,
+            image_blocks=self.family.image_blocks, completion_type=self.family.completion_type,
         )  # fmt: skip
         if self.family.is_qwen and cpu.image_grid_thw is not None:
             vision = vision_metadata(core(self.model).visual, cpu.image_grid_thw, device)

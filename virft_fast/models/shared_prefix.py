@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel as TextModel
 
 _PREFIX = "shared_prefix_"
+# The language models whose sliding windows are those of `windows`. Others may have more that is
+# special, such as GPT-OSS's attention sinks.
+WINDOWED = ("gemma3_text", "mistral", "qwen2")
 
 
 def install(language_model: TextModel) -> str | None:
@@ -61,21 +64,33 @@ def unreachable(language_model: TextModel) -> str | None:
         return f"{type(language_model).__name__} has its attention built in"
     if dropout := getattr(config, "attention_dropout", 0.0):
         return f"attention_dropout is {dropout}, and two passes would differ"
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None and (window := getattr(config, "sliding_window", None)):
-        return f"its layers attend to the last {window} tokens alone"
-    others = set(kinds or ()) - {"full_attention"}
+    others = set(_kinds(config)) - {"full_attention"}
     if hybrid:
         others.discard("linear_attention")
+    if config.model_type in WINDOWED:
+        others.discard("sliding_attention")
     if others:
         return f"it has layers of another kind than full attention: {', '.join(sorted(others))}"
     return None
 
 
+def _kinds(config: Any) -> Sequence[str]:
+    """The kind of each layer of a language model, from its configuration."""
+    slides = getattr(config, "sliding_window", None)
+    kind = "sliding_attention" if slides else "full_attention"
+    return getattr(config, "layer_types", None) or [kind] * config.num_hidden_layers
+
+
 def attention_layers(config: Any) -> list[int]:
     """The indices of a language model's layers with attention, from its configuration."""
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return [layer for layer, kind in enumerate(kinds) if kind != "linear_attention"]
+    return [layer for layer, kind in enumerate(_kinds(config)) if kind != "linear_attention"]
+
+
+def windows(config: Any, longest: int) -> dict[int, int]:
+    """The layers where a token doesn't see all before it in `longest` tokens, and how many it sees
+    there, its own included."""
+    layers = [n for n, kind in enumerate(_kinds(config)) if kind == "sliding_attention"]
+    return {n: config.sliding_window for n in layers if config.sliding_window < longest}
 
 
 @functools.cache
@@ -159,28 +174,40 @@ class PackedAttention:
     Args:
         groups: the row's groups, in order and without gaps.
         kind: see `core_kind`.
+        windows: `PrefixLayout.window` of the layers that have one.
     """
 
-    def __init__(self, groups: Sequence[Group], device: torch.device, kind: str = "auto"):
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        device: torch.device,
+        kind: str = "auto",
+        windows: Mapping[int, int] | None = None,
+    ):
         self.groups = tuple(groups)
         self.device = device
         self.layers: set[int] = set()
-        kind = core_kind(kind, device)
-        self._core: Callable[..., Tensor]
-        if kind in ("flex", "dense"):
-            self._core = (_Flex if kind == "flex" else _Dense)(self.groups, device)
-        else:
-            core = {"fused": prefix_attention, "two_part": two_part_attention}[kind]
-            self._core = functools.partial(core, layout=PrefixLayout(self.groups, device))
+        self.windows = windows or {}
+        self.kind = core_kind(kind, device)
+        self._cores: dict[int | None, Callable[..., Tensor]] = {}  # by window
+
+    def _make(self, window: int | None) -> Callable[..., Tensor]:
+        if self.kind in ("flex", "dense"):
+            return (_Flex if self.kind == "flex" else _Dense)(self.groups, self.device, window)
+        core = {"fused": prefix_attention, "two_part": two_part_attention}[self.kind]
+        return functools.partial(core, layout=PrefixLayout(self.groups, self.device, window))
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
         """(1, H, S, E), (1, K, S, E), (1, K, S, E) -> (1, S, H, E)."""
         self.layers.add(layer)
+        window = self.windows.get(layer)
+        if window not in self._cores:
+            self._cores[window] = self._make(window)
         # Under autocast, the rotation returns float32, but CausalBias requires equal dtypes.
         row = (states[0].to(value.dtype).transpose(0, 1) for states in (query, key, value))
-        return self._core(*row, scaling=scaling)[None]
+        return self._cores[window](*row, scaling=scaling)[None]
 
     def check(self, num_layers: int) -> None:
         """Raise RuntimeError if a layer bypassed this core."""
@@ -196,27 +223,45 @@ def check_calls(layers: set[int], num_layers: int) -> None:
         )
 
 
-def _segments(groups: tuple[Group, ...], length: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Two (length,) int32 tensors for each position: the index of its group, -1 after the last
-    group; and the number of its completion, from 1, or 0 in a prompt."""
-    group_of = torch.full((length,), -1, dtype=torch.int32)
-    sequence = torch.zeros(length, dtype=torch.int32)
+def _visible(
+    groups: tuple[Group, ...], length: int, device: torch.device, window: int | None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function that says whether tokens q of a row see tokens k, from their positions in it."""
+    group_of = torch.full((length,), -1, dtype=torch.int32)  # after the last group
+    # The number of a token's completion, from 1, or 0 in a prompt; its place in prompt and
+    # completion; and the end of its block, from 1, or 0 outside.
+    sequence, place, block = torch.zeros(3, length, dtype=torch.int32)
     for number, group in enumerate(groups):
         group_of[group.start : group.end] = number
-        lengths = torch.tensor(group.lengths, dtype=torch.long)
-        names = torch.arange(1, len(lengths) + 1, dtype=torch.int32)
-        sequence[group.first : group.end] = names.repeat_interleave(lengths)
-    return to_device(group_of, device), to_device(sequence, device)
+        place[group.start : group.first] = torch.arange(group.prompt_length)
+        first = group.first
+        for name, own in enumerate(group.lengths, 1):
+            sequence[first : first + own] = name
+            place[first : first + own] = group.prompt_length + torch.arange(own)
+            first += own
+        for first, end in group.blocks:
+            block[group.start + first : group.start + end] = end
+    group_of, sequence, place, block = (
+        to_device(part, device) for part in (group_of, sequence, place, block)
+    )
+
+    def visible(q: Tensor, k: Tensor) -> Tensor:
+        own = (sequence[k] == 0) | (sequence[q] == sequence[k])
+        seen = (q >= k) | ((block[k] > 0) & (block[q] == block[k]))
+        if window is not None:
+            seen = seen & (place[k] > place[q] - window)
+        return seen & (group_of[q] == group_of[k]) & own
+
+    return visible
 
 
 class _Dense:
     """One call with the (S, S) mask: the simplest core, against which the others are tested."""
 
-    def __init__(self, groups: tuple[Group, ...], device: torch.device) -> None:
-        length = groups[-1].end if groups else 0
-        group_of, sequence = _segments(groups, length, device)
-        own = (sequence[None] == 0) | (sequence[:, None] == sequence[None])
-        self.mask = ((group_of[:, None] == group_of[None]) & own).tril()
+    def __init__(self, groups: tuple[Group, ...], device: torch.device, window: int | None) -> None:
+        places = torch.arange(groups[-1].end if groups else 0, device=device)
+        visible = _visible(groups, len(places), device, window)
+        self.mask = visible(places[:, None], places[None])
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -> Tensor:
         query, key, value = (states.transpose(0, 1) for states in (query, key, value))
@@ -233,21 +278,17 @@ class _Flex:
 
     BLOCK = 128
 
-    def __init__(self, groups: tuple[Group, ...], device: torch.device) -> None:
+    def __init__(self, groups: tuple[Group, ...], device: torch.device, window: int | None) -> None:
         from torch.nn.attention.flex_attention import create_block_mask
 
         self.length = groups[-1].end if groups else 0
         # Padded to whole blocks, so that one compiled kernel serves every length.
         self.padded = -(-self.length // self.BLOCK) * self.BLOCK
-        group_of, sequence = _segments(groups, self.padded, device)
-
-        def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            own = (sequence[k] == 0) | (sequence[q] == sequence[k])
-            return (q >= k) & (group_of[q] == group_of[k]) & own
-
+        visible = _visible(groups, self.padded, device, window)
         self.mask = create_block_mask(
-            visible, None, None, self.padded, self.padded, device=device, BLOCK_SIZE=self.BLOCK
-        )
+            lambda batch, head, q, k: visible(q, k), None, None, self.padded, self.padded,
+            device=device, BLOCK_SIZE=self.BLOCK,
+        )  # fmt: skip
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -> Tensor:
         pad = (0, 0, 0, self.padded - self.length)

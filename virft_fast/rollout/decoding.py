@@ -8,7 +8,7 @@ numbers per head, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 
 import torch
@@ -34,7 +34,7 @@ from virft_fast.models.families import Tokenizer, core
 from virft_fast.models.inputs import ModelInputs
 from virft_fast.models.policy import Policy
 from virft_fast.models.recurrent import RecurrentCache
-from virft_fast.models.shared_prefix import PackedAttention, attention_layers
+from virft_fast.models.shared_prefix import attention_layers, windows
 from virft_fast.rollout.cache import (
     WIDTH_STEP,
     Buffers,
@@ -211,6 +211,7 @@ class Decoding:
         features: list[Tensor] = []
         last_states, starts = [], []
         lengths = [len(prompt.input_ids) for prompt in prompts]
+        self.windows = windows(self.policy.config.text_config, max(lengths) + self.length)
         for first, last in token_chunks(lengths, for_device(PREFILL_TOKENS, self.device.type)):
             chunk = prompts[first:last]
             inputs = self.policy.collate(
@@ -246,7 +247,7 @@ class Decoding:
         Returns:
             (prompts, D) last hidden states, at each prompt's last token.
         """
-        attention = PackedAttention(inputs.groups, self.device, self.policy.prefix_attention)
+        attention = self.policy.attention(inputs)
         caches, plan, take = self.state.caches, self.plan, self.buffers.take
 
         def store(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -257,7 +258,8 @@ class Decoding:
                 cache.prompt_keys[number, :, : group.prompt_length] = key[0, :, place]
                 cache.prompt_values[number, :, : group.prompt_length] = value[0, :, place]
                 if self.observer is not None:
-                    self.observer.prompt_attention(layer, number, query[0], key[0], group, scaling)
+                    states = (query[0], key[0], group, scaling, self.windows.get(layer))
+                    self.observer.prompt_attention(layer, number, *states)
             return attention(layer, query, key, value, scaling)
 
         def keep(layer: int, last: Tensor, states: Tensor) -> None:
@@ -306,6 +308,7 @@ class Decoding:
             (self.read, None if self.pool is None else self.pool.shape),
             replace(self.sampler.sampling, seed=0),
             None if self.observer is None else self.observer.key,
+            tuple(self.windows.items()),
         )
         changed = [state.tokens, state.counters, state.active, state.drawn, state.logps]
         if self.pool is not None:
@@ -322,7 +325,7 @@ class Decoding:
         state = self.state
         read = state.tokens[:, : self.read]
         lengths, positions, *_ = state.counters
-        attend = CachedAttention(state, self.max_rows, self.observer)
+        attend = CachedAttention(state, self.max_rows, self.observer, self.windows)
         states = self.read_tokens(read, positions, lengths, state.caches, attend)
         logits = self.policy.head.logits(states.flatten(0, 1))
         attend.tell(self._sample(logits, read))
@@ -402,26 +405,36 @@ class Decoding:
 class CachedAttention:
     """Attention of one pass over the keys and values of a state, which hold the pass's tokens."""
 
-    def __init__(self, state: DecodeState, max_rows: int, observer: Observer | None) -> None:
+    def __init__(
+        self,
+        state: DecodeState,
+        max_rows: int,
+        observer: Observer | None,
+        windows: Mapping[int, int] | None = None,
+    ) -> None:
         self.state, self.max_rows, self.observer = state, max_rows, observer
-        self.masks: DecodeMasks | None = None
+        self.windows = windows or {}
+        self.masks: dict[int | None, DecodeMasks] = {}  # by window
         self.shares: list[tuple[int, Tensor]] = []
 
     def __call__(self, layer: int, query: Tensor, scaling: float) -> Tensor:
         """(R, Q, H, E) -> (R, Q, H * E)."""
         state, cache = self.state, self.state.caches[layer]
         watched = self.observer is not None and layer in self.observer.layers
-        if self.masks is None and (watched or triton_for(query, "triton_decode") is None):
-            self.masks = self._make_masks(query, cache)
+        window = self.windows.get(layer)
+        if window not in self.masks and (
+            watched or window or triton_for(query, "triton_decode") is None
+        ):
+            self.masks[window] = self._make_masks(query, cache, window)
         if watched:
             self._observe(layer, query, scaling)
         return decode_attention(
             query, cache.prompt_keys, cache.prompt_values, state.prompt_lengths, state.first_rows,
             cache.keys, cache.values, state.counters[0], scaling=scaling, max_rows=self.max_rows,
-            masks=self.masks,
+            window=window, masks=self.masks.get(window),
         )  # fmt: skip
 
-    def _make_masks(self, query: Tensor, cache: LayerCache) -> DecodeMasks:
+    def _make_masks(self, query: Tensor, cache: LayerCache, window: int | None) -> DecodeMasks:
         lengths, width = self.state.counters[0], None
         if not query.is_cuda:  # else the host would wait
             # What an ended row attends to doesn't matter. Guesses leave it behind the others.
@@ -435,13 +448,12 @@ class CachedAttention:
         return DecodeMasks.make(
             cache.prompt_keys, self.state.prompt_lengths, self.state.first_rows, cache.keys,
             lengths, num_tokens=query.shape[1], num_heads=query.shape[2], max_rows=self.max_rows,
-            width=width,
+            width=width, window=window,
         )  # fmt: skip
 
     def _observe(self, layer: int, query: Tensor, scaling: float) -> None:
         """Remember the attention to the prompts until it's known which tokens are kept."""
-        cache, masks = self.state.caches[layer], self.masks
-        assert masks is not None
+        cache, masks = self.state.caches[layer], self.masks[self.windows.get(layer)]
         shares = attention_shares(query, cache.prompt_keys, cache.keys, masks, scaling=scaling)
         shares = shares[..., : cache.prompt_keys.shape[2]].transpose(1, 2).flatten(0, 1)
         if masks.places is not None:

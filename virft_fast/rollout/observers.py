@@ -40,10 +40,11 @@ class Observer(Protocol):
         """
 
     def prompt_attention(
-        self, layer: int, number: int, query: Tensor, key: Tensor, group: Group, scaling: float
-    ) -> None:
+        self, layer: int, number: int, query: Tensor, key: Tensor, group: Group, scaling: float,
+        window: int | None,
+    ) -> None:  # fmt: skip
         """Called after prompt `number` of the batch has been read. It is `group` in a packed row
-        with (H, S, E) queries and (K, S, E) keys."""
+        with (H, S, E) queries and (K, S, E) keys. `window` is that of `PrefixLayout`."""
 
     def step_attention(self, layer: int, shares: Tensor, rows: Tensor, done: Tensor) -> None:
         """Called for each of `layers` after Q tokens of each row were read. It is part of a CUDA
@@ -84,10 +85,11 @@ class AttentionObserver:
         return self.sums, self.counts
 
     def prompt_attention(
-        self, layer: int, number: int, query: Tensor, key: Tensor, group: Group, scaling: float
-    ) -> None:
+        self, layer: int, number: int, query: Tensor, key: Tensor, group: Group, scaling: float,
+        window: int | None,
+    ) -> None:  # fmt: skip
         if layer == self.layer:
-            attention = attention_to_prompt(query, key, group, scaling)
+            attention = attention_to_prompt(query, key, group, scaling, window)
             self.last_of_prompt[number, : group.prompt_length] = attention
 
     def step_attention(self, layer: int, shares: Tensor, rows: Tensor, done: Tensor) -> None:

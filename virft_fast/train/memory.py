@@ -137,7 +137,9 @@ def _language_bytes(
     keys_values = cache_numbers(text) // full
     keys = keys_values // 2
     heads = keys // text.num_key_value_heads * text.num_attention_heads
-    fused = policy.shares_prefix and core_kind(policy.prefix_attention, device) == "fused"
+    masked = family_of(policy.config.model_type).image_blocks
+    kind = "two_part" if masked else core_kind(policy.prefix_attention, device)
+    fused = policy.shares_prefix and kind == "fused"
     # The norms and the MLP, and for each expert that a token visits, its inputs and outputs.
     shared = precision.rms_norms(readers=5) * dim + width * (4 * inner + 3 * read * dim)
     # Queries and attention's output, which two_part keeps as its parts and whole.
@@ -146,7 +148,9 @@ def _language_bytes(
     if policy.config.model_type not in ("qwen2_vl", "qwen2_5_vl"):  # norms of queries and keys
         token += (heads + keys) * (4 + width)
     # See `prefix_attention.for_query_heads`. The fused kernel reads the row where it is.
-    copied = not policy.shares_prefix or (device.type == "cuda" and width == 4 and not fused)
+    copied = not policy.shares_prefix or (
+        device.type == "cuda" and (width == 4 or masked) and not fused
+    )
     attended = width * (2 * heads if copied else keys_values)
     layer = load.tokens * token + (load.tokens + (0 if fused else load.joined)) * attended
     kept = full * layer
