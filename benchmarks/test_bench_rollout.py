@@ -25,7 +25,7 @@ import pytest
 import torch
 from measure import DEVICE, Case, contenders, peak_mib
 from thinking import encode, examples, teach
-from vlm import SHAPES, FixedLength, cases_of, make_model, make_processor, make_prompts
+from vlm import FixedLength, cases_of, make_model, make_processor, make_prompts
 
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import Policy, banned_token_ids, core, load_model
@@ -37,7 +37,7 @@ G = 8
 PROMPTS = {"tiny": 2, "cpu": 4, "2b": 8, "7b": 8}  # a rank's share of a step
 CASES = cases_of()
 CASES["cpu"]["P500-C64-alone"] = (500, 64, "alone")  # one group
-CASES["cpu"]["P500-C64-qwen3_5"] = (500, 64, "qwen3_5")
+CASES["cpu"] |= {f"P500-C64-{family}": (500, 64, family) for family in ("qwen3_5", "gemma3")}
 GENERATE, STATIC = "transformers generate", "transformers generate, static cache"
 WEIGHTS = "a step's weights, copied"
 GUESSING, FIRST, SECOND = (
@@ -59,12 +59,13 @@ def case(request, size):
     prompt_length, completion_length, *kind = request.param
     count = 1 if kind == ["alone"] else PROMPTS[size]
     family = [name for name in kind if name != "alone"]
-    prompts = make_prompts(make_processor(), count, prompt_length)
-    tokenizer = make_processor().tokenizer
+    processor = make_processor(*family)
+    prompts, tokenizer = make_prompts(processor, count, prompt_length), processor.tokenizer
     model = make_model(size, *family).eval()
     plain = make_model(size, *family).eval()  # the same weights, as transformers builds it
     policy = Policy(model)
-    banned = [*banned_token_ids(tokenizer, SHAPES[size]["vocab_size"]), tokenizer.eos_token_id]
+    vocab_size = model.config.text_config.vocab_size
+    banned = [*banned_token_ids(tokenizer, vocab_size), tokenizer.eos_token_id]
     options = {"device": torch.device(DEVICE)}
     rollout, guessing = (
         FixedLength(
@@ -72,15 +73,14 @@ def case(request, size):
         )
         for history in (None, History())
     )
-    batch = {
-        "input_ids": torch.stack([p.input_ids for p in prompts]).repeat_interleave(G, 0),
-        "mm_token_type_ids": torch.stack([p.mm_token_type_ids for p in prompts]).repeat_interleave(
-            G, 0
-        ),
-        "pixel_values": torch.cat([p.pixel_values for p in prompts for _ in range(G)]),
-        "image_grid_thw": torch.cat([p.image_grid_thw for p in prompts for _ in range(G)]),
-    }
-    batch = {name: part.to(DEVICE) for name, part in batch.items()}
+    given = [
+        processor(
+            text=[p.text], images=list(p.sample.images), return_tensors="pt",
+            add_special_tokens=False, return_mm_token_type_ids=True,
+        )
+        for p in prompts for _ in range(G)
+    ]  # fmt: skip
+    batch = {name: torch.cat([each[name] for each in given]).to(DEVICE) for name in given[0]}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
 

@@ -30,7 +30,7 @@ trl = pytest.importorskip("trl", reason="TRL: not installed; pip install trl")
 G = 8
 RATE = 1e-6
 CASES = cases_of()
-CASES["cpu"]["P500-C64-qwen3_5"] = (500, 64, "qwen3_5")
+CASES["cpu"] |= {f"P500-C64-{family}": (500, 64, family) for family in ("qwen3_5", "gemma3")}
 
 
 def reward(completions, **columns):
@@ -153,7 +153,7 @@ def flat_gradient(model):
 @pytest.fixture(scope="module")
 def case(request, size, tmp_path_factory):
     prompt_length, completion_length, *family = request.param
-    processor = make_processor()
+    processor = make_processor(*family)
     sample = make_sample(processor, 0, prompt_length)
     trainer, examples = trl_trainer(
         make_model(size, *family), processor, sample, completion_length,

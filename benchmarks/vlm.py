@@ -1,7 +1,9 @@
-"""Random Qwen models and prompts of a given length, for the suites that run a whole model."""
+"""Random models and prompts of a given length, for the suites that run a whole model."""
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from measure import DEVICE
 from PIL import Image
 
 from virft_fast.batch import Prompt, Sample
-from virft_fast.models.processing import load_processor
+from virft_fast.models.processing import image_only, load_processor
 from virft_fast.models.qwen_vl import encode_prompt
 from virft_fast.rollout.native import NativeRollout
 
@@ -61,6 +63,27 @@ QWEN3_5_VISION = {
 }  # fmt: skip
 
 
+# Gemma 3 of the size "cpu": three layers with a sliding window and one without (released: five to
+# one), with the released models' window and number of tokens per image.
+GEMMA3: dict[str, Any] = {
+    "head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 1024, "vocab_size": 704,
+    "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+}  # fmt: skip
+GEMMA3_VISION = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "patch_size": 14, "image_size": 448, "vision_use_head": False,
+}  # fmt: skip
+GEMMA3_TOKENS = {
+    "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
+    "image_token": "<image_soft_token>",
+}  # fmt: skip
+GEMMA3_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{{ '<start_of_image>' if part.type == 'image' else part.text }}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 class FixedLength(NativeRollout):
     """A rollout that never draws EOS."""
 
@@ -78,12 +101,12 @@ def make_model(size: str, family: str = "qwen2_vl") -> torch.nn.Module:
     """A model with random weights: float32 on a CPU, bfloat16 on a GPU.
 
     Args:
-        family: qwen2_vl, or qwen3_5 of the size "cpu".
+        family: qwen2_vl, or qwen3_5 or gemma3 of the size "cpu".
     """
     import transformers as hf
 
     shape = dict(SHAPES[size])
-    token_id = load_processor("tiny").tokenizer.convert_tokens_to_ids
+    token_id = make_processor(family).tokenizer.convert_tokens_to_ids
     vision, section = shape.pop("vision"), shape.pop("mrope_section")
     tied, vision["hidden_size"] = shape["tie_word_embeddings"], shape["hidden_size"]
     shape["rope_parameters"] = {
@@ -93,6 +116,16 @@ def make_model(size: str, family: str = "qwen2_vl") -> torch.nn.Module:
     if family == "qwen3_5":
         shape, vision = shape | QWEN3_5, QWEN3_5_VISION | {"out_hidden_size": shape["hidden_size"]}
         make_config, make = hf.Qwen3_5Config, hf.Qwen3_5ForConditionalGeneration
+    tokens = {
+        "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
+    }  # fmt: skip
+    if family == "gemma3":
+        del shape["rope_parameters"]
+        shape, vision = shape | GEMMA3, GEMMA3_VISION
+        make_config, make = hf.Gemma3Config, hf.Gemma3ForConditionalGeneration
+        names = ("boi_token", "eoi_token", "image_token")
+        tokens = {f"{name}_index": GEMMA3_TOKENS[name] for name in names}
     config = make_config(
         text_config={
             **shape,
@@ -104,11 +137,8 @@ def make_model(size: str, family: str = "qwen2_vl") -> torch.nn.Module:
         vision_config={
             **vision, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2
         },
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
         tie_word_embeddings=tied,
+        **{name: token_id(token) for name, token in tokens.items()},
     )  # fmt: skip
     torch.manual_seed(0)
     dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
@@ -141,8 +171,30 @@ def update(trainer: Any) -> None:
     trainer.model.zero_grad(set_to_none=True)
 
 
-def make_processor() -> Any:
-    return load_processor("tiny", max_pixels=28 * 28 * 2000)
+@functools.cache
+def make_processor(family: str = "qwen2_vl") -> Any:
+    """The embedded model's processor, or Gemma 3's with the embedded model's text tokens."""
+    if family != "gemma3":
+        return load_processor("tiny", max_pixels=28 * 28 * 2000)
+    import transformers as hf
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    backend = load_processor("tiny").tokenizer._tokenizer
+    backend.add_special_tokens(list(GEMMA3_TOKENS.values()))
+    end = "<|endoftext|>"
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token=end, padding_side="left",
+        extra_special_tokens=GEMMA3_TOKENS,
+    )  # fmt: skip
+    side = GEMMA3_VISION["image_size"]
+    images = Gemma3ImageProcessorPil(size={"height": side, "width": side})
+    processor = image_only(hf.Gemma3Processor)(images, tokenizer, chat_template=GEMMA3_TEMPLATE)
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        hf.Gemma3Config(
+            image_token_index=tokenizer.convert_tokens_to_ids(GEMMA3_TOKENS["image_token"])
+        ).save_pretrained(folder)
+        return load_processor(folder)
 
 
 def make_sample(processor: Any, index: int, length: int) -> Sample:
