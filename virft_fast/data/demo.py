@@ -8,7 +8,6 @@ on 56x56 images. Train and test use different digits.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -180,9 +179,13 @@ def build_demo(
         rows = _take_new(DEMO_DATASETS[name](split, seed), count, seen)
         columns = {key: [row[key] for row in rows] for key in features}
         splits[split] = datasets.Dataset.from_dict(columns, features=features)
-    dataset = datasets.DatasetDict(splits)
-    with _no_progress():
+    dataset, shows_bars = datasets.DatasetDict(splits), datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
         dataset.save_to_disk(str(path))
+    finally:
+        if shows_bars:
+            datasets.enable_progress_bars()
     return dataset
 
 
@@ -225,17 +228,3 @@ def demo_dataset(
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return datasets.load_from_disk(str(folder))
-
-
-@contextlib.contextmanager
-def _no_progress() -> Iterator[None]:
-    """Hide the progress bar of `save_to_disk`."""
-    import datasets
-
-    enabled = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if enabled:
-            datasets.enable_progress_bars()

@@ -8,13 +8,13 @@ reads the images of the next one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 
 from virft_fast import dist
 from virft_fast.batch import Prompt, Rollouts
 from virft_fast.data import BadRow, BadRows, NoUsableRows
+from virft_fast.data.read_ahead import ReadAhead
 from virft_fast.evaluation.journal import Record
 from virft_fast.rollout import Rollout, Sampling
 
@@ -61,18 +61,16 @@ def answer(
     spare: Prompt | None = None
     progress(len(records))
 
-    def read(call: int) -> list[Prompt | BadRow]:
-        return [load(index) for index in mine[call * batch_size : (call + 1) * batch_size]]
-
-    with _reader() as reader:
-        upcoming = reader.submit(read, 0)
+    batches = [mine[call * batch_size : (call + 1) * batch_size] for call in range(calls + 1)]
+    with closing(ReadAhead(load)) as ahead:
+        ahead.start(batches[0])
         for call in range(calls):
             with dist.agreed(), section("evaluation"):
-                loaded = upcoming.result()
-                upcoming = reader.submit(read, call + 1)
+                loaded = [ahead(index) for index in batches[call]]
+                ahead.start(batches[call + 1])
                 prompts = [prompt for prompt in loaded if not isinstance(prompt, BadRow)]
                 bad = [row for row in loaded if isinstance(row, BadRow)]
-                spare = prompts[0] if prompts else spare or _first_usable(load, indices)
+                spare = prompts[0] if prompts else spare or _first_usable(ahead, indices)
                 rollouts = rollout.generate(prompts or [spare], 1, sampling)
                 described = describe(rollouts) if prompts else []
             gathered = dist.all_gather_object((described, bad))
@@ -83,18 +81,6 @@ def answer(
                 bad_rows.add(row.index, row.reason)
             progress(min((call + 1) * batch_size * dist.world_size(), len(rows)) + len(answered))
     return sorted(records, key=lambda record: record["index"])
-
-
-@contextmanager
-def _reader() -> Iterator[ThreadPoolExecutor]:
-    """A thread that reads ahead; after an error its pending work is dropped."""
-    reader = ThreadPoolExecutor(1)
-    try:
-        yield reader
-    except BaseException:
-        reader.shutdown(wait=False, cancel_futures=True)
-        raise
-    reader.shutdown()
 
 
 def _first_usable(load: Load, indices: Sequence[int]) -> Prompt:
