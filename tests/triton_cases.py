@@ -393,14 +393,17 @@ def test_options_against_float64(linear, number):
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "cispo", "gspo"])
-@pytest.mark.parametrize("chunk_tokens", [None, 2, 4])
-def test_linear_loss_against_float64_padded_and_packed(loss_type, chunk_tokens):
+@pytest.mark.parametrize(("chunk_tokens", "softcap"), [(None, 1.5), (2, None), (2, 1.5), (4, None)])
+def test_linear_loss_against_float64_padded_and_packed(loss_type, chunk_tokens, softcap):
+    """Logits of up to 8 in size are soft-capped at 1.5; what is masked may be NaN."""
     _, ids, mask, rewards, old, ref = make_problem()
     g = torch.Generator().manual_seed(3)
     hidden = torch.randn(4, 3, 8, generator=g).to(DEVICE)
     weight = torch.randn(37, 8, generator=g).to(DEVICE)
     bias = torch.randn(37, generator=g).to(DEVICE)
+    hidden[~mask] = NAN
     options = {"num_generations": 2, "loss_type": loss_type, "chunk_tokens": chunk_tokens}
+    options["softcap"] = softcap
     offsets = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int()
     results = []
     for dtype, packed in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
@@ -437,14 +440,16 @@ def test_the_gradient_tile_shrinks_to_16_bits_in_its_own_memory(dtype, vocab):
         assert torch.equal(got, wanted.to(dtype))
 
 
-def test_linear_logps_against_float64():
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_linear_logps_against_float64(softcap):
     g = torch.Generator().manual_seed(3)
     hidden, weight = torch.randn(7, 8, generator=g), torch.randn(5001, 8, generator=g)
     ids = random_ids(5001, 7)
     results = []
     for dtype in (torch.float64, torch.float32):
         leaves = [x.to(DEVICE, dtype).requires_grad_() for x in (hidden, weight)]
-        logps, entropy = linear_logps(*leaves, ids, temperature=0.8, chunk_tokens=3)
+        given = {"softcap": softcap, "temperature": 0.8, "chunk_tokens": 3}
+        logps, entropy = linear_logps(*leaves, ids, **given)
         grads = torch.autograd.grad((logps + entropy.square()).sum(), leaves)
         results.append([x.double() for x in (logps, entropy, *grads)])
     for got, value in zip(results[1], results[0], strict=True):
@@ -504,9 +509,9 @@ def test_a_new_completion_length_compiles_nothing():
     assert counts[0] == counts[-1]
 
 
-@pytest.mark.parametrize("vocab", [37, 4160])
+@pytest.mark.parametrize(("vocab", "softcap"), [(37, None), (37, 1.5), (4160, None)])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_16_bit_factors_against_float64(monkeypatch, autocast, vocab):
+def test_16_bit_factors_against_float64(monkeypatch, autocast, vocab, softcap):
     """The way of a GPU: 16-bit factors, float32 products, the gradient tile over the logits."""
     if INTERPRETED:
         stub_16_bit_products(monkeypatch)
@@ -520,8 +525,9 @@ def test_16_bit_factors_against_float64(monkeypatch, autocast, vocab):
     for dtype in (torch.float64, given):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
         with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast and dtype == given):
-            loss = linear_grpo_loss(*leaves, ids, mask, rewards=rewards, num_generations=2)
-            logps, entropy = linear_logps(*leaves, ids, temperature=0.9, chunk_tokens=5)
+            head = {"softcap": softcap, "chunk_tokens": 5}
+            loss = linear_grpo_loss(*leaves, ids, mask, rewards=rewards, num_generations=2, **head)
+            logps, entropy = linear_logps(*leaves, ids, temperature=0.9, **head)
         grads = [g for x in (loss.loss, (logps + entropy).mean())
                  for g in torch.autograd.grad(x, leaves)]  # fmt: skip
         results.append((loss.logps.double(), logps.double(), entropy.double(), *grads))
