@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from models import random_model
+from safetensors.torch import load_file, save_file
 
 from virft_fast.models.families import FAMILIES, UNSHARED, family_of
 from virft_fast.models.processing import image_only, load_processor
@@ -250,7 +251,32 @@ def write_family(
             if parameter.ndim > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
     model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    if getattr(config.vision_config, "model_type", "") == "siglip_vision_model":  # as released
+        weights = load_file(file)
+        named = [(name.replace("tower.", "tower.vision_model."), w) for name, w in weights.items()]
+        save_file(dict(named), file, metadata={"format": "pt"})
     processor.save_pretrained(folder)
     ends = processor.tokenizer.convert_tokens_to_ids(["<|endoftext|>", END])
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     return folder
+
+
+def as_released(folder: Path, template_file: str) -> None:
+    """Rewrite a processor's files as transformers 4 wrote them: the image processor in a file of
+    its own, with the name of its torchvision class, and the chat template in a JSON file."""
+    names = ("processor_config.json", "tokenizer_config.json")
+    both, tokenizer = (json.loads((folder / name).read_text()) for name in names)
+    image = both.pop("image_processor")
+    if folder.name.startswith("smolvlm"):
+        both["processor_class"] = tokenizer["processor_class"] = "SmolVLMProcessor"
+        image["image_processor_type"] = "SmolVLMImageProcessor"
+    image["image_processor_type"] += "Fast"
+    image["processor_class"] = both["processor_class"]
+    template = {"chat_template": (folder / "chat_template.jinja").read_text()}
+    (folder / "chat_template.jinja").unlink()
+    files = {"preprocessor_config.json": image, "processor_config.json": both,
+             "tokenizer_config.json": tokenizer | {"padding_side": "right"}}  # fmt: skip
+    files[template_file] = files.get(template_file, {}) | template
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))

@@ -29,7 +29,7 @@ from virft_fast.engine import (
     resolve_deepspeed_config,
 )
 from virft_fast.models.processing import load_processor
-from virft_fast.models.qwen_vl import Policy, load_model
+from virft_fast.models.qwen_vl import Policy, load_model, save_model
 from virft_fast.rollout.backends import make_rollout
 
 
@@ -75,6 +75,8 @@ def take_steps(out, batch, folder, stage):
     if dist.is_main():
         name = f"{out}-{Path(folder).name}-{stage}.pt"
         torch.save({"start": start, "end": end, "metrics": metrics}, name)
+        if stage == 3:
+            save_model(policy.model, end, processor, Path(name.removesuffix(".pt")))
     dist.barrier()
 
 

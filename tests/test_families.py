@@ -9,13 +9,14 @@ import contextlib
 import functools
 import json
 import math
+import shutil
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from family_models import EVERY, gemma4_config, shows, write_family
+from family_models import EVERY, as_released, gemma4_config, shows, write_family
 from helpers import (
     CPU,
     largest_difference,
@@ -26,6 +27,7 @@ from helpers import (
     read_jsonl,
 )
 from processes import run
+from saved_layout import tensors
 from torch import nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -267,6 +269,17 @@ def test_no_logits_are_stored(made, monkeypatch):
     torch.testing.assert_close(gradients, plain, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_in_16_bits(made, folder):
+    """The log-probs are as close to float32's as those of transformers' own pass."""
+    policy, processor, prompts = made
+    narrow = Policy(load_model(str(folder), dtype=torch.bfloat16))
+    completions = _completions(prompts)
+    exact, ours = (_logps(one, prompts, completions) for one in (policy, narrow))
+    own = _expected(narrow, processor, prompts, completions)
+    ours, own = ((logps - exact).square().mean().sqrt() for logps in (ours, own))
+    assert 0 < ours <= 2 * own
+
+
 @shows("tower once per image")
 def test_the_tower_runs_once_per_image(made, monkeypatch):
     policy, _, prompts = made
@@ -376,6 +389,7 @@ def test_saved_folders_are_the_familys_own(made, folder, tmp_path):
     own = dict(policy.model.state_dict())
     assert own.keys() == again.state_dict().keys()
     assert all(torch.equal(own[name], value) for name, value in again.state_dict().items())
+    assert tensors(tmp_path, "model").keys() == tensors(folder, "model").keys()
     for path in folder.iterdir():
         if path.suffix in (".json", ".jinja") and path.name != "config.json":
             assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
@@ -386,6 +400,33 @@ def test_saved_folders_are_the_familys_own(made, folder, tmp_path):
         given = {"text": [prompts[0].text], "images": images, "return_tensors": "pt"}
         ours, theirs = processor(**given), read(**given)
         assert all(torch.equal(ours[name], theirs[name]) for name in ("input_ids", "pixel_values"))
+
+
+@pytest.mark.parametrize("template_file", ["chat_template.json", "tokenizer_config.json"])
+def test_files_of_released_models_give_the_same_prompts(
+    made, folder, tmp_path, monkeypatch, template_file
+):
+    """With SmolVLM's own processor, which needs num2words for videos alone."""
+    from transformers.models.smolvlm import processing_smolvlm
+
+    policy, processor, prompts = made
+    if policy.family.is_qwen:
+        pytest.skip("see test_saving.py")
+    monkeypatch.setattr(processing_smolvlm, "num2words", str)
+    released = tmp_path / folder.name
+    shutil.copytree(folder, released)
+    as_released(released, template_file)
+    read = load_processor(str(released))
+    assert read.tokenizer.eos_token == "<|im_end|>"
+    for prompt, again in zip(
+        prompts, make_prompts(read, *(p.sample for p in prompts)), strict=True
+    ):
+        assert again.text == prompt.text and torch.equal(again.input_ids, prompt.input_ids)
+        if prompt.pixel_values is not None:
+            assert torch.equal(again.pixel_values, prompt.pixel_values)
+    read.save_pretrained(tmp_path)
+    for name in ("preprocessor_config.json", template_file):
+        assert (tmp_path / name).read_bytes() == (released / name).read_bytes()
 
 
 def test_a_turn_ends_with_the_chat_formats_token(gemma):
@@ -548,6 +589,8 @@ def ranks(tmp_path_factory):
         for name, stage in runs:
             saved = torch.load(f"{out}-{name}-{stage}.pt", weights_only=True)
             results[name, None if processes == 1 else stage] = saved
+    for name in EVERY:
+        results[name, "folders"] = (folder / f"2-{name}-3", folders[name])
     return results
 
 
@@ -568,8 +611,11 @@ def test_two_ranks_equal_one(ranks, name, stage):
 
 @shows("ZeRO 0-3")
 def test_two_ranks_with_parts_of_the_weights_equal_one(ranks, family):
-    """ZeRO-3, where each rank holds half of every weight."""
+    """ZeRO-3, where each rank holds half of every weight; they are saved under the names of the
+    checkpoint, as plain transformers does."""
     _two_equal_one(ranks, family, 3)
+    saved, released = (tensors(folder, "model") for folder in ranks[family, "folders"])
+    assert saved.keys() == released.keys()
 
 
 def _train(capsys, *argv):

@@ -13,6 +13,7 @@ import inspect
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import transformers
@@ -74,6 +75,8 @@ def image_only(kind: type[Any]) -> type[Any]:
 
     class ImageOnly(kind):
         base_files: dict[str, bytes] = {}
+        # SmolVLM's asks for these before it renders any chat.
+        video_processor = SimpleNamespace(num_frames=None, fps=None)
 
         @classmethod
         def get_attributes(cls) -> list[str]:
@@ -244,6 +247,7 @@ def _load_plain(source: ModelSource, config: Any) -> Any:
         str(folder), backend="pil", trust_remote_code=False
     )
     whole, tokenizer = source.folder, processor.tokenizer
+    processor.chat_template = processor.chat_template or tokenizer.chat_template
     processor.base_files = read_base_files(folder, whole if whole != folder else None)
     processor.model_type = config.model_type
     processor.placeholder = tokenizer.convert_ids_to_tokens(config.image_token_id)

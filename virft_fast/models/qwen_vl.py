@@ -26,6 +26,7 @@ from virft_fast.models.families import (  # noqa: F401
     FAMILIES,
     base,
     core,
+    family_of,
     freeze_vision_tower,
     tower_names,
 )
@@ -100,9 +101,11 @@ def load_model(
         model = lora.merge_adapter(model, folder)
     if adapters:
         cast_parameters(model, dtype)
-    # A model loaded under ZeRO-3 remembers all renamings that its checkpoint could have needed. Its
-    # weights would then be saved with an extra prefix instead of under Qwen's names.
-    vars(model).pop("_weight_conversions", None)
+    # Weights are saved under Qwen's names, or else under those of the checkpoint. Under ZeRO-3,
+    # transformers remembers all renamings that it could have needed, which would add prefixes.
+    renamings = vars(model).pop("_weight_conversions", None) or ()
+    if not family_of(config.model_type).is_qwen:
+        vars(model)["_weight_conversions"] = [entry for entry in renamings if entry.was_used()]
     # A checkpoint's sampling defaults (Qwen ships a near-greedy temperature) must never affect a
     # rollout. Keep them separately, so that `save_model` can write them back.
     vars(model)["shipped_generation_config"] = base(model).generation_config

@@ -84,6 +84,7 @@ def save_model(
     if not torch.cuda.is_available():  # transformers imports DeepSpeed, which would warn about it
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     inner = base(model)
+    is_qwen = family_of(inner.config.model_type).is_qwen
     current = inner.generation_config
     inner.generation_config = getattr(inner, "shipped_generation_config", current)
     # Read the dtype before save_pretrained, which may remove tensors from `state_dict` as it
@@ -96,9 +97,10 @@ def save_model(
             inner.save_pretrained(folder, state_dict=_released_experts(inner, state_dict))
     finally:
         inner.generation_config = current
-        vars(inner).pop("_weight_conversions", None)
+        if is_qwen:
+            vars(inner).pop("_weight_conversions", None)
     if not has_adapter(model):
-        if family_of(inner.config.model_type).is_qwen:
+        if is_qwen:
             _rewrite(folder / "config.json", lambda config: released_config(config, dtype))
         for name, content in processor.base_files.items():
             if name not in PROCESSOR_FILES:
