@@ -14,6 +14,7 @@ from PIL import Image
 from virft_fast.batch import Prompt, Sample
 from virft_fast.models.processing import image_only, load_processor
 from virft_fast.models.qwen_vl import encode_prompt
+from virft_fast.rollout.hf import HFRollout
 from virft_fast.rollout.native import NativeRollout
 
 LENGTHS = [(500, 64), (650, 200), (130, 256)]  # prompt tokens, completion tokens
@@ -61,6 +62,9 @@ QWEN3_5_VISION = {
     "depth": 2, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4,
     "num_position_embeddings": 2304,
 }  # fmt: skip
+GLM46V_VISION = {
+    "depth": 2, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "image_size": 1260
+}  # fmt: skip
 
 
 # Gemma 3 of the size "cpu": three layers with a sliding window and one without (released: five to
@@ -91,6 +95,13 @@ class FixedLength(NativeRollout):
         return [*super().banned(policy), self.tokenizer.eos_token_id]
 
 
+class FixedLengthHF(HFRollout):
+    """transformers' `generate`, which never draws EOS."""
+
+    def banned(self, policy: Any) -> list[int]:
+        return [*super().banned(policy), self.tokenizer.eos_token_id]
+
+
 def cases_of(lengths: list[tuple[int, int]] = LENGTHS) -> dict[str, dict[str, tuple[int, ...]]]:
     """A suite's `CASES`: (P, C) by size and id."""
     full = {f"P{p}-C{c}": (p, c) for p, c in lengths}
@@ -101,7 +112,7 @@ def make_model(size: str, family: str = "qwen2_vl") -> torch.nn.Module:
     """A model with random weights: float32 on a CPU, bfloat16 on a GPU.
 
     Args:
-        family: qwen2_vl, or qwen3_5 or gemma3 of the size "cpu".
+        family: qwen2_vl; or of the size "cpu" qwen3_5, gemma3, or glm46v, which shares no prompts.
     """
     import transformers as hf
 
@@ -126,6 +137,10 @@ def make_model(size: str, family: str = "qwen2_vl") -> torch.nn.Module:
         make_config, make = hf.Gemma3Config, hf.Gemma3ForConditionalGeneration
         names = ("boi_token", "eoi_token", "image_token")
         tokens = {f"{name}_index": GEMMA3_TOKENS[name] for name in names}
+    if family == "glm46v":
+        shape["head_dim"], vision = 64, GLM46V_VISION | {"out_hidden_size": shape["hidden_size"]}
+        shape["rope_parameters"]["partial_rotary_factor"] = 1.0
+        make_config, make = hf.Glm46VConfig, hf.Glm46VForConditionalGeneration
     config = make_config(
         text_config={
             **shape,

@@ -55,11 +55,10 @@ class HFRollout:
             )
             # Encode the images here, once per prompt; `generate` gets embeddings instead.
             features = policy.image_features(inputs)
-            vocab_size = policy.config.get_text_config().vocab_size
             sampler = Sampler(
                 sampling,
-                vocab_size=vocab_size,
-                banned=banned_token_ids(self.tokenizer, vocab_size),
+                vocab_size=policy.config.get_text_config().vocab_size,
+                banned=self.banned(policy),
                 first_row=first_row,
                 prompts=[prompt for prompt in prompts for _ in range(num_generations)],
                 device=self.device,
@@ -87,6 +86,10 @@ class HFRollout:
         return make_rollouts(
             prompts, num_generations, tokens, logps, stops, self.tokenizer, kept, plain
         )
+
+    def banned(self, policy: Policy) -> list[int]:
+        """Token ids that are never sampled."""
+        return banned_token_ids(self.tokenizer, policy.config.get_text_config().vocab_size)
 
 
 def _embedded(policy: Policy, inputs: ModelInputs, features: Tensor) -> Row:
