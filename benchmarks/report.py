@@ -131,7 +131,8 @@ def plot_step(steps: dict[str, dict[str, Any]], path: Path) -> None:
     """Time and peak memory of a whole training step: ours next to TRL's."""
     parts = [case.split("G=8, ")[1].split(", ") for case in steps]
     labels = [f"prompt {p[2:]}\nanswer {c[2:]}" + "".join(more) for p, c, *more in parts]
-    labels = [label.replace("qwen3_5", "\nQwen3.5") for label in labels]
+    for family, name in {"qwen3_5": "Qwen3.5", "gemma3": "Gemma 3"}.items():
+        labels = [label.replace(family, f"\n{name}") for label in labels]
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     units = ("Time (seconds)", "ms", 1e3), ("Peak memory (MiB)", "peak_mib", 1)
     for axes, (title, key, unit) in zip(panels, units, strict=True):
