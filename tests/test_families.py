@@ -438,6 +438,22 @@ def test_a_turn_ends_with_the_chat_formats_token(gemma):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("behind", "end"), [("<end_of_utterance>\n", "<end_of_utterance>"), ("\n", "<|endoftext|>")]
+)
+def test_a_turns_end_may_be_in_the_template_alone(tmp_path, behind, end):
+    """As in Idefics3-8B. Without any, what follows an answer is the start of the next turn."""
+    folder = write_family("idefics3", tmp_path)
+    (folder / "generation_config.json").unlink()
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_end|>\n", behind))
+    tokenizer = load_processor(str(folder)).tokenizer
+    assert tokenizer.eos_token == end
+    model = load_model(str(folder), empty=True)
+    banned = banned_token_ids(tokenizer, model.config.get_text_config().vocab_size)
+    assert tokenizer.eos_token_id not in banned
+
+
 def test_a_prompt_begins_with_one_bos_token(gemma):
     _, processor, prompts = _made(gemma)
     bos = processor.tokenizer.bos_token_id

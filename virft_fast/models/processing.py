@@ -262,8 +262,9 @@ _MARKER = re.compile(r"box|ref|quad|point|poly|loc|seg|think|answer", re.IGNOREC
 
 
 def _end_of_turn(processor: Any, folder: Path) -> str | None:
-    """Of the tokens that end a generation, the one that the chat template puts behind an answer; or
-    None. A model is trained to end its answers with it."""
+    """The special token that the chat template puts behind an answer, or None. A model is trained
+    to end its answers with it. Idefics3's other files don't name it; then it must not be the token
+    that a question begins with."""
     file, tokenizer = folder / "generation_config.json", processor.tokenizer
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     ids = config.get("eos_token_id", [])
@@ -272,7 +273,10 @@ def _end_of_turn(processor: Any, folder: Path) -> str | None:
     turns = (("user", "?"), ("assistant", mark), ("user", "?"))
     chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
     try:
-        after = render(processor, chat).rpartition(mark)[2].lstrip()
+        text = render(processor, chat)
     except ValueError:  # a template without turns
         return None
-    return next((end for end in [*ends, tokenizer.eos_token] if after.startswith(end)), None)
+    after, start = text.rpartition(mark)[2].lstrip(), text.partition("?")[0]
+    special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    found = [*ends, tokenizer.eos_token, *(token for token in special if token not in start)]
+    return next((end for end in found if after.startswith(end)), None)
