@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -71,6 +72,7 @@ class Section(NamedTuple):
     patience: float  # seconds from a stop signal until it is given up
 
 
+@dataclass(eq=False)
 class Watch:
     """A context manager: inside it, the thread runs and signals are handled.
 
@@ -82,20 +84,16 @@ class Watch:
         comfort: says what can be resumed, for the message of a run that is ended here.
     """
 
-    def __init__(
-        self,
-        output_dir: Path,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        timeout: float = 1800.0,
-        beat: Callable[[], bool] = lambda: True,
-        beat_seconds: float = 30.0,
-        comfort: Callable[[], str] = lambda: "",
-    ) -> None:
-        self.output_dir, self.rank, self.world_size = output_dir, rank, world_size
-        self.timeout, self.beat, self.beat_seconds = timeout, beat, beat_seconds
-        self.comfort = comfort
+    output_dir: Path
+    _: KW_ONLY
+    rank: int = 0
+    world_size: int = 1
+    timeout: float = 1800.0
+    beat: Callable[[], bool] = lambda: True
+    beat_seconds: float = 30.0
+    comfort: Callable[[], str] = lambda: ""
+
+    def __post_init__(self) -> None:
         self.received: int | None = None
         self._received_at = 0.0
         self._section: Section | None = None

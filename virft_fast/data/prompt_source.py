@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 
 from virft_fast.batch import Prompt, Sample
 from virft_fast.data.samples import BadRow, SampleDataset
@@ -13,6 +14,7 @@ from virft_fast.models.qwen_vl import encode_prompt
 FIRST_PROMPT_SECONDS = 15.0
 
 
+@dataclass(eq=False)
 class PromptSource:
     """Encodes the samples of a data set as prompts.
 
@@ -23,16 +25,11 @@ class PromptSource:
         check: sample -> what else is wrong with it, or None.
     """
 
-    def __init__(
-        self,
-        samples: SampleDataset,
-        processor: Processor,
-        *,
-        max_prompt_length: int | None = None,
-        check: Callable[[Sample], str | None] | None = None,
-    ) -> None:
-        self.samples, self.processor = samples, processor
-        self.max_prompt_length, self.check = max_prompt_length, check
+    samples: SampleDataset
+    processor: Processor
+    _: KW_ONLY
+    max_prompt_length: int | None = None
+    check: Callable[[Sample], str | None] | None = None
 
     def __len__(self) -> int:
         return len(self.samples)

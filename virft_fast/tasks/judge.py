@@ -18,6 +18,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ TRY_AGAIN = (408, 409, 425, 429)  # besides 500 and above
 _NUMBER = re.compile(r"(?<![\w./])(?<!out of )-?\d+(?:\.\d+)?(?![\w%])")
 
 
+@dataclass(eq=False, repr=False)
 class Judge:
     """A reward function that asks a model for a grade of each completion.
 
@@ -73,39 +75,32 @@ class Judge:
         options: other fields of a request, such as temperature.
     """
 
-    reports = True  # metrics, so it gets `log_metric`
+    base_url: str
+    model: str
+    _: KW_ONLY
+    question: str = QUESTION
+    low: float = 0.0
+    high: float = 10.0
+    read: Callable[[str], float | None] | None = None
+    version: str = "1"
+    cache: str | Path | None = None
+    images: bool = True
+    concurrency: int = 8
+    retries: int = 4
+    timeout: float = 60.0
+    key_variable: str = "OPENAI_API_KEY"
+    options: Mapping[str, Json] | None = None
 
-    def __init__(
-        self,
-        base_url: str,
-        model: str,
-        *,
-        question: str = QUESTION,
-        low: float = 0.0,
-        high: float = 10.0,
-        read: Callable[[str], float | None] | None = None,
-        version: str = "1",
-        cache: str | Path | None = None,
-        images: bool = True,
-        concurrency: int = 8,
-        retries: int = 4,
-        timeout: float = 60.0,
-        key_variable: str = "OPENAI_API_KEY",
-        options: Mapping[str, Json] | None = None,
-    ) -> None:
+    def __post_init__(self) -> None:
+        low, high, timeout = self.low, self.high, self.timeout
+        concurrency, retries = self.concurrency, self.retries
         if not (low < high and concurrency >= 1 and retries >= 0 and timeout > 0):
             raise ValueError(
                 "Judge: expected low < high, concurrency of at least 1, retries of at least 0 and "
                 f"a timeout above 0, got {low=}, {high=}, {concurrency=}, {retries=}, {timeout=}"
             )
         need_package("Judge", "httpx", "httpx", "judge")
-        self.base_url, self.model, self.question = base_url.rstrip("/"), model, question
-        self.low, self.high, self.read = low, high, read or grade_in
-        self.version, self.images = version, images
-        self.cache = None if cache is None else Path(cache)
-        self.concurrency, self.retries, self.timeout = concurrency, retries, timeout
-        self.key_variable = key_variable
-        self.options = {"temperature": 0.0, "max_tokens": 256, **(options or {})}
+        self.base_url = self.base_url.rstrip("/")
 
     async def __call__(
         self,
@@ -157,7 +152,7 @@ class Judge:
                 fields |= {"question": questions[row], "answer": answers[row]}
                 body = self._request(fields, shown[row])
                 key = json_digest([self.version, self.base_url, body])
-                place = None if self.cache is None else self.cache / f"{key}.json"
+                place = None if self.cache is None else Path(self.cache, f"{key}.json")
                 stored = place and read_object(place)
                 if stored and isinstance(stored.get("reply"), str):
                     return self._grade(stored["reply"]), True
@@ -184,7 +179,8 @@ class Judge:
         content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         content.append({"type": "text", "text": text})
         messages = [{"role": "user", "content": content}]
-        return {"model": self.model, "messages": messages, **self.options}
+        options = {"temperature": 0.0, "max_tokens": 256, **(self.options or {})}
+        return {"model": self.model, "messages": messages, **options}
 
     async def _ask(self, client: Any, body: Row) -> str | None:
         """The reply; None, with a warning, if there is none after all retries."""
@@ -214,7 +210,7 @@ class Judge:
         return None
 
     def _grade(self, reply: str | None) -> float | None:
-        grade = None if reply is None else self.read(reply)
+        grade = None if reply is None else (self.read or grade_in)(reply)
         if grade is None or not self.low <= grade <= self.high:
             return None
         return (grade - self.low) / (self.high - self.low)
