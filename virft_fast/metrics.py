@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -61,6 +62,7 @@ def _means(sums: Iterable[tuple[str, tuple[float, float]]]) -> dict[str, float]:
     return {name: total / count if count else math.nan for name, (total, count) in sums}
 
 
+@dataclass(eq=False)
 class MetricsWriter:
     """Writes a run's records. On ranks other than the main one its methods do nothing.
 
@@ -77,39 +79,34 @@ class MetricsWriter:
         ValueError: a tracker does not exist or is not installed.
     """
 
-    def __init__(
-        self,
-        output_dir: Path,
-        *,
-        total_steps: int,
-        report_to: list[str],
-        run_name: str,
-        config: Row,
-        logging_steps: int = 1,
-        log_completions_steps: int = 0,
-        is_main: bool = True,
-        start_step: int = 0,
-        stream: TextIO | None = None,
-    ) -> None:
-        self.output_dir = Path(output_dir)
-        self.total_steps = total_steps
-        self.logging_steps = logging_steps
-        self.log_completions_steps = log_completions_steps
-        self.is_main = is_main
-        self.stream = stream or sys.stderr
+    output_dir: Path
+    _: KW_ONLY
+    total_steps: int
+    report_to: list[str]
+    run_name: str
+    config: Row
+    logging_steps: int = 1
+    log_completions_steps: int = 0
+    is_main: bool = True
+    start_step: int = 0
+    stream: TextIO = field(default_factory=lambda: sys.stderr)
+
+    def __post_init__(self) -> None:
         self.window: dict[str, tuple[float, int]] = {}
         self._warned: set[str] = set()
-        self._started, self._start_step = time.monotonic(), start_step
-        names = check_trackers(report_to)
-        self.trackers = _make_trackers(names, run_name, self.output_dir, config) if is_main else []
-        self.bar = self._make_bar(start_step) if is_main else None
+        self._started = time.monotonic()
+        names = check_trackers(self.report_to)
+        self.trackers: list[Tracker] = []
+        if self.is_main:
+            self.trackers = _make_trackers(names, self.run_name, self.output_dir, self.config)
+        self.bar = self._make_bar() if self.is_main else None
 
-    def _make_bar(self, start_step: int) -> tqdm | None:
+    def _make_bar(self) -> tqdm | None:
         if not self.stream.isatty():
             return None
         from tqdm import tqdm
 
-        return tqdm(total=self.total_steps, initial=start_step, file=self.stream, unit="step")
+        return tqdm(total=self.total_steps, initial=self.start_step, file=self.stream, unit="step")
 
     def start(self) -> None:
         """Start the clock for estimating the time left; called before the first step."""
@@ -135,7 +132,7 @@ class MetricsWriter:
         means, self.window = _means(self.window.items()), {}
         self._append(METRICS_FILE, [{"step": step, **means}])
         if self.bar is None:
-            elapsed = (time.monotonic() - self._started) / max(step - self._start_step, 1)
+            elapsed = (time.monotonic() - self._started) / max(step - self.start_step, 1)
             eta = _clock((self.total_steps - step) * elapsed)
             self._say(f"step {step}/{self.total_steps}  {_headline(means)}  ETA {eta}\n")
         finite = {name: v for name, v in means.items() if math.isfinite(v)}
