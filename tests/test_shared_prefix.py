@@ -291,6 +291,7 @@ def test_saved_config_does_not_name_the_routing(tmp_path):
     [
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"use_bidirectional_attention": True}, "its tokens see those after them"),
     ],
 )
 def test_model_that_cannot_share_is_refused_with_the_reason(caplog, change, reason):

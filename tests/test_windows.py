@@ -4,6 +4,7 @@ Its windows are shorter here than an image, than a prompt, and reached only in t
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -16,9 +17,11 @@ from test_shared_prefix import collate, logps_and_gradient, relative_error
 
 from virft_fast.models.image_attention import attention_to_prompts
 from virft_fast.models.processing import load_processor
-from virft_fast.models.qwen_vl import Policy, load_model
+from virft_fast.models.qwen_vl import Policy, checkpoint_layers, load_model
+from virft_fast.models.shared_prefix import Group, PackedAttention
 from virft_fast.rollout import Sampling
 from virft_fast.rollout import decoding as decoding_module
+from virft_fast.rollout.backends import make_rollout
 from virft_fast.rollout.native import NativeRollout
 from virft_fast.rollout.observers import AttentionObserver
 from virft_fast.rollout.speculation import History
@@ -102,6 +105,41 @@ def test_another_completion_changes_nothing_at_all(made, kind):
     found = policy(collate(policy, prompts, completions, True))[0].split([30, 1, 7] * 3)
     equal = [torch.equal(one, other) for one, other in zip(found, expected, strict=True)]
     assert equal == [n != 3 for n in range(9)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [None, 1, 6, 30])
+def test_every_core_sees_the_same(window):
+    generator = torch.Generator().manual_seed(0)
+    groups = [Group(0, 20, (9, 0, 14), ((0, 4), (5, 12))), Group(43, 8, (5,), ((1, 7),))]
+    row = [torch.randn(1, heads, 56, 16, generator=generator) for heads in (4, 2, 2)]
+    windows = {0: window} if window else {}
+    expected, *others = (
+        PackedAttention(groups, CPU, kind, windows)(0, *row, 0.3)
+        for kind in ("two_part", "dense", "flex", "fused")
+    )
+    for out in others:
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
+
+
+def test_recomputed_layers_give_the_same(made):
+    policy, prompts = copy.deepcopy(made[0][16]), made[2]
+    completions = _completions(prompts)
+    logps, gradient = logps_and_gradient(policy, prompts, completions, packed=True)
+    checkpoint_layers(policy.model, offload=False)
+    again, recomputed = logps_and_gradient(policy.train(), prompts, completions, packed=True)
+    assert torch.equal(logps, again)
+    assert all(torch.equal(gradient[name], recomputed[name]) for name in gradient)
+
+
+def test_hf_rollouts_draw_the_same(made):
+    policies, processor, prompts = made
+    native, hf = (
+        make_rollout(name, lambda: nullcontext(policies[16]), processor.tokenizer, device=CPU)
+        for name in ("native", "hf")
+    )
+    out, expected = (one.generate(prompts, 2, Sampling(24, seed=1)) for one in (native, hf))
+    assert out.texts == expected.texts
 
 
 @torch.no_grad()

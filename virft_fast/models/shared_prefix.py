@@ -64,6 +64,8 @@ def unreachable(language_model: TextModel) -> str | None:
         return f"{type(language_model).__name__} has its attention built in"
     if dropout := getattr(config, "attention_dropout", 0.0):
         return f"attention_dropout is {dropout}, and two passes would differ"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its tokens see those after them"
     others = set(_kinds(config)) - {"full_attention"}
     if hybrid:
         others.discard("linear_attention")
