@@ -12,8 +12,11 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from helpers import make_prompts, make_sample, make_state
 from PIL import Image
 
+from virft_fast.algorithms import grpo
+from virft_fast.models.processing import load_processor
 from virft_fast.tasks import judge as module
 from virft_fast.tasks import load_reward_funcs, score
 from virft_fast.tasks.adapters import swift_orm, verl_score
@@ -221,6 +224,13 @@ def test_without_httpx(monkeypatch):
     monkeypatch.setitem(sys.modules, "httpx", None)
     with pytest.raises(ValueError, match=r"pip install httpx, or '.\[judge\]'"):
         Judge("http://x/v1", "m")
+
+
+def test_a_run_whose_only_reward_is_a_judge_logs_its_metrics(server):
+    processor = load_processor("tiny")
+    state = make_state(processor, reward=Judge(server.url, "m"))
+    stats, _ = grpo.train_step(state, make_prompts(processor, make_sample(0)))
+    assert stats["judge/failed"] == 0.0
 
 
 @pytest.mark.parametrize("around", ["\n", "\r\n", " "])

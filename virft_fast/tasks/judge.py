@@ -75,6 +75,7 @@ class Judge:
         options: other fields of a request, such as temperature.
     """
 
+    reports = True  # metrics, so it gets `log_metric`
     base_url: str
     model: str
     _: KW_ONLY
