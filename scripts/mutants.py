@@ -321,6 +321,23 @@ MUTANTS = [
            'aside = output_dir / f"{final.name}{_ASIDE}"', "aside = final", "tests/test_checkpoint.py"),
     Mutant("the oldest checkpoints are kept", CHECKPOINT, "list_checkpoints(output_dir)[:-total_limit]",
            "list_checkpoints(output_dir)[total_limit:]", "tests/test_checkpoint.py -k latest_are_kept"),
+    # Other families
+    Mutant("a completion without the opened thought", "batch.py",
+           'return "" if space.strip() else tag + space', 'return ""', "tests/test_thoughts.py"),
+    Mutant("an answer within the opened thought", "batch.py",
+           'return f"\\n</think>\\n\\n{answer}"', "return answer", "tests/test_thoughts.py"),
+    Mutant("an evaluation forgets the flags", "evaluate.py", "one = copy.copy(config)",
+           "one = type(config)(**{n: v for n, v in vars(config).items() if n[0] != '_'})",
+           "tests/test_families.py -k native_rollouts_are"),
+    Mutant("weights under other names", "models/qwen_vl.py",
+           "[entry for entry in renamings if entry.was_used()]", "[]",
+           "tests/test_families.py -k saved_folders"),
+    Mutant("a turn's end is in other files alone", "models/processing.py",
+           "*(token for token in special if token not in start)]", "]",
+           "tests/test_families.py -k turns_end"),
+    Mutant("a question's start ends a turn", "models/processing.py",
+           "for token in special if token not in start)", "for token in special)",
+           "tests/test_families.py -k turns_end"),
 ]  # fmt: skip
 
 
