@@ -292,6 +292,7 @@ def test_saved_config_does_not_name_the_routing(tmp_path):
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"use_bidirectional_attention": True}, "its tokens see those after them"),
+        ({"attn_logit_softcapping": 30.0}, "its attention has sinks or soft-capped scores"),
     ],
 )
 def test_model_that_cannot_share_is_refused_with_the_reason(caplog, change, reason):
@@ -306,6 +307,14 @@ def test_model_that_cannot_share_is_refused_with_the_reason(caplog, change, reas
     caplog.clear()
     assert not Policy(model, prefix_sharing="off").shares_prefix
     assert not caplog.text
+
+
+def test_attention_with_sinks_is_refused():
+    """As GPT-OSS has it, whatever its layers' kinds."""
+    model = load_model("tiny")
+    core(model).language_model.layers[1].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(ValueError, match="its attention has sinks"):
+        Policy(model, prefix_sharing="on")
 
 
 def test_attention_that_is_built_in_is_refused():

@@ -66,6 +66,9 @@ def unreachable(language_model: TextModel) -> str | None:
         return f"attention_dropout is {dropout}, and two passes would differ"
     if getattr(config, "use_bidirectional_attention", False):
         return "its tokens see those after them"
+    sinks = any(name.endswith("sinks") for name, _ in language_model.named_parameters())
+    if sinks or getattr(config, "attn_logit_softcapping", None):
+        return "its attention has sinks or soft-capped scores"
     others = set(_kinds(config)) - {"full_attention"}
     if hybrid:
         others.discard("linear_attention")
