@@ -153,7 +153,7 @@ def test_an_answer_never_sees_what_follows(tmp_path):
 # InternVL's language models with a window in all layers, in the second one, and one that isn't
 # tested: its configuration has a window, but doesn't say in which layers.
 WINDOWS = {
-    "mistral": {"model_type": "mistral"},
+    "mistral": {"model_type": "mistral", "layer_types": ["full_attention"] * 2},  # not read
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
     "phi3": {"model_type": "phi3", "pad_token_id": 0},
 }

@@ -80,10 +80,13 @@ def unreachable(language_model: TextModel) -> str | None:
 
 
 def _kinds(config: Any) -> Sequence[str]:
-    """The kind of each layer of a language model, from its configuration."""
+    """The kind of each layer of a language model, from its configuration. Mistral's layers are all
+    alike, even if its configuration has `layer_types`, which transformers' model doesn't read."""
     slides = getattr(config, "sliding_window", None)
     kind = "sliding_attention" if slides else "full_attention"
-    return getattr(config, "layer_types", None) or [kind] * config.num_hidden_layers
+    given = getattr(config, "layer_types", None)
+    mistral = getattr(config, "model_type", "") == "mistral"
+    return given if given and not mistral else [kind] * config.num_hidden_layers
 
 
 def attention_layers(config: Any) -> list[int]:
