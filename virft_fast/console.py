@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -65,6 +66,14 @@ def _settle(stream: TextIO | None) -> None:
             os.dup2(null, stream.fileno())
             os.close(null)
             stream.flush()
+
+
+def log_warnings() -> None:
+    """Print the warnings of all loggers, but for one that asks the user for nothing."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    # On import, which transformers and peft do if it is installed, bitsandbytes says that a kernel
+    # for 4-bit rollouts on CPUs is missing.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def say(text: str) -> None:

@@ -8,7 +8,6 @@ torchrun divides the samples among the ranks. A killed evaluation resumes where 
 from __future__ import annotations
 
 import copy
-import logging
 import re
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from virft_fast import dist
 from virft_fast.cli import parse
 from virft_fast.commands import end_process
 from virft_fast.config import EvalConfig, UsageError, usage
-from virft_fast.console import unbreakable
+from virft_fast.console import log_warnings, unbreakable
 from virft_fast.data import NoUsableRows, TooManyBadRows
 from virft_fast.data.accounts import listing
 from virft_fast.data.inspection import subject
@@ -38,7 +37,7 @@ _LEFT_OUT = ("that can't be used", "without a true mask", "that are unknown")
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns the exit status: 0, 2 for arguments that name nothing to evaluate, 1 for
     too many unusable rows, 130 after Ctrl-C."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    log_warnings()
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
         with usage():

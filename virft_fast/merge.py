@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from virft_fast.checkpoint import write_whole_model
 from virft_fast.cli import exit_status
 from virft_fast.commands import end_process
 from virft_fast.config import SAVE_DTYPES
-from virft_fast.console import unbreakable
+from virft_fast.console import log_warnings, unbreakable
 from virft_fast.data.writing import make_folder
 from virft_fast.models.adapters import merge_adapter
 from virft_fast.models.processing import load_processor
@@ -24,7 +23,7 @@ from virft_fast.models.source import find_model
 @unbreakable()
 def main(argv: list[str] | None = None) -> int:
     """Merge; returns the exit status: 0, or 2 for input that can't be used."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    log_warnings()
     arguments = make_parser().parse_args(argv)
 
     def run() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from virft_fast.batch import Sample
 from virft_fast.cli import exit_status, positive
 from virft_fast.commands import end_process
 from virft_fast.config import DTYPES, EvalConfig
-from virft_fast.console import unbreakable
+from virft_fast.console import log_warnings, unbreakable
 from virft_fast.data.drawing import PREDICTED, draw_boxes
 from virft_fast.data.images import open_image
 from virft_fast.evaluation.model import EvaluatedModel
@@ -26,7 +25,7 @@ from virft_fast.tasks.answers import valid_box
 @unbreakable()
 def main(argv: list[str] | None = None) -> int:
     """Ask; returns the exit status: 0, or 2 for input that can't be used."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    log_warnings()
     return exit_status("try", partial(ask, make_parser().parse_args(argv)))
 
 

@@ -54,11 +54,7 @@ _BASE_KEEPING_STARTS = (None, True, False, "gaussian", "orthogonal")
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Hide peft's warnings that ask the user for nothing."""
-    with warnings.catch_warnings(), contextlib.ExitStack() as at_end:
-        # peft imports it, and it then warns that a kernel for 4-bit rollouts on CPUs is missing.
-        bitsandbytes = logging.getLogger("bitsandbytes")
-        at_end.callback(bitsandbytes.setLevel, bitsandbytes.level)
-        bitsandbytes.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
         # An attribute that transformers 5 has renamed; peft 0.21 reads the old name.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated")
         # `merge_adapter` ties the weights again if they are equal.

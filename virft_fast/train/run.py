@@ -21,7 +21,7 @@ from virft_fast.algorithms.step import TrainState
 from virft_fast.arguments import was_given
 from virft_fast.cli import parse
 from virft_fast.config import TRAIN_GROUPS, RunConfig, UsageError, given_flags, usage
-from virft_fast.console import say, unbreakable
+from virft_fast.console import log_warnings, say, unbreakable
 from virft_fast.output_lock import HEARTBEAT_SECONDS, OutputLock
 from virft_fast.train.conclusion import conclude
 from virft_fast.train.loop import AGREED_ERRORS, is_given_up, train, where_to_resume
@@ -42,7 +42,7 @@ LESS_MEMORY = (
 def main(argv: list[str] | None = None) -> int:
     """Train; returns the exit status: 0 if done or stopped by a signal, 1 if the run had to stop, 2
     if it can't start, 130 after Ctrl-C."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    log_warnings()
     _quiet_libraries()
     if os.environ.get("RANK", "0") != "0":  # before `dist.init`, for warnings about the arguments
         logger.setLevel(logging.ERROR)
