@@ -164,15 +164,16 @@ class DecodeVariant:
 def decode_variants(arch: int) -> list[DecodeVariant]:
     """The variants that `kernels.decode` and `kernels.sampling` launch for Qwen models."""
     found = []
-    # (dtype, heads per key/value head, tokens, head size): the 2B, 7B and 72B models, and another.
+    # (dtype, heads per key/value head, tokens, head size): the 2B, 7B and 72B models, two
+    # others, and Gemma 3.
     for dtype, repeats, tokens, size in (
         ("bf16", 6, 1, 128), ("bf16", 7, 4, 128), ("bf16", 3, 1, 80), ("fp32", 8, 8, 128),
-        ("fp32", 2, 1, 16),
+        ("fp32", 2, 1, 16), ("bf16", 2, 8, 256),
     ):  # fmt: skip
         bits = 16 if dtype == "bf16" else 32
         largest = decode.queries_block(bits, arch // 10)
         shape = {"Q": tokens, "K": 2, "REPEATS": repeats, "E": size, "BE": decode._pad(size),
-                 "BN": decode.KEYS_BLOCK[bits], "TILES": 2, "WIDE": False}  # fmt: skip
+                 "BN": decode.keys_block(bits, size), "TILES": 2, "WIDE": False}  # fmt: skip
         for kernel, group in (
             (decode.prompt_attention_kernel, 8), (decode.own_attention_kernel, 1)
         ):  # fmt: skip

@@ -49,8 +49,9 @@ def readme() -> str:
         alike.setdefault(cells, []).append(name)
     lines = _heads("")
     for cells, names in alike.items():
-        others = [] if names[-1] in FAMILIES else ["others (untested)"]
-        shown = ", ".join([*(NAMES[name] for name in names), *others])
+        shown = ", ".join(NAMES[name] for name in names)
+        if names[-1] not in FAMILIES:
+            shown += "; others, untested"
         lines.append(f"| {shown} | {' | '.join(cells)} |")
     return _updated(README, lines)
 

@@ -57,6 +57,9 @@ def test_a_completion_is_scored_with_the_tag_that_its_prompt_opens(before, after
         ("<think>Round.</think><answer>ball</answer>",
          "<think>\nRound.</think><answer>ball</answer>"),
         ("<think>\n\n</think>\n\nball",) * 2,
+        ("\n<think>\nRound.</think>ball", "<think>\nRound.</think>ball"),
+        # It continues the thought itself, as recorded completions do.
+        ("Round.\n</think>\n\nball", "<think>\nRound.\n</think>\n\nball"),
         # As with thinking switched off.
         ("ball", "<think>\n\n</think>\n\nball"),
     ],

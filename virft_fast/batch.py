@@ -76,16 +76,18 @@ class Prompt:
         """The tag of thoughts at the prompt's end if the chat template opens it, as Qwen3.5's does,
         with the space behind it, or else ""."""
         _, tag, space = self.text.rpartition("<think>")
-        return "" if space.strip() else tag + space
+        return tag + space if tag and not space.strip() else ""
 
     def continued(self, answer: str) -> str:
         """A given answer as it continues the prompt: without the tag that is open already. One
         without thoughts closes it first, as Qwen3.5's template does for an answer without any."""
         if not self.opened:
             return answer
-        if not answer.startswith("<think>"):
-            return f"\n</think>\n\n{answer}"
-        return answer.removeprefix(self.opened if answer.startswith(self.opened) else "<think>")
+        text = answer.lstrip()
+        if text.startswith("<think>"):
+            return text.removeprefix(self.opened if text.startswith(self.opened) else "<think>")
+        continues = "</think>" in answer and "<think>" not in answer
+        return answer if continues else f"\n</think>\n\n{answer}"
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,8 @@ def note_cross_entropy(stats: StepStats, out: GRPOLoss, mb: Microbatch, loss: Te
 def given_answers(
     tokenizer: Tokenizer, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
 ) -> Rollouts:
-    """The given answers, the same number for each prompt, as if they had been sampled."""
+    """The given answers, the same number for each prompt, as if they had been sampled; `texts` are
+    as given."""
     flat = [text for answers in texts for text in answers]
     rows = [
         answer_ids(tokenizer, prompt.continued(text))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 
-from virft_fast.batch import Rollouts
+from virft_fast.batch import Prompt, Rollouts
 from virft_fast.config import EvalConfig, usage
 from virft_fast.evaluation.questions import ExtentFor
 from virft_fast.models.families import why_plain
 from virft_fast.models.processing import load_processor, resized
 from virft_fast.models.source import find_model
-from virft_fast.rollout import Rollout
+from virft_fast.rollout import Rollout, Sampling
 from virft_fast.rollout.backends import check_cache_limit, load_policy, make_rollout
 from virft_fast.rollout.speculation import History
 from virft_fast.tasks.coordinates import space_of
@@ -71,9 +71,16 @@ class EvaluatedModel:
             remembers=True,
         )
 
-    def generate(self, *arguments: Any, **options: Any) -> Rollouts:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        num_generations: int,
+        sampling: Sampling,
+        *,
+        first_row: int = 0,
+    ) -> Rollouts:
         """See `virft_fast.rollout.Rollout.generate`."""
-        return self.rollout.generate(*arguments, **options)
+        return self.rollout.generate(prompts, num_generations, sampling, first_row=first_row)
 
     def extent_for(self) -> ExtentFor | None:
         """The coordinate space of boxes in the model's family; None: 0..1000."""

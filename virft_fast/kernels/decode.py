@@ -221,8 +221,8 @@ class DecodeMasks:
         groups, kv_heads, length, _ = prompt_keys.shape
         rows, device = len(keys), keys.device
         width = keys.shape[2] if width is None else width
-        places, steps = (torch.arange(n, device=device) for n in (length, num_tokens))
-        outside = (places >= prompt_lengths[:, None])[:, None, None]  # (B, 1, 1, P)
+        prompt, steps = (torch.arange(n, device=device) for n in (length, num_tokens))
+        outside = (prompt >= prompt_lengths[:, None])[:, None, None]  # (B, 1, 1, P)
         ends = lengths[:, None, None] + steps[:, None]
         own = torch.arange(width, device=device)
         hidden = (own > ends)[:, None]  # (R, 1, Q, W)
@@ -232,21 +232,21 @@ class DecodeMasks:
         copies = kv_heads if len(lengths) == rows else 1
         hidden = hidden[:, :, :, None].expand(-1, copies, -1, repeats, -1)
         own_bias = _bias(hidden.flatten(0, 1).flatten(1, 2))
-        padded = at = None
+        padded = places = None
         if rows != groups * max_rows:
             row = torch.arange(rows, device=device)
             group = torch.searchsorted(first_rows, row, right=True).sub_(1).clamp_(max=groups - 1)
-            at = group * max_rows + (row - first_rows[group]).clamp_(max=max_rows - 1)
+            places = group * max_rows + (row - first_rows[group]).clamp_(max=max_rows - 1)
             padded = first_rows[:-1, None] + torch.arange(max_rows, device=device)
             padded = padded.flatten().clamp_(max=rows - 1)
         if window is not None:
             lengths = lengths.expand(rows)
             lengths = (lengths if padded is None else lengths[padded]).view(groups, -1, 1)
             last = prompt_lengths[:, None, None] + lengths + steps - window  # (B, G, Q)
-            outside = outside | (places <= last[..., None])
+            outside = outside | (prompt <= last[..., None])
             outside = outside.repeat_interleave(num_heads // kv_heads, 2).flatten(1, 2)[:, None]
         prompt_bias = _bias(outside.expand(-1, kv_heads, -1, -1).flatten(0, 1))
-        return cls(prompt_bias, own_bias, padded, at)
+        return cls(prompt_bias, own_bias, padded, places)
 
 
 def attention_shares(

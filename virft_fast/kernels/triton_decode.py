@@ -15,7 +15,8 @@ from torch import Tensor
 from virft_fast.kernels.backend import interpreted
 from virft_fast.kernels.triton_rows import _on
 
-# By bits of the caches: keys per step of a program's loop, and its stages.
+# By bits of the caches: keys per step of a program's loop, for heads of up to 128 numbers, and its
+# stages.
 KEYS_BLOCK, STAGES = {16: 64, 32: 32}, {16: 3, 32: 2}
 # Queries (row, token and head) per program, the most that spill no registers by
 # scripts/check_triton.py. On Hopper and Blackwell, 64 are one warp group's product.
@@ -251,7 +252,7 @@ def decode_attention(
     query, out = query.contiguous(), _empty(query.shape, query.dtype, query.device)
     scale = scaling * 1.4426950408889634
     sizes = {"Q": tokens, "K": kv_heads, "REPEATS": heads // kv_heads, "E": size,
-             "BE": _pad(size), "BN": KEYS_BLOCK[bits], "WIDE": interpreted(),
+             "BE": _pad(size), "BN": keys_block(bits, size), "WIDE": interpreted(),
              "num_stages": STAGES[bits], "enable_fp_fusion": True}  # fmt: skip
     with _on(query.device):
         prompt_attention_kernel[(groups * tiles, kv_heads, splits)](
@@ -263,6 +264,12 @@ def decode_attention(
             groups, keys.shape[2], splits, rows, scale, BM=own_block, **sizes,
         )  # fmt: skip
     return out.flatten(2)
+
+
+def keys_block(bits: int, size: int) -> int:
+    """Keys per step of a program's loop, for caches of so many bits and heads of `size` numbers:
+    half as many for larger heads, whose keys and values would fill the shared memory."""
+    return KEYS_BLOCK[bits] // (2 if size > 128 else 1)
 
 
 def queries_block(bits: int, capability: int) -> int:

@@ -242,11 +242,11 @@ def _visible(
     for number, group in enumerate(groups):
         group_of[group.start : group.end] = number
         place[group.start : group.first] = torch.arange(group.prompt_length)
-        first = group.first
-        for name, own in enumerate(group.lengths, 1):
-            sequence[first : first + own] = name
-            place[first : first + own] = group.prompt_length + torch.arange(own)
-            first += own
+        start = group.first
+        for completion, own in enumerate(group.lengths, 1):
+            sequence[start : start + own] = completion
+            place[start : start + own] = group.prompt_length + torch.arange(own)
+            start += own
         for first, end in group.blocks:
             block[group.start + first : group.start + end] = end
     group_of, sequence, place, block = (
