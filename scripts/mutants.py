@@ -323,9 +323,10 @@ MUTANTS = [
            "list_checkpoints(output_dir)[total_limit:]", "tests/test_checkpoint.py -k latest_are_kept"),
     # Other families
     Mutant("a completion without the opened thought", "batch.py",
-           'return "" if space.strip() else tag + space', 'return ""', "tests/test_thoughts.py"),
+           'return tag + space if tag and not space.strip() else ""', 'return ""',
+           "tests/test_thoughts.py"),
     Mutant("an answer within the opened thought", "batch.py",
-           'return f"\\n</think>\\n\\n{answer}"', "return answer", "tests/test_thoughts.py"),
+           'else f"\\n</think>\\n\\n{answer}"', "else answer", "tests/test_thoughts.py"),
     Mutant("an evaluation forgets the flags", "evaluate.py", "one = copy.copy(config)",
            "one = type(config)(**{n: v for n, v in vars(config).items() if n[0] != '_'})",
            "tests/test_families.py -k native_rollouts_are"),
