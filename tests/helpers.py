@@ -17,6 +17,7 @@ from virft_fast.config import GRPOConfig
 from virft_fast.engine import OptimizerSettings, PlainEngine, make_reference
 from virft_fast.models.qwen_vl import Policy, encode_prompt, load_model
 from virft_fast.rollout.backends import make_rollout
+from virft_fast.rollout.decoding import DecodeState
 
 CPU = torch.device("cpu")
 
@@ -90,3 +91,16 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def note_shrinks(monkeypatch: Any) -> list[Sequence[int]]:
+    """A list to which each batch that shrinks from now on adds how many rows each prompt keeps."""
+    sizes: list[Sequence[int]] = []
+    select = DecodeState.select
+
+    def noted(self: DecodeState, kept: Any, used: int) -> Any:
+        sizes.append(kept.sizes)
+        return select(self, kept, used)
+
+    monkeypatch.setattr(DecodeState, "select", noted)
+    return sizes

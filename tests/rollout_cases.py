@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import CPU, make_prompts, make_sample
+from helpers import CPU, make_prompts, make_sample, note_shrinks
 from models import FAMILIES, random_model
 from test_rollout import banned_ids, plain_generate
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -84,11 +84,6 @@ def test_drawn_tokens_equal_those_on_torch(
     """About one token in 4 ends a completion, so that the batch shrinks, with and without the
     graphs' rule: prompts keep their place, and any number of rows."""
     sampling = Sampling(length, seed=2, stop_token_ids=tuple(range(0, 1024, 4)), **options)
-    selected, select = [], decoding_module.DecodeState.select
-
-    def noted(self, kept, used):
-        selected.append(kept.sizes)
-        return select(self, kept, used)
 
     class Eager:
         def __init__(self, run, pool, stream):
@@ -100,7 +95,7 @@ def test_drawn_tokens_equal_those_on_torch(
         return rollout.generate(prompts, 4, sampling, observer=observer), observer.attention
 
     expected, attention = on_torch(monkeypatch, run)
-    monkeypatch.setattr(decoding_module.DecodeState, "select", noted)
+    selected = note_shrinks(monkeypatch)
     monkeypatch.setattr(graphs_module, "capture_graph", Eager)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
     for graphs in (False, True):

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, largest_difference, make_sample, make_state, parameters
+from helpers import (
+    CPU,
+    largest_difference,
+    make_sample,
+    make_state,
+    note_shrinks,
+    parameters,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import NEWER, random_model
@@ -256,14 +263,7 @@ def test_batches_that_shrink_draw_what_training_computes(
     monkeypatch, policies, processor, prompts, family
 ):
     """About one token in 16 ends a completion, at different times."""
-    policy, sizes = policies[family], []
-    select = decoding_module.DecodeState.select
-
-    def noted(self, kept, used):
-        sizes.append(kept.sizes)
-        return select(self, kept, used)
-
-    monkeypatch.setattr(decoding_module.DecodeState, "select", noted)
+    policy, sizes = policies[family], note_shrinks(monkeypatch)
     sampling = Sampling(40, seed=2, stop_token_ids=tuple(range(0, 1024, 16)))
     rollout = rollout_of(policy, processor)
     rollout.banned = lambda policy: []  # which training doesn't know of

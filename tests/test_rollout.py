@@ -13,7 +13,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, make_prompts, make_sample
+from helpers import CPU, make_prompts, make_sample, note_shrinks
 from models import FAMILIES, random_model
 
 from virft_fast.kernels.sampling import uniform
@@ -170,13 +170,7 @@ def test_same_seed_same_rows_and_batches_can_be_split(rollout, prompts):
 def test_rows_of_several_groups_that_shrink_stay_apart(monkeypatch, native, policy, prompts):
     """About one token in 16 ends a completion: most rows end early, in every group."""
     sampling = Sampling(40, temperature=8.0, seed=2, stop_token_ids=tuple(range(0, 1024, 16)))
-    sizes, select = [], decoding_module.DecodeState.select
-
-    def noted(self, kept, used):
-        sizes.append(kept.sizes)
-        return select(self, kept, used)
-
-    monkeypatch.setattr(decoding_module.DecodeState, "select", noted)
+    sizes = note_shrinks(monkeypatch)
     together = native.generate(prompts, 8, sampling)
     assert any(len(rows) > 1 and rows[0] < 8 for rows in sizes), sizes
     alone = [native.generate([p], 8, sampling, first_row=8 * i) for i, p in enumerate(prompts)]

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from helpers import CPU
+from helpers import CPU, note_shrinks
 from models import FAMILIES, random_model
 from test_rollout import EVERYTHING, Recorded
 from test_rollout_weights import adapted
@@ -50,20 +50,15 @@ def assert_equal(out, expected, atol=2e-5):
 @pytest.fixture
 def noted(monkeypatch):
     """What each pass reads, and the shrinks."""
-    passes, shrinks = [], []
-    decode, select = decoding_module.Decoding._decode, decoding_module.DecodeState.select
+    passes: list[int] = []
+    decode = decoding_module.Decoding._decode
 
     def decode_noted(self):
         passes.append(self.read)
         decode(self)
 
-    def select_noted(self, kept, used):
-        shrinks.append(kept.sizes)
-        return select(self, kept, used)
-
     monkeypatch.setattr(decoding_module.Decoding, "_decode", decode_noted)
-    monkeypatch.setattr(decoding_module.DecodeState, "select", select_noted)
-    return passes, shrinks
+    return passes, note_shrinks(monkeypatch)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from family_models import write_family
-from helpers import CPU, make_prompts, make_sample
+from helpers import CPU, make_prompts, make_sample, note_shrinks
 from test_families import _alone
 from test_rollout import banned_ids
 from test_shared_prefix import collate, logps_and_gradient, relative_error
@@ -20,7 +20,6 @@ from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import Policy, checkpoint_layers, load_model
 from virft_fast.models.shared_prefix import Group, PackedAttention
 from virft_fast.rollout import Sampling
-from virft_fast.rollout import decoding as decoding_module
 from virft_fast.rollout.backends import make_rollout
 from virft_fast.rollout.native import NativeRollout
 from virft_fast.rollout.observers import AttentionObserver
@@ -173,14 +172,7 @@ def test_greedy_equals_generate(made, window):
 def test_batches_that_shrink_draw_what_training_computes(monkeypatch, made, window, guesses):
     """About one token in 16 ends a completion, at different times."""
     policies, processor, prompts = made
-    policy, sizes = policies[window], []
-    select = decoding_module.DecodeState.select
-
-    def noted(self, kept, used):
-        sizes.append(kept.sizes)
-        return select(self, kept, used)
-
-    monkeypatch.setattr(decoding_module.DecodeState, "select", noted)
+    policy, sizes = policies[window], note_shrinks(monkeypatch)
     sampling = Sampling(40, seed=2, stop_token_ids=tuple(range(0, 1024, 16)))
     rollout = _rollout(policy, processor, speculation=History() if guesses else None)
     rollout.banned = lambda policy: []  # which training doesn't know of
