@@ -237,6 +237,22 @@ def test_activations_of_the_language_model(
     assert least * (estimate + casts) <= counted.most <= 1.04 * (estimate + casts)
 
 
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_heads_that_the_fused_kernel_does_not_take_count_as_two_part(head_dim):
+    """As in Qwen3.5 and Gemma 3."""
+    make_config, *_ = parts("qwen3_vl")
+    config = make_config(**SIZES["2B"], head_dim=head_dim)
+    load = memory.Load(1000, 900, 500, 0)
+    fused, two_part = (
+        memory._language_bytes(
+            stub("qwen3_vl", config, prefix_attention=kind), load, RUNS["bfloat16"], False, False,
+            CUDA,
+        )
+        for kind in ("fused", "two_part")
+    )  # fmt: skip
+    assert fused == two_part if head_dim > 128 else fused < two_part
+
+
 @pytest.mark.parametrize(("checkpointing", "offload"), RECOMPUTED)
 @pytest.mark.parametrize("run", ["bfloat16", "float32"])
 @pytest.mark.parametrize("family", NAMES)

@@ -19,6 +19,7 @@ from virft_fast.batch import Prompt, Row
 from virft_fast.config import RunConfig
 from virft_fast.deepspeed_config import offloads, zero_stage
 from virft_fast.kernels.linear import MAX_TILE_ROWS, TILE_ELEMENTS
+from virft_fast.kernels.prefix_attention import MAX_HEAD_SIZE
 from virft_fast.kernels.speculation import MAX_READ
 from virft_fast.models.families import TextConfig, family_of
 from virft_fast.models.qwen_vl import Policy
@@ -138,7 +139,8 @@ def _language_bytes(
     keys = keys_values // 2
     heads = keys // text.num_key_value_heads * text.num_attention_heads
     masked = family_of(policy.config.model_type).image_blocks
-    kind = "two_part" if masked else core_kind(policy.prefix_attention, device)
+    large = keys // text.num_key_value_heads > MAX_HEAD_SIZE
+    kind = "two_part" if masked or large else core_kind(policy.prefix_attention, device)
     fused = policy.shares_prefix and kind == "fused"
     # The norms and the MLP, and for each expert that a token visits, its inputs and outputs.
     shared = precision.rms_norms(readers=5) * dim + width * (4 * inner + 3 * read * dim)
