@@ -129,7 +129,8 @@ def make_rollouts(
     rows = [row[:n] for row, n in zip(ids.tolist(), length.tolist(), strict=True)]
     control = control_token_ids(tokenizer)
     text_ids = [[token for token in row if token not in control] for row in rows]
-    opened = [prompt.opened for prompt in prompts for _ in range(num_generations)]
+    tags = (prompt.opened for prompt in prompts)
+    opened = [tag for tag in tags for _ in range(num_generations)]
     texts = zip(opened, tokenizer.batch_decode(text_ids), strict=True)
     return Rollouts(
         prompts=tuple(prompts),
