@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / part) for part in ("", "scripts", "benchmarks", "tests")]
 
 # This process never touches the GPU, or its forks couldn't: CUDA is looked for without starting it.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"

@@ -5,20 +5,27 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU, make_sample, make_state
+from family_models import write_family
+from helpers import CPU, make_prompts, make_sample, make_state
 from models import FAMILIES, random_model
-from pretend_gpu import GPU, PretendGPU
+from pretend_gpu import GPU, PretendGPU, Tape
 
 from virft_fast.algorithms import dpo, grpo, sft
 from virft_fast.algorithms.dpo import DPOState
 from virft_fast.config import DPOConfig
 from virft_fast.devices import to_device
 from virft_fast.kernels import PrefixLayout, backend, linear_grpo_loss
-from virft_fast.models.qwen_vl import Policy, encode_prompt
-from virft_fast.rollout import Sampling
+from virft_fast.models.decode_step import DecodeStep
+from virft_fast.models.families import FAMILIES as SHARED
+from virft_fast.models.processing import load_processor
+from virft_fast.models.qwen_vl import Policy, core, encode_prompt, load_model
+from virft_fast.models.recurrent import recurrent_layers
+from virft_fast.rollout import Sampling, graphs
+from virft_fast.rollout.decoding import Decoding
 from virft_fast.rollout.native import NativeRollout
 from virft_fast.rollout.speculation import History
 
@@ -144,6 +151,82 @@ def test_no_pass_of_any_family_waits(processor, prompts, family):
             logps, entropy = policy(inputs)
             (logps.sum() + entropy.sum()).backward()
     assert not gpu.waits
+
+
+def rollouts_in_graphs(monkeypatch, policy, processor, prompts):
+    """(rollouts step by step, rollouts in pretended graphs, the graphs) of three calls with any
+    numbers of rows. No step and no replay may wait."""
+    tapes = []
+
+    def capture(*args):
+        tapes.append(Tape(*args))
+        return tapes[-1]
+
+    monkeypatch.setattr(graphs, "capture_graph", capture)
+    monkeypatch.setattr(graphs.Graphs, "_synchronize", lambda self: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    hopper = SimpleNamespace(total_memory=2**37)  # its memory is kept, and the graphs with it
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: hopper)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    histc = torch.histc  # a CPU counts no integers
+    monkeypatch.setattr(torch, "histc", lambda x, **how: histc(x.float(), **how).to(x.dtype))
+    run_step = Decoding._run_step
+
+    def checked(decoding):
+        before = gpu.waits.total()
+        run_step(decoding)
+        assert gpu.waits.total() == before, gpu.waits
+
+    monkeypatch.setattr(Decoding, "_run_step", checked)
+    hybrid = bool(recurrent_layers(core(policy.model).get_decoder()))
+    stops = tuple(range(0, 256, 16))
+    found = {}
+    with PretendGPU() as gpu:
+        gpu.adopt(policy)
+        for on in (False, True):
+            rollout = NativeRollout(
+                lambda: nullcontext(policy), processor.tokenizer, device=GPU, graphs=on,
+                max_cache_tokens=10**6, speculation=None if hybrid else History(),
+            )  # fmt: skip
+            found[on] = [
+                rollout.generate(some, count, Sampling(24, seed=seed, stop_token_ids=stops))
+                for some, count, seed in ((prompts, 4, 0), (prompts[:1], 3, 1), (prompts[:1], 3, 2))
+            ]
+    return *found.values(), tapes
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_a_graph_of_any_family_gives_what_its_steps_give(monkeypatch, tmp_path, family):
+    """Whatever a step reads lies where the graph reads it, and no number in it is Python's."""
+    folder = write_family(family, tmp_path / family)
+    processor, policy = load_processor(str(folder)), Policy(load_model(str(folder)))
+    for name, weight in policy.named_parameters():
+        if ".experts." in name:
+            weight.data = weight.data.bfloat16()
+    samples = make_sample(0, [(112, 60)]), make_sample(1, [(56, 84), (112, 56)]), make_sample(2, [])
+    prompts = make_prompts(processor, *samples)
+    expected, out, tapes = rollouts_in_graphs(monkeypatch, policy.eval(), processor, prompts)
+    assert sum(tape.replays for tape in tapes) > 2 * len(tapes) > 0
+    for one, other in zip(out, expected, strict=True):
+        assert torch.equal(one.completion_ids, other.completion_ids)
+        assert torch.equal(one.sampling_logps, other.sampling_logps)
+
+
+def test_experts_that_wait_are_not_captured(monkeypatch, processor):
+    """In float32 or on an older GPU, torch's grouped product reads on the host how many tokens each
+    expert gets; so does transformers' loop over experts."""
+    text = core(random_model("qwen3_vl_moe", processor.tokenizer)).language_model
+    assert DecodeStep(text).waits
+    text.bfloat16()
+    assert not DecodeStep(text).waits
+    with PretendGPU() as gpu:
+        gpu.adopt(text)
+        for major, waits in ((8, True), (9, False), (10, False), (12, True)):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, m=major: (m, 0))
+            assert DecodeStep(text).waits == waits
+    text.config._experts_implementation_internal = "eager"
+    assert DecodeStep(text).waits
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

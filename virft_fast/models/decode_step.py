@@ -22,7 +22,6 @@ from torch.nn import functional as F
 
 from virft_fast.kernels.backend import triton_for
 from virft_fast.kernels.decode import add_rms_norm, find_places, rotate_and_store, silu_mul
-from virft_fast.models.recurrent import supported
 from virft_fast.models.shared_prefix import read
 
 if TYPE_CHECKING:  # other families' classes match, but lack the two norms
@@ -98,16 +97,13 @@ class DecodeStep:
         text: the language model, after `shared_prefix.install`.
     Attributes:
         supported: whether the pass runs on the kernels.
-        waits: whether it may wait for the device, as transformers' own forward passes do, except
-            for hybrids without experts.
+        waits: whether it may wait for the device.
     """
 
     def __init__(self, text: qwen.Qwen3VLTextModel) -> None:
         self.text = text
         self.supported = _supported(text)
-        default = getattr(text.rotary_emb, "rope_type", None) == "default"
-        experts = any(hasattr(layer.mlp, "experts") for layer in text.layers)
-        self.waits = not (self.supported or (supported(text) and default and not experts))
+        self.waits = not self.supported and _waits(text)
         self.rotation: tuple[Tensor, Tensor] | None = None  # cosine and sine, (length, E) each
         layers = cast("list[qwen.Qwen3VLTextDecoderLayer]", text.layers)
         self.layers = [_Layer.of(layer) for layer in layers] if self.supported else []
@@ -207,6 +203,25 @@ def _supported(text: qwen.Qwen3VLTextModel) -> bool:
         and all(type(norm).__name__ in SUPPORTED_NORMS for norm in norms)
         and getattr(text.rotary_emb, "rope_type", None) == "default"
         and text.config.hidden_act == "silu"
+    )
+
+
+def _waits(text: nn.Module) -> bool:
+    """Whether transformers' own forward pass waits for the device: because the rotation depends on
+    the longest row, or to learn how many tokens an expert reads. torch's grouped product, which
+    transformers calls by default, reads that on the device in bfloat16 on compute capability 9 and
+    10."""
+    kinds = getattr(getattr(text, "rotary_emb", None), "rope_type", None)  # Gemma 3: by layer type
+    kinds = set(kinds.values() if isinstance(kinds, dict) else [kinds])
+    if kinds & {"dynamic", "longrope"}:
+        return True
+    experts = [weight for name, weight in text.named_parameters() if ".experts." in name]
+    grouped = getattr(text.config, "_experts_implementation", None) == "grouped_mm"
+    return not all(
+        grouped
+        and weight.dtype == torch.bfloat16
+        and (not weight.is_cuda or torch.cuda.get_device_capability(weight.device)[0] in (9, 10))
+        for weight in experts
     )
 
 
