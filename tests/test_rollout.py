@@ -691,10 +691,14 @@ def test_further_stop_ids_end_a_completion(rollout, prompts, processor):
         assert word not in own[:-1]
 
 
-@pytest.mark.parametrize("layer", [0, 1])
-def test_observed_attention_is_that_of_a_second_reading(native, policy, prompts, layer, processor):
+@pytest.mark.parametrize(
+    ("layer", "dtype"), [(0, torch.float32), (1, torch.float32), (1, torch.float64)]
+)
+def test_observed_attention_is_that_of_a_second_reading(prompts, layer, dtype, processor):
     """Of completions that end at different times, one token long too, in groups of one and three;
     what is drawn does not change."""
+    policy = Policy(load_model("tiny", dtype=dtype)).eval()
+    native = rollout_of("native", policy, processor.tokenizer)
     sampling = Sampling(24, temperature=1.3, seed=1)
     for num_generations, length in ((1, 24), (3, 24), (3, 1)):
         asked = replace(sampling, max_completion_length=length)
@@ -715,7 +719,7 @@ def test_observed_attention_is_that_of_a_second_reading(native, policy, prompts,
                 packed=True,
             )
             (expected,) = attention_to_prompts(policy, inputs, layer)
-            torch.testing.assert_close(attention, expected, atol=1e-6, rtol=0)
+            torch.testing.assert_close(attention, expected.float(), atol=1e-6, rtol=0)
 
 
 def test_any_observer_is_told_what_happens_in_order(native, policy, prompts):

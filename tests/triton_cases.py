@@ -26,6 +26,7 @@ from virft_fast.kernels import logprobs as logprobs_module
 from virft_fast.kernels.token_loss import token_loss
 
 triton_rows = pytest.importorskip("virft_fast.kernels.triton_rows")
+tl = triton_rows.tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -289,6 +290,25 @@ def test_the_launch_normalises_rewards_like_group_advantages(group):
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, atol=1e-7, rtol=1e-5)
 
 
+@triton_rows.triton.jit
+def token_loss_kernel(
+    LOGP, LOG_RATIO, REF, ADVANTAGE, FACTOR, OUT, size, beta, low, high, delta,
+    HAS_REF: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    POLICY: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`token_loss` alone, with (5, size) output."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keep = cols < size
+    values = triton_rows.token_loss(
+        tl.load(LOGP + cols, mask=keep, other=0.0), tl.load(LOG_RATIO + cols, mask=keep, other=0.0),
+        tl.load(REF + cols, mask=keep, other=0.0), tl.load(ADVANTAGE + cols, mask=keep, other=0.0),
+        tl.load(FACTOR + cols, mask=keep, other=0.0), beta, low, high, delta,
+        HAS_REF, HAS_DELTA, HAS_FACTOR, POLICY, KL, KL_RATIO,
+    )  # fmt: skip
+    for i in tl.static_range(5):
+        tl.store(OUT + i * size + cols, values[i], mask=keep)
+
+
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("loss_type", ["grpo", "cispo", "sapo"])
 @pytest.mark.parametrize(
@@ -317,7 +337,7 @@ def test_the_pair_of_token_losses(epsilon, delta, loss_type, kl):
         logp, log_ratio, ref, advantage, args, weight=weight if with_weight else None
     )
     out = torch.full((5, len(grid)), NAN, device=DEVICE)
-    triton_rows.token_loss_kernel[(triton_rows.triton.cdiv(len(grid), 256),)](
+    token_loss_kernel[(triton_rows.triton.cdiv(len(grid), 256),)](
         logp, log_ratio, ref, advantage, weight, out, len(grid), 0.1, *triton_rows._bounds(args),
         delta or 0.0, HAS_REF=True, HAS_DELTA=delta is not None, HAS_FACTOR=with_weight,
         **triton_rows._formulas(args), BLOCK=256,

@@ -358,25 +358,6 @@ def tile_backward_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
-def token_loss_kernel(
-    LOGP, LOG_RATIO, REF, ADVANTAGE, FACTOR, OUT, size, beta, low, high, delta,
-    HAS_REF: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_FACTOR: tl.constexpr,
-    POLICY: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """`token_loss` alone, with (5, size) output, for the test against the torch version."""
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    keep = cols < size
-    values = token_loss(
-        tl.load(LOGP + cols, mask=keep, other=0.0), tl.load(LOG_RATIO + cols, mask=keep, other=0.0),
-        tl.load(REF + cols, mask=keep, other=0.0), tl.load(ADVANTAGE + cols, mask=keep, other=0.0),
-        tl.load(FACTOR + cols, mask=keep, other=0.0), beta, low, high, delta,
-        HAS_REF, HAS_DELTA, HAS_FACTOR, POLICY, KL, KL_RATIO,
-    )  # fmt: skip
-    for i in tl.static_range(5):
-        tl.store(OUT + i * size + cols, values[i], mask=keep)
-
-
 # ---- launches ------------------------------------------------------------------------------------
 
 

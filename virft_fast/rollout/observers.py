@@ -94,7 +94,7 @@ class AttentionObserver:
 
     def step_attention(self, layer: int, shares: Tensor, rows: Tensor, done: Tensor) -> None:
         active = (~done).float()
-        self.sums.index_add_(0, rows, shares.mean((1, 2)) * active[:, None])
+        self.sums.index_add_(0, rows, shares.mean((1, 2)).float() * active[:, None])
         self.counts.index_add_(0, rows, active)
 
     def finish(self) -> None:
