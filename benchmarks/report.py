@@ -130,9 +130,8 @@ def plot(cases: dict[tuple[str, str], dict[str, Any]], path: Path) -> None:
 def plot_step(steps: dict[str, dict[str, Any]], path: Path) -> None:
     """Time and peak memory of a whole training step: ours next to TRL's."""
     parts = [case.split("G=8, ")[1].split(", ") for case in steps]
-    labels = [f"prompt {p[2:]}\nanswer {c[2:]}" + "".join(more) for p, c, *more in parts]
-    for family, name in {"qwen3_5": "Qwen3.5", "gemma3": "Gemma 3"}.items():
-        labels = [label.replace(family, f"\n{name}") for label in labels]
+    names = {"qwen3_5": "Qwen3.5", "gemma3": "Gemma 3", "glm46v": "GLM-4.6V"}
+    labels = [f"{p[2:]} +\n{c[2:]}\n" + "".join(map(names.get, more)) for p, c, *more in parts]
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     units = ("Time (seconds)", "ms", 1e3), ("Peak memory (MiB)", "peak_mib", 1)
     for axes, (title, key, unit) in zip(panels, units, strict=True):
@@ -153,7 +152,7 @@ def plot_step(steps: dict[str, dict[str, Any]], path: Path) -> None:
     about = next(iter(steps.values()))["about"]
     about = about.split(", ", 2)[2].split(", python")[0]  # processor and threads
     figure.suptitle(
-        f"One GRPO step, 8 completions of an image prompt, small model, in tokens ({about})",
+        f"One GRPO step of a small model, 8 completions: prompt + answer in tokens ({about})",
         fontsize=10,
     )
     figure.savefig(path, dpi=130)

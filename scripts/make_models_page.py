@@ -33,13 +33,16 @@ NAMES = {
 
 
 def page() -> str:
-    """The text of docs/models.md with an updated table."""
-    lines = _heads("`model_type`")
+    """The text of docs/models.md with an updated table and the layers that LoRA adapts."""
+    lines, adapted = _heads("`model_type`"), dict[str, list[str]]()
     for name, cells in families().items():
-        layers = f"`{'`, `'.join(support_of(name)[-1].why.removeprefix('on ').split(', '))}`"
-        last = layers if cells[-1] == "yes" else cells[-1]
-        lines.append(f"| {NAMES[name]}, `{name}` | {' | '.join((*cells[:-1], last))} |")
-    return _updated(PAGE, lines)
+        lines.append(f"| {NAMES[name]}, `{name}` | {' | '.join(cells)} |")
+        layers = support_of(name)[-1].why.removeprefix("on ").split(", ")
+        adapted.setdefault(f"`{'`, `'.join(layers)}`", []).append(NAMES[name])
+    usual, *others = adapted
+    lines += ["", f"LoRA adapts {usual} by default, except in these:", ""]
+    lines += [f"- {', '.join(adapted[layers])}: {layers}" for layers in others]
+    return _updated(PAGE, [*lines, ""])
 
 
 def readme() -> str:

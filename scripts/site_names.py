@@ -1,12 +1,13 @@
-"""A hook for mkdocstrings: a docstring's entry `a, b: text` becomes one entry per name, and a
-section such as `Raises:` needs no blank line above it."""
+"""A hook for mkdocstrings: a docstring's entry `a, b: text` becomes one entry per name, a section
+such as `Raises:` needs no blank line above it, and a function that takes LossArgs' fields shows
+them. It reads the source only, so that the site is built without torch."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from griffe import Extension
+from griffe import Extension, Parameter, ParameterKind
 
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Yields):$")
 ENTRY = re.compile(r"^( {4,})(\w+(?:, \w+)+)(: .*)$")
@@ -21,6 +22,24 @@ class SharedEntries(Extension):
         if docstring is not None:
             lines = split_entries(docstring.value.split("\n"))
             docstring.value = "\n".join(separate_sections(lines))
+
+    def on_package(self, *, pkg: Any, **_: Any) -> None:
+        """Show LossArgs' fields in the signatures of functions with `@takes_loss_args`."""
+        attributes = pkg["kernels.loss_args.LossArgs"].attributes.values()
+        fields = [each for each in attributes if "property" not in each.labels]
+        for module in pkg["kernels"].modules.values():
+            for function in module.functions.values():
+                if "takes_loss_args" in (str(x.value) for x in function.decorators):
+                    del function.parameters[function.parameters[-1].name]  # **loss
+                    for field in fields:
+                        function.parameters.add(
+                            Parameter(
+                                field.name,
+                                annotation=field.annotation,
+                                kind=ParameterKind.keyword_only,
+                                default=field.value,
+                            )
+                        )
 
 
 def split_entries(lines: list[str]) -> list[str]:

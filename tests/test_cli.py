@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import shlex
 import subprocess
 import sys
@@ -339,7 +340,8 @@ def test_the_docs_show_the_table():
         flags = ", ".join(f"`{name}`" for name in foreign.flags.split())
         values = ", ".join("any" if v == "*" else f"`{v}`" for v in foreign.harmless.split())
         advice = "" if foreign.harmless == "*" else foreign.advice
-        rows.append(f"| {flags} | {values} | {foreign.why} | {advice} |")
+        why, advice = (re.sub(r"--\w+", r"`\g<0>`", text) for text in (foreign.why, advice))
+        rows.append(f"| {flags} | {values} | {why} | {advice} |")
     assert "\n".join(rows) in (DOCS / "launch_lines.md").read_text()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import inspect
 import json
 import pkgutil
 import re
@@ -14,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
+import griffe
 import pytest
 import torch
 import yaml
@@ -24,6 +26,7 @@ from virft_fast.arguments import flag_names
 from virft_fast.config import TRAIN_GROUPS, EvalConfig
 from virft_fast.data import layouts
 from virft_fast.data.__main__ import make_parser
+from virft_fast.kernels import grpo_loss, linear_grpo_loss
 from virft_fast.kernels.loss_args import LOSS_TYPES
 from virft_fast.mia.__main__ import make_parser as make_mia_parser
 from virft_fast.models.adapters import add_lora
@@ -424,6 +427,28 @@ def test_the_site_keeps_flags_whole_and_docstrings_in_sections():
     lines = ["Text.", "Args:", "    a, b: c.", "Returns:", "    a, b: d.", "More."]
     parted = "Text.||Args:|    a: c.|    b: c.||Returns:|    a, b: d.||More."
     assert names.separate_sections(names.split_entries(lines)) == parted.split("|")
+
+
+def test_the_sites_signatures_are_those_of_the_functions():
+    """mkdocs fails if a docstring describes an argument that the signature lacks."""
+    extensions = griffe.load_extensions(load_script("site_names").SharedEntries())
+    package = griffe.load("virft_fast", search_paths=[ROOT], extensions=extensions)
+    for function in (grpo_loss, linear_grpo_loss):
+        shown = package[f"{function.__module__.removeprefix('virft_fast.')}.{function.__name__}"]
+        arguments = inspect.signature(function).parameters
+        assert [parameter.name for parameter in shown.parameters] == list(arguments)
+        assert str(shown.parameters["beta"].default) == str(arguments["beta"].default) == "0.0"
+
+
+@pytest.mark.parametrize("path", DOCS, ids=by_name)
+def test_lists_are_lists_on_the_site_too(path):
+    """Its Markdown wants a blank line above a list, and four spaces before what follows in it."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    text = re.sub(r"^::: .*\n(?: .*\n|\n)*", "", text, flags=re.MULTILINE)
+    for block in re.split(r"\n\s*\n", text):
+        items = re.findall(r"^(?:[-*]|\d+\.) ", block, re.MULTILINE)
+        assert not items or block.lstrip("\n").startswith(items[0]), block
+        assert not re.match(r"\n* {1,3}\S", block), block
 
 
 def test_the_api_pages_docstrings_lose_nothing_as_markdown():

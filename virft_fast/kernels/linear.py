@@ -106,7 +106,7 @@ def linear_grpo_loss(
     The forward pass computes the gradients along with the loss: each tile of logits serves both,
     and `weight` is read only once (one gather under ZeRO-3). The backward pass just scales them.
     With sequence-level ratios, a sequence longer than a tile needs all its log-probs first, so its
-    logits are computed twice.
+    logits are computed twice. `grpo_loss` describes the arguments that are not listed here.
 
     Args:
         hidden: (N, T, D) at the positions that predict `completion_ids`, or packed (S, D) with
@@ -115,7 +115,6 @@ def linear_grpo_loss(
         bias: (V,), or None.
         softcap: as in `linear_logps`.
         chunk_tokens: rows per tile; None: chosen from V and the device.
-        The rest: see `grpo_loss`.
     Returns:
         GRPOLoss; `loss` is differentiable once, in `hidden`, `weight` and `bias`.
     Raises:
