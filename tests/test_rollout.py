@@ -474,16 +474,18 @@ def test_a_failed_capture_leaves_stream_and_allocator_as_they_were(monkeypatch, 
     assert released == ([] if ended else [(0, 7)])
 
 
-def test_graphs_are_captured_again_for_weights_that_moved(graphs, policy, processor, prompts):
-    moved = copy.deepcopy(policy)
-    current = [policy]
+@pytest.mark.parametrize("part", ["_parameters", "_buffers"])
+def test_graphs_are_captured_again_for_weights_that_moved(graphs, policy, processor, prompts, part):
+    """Or buffers: transformers' layers read the rotation's frequencies there."""
+    policy = copy.deepcopy(policy)
     rollout = NativeRollout(
-        lambda: nullcontext(current[0]), processor.tokenizer, device=CPU, graphs=True
+        lambda: nullcontext(policy), processor.tokenizer, device=CPU, graphs=True
     )
     sampling = Sampling(20, seed=1)
     expected = rollout.generate(prompts, 2, sampling)
     before = len(graphs)
-    current[0] = moved
+    for module in policy.modules():
+        vars(module)[part] = copy.deepcopy(vars(module)[part])
     out = rollout.generate(prompts, 2, sampling)
     assert torch.equal(out.completion_ids, expected.completion_ids)
     assert len(graphs) == 2 * before

@@ -35,7 +35,7 @@ class Graphs:
         return len(self._graphs)
 
     def use_weights(self, weights: Sequence[Tensor]) -> None:
-        """Clear the graphs if they were captured with weights at other addresses."""
+        """Clear the graphs if they were captured with weights or buffers at other addresses."""
         addresses = tuple(weight.data_ptr() for weight in weights)
         if addresses != self._addresses:
             self.clear()

@@ -97,7 +97,7 @@ class NativeRollout:
             check_reachable(policy)
             if not torch.is_autocast_enabled(self.device.type):  # it would cast them at every step
                 lay_out(core(policy.model).get_decoder())
-            self._buffers.graphs.use_weights(list(policy.parameters()))
+            self._buffers.graphs.use_weights([*policy.parameters(), *policy.buffers()])
             limit = self._cache_limit(policy)
             batches, extra = self._divide(limit, prompts, num_generations, sampling)
             try:
