@@ -701,14 +701,23 @@ def test_a_dry_run_names_the_tower(tmp_path, gemma, digits, capsys):
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_native_rollouts_are_an_error_where_a_family_has_none(tmp_path, digits, capsys, command):
-    """Of the flag; the default becomes `hf`."""
+@pytest.mark.parametrize(
+    ("family", "backend", "advice"),
+    [
+        ("paligemma", "native", "pass --rollout_backend hf"),
+        ("qwen3_vl", "hf", "leave the flag out"),
+    ],
+)
+def test_a_backend_that_cannot_run_a_family_is_an_error(
+    tmp_path, digits, capsys, command, family, backend, advice
+):
+    """Of the flag; a family without native rollouts has `hf` as its default."""
     from virft_fast import evaluate, train
 
-    folder = write_family("paligemma", tmp_path / "base")
-    argv = ["--model_name_or_path", folder, "--dataset_name", digits, "--rollout_backend", "native"]
+    folder = write_family(family, tmp_path / "base")
+    argv = ["--model_name_or_path", folder, "--dataset_name", digits, "--rollout_backend", backend]
     own = {"train": ["--output_dir", tmp_path / "out"], "evaluate": ["--output", tmp_path / "a"]}
     main = {"train": train.main, "evaluate": evaluate.main}[command]
     assert main([*map(str, argv), *map(str, own[command])]) == 2
     said = capsys.readouterr().err
-    assert "--rollout_backend native: expected" in said and "pass --rollout_backend hf" in said
+    assert f"--rollout_backend {backend}: expected" in said and advice in said

@@ -14,7 +14,7 @@ from virft_fast.models.qwen_vl import load_model
 from virft_fast.models.source import ModelSource
 from virft_fast.rollout import Rollout, Weights
 from virft_fast.rollout.cache import CachePlan
-from virft_fast.rollout.hf import HFRollout
+from virft_fast.rollout.hf import HFRollout, check_embeds
 from virft_fast.rollout.native import NativeRollout, check_reachable
 from virft_fast.rollout.speculation import History
 
@@ -94,8 +94,7 @@ def load_policy(
 
 def check_model(backend: str, policy: Policy) -> None:
     """Raise ValueError if the backend can't run this model."""
-    if backend == "native":
-        check_reachable(policy)
+    (check_reachable if backend == "native" else check_embeds)(policy)
 
 
 def check_cache_limit(

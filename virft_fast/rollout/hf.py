@@ -50,6 +50,7 @@ class HFRollout:
         stops = [eos, *sampling.stop_token_ids]
         empty = [[torch.zeros(0, dtype=torch.long)] * num_generations for _ in prompts]
         with evaluating(self.weights) as policy:
+            check_embeds(policy)
             inputs = policy.collate(
                 prompts, empty, pad_token_id=pad, device=self.device, packed=False
             )
@@ -92,16 +93,19 @@ class HFRollout:
         return banned_token_ids(self.tokenizer, policy.config.get_text_config().vocab_size)
 
 
+def check_embeds(policy: Policy) -> None:
+    """Raise ValueError if `generate` needs more than embeddings of the images."""
+    if policy.family.deepstack:
+        raise ValueError(
+            "--rollout_backend hf: expected a family whose images enter as embeddings alone, got "
+            f"{policy.config.model_type}; leave the flag out"
+        )
+
+
 def _embedded(policy: Policy, inputs: ModelInputs, features: Tensor) -> Row:
     """What `generate` reads of a Qwen-VL's rows: embeddings, with the images in place."""
-    embeds, deepstack = policy.embed(inputs, features)
-    if deepstack is not None:
-        raise ValueError(
-            f"--rollout_backend hf: expected a family whose images enter as embeddings "
-            f"alone, got {policy.config.model_type}; use the native backend"
-        )
     return {
-        "inputs_embeds": embeds,
+        "inputs_embeds": policy.embed(inputs, features)[0],
         "attention_mask": inputs.attention_mask,
         "position_ids": _with_text_positions(inputs),
     }

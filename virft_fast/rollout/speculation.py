@@ -33,11 +33,11 @@ MARGIN = 1.1
 # Tokens after which a row's share of right guesses is half forgotten.
 HALF_LIFE = 6
 # Time of a pass by the number of tokens that it reads, R * Q, up to a factor. On a CPU, a part is
-# for each pass, and the rest grows with the tokens. 48 took longer than 80 for 64 rows of
-# benchmarks/thinking.py; 80 to 128 took the same time as far as runs tell, for 8, 16 and 64 rows,
-# with the fewer passes the larger. On an H200, products of a bfloat16 model take longer than
-# reading its weights from about 180 tokens on (computed from the measured rates in docs/gpu.md;
-# speculation was not measured).
+# for each pass, and the rest grows with the tokens. With 8, 16 and 64 rows of
+# benchmarks/thinking.py, parts of 80 to 128 took the same time within the noise, and the larger
+# ones fewer passes; with 64 rows, 48 took longer. On an H200, products of a bfloat16 model take
+# longer than reading its weights from about 180 tokens on (computed from the measured rates in
+# docs/gpu.md; speculation was not measured).
 TIMES: dict[str, Callable[[int], float]] = {
     "cpu": lambda tokens: 112 + tokens,
     "cuda": lambda tokens: max(180, tokens),
