@@ -34,6 +34,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from virft_fast.algorithms import grpo
+from virft_fast.data.prompt_source import PromptSource
 from virft_fast.kernels import LossArgs, linear
 from virft_fast.models.adapters import add_lora
 from virft_fast.models.families import (
@@ -543,6 +544,9 @@ def test_a_model_without_image_features_is_refused(gemma):
 def test_pixel_bounds_are_qwens_alone(gemma):
     with pytest.raises(ValueError, match="expected a Qwen-VL, got gemma3"):
         load_processor(str(gemma), max_pixels=10_000)
+    samples: Any = {0: make_sample(0)}
+    source = PromptSource(samples, load_processor(str(gemma)), max_prompt_length=1)
+    assert source.load(0).reason.endswith("more than --max_prompt_length 1; raise it")
 
 
 @shows("LoRA")

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from virft_fast.batch import Prompt, Sample
 from virft_fast.data.samples import BadRow, SampleDataset
-from virft_fast.models.families import Processor
+from virft_fast.models.families import Processor, family_of
 from virft_fast.models.qwen_vl import encode_prompt
 
 FIRST_PROMPT_SECONDS = 15.0
@@ -52,7 +52,9 @@ class PromptSource:
         if limit is None or length <= limit:
             return prompt
         reason = f"the prompt has {length} tokens with its images, more than --max_prompt_length"
-        return BadRow(index, f"{reason} {limit}; raise it or lower --max_pixels")
+        is_qwen = family_of(self.processor.model_type).is_qwen  # others don't have that flag
+        advice = "raise it or lower --max_pixels" if is_qwen else "raise it"
+        return BadRow(index, f"{reason} {limit}; {advice}")
 
     def first(self) -> Prompt:
         """The prompt of the first usable row.
