@@ -24,9 +24,11 @@ from virft_fast.models.families import FAMILIES as SHARED
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import Policy, core, encode_prompt, load_model
 from virft_fast.models.recurrent import recurrent_layers
+from virft_fast.models.shared_prefix import attention_layers
 from virft_fast.rollout import Sampling, graphs
 from virft_fast.rollout.decoding import Decoding
 from virft_fast.rollout.native import NativeRollout
+from virft_fast.rollout.observers import AttentionObserver
 from virft_fast.rollout.speculation import History
 
 # Of a step without its rollout: the losses and the gradient's norm, and the metrics.
@@ -154,8 +156,8 @@ def test_no_pass_of_any_family_waits(processor, prompts, family):
 
 
 def rollouts_in_graphs(monkeypatch, policy, processor, prompts):
-    """(rollouts step by step, rollouts in pretended graphs, the graphs) of three calls with any
-    numbers of rows. No step and no replay may wait."""
+    """Three rollouts with any numbers of rows, and what the last two attended to: step by step and
+    in pretended graphs; and the graphs. No step and no replay may wait."""
     tapes = []
 
     def capture(*args):
@@ -180,19 +182,23 @@ def rollouts_in_graphs(monkeypatch, policy, processor, prompts):
 
     monkeypatch.setattr(Decoding, "_run_step", checked)
     hybrid = bool(recurrent_layers(core(policy.model).get_decoder()))
-    stops = tuple(range(0, 256, 16))
+    layer = attention_layers(policy.config.get_text_config())[0]
+    plain = Sampling(24, stop_token_ids=tuple(range(0, 256, 16)))
+    filtered = replace(plain, top_k=60, top_p=0.95, min_p=0.01, repetition_penalty=1.2)
     found = {}
     with PretendGPU() as gpu:
         gpu.adopt(policy)
         for on in (False, True):
+            observer = AttentionObserver(layer)
             rollout = NativeRollout(
                 lambda: nullcontext(policy), processor.tokenizer, device=GPU, graphs=on,
                 max_cache_tokens=10**6, speculation=None if hybrid else History(),
             )  # fmt: skip
-            found[on] = [
-                rollout.generate(some, count, Sampling(24, seed=seed, stop_token_ids=stops))
-                for some, count, seed in ((prompts, 4, 0), (prompts[:1], 3, 1), (prompts[:1], 3, 2))
-            ]
+            outs = [rollout.generate(prompts, 4, plain)]
+            for seed in (1, 2):
+                sampling = replace(filtered, seed=seed)
+                outs.append(rollout.generate(prompts[:1], 3, sampling, observer=observer))
+            found[on] = outs, observer.attention
     return *found.values(), tapes
 
 
@@ -208,9 +214,11 @@ def test_a_graph_of_any_family_gives_what_its_steps_give(monkeypatch, tmp_path, 
     prompts = make_prompts(processor, *samples)
     expected, out, tapes = rollouts_in_graphs(monkeypatch, policy.eval(), processor, prompts)
     assert sum(tape.replays for tape in tapes) > 2 * len(tapes) > 0
-    for one, other in zip(out, expected, strict=True):
+    for one, other in zip(out[0], expected[0], strict=True):
         assert torch.equal(one.completion_ids, other.completion_ids)
         assert torch.equal(one.sampling_logps, other.sampling_logps)
+    assert all(map(torch.equal, out[1], expected[1]))
+    assert len(out[1]) == len(expected[1]) == 6
 
 
 def test_experts_that_wait_are_not_captured(monkeypatch, processor):
