@@ -44,7 +44,7 @@ DECODING, SHRINKING = "rollout/decoding.py", "rollout/shrinking.py"
 DECODE = "kernels/decode.py"
 GUESSES = "kernels/speculation.py"
 PREFIX, INPUTS = "models/shared_prefix.py", "models/inputs.py"
-RECURRENT = "models/recurrent.py"
+RECURRENT, PLAIN = "models/recurrent.py", "models/plain.py"
 PACKED = "kernels/prefix_attention.py"
 PACKED_TRITON = "kernels/triton_prefix_attention.py"
 TOKEN, LOSS, LINEAR = "kernels/token_loss.py", "kernels/grpo_loss.py", "kernels/linear.py"
@@ -212,6 +212,16 @@ MUTANTS = [
            "tests/test_shared_prefix.py -k core_against_a_loop"),
     Mutant("a window is a token longer", PACKED, "return mask.triu(1 - window)",
            "return mask.triu(-window)", "tests/test_windows.py -k logps"),
+    Mutant("a window of all tokens but one is none", PREFIX,
+           "if config.sliding_window < longest}", "if config.sliding_window < longest - 1}",
+           "tests/test_windows.py -k tests_mean"),
+    Mutant("a packed row's window is a token longer", PREFIX, "(place[k] > place[q] - window)",
+           "(place[k] >= place[q] - window)", "tests/test_windows.py -k every_core"),
+    Mutant("an observed window is a token longer", "models/image_attention.py",
+           "hidden |= places <= last[:, None] - window", "hidden |= places < last[:, None] - window",
+           "tests/test_windows.py -k observed"),
+    Mutant("a prompt's window is a token longer", DECODE, "(prompt <= last[..., None])",
+           "(prompt < last[..., None])", "tests/test_windows.py -k greedy"),
     Mutant("a completion's window is a token longer", DECODE, "(own <= ends - window)",
            "(own < ends - window)", "tests/test_windows.py -k greedy"),
     Mutant("an image doesn't see itself whole", INPUTS, "is_image & image_blocks", "is_image & False",
@@ -339,6 +349,23 @@ MUTANTS = [
     Mutant("a question's start ends a turn", "models/processing.py",
            "for token in special if token not in start)", "for token in special)",
            "tests/test_families.py -k turns_end"),
+    Mutant("a prompt begins with BOS twice", INPUTS,
+           '{"add_special_tokens": False} if begins else {}', "{}",
+           "tests/test_families.py -k bos_token"),
+    Mutant("tiles are padded at the front", INPUTS, "for n in (0, size)]", "for n in (size, 0)]",
+           "tests/test_families.py -k neighbor"),
+    Mutant("completions have their prompt's token type", INPUTS,
+           'value = completion_type if name == "token_type_ids" else 0', "value = 0",
+           "tests/test_families.py -k paligemma"),
+    Mutant("rows share one copy of an image", PLAIN, "repeated = inputs.per_row(features)",
+           "repeated = features", "tests/test_families.py -k paligemma"),
+    Mutant("a model that asks for no images is not noticed", PLAIN, "if not asked:", "if False:",
+           "tests/test_families.py -k asks_for_no_images"),
+    Mutant("a tower without images has no gradients", PLAIN,
+           "states = states + 0.0 * features.to(states.dtype).sum()", "pass",
+           "tests/test_families.py -k tower_runs"),
+    Mutant("a cap of the logits is not seen", PLAIN, "return scale, cap", "return scale, None",
+           "tests/test_families.py -k capped"),
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import torch
 import transformers as hf
 from models import random_model
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 from virft_fast.models.families import FAMILIES, UNSHARED, family_of
 from virft_fast.models.processing import image_only, load_processor
@@ -68,6 +69,10 @@ def _gemma3(text: dict[str, Any]) -> tuple[Any, Any]:
         ["<bos>"], image_token="<image_soft_token>", boi_token="<start_of_image>",
         eoi_token="<end_of_image>",
     )  # fmt: skip
+    # It begins every text with BOS, as Gemma's does.
+    bos = ("<bos>", tokenizer.bos_token_id)
+    begin = TemplateProcessing(single="<bos> $A", special_tokens=[bos])
+    tokenizer.backend_tokenizer.post_processor = begin
     token_id, length = tokenizer.convert_tokens_to_ids, -(-len(tokenizer) // 64) * 64
     kinds = ["sliding_attention", "full_attention"]
     text |= {"head_dim": 16, "layer_types": kinds, "vocab_size": length}

@@ -292,9 +292,9 @@ def test_the_tower_runs_once_per_image(made, monkeypatch):
         calls.append(options["pixel_values"].shape)
         return own(**options)
 
-    def inputs(chosen):
+    def inputs(chosen, **options):
         groups = _completions(chosen)
-        return policy.collate(chosen, groups, pad_token_id=0, device=CPU)
+        return policy.collate(chosen, groups, pad_token_id=0, device=CPU, **options)
 
     together = inputs(prompts)
     monkeypatch.setitem(vars(core(policy.model)), "get_image_features", counted)
@@ -306,18 +306,21 @@ def test_the_tower_runs_once_per_image(made, monkeypatch):
     if prompts[2].pixel_values is not None:  # PaliGemma has no prompts without images
         monkeypatch.undo()
         return
-    policy(inputs(prompts[2:]))[0].sum().backward()  # all ranks call the tower
-    assert len(calls) == 3 and together.images.keys() >= {"pixel_values"}
-    monkeypatch.undo()
-    grads = [p.grad for p in tower_parameters(policy.model)]
-    assert sum(grad is not None for grad in grads) > len(grads) / 2
-    assert not any(grad.any() for grad in grads if grad is not None)
-    policy.model.zero_grad()
+    assert together.images.keys() >= {"pixel_values"}
+    for number, packed in enumerate((None, False), 3):
+        policy(inputs(prompts[2:], packed=packed))[0].sum().backward()  # all ranks call the tower
+        assert len(calls) == number
+        grads = [p.grad for p in tower_parameters(policy.model)]
+        assert sum(grad is not None for grad in grads) > len(grads) / 2
+        assert not any(grad.any() for grad in grads if grad is not None)
+        policy.model.zero_grad()
 
 
 def test_a_neighbor_changes_nothing(made):
     """Padding to other prompts' lengths, tiles and images leaves a prompt as it is."""
-    policy, _, prompts = made
+    policy, processor, prompts = made
+    one = make_prompts(processor, make_sample(3, [(56, 56)]))  # of fewer tiles than the others
+    prompts = [prompts[1], *one, prompts[2]]
     groups = _completions(prompts)
     with torch.no_grad():
         together, _ = policy(policy.collate(prompts, groups, pad_token_id=0, device=CPU))
@@ -458,6 +461,7 @@ def test_a_turns_end_may_be_in_the_template_alone(tmp_path, behind, end):
 def test_a_prompt_begins_with_one_bos_token(gemma):
     _, processor, prompts = _made(gemma)
     bos = processor.tokenizer.bos_token_id
+    assert processor.tokenizer("?").input_ids[0] == bos
     assert prompts[0].input_ids.tolist().count(bos) == 1 and prompts[0].input_ids[0] == bos
 
 
@@ -539,6 +543,22 @@ def test_a_model_without_image_features_is_refused(gemma):
     model.lm_head = nn.Sequential()
     with pytest.raises(ValueError, match="a linear `lm_head`, got Gemma3ForConditionalGeneration"):
         Policy(model)
+
+
+def test_a_model_that_asks_for_no_images_is_refused(gemma, monkeypatch):
+    policy, _, prompts = _made(gemma)
+    model = core(policy.model)
+
+    def blind(input_ids: Any, attention_mask: Any, **_: Any) -> Any:
+        embeds = model.get_input_embeddings()(input_ids)
+        return model.get_decoder()(inputs_embeds=embeds, attention_mask=attention_mask)
+
+    groups = _completions(prompts)
+    inputs = policy.collate(prompts, groups, pad_token_id=0, device=CPU, packed=False)
+    policy(inputs)
+    monkeypatch.setitem(vars(model), "forward", blind)
+    with pytest.raises(RuntimeError, match="to call get_image_features, but it didn't"):
+        policy(inputs)
 
 
 def test_pixel_bounds_are_qwens_alone(gemma):

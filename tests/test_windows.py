@@ -18,7 +18,7 @@ from test_shared_prefix import collate, logps_and_gradient, relative_error
 from virft_fast.models.image_attention import attention_to_prompts
 from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import Policy, checkpoint_layers, load_model
-from virft_fast.models.shared_prefix import Group, PackedAttention
+from virft_fast.models.shared_prefix import Group, PackedAttention, windows
 from virft_fast.rollout import Sampling
 from virft_fast.rollout.backends import make_rollout
 from virft_fast.rollout.native import NativeRollout
@@ -62,6 +62,9 @@ def test_the_windows_are_those_that_the_tests_mean(made):
     inputs = collate(policies[3], prompts, _completions(prompts), True)
     blocks = [[end - first for first, end in group.blocks] for group in inputs.groups]
     assert blocks == [[4], [4, 4], []]
+    # The last of so many tokens sees them all, and one more doesn't.
+    config = policies[16].config.text_config
+    assert windows(config, 16) == {} and set(windows(config, 17).values()) == {16}
 
 
 @pytest.mark.parametrize("kind", ["two_part", "dense"])
