@@ -237,6 +237,14 @@ def test_experts_that_wait_are_not_captured(monkeypatch, processor):
     assert DecodeStep(text).waits
 
 
+def test_rotations_by_length_are_not_captured(processor):
+    """The host asks how long the longest row is."""
+    text = core(random_model("qwen3_5", processor.tokenizer)).language_model
+    for kind, waits in (("yarn", False), ("dynamic", True), ("longrope", True)):
+        text.rotary_emb.rope_type = kind
+        assert DecodeStep(text).waits == waits
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("rows", [2, 64])
 def test_a_loss_without_mask_is_that_of_a_full_mask(level, rows):
