@@ -348,6 +348,17 @@ def test_texts_are_in_order_and_rows_start_at_their_stored_answers(prompts):
     assert starts.tolist() == [first, first + 2, first, NOWHERE, NOWHERE, NOWHERE]
 
 
+def test_rows_start_with_the_share_of_right_guesses_of_their_kind(prompts):
+    """The first prompt has stored answers, the second has none."""
+    history, stats = History(), speculation_module.Stats(agreement=[0.25, 0.75])
+    history.add(prompts[:1], Drawn([[1], [2]], 2))
+    speculation = speculation_module.Speculation(
+        history, prompts[:2], 2, 8, stats=stats, device=CPU,
+        take=lambda name, shape, dtype: torch.empty(shape, dtype=dtype),
+    )  # fmt: skip
+    assert speculation.share.tolist() == [0.75, 0.75, 0.25, 0.25]
+
+
 def test_a_history_continues_where_its_state_was_saved(policy, processor, prompts):
     first, second = (rollout_of(policy, processor, speculation=History()) for _ in range(2))
     sampling = Sampling(24, seed=1, temperature=0.7)
