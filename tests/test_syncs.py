@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,7 +26,7 @@ from virft_fast.models.processing import load_processor
 from virft_fast.models.qwen_vl import Policy, core, encode_prompt, load_model
 from virft_fast.models.recurrent import recurrent_layers
 from virft_fast.models.shared_prefix import attention_layers
-from virft_fast.rollout import Sampling, graphs
+from virft_fast.rollout import Sampling, graphs, speculation
 from virft_fast.rollout.decoding import Decoding
 from virft_fast.rollout.native import NativeRollout
 from virft_fast.rollout.observers import AttentionObserver
@@ -157,8 +158,9 @@ def test_no_pass_of_any_family_waits(processor, prompts, family):
 
 def rollouts_in_graphs(monkeypatch, policy, processor, prompts):
     """Three rollouts with any numbers of rows, and what the last two attended to: step by step and
-    in pretended graphs; and the graphs. No step and no replay may wait."""
-    tapes = []
+    in pretended graphs; and the graphs. Their passes read 8, 2, 4 and 1 tokens in turn, where the
+    model can guess. No step and no replay may wait."""
+    tapes, reads = [], set()
 
     def capture(*args):
         tapes.append(Tape(*args))
@@ -177,6 +179,7 @@ def rollouts_in_graphs(monkeypatch, policy, processor, prompts):
 
     def checked(decoding):
         before = gpu.waits.total()
+        reads.add(decoding.read)
         run_step(decoding)
         assert gpu.waits.total() == before, gpu.waits
 
@@ -189,6 +192,8 @@ def rollouts_in_graphs(monkeypatch, policy, processor, prompts):
     with PretendGPU() as gpu:
         gpu.adopt(policy)
         for on in (False, True):
+            turns = itertools.cycle((8, 2, 4, 1))
+            monkeypatch.setattr(speculation, "best_choice", lambda *_, t=turns: (next(t), 1.0))
             observer = AttentionObserver(layer)
             rollout = NativeRollout(
                 lambda: nullcontext(policy), processor.tokenizer, device=GPU, graphs=on,
@@ -199,6 +204,7 @@ def rollouts_in_graphs(monkeypatch, policy, processor, prompts):
                 sampling = replace(filtered, seed=seed)
                 outs.append(rollout.generate(prompts[:1], 3, sampling, observer=observer))
             found[on] = outs, observer.attention
+    assert reads == ({1} if hybrid else {1, 2, 4, 8})
     return *found.values(), tapes
 
 
